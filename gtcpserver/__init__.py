@@ -1,0 +1,34 @@
+"""TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
+
+from .acceptor import Acceptor, StreamServer
+from .address import Address, parse_address
+from .connection import Connection
+from .errors import ConfigError, DeadlineExceeded, EarlyEOF, GtcpServerError, LimitExceeded
+from .listener import ListenConfig
+from .pool import HandlerPool
+from .server import Server, State, run
+from .stats import CutConnection, ServerStats, StopReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Acceptor",
+    "Address",
+    "ConfigError",
+    "Connection",
+    "CutConnection",
+    "DeadlineExceeded",
+    "EarlyEOF",
+    "GtcpServerError",
+    "HandlerPool",
+    "LimitExceeded",
+    "ListenConfig",
+    "Server",
+    "ServerStats",
+    "State",
+    "StopReport",
+    "StreamServer",
+    "__version__",
+    "parse_address",
+    "run",
+]

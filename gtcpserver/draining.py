@@ -1,0 +1,207 @@
+"""Close a listening socket without resetting a connection that a client has already begun.
+
+`close` on a listening TCP socket resets what waits in its accept queue, and the handshakes that are not finished. So
+first no new connection may begin on it, then everything under way is accepted, then it is closed. How new ones are kept
+away depends on who serves the port afterwards:
+
+- another member of the same SO_REUSEPORT group: `steer` sends new connections to the members that stay;
+- nobody, or the next server in a moment: `drop_new_connections` leaves new connection attempts unanswered. The client's
+  kernel repeats its SYN after a second (RFC 6298 section 2), when the next server may listen; once the socket is closed
+  and nobody has taken the port, the repeated SYN is refused.
+
+Both are classic BPF programs (linux/filter.h, Documentation/networking/filter.rst) and need no privilege. Then: accept
+until EAGAIN, wait `HANDSHAKE_SECONDS`, and for a while longer if `handshakes_under_way` says that a far client's ACK is
+still to come, accept until EAGAIN, close. Multipath TCP sockets take neither program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from gevent import monkey
+
+HANDSHAKE_SECONDS = 0.02
+"""How long a handshake that was under way may still need on a local network. A far client needs a round trip, and one
+whose ACK was lost, or whom TCP_DEFER_ACCEPT kept waiting, up to the next SYN-ACK a second later."""
+
+# asm-generic/socket.h; Python's socket module does not have them.
+SO_ATTACH_FILTER = 26
+SO_ATTACH_REUSEPORT_CBPF = 51
+SO_DETACH_REUSEPORT_BPF = 68
+
+# linux/bpf_common.h and linux/filter.h.
+BPF_LOAD_BYTE = 0x30  # BPF_LD | BPF_B | BPF_ABS
+BPF_LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS
+BPF_AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
+BPF_MODULO = 0x94  # BPF_ALU | BPF_MOD | BPF_K
+BPF_JUMP_IF_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+BPF_RETURN = 0x06  # BPF_RET | BPF_K
+SKF_AD_RANDOM = 0xFFFFF000 + 56  # SKF_AD_OFF + SKF_AD_RANDOM: a load from here is a random number
+MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
+
+TCP_FLAGS_OFFSET = 13  # RFC 9293 section 3.1; a TCP socket's filter sees the packet from its TCP header on
+TCP_SYN = 0x02
+TCP_ACK = 0x10
+
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h; sock_diag(7).
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLM_F_REQUEST_DUMP = 0x301
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+TCP_SYN_RECV = 3
+
+# The real one, also in a monkey-patched program: the kernel answers at once, and nobody should run in between.
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+
+Instruction = tuple[int, int, int, int]  # struct sock_filter: code, jump if true, jump if false, k
+
+
+class HasSocket(Protocol):
+    @property
+    def socket(self) -> socket.socket: ...
+
+
+Member = TypeVar("Member")
+
+
+def drop_new_connections(listening: socket.socket) -> bool:
+    """Leave new connection attempts on this TCP socket unanswered; handshakes under way go on into the accept queue.
+
+    The filter belongs to the socket, not to the process: every process that holds the socket stops getting connections.
+    A SYN with data (TCP Fast Open, RFC 7413) is dropped too, and the client repeats it without. TCP_DEFER_ACCEPT is
+    switched off, because a connection that waits for its first byte is in no queue and would be lost: with it off, the
+    kernel repeats its SYN-ACK within a second or two and the client's ACK brings the connection into the accept queue.
+
+    Returns:
+        False where the system has no socket filters, or the socket (multipath TCP, for one) takes none.
+    """
+    keep_all = 0xFFFFFFFF
+    program = [
+        (BPF_LOAD_BYTE, 0, 0, TCP_FLAGS_OFFSET),
+        (BPF_AND, 0, 0, TCP_SYN | TCP_ACK),
+        (BPF_JUMP_IF_EQUAL, 0, 1, TCP_SYN),
+        (BPF_RETURN, 0, 0, 0),
+        (BPF_RETURN, 0, 0, keep_all),
+    ]
+    if not _attach(listening, SO_ATTACH_FILTER, program):
+        return False
+    if hasattr(socket, "TCP_DEFER_ACCEPT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
+    return True
+
+
+def steer(group: Sequence[HasSocket], stay: Sequence[int]) -> bool:
+    """Send the new connections of a SO_REUSEPORT group only to some of its members.
+
+    SO_ATTACH_REUSEPORT_CBPF, socket(7). The program belongs to the group, in whichever processes its sockets are, and
+    replaces the one before. Handshakes under way go on with the member they began with. Several members that stay share
+    the connections at random.
+
+    Args:
+        group: every listening socket of the group, in the order of their listen() calls. When a member is closed, the
+            kernel moves the last one into its place; `forget_member` does the same to a list.
+        stay: indexes into `group` of the members that get connections from now on; at least one.
+
+    Returns:
+        False if the kernel refuses: a Linux before 4.5, multipath TCP sockets, or no SO_REUSEPORT group of two or more.
+    """
+    if not stay:
+        raise ValueError("stay must name at least one member of the group")
+    if any(not 0 <= index < len(group) for index in stay):
+        raise ValueError(f"stay must hold indexes from 0 to {len(group) - 1}, got {list(stay)}")
+    program = _choose_one_of(list(dict.fromkeys(stay)))
+    if len(program) > MAX_INSTRUCTIONS:
+        raise ValueError(f"stay must name at most {MAX_INSTRUCTIONS // 2 - 1} members, got {len(stay)}")
+    return _attach(group[stay[0]].socket, SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def unsteer(group: Sequence[HasSocket]) -> bool:
+    """Let the kernel spread new connections over the whole group again, by a hash of the two addresses.
+
+    Returns:
+        False if there was no program, or the system (Linux before 5.3) cannot take it off.
+    """
+    try:
+        group[0].socket.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+    except OSError:
+        return False
+    return True
+
+
+def forget_member(group: list[Member], index: int) -> None:
+    """Take a closed member out of a list the way the kernel does it: the last one moves into its place.
+
+    (net/core/sock_reuseport.c, reuseport_detach_sock.) Call it when the last descriptor of the socket, in whichever
+    process, is closed: until then the member keeps its place.
+    """
+    last = group.pop()
+    if index < len(group):
+        group[index] = last
+
+
+def handshakes_under_way(listening: socket.socket) -> int | None:
+    """Count the connections to this socket's port that a client has begun and that are not in an accept queue yet.
+
+    The kernel counts by port: what the other members of a SO_REUSEPORT group wait for is counted too.
+
+    Returns:
+        None where the kernel does not tell (no sock_diag, or it is not a TCP socket).
+    """
+    if listening.family not in (socket.AF_INET, socket.AF_INET6) or not hasattr(socket, "AF_NETLINK"):
+        return None
+    port = listening.getsockname()[1]
+    try:
+        return _count_handshakes(port, listening.family)
+    except OSError:
+        return None
+
+
+def _choose_one_of(indexes: list[int]) -> list[Instruction]:
+    if len(indexes) == 1:
+        return [(BPF_RETURN, 0, 0, indexes[0])]
+    program = [(BPF_LOAD_WORD, 0, 0, SKF_AD_RANDOM), (BPF_MODULO, 0, 0, len(indexes))]
+    for number, index in enumerate(indexes[:-1]):
+        program += [(BPF_JUMP_IF_EQUAL, 0, 1, number), (BPF_RETURN, 0, 0, index)]
+    return [*program, (BPF_RETURN, 0, 0, indexes[-1])]
+
+
+def _attach(sock: socket.socket, option: int, program: Sequence[Instruction]) -> bool:
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+    # struct sock_fprog { unsigned short len; struct sock_filter *filter; }, with the padding of native alignment.
+    fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, fprog)
+    except OSError as exc:
+        # EBADF and ENOTSOCK are a mistake of the caller; everything else is a system that cannot.
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            raise
+        return False
+    return True
+
+
+def _count_handshakes(port: int, family: int) -> int:
+    # struct inet_diag_req_v2 with an inet_diag_sockid that names nothing: the kernel dumps every socket in the wanted
+    # state, and the port is compared here. Handshakes are few; established connections are not in the answer. An IPv6
+    # listener's family covers the IPv4 clients of a dual-stack one, whose request sockets are AF_INET6 as well.
+    query = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << TCP_SYN_RECV)
+    header = struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
+    count = 0
+    with _socket_class(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.send(header + query)
+        while True:
+            answer = netlink.recv(65536)
+            while answer:
+                length, kind = struct.unpack_from("=IH", answer)
+                if kind == NLMSG_DONE:
+                    return count
+                if kind == NLMSG_ERROR:
+                    raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag")
+                # struct inet_diag_msg: four bytes, then the source port in network order.
+                count += struct.unpack_from("!H", answer, 20)[0] == port
+                answer = answer[(length + 3) & ~3 :]

@@ -1,0 +1,29 @@
+"""The errors that are ours. What the operating system says stays an OSError."""
+
+
+class GtcpServerError(Exception):
+    """Root of every error this library raises by itself."""
+
+
+class ConfigError(GtcpServerError, ValueError):
+    """An option that cannot work. The message names the field, the value and what was expected."""
+
+
+class LimitExceeded(GtcpServerError, ValueError):
+    """The peer sent more than the caller allows; the connection is out of step and should be closed."""
+
+
+class EarlyEOF(GtcpServerError, EOFError):
+    """The peer closed before the whole message had come.
+
+    Attributes:
+        partial: bytes that had come until then (b"" when the peer closed between two messages).
+    """
+
+    def __init__(self, message: str, partial: bytes = b"") -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class DeadlineExceeded(GtcpServerError, TimeoutError):
+    """The time for a block of calls, or for a handler, is used up."""

@@ -1,0 +1,326 @@
+"""ListenConfig: the options of a listening socket, checked when it is made, and applied to a socket."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gtcpserver.errors import ConfigError
+
+# linux/in.h, linux/in6.h, linux/tcp.h: what the socket module of Python 3.10 lacks. The system that has the option at
+# all is Linux, where these numbers are the same on every architecture.
+IP_FREEBIND = 15
+IP_TRANSPARENT = 19
+IPPROTO_MPTCP = 262
+
+MAX_KEEPALIVE_SECONDS = 32767  # MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, linux/tcp.h
+MAX_KEEPALIVE_COUNT = 127  # MAX_TCP_KEEPCNT
+MAX_BUFFER = 1 << 30  # the kernel doubles the value and keeps it in a signed 32-bit number
+MAX_USER_TIMEOUT = 2_147_483.0  # seconds: milliseconds in a signed 32-bit number
+MAX_DEFER_ACCEPT = 3600.0  # the kernel counts it in retransmissions of the SYN-ACK, of which it makes 255 at most
+DEFAULT_FAST_OPEN = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenConfig:
+    """The options of listening sockets. Accepted connections inherit theirs from the listener.
+
+    Options of TCP alone are not applied to unix sockets. Making one checks the ranges, and tries the options on a
+    throw-away socket, so that an option this system does not have is an error here and not at the first start.
+
+    Attributes:
+        reuse_port: several listening sockets on one port, over which the kernel spreads the connections (SO_REUSEPORT,
+            socket(7)). A second server on the port is an error all the same, unless `shared`.
+        reuse_address: bind although connections of the last server are still in TIME-WAIT (SO_REUSEADDR, socket(7)).
+        shared: other processes, of the same user, may listen on the port too, and take a part of its connections.
+        fast_open: how many connections may be under way that carry data in their SYN (TCP_FASTOPEN, RFC 7413); 0 is
+            off. The sysctl net.ipv4.tcp_fastopen must have the bit 2 set for it to have an effect. The default is
+            left out on a system without the option.
+        defer_accept: seconds (up to 3600; rounded up to whole ones, and by the kernel to retransmissions of its SYN-ACK
+            at 1, 3, 7, 15 ... seconds) for which a connection without data is not accepted yet (TCP_DEFER_ACCEPT,
+            tcp(7)). None is off. Not for protocols in which the server speaks first.
+        backlog: how many connections may wait to be accepted (listen(2)). None: as many as the kernel allows
+            (/proc/sys/net/core/somaxconn, 4096 since Linux 5.4): with a short queue a burst of connections is dropped,
+            and each dropped client waits a second before it tries again.
+        no_delay: send small writes at once (TCP_NODELAY, tcp(7)).
+        keepalive: probe idle connections (SO_KEEPALIVE, tcp(7)), so that one whose client vanished without a FIN ends.
+        keepalive_idle: seconds of silence before the first probe, 1 to 32767. 60: NAT and load balancers forget a
+            silent flow after 4 to 6 minutes, some after less, and a probe a minute keeps it in their tables.
+        keepalive_interval: seconds between unanswered probes, 1 to 32767.
+        keepalive_count: unanswered probes until the connection fails with ETIMEDOUT, 1 to 127. With the defaults a
+            vanished client is noticed after 60 + 4 * 15 = 120 seconds, with the kernel's after 2 hours 11 minutes.
+        user_timeout: seconds for which sent data may stay unacknowledged before the connection fails with ETIMEDOUT
+            (TCP_USER_TIMEOUT, tcp(7), RFC 5482; the kernel counts milliseconds). None: the kernel's, about 15 minutes.
+        receive_buffer: bytes (SO_RCVBUF, socket(7): the kernel doubles it, and caps it at net.core.rmem_max without
+            a word). None, and best for most: the kernel tunes it to each connection (tcp_rmem).
+        send_buffer: bytes (SO_SNDBUF, likewise, net.core.wmem_max, tcp_wmem).
+        ipv6_only: an IPv6 socket takes no IPv4 connections (IPV6_V6ONLY, ipv6(7)). None: "*" takes both, and "[::]"
+            what net.ipv6.bindv6only says.
+        device: take connections from this network interface alone (SO_BINDTODEVICE, socket(7)).
+        transparent: accept connections to addresses that are not this host's (IP_TRANSPARENT, ip(7)); for proxies.
+        free_bind: bind to an address that the host does not have, or not yet (IP_FREEBIND, ip(7)).
+        multipath: multipath TCP (RFC 8684); clients that speak plain TCP are served as ever.
+        congestion: name of the congestion control (TCP_CONGESTION, tcp(7)), such as "bbr" or "cubic".
+        unix_mode: permission bits of a unix socket's path, such as 0o660. None: 0o777 less the umask.
+        extra: more socket options, as tuples (level, option, value: int or bytes). Those of a level that a socket does
+            not have (TCP options on a unix socket) are not applied to it.
+
+    Raises:
+        ConfigError: a value out of range or of the wrong type, two that exclude each other, or one this system lacks.
+    """
+
+    reuse_port: bool = True
+    reuse_address: bool = True
+    shared: bool = False
+    fast_open: int = DEFAULT_FAST_OPEN
+    defer_accept: float | None = None
+    backlog: int | None = None
+    no_delay: bool = True
+    keepalive: bool = True
+    keepalive_idle: int = 60
+    keepalive_interval: int = 15
+    keepalive_count: int = 4
+    user_timeout: float | None = None
+    receive_buffer: int | None = None
+    send_buffer: int | None = None
+    ipv6_only: bool | None = None
+    device: str | None = None
+    transparent: bool = False
+    free_bind: bool = False
+    multipath: bool = False
+    congestion: str | None = None
+    unix_mode: int | None = None
+    extra: tuple[tuple[int, int, int | bytes], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("reuse_port", "reuse_address", "shared", "no_delay", "keepalive"):
+            self._check_bool(name)
+        for name in ("transparent", "free_bind", "multipath"):
+            self._check_bool(name)
+        self._check_bool("ipv6_only", optional=True)
+        self._check_int("fast_open", 0, 65535)
+        self._check_int("keepalive_idle", 1, MAX_KEEPALIVE_SECONDS)
+        self._check_int("keepalive_interval", 1, MAX_KEEPALIVE_SECONDS)
+        self._check_int("keepalive_count", 1, MAX_KEEPALIVE_COUNT)
+        self._check_int("backlog", 1, 0x7FFFFFFF, optional=True)
+        self._check_int("receive_buffer", 1, MAX_BUFFER, optional=True)
+        self._check_int("send_buffer", 1, MAX_BUFFER, optional=True)
+        self._check_seconds("defer_accept", MAX_DEFER_ACCEPT)
+        self._check_seconds("user_timeout", MAX_USER_TIMEOUT)
+        if self.unix_mode is not None and (type(self.unix_mode) is not int or not 0 <= self.unix_mode <= 0o777):
+            raise ConfigError(f"unix_mode must be permission bits from 0 to 0o777, or None, got {self.unix_mode!r}")
+        # IFNAMSIZ and TCP_CA_NAME_MAX: both are 16 bytes with the closing NUL.
+        self._check_name("device", "the name of a network interface")
+        self._check_name("congestion", "the name of a congestion control")
+        self._check_extra()
+        if self.shared and not self.reuse_port:
+            raise ConfigError("shared=True needs reuse_port=True, got reuse_port=False")
+        if any(getattr(self, field.name) != field.default for field in fields(self)):
+            _try_options(self)
+
+    def _check_bool(self, name: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if type(value) is not bool and not (optional and value is None):
+            raise ConfigError(f"{name} must be True or False{' or None' * optional}, got {value!r}")
+
+    def _check_int(self, name: str, lowest: int, highest: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        # bool is an int to Python: fast_open=True would be a queue of one.
+        if type(value) is not int or not lowest <= value <= highest:
+            raise ConfigError(
+                f"{name} must be a whole number from {lowest} to {highest}{' or None' * optional}, got {value!r}"
+            )
+
+    def _check_seconds(self, name: str, highest: float) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= highest:
+            raise ConfigError(f"{name} must be seconds, more than 0 and up to {highest:g}, or None, got {value!r}")
+
+    def _check_name(self, name: str, meaning: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not 0 < len(value) < 16:
+            raise ConfigError(f"{name} must be {meaning}, 1 to 15 ASCII characters, or None, got {value!r}")
+
+    def _check_extra(self) -> None:
+        expected = "extra must be a tuple of tuples (level, option, value: int or bytes)"
+        if not isinstance(self.extra, tuple):
+            raise ConfigError(f"{expected}, got {self.extra!r}")
+        for entry in self.extra:
+            if not isinstance(entry, tuple) or len(entry) != 3:
+                raise ConfigError(f"{expected}, got {entry!r}")
+            level, option, value = entry
+            if type(level) is not int or type(option) is not int or type(value) not in (int, bytes):
+                raise ConfigError(f"{expected}, got {entry!r}")
+
+
+def create_socket(
+    config: ListenConfig, family: int, socket_class: type[socket.socket] = socket.socket
+) -> socket.socket:
+    """Create a non-blocking socket of the protocol that the configuration asks for.
+
+    Raises:
+        ConfigError: `multipath`, and the system has no multipath TCP.
+    """
+    multipath = config.multipath and family != socket.AF_UNIX
+    try:
+        sock = socket_class(family, socket.SOCK_STREAM, IPPROTO_MPTCP if multipath else 0)
+    except OSError as exc:
+        if multipath and exc.errno in (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL):
+            raise ConfigError(
+                f"multipath=True: this system has no multipath TCP ({exc.strerror}); expected Linux 5.6 or newer "
+                "with sysctl net.mptcp.enabled=1"
+            ) from exc
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def set_reuse_port(sock: socket.socket, config: ListenConfig) -> None:
+    """Let other sockets listen on the same port. When that happens, before bind or after, is the caller's matter."""
+    if config.reuse_port:
+        option = getattr(socket, "SO_REUSEPORT", None)
+        _apply(sock, config, iter([("shared" if config.shared else "reuse_port", socket.SOL_SOCKET, option, 1)]))
+
+
+def apply_address_options(sock: socket.socket, config: ListenConfig) -> None:
+    """Set what counts at bind: whose address and port it may be; but for SO_REUSEPORT, see `set_reuse_port`."""
+    _apply(sock, config, _address_options(config, sock.family))
+
+
+def apply_connection_options(sock: socket.socket, config: ListenConfig) -> None:
+    """Set what accepted connections inherit. The buffers count for the window scale of the SYN-ACK: before listen."""
+    _apply(sock, config, _connection_options(config, sock.family))
+
+
+def apply_accept_options(sock: socket.socket, config: ListenConfig) -> None:
+    """Set how connections are accepted, and `extra`."""
+    _apply(sock, config, _accept_options(config, sock.family))
+
+
+_Option = tuple[str, int, int | None, int | bytes]
+"""Field of ListenConfig, level, option (None: this system's Python does not know it), value."""
+
+
+def _address_options(config: ListenConfig, family: int) -> Iterator[_Option]:
+    if family == socket.AF_UNIX:
+        return
+    if config.reuse_address:
+        yield "reuse_address", socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+    if config.ipv6_only is not None and family == socket.AF_INET6:
+        yield "ipv6_only", socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(config.ipv6_only)
+    if config.device is not None:
+        yield "device", socket.SOL_SOCKET, getattr(socket, "SO_BINDTODEVICE", None), config.device.encode() + b"\0"
+    # The IPv4 options go for IPv6 sockets as well: the kernel keeps one flag for both.
+    if config.transparent:
+        yield "transparent", socket.IPPROTO_IP, IP_TRANSPARENT, 1
+    if config.free_bind:
+        yield "free_bind", socket.IPPROTO_IP, IP_FREEBIND, 1
+
+
+def _connection_options(config: ListenConfig, family: int) -> Iterator[_Option]:
+    if config.receive_buffer is not None:
+        yield "receive_buffer", socket.SOL_SOCKET, socket.SO_RCVBUF, config.receive_buffer
+    if config.send_buffer is not None:
+        yield "send_buffer", socket.SOL_SOCKET, socket.SO_SNDBUF, config.send_buffer
+    if family == socket.AF_UNIX:
+        return
+    tcp = socket.IPPROTO_TCP
+    yield "no_delay", tcp, socket.TCP_NODELAY, int(config.no_delay)
+    yield "keepalive", socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(config.keepalive)
+    if config.keepalive:
+        yield "keepalive_idle", tcp, getattr(socket, "TCP_KEEPIDLE", None), config.keepalive_idle
+        yield "keepalive_interval", tcp, getattr(socket, "TCP_KEEPINTVL", None), config.keepalive_interval
+        yield "keepalive_count", tcp, getattr(socket, "TCP_KEEPCNT", None), config.keepalive_count
+    if config.user_timeout is not None:
+        milliseconds = max(1, round(config.user_timeout * 1000))
+        yield "user_timeout", tcp, getattr(socket, "TCP_USER_TIMEOUT", None), milliseconds
+    if config.congestion is not None:
+        yield "congestion", tcp, getattr(socket, "TCP_CONGESTION", None), config.congestion.encode()
+
+
+def _accept_options(config: ListenConfig, family: int) -> Iterator[_Option]:
+    if family != socket.AF_UNIX:
+        if config.fast_open:
+            yield "fast_open", socket.IPPROTO_TCP, getattr(socket, "TCP_FASTOPEN", None), config.fast_open
+        if config.defer_accept is not None:
+            seconds = math.ceil(config.defer_accept)
+            yield "defer_accept", socket.IPPROTO_TCP, getattr(socket, "TCP_DEFER_ACCEPT", None), seconds
+    levels = {
+        socket.AF_UNIX: (socket.SOL_SOCKET,),
+        socket.AF_INET: (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_TCP),
+    }.get(socket.AddressFamily(family))
+    for level, option, value in config.extra:
+        if levels is None or level in levels:
+            yield "extra", level, option, value
+
+
+def _apply(sock: socket.socket, config: ListenConfig, options: Iterator[_Option]) -> None:
+    for field, level, option, value in options:
+        try:
+            if option is None:
+                raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+            sock.setsockopt(level, option, value)
+        except OSError as exc:
+            if getattr(config, field) == getattr(ListenConfig, field):
+                # Nobody asked for it: a system without fast open, say, is served without.
+                continue
+            raise ConfigError(_explain(config, field, (level, option, value), exc)) from exc
+
+
+def _explain(config: ListenConfig, field: str, option: tuple[Any, ...], exc: OSError) -> str:
+    expected = {
+        "device": "the name of an existing network interface",
+        "congestion": f"one of: {_read('/proc/sys/net/ipv4/tcp_available_congestion_control')}",
+        "transparent": "Linux, and the privilege CAP_NET_ADMIN or CAP_NET_RAW",
+        "free_bind": "Linux",
+        "extra": "options that this system's sockets have",
+    }.get(field, "a system whose sockets have this option")
+    if exc.errno == errno.ENOPROTOOPT and config.multipath:
+        expected += "; with multipath=True fewer are there"
+    value = getattr(config, field)
+    what = f"{field}={value!r}" if field != "extra" else f"extra {option!r}"
+    return f"{what}: the system refuses it ({exc.strerror}); expected {expected}"
+
+
+@functools.lru_cache(maxsize=64)
+def _try_options(config: ListenConfig) -> None:
+    # The cache keeps what worked; what raised is tried again. An IPv6 socket has the options of IPv4 too.
+    try:
+        sock = create_socket(config, socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)
+    except OSError as exc:
+        if exc.errno != errno.EAFNOSUPPORT:
+            return  # out of descriptors, say: nothing that this configuration could be blamed for
+        sock = create_socket(config, socket.AF_INET)
+    with sock:
+        set_reuse_port(sock, config)
+        apply_address_options(sock, config)
+        apply_connection_options(sock, config)
+        apply_accept_options(sock, config)
+
+
+def accepted_backlog(config: ListenConfig) -> int:
+    """The backlog for listen(2): what was asked for, or what the kernel allows."""
+    if config.backlog is not None:
+        return config.backlog
+    text = _read("/proc/sys/net/core/somaxconn")
+    return int(text) if text.isdigit() else socket.SOMAXCONN
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
