@@ -1,0 +1,213 @@
+"""Acceptor: one accept loop on one listening socket. StreamServer: the drop-in for gevent's."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent.server
+from gevent.hub import get_hub
+
+from .connection import Connection
+from .pool import HandlerPool
+
+if TYPE_CHECKING:
+    from .listener import Listener
+
+log = logging.getLogger("gtcpserver.accept")
+
+#: The system is out of descriptors or memory: trying again at once would fail again, so the loop backs off.
+CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+#: The listening socket itself is gone or was never one. Everything else concerns one connection that is lost already
+#: (accept(2), "Error handling": treat like EAGAIN), so the next accept follows without a pause.
+FATAL_ERRNOS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
+
+FIRST_DELAY = 0.01  # seconds; doubles with each failure in a row
+LONGEST_DELAY = 1.0  # seconds; so long at most until a recovered system is noticed
+
+#: Seconds between two log lines about failing accepts.
+LOG_INTERVAL = 1.0
+
+
+class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
+    """An accept loop: makes a Connection of each accepted socket and calls ``handle(connection, address)`` in the hub.
+
+    Args:
+        listener: a listening socket, non-blocking, or whatever ``gevent.server.StreamServer`` takes.
+        handle: called for each connection, in the event loop: it must not wait.
+        full: asked before each accept; while it is true nothing is accepted. Who made it true calls
+            :meth:`resume`.
+        on_fatal: called with the OSError when the listening socket cannot accept any more.
+    """
+
+    connection_class: type[Connection] = Connection
+    _full_asked: Callable[[], bool] | None = None
+    _on_fatal: Callable[[OSError], None] | None = None
+    _last_logged = -LOG_INTERVAL
+    #: Errors of accept so far.
+    accept_errors = 0
+
+    def __init__(
+        self,
+        listener: Any,
+        handle: Callable[[Any, Any], Any] | None = None,
+        *,
+        full: Callable[[], bool] | None = None,
+        on_fatal: Callable[[OSError], None] | None = None,
+        connection_class: type[Connection] = Connection,
+    ) -> None:
+        super().__init__(listener, handle=handle, spawn=None)
+        if full is not None:
+            self.full = full
+        self._on_fatal = on_fatal
+        self.connection_class = connection_class
+
+    @classmethod
+    def on(cls, listener: Listener, handle: Callable[[Any, Any], Any], **options: Any) -> Acceptor:
+        """An acceptor on a :class:`~gtcpserver.listener.Listener`, kept as ``acceptor.listener``."""
+        acceptor = cls(listener.socket, handle, **options)
+        acceptor.listener = listener
+        return acceptor
+
+    listener: Listener
+
+    def init_socket(self) -> None:
+        super().init_socket()
+        sock = self.socket
+        # Plain numbers: the socket module's enums cost 1 us for each new connection.
+        self._kind = (int(sock.family), int(sock.type), int(sock.proto))
+
+    def do_read(self) -> tuple[Any, Any] | None:
+        try:
+            fd, address = self.socket._accept()
+        except BlockingIOError:
+            return None
+        try:
+            return self.connection_class(*self._kind, fd), address
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def do_handle(self, *args: Any) -> None:
+        self._handle(*args)
+
+    def _do_read(self) -> None:
+        """The watcher's callback: accept until the queue is empty, the server full, or ``max_accept`` is reached."""
+        for _ in range(self.max_accept):
+            if self.full():
+                self.stop_accepting()
+                self._place_wanted()
+                return
+            try:
+                accepted = self.do_read()
+            except OSError as error:
+                if self._accept_failed(error):
+                    return
+                continue
+            if accepted is None:
+                return
+            self.delay = FIRST_DELAY
+            try:
+                self.do_handle(*accepted)
+            except BaseException:
+                self._handle_failed(accepted)
+                return
+            if self._watcher is None:
+                # The handler has run until its first wait, and may have stopped the server.
+                return
+
+    def _place_wanted(self) -> None:
+        """The server is full. Who gives the place calls :meth:`resume`."""
+
+    def resume(self, _who: Any = None) -> None:
+        """Accept again after the server was full."""
+        self._start_accepting_if_started()
+
+    def _accept_failed(self, error: OSError) -> bool:
+        """Note the error; True if the loop must leave off now."""
+        self.accept_errors += 1
+        if error.errno in FATAL_ERRNOS:
+            log.critical("the listening socket %s is gone: %s", self.address, error)
+            self.close()
+            if self._on_fatal is not None:
+                self._on_fatal(error)
+            return True
+        now = monotonic()
+        if error.errno not in CAPACITY_ERRNOS:
+            log.debug("accept on %s: %s", self.address, error)
+            return False
+        if now - self._last_logged >= LOG_INTERVAL:
+            self._last_logged = now
+            log.error("cannot accept on %s: %s; new connections wait in the kernel's queue", self.address, error)
+        self._back_off()
+        return True
+
+    def _back_off(self) -> None:
+        self.stop_accepting()
+        self._timer = self.loop.timer(self.delay)
+        self._timer.start(self._start_accepting_if_started)
+        self.delay = min(LONGEST_DELAY, self.delay * 2)
+
+    def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
+        self.loop.handle_error((accepted[1:], self), *sys.exc_info())
+        self._back_off()
+
+    def drain(self, accept: Callable[[Any, Any], Any]) -> int:
+        """Take what the kernel has queued now, whether full or not; call ``accept(connection, address)`` for each.
+
+        Returns:
+            the number of connections taken.
+        """
+        taken = 0
+        while True:
+            try:
+                accepted = self.do_read()
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS or error.errno in FATAL_ERRNOS:
+                    log.error("cannot drain %s: %s", self.address, error)
+                    return taken
+                continue
+            if accepted is None:
+                return taken
+            taken += 1
+            accept(*accepted)
+
+
+class StreamServer(Acceptor):
+    """``gevent.server.StreamServer`` with another engine: change the import, keep the program.
+
+    Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. What differs: the
+    handler's socket is a :class:`Connection`; with the default ``spawn`` greenlets are used again; accept errors
+    back off only when the system is out of descriptors or memory.
+    """
+
+    def __init__(
+        self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
+    ) -> None:
+        gevent.server.StreamServer.__init__(self, listener, handle, backlog, spawn, **ssl_args)
+
+    def set_spawn(self, spawn: Any) -> None:
+        if spawn == "default":
+            # Not self.pool: gevent's stop() waits for a pool's handlers, and does not for those of the default.
+            self._workers = HandlerPool(None)
+            spawn = self._run_in_worker
+        super().set_spawn(spawn)
+
+    def _run_in_worker(self, function: Callable[..., Any], *args: Any) -> None:
+        if get_hub() is gevent.getcurrent():
+            self._workers.run(function, *args)
+        else:
+            gevent.spawn(function, *args)
+
+    def do_handle(self, *args: Any) -> None:
+        gevent.server.StreamServer.do_handle(self, *args)
+
+    def _place_wanted(self) -> None:
+        if self.pool is not None:
+            self.pool._semaphore.rawlink(self._start_accepting_if_started)

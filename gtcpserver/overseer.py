@@ -1,0 +1,107 @@
+"""Overseer: ends handlers that take too long, and clients that drip.
+
+A periodic look at the open connections instead of a timer for each: it costs nothing on a connection's own path.
+"""
+
+from __future__ import annotations
+
+from time import monotonic, time
+from typing import Any
+
+from gevent.hub import get_hub
+
+from .connection import Connection
+from .errors import DeadlineExceeded
+
+#: How often within ``min_rate_window`` a connection is looked at. It counts as slow only if its handler was waiting for
+#: the client each time, so that one which computes or asks a database is not blamed on the client.
+LOOKS_A_WINDOW = 4
+
+#: A handler's time-out is noticed after a tenth of it, within these bounds (seconds).
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
+
+
+class HandlerTimedOut(DeadlineExceeded):
+    """Raised in a handler that has used up ``handler_timeout``."""
+
+
+class TooSlow(TimeoutError):
+    """Raised in a handler whose client moves fewer bytes than ``min_rate``."""
+
+
+class Overseer:
+    """Looks after the connections of one server.
+
+    Args:
+        connections: the open connections in the order they came, and the greenlet of each.
+        handler_timeout: seconds, or None.
+        min_rate: bytes a second, or None.
+        window: seconds over which ``min_rate`` is taken.
+    """
+
+    def __init__(
+        self,
+        connections: dict[Connection, Any],
+        handler_timeout: float | None,
+        min_rate: float | None,
+        window: float,
+    ) -> None:
+        self._connections = connections
+        self._handler_timeout = handler_timeout
+        self._least_bytes = None if min_rate is None else min_rate * window
+        self._window = window
+        self._timers: list[Any] = []
+        self._end_soon_told: dict[Connection, float] = {}
+
+    def start(self) -> None:
+        if self._handler_timeout is not None:
+            self._every(min(LONGEST_INTERVAL, max(SHORTEST_INTERVAL, self._handler_timeout / 10)), self._end_long_ones)
+        if self._least_bytes is not None:
+            self._every(self._window / LOOKS_A_WINDOW, self._end_slow_ones)
+
+    def stop(self) -> None:
+        for timer in self._timers:
+            timer.close()
+        self._timers.clear()
+
+    def _every(self, seconds: float, look: Any) -> None:
+        timer = get_hub().loop.timer(seconds, seconds, ref=False)
+        timer.start(look)
+        self._timers.append(timer)
+
+    def _end_long_ones(self) -> None:
+        assert self._handler_timeout is not None
+        now = time()
+        told = self._end_soon_told
+        for connection, worker in list(self._connections.items()):
+            age = now - connection.started_at
+            if age < self._handler_timeout:
+                break  # the rest came later
+            # A handler that swallowed it is told again, as often as it may be.
+            if monotonic() - told.get(connection, 0.0) >= self._handler_timeout:
+                told[connection] = monotonic()
+                worker.throw(HandlerTimedOut(f"the handler has run for more than {self._handler_timeout:g} s"))
+        for connection in [gone for gone in told if gone not in self._connections]:
+            del told[connection]
+
+    def _end_slow_ones(self) -> None:
+        assert self._least_bytes is not None
+        for connection in list(self._connections):
+            stream = connection._stream
+            waiter = stream.reader() or stream.writer()
+            if waiter is None or (connection.server is not None and connection in connection.server._idle):
+                stream.progress = None
+                continue
+            moved = stream.bytes_received + stream.bytes_sent
+            progress = stream.progress
+            if progress is None:
+                stream.progress = (moved, 1)
+            elif progress[1] < LOOKS_A_WINDOW:
+                stream.progress = (progress[0], progress[1] + 1)
+            elif moved - progress[0] >= self._least_bytes:
+                stream.progress = (moved, 1)
+            else:
+                stream.progress = None
+                waiter.throw(
+                    TooSlow(f"{moved - progress[0]} bytes in {self._window:g} s, at least {self._least_bytes:g} wanted")
+                )

@@ -1,0 +1,360 @@
+"""HandlerPool: the greenlets that run handlers, limited in number, resizable, and used again.
+
+On CPython 3.11 and newer a new greenlet maps and unmaps a 16 KiB stack of Python frames: 7 to 9 us, against 0.4 us for
+switching into one that waits. So a worker that has finished a connection waits for the next one.
+
+Nothing of one connection may reach the next. A worker therefore
+
+* runs the callbacks that were registered for "this greenlet has died" (gevent.local and a monkey-patched
+  threading.local register there to drop their data),
+* forgets its contextvars context and its attributes,
+* is not used again while anybody else still holds a reference to it: a ``gevent.Timeout`` never cancelled, a greenlet
+  kept in a list to be killed later. Such a reference means the finished connection, so the worker ends instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from gevent import pool as gevent_pool
+from gevent.hub import Waiter, get_hub
+from gevent.timeout import Timeout
+from greenlet import GreenletExit, greenlet
+
+#: Workers in no use for so long end, seconds. ultrapool's default; a burst comes back sooner or not at all.
+IDLE_WORKER_SECONDS = 5.0
+
+#: The default number of handlers at once: ten thousand blocked handlers take about 100 MiB with their sockets, and
+#: most systems allow more descriptors than that once asked. Above it the kernel's queue holds new connections.
+DEFAULT_SIZE = 10_000
+
+_NO_LIMIT = sys.maxsize
+
+_switch_to = greenlet.switch
+
+
+class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
+    """A ``gevent.pool.Pool`` that can change its size and uses its greenlets again.
+
+    The whole of gevent's API works (``spawn`` makes a new ``gevent.Greenlet`` that counts here like a handler);
+    servers use :meth:`run`.
+
+    Args:
+        size: how many handlers may run at once; None for no limit.
+
+    Raises:
+        ValueError: size is negative or not a whole number.
+    """
+
+    def __init__(self, size: int | None = DEFAULT_SIZE) -> None:
+        check_size(size)
+        super().__init__(None)
+        self.size = size
+        self._semaphore = self.places = Places(size)
+        self._waiting_workers: list[Worker] = []
+        self._least_waiting = 0
+        self._retire_timer: Any = None
+
+    def run(self, function: Callable[..., Any], *args: Any) -> None:
+        """Run ``function(*args)`` at once in a worker, until it first waits. Only from the hub (an event's callback).
+
+        The caller has seen that there is a place (``full()`` is false). What the function raises is reported through
+        gevent's hub; a server's function lets nothing out.
+        """
+        self.places.taken += 1
+        waiting = self._waiting_workers
+        while waiting:
+            worker = waiting.pop()
+            if len(waiting) < self._least_waiting:
+                self._least_waiting = len(waiting)
+            if sys.getrefcount(worker) <= (self._references or self._count_references()):
+                break
+            worker.switch(None, ())
+        else:
+            worker = Worker(self)
+        greenlets = self.greenlets
+        if not greenlets:
+            self._empty_event.clear()
+        greenlets.add(worker)
+        worker.switch(function, args)
+
+    #: References to a worker that only the pool knows, as counted in :meth:`run`; 0: not counted yet.
+    _references = 0
+
+    @classmethod
+    def _count_references(cls) -> int:
+        HandlerPool._references = sys.maxsize  # the pool that counts must not count again
+        HandlerPool._references = _references_of_a_waiting_worker()
+        return HandlerPool._references
+
+    def resize(self, size: int | None) -> None:
+        """Allow ``size`` handlers at once from now on (None: no limit).
+
+        More: those that wait for a place go on. Fewer: nobody is killed; no handler starts until enough have ended.
+        """
+        check_size(size)
+        self.size = size
+        self.places.resize(size)
+
+    def full(self) -> bool:
+        """True while no further handler may start."""
+        places = self.places
+        return places.taken >= places.size
+
+    def free_count(self) -> int:
+        """How many further handlers may start now (at least 1 where there is no limit)."""
+        return max(0, self.places.size - self.places.taken) if self.size is not None else 1
+
+    def retire_waiting_workers(self, count: int | None = None) -> None:
+        """End workers that wait for work, those longest without work first. Only from the hub or while it may wait."""
+        waiting = self._waiting_workers
+        leaving = waiting[:count] if count is not None else waiting[:]
+        del waiting[: len(leaving)]
+        for worker in leaving:
+            get_hub().loop.run_callback(worker.switch, None, ())
+
+    # A worker has finished its function.
+    def _finished(self, worker: Worker) -> None:
+        self.greenlets.discard(worker)
+        self.dying.discard(worker)
+        if not self.greenlets:
+            self._empty_event.set()
+        self.places.release()
+        self._waiting_workers.append(worker)
+        if self._retire_timer is None:
+            self._least_waiting = 0
+            # ref=False: workers without work keep no program alive.
+            self._retire_timer = get_hub().loop.timer(IDLE_WORKER_SECONDS, IDLE_WORKER_SECONDS, ref=False)
+            self._retire_timer.start(self._retire_unused)
+
+    def _retire_unused(self) -> None:
+        # As many as were never needed since the last time: they have waited for 5 to 10 s.
+        self.retire_waiting_workers(self._least_waiting)
+        self._least_waiting = len(self._waiting_workers)
+        if not self._waiting_workers:
+            self._retire_timer.close()
+            self._retire_timer = None
+
+
+# By name, since type checkers would otherwise not know those of greenlet's class.
+_WORKER_SLOTS = ("_links", "_number", "_pool", "_working", "loop")
+
+
+class Worker(greenlet):  # type: ignore[misc]
+    """A greenlet that runs one function after another. To others it looks like a ``gevent.Greenlet`` that runs one."""
+
+    __slots__ = _WORKER_SLOTS
+
+    #: gevent's waiting functions read these of a finished greenlet.
+    exception = value = None
+
+    gr_context: Any
+
+    def __init__(self, pool: HandlerPool) -> None:
+        hub = get_hub()
+        super().__init__(None, hub)
+        self.loop = hub.loop
+        self._pool = pool
+        self._links: list[Callable[[Any], Any]] | None = None
+        self._working = False
+        self._number = 0
+
+    def run(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
+        hub = self.parent
+        pool = self._pool
+        while function is not None:
+            self._working = True
+            try:
+                function(*args)
+            except GreenletExit:
+                pass
+            except BaseException:
+                hub.handle_error(self, *sys.exc_info())
+            function = args = None  # type: ignore[assignment]
+            self._working = False
+            self._number += 1
+            if self._links is not None:
+                self._notify_links()
+            if self.gr_context is not None:
+                self.gr_context = None
+            attributes = self.__dict__
+            if attributes:
+                attributes.clear()
+            pool._finished(self)
+            try:
+                # Not hub.switch(): see connection.py.
+                function, args = _switch_to(hub)
+            except BaseException:
+                # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
+                if self in pool._waiting_workers:
+                    pool._waiting_workers.remove(self)
+                return
+
+    def _notify_links(self) -> None:
+        links, self._links = self._links or [], None
+        for link in links:
+            try:
+                link(self)
+            except BaseException:
+                self.parent.handle_error((link, self), *sys.exc_info())
+
+    # -- what gevent expects of a greenlet ---------------------------------------------------------------------------
+
+    def rawlink(self, callback: Callable[[Any], Any]) -> None:
+        """Call ``callback(self)`` when the function that runs now has ended (at once if none runs)."""
+        if not self._working:
+            self.loop.run_callback(callback, self)
+        elif self._links is None:
+            self._links = [callback]
+        else:
+            self._links.append(callback)
+
+    link = rawlink
+
+    def unlink(self, callback: Callable[[Any], Any]) -> None:
+        if self._links is not None and callback in self._links:
+            self._links.remove(callback)
+
+    def ready(self) -> bool:
+        return not self._working
+
+    successful = ready
+
+    def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
+        """Raise ``exception`` in the function that runs now, if it still runs when the hub comes to it."""
+        if self._working:
+            self.loop.run_callback(self._throw_if_still, self._number, exception)
+            if block:
+                self.join(timeout)
+
+    def _throw_if_still(self, number: int, exception: Any) -> None:
+        if self._working and self._number == number:
+            self.throw(exception)
+
+    def throw(self, *error: Any) -> Any:
+        # gevent.Timeout keeps this bound method and may call it when the worker has long ended.
+        return None if self.dead else greenlet.throw(self, *error)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the function that runs now has ended."""
+        if not self._working:
+            return
+        waiter = Waiter()
+        self.rawlink(waiter.switch)
+        try:
+            with Timeout._start_new_or_dummy(timeout) as timer:
+                waiter.get()
+        except Timeout as expired:
+            if expired is not timer:
+                raise
+        finally:
+            self.unlink(waiter.switch)
+
+
+class Places:
+    """The places of a pool: a counter with the face of a ``gevent.lock.Semaphore``, whose size can change.
+
+    gevent's servers register with ``rawlink`` to hear once of a free place; greenlets wait for one in ``acquire``.
+    Whoever came first is told first.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = _NO_LIMIT if size is None else size
+        self.taken = 0
+        self._links: deque[Callable[[Any], Any]] = deque()
+        self._notifying = False
+
+    def resize(self, size: int | None) -> None:
+        self.size = _NO_LIMIT if size is None else size
+        self._tell_of_free_places()
+
+    def locked(self) -> bool:
+        return self.taken >= self.size
+
+    @property
+    def counter(self) -> int:
+        return max(0, self.size - self.taken)
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Take a place; False when there is none (in time)."""
+        # Those who wait already come first, unless the caller would not wait anyway.
+        if self.taken < self.size and not self._links:
+            self.taken += 1
+            return True
+        if not blocking:
+            if self.taken < self.size:
+                self.taken += 1
+                return True
+            return False
+        if not self._wait(timeout):
+            return False
+        self.taken += 1
+        return True
+
+    def release(self) -> None:
+        """Give a place back."""
+        self.taken -= 1
+        if self._links:
+            self._tell_of_free_places()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until there is a place, without taking it; returns how many there are."""
+        if self.locked():
+            self._wait(timeout)
+        return self.counter
+
+    def rawlink(self, callback: Callable[[Any], Any]) -> None:
+        """Call ``callback(self)`` once, in the hub, when there is a place."""
+        self._links.append(callback)
+        self._tell_of_free_places()
+
+    def unlink(self, callback: Callable[[Any], Any]) -> None:
+        if callback in self._links:
+            self._links.remove(callback)
+
+    def _wait(self, timeout: float | None) -> bool:
+        waiter = Waiter()
+        self.rawlink(waiter.switch)
+        try:
+            with Timeout._start_new_or_dummy(timeout) as timer:
+                waiter.get()
+                return True
+        except Timeout as expired:
+            if expired is not timer:
+                raise
+            return False
+        finally:
+            self.unlink(waiter.switch)
+            # This greenlet may have been told of a place and then killed: the next in the queue must hear of it.
+            self._tell_of_free_places()
+
+    def _tell_of_free_places(self) -> None:
+        if self._links and not self._notifying and self.taken < self.size:
+            self._notifying = True
+            get_hub().loop.run_callback(self._notify)
+
+    def _notify(self) -> None:
+        self._notifying = False
+        # A link that takes a place does so before it returns here; one that does not leaves it to the next.
+        while self._links and self.taken < self.size:
+            self._links.popleft()(self)
+
+
+def check_size(size: int | None) -> None:
+    """Raise ValueError unless ``size`` is None or a whole number from 0."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+        raise ValueError(f"pool size must be a whole number from 0, or None for no limit, got {size!r}")
+
+
+def _references_of_a_waiting_worker() -> int:
+    """How many references a worker has while it waits, counted as :meth:`HandlerPool.run` does. Only from the hub."""
+    pool = HandlerPool(1)
+    pool.run(len, ())
+    worker = pool._waiting_workers.pop()
+    references = sys.getrefcount(worker)
+    worker.switch(None, ())
+    pool._retire_unused()
+    return references

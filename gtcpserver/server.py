@@ -1,0 +1,772 @@
+"""Server: puts listeners, accept loops, pool and connections together, and owns their life.
+
+Reads in the order things happen: construct, start, admit a connection, serve it, stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import struct
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, Literal
+
+import gevent
+from gevent.event import Event
+from gevent.hub import get_hub
+from greenlet import GreenletExit, getcurrent
+
+from .acceptor import Acceptor
+from .address import format_sockaddr
+from .connection import Connection
+from .errors import ConfigError, GtcpServerError
+from .linger import Linger
+from .listener import (
+    HANDSHAKE_SECONDS,
+    ListenConfig,
+    Listener,
+    forget_member,
+    handshakes_under_way,
+    open_listeners,
+    steer,
+)
+from .logs import FaultLimiter
+from .options import check_number, check_whole_number
+from .overseer import HandlerTimedOut, Overseer, TooSlow
+from .pool import DEFAULT_SIZE, HandlerPool, check_size
+from .stats import Counters, CutConnection, ServerStats, StopReport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = logging.getLogger("gtcpserver")
+
+Handler = Callable[[Any], Any]
+OnFull = Literal["wait", "reject", "close_idle"]
+
+#: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
+QUEUE_WAIT_EVERY = 64
+
+#: How long a greenlet that was killed may take to end, seconds, before it is told again; and how often it is told.
+KILL_SECONDS = 0.25
+KILL_ATTEMPTS = 4
+
+#: How long a stop waits at most for handshakes that are under way, seconds (a client's ACK that was lost comes again
+#: after 1 s: longer than that is somebody who does not mean to finish).
+LONGEST_DRAIN = 1.0
+
+DEFAULT_STOP_TIMEOUT = 30.0
+
+
+class State(Enum):
+    """The life of a server; it goes one way."""
+
+    NEW = "new"
+    SERVING = "serving"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class Server:
+    """A TCP server: each connection runs ``handler(connection)`` in a greenlet of its own, then it is closed.
+
+    Args:
+        address: where to listen: "127.0.0.1:5000", "[::1]:443", "*:80" (IPv4 and IPv6), "name:80",
+            "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
+        handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
+            program, everything else cooperate.
+        listen: options of the listening sockets.
+        accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
+            measured, more make no connection faster, and each has a queue of its own to drain at a stop.
+        pool: a HandlerPool (which several servers may share), or the number of handlers that may run at once, or None
+            for no limit.
+        on_full: when the pool (or ``max_connections``) is full: "wait" leaves new connections in the kernel's queue,
+            "reject" accepts and closes them, "close_idle" closes the connection that has been idle longest
+            (:meth:`Connection.idle`) and otherwise waits.
+        max_connections: connections open at once, idle ones included; None for no limit.
+        max_accepts: serve exactly so many connections, then stop; None for no limit.
+        timeout: seconds in which nothing moves until a read or write raises TimeoutError; ``settimeout`` of each new
+            connection. None waits for ever.
+        handler_timeout: seconds a handler may take in all; then DeadlineExceeded is raised in it wherever it waits.
+        min_rate: bytes a second (both directions together). A handler that has waited for its client all through
+            ``min_rate_window`` while less moved is ended: clients that drip cannot hold places.
+        min_rate_window: seconds.
+        linger: seconds a closed connection may take to be closed by the peer too, so that everything written reaches
+            it; 0 closes at once.
+        connection_class: a subclass of Connection for the handler to get.
+        context: anything; each connection has it as ``connection.context``.
+        on_connect: called first in the connection's greenlet; if it returns False the connection is closed unserved.
+        on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
+        on_error: called with (connection, exception) for every exception that left the handler, instead of the log.
+
+    Raises:
+        ConfigError: an option that cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        address: Any,
+        handler: Handler,
+        *,
+        listen: ListenConfig | None = None,
+        accept_loops: int = 1,
+        pool: HandlerPool | int | None = DEFAULT_SIZE,
+        on_full: OnFull = "wait",
+        max_connections: int | None = None,
+        max_accepts: int | None = None,
+        timeout: float | None = None,
+        handler_timeout: float | None = None,
+        min_rate: float | None = None,
+        min_rate_window: float = 10.0,
+        linger: float = 2.0,
+        tls: Any = None,
+        connection_class: type[Connection] = Connection,
+        context: Any = None,
+        on_connect: Callable[[Any], Any] | None = None,
+        on_disconnect: Callable[[Any], Any] | None = None,
+        on_error: Callable[[Any, BaseException], Any] | None = None,
+    ) -> None:
+        for name, value in (("handler", handler),):
+            if not callable(value):
+                raise ConfigError(f"{name} must be callable with a connection, got {value!r}")
+        for name, hook in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_error", on_error)):
+            if hook is not None and not callable(hook):
+                raise ConfigError(f"{name} must be callable or None, got {hook!r}")
+        check_whole_number("accept_loops", accept_loops, least=1)
+        check_whole_number("max_connections", max_connections, least=1, none="for no limit")
+        check_whole_number("max_accepts", max_accepts, least=1, none="for no limit")
+        check_number("timeout", timeout, above=0, none="to wait for ever")
+        check_number("handler_timeout", handler_timeout, above=0, none="for no limit")
+        check_number("min_rate", min_rate, above=0, none="for no limit")
+        check_number("min_rate_window", min_rate_window, above=0)
+        check_number("linger", linger, least=0)
+        if on_full not in ("wait", "reject", "close_idle"):
+            raise ConfigError(f'on_full must be "wait", "reject" or "close_idle", got {on_full!r}')
+        if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):
+            raise ConfigError(f"connection_class must be a subclass of Connection, got {connection_class!r}")
+        if tls is not None:
+            raise ConfigError(f"tls is not available in this version, got {tls!r}")
+        if not isinstance(pool, HandlerPool):
+            try:
+                check_size(pool)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            pool = HandlerPool(pool)
+        if listen is not None and not isinstance(listen, ListenConfig):
+            raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
+        self.handler = handler
+        self.pool = pool
+        self.context = context
+        self.timeout = timeout
+        self.max_connections = max_connections
+        self.max_accepts = max_accepts
+        self.on_full: OnFull = on_full
+        self.on_connect = on_connect
+        self.on_disconnect = on_disconnect
+        self.on_error = on_error
+        self.connection_class = connection_class
+        self.state = State.NEW
+        #: Set when a stop begins: handlers with work of their own wait on it.
+        self.stopping_event = Event()
+        #: The error of a listening socket that stopped the server.
+        self.fatal_error: OSError | None = None
+        self._asked_addresses: list[Any] = list(address) if isinstance(address, list) else [address]
+        self._listen = listen if listen is not None else ListenConfig()
+        self._accept_loops = accept_loops
+        self._acceptors: list[Acceptor] = []
+        self._groups: list[list[Listener]] = []
+        self._counters = Counters()
+        self._connections: dict[Connection, Any] = {}  # in the order they came -> their greenlet
+        self._idle: dict[Connection, None] = {}  # in the order they became idle
+        self._held: deque[Connection] = deque()  # accepted while draining, waiting for a place
+        self._nobody_connected = Event()
+        self._nobody_connected.set()
+        self._stopped = Event()
+        self._lingerer = Linger(linger)
+        self._faults = FaultLimiter()
+        self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
+        self._report: StopReport | None = None
+        self._started_at = 0.0
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bind, listen and accept. Returns at once; connections are served while this greenlet waits.
+
+        Raises:
+            OSError: the address cannot be had; the message names it and, where it can be known, who has it.
+            GtcpServerError: the server was started before.
+        """
+        if self.state is not State.NEW:
+            raise GtcpServerError(f"a server starts once; this one is {self.state.value}")
+        listeners: list[Listener] = []
+        try:
+            for address in self._asked_addresses:
+                group = open_listeners(address, self._listen, self._accept_loops)
+                self._groups.append(group)
+                listeners += group
+            for listener in listeners:
+                acceptor = Acceptor.on(
+                    listener,
+                    self._admit,
+                    full=self._full,
+                    on_fatal=self._listener_is_gone,
+                    connection_class=self.connection_class,
+                )
+                acceptor._place_wanted = self._wake_accept_loops_later  # type: ignore[method-assign]
+                self._acceptors.append(acceptor)
+            self.state = State.SERVING
+            self._started_at = monotonic()
+            for acceptor in self._acceptors:
+                acceptor.start()
+        except BaseException:
+            for listener in listeners:
+                listener.close()
+            raise
+        self._overseer.start()
+
+    def serve_forever(self, stop_timeout: float | None = DEFAULT_STOP_TIMEOUT) -> StopReport:
+        """Start if need be, and serve until stopped.
+
+        In the main thread SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)``; a second one is ``halt()``.
+
+        Args:
+            stop_timeout: seconds that handlers get to finish after a signal; None waits for ever.
+
+        Returns:
+            the report of the stop.
+
+        Raises:
+            OSError: as :meth:`start`, or the listening socket was lost.
+        """
+        if self.state is State.NEW:
+            self.start()
+        restore: list[tuple[int, Any]] = []
+        if threading.current_thread() is threading.main_thread():
+            loop = get_hub().loop
+
+            def on_signal(number: int, _frame: Any) -> None:
+                # A signal handler runs between any two bytecodes: only note it and let the loop act.
+                loop.run_callback(self._stop_by_signal, number, stop_timeout)
+
+            restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            self._stopped.wait()
+        except BaseException:
+            self.halt()
+            raise
+        finally:
+            for number, before in restore:
+                signal.signal(number, before)
+        if self.fatal_error is not None:
+            raise self.fatal_error
+        assert self._report is not None
+        return self._report
+
+    def _stop_by_signal(self, number: int, stop_timeout: float | None) -> None:
+        name = signal.Signals(number).name
+        if self.state is State.STOPPING:
+            log.warning("%s again: ending %d handlers now", name, len(self._connections))
+            gevent.spawn(self.halt)
+        elif self.state is State.SERVING:
+            log.info("%s: stopping, %d connections", name, len(self._connections))
+            gevent.spawn(self.stop, stop_timeout)
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop(DEFAULT_STOP_TIMEOUT)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the server listens, one entry an address, with the real ports: ("127.0.0.1:5000",)."""
+        seen = dict.fromkeys(listener.address for group in self._groups for listener in group)
+        return tuple(seen)
+
+    @property
+    def address(self) -> str:
+        """The first of :attr:`addresses`. Raises GtcpServerError before the start."""
+        if not self._groups:
+            raise GtcpServerError("the server has no address before it is started")
+        return self.addresses[0]
+
+    @property
+    def port(self) -> int:
+        """The port of the first address; 0 for a unix socket."""
+        if not self._groups:
+            raise GtcpServerError("the server has no port before it is started")
+        sockaddr = self._groups[0][0].sockaddr
+        return sockaddr[1] if isinstance(sockaddr, tuple) else 0
+
+    @property
+    def stopping(self) -> bool:
+        """True from the moment a stop has begun."""
+        return self.state in (State.STOPPING, State.STOPPED)
+
+    @property
+    def active_connections(self) -> int:
+        """Connections open now, idle ones included."""
+        return len(self._connections)
+
+    @property
+    def accepted_connections(self) -> int:
+        """Connections accepted since the start."""
+        return self._counters.accepted
+
+    def __repr__(self) -> str:
+        where = ", ".join(self.addresses) or ", ".join(map(str, self._asked_addresses))
+        return f"<{type(self).__name__} {where} {self.state.value}, {len(self._connections)} connections>"
+
+    # -- admit a connection (in the hub) -----------------------------------------------------------------------------
+
+    def _full(self) -> bool:
+        """Asked before each accept. Hot for new connections: 0.2 us."""
+        places = self.pool.places
+        if places.taken < places.size and (
+            self.max_connections is None or len(self._connections) < self.max_connections
+        ):
+            return False
+        if self.on_full == "reject":
+            return False
+        if self.on_full == "close_idle" and places.taken < places.size and self._idle:
+            # Its place is free when its handler has returned; the loop asks again then.
+            oldest = next(iter(self._idle))
+            del self._idle[oldest]
+            self._idle[oldest] = None
+            self._counters.idle_closed += not oldest._stream.ending
+            get_hub().loop.run_callback(self._end_if_idle, oldest)
+        return True
+
+    def _has_room(self) -> bool:
+        places = self.pool.places
+        return places.taken < places.size and (
+            self.max_connections is None or len(self._connections) < self.max_connections
+        )
+
+    def _wake_accept_loops_later(self) -> None:
+        places = self.pool.places
+        if places.taken >= places.size:
+            places.rawlink(self._wake_accept_loops)
+        # Otherwise max_connections is reached: the end of a connection wakes them.
+
+    def _wake_accept_loops(self, _places: Any = None) -> None:
+        if self.state is State.SERVING:
+            for acceptor in self._acceptors:
+                acceptor.resume()
+
+    def _admit(self, connection: Connection, address: Any) -> None:
+        """A connection was accepted: hand it to a worker, which runs until its handler first waits."""
+        counters = self._counters
+        if self.max_accepts is not None and counters.accepted >= self.max_accepts:
+            connection.close()  # came between the last accept and the end of the loop
+            return
+        if self._has_left(connection):
+            counters.left_in_queue += 1
+            connection.close()
+            return
+        counters.accepted = number = counters.accepted + 1
+        if not number % QUEUE_WAIT_EVERY:
+            self._measure_queue_wait(connection)
+        if self.on_full == "reject" and not self._has_room() and self.state is State.SERVING:
+            counters.rejected += 1
+            self._lingerer.take(connection._sock) or connection.close()
+            return
+        connection.client_address = address
+        connection.server = self
+        connection.context = self.context
+        if self.timeout is not None:
+            connection.timeout = self.timeout
+        self.pool.run(self._serve, connection)
+        if number == self.max_accepts:
+            for acceptor in self._acceptors:
+                acceptor.stop_accepting()
+            gevent.spawn(self._stop_after_last)
+
+    def _has_left(self, connection: Connection) -> bool:
+        # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
+        # answer: that one is served.
+        return bool(connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+    def _measure_queue_wait(self, connection: Connection) -> None:
+        # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it counts from the handshake.
+        try:
+            info = connection._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+        except OSError:
+            return  # not TCP
+        waited = struct.unpack_from("=I", info, 44)[0] / 1000
+        counters = self._counters
+        counters.queue_wait_samples += 1
+        counters.queue_wait_total += waited
+        counters.queue_wait_max = max(counters.queue_wait_max, waited)
+
+    # -- serve it (in its worker) ------------------------------------------------------------------------------------
+
+    def _serve(self, connection: Connection) -> None:
+        connections = self._connections
+        if not connections:
+            self._nobody_connected.clear()
+        connections[connection] = getcurrent()
+        if len(connections) > self._counters.peak:
+            self._counters.peak = len(connections)
+        try:
+            if self.on_connect is None or self.on_connect(connection) is not False:
+                self.handler(connection)
+            else:
+                self._counters.refused += 1
+        except BaseException as error:
+            self._handler_raised(connection, error)
+        try:
+            if self.on_disconnect is not None:
+                self.on_disconnect(connection)
+        except BaseException as error:
+            self._handler_raised(connection, error)
+        self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        """The last steps of a connection. Nothing in here waits, so a kill cannot come between."""
+        counters = self._counters
+        counters.bytes_received += connection.bytes_received
+        counters.bytes_sent += connection.bytes_sent
+        if connection in self._idle:  # a handler left its idle block by a kill
+            del self._idle[connection]
+            self.pool.places.taken += 1
+        if not (connection._closed and connection._io_refs <= 0):
+            connection._closed = True
+            connection._real_close()
+        connections = self._connections
+        was_full = self.max_connections is not None and len(connections) >= self.max_connections
+        del connections[connection]
+        if not connections and not self._held:
+            self._nobody_connected.set()
+        if was_full:
+            self._wake_accept_loops()
+
+    def _handler_raised(self, connection: Connection, error: BaseException) -> None:
+        """Count what left the handler; print it only if it is a fault of the handler."""
+        counters = self._counters
+        if isinstance(error, GreenletExit):
+            return
+        if isinstance(error, ConnectionError):
+            counters.resets += 1
+        elif isinstance(error, HandlerTimedOut):
+            counters.handler_timeouts += 1
+        elif isinstance(error, TooSlow):
+            counters.slow_clients += 1
+        elif isinstance(error, TimeoutError):
+            counters.timeouts += 1
+        else:
+            counters.handler_errors += 1
+        if self.on_error is not None:
+            try:
+                self.on_error(connection, error)
+                return
+            except BaseException as own:
+                error = own
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: %s", self._peer(connection), error or type(error).__name__)
+            return
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        left_out = self._faults.allow((type(error), where.filename, where.lineno))
+        if left_out is not None:
+            also = f" ({left_out} more of these were not printed)" if left_out else ""
+            log.error("handler for %s failed%s", self._peer(connection), also, exc_info=error)
+
+    def _peer(self, connection: Connection) -> str:
+        try:
+            return format_sockaddr(connection.client_address, int(connection._sock.family))
+        except Exception:
+            return str(connection.client_address)
+
+    def _linger(self, sock: Any, peer_has_closed: bool) -> bool:
+        """A connection's socket is to be closed (called by Connection). True: it is taken care of."""
+        # A peer that has closed its side sends nothing more that could provoke a reset.
+        return not peer_has_closed and self._lingerer.take(sock)
+
+    # -- idle connections --------------------------------------------------------------------------------------------
+
+    def _enter_idle(self, connection: Connection) -> None:
+        # Once a request where a handler uses it: 0.3 us with the way back.
+        self._idle[connection] = None
+        self.pool.places.release()
+        if self.state is not State.SERVING:
+            connection._end_idle()
+
+    def _leave_idle(self, connection: Connection) -> None:
+        del self._idle[connection]
+        connection._stream.ending = False
+        places = self.pool.places
+        try:
+            places.acquire()
+        except BaseException:
+            # Killed while it waited for a place: the pool will release one for this worker all the same.
+            places.taken += 1
+            raise
+
+    def _end_if_idle(self, connection: Connection) -> None:
+        if connection in self._idle and not connection._closed:
+            connection._end_idle()
+
+    # -- stop --------------------------------------------------------------------------------------------------------
+
+    def stop(self, timeout: float | None = None) -> StopReport:
+        """Take no new connections, serve those the kernel has queued, wait for the handlers.
+
+        Idle connections (:meth:`Connection.idle`) are ended at once. Handlers that still run after ``timeout`` are
+        ended by GreenletExit, so that their ``finally`` blocks run; one that swallows it is told again and its socket
+        is shut.
+
+        Args:
+            timeout: seconds; None waits for ever, 0 ends handlers at once (after the queue was emptied).
+
+        Returns:
+            how many handlers finished and how many were ended, with what each of those was doing.
+            A second call waits for the same stop.
+        """
+        check_number("timeout", timeout, least=0, none="to wait for ever")
+        if self.state is State.NEW:
+            self.state = State.STOPPED
+            self._report = StopReport(0, 0)
+            self.stopping_event.set()
+            self._stopped.set()
+        if self.state is State.SERVING:
+            self._stop(timeout)
+        self._stopped.wait()
+        assert self._report is not None
+        return self._report
+
+    def halt(self) -> StopReport:
+        """Close the listening sockets, end every handler now. What the kernel has queued is reset."""
+        if self.state is State.STOPPING:
+            self._hurry.set()
+            self._stopped.wait()
+            assert self._report is not None
+            return self._report
+        if self.state is State.SERVING:
+            self._stop(0.0, drain=False)
+        return self.stop()
+
+    def wait_stopped(self, timeout: float | None = None) -> bool:
+        """Wait until the server has stopped; False if ``timeout`` seconds were not enough."""
+        return bool(self._stopped.wait(timeout))
+
+    def close_accept_loop(self, index: int) -> None:
+        """Close one of several accept loops while the others stay; no connection is lost.
+
+        New connections are steered to the sockets that stay, what this one has queued is accepted, then it is closed.
+
+        Args:
+            index: position among the accept loops still open.
+
+        Raises:
+            GtcpServerError: there is no such loop, or no other one on its address.
+        """
+        if not 0 <= index < len(self._acceptors):
+            raise GtcpServerError(f"accept loop must be 0 to {len(self._acceptors) - 1}, got {index}")
+        acceptor = self._acceptors[index]
+        listener = acceptor.listener
+        group = next(group for group in self._groups if listener in group)
+        if len(group) < 2:
+            raise GtcpServerError(f"{listener.address} has one accept loop; use stop()")
+        place = group.index(listener)
+        if not steer(group, [i for i in range(len(group)) if i != place]):
+            log.warning("cannot steer connections away from a socket of %s; some may be reset", listener.address)
+        self._drain_and_close([acceptor])
+        self._acceptors.remove(acceptor)
+        forget_member(group, place)
+        if len(group) > 1:
+            # The kernel has renumbered the group: the program must name the new places.
+            steer(group, range(len(group)))
+
+    def _drain_and_close(self, acceptors: Sequence[Acceptor]) -> None:
+        for acceptor in acceptors:
+            acceptor.stop_accepting()
+            acceptor.drain(self._admit_drained)
+        give_up = monotonic() + LONGEST_DRAIN
+        while True:
+            # Handshakes that had begun come into the queue now.
+            gevent.sleep(HANDSHAKE_SECONDS)
+            for acceptor in acceptors:
+                acceptor.drain(self._admit_drained)
+            if monotonic() > give_up or not any(
+                acceptor.listener.owned and handshakes_under_way(acceptor.listener.socket) for acceptor in acceptors
+            ):
+                break
+        for acceptor in acceptors:
+            acceptor.drain(self._admit_drained)
+            self._counters_of_closed += acceptor.accept_errors
+            acceptor.close()
+            acceptor.listener.close()
+
+    _counters_of_closed = 0
+
+    def _admit_drained(self, connection: Connection, address: Any) -> None:
+        """Hold it until the pool has a place: the kernel's queue, where it would have waited, is about to go."""
+        if self.max_accepts is not None and self._counters.accepted + len(self._held) >= self.max_accepts:
+            connection.close()
+            return
+        connection.client_address = address
+        self._nobody_connected.clear()
+        self._held.append(connection)
+        if len(self._held) == 1:
+            self.pool.places.rawlink(self._serve_held)
+
+    def _serve_held(self, places: Any) -> None:
+        # Called in the hub when the pool has a place.
+        while self._held and places.taken < places.size:
+            connection = self._held.popleft()
+            self._admit(connection, connection.client_address)
+        if self._held:
+            places.rawlink(self._serve_held)
+        elif not self._connections:
+            self._nobody_connected.set()
+
+    def _stop(self, timeout: float | None, drain: bool = True) -> None:
+        self.state = State.STOPPING
+        self._hurry = Event()
+        if not drain:
+            self._hurry.set()
+        until = None if timeout is None else monotonic() + timeout
+        accepted_before = self._counters.accepted - len(self._connections)
+        try:
+            if drain:
+                for acceptor in self._acceptors:
+                    acceptor.listener.mute()
+            self.stopping_event.set()
+            # Idle ones end now, the others when they become idle.
+            for connection in list(self._idle):
+                self._counters.idle_closed += 1
+                get_hub().loop.run_callback(self._end_if_idle, connection)
+            if drain:
+                self._drain_and_close(self._acceptors)
+            else:
+                for acceptor in self._acceptors:
+                    acceptor.close()
+                    acceptor.listener.close()
+            self._wait_for_handlers(until)
+            cut = self._end_handlers()
+            if not self._hurry.is_set():
+                left = None if until is None else max(0.0, until - monotonic())
+                self._lingerer.nobody_lingers.wait(left)
+            self._lingerer.close_all()
+        finally:
+            self._overseer.stop()
+            self.state = State.STOPPED
+        seen = self._counters.accepted - accepted_before
+        self._report = StopReport(max(0, seen - len(cut)), len(cut), tuple(cut))
+        self._stopped.set()
+
+    def _wait_for_handlers(self, until: float | None) -> None:
+        left = None if until is None else max(0.0, until - monotonic())
+        gevent.wait([self._nobody_connected, self._hurry], timeout=left, count=1)
+
+    def _end_handlers(self) -> list[CutConnection]:
+        cut: dict[Connection, CutConnection] = {}
+        while self._held:
+            connection = self._held.popleft()
+            self._counters.accepted += 1
+            cut[connection] = self._describe(connection, None)
+            connection._sock.close()
+        for connection, worker in list(self._connections.items()):
+            cut[connection] = self._describe(connection, worker)
+        for attempt in range(KILL_ATTEMPTS):
+            if not self._connections:
+                break
+            for connection, worker in list(self._connections.items()):
+                if attempt:
+                    self._shut(connection)
+                worker.kill(block=False)
+            self._nobody_connected.wait(KILL_SECONDS)
+        for connection, worker in list(self._connections.items()):
+            cut[connection] = self._describe(connection, worker, ended=False)
+            log.error("a handler would not end: %s", cut[connection])
+        return list(cut.values())
+
+    def _shut(self, connection: Connection) -> None:
+        try:
+            connection._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # closed already
+
+    def _describe(self, connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+        return CutConnection(
+            peer=self._peer(connection),
+            age=time() - connection.started_at,
+            bytes_received=connection.bytes_received,
+            bytes_sent=connection.bytes_sent,
+            where=_where(worker.gr_frame) if worker is not None else (),
+            ended=ended,
+        )
+
+    def _stop_after_last(self) -> None:
+        self.stop(None)
+
+    def _listener_is_gone(self, error: OSError) -> None:
+        self.fatal_error = error
+        gevent.spawn(self.stop, DEFAULT_STOP_TIMEOUT)
+
+    # -- counters ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> ServerStats:
+        """A snapshot of the counters. Costs 0.1 us for each open connection (their bytes are added up)."""
+        counters = self._counters
+        connections = list(self._connections)
+        samples = counters.queue_wait_samples
+        return ServerStats(
+            accepted=counters.accepted,
+            active=len(connections),
+            idle=len(self._idle),
+            lingering=len(self._lingerer),
+            peak=counters.peak,
+            rejected=counters.rejected,
+            refused=counters.refused,
+            left_in_queue=counters.left_in_queue,
+            handler_errors=counters.handler_errors,
+            resets=counters.resets,
+            timeouts=counters.timeouts,
+            handler_timeouts=counters.handler_timeouts,
+            slow_clients=counters.slow_clients,
+            idle_closed=counters.idle_closed,
+            accept_errors=self._counters_of_closed + sum(acceptor.accept_errors for acceptor in self._acceptors),
+            bytes_received=counters.bytes_received + sum(c.bytes_received for c in connections),
+            bytes_sent=counters.bytes_sent + sum(c.bytes_sent for c in connections),
+            queue_wait_samples=samples,
+            queue_wait_mean=counters.queue_wait_total / samples if samples else 0.0,
+            queue_wait_max=counters.queue_wait_max,
+            handlers=self.pool.places.taken,
+            pool_size=self.pool.size,
+            uptime=monotonic() - self._started_at if self._started_at else 0.0,
+        )
+
+
+def _where(frame: Any) -> tuple[str, ...]:
+    """The frames of a handler that waits, without this library's, outermost first."""
+    own = os.path.dirname(__file__)
+    stack = traceback.extract_stack(frame) if frame is not None else []
+    return tuple(
+        f"{os.path.basename(entry.filename)}:{entry.lineno} in {entry.name}"
+        for entry in stack
+        if os.path.dirname(entry.filename) != own
+    )
+
+
+def run(handler: Handler, address: Any = "127.0.0.1:5000", **options: Any) -> StopReport:
+    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``.
+
+    Args:
+        handler: called with each connection.
+        address: where to listen, as :class:`Server`.
+        **options: as :class:`Server`.
+    """
+    return Server(address, handler, **options).serve_forever()

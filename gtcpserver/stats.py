@@ -1,0 +1,125 @@
+"""Counters of a server, and their snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a server counts while it runs."""
+
+    accepted: int = 0
+    peak: int = 0
+    rejected: int = 0
+    refused: int = 0
+    left_in_queue: int = 0
+    handler_errors: int = 0
+    resets: int = 0
+    timeouts: int = 0
+    slow_clients: int = 0
+    handler_timeouts: int = 0
+    idle_closed: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    queue_wait_samples: int = 0
+    queue_wait_total: float = 0.0
+    queue_wait_max: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """A snapshot of a server's counters. All count from the start of the server; times are seconds.
+
+    Attributes:
+        accepted: connections accepted.
+        active: connections open now (handler running or idle; not those that linger after their handler).
+        idle: of these, waiting between two requests (``Connection.idle``).
+        lingering: handler has returned, peer has not closed yet.
+        peak: most connections open at once.
+        rejected: accepted and closed because the server was full.
+        refused: closed because ``on_connect`` said so.
+        left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
+        handler_errors: handlers that ended with an exception of their own.
+        resets: handlers that ended because the peer reset the connection or had gone (any ConnectionError).
+        timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
+        handler_timeouts: handlers ended because of ``handler_timeout``.
+        slow_clients: handlers ended because of ``min_rate``.
+        idle_closed: idle connections closed to make room, or at a stop.
+        accept_errors: failed accepts.
+        bytes_received: bytes read from clients.
+        bytes_sent: bytes written to clients.
+        queue_wait_samples: accepted connections whose waiting time was measured (one in 64).
+        queue_wait_mean: mean time they had waited since the handshake (or their last sending; TCP_INFO, tcp(7)).
+        queue_wait_max: the longest of them.
+        handlers: handlers running now, over all servers that share the pool.
+        pool_size: places in the pool; None for no limit.
+        uptime: since the start.
+    """
+
+    accepted: int
+    active: int
+    idle: int
+    lingering: int
+    peak: int
+    rejected: int
+    refused: int
+    left_in_queue: int
+    handler_errors: int
+    resets: int
+    timeouts: int
+    handler_timeouts: int
+    slow_clients: int
+    idle_closed: int
+    accept_errors: int
+    bytes_received: int
+    bytes_sent: int
+    queue_wait_samples: int
+    queue_wait_mean: float
+    queue_wait_max: float
+    handlers: int
+    pool_size: int | None
+    uptime: float
+
+
+@dataclass(frozen=True, slots=True)
+class CutConnection:
+    """A connection whose handler was ended by a stop.
+
+    Attributes:
+        peer: the client's address, printed.
+        age: seconds since it was accepted.
+        bytes_received: bytes read from it.
+        bytes_sent: bytes written to it.
+        where: where its handler stood, innermost last: ("app.py:12 in handler", ...).
+        ended: False if the handler did not end even when told again; its socket is shut, its greenlet runs on.
+    """
+
+    peer: str
+    age: float
+    bytes_received: int
+    bytes_sent: int
+    where: tuple[str, ...]
+    ended: bool = True
+
+    def __str__(self) -> str:
+        where = " < ".join(reversed(self.where)) or "not started"
+        return (
+            f"{self.peer}, {self.age:.1f} s old, {self.bytes_received} bytes in, {self.bytes_sent} out, at {where}"
+            + ("" if self.ended else ", would not end")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What a stop did.
+
+    Attributes:
+        finished: handlers that ended by themselves during the stop.
+        ended: handlers that were ended by it.
+        cut: one entry for each of those.
+    """
+
+    finished: int
+    ended: int
+    cut: tuple[CutConnection, ...] = ()
