@@ -3,11 +3,20 @@
 from .acceptor import Acceptor, StreamServer
 from .address import Address, parse_address
 from .connection import Connection
-from .errors import ConfigError, DeadlineExceeded, EarlyEOF, GtcpServerError, LimitExceeded
+from .errors import (
+    ConfigError,
+    DeadlineExceeded,
+    EarlyEOF,
+    GtcpServerError,
+    LimitExceeded,
+    StartTLSError,
+    TruncatedStream,
+)
 from .listener import ListenConfig
 from .pool import HandlerPool
 from .server import Server, State, run
 from .stats import CutConnection, ServerStats, StopReport
+from .tls import ConnectionTLS, TLSConfig
 
 __version__ = "0.1.0"
 
@@ -16,6 +25,7 @@ __all__ = [
     "Address",
     "ConfigError",
     "Connection",
+    "ConnectionTLS",
     "CutConnection",
     "DeadlineExceeded",
     "EarlyEOF",
@@ -25,9 +35,12 @@ __all__ = [
     "ListenConfig",
     "Server",
     "ServerStats",
+    "StartTLSError",
     "State",
     "StopReport",
     "StreamServer",
+    "TLSConfig",
+    "TruncatedStream",
     "__version__",
     "parse_address",
     "run",

@@ -14,6 +14,7 @@ import gevent.server
 from gevent.hub import get_hub
 
 from .connection import Connection
+from .errors import GtcpServerError
 from .pool import HandlerPool
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 
 #: The listening socket itself is gone or was never one. Everything else concerns one connection that is lost already
 #: (accept(2), "Error handling": treat like EAGAIN), so the next accept follows without a pause.
-FATAL_ERRNOS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
+FATAL_ERRNOS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
+
+#: So many failures in a row are not the fault of so many connections: the loop backs off instead of spinning.
+FAILURES_IN_A_ROW = 100
 
 FIRST_DELAY = 0.01  # seconds; doubles with each failure in a row
 LONGEST_DELAY = 1.0  # seconds; so long at most until a recovered system is noticed
@@ -52,6 +56,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     _last_logged = -LOG_INTERVAL
     #: Errors of accept so far.
     accept_errors = 0
+    _failures = 0
 
     def __init__(
         self,
@@ -88,19 +93,32 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             fd, address = self.socket._accept()
         except BlockingIOError:
             return None
+        connection_class = self.connection_class
+        connection = connection_class.__new__(connection_class, *self._kind, fd)  # type: ignore[call-arg]
         try:
-            return self.connection_class(*self._kind, fd), address
-        except BaseException:
-            os.close(fd)
+            connection_class.__init__(connection, *self._kind, fd)
+        except BaseException as error:
+            try:
+                # Not getattr: gevent's sockets look up what they miss in their _sock.
+                connection_class._sock.__get__(connection).close()  # type: ignore[misc]
+            except AttributeError:
+                os.close(fd)  # it failed before the socket was made
+            if isinstance(error, Exception):
+                # An OSError of its own must not be taken for one of accept.
+                raise GtcpServerError(f"{connection_class.__name__} could not be made") from error
             raise
+        return connection, address
 
     def do_handle(self, *args: Any) -> None:
         self._handle(*args)
 
     def _do_read(self) -> None:
         """The watcher's callback: accept until the queue is empty, the server full, or ``max_accept`` is reached."""
-        for _ in range(self.max_accept):
+        for number in range(self.max_accept):
             if self.full():
+                if number:
+                    # The watcher calls again if another one is queued: only then is a place wanted.
+                    return
                 self.stop_accepting()
                 self._place_wanted()
                 return
@@ -110,9 +128,13 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                 if self._accept_failed(error):
                     return
                 continue
+            except BaseException:
+                self._handle_failed(())
+                return
             if accepted is None:
                 return
             self.delay = FIRST_DELAY
+            self._failures = 0
             try:
                 self.do_handle(*accepted)
             except BaseException:
@@ -123,7 +145,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                 return
 
     def _place_wanted(self) -> None:
-        """The server is full. Who gives the place calls :meth:`resume`."""
+        """The server is full and a connection is queued. Who gives the place calls :meth:`resume`."""
 
     def resume(self, _who: Any = None) -> None:
         """Accept again after the server was full."""
@@ -139,7 +161,8 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                 self._on_fatal(error)
             return True
         now = monotonic()
-        if error.errno not in CAPACITY_ERRNOS:
+        self._failures += 1
+        if error.errno not in CAPACITY_ERRNOS and self._failures < FAILURES_IN_A_ROW:
             log.debug("accept on %s: %s", self.address, error)
             return False
         if now - self._last_logged >= LOG_INTERVAL:
@@ -164,18 +187,25 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         Returns:
             the number of connections taken.
         """
-        taken = 0
+        taken = failures = 0
+        if self.closed:
+            return taken  # after a fatal error
         while True:
             try:
                 accepted = self.do_read()
             except OSError as error:
-                if error.errno in CAPACITY_ERRNOS or error.errno in FATAL_ERRNOS:
+                failures += 1
+                if error.errno in CAPACITY_ERRNOS | FATAL_ERRNOS or failures >= FAILURES_IN_A_ROW:
                     log.error("cannot drain %s: %s", self.address, error)
                     return taken
+                continue
+            except GtcpServerError:
+                self.loop.handle_error(self, *sys.exc_info())
                 continue
             if accepted is None:
                 return taken
             taken += 1
+            failures = 0
             accept(*accepted)
 
 
@@ -190,7 +220,7 @@ class StreamServer(Acceptor):
     def __init__(
         self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
     ) -> None:
-        gevent.server.StreamServer.__init__(self, listener, handle, backlog, spawn, **ssl_args)
+        super(Acceptor, self).__init__(listener, handle, backlog, spawn, **ssl_args)
 
     def set_spawn(self, spawn: Any) -> None:
         if spawn == "default":
@@ -206,7 +236,7 @@ class StreamServer(Acceptor):
             gevent.spawn(function, *args)
 
     def do_handle(self, *args: Any) -> None:
-        gevent.server.StreamServer.do_handle(self, *args)
+        super(Acceptor, self).do_handle(*args)
 
     def _place_wanted(self) -> None:
         if self.pool is not None:

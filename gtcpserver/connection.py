@@ -14,8 +14,10 @@ import gevent.socket
 from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
-from .errors import EarlyEOF, LimitExceeded
+from .errors import EarlyEOF, LimitExceeded, StartTLSError
+from .handshake import TLSLayer
 from .stream import Stream
+from .tls import ConnectionTLS, Credentials
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 READ_AHEAD = 16 * 1024
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = ("_idle", "_shared", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
 
 
 class Connection(gevent.socket.socket):  # type: ignore[misc]
@@ -42,7 +44,6 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         started_at: when it was accepted, seconds since the epoch.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
-        tls: None: the connection is not encrypted.
         recv: ``recv(bufsize, flags=0) -> bytes``: at most ``bufsize`` bytes; b"" when the peer has closed its side.
             Raises TimeoutError when nothing came for ``settimeout`` seconds, DeadlineExceeded inside :meth:`deadline`,
             OSError as recv(2); EBADF when another greenlet closed the connection meanwhile.
@@ -56,7 +57,6 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
     context: Any
     server: Server | None
     started_at: float
-    tls: None = None
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
@@ -70,10 +70,11 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         self._io_refs = 0
         self._closed = False
         self._stream = stream = Stream(sock, hub, _stdlib_socket.getdefaulttimeout())
-        # The stream's own methods, not wrappers of them: 0.1 us a call.
-        self.recv = stream.recv
-        self.sendall = stream.sendall
+        # The stream's own methods, not wrappers of them: 0.1 us a call. Set past a subclass that overrides them.
+        _set_recv(self, stream.recv)
+        _set_sendall(self, stream.sendall)
         self._idle: Idle | None = None
+        self._shared = False
         self.client_address = self.server = self.context = None
         self.started_at = time()
 
@@ -101,7 +102,10 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        self._stream.timeout = seconds
+        stream = self._stream
+        stream.timeout = seconds
+        if seconds is None and stream.deadline is None:
+            stream.forget_bounds()
 
     def settimeout(self, seconds: float | None) -> None:
         """Raise TimeoutError from a read or write in which nothing moved for so many seconds; None waits for ever.
@@ -112,7 +116,7 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
             seconds = float(seconds)
             if not seconds >= 0:
                 raise ValueError("Timeout value out of range")
-        self._stream.timeout = seconds
+        self.timeout = seconds
 
     def gettimeout(self) -> float | None:
         """What ``settimeout`` set."""
@@ -209,7 +213,7 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
             except BaseException:
                 stream.kept = data
                 raise
-            if not more:
+            if not more and not (data and stream.goes_on()):
                 raise EarlyEOF(f"the peer closed after {len(data)} bytes, before {separator!r}", data)
             data += more
         stream.kept = data
@@ -221,6 +225,92 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
         return self._stream.send(data, flags)
 
+    # -- TLS ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def tls(self) -> ConnectionTLS | None:
+        """What TLS agreed on (version, cipher, server name, ALPN, peer certificate); None on a plain connection."""
+        layer = self._stream.tls
+        return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
+
+    def start_tls(self, tls: Any = None, *, timeout: float | None = None) -> ConnectionTLS:
+        """Encrypt this connection from here on, as its server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
+
+        Args:
+            tls: a TLSConfig or ssl.SSLContext; None: the server's.
+            timeout: seconds for the handshake; None: the configuration's.
+
+        Raises:
+            StartTLSError: there is nothing to start it with; it has been started; or bytes came behind the client's
+                request for TLS, before the handshake, and were read already: a man in the middle may have put them
+                there to be taken for encrypted ones (RFC 3207 section 6). Close the connection.
+            OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
+        """
+        stream = self._stream
+        if stream.tls is not None:
+            raise StartTLSError("TLS has been started on this connection already")
+        if stream.kept:
+            raise StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake")
+        if tls is None and self.server is not None:
+            tls = self.server.tls
+        if tls is None:
+            raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
+        credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
+        layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
+        seconds = credentials.handshake_timeout if timeout is None else timeout
+        with self.deadline(seconds):
+            layer.handshake()
+        stream.io = stream.tls = layer
+        stream.drained = False
+        return ConnectionTLS(layer.object, layer.server_name)
+
+    def stop_tls(self) -> None:
+        """Go back to plain text: tell the peer (close_notify), wait for its answer.
+
+        Raises:
+            StartTLSError: the connection is not encrypted.
+            OSError: the peer closed or sent something else instead; time-outs as ``recv``.
+        """
+        stream = self._stream
+        if stream.tls is None:
+            raise StartTLSError("the connection is not encrypted")
+        stream.tls.unwrap()
+        stream.io, stream.tls = stream.sock, None
+        stream.drained = False
+
+    # -- the rest of the socket's methods, counted -------------------------------------------------------------------
+
+    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
+        data, address = super().recvfrom(bufsize, flags)
+        return self._count_received(data, len(data), flags), address
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        size, address = super().recvfrom_into(buffer, nbytes, flags)
+        return self._count_received(size, size, flags), address
+
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
+        message = super().recvmsg(bufsize, ancbufsize, flags)
+        return self._count_received(message, len(message[0]), flags)
+
+    def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
+        message = super().recvmsg_into(buffers, ancbufsize, flags)
+        return self._count_received(message, message[0], flags)
+
+    def _count_received(self, result: Any, size: int, flags: int) -> Any:
+        if not flags & _stdlib_socket.MSG_PEEK:
+            self._stream.bytes_received += size
+        return result
+
+    def sendto(self, *args: Any) -> int:
+        return self._count_sent(super().sendto(*args))
+
+    def sendmsg(self, *args: Any) -> int:
+        return self._count_sent(super().sendmsg(*args))
+
+    def _count_sent(self, size: int) -> int:
+        self._stream.bytes_sent += size
+        return size
+
     # -- idle --------------------------------------------------------------------------------------------------------
 
     def idle(self) -> Idle:
@@ -229,9 +319,10 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         An idle connection holds no place in the server's pool. When the server stops, its ``recv`` gives b"" at once,
         as if the peer had closed, unless a request has already come. Without a server it does nothing.
         """
-        idle = self._idle
-        if idle is None:
-            idle = self._idle = Idle(self)
+        return self._idle or self._make_idle()
+
+    def _make_idle(self) -> Idle:
+        self._idle = idle = Idle(self) if self.server is None else self.server._make_idle(self)
         return idle
 
     def _end_idle(self) -> None:
@@ -252,6 +343,18 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         """
         self._sock.shutdown(how)
 
+    def _real_close(self) -> None:
+        # Called by gevent's close() when no file made by makefile() is open any more.
+        if self._stream.tls is not None:
+            self._stream.tls.close_notify()
+        super()._real_close()
+
+    def dup(self) -> Connection:
+        """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
+        self._shared = True
+        copy: Connection = super().dup()
+        return copy
+
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
         # Called by gevent's close() and detach().
         self.hub.cancel_waits_close_and_then(
@@ -260,14 +363,20 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
 
     def _drop_ref_on_close(self, sock: Any) -> None:
         # Called by gevent when no greenlet waits on the socket any more.
-        if self.server is None or not self.server._linger(sock, self._stream.at_eof):
+        # To linger is to shut down the write side, for whoever else has the socket too.
+        if self.server is None or self._shared or not self.server._linger(sock, self._stream):
             super()._drop_ref_on_close(sock)
+
+
+# The slots' own descriptors.
+_set_recv = Connection.recv.__set__
+_set_sendall = Connection.sendall.__set__
 
 
 class Deadline:
     """The ``with`` block of :meth:`Connection.deadline`."""
 
-    __slots__ = ("_outer", "_seconds", "_stream")
+    __slots__ = ("_seconds", "_stream", "_until")
 
     def __init__(self, stream: Stream, seconds: float) -> None:
         self._stream = stream
@@ -275,32 +384,40 @@ class Deadline:
 
     def __enter__(self) -> None:
         stream = self._stream
-        self._outer = stream.deadline
-        until = monotonic() + self._seconds
-        stream.deadline = until if self._outer is None else min(until, self._outer)
+        self._until = monotonic() + self._seconds
+        stream.deadlines += (self._until,)
+        stream.deadline = min(stream.deadlines)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._stream.deadline = self._outer
+        # Not simply the one before: a greenlet that reads and one that writes may have overlapping blocks.
+        stream = self._stream
+        others = list(stream.deadlines)
+        others.remove(self._until)
+        stream.deadlines = tuple(others)
+        stream.deadline = min(others, default=None)
+        if stream.deadline is None and stream.timeout is None:
+            stream.forget_bounds()
 
 
 class Idle:
-    """The ``with`` block of :meth:`Connection.idle`; one object a connection, used again and again."""
+    """The ``with`` block of :meth:`Connection.idle`; one object a connection, used again and again.
 
-    __slots__ = ("_connection",)
+    Attributes:
+        active: the connection is idle now.
+    """
+
+    __slots__ = ("active", "connection")
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
+        self.active = False
 
     def __enter__(self) -> None:
-        connection = self._connection
-        if connection.server is not None:
-            connection.server._enter_idle(connection)
+        self.active = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        connection = self._connection
-        if connection.server is not None:
-            connection.server._leave_idle(connection)
+        self.active = False

@@ -27,3 +27,11 @@ class EarlyEOF(GtcpServerError, EOFError):
 
 class DeadlineExceeded(GtcpServerError, TimeoutError):
     """The time for a block of calls, or for a handler, is used up."""
+
+
+class TruncatedStream(GtcpServerError, EOFError):
+    """A TLS peer closed its connection without saying so (no close_notify): what came may be cut short."""
+
+
+class StartTLSError(GtcpServerError):
+    """TLS cannot be started on a connection in its present state."""

@@ -37,18 +37,20 @@ class Linger:
         self.seconds = seconds
         self.nobody_lingers = Event()
         self.nobody_lingers.set()
+        self.awaited = 0
         self._lingering: dict[_Lingering, None] = {}
         self._timer: Any = None
 
     def __len__(self) -> int:
         return len(self._lingering)
 
-    def take(self, sock: Any, read_watcher: Any = None) -> bool:
+    def take(self, sock: Any, read_watcher: Any = None, *, awaited: bool = True) -> bool:
         """Shut down the write side and close later. False if the caller shall close at once.
 
         Args:
             sock: the raw non-blocking socket. No greenlet waits on it any more.
             read_watcher: a started read watcher on it, to go on with.
+            awaited: False: ``nobody_lingers`` does not wait for this one.
         """
         if not self.seconds:
             return False
@@ -58,12 +60,13 @@ class Linger:
             return False  # reset meanwhile: nobody is left to be polite to
         if read_watcher is None:
             read_watcher = get_hub().loop.io(sock.fileno(), 1)
-        entry = _Lingering(self, sock, read_watcher, monotonic() + self.seconds)
+        entry = _Lingering(self, sock, read_watcher, monotonic() + self.seconds, awaited)
         if len(self._lingering) >= MOST_LINGERING:
             next(iter(self._lingering)).close()
-        elif not self._lingering:
-            self.nobody_lingers.clear()
         self._lingering[entry] = None
+        if awaited:
+            self.awaited += 1
+            self.nobody_lingers.clear()
         if read_watcher.callback is None:
             read_watcher.start(entry.readable)
         else:
@@ -95,10 +98,11 @@ class Linger:
 
 
 class _Lingering:
-    __slots__ = ("_linger", "_sock", "_to_discard", "_watcher", "until")
+    __slots__ = ("_awaited", "_linger", "_sock", "_to_discard", "_watcher", "until")
 
-    def __init__(self, linger: Linger, sock: Any, watcher: Any, until: float) -> None:
+    def __init__(self, linger: Linger, sock: Any, watcher: Any, until: float, awaited: bool) -> None:
         self._linger = linger
+        self._awaited = awaited
         self._sock = sock
         self._watcher = watcher
         self._to_discard = MOST_DISCARDED
@@ -117,9 +121,11 @@ class _Lingering:
 
     def close(self) -> None:
         self._watcher.close()
-        lingering = self._linger._lingering
-        if lingering.pop(self, self) is None:
-            get_hub().loop.closing_fd(self._sock.fileno())
-            self._sock.close()
-        if not lingering:
-            self._linger.nobody_lingers.set()
+        linger = self._linger
+        if linger._lingering.pop(self, self) is not None:
+            return  # closed already
+        get_hub().loop.closing_fd(self._sock.fileno())
+        self._sock.close()
+        linger.awaited -= self._awaited
+        if not linger.awaited:
+            linger.nobody_lingers.set()

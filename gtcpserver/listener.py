@@ -106,7 +106,7 @@ class Listener:
             False if it is not possible: the socket is not ours alone (not `owned`, or this is a forked child of the
             process that opened it), is an abstract unix socket or multipath TCP, or the system has no socket filters.
         """
-        if not self._is_ours():
+        if self.closed or not self._is_ours():
             return False
         if self.family == socket.AF_UNIX:
             return self._remove_path()
@@ -120,9 +120,10 @@ class Listener:
         Args:
             keep_path: leave a unix socket's path, because another process goes on with the same socket.
         """
-        if self.closed:
-            return
-        if not keep_path and self._is_ours():
+        # The accept loop closes the socket too, so a closed one says nothing about the rest.
+        if keep_path:
+            self._path_identity = None
+        elif self._is_ours():
             self._remove_path()
         self.socket.close()
         if self._given is not None:

@@ -76,7 +76,9 @@ def configure_logging(
         suppressed = faults.allow(fault_key(kind, trace))
         if suppressed is not None:
             details = (kind, error, trace) if error is not None else None
-            logger.error("%s failed%s", context or "event loop", also(suppressed), exc_info=details)
+            # A greenlet that has ended is false.
+            who = context if context is not None else "event loop"
+            logger.error("%s failed%s", who, also(suppressed), exc_info=details)
 
     def log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         suppressed = faults.allow(fault_key(unraisable.exc_type, unraisable.exc_traceback))

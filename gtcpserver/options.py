@@ -9,7 +9,7 @@ from .errors import ConfigError
 
 
 def check_whole_number(name: str, value: Any, *, least: int, none: str | None = None) -> None:
-    """Raise ConfigError unless ``value`` is a whole number from ``least``, or None where ``none`` says what that means."""
+    """Raise ConfigError unless ``value`` is a whole number from ``least`` (None too, if ``none`` says what it is)."""
     if value is None and none is not None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -51,11 +51,13 @@ class Overseer:
         self._least_bytes = None if min_rate is None else min_rate * window
         self._window = window
         self._timers: list[Any] = []
-        self._end_soon_told: dict[Connection, float] = {}
+        self._look_interval = 0.0
+        self._until: dict[Connection, float] = {}
 
     def start(self) -> None:
         if self._handler_timeout is not None:
-            self._every(min(LONGEST_INTERVAL, max(SHORTEST_INTERVAL, self._handler_timeout / 10)), self._end_long_ones)
+            self._look_interval = min(LONGEST_INTERVAL, max(SHORTEST_INTERVAL, self._handler_timeout / 10))
+            self._every(self._look_interval, self._end_long_ones)
         if self._least_bytes is not None:
             self._every(self._window / LOOKS_A_WINDOW, self._end_slow_ones)
 
@@ -71,25 +73,27 @@ class Overseer:
 
     def _end_long_ones(self) -> None:
         assert self._handler_timeout is not None
-        now = time()
-        told = self._end_soon_told
+        now = monotonic()
+        ends = self._until
+        for connection in [gone for gone in ends if gone not in self._connections]:
+            del ends[connection]
         for connection, worker in list(self._connections.items()):
-            age = now - connection.started_at
-            if age < self._handler_timeout:
-                break  # the rest came later
-            # A handler that swallowed it is told again, as often as it may be.
-            if monotonic() - told.get(connection, 0.0) >= self._handler_timeout:
-                told[connection] = monotonic()
+            until = ends.get(connection)
+            if until is None:
+                # It came after the last look, whatever the wall clock says, which may have been set meanwhile.
+                age = min(max(0.0, time() - connection.started_at), self._look_interval)
+                until = ends[connection] = now - age + self._handler_timeout
+            if now >= until:
+                # One that swallows it is told again later.
+                ends[connection] = now + self._handler_timeout
                 worker.throw(HandlerTimedOut(f"the handler has run for more than {self._handler_timeout:g} s"))
-        for connection in [gone for gone in told if gone not in self._connections]:
-            del told[connection]
 
     def _end_slow_ones(self) -> None:
         assert self._least_bytes is not None
         for connection in list(self._connections):
             stream = connection._stream
             waiter = stream.reader() or stream.writer()
-            if waiter is None or (connection.server is not None and connection in connection.server._idle):
+            if waiter is None or (connection._idle and connection._idle.active):
                 stream.progress = None
                 continue
             moved = stream.bytes_received + stream.bytes_sent

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gevent import pool as gevent_pool
+from gevent.greenlet import SpawnedLink
 from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
 from greenlet import GreenletExit, greenlet
@@ -75,6 +76,8 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             worker.switch(None, ())
         else:
             worker = Worker(self)
+            # To its first wait: what a greenlet is started with, it keeps as long as it lives.
+            worker.switch()
         greenlets = self.greenlets
         if not greenlets:
             self._empty_event.clear()
@@ -123,6 +126,13 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         if not self.greenlets:
             self._empty_event.set()
         self.places.release()
+        if worker._links is None:
+            self._wait_for_work(worker)
+        else:
+            # In the hub, where alone a gevent waiter may be woken; not used again before that.
+            worker.loop.run_callback(worker._notify_links)
+
+    def _wait_for_work(self, worker: Worker) -> None:
         self._waiting_workers.append(worker)
         if self._retire_timer is None:
             self._least_waiting = 0
@@ -162,9 +172,10 @@ class Worker(greenlet):  # type: ignore[misc]
         self._working = False
         self._number = 0
 
-    def run(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
+    def run(self) -> None:
         hub = self.parent
         pool = self._pool
+        function, args = _switch_to(hub)
         while function is not None:
             self._working = True
             try:
@@ -173,11 +184,9 @@ class Worker(greenlet):  # type: ignore[misc]
                 pass
             except BaseException:
                 hub.handle_error(self, *sys.exc_info())
-            function = args = None  # type: ignore[assignment]
+            function = args = None
             self._working = False
             self._number += 1
-            if self._links is not None:
-                self._notify_links()
             if self.gr_context is not None:
                 self.gr_context = None
             attributes = self.__dict__
@@ -200,6 +209,8 @@ class Worker(greenlet):  # type: ignore[misc]
                 link(self)
             except BaseException:
                 self.parent.handle_error((link, self), *sys.exc_info())
+        if not self.dead:  # killed meanwhile by somebody who meant its last connection
+            self._pool._wait_for_work(self)
 
     # -- what gevent expects of a greenlet ---------------------------------------------------------------------------
 
@@ -212,7 +223,9 @@ class Worker(greenlet):  # type: ignore[misc]
         else:
             self._links.append(callback)
 
-    link = rawlink
+    def link(self, callback: Callable[[Any], Any]) -> None:
+        """As :meth:`rawlink`, in a greenlet of its own: the callback may wait."""
+        self.rawlink(SpawnedLink(callback))
 
     def unlink(self, callback: Callable[[Any], Any]) -> None:
         if self._links is not None and callback in self._links:
@@ -264,12 +277,12 @@ class Places:
     def __init__(self, size: int | None) -> None:
         self.size = _NO_LIMIT if size is None else size
         self.taken = 0
-        self._links: deque[Callable[[Any], Any]] = deque()
+        self.links: deque[Callable[[Any], Any]] = deque()
         self._notifying = False
 
     def resize(self, size: int | None) -> None:
         self.size = _NO_LIMIT if size is None else size
-        self._tell_of_free_places()
+        self.tell()
 
     def locked(self) -> bool:
         return self.taken >= self.size
@@ -281,7 +294,7 @@ class Places:
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take a place; False when there is none (in time)."""
         # Those who wait already come first, unless the caller would not wait anyway.
-        if self.taken < self.size and not self._links:
+        if self.taken < self.size and not self.links:
             self.taken += 1
             return True
         if not blocking:
@@ -297,8 +310,8 @@ class Places:
     def release(self) -> None:
         """Give a place back."""
         self.taken -= 1
-        if self._links:
-            self._tell_of_free_places()
+        if self.links:
+            self.tell()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until there is a place, without taking it; returns how many there are."""
@@ -308,12 +321,12 @@ class Places:
 
     def rawlink(self, callback: Callable[[Any], Any]) -> None:
         """Call ``callback(self)`` once, in the hub, when there is a place."""
-        self._links.append(callback)
-        self._tell_of_free_places()
+        self.links.append(callback)
+        self.tell()
 
     def unlink(self, callback: Callable[[Any], Any]) -> None:
-        if callback in self._links:
-            self._links.remove(callback)
+        if callback in self.links:
+            self.links.remove(callback)
 
     def _wait(self, timeout: float | None) -> bool:
         waiter = Waiter()
@@ -329,18 +342,23 @@ class Places:
         finally:
             self.unlink(waiter.switch)
             # This greenlet may have been told of a place and then killed: the next in the queue must hear of it.
-            self._tell_of_free_places()
+            self.tell()
 
-    def _tell_of_free_places(self) -> None:
-        if self._links and not self._notifying and self.taken < self.size:
+    def tell(self) -> None:
+        """There may be a place: tell those who registered, soon."""
+        if self.links and not self._notifying and self.taken < self.size:
             self._notifying = True
             get_hub().loop.run_callback(self._notify)
 
     def _notify(self) -> None:
         self._notifying = False
         # A link that takes a place does so before it returns here; one that does not leaves it to the next.
-        while self._links and self.taken < self.size:
-            self._links.popleft()(self)
+        while self.links and self.taken < self.size:
+            link = self.links.popleft()
+            try:
+                link(self)
+            except BaseException:
+                get_hub().handle_error(link, *sys.exc_info())
 
 
 def check_size(size: int | None) -> None:

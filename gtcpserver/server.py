@@ -5,46 +5,48 @@ Reads in the order things happen: construct, start, admit a connection, serve it
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import signal
 import socket
 import struct
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import gevent
 from gevent.event import Event
 from gevent.hub import get_hub
+from gevent.lock import Semaphore
 from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
-from .address import format_sockaddr
-from .connection import Connection
-from .errors import ConfigError, GtcpServerError
+from .connection import Connection, Idle
+from .errors import ConfigError, EarlyEOF, GtcpServerError, TruncatedStream
+from .handshake import HandshakeLane
 from .linger import Linger
 from .listener import (
-    HANDSHAKE_SECONDS,
     ListenConfig,
     Listener,
     forget_member,
-    handshakes_under_way,
     open_listeners,
     steer,
 )
-from .logs import FaultLimiter
+from .logs import FaultLimiter, fault_key
 from .options import check_number, check_whole_number
 from .overseer import HandlerTimedOut, Overseer, TooSlow
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .stats import Counters, CutConnection, ServerStats, StopReport
+from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, describe, drain_and_close, end_handlers, peer
+from .tls import Credentials
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from .stream import Stream
 
 log = logging.getLogger("gtcpserver")
 
@@ -53,14 +55,6 @@ OnFull = Literal["wait", "reject", "close_idle"]
 
 #: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
 QUEUE_WAIT_EVERY = 64
-
-#: How long a greenlet that was killed may take to end, seconds, before it is told again; and how often it is told.
-KILL_SECONDS = 0.25
-KILL_ATTEMPTS = 4
-
-#: How long a stop waits at most for handshakes that are under way, seconds (a client's ACK that was lost comes again
-#: after 1 s: longer than that is somebody who does not mean to finish).
-LONGEST_DRAIN = 1.0
 
 DEFAULT_STOP_TIMEOUT = 30.0
 
@@ -88,8 +82,8 @@ class Server:
         pool: a HandlerPool (which several servers may share), or the number of handlers that may run at once, or None
             for no limit.
         on_full: when the pool (or ``max_connections``) is full: "wait" leaves new connections in the kernel's queue,
-            "reject" accepts and closes them, "close_idle" closes the connection that has been idle longest
-            (:meth:`Connection.idle`) and otherwise waits.
+            "reject" accepts and closes them, "close_idle" closes the oldest connection that is idle
+            (:meth:`Connection.idle`) when ``max_connections`` is reached, and otherwise waits.
         max_connections: connections open at once, idle ones included; None for no limit.
         max_accepts: serve exactly so many connections, then stop; None for no limit.
         timeout: seconds in which nothing moves until a read or write raises TimeoutError; ``settimeout`` of each new
@@ -98,6 +92,7 @@ class Server:
         min_rate: bytes a second (both directions together). A handler that has waited for its client all through
             ``min_rate_window`` while less moved is ended: clients that drip cannot hold places.
         min_rate_window: seconds.
+        tls: a TLSConfig or ssl.SSLContext: every connection is encrypted before the handler gets it.
         linger: seconds a closed connection may take to be closed by the peer too, so that everything written reaches
             it; 0 closes at once.
         connection_class: a subclass of Connection for the handler to get.
@@ -147,12 +142,12 @@ class Server:
         check_number("min_rate", min_rate, above=0, none="for no limit")
         check_number("min_rate_window", min_rate_window, above=0)
         check_number("linger", linger, least=0)
+        if isinstance(address, list) and not address:
+            raise ConfigError("address must name at least one place to listen, got []")
         if on_full not in ("wait", "reject", "close_idle"):
             raise ConfigError(f'on_full must be "wait", "reject" or "close_idle", got {on_full!r}')
         if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):
             raise ConfigError(f"connection_class must be a subclass of Connection, got {connection_class!r}")
-        if tls is not None:
-            raise ConfigError(f"tls is not available in this version, got {tls!r}")
         if not isinstance(pool, HandlerPool):
             try:
                 check_size(pool)
@@ -163,6 +158,8 @@ class Server:
             raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
         self.handler = handler
         self.pool = pool
+        #: Certificates and keys; None on a plain server. ``reload_tls`` reads them again.
+        self.tls = tls if tls is None or isinstance(tls, Credentials) else Credentials(tls)
         self.context = context
         self.timeout = timeout
         self.max_connections = max_connections
@@ -184,11 +181,18 @@ class Server:
         self._groups: list[list[Listener]] = []
         self._counters = Counters()
         self._connections: dict[Connection, Any] = {}  # in the order they came -> their greenlet
-        self._idle: dict[Connection, None] = {}  # in the order they became idle
         self._held: deque[Connection] = deque()  # accepted while draining, waiting for a place
         self._nobody_connected = Event()
         self._nobody_connected.set()
         self._stopped = Event()
+        self._hurry = Event()
+        self._closing_loops = Semaphore()
+        self._handshakes: HandshakeLane | None = None
+        self._encrypted: deque[Connection] = deque()  # handshake done, waiting for a place
+        if self.tls is not None:
+            self._handshakes = HandshakeLane(
+                self.tls.handshake_timeout, self.tls.max_handshakes, self._handshake_done, self._handshake_failed
+            )
         self._lingerer = Linger(linger)
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
@@ -227,10 +231,17 @@ class Server:
             for acceptor in self._acceptors:
                 acceptor.start()
         except BaseException:
+            for acceptor in self._acceptors:
+                acceptor.close()
             for listener in listeners:
                 listener.close()
+            self._acceptors.clear()
+            self._groups.clear()
+            self.state = State.NEW
             raise
         self._overseer.start()
+        if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
+            self.tls.watch(self.tls.config.watch)
 
     def serve_forever(self, stop_timeout: float | None = DEFAULT_STOP_TIMEOUT) -> StopReport:
         """Start if need be, and serve until stopped.
@@ -337,16 +348,16 @@ class Server:
             self.max_connections is None or len(self._connections) < self.max_connections
         ):
             return False
-        if self.on_full == "reject":
-            return False
-        if self.on_full == "close_idle" and places.taken < places.size and self._idle:
-            # Its place is free when its handler has returned; the loop asks again then.
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            self._idle[oldest] = None
-            self._counters.idle_closed += not oldest._stream.ending
-            get_hub().loop.run_callback(self._end_if_idle, oldest)
-        return True
+        return self.on_full != "reject"
+
+    def _close_an_idle_one(self) -> None:
+        # There is room when its handler has returned, and the accept loops are told then. If none is idle, or the one
+        # told to end has just got a request, the next that becomes idle makes them ask again.
+        self._idle_wanted = True
+        for connection in self._connections:
+            if connection._idle and connection._idle.active and not connection._stream.ending:
+                get_hub().loop.run_callback(self._end_if_idle, connection)
+                return
 
     def _has_room(self) -> bool:
         places = self.pool.places
@@ -358,7 +369,9 @@ class Server:
         places = self.pool.places
         if places.taken >= places.size:
             places.rawlink(self._wake_accept_loops)
-        # Otherwise max_connections is reached: the end of a connection wakes them.
+        elif self.on_full == "close_idle":
+            self._close_an_idle_one()
+        # max_connections is reached: the end of a connection wakes them.
 
     def _wake_accept_loops(self, _places: Any = None) -> None:
         if self.state is State.SERVING:
@@ -375,23 +388,59 @@ class Server:
             counters.left_in_queue += 1
             connection.close()
             return
-        counters.accepted = number = counters.accepted + 1
-        if not number % QUEUE_WAIT_EVERY:
-            self._measure_queue_wait(connection)
         if self.on_full == "reject" and not self._has_room() and self.state is State.SERVING:
             counters.rejected += 1
             self._lingerer.take(connection._sock) or connection.close()
             return
+        counters.accepted = number = counters.accepted + 1
+        if not number % QUEUE_WAIT_EVERY:
+            self._measure_queue_wait(connection)
         connection.client_address = address
         connection.server = self
         connection.context = self.context
         if self.timeout is not None:
             connection.timeout = self.timeout
-        self.pool.run(self._serve, connection)
+        if self._handshakes is None or self.tls is None:
+            self.pool.run(self._serve, connection)
+        else:
+            self._nobody_connected.clear()
+            self._handshakes.begin(connection, self.tls)
         if number == self.max_accepts:
             for acceptor in self._acceptors:
                 acceptor.stop_accepting()
             gevent.spawn(self._stop_after_last)
+
+    def _handshake_done(self, connection: Connection) -> None:
+        if not self._encrypted and not self.pool.full():
+            self.pool.run(self._serve, connection)
+            return
+        self._encrypted.append(connection)
+        if len(self._encrypted) == 1:
+            self.pool.places.rawlink(self._serve_encrypted)
+
+    def _serve_encrypted(self, places: Any) -> None:
+        while self._encrypted and places.taken < places.size:
+            self.pool.run(self._serve, self._encrypted.popleft())
+        if self._encrypted:
+            places.rawlink(self._serve_encrypted)
+
+    def _handshake_failed(self, connection: Connection, kind: str) -> None:
+        connection.close()
+        self._note_if_nobody_is_connected()
+
+    def _note_if_nobody_is_connected(self) -> None:
+        if not (self._connections or self._held or self._encrypted or self._handshakes):
+            self._nobody_connected.set()
+
+    def reload_tls(self) -> None:
+        """Read certificates and keys again; new handshakes use them, connections go on as they are.
+
+        Raises:
+            ConfigError: the server has no TLSConfig, or a file cannot be used; everything stays as it was.
+        """
+        if self.tls is None:
+            raise ConfigError("reload_tls needs a server with tls, this one has none")
+        self.tls.reload()
 
     def _has_left(self, connection: Connection) -> bool:
         # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
@@ -420,35 +469,36 @@ class Server:
         if len(connections) > self._counters.peak:
             self._counters.peak = len(connections)
         try:
-            if self.on_connect is None or self.on_connect(connection) is not False:
-                self.handler(connection)
-            else:
-                self._counters.refused += 1
-        except BaseException as error:
-            self._handler_raised(connection, error)
-        try:
-            if self.on_disconnect is not None:
-                self.on_disconnect(connection)
-        except BaseException as error:
-            self._handler_raised(connection, error)
-        self._forget(connection)
+            try:
+                if self.on_connect is None or self.on_connect(connection) is not False:
+                    self.handler(connection)
+                else:
+                    self._counters.refused += 1
+            except BaseException as error:
+                self._handler_raised(connection, error)
+            try:
+                if self.on_disconnect is not None:
+                    self.on_disconnect(connection)
+            except BaseException as error:
+                self._handler_raised(connection, error)
+        finally:
+            # Hooks and log handlers may wait, and be killed there.
+            self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
         """The last steps of a connection. Nothing in here waits, so a kill cannot come between."""
         counters = self._counters
         counters.bytes_received += connection.bytes_received
         counters.bytes_sent += connection.bytes_sent
-        if connection in self._idle:  # a handler left its idle block by a kill
-            del self._idle[connection]
-            self.pool.places.taken += 1
+        connection._idle = None  # it refers to the connection: no cycle for the garbage collector
         if not (connection._closed and connection._io_refs <= 0):
             connection._closed = True
             connection._real_close()
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
         del connections[connection]
-        if not connections and not self._held:
-            self._nobody_connected.set()
+        if not connections:
+            self._note_if_nobody_is_connected()
         if was_full:
             self._wake_accept_loops()
 
@@ -457,7 +507,7 @@ class Server:
         counters = self._counters
         if isinstance(error, GreenletExit):
             return
-        if isinstance(error, ConnectionError):
+        if gone := _peer_has_gone(error):
             counters.resets += 1
         elif isinstance(error, HandlerTimedOut):
             counters.handler_timeouts += 1
@@ -471,51 +521,45 @@ class Server:
             try:
                 self.on_error(connection, error)
                 return
+            except GreenletExit:
+                return
             except BaseException as own:
-                error = own
-        if isinstance(error, (ConnectionError, TimeoutError)):
+                error, gone = own, _peer_has_gone(own)
+        if gone or isinstance(error, TimeoutError):
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: %s", self._peer(connection), error or type(error).__name__)
+                log.debug("%s: %s", peer(connection), error or type(error).__name__)
             return
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        left_out = self._faults.allow((type(error), where.filename, where.lineno))
+        left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
         if left_out is not None:
             also = f" ({left_out} more of these were not printed)" if left_out else ""
-            log.error("handler for %s failed%s", self._peer(connection), also, exc_info=error)
+            log.error("handler for %s failed%s", peer(connection), also, exc_info=error)
 
-    def _peer(self, connection: Connection) -> str:
-        try:
-            return format_sockaddr(connection.client_address, int(connection._sock.family))
-        except Exception:
-            return str(connection.client_address)
-
-    def _linger(self, sock: Any, peer_has_closed: bool) -> bool:
+    def _linger(self, sock: Any, stream: Stream) -> bool:
         """A connection's socket is to be closed (called by Connection). True: it is taken care of."""
-        # A peer that has closed its side sends nothing more that could provoke a reset.
-        return not peer_has_closed and self._lingerer.take(sock)
+        # A peer that has closed its side sends nothing more that could provoke a reset. One that was idle has had its
+        # last answer, and may not look at its end before it has the next request: no stop waits for it.
+        return not stream.at_eof and self._lingerer.take(sock, awaited=not stream.ended)
 
     # -- idle connections --------------------------------------------------------------------------------------------
 
-    def _enter_idle(self, connection: Connection) -> None:
-        # Once a request where a handler uses it: 0.3 us with the way back.
-        self._idle[connection] = None
-        self.pool.places.release()
+    def _make_idle(self, connection: Connection) -> Idle:
+        return PlacelessIdle(connection, self)
+
+    def _idle_connections(self) -> list[Connection]:
+        return [connection for connection in self._connections if connection._idle and connection._idle.active]
+
+    #: A connection that becomes idle is to be ended, or to make room for one in the queue.
+    _idle_wanted = False
+
+    def _became_idle(self, connection: Connection) -> None:
         if self.state is not State.SERVING:
             connection._end_idle()
-
-    def _leave_idle(self, connection: Connection) -> None:
-        del self._idle[connection]
-        connection._stream.ending = False
-        places = self.pool.places
-        try:
-            places.acquire()
-        except BaseException:
-            # Killed while it waited for a place: the pool will release one for this worker all the same.
-            places.taken += 1
-            raise
+        else:
+            self._idle_wanted = False
+            get_hub().loop.run_callback(self._wake_accept_loops)
 
     def _end_if_idle(self, connection: Connection) -> None:
-        if connection in self._idle and not connection._closed:
+        if connection._idle and connection._idle.active and not connection._closed:
             connection._end_idle()
 
     # -- stop --------------------------------------------------------------------------------------------------------
@@ -532,7 +576,8 @@ class Server:
 
         Returns:
             how many handlers finished and how many were ended, with what each of those was doing.
-            A second call waits for the same stop.
+            A second call waits for the same stop. A handler cannot wait for its own end: called in one, this begins
+            the stop and returns an empty report at once.
         """
         check_number("timeout", timeout, least=0, none="to wait for ever")
         if self.state is State.NEW:
@@ -541,21 +586,32 @@ class Server:
             self.stopping_event.set()
             self._stopped.set()
         if self.state is State.SERVING:
-            self._stop(timeout)
-        self._stopped.wait()
-        assert self._report is not None
-        return self._report
+            self._begin_stop(timeout)
+        return self._wait_for_report()
 
     def halt(self) -> StopReport:
         """Close the listening sockets, end every handler now. What the kernel has queued is reset."""
-        if self.state is State.STOPPING:
-            self._hurry.set()
-            self._stopped.wait()
-            assert self._report is not None
-            return self._report
+        if self.state is State.NEW:
+            return self.stop()
         if self.state is State.SERVING:
-            self._stop(0.0, drain=False)
-        return self.stop()
+            self._begin_stop(0.0)
+        self._hurry.set()
+        return self._wait_for_report()
+
+    def _begin_stop(self, timeout: float | None) -> None:
+        self.state = State.STOPPING
+        self._idle_wanted = True
+        # Handlers that had ended before: the report is about the others.
+        ended_before = self._counters.accepted - len(self._connections)
+        # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
+        gevent.spawn(self._stop, timeout, ended_before)
+
+    def _wait_for_report(self) -> StopReport:
+        if self._report is None and getcurrent() in self._connections.values():
+            return StopReport(0, 0)
+        self._stopped.wait()
+        assert self._report is not None
+        return self._report
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
         """Wait until the server has stopped; False if ``timeout`` seconds were not enough."""
@@ -575,6 +631,12 @@ class Server:
         if not 0 <= index < len(self._acceptors):
             raise GtcpServerError(f"accept loop must be 0 to {len(self._acceptors) - 1}, got {index}")
         acceptor = self._acceptors[index]
+        # One after another: each close gives the rest of the group new places.
+        with self._closing_loops:
+            if acceptor in self._acceptors and self.state is State.SERVING:
+                self._close_accept_loop(acceptor)
+
+    def _close_accept_loop(self, acceptor: Acceptor) -> None:
         listener = acceptor.listener
         group = next(group for group in self._groups if listener in group)
         if len(group) < 2:
@@ -590,26 +652,11 @@ class Server:
             steer(group, range(len(group)))
 
     def _drain_and_close(self, acceptors: Sequence[Acceptor]) -> None:
+        longest = LONGEST_DRAIN_OF_DEFERRED if self._listen.defer_accept else LONGEST_DRAIN
+        drain_and_close(acceptors, self._admit_drained, longest, self._hurry)
         for acceptor in acceptors:
-            acceptor.stop_accepting()
-            acceptor.drain(self._admit_drained)
-        give_up = monotonic() + LONGEST_DRAIN
-        while True:
-            # Handshakes that had begun come into the queue now.
-            gevent.sleep(HANDSHAKE_SECONDS)
-            for acceptor in acceptors:
-                acceptor.drain(self._admit_drained)
-            if monotonic() > give_up or not any(
-                acceptor.listener.owned and handshakes_under_way(acceptor.listener.socket) for acceptor in acceptors
-            ):
-                break
-        for acceptor in acceptors:
-            acceptor.drain(self._admit_drained)
-            self._counters_of_closed += acceptor.accept_errors
-            acceptor.close()
-            acceptor.listener.close()
-
-    _counters_of_closed = 0
+            self._counters.accept_errors += acceptor.accept_errors
+            acceptor.accept_errors = 0
 
     def _admit_drained(self, connection: Connection, address: Any) -> None:
         """Hold it until the pool has a place: the kernel's queue, where it would have waited, is about to go."""
@@ -629,85 +676,58 @@ class Server:
             self._admit(connection, connection.client_address)
         if self._held:
             places.rawlink(self._serve_held)
-        elif not self._connections:
-            self._nobody_connected.set()
+        else:
+            self._note_if_nobody_is_connected()
 
-    def _stop(self, timeout: float | None, drain: bool = True) -> None:
-        self.state = State.STOPPING
-        self._hurry = Event()
-        if not drain:
-            self._hurry.set()
+    def _stop(self, timeout: float | None, ended_before: int) -> None:
+        drain = not self._hurry.is_set()
         until = None if timeout is None else monotonic() + timeout
-        accepted_before = self._counters.accepted - len(self._connections)
+        cut: list[CutConnection] = []
         try:
             if drain:
                 for acceptor in self._acceptors:
                     acceptor.listener.mute()
             self.stopping_event.set()
             # Idle ones end now, the others when they become idle.
-            for connection in list(self._idle):
-                self._counters.idle_closed += 1
+            for connection in self._idle_connections():
                 get_hub().loop.run_callback(self._end_if_idle, connection)
             if drain:
-                self._drain_and_close(self._acceptors)
+                with self._closing_loops:
+                    self._drain_and_close(self._acceptors)
             else:
                 for acceptor in self._acceptors:
                     acceptor.close()
                     acceptor.listener.close()
-            self._wait_for_handlers(until)
+            self._wait_for(self._nobody_connected, until)
             cut = self._end_handlers()
             if not self._hurry.is_set():
-                left = None if until is None else max(0.0, until - monotonic())
-                self._lingerer.nobody_lingers.wait(left)
+                self._wait_for(self._lingerer.nobody_lingers, until)
             self._lingerer.close_all()
         finally:
             self._overseer.stop()
             self.state = State.STOPPED
-        seen = self._counters.accepted - accepted_before
-        self._report = StopReport(max(0, seen - len(cut)), len(cut), tuple(cut))
-        self._stopped.set()
+            seen = self._counters.accepted - ended_before
+            self._report = StopReport(seen - len(cut), len(cut), tuple(cut))
+            self._stopped.set()
 
-    def _wait_for_handlers(self, until: float | None) -> None:
+    def _wait_for(self, event: Event, until: float | None) -> None:
         left = None if until is None else max(0.0, until - monotonic())
-        gevent.wait([self._nobody_connected, self._hurry], timeout=left, count=1)
+        gevent.wait([event, self._hurry], timeout=left, count=1)
 
     def _end_handlers(self) -> list[CutConnection]:
-        cut: dict[Connection, CutConnection] = {}
+        cut = []
         while self._held:
             connection = self._held.popleft()
             self._counters.accepted += 1
-            cut[connection] = self._describe(connection, None)
+            cut.append(describe(connection, None))
             connection._sock.close()
-        for connection, worker in list(self._connections.items()):
-            cut[connection] = self._describe(connection, worker)
-        for attempt in range(KILL_ATTEMPTS):
-            if not self._connections:
-                break
-            for connection, worker in list(self._connections.items()):
-                if attempt:
-                    self._shut(connection)
-                worker.kill(block=False)
-            self._nobody_connected.wait(KILL_SECONDS)
-        for connection, worker in list(self._connections.items()):
-            cut[connection] = self._describe(connection, worker, ended=False)
-            log.error("a handler would not end: %s", cut[connection])
-        return list(cut.values())
-
-    def _shut(self, connection: Connection) -> None:
-        try:
-            connection._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # closed already
-
-    def _describe(self, connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
-        return CutConnection(
-            peer=self._peer(connection),
-            age=time() - connection.started_at,
-            bytes_received=connection.bytes_received,
-            bytes_sent=connection.bytes_sent,
-            where=_where(worker.gr_frame) if worker is not None else (),
-            ended=ended,
-        )
+        while self._encrypted:
+            connection = self._encrypted.popleft()
+            cut.append(describe(connection, None))
+            connection.close()
+        if self._handshakes is not None:
+            self._handshakes.end_all()
+        return cut + end_handlers(self._connections, self._nobody_connected)
 
     def _stop_after_last(self) -> None:
         self.stop(None)
@@ -726,7 +746,7 @@ class Server:
         return ServerStats(
             accepted=counters.accepted,
             active=len(connections),
-            idle=len(self._idle),
+            idle=len(self._idle_connections()),
             lingering=len(self._lingerer),
             peak=counters.peak,
             rejected=counters.rejected,
@@ -738,7 +758,7 @@ class Server:
             handler_timeouts=counters.handler_timeouts,
             slow_clients=counters.slow_clients,
             idle_closed=counters.idle_closed,
-            accept_errors=self._counters_of_closed + sum(acceptor.accept_errors for acceptor in self._acceptors),
+            accept_errors=counters.accept_errors + sum(acceptor.accept_errors for acceptor in self._acceptors),
             bytes_received=counters.bytes_received + sum(c.bytes_received for c in connections),
             bytes_sent=counters.bytes_sent + sum(c.bytes_sent for c in connections),
             queue_wait_samples=samples,
@@ -750,15 +770,55 @@ class Server:
         )
 
 
-def _where(frame: Any) -> tuple[str, ...]:
-    """The frames of a handler that waits, without this library's, outermost first."""
-    own = os.path.dirname(__file__)
-    stack = traceback.extract_stack(frame) if frame is not None else []
-    return tuple(
-        f"{os.path.basename(entry.filename)}:{entry.lineno} in {entry.name}"
-        for entry in stack
-        if os.path.dirname(entry.filename) != own
+def _peer_has_gone(error: BaseException) -> bool:
+    # The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)).
+    return isinstance(error, (ConnectionError, EarlyEOF, TruncatedStream)) or (
+        isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
     )
+
+
+class PlacelessIdle(Idle):
+    """An idle connection of a server: it holds no place in the pool."""
+
+    # Once a request where a handler uses it, so all it needs is at hand: 0.5 us with the way back.
+    __slots__ = ("_places", "_server", "_stream")
+
+    def __init__(self, connection: Connection, server: Server) -> None:
+        super().__init__(connection)
+        self._server = server
+        self._places = server.pool.places
+        self._stream = connection._stream
+
+    def __enter__(self) -> None:
+        self.active = True
+        places = self._places
+        places.taken -= 1
+        if places.links:
+            places.tell()
+        if self._server._idle_wanted:
+            self._server._became_idle(self.connection)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.active = False
+        places = self._places
+        stream = self._stream
+        if stream.ending or stream.at_eof or kind is not None:
+            # It ends, for which it must not wait until busy ones have given up a place.
+            self._server._counters.idle_closed += stream.ended
+            stream.ending = False
+            places.taken += 1
+            return
+        if places.taken < places.size and not places.links:
+            places.taken += 1
+            return
+        try:
+            places.acquire()
+        except BaseException:
+            # Killed while it waited for a place: the pool will release one for this worker all the same.
+            places.taken += 1
+            raise
 
 
 def run(handler: Handler, address: Any = "127.0.0.1:5000", **options: Any) -> StopReport:

@@ -20,6 +20,7 @@ class Counters:
     slow_clients: int = 0
     handler_timeouts: int = 0
     idle_closed: int = 0
+    accept_errors: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0
     queue_wait_samples: int = 0
@@ -41,7 +42,8 @@ class ServerStats:
         refused: closed because ``on_connect`` said so.
         left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
         handler_errors: handlers that ended with an exception of their own.
-        resets: handlers that ended because the peer reset the connection or had gone (any ConnectionError).
+        resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), or closed
+            it in the midst of a message (EarlyEOF, TruncatedStream).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
         handler_timeouts: handlers ended because of ``handler_timeout``.
         slow_clients: handlers ended because of ``min_rate``.

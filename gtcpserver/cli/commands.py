@@ -1,0 +1,126 @@
+"""The table of commands, and how what went wrong is told: one line on stderr and the exit status."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import click
+import gevent
+
+from gtcpserver.errors import ConfigError
+
+# Where each command lives: imported when it is called, so that a command whose libraries are missing harms no other.
+COMMANDS = {
+    "serve": "gtcpserver.cli.serve:serve",
+    "echo": "gtcpserver.cli.serve:echo",
+    "check": "gtcpserver.cli.check:check",
+}
+
+EPILOG = """Exit status: 0 stopped or done; 1 failed at work (address in use, an exception in the handler's module);
+2 called wrongly."""
+
+
+class RunError(click.ClickException):
+    """Something failed at work, and not by how the command was called: exit status 1 and one line.
+
+    Args:
+        message: the line.
+        details: printed above it as they are, such as a traceback in the user's code.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class CommandTable(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        if not arguments:
+            raise click.UsageError(f"missing command; there are {', '.join(COMMANDS)} (see gtcpserver --help)")
+        return super().parse_args(context, arguments)
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if arguments[0] not in COMMANDS:
+            raise click.UsageError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+        return super().resolve_command(context, arguments)
+
+
+def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(
+            f"gtcpserver {importlib.metadata.version('gtcpserver')}, gevent {gevent.__version__}, "
+            f"{platform.python_implementation()} {platform.python_version()}, "
+            f"{platform.system()} {platform.release()}"
+        )
+        context.exit()
+
+
+@click.group(cls=CommandTable, no_args_is_help=False, epilog=EPILOG)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print versions."
+)
+def gtcpserver() -> None:
+    """TCP servers as plain blocking Python."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit status."""
+    try:
+        status = gtcpserver.main(list(arguments), prog_name="gtcpserver", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        if isinstance(error, RunError) and error.details:
+            click.echo(error.details, err=True, nl=False)
+        complain(describe(error))
+        return error.exit_code
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    except click.Abort:
+        return 130
+    except BrokenPipeError:
+        # `gtcpserver check | head`: nobody wants the rest. What is buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def describe(error: click.ClickException) -> str:
+    """One line for what click would print as usage, hint and error: which option, and what is wrong."""
+    message = (error.format_message() if isinstance(error, click.NoSuchOption) else error.message).rstrip(".")
+    if isinstance(error, click.BadParameter):
+        name = name_of(error.param) if error.param is not None else ""
+        if isinstance(error, click.MissingParameter):
+            return f"missing {name}"
+        return f"{name}: {message}" if name else message
+    # click's own begin with a capital; a name in capitals stays.
+    return message[:1].lower() + message[1:] if message[1:2].islower() else message
+
+
+def name_of(parameter: click.Parameter) -> str:
+    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
+
+
+def complain(message: str) -> None:
+    try:
+        print("gtcpserver:", " ".join(message.split()), file=sys.stderr)
+    except (OSError, ValueError):  # nobody reads stderr
+        pass

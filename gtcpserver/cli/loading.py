@@ -1,0 +1,149 @@
+"""Find what a user names on the command line: "module:name", "module:object.attribute" or "path/to/file.py:name"."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import click
+
+from gtcpserver.cli.commands import RunError
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
+    """Loads a handler and checks that it can be called with a connection.
+
+    Raises:
+        click.UsageError: there is no such module, file or attribute, or it is no handler.
+        RunError: the module raised an exception of its own.
+    """
+    handler = load_callable(reference, parameter, 1)
+    if inspect.iscoroutinefunction(handler):
+        raise _wrong(parameter, f"{reference} is async; a handler is a plain function that blocks")
+    if inspect.isgeneratorfunction(handler):
+        raise _wrong(parameter, f"{reference} is a generator; a handler is a plain function that blocks")
+    return handler
+
+
+def load_callable(reference: str, parameter: str, arguments: int) -> Callable[..., Any]:
+    """Loads a function and checks that it takes so many positional arguments. Raises as `load_handler`."""
+    found: Callable[..., Any] = load_object(reference, parameter)
+    if not callable(found):
+        raise _wrong(parameter, f"{reference} is not callable, it is {_a(type(found).__name__)}")
+    try:
+        signature = inspect.signature(found)
+    except (ValueError, TypeError):  # some builtins do not tell theirs
+        return found
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        wanted = "one argument, the connection" if arguments == 1 else "two arguments, the connection and the exception"
+        raise _wrong(parameter, f"{reference} must take {wanted}; it takes {signature}") from None
+    return found
+
+
+def load_object(reference: str, parameter: str) -> Any:
+    """Imports the module or file and follows the attributes. Raises as `load_handler`."""
+    module_name, colon, attributes = reference.rpartition(":")
+    if not (colon and module_name and attributes):
+        raise _wrong(parameter, f'must be "module:name" or "path/to/file.py:name", got {reference!r}')
+    is_file = module_name.endswith(".py") or "/" in module_name
+    found: Any = _run_file(module_name, parameter) if is_file else _import(module_name, parameter)
+    path = module_name
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            near = _near(attribute, (name for name in dir(found) if not name.startswith("_")))
+            raise _wrong(parameter, f"{path} has no {attribute!r}{near}") from None
+        path += f".{attribute}"
+    return found
+
+
+def _import(name: str, parameter: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only if it is the module asked for: one that the user's module wants is a fault in there, with its traceback.
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise _failed(name, error) from None
+        parent, _, last = error.name.rpartition(".")
+        package = sys.modules.get(parent) if parent else None
+        if parent and not hasattr(package, "__path__"):
+            raise _wrong(parameter, f"no module {name!r}: {parent!r} is a module, not a package") from None
+        names = (module.name for module in pkgutil.iter_modules(package.__path__ if package else None))
+        where = "" if parent else f"; looked in {os.getcwd()} and the installed packages"
+        raise _wrong(parameter, f"no module {error.name!r}{_near(last, names)}{where}") from None
+    except (Exception, SystemExit) as error:
+        raise _failed(name, error) from None
+    except TypeError as error:  # importlib's own, for a relative name
+        raise _wrong(parameter, f"no module {name!r}: {error}") from None
+
+
+def _run_file(path: str, parameter: str) -> ModuleType:
+    if not os.path.isfile(path):
+        raise _wrong(parameter, f"no file {path!r}")
+    full = os.path.abspath(path)
+    # What is beside the file can be imported, as with `python file.py`.
+    sys.path.insert(0, os.path.dirname(full))
+    name = os.path.splitext(os.path.basename(full))[0]
+    if name in sys.modules or name in sys.stdlib_module_names:
+        name = f"_gtcpserver_{name}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    if spec is None or spec.loader is None:
+        raise _wrong(parameter, f"{path!r} is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise _failed(path, error) from None
+    return module
+
+
+def _failed(name: str, error: BaseException) -> RunError:
+    kind = type(error).__name__
+    return RunError(f"{name} raised {kind} while it was imported", details=user_traceback(error))
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback of an exception without the frames of import machinery and of this package."""
+    report = traceback.TracebackException.from_exception(error)
+    _trim(report, set())
+    return "".join(report.format())
+
+
+def _trim(report: traceback.TracebackException | None, seen: set[int]) -> None:
+    if report is None or id(report) in seen:
+        return
+    seen.add(id(report))
+    report.stack = traceback.StackSummary.from_list([frame for frame in report.stack if not _is_ours(frame.filename)])
+    _trim(report.__cause__, seen)
+    _trim(report.__context__, seen)
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(("<frozen importlib", _PACKAGE + os.sep)) or filename == importlib.__file__
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, set(names), 3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1] in "aeiou" else f"a {name}"
+
+
+def _wrong(parameter: str, message: str) -> click.UsageError:
+    return click.UsageError(f"{parameter}: {message}")

@@ -1,0 +1,317 @@
+"""The options that serve and echo share: every parameter of Server and ListenConfig, by the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+import socket
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from gtcpserver.address import Address, parse_address
+from gtcpserver.cli.loading import load_callable, load_object
+from gtcpserver.errors import ConfigError
+from gtcpserver.listener import ListenConfig
+from gtcpserver.server import Server
+from gtcpserver.tls import TLSConfig
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic before click 8.2
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class AddressType(ParamType):
+    name = "address"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Address:
+        if isinstance(value, Address):
+            return value
+        try:
+            return parse_address(value)
+        except ConfigError as error:
+            self.fail(str(error), parameter, context)
+
+
+class OrNone(ParamType):
+    """A number, or the word "none" for no limit. `least`, if given, is checked here and not by the library."""
+
+    def __init__(self, number: type[int] | type[float], least: float | None = None) -> None:
+        self.name = "integer|none" if number is int else "number|none"
+        self._number = number
+        self._least = least
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if isinstance(value, str) and value.lower() == "none":
+            return None
+        try:
+            number = self._number(value)
+        except ValueError:
+            kind = "a whole number" if self._number is int else "a number"
+            self.fail(f'must be {kind} or "none", got {value!r}', parameter, context)
+        if self._least is not None and not self._least <= number < math.inf:
+            self.fail(f'must be {self._least:g} or more or "none", got {value!r}', parameter, context)
+        return number
+
+
+class OctalType(ParamType):
+    name = "octal"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            return int(str(value), 8)
+        except ValueError:
+            self.fail(f"must be permission bits in octal, such as 660, got {value!r}", parameter, context)
+
+
+class SocketOptionType(ParamType):
+    """LEVEL:OPTION:VALUE, names of the socket module or numbers, as SOL_SOCKET:SO_MARK:7."""
+
+    name = "level:option:value"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(":")
+        if len(parts) != 3:
+            self.fail(f"must be LEVEL:OPTION:VALUE, as SOL_SOCKET:SO_MARK:7, got {value!r}", parameter, context)
+        numbers = []
+        for part in parts:
+            number = getattr(socket, part, None) if part.isidentifier() else None
+            if number is None:
+                try:
+                    number = int(part, 0)
+                except ValueError:
+                    self.fail(f"{part!r} in {value!r} is neither a number nor in Python's socket module")
+            numbers.append(int(number))
+        return numbers[0], numbers[1], numbers[2]
+
+
+class RepeatedType(ParamType):
+    """Text, and the option may be repeated."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        return str(value)
+
+
+class ServerNameType(ParamType):
+    """NAME=CERTFILE or NAME=CERTFILE,KEYFILE."""
+
+    name = "name=certfile[,keyfile]"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[str, str, str | None]:
+        if isinstance(value, tuple):
+            return value
+        server_name, _, files = str(value).partition("=")
+        certfile, _, keyfile = files.partition(",")
+        if not (server_name and certfile):
+            self.fail(f"must be NAME=CERTFILE or NAME=CERTFILE,KEYFILE, got {value!r}", parameter, context)
+        return server_name, certfile, keyfile or None
+
+
+class PasswordFileType(ParamType):
+    name = "file"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            with open(value) as file:
+                return file.readline().rstrip("\n")
+        except (OSError, UnicodeError) as error:
+            self.fail(f"cannot read {value!r}: {getattr(error, 'strerror', None) or error}", parameter, context)
+
+
+REPEATED = (SocketOptionType, RepeatedType, ServerNameType)
+NUMBER = OrNone(float)
+WHOLE = OrNone(int)
+
+# Parameter, type, help. bool is --name/--no-name; str is passed on as it is.
+SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("accept_loops", int, "Listening sockets with an accept loop each, for every TCP address."),
+    ("pool", WHOLE, "Handlers that may run at once."),
+    (
+        "on_full",
+        click.Choice(["wait", "reject", "close_idle"]),
+        "When it is full: leave new connections in the kernel's queue, close them, or close an idle one for them.",
+    ),
+    ("max_connections", WHOLE, "Connections open at once, idle ones included."),
+    ("max_accepts", WHOLE, "Serve so many connections, then stop."),
+    ("timeout", NUMBER, "Seconds in which nothing moves until a read or write fails."),
+    ("handler_timeout", NUMBER, "Seconds a handler may take in all."),
+    ("min_rate", NUMBER, "Bytes a second; a handler that waits for a slower client is ended."),
+    ("min_rate_window", float, "Seconds over which --min-rate is measured."),
+    ("linger", float, "Seconds a closed connection may take to be closed by the client too."),
+)
+
+# These name objects of the user's; the number is that of a function's arguments.
+OBJECT_OPTIONS: tuple[tuple[str, int | None, str], ...] = (
+    ("connection_class", None, "The subclass of Connection that the handler gets."),
+    ("context", None, "An object that each connection has as its context."),
+    ("on_connect", 1, "Called first with each connection; it is closed unserved if this returns False."),
+    ("on_disconnect", 1, "Called with each connection when its handler has ended."),
+    ("on_error", 2, "Called with connection and exception when a handler fails, instead of the log."),
+)
+
+LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("reuse_port", bool, "Several listening sockets on one port (SO_REUSEPORT)."),
+    ("reuse_address", bool, "Bind although old connections are in TIME-WAIT (SO_REUSEADDR)."),
+    ("shared", bool, "Share the port with other processes of the same user."),
+    ("fast_open", int, "Connections under way with data in their SYN (TCP_FASTOPEN); 0 is off."),
+    ("defer_accept", NUMBER, "Seconds to wait for a client's first bytes before it is accepted (TCP_DEFER_ACCEPT)."),
+    ("backlog", WHOLE, "Connections that may wait to be accepted; none: as many as the kernel allows."),
+    ("no_delay", bool, "Send small writes at once (TCP_NODELAY)."),
+    ("keepalive", bool, "Probe idle connections (SO_KEEPALIVE)."),
+    ("keepalive_idle", int, "Seconds of silence before the first probe."),
+    ("keepalive_interval", int, "Seconds between unanswered probes."),
+    ("keepalive_count", int, "Unanswered probes until the connection fails."),
+    ("user_timeout", NUMBER, "Seconds for which sent data may stay unacknowledged (TCP_USER_TIMEOUT)."),
+    ("receive_buffer", WHOLE, "Bytes (SO_RCVBUF); none, best for most: the kernel tunes it."),
+    ("send_buffer", WHOLE, "Bytes (SO_SNDBUF); none, best for most: the kernel tunes it."),
+    ("ipv6_only", bool, "An IPv6 socket takes no IPv4 connections; not given: * takes both."),
+    ("device", str, "Take connections from this network interface alone (SO_BINDTODEVICE)."),
+    ("transparent", bool, "Accept connections to addresses that are not this host's (IP_TRANSPARENT)."),
+    ("free_bind", bool, "Bind to an address that the host does not have yet (IP_FREEBIND)."),
+    ("multipath", bool, "Multipath TCP."),
+    ("congestion", str, "Congestion control, such as bbr or cubic (TCP_CONGESTION)."),
+    ("unix_mode", OctalType(), "Permission bits of a unix socket's path, such as 660."),
+    ("extra", SocketOptionType(), "One more socket option, such as SOL_SOCKET:SO_MARK:7; may be repeated."),
+)
+
+FIELDS = frozenset(name for name, _, _ in (*SERVER_OPTIONS, *OBJECT_OPTIONS, *LISTEN_OPTIONS))
+
+# Fields of TLSConfig; the option is --tls- and the name. The password comes from a file, as every user of the machine
+# can read the command line (proc(5)).
+TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("certfile", str, "PEM file of the server's certificate and its chain: every connection is encrypted."),
+    ("keyfile", str, "PEM file of the private key; not given: it is in --tls-certfile."),
+    ("password", PasswordFileType(), "File whose first line is the password of the private keys."),
+    ("sni", ServerNameType(), "One more certificate, for clients that ask for this name; may be repeated."),
+    ("strict_sni", bool, "Refuse clients that ask for another name, or for none."),
+    ("client_auth", click.Choice(["none", "optional", "required"]), "Whether clients show a certificate."),
+    ("client_ca", str, "PEM file or folder of the CAs that clients' certificates come from."),
+    ("crl", str, "PEM file of revocation lists for clients' certificates."),
+    ("alpn", RepeatedType(), "Protocol to agree on, such as h2; may be repeated, best first."),
+    ("minimum_version", click.Choice(["TLSv1.2", "TLSv1.3"]), "The oldest version."),
+    ("maximum_version", click.Choice(["TLSv1.2", "TLSv1.3"]), "The newest version."),
+    ("ciphers", str, "Cipher suites of TLS 1.2 in OpenSSL's notation."),
+    ("handshake_timeout", float, "Seconds a handshake may take."),
+    ("max_handshakes", int, "Handshakes that may be under way."),
+    ("session_tickets", int, "Tickets a client gets to resume its session."),
+    ("key_log_file", str, "Append the connections' secrets to this file, for Wireshark."),
+    ("report_truncation", bool, "An end without TLS's own goodbye is an error in the handler."),
+    ("watch", NUMBER, "Look every so many seconds whether a file has changed, and read them again."),
+)
+
+
+def server_options(command: Command) -> Command:
+    """Adds --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
+    defaults: dict[str, Any] = {name: given.default for name, given in inspect.signature(Server).parameters.items()}
+    defaults |= {field.name: field.default for field in dataclasses.fields(ListenConfig)}
+    tls_defaults = {field.name: field.default for field in dataclasses.fields(TLSConfig)}
+    # The last decorator comes first in --help.
+    for name, kind, text in reversed(TLS_OPTIONS):
+        command = _option(f"tls_{name}", kind, text, tls_defaults[name])(command)
+    for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
+        command = _option(name, kind, text, defaults[name])(command)
+    for name, _arguments, text in reversed(OBJECT_OPTIONS):
+        command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
+    return click.option(
+        "--bind",
+        "bind",
+        type=AddressType(),
+        multiple=True,
+        default=("127.0.0.1:5000",),
+        show_default="127.0.0.1:5000",
+        metavar="ADDRESS",
+        help="Where to listen: host:port, [IPv6]:port, *:port, unix:/path, unix:@name or fd:number; may be repeated.",
+    )(command)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def make_listen_config(context: click.Context) -> ListenConfig:
+    """Makes the ListenConfig that was asked for. Raises click.UsageError."""
+    options = {name: context.params[name] for name, _, _ in LISTEN_OPTIONS if was_given(context, name)}
+    return explained(lambda: ListenConfig(**options))
+
+
+def make_server(context: click.Context, handler: Callable[[Any], Any], listen: ListenConfig) -> Server:
+    """Makes the Server that was asked for, with the user's objects loaded. Raises click.UsageError and RunError."""
+    options = {name: context.params[name] for name, _, _ in SERVER_OPTIONS if was_given(context, name)}
+    for name, arguments, _text in OBJECT_OPTIONS:
+        if was_given(context, name):
+            reference = context.params[name]
+            options[name] = (
+                load_object(reference, flag(name))
+                if arguments is None
+                else load_callable(reference, flag(name), arguments)
+            )
+    tls = {name: context.params[f"tls_{name}"] for name, _, _ in TLS_OPTIONS if was_given(context, f"tls_{name}")}
+    if tls:
+        options["tls"] = make_tls_config(tls)
+    bind = list(context.params["bind"])
+    return explained(lambda: Server(bind, handler, listen=listen, **options))
+
+
+def make_tls_config(options: dict[str, Any]) -> TLSConfig:
+    if "certfile" not in options:
+        raise click.UsageError(f"{flag('tls_' + next(iter(options)))}: needs --tls-certfile")
+    options["sni"] = {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}
+    return explained(lambda: TLSConfig(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
+
+
+def was_given(context: click.Context, name: str) -> bool:
+    # What was not given is not passed on: Server and ListenConfig alone know the defaults.
+    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+
+
+Made = TypeVar("Made")
+
+
+def explained(make: Callable[[], Made], prefix: str = "", fields: Collection[str] = FIELDS) -> Made:
+    """Turns a ConfigError, which names the field, into a usage error that names the option."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise click.UsageError(name_option(str(error), prefix, fields)) from None
+
+
+def name_option(message: str, prefix: str = "", fields: Collection[str] = FIELDS) -> str:
+    """`fast_open must be ...` as `--fast-open: must be ...`, `ListenConfig(shared=True)` as `--shared`."""
+    message = re.sub(r"ListenConfig\((\w+)=True\)", lambda match: flag(match[1]), message)
+    match = re.match(r"(\w+)( must\b)?", message)
+    if match is None or match[1] not in fields:
+        return message
+    return f"{flag(prefix + match[1])}: {message[match.end(1) :].strip() if match[2] else message}"
+
+
+def _option(name: str, kind: Any, text: str, default: Any) -> Callable[[Command], Command]:
+    if kind is bool:
+        on = flag(name)
+        off = f"--{on[5:]}" if on.startswith("--no-") else f"--no-{on[2:]}"
+        shown = None if default is None else (on if default else off)[2:]
+        return click.option(f"{on}/{off}", name, default=None, help=_with_default(text, shown))
+    multiple = isinstance(kind, REPEATED)
+    shown = "none" if default is None and isinstance(kind, OrNone) else default
+    if not multiple:
+        text = _with_default(text, shown)
+    option = flag(name) + ("-file" if isinstance(kind, PasswordFileType) else "")
+    return click.option(option, name, type=kind, multiple=multiple, default=None, help=text)
+
+
+def _with_default(text: str, default: object) -> str:
+    return text if default in (None, dataclasses.MISSING) else f"{text}  [default: {default}]"

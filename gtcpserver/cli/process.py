@@ -1,0 +1,38 @@
+"""What a server process does to itself before it serves: file descriptors and the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+
+log = logging.getLogger("gtcpserver")
+
+GC_THRESHOLDS = (10_000, 20, 50)
+"""Python's own (700, 10, 10) are for short programs: with thousands of connections open the collector would walk them
+over and over, and find nothing, as a connection is not part of a cycle."""
+
+
+def raise_descriptor_limit() -> None:
+    """Raises the soft limit of open files to the hard one, as Go's runtime does.
+
+    The soft one is often 1024, and is that low for select(2) alone, which cannot take higher numbers; gevent's loop
+    uses epoll(7).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("cannot raise the limit of open files from %d to %d: %s", soft, hard, error)
+
+
+def freeze_garbage_collector() -> None:
+    """Takes what is there now out of the cyclic garbage collector's work, and makes it look less often.
+
+    Modules, functions and classes stay until exit anyway. What refers to itself later is still collected.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)

@@ -1,0 +1,155 @@
+"""gtcpserver serve and gtcpserver echo: one server, from the command line to its last report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import gevent
+
+from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.cli.loading import load_handler
+from gtcpserver.cli.options import OrNone, make_listen_config, make_server, name_option, server_options
+from gtcpserver.cli.process import freeze_garbage_collector, raise_descriptor_limit
+from gtcpserver.connection import Connection
+from gtcpserver.logs import configure_logging
+from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
+from gtcpserver.stats import StopReport
+
+log = logging.getLogger("gtcpserver")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+def process_options(command: Command) -> Command:
+    """Adds the options that are about the process and not about the server."""
+    options = (
+        click.option(
+            "--monkey-patch/--no-monkey-patch",
+            default=True,
+            show_default=True,
+            help="Let the standard library's blocking calls wait on the event loop.",
+        ),
+        click.option(
+            "--stop-timeout",
+            type=OrNone(float, least=0),
+            default=DEFAULT_STOP_TIMEOUT,
+            show_default=True,
+            help="Seconds handlers get to finish at SIGTERM or SIGINT; none: for ever. A second signal ends them.",
+        ),
+        click.option(
+            "--stats-interval",
+            type=OrNone(float, least=0),
+            default=0.0,
+            show_default=True,
+            help="Log the counters every so many seconds; 0 is never.",
+        ),
+        click.option(
+            "--freeze-gc/--no-freeze-gc",
+            default=True,
+            show_default=True,
+            help="After start-up take what is there out of the garbage collector's work, and collect less often.",
+        ),
+        click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True),
+        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=EPILOG)
+@click.argument("handler", metavar="MODULE:HANDLER")
+@server_options
+@process_options
+@click.pass_context
+def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
+    """Serve every connection with a function of yours: handler(conn).
+
+    MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. The current directory is searched
+    for modules first.
+    """
+    prepare(context)
+    listen = make_listen_config(context)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    serve_until_stopped(context, make_server(context, load_handler(handler), listen))
+
+
+@click.command(epilog=EPILOG)
+@server_options
+@process_options
+@click.pass_context
+def echo(context: click.Context, /, **_options: Any) -> None:
+    """Send every client back what it sends: to try the network, a client or the options."""
+    prepare(context)
+    serve_until_stopped(context, make_server(context, send_back, make_listen_config(context)))
+
+
+def send_back(conn: Connection) -> None:
+    while data := conn.recv(65536):
+        conn.sendall(data)
+
+
+def prepare(context: click.Context) -> None:
+    configure_logging(context.params["log_level"], context.params["log_format"])
+    raise_descriptor_limit()
+
+
+def serve_until_stopped(context: click.Context, server: Server) -> None:
+    """Starts the server, logs where it listens, and logs the report when a signal or --max-accepts has stopped it.
+
+    Raises:
+        RunError: the address cannot be had, or the listening socket was lost.
+        ConfigError: the address is none this system can listen on.
+    """
+    try:
+        server.start()
+        if context.params["freeze_gc"]:
+            freeze_garbage_collector()
+        # They run when serve_forever waits, and a signal is then a graceful stop: whoever reads that we listen may
+        # send one at once.
+        helpers = [gevent.spawn(log_listening, server)]
+        if context.params["stats_interval"]:
+            helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
+        report = server.serve_forever(context.params["stop_timeout"])
+    except OSError as error:
+        raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
+    gevent.killall(helpers)
+    log_report(report)
+
+
+def log_listening(server: Server) -> None:
+    loops = len(server._acceptors)
+    pool = "no limit" if server.pool.size is None else str(server.pool.size)
+    log.info(
+        "listening on %s (pid %d, %d accept loop%s, pool %s)",
+        ", ".join(server.addresses),
+        os.getpid(),
+        loops,
+        "" if loops == 1 else "s",
+        pool,
+    )
+
+
+def log_stats(server: Server, interval: float) -> None:
+    while True:
+        gevent.sleep(interval)
+        stats = dataclasses.asdict(server.stats())
+        counters = " ".join(
+            f"{name}={round(value, 3) if isinstance(value, float) else value}" for name, value in stats.items()
+        )
+        log.info("stats: %s", counters, extra={"stats": stats})
+
+
+def log_report(report: StopReport) -> None:
+    for cut in report.cut:
+        log.warning("cut %s", cut)
+    log.info("stopped: %d connections finished, %d cut", report.finished, report.ended)

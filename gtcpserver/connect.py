@@ -1,0 +1,76 @@
+"""connect: a Connection to somebody else's server."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import gevent
+import gevent.socket
+
+from .address import parse_address
+from .connection import Connection
+from .errors import ConfigError
+
+
+def connect(
+    address: str | tuple[Any, ...],
+    timeout: float | None = None,
+    *,
+    source_address: tuple[str, int] | None = None,
+    connection_class: type[Connection] = Connection,
+) -> Connection:
+    """Connect, and have the same kind of socket that a handler gets; an upstream for :func:`relay`, say.
+
+    Args:
+        address: "host:port", "[IPv6]:port", "unix:/path", "unix:@name", or a tuple (host, port). A host name's
+            addresses are tried in the order the resolver gives them (RFC 6724).
+        timeout: seconds for all of it, the look-up of the name included; None waits as long as the system does. It
+            ends with the call: the connection has no time-out until ``settimeout`` gives it one.
+        source_address: (host, port) to connect from.
+        connection_class: Connection or a class derived from it.
+
+    Returns:
+        The connection, with TCP_NODELAY set. The caller closes it.
+
+    Raises:
+        ConfigError: not an address to connect to.
+        TimeoutError: not connected within ``timeout``.
+        OSError: of the last address tried; socket.gaierror: no such host.
+    """
+    parsed = parse_address(address)
+    if parsed.kind == "fd" or parsed.host == "*" or (parsed.kind == "tcp" and not parsed.port):
+        raise ConfigError(f'address to connect to must be "host:port" or "unix:/path", got {address!r}')
+    with gevent.Timeout(timeout, TimeoutError(f"not connected to {parsed} within {timeout} seconds")):
+        if parsed.kind == "unix":
+            path = "\0" + parsed.path[1:] if parsed.path.startswith("@") else parsed.path
+            return _connect(connection_class, socket.AF_UNIX, path, None)
+        failed: OSError | None = None
+        found = gevent.socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
+        for family, _, _, _, sockaddr in found:
+            try:
+                return _connect(connection_class, family, sockaddr, source_address)
+            except TimeoutError as error:
+                if error.errno is None:  # ours, not the system's ETIMEDOUT
+                    raise
+                failed = error
+            except OSError as error:
+                failed = error
+        raise failed or OSError(f"no address found for {parsed.host}")
+
+
+def _connect(
+    connection_class: type[Connection], family: int, sockaddr: Any, source_address: tuple[str, int] | None
+) -> Connection:
+    connection = connection_class(family, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(None)
+        if family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source_address is not None:
+            connection.bind(source_address)
+        connection.connect(sockaddr)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,268 @@
+"""TLS on a connection: the layer that a Stream reads from and writes to, and the lane in which handshakes wait.
+
+A handshake is not a handler: a client that connects and says nothing must not hold a place in the pool. So handshakes
+run as event callbacks, without a greenlet, bounded in time and number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gevent.hub import get_hub
+
+from .errors import TruncatedStream
+from .tls import Credentials, classify_handshake_error
+
+if TYPE_CHECKING:
+    from .connection import Connection
+    from .stream import Stream
+
+log = logging.getLogger("gtcpserver.tls")
+
+#: What a client gets that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
+PLAIN_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 43\r\n\r\n"
+    b"This port speaks TLS. Use https:// instead."
+)
+
+
+class TLSLayer:
+    """An encrypted stream's ``io``.
+
+    Args:
+        stream: whose socket it encrypts.
+        context: an ssl.SSLContext, the standard library's or gevent's.
+        report_truncation: an end without close_notify raises TruncatedStream instead of looking like an end.
+
+    Attributes:
+        object: the ``_ssl._SSLSocket`` that OpenSSL's state is in.
+        server_name: what the client asked for (SNI, RFC 6066 section 3), once an SNI callback has noted it.
+    """
+
+    __slots__ = ("__weakref__", "_read", "_report_truncation", "_stream", "_write", "object", "server_name")
+
+    def __init__(self, stream: Stream, context: Any, report_truncation: bool = False) -> None:
+        self._stream = stream
+        self._report_truncation = report_truncation
+        self.server_name: str | None = None
+        # The raw socket and not a wrapper of it: no Python code between OpenSSL and the system calls, and our own wait.
+        # The owner is what an SNI callback gets.
+        self.object = context._wrap_socket(stream.sock, server_side=True, owner=self)
+        self._read = self.object.read
+        self._write = self.object.write
+
+    @property
+    def context(self) -> Any:
+        """The SSLContext; an SNI callback may assign another one."""
+        return self.object.context
+
+    @context.setter
+    def context(self, context: Any) -> None:
+        self.object.context = context
+
+    def _sslsock(self) -> TLSLayer:
+        # gevent's SSLContext hands an SNI callback of the user's what the owner's _sslsock() returns.
+        return self
+
+    def pending(self) -> int:
+        """Bytes that were decrypted and not read: the socket will not become readable for them."""
+        return int(self.object.pending())
+
+    def recv(self, bufsize: int) -> bytes:
+        try:
+            return self._read(bufsize)  # type: ignore[no-any-return]
+        except SSLWantReadError:
+            raise BlockingIOError from None
+        except OSError as error:
+            return b"" if self._is_end(error) else self.recv(bufsize)
+
+    def recv_into(self, buffer: Any, nbytes: int = 0) -> int:
+        try:
+            return self._read(nbytes or len(buffer), buffer)  # type: ignore[no-any-return]
+        except SSLWantReadError:
+            raise BlockingIOError from None
+        except OSError as error:
+            return 0 if self._is_end(error) else self.recv_into(buffer, nbytes)
+
+    def _is_end(self, error: OSError) -> bool:
+        """True for the peer's end, False to try again; other errors are raised."""
+        if isinstance(error, SSLZeroReturnError):
+            return True
+        if isinstance(error, SSLEOFError):
+            if self._report_truncation:
+                raise TruncatedStream("the peer closed without a TLS close_notify") from error
+            return True
+        if isinstance(error, SSLWantWriteError):
+            # A key update (RFC 8446 section 4.6.3) wants to be answered before the next read.
+            self._stream.wait_writable()
+            return False
+        raise error
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        if flags:
+            raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
+        if not len(data):
+            return 0
+        while True:
+            try:
+                return self._write(data)  # type: ignore[no-any-return]
+            except SSLWantWriteError:
+                raise BlockingIOError from None
+            except SSLWantReadError:
+                self._stream.wait_readable(True)
+            except (SSLZeroReturnError, SSLEOFError) as error:
+                raise BrokenPipeError("the peer has closed the connection") from error
+
+    def handshake(self) -> None:
+        """Do the handshake, in a greenlet that waits."""
+        while True:
+            try:
+                self.object.do_handshake()
+                return
+            except SSLWantReadError:
+                self._stream.wait_readable(True)
+            except SSLWantWriteError:
+                self._stream.wait_writable()
+
+    def close_notify(self) -> None:
+        """Tell the peer that nothing more comes (RFC 8446 section 6.1), if it can be told without waiting."""
+        try:
+            self.object.shutdown()
+        except (OSError, ValueError):
+            pass  # WantRead: sent, and the peer has not answered yet. Anything else: nobody is left to tell.
+
+    def unwrap(self) -> None:
+        """End TLS and go on in the clear: send close_notify and wait for the peer's."""
+        while True:
+            try:
+                self.object.shutdown()
+                return
+            except SSLWantReadError:
+                self._stream.wait_readable(True)
+            except SSLWantWriteError:
+                self._stream.wait_writable()
+
+
+class HandshakeLane:
+    """Handshakes under way: bounded in number and time, each costing no greenlet.
+
+    Args:
+        seconds: how long one may take.
+        most: how many may be under way; when another comes, the oldest is dropped.
+        done: called in the hub with a connection that is encrypted now.
+        failed: called in the hub with a connection whose handshake has failed, and the kind of the failure.
+
+    Attributes:
+        failures: how many failed, by kind: those of ``classify_handshake_error``, "crowded_out" and "stopped".
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        most: int,
+        done: Callable[[Connection], Any],
+        failed: Callable[[Connection, str], Any],
+    ) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._done = done
+        self._failed = failed
+        self._under_way: dict[_Handshake, None] = {}
+        self._timer: Any = None
+        self.failures: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def begin(self, connection: Connection, credentials: Credentials) -> None:
+        """Take a new connection. Only from the hub."""
+        if len(self._under_way) >= self._most:
+            oldest = next(iter(self._under_way))
+            oldest.fail(TimeoutError("too many handshakes, this one was the oldest"), kind="crowded_out")
+        stream = connection._stream
+        layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
+        handshake = _Handshake(self, connection, layer, monotonic() + self._seconds)
+        self._under_way[handshake] = None
+        stream.make_read_watcher().callback = handshake.step
+        if self._timer is None:
+            self._start_timer(self._seconds)
+
+    def end_all(self) -> None:
+        """Drop every handshake that is under way."""
+        for handshake in list(self._under_way):
+            handshake.fail(TimeoutError("the server stops"), kind="stopped")
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = get_hub().loop.timer(seconds, ref=False)
+        self._timer.start(self._end_overdue, update=True)
+
+    def _end_overdue(self) -> None:
+        self._timer.close()
+        self._timer = None
+        now = monotonic()
+        # All have the same time, so they are overdue in the order they came.
+        for handshake in list(self._under_way):
+            if handshake.until > now:
+                self._start_timer(handshake.until - now)
+                return
+            handshake.fail(TimeoutError(f"no TLS handshake within {self._seconds:g} s"), kind="timeout")
+
+
+class _Handshake:
+    __slots__ = ("_connection", "_lane", "_layer", "until")
+
+    def __init__(self, lane: HandshakeLane, connection: Connection, layer: TLSLayer, until: float) -> None:
+        self._lane = lane
+        self._connection = connection
+        self._layer = layer
+        self.until = until
+
+    def step(self) -> None:
+        stream = self._connection._stream
+        try:
+            self._layer.object.do_handshake()
+        except SSLWantReadError:
+            self._wait(stream.reading)
+        except SSLWantWriteError:
+            self._wait(stream.writing or stream.make_write_watcher())
+        except Exception as error:
+            self.fail(error)
+        else:
+            self._leave()
+            stream.io = stream.tls = self._layer
+            self._lane._done(self._connection)
+
+    def _wait(self, watcher: Any) -> None:
+        stream = self._connection._stream
+        for other in (stream.reading, stream.writing):
+            if other is not None and other is not watcher:
+                other.stop()
+        if watcher.callback is None:
+            watcher.start(self.step)
+
+    def _leave(self) -> None:
+        del self._lane._under_way[self]
+        stream = self._connection._stream
+        if stream.writing is not None:
+            stream.writing.stop()
+        stream.reading.callback = stream._parked
+
+    def fail(self, error: BaseException, kind: str | None = None) -> None:
+        self._leave()
+        lane = self._lane
+        kind = kind or classify_handshake_error(error)
+        lane.failures[kind] += 1
+        connection = self._connection
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("TLS handshake with %s failed (%s): %s", connection.client_address, kind, error)
+        if kind == "http_request":
+            try:
+                connection._sock.send(PLAIN_HTTP_ANSWER)
+            except OSError:
+                pass
+        lane._failed(connection, kind)

@@ -1,0 +1,127 @@
+"""How a server stops: listening sockets are drained before they are closed, handlers are waited for, then ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic, time
+from typing import Any
+
+import gevent
+from gevent.event import Event
+
+from .acceptor import Acceptor
+from .address import format_sockaddr
+from .connection import Connection
+from .listener import HANDSHAKE_SECONDS, handshakes_under_way
+from .stats import CutConnection
+
+log = logging.getLogger("gtcpserver")
+
+#: How long a greenlet that was killed may take to end, seconds, before it is told again; and how often it is told.
+KILL_SECONDS = 0.25
+KILL_ATTEMPTS = 4
+
+#: How long a stop waits at most for handshakes that are under way, seconds. Far clients need a round trip; with
+#: defer_accept the kernel has to repeat its SYN-ACK, after 1 s, before a client that has sent nothing comes through.
+LONGEST_DRAIN = 1.0
+LONGEST_DRAIN_OF_DEFERRED = 2.5
+
+
+def drain_and_close(
+    acceptors: Sequence[Acceptor], admit: Callable[[Connection, Any], Any], longest: float, hurry: Event
+) -> None:
+    """Accept what the kernel has queued, until no handshake is under way any more, and close.
+
+    Args:
+        acceptors: whose sockets get no new connections (muted, or steered away from).
+        admit: called with each connection and its address; it must not wait.
+        longest: seconds to wait for handshakes.
+        hurry: when set, waits no longer.
+    """
+    for acceptor in acceptors:
+        acceptor.stop_accepting()
+        acceptor.drain(admit)
+    give_up = monotonic() + longest
+    while True:
+        # Handshakes that had begun come into the queue now.
+        gevent.sleep(HANDSHAKE_SECONDS)
+        for acceptor in acceptors:
+            acceptor.drain(admit)
+        if monotonic() > give_up or hurry.is_set() or not any(map(_expects_more, acceptors)):
+            break
+    for acceptor in acceptors:
+        acceptor.drain(admit)
+        acceptor.close()
+        acceptor.listener.close()
+
+
+def _expects_more(acceptor: Acceptor) -> bool:
+    # A socket that others hold too is theirs to serve.
+    return acceptor.listener.owned and not acceptor.closed and bool(handshakes_under_way(acceptor.listener.socket))
+
+
+def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event) -> list[CutConnection]:
+    """End every handler by GreenletExit; whoever swallows it is told again and finds its socket shut.
+
+    Args:
+        connections: the open connections and the greenlet of each; handlers that end leave it.
+        nobody_connected: set when it is empty.
+
+    Returns:
+        what each was doing when it was ended.
+    """
+    cut = {connection: describe(connection, worker) for connection, worker in connections.items()}
+    for attempt in range(KILL_ATTEMPTS):
+        if not connections:
+            break
+        for connection, worker in list(connections.items()):
+            if attempt:
+                _shut(connection)
+            worker.kill(block=False)
+        nobody_connected.wait(KILL_SECONDS)
+    for connection, worker in list(connections.items()):
+        cut[connection] = describe(connection, worker, ended=False)
+        log.error("a handler would not end: %s", cut[connection])
+    return list(cut.values())
+
+
+def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+    """What is known of a connection that is cut; ``worker`` is the greenlet of its handler, or None."""
+    return CutConnection(
+        peer=peer(connection),
+        age=time() - connection.started_at,
+        bytes_received=connection.bytes_received,
+        bytes_sent=connection.bytes_sent,
+        where=_where(worker.gr_frame) if worker is not None else (),
+        ended=ended,
+    )
+
+
+def peer(connection: Connection) -> str:
+    """The client's address, printed."""
+    try:
+        return format_sockaddr(connection.client_address, int(connection._sock.family))
+    except Exception:
+        return str(connection.client_address)
+
+
+def _shut(connection: Connection) -> None:
+    try:
+        connection._sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # closed already
+
+
+def _where(frame: Any) -> tuple[str, ...]:
+    """The frames of a handler that waits, without this library's, outermost first."""
+    own = os.path.dirname(__file__)
+    stack = traceback.extract_stack(frame) if frame is not None else []
+    return tuple(
+        f"{os.path.basename(entry.filename)}:{entry.lineno} in {entry.name}"
+        for entry in stack
+        if os.path.dirname(entry.filename) != own
+    )

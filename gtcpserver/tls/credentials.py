@@ -1,0 +1,237 @@
+"""Credentials: the certificates and keys that new handshakes use, replaced while the server runs.
+
+A session ticket is encrypted with keys of the context that the handshake began on, and the ssl module cannot copy these
+from one context to the next. So there is one front context for the life of a server; each handshake begins on it, and
+its server-name callback, which OpenSSL calls whether or not the client asked for a name, moves the handshake on to the
+context with the certificate of the day. Tickets of before a reload go on being good, in all worker processes that were
+forked after the front context was made; and the certificates are replaced in one assignment, or not at all.
+
+(Loading the new certificate into the old context keeps the tickets too, but is not safe: when the key does not fit, the
+context is left with half of each; and after a change from an RSA to an EC certificate it goes on serving both.)
+"""
+
+from __future__ import annotations
+
+import _ssl
+import logging
+import os
+import ssl
+import sys
+import time
+from typing import Any, cast
+
+import gevent
+from gevent.hub import get_hub
+
+from ..errors import ConfigError
+from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
+from .contexts import ServerContexts, load_contexts, watched_files
+
+log = logging.getLogger("gtcpserver.tls")
+
+MISSING_EXTENSION = 109  # RFC 8446 section 6.2; ssl.AlertDescription lacks it
+
+_FileState = tuple[int, int, int, int] | None
+
+
+class Credentials:
+    """A server's certificates and keys: for every handshake take :attr:`context` anew.
+
+    Args:
+        tls: options, or a ready ssl.SSLContext for a server, which is used as it is and cannot be read again.
+
+    Attributes:
+        config: the options; None with a ready context.
+        context: for ``context._wrap_socket(raw_socket, server_side=True, owner=owner)``. The owner's attribute
+            ``server_name`` is set to the name that the client asks for, in lower case (None for none), and its
+            attribute ``context`` to the context with the right certificate: a property, whose setter hands it to the
+            _ssl._SSLSocket. The owner is referred to weakly.
+
+    Raises:
+        ConfigError: a file that has changed since ``tls`` was made, and cannot be used; or no context for a server.
+    """
+
+    def __init__(self, tls: TLSConfig | ssl.SSLContext) -> None:
+        self.config = tls if isinstance(tls, TLSConfig) else None
+        self._contexts: ServerContexts | None = None
+        self._states: dict[str, _FileState] = {}
+        self._timer: Any = None
+        self._reloading = False
+        self._complaint = ""
+        if self.config is not None:
+            self._load(self.config)
+        elif not isinstance(tls, _ssl._SSLContext):
+            raise ConfigError(f"tls must be a TLSConfig or an ssl.SSLContext, got {tls!r}")
+        elif tls.protocol == ssl.PROTOCOL_TLS_CLIENT:
+            raise ConfigError("tls must be a context for a server (ssl.PROTOCOL_TLS_SERVER), got one for a client")
+        else:
+            self.context = tls
+
+    @property
+    def handshake_timeout(self) -> float:
+        """Seconds a handshake may take."""
+        return self.config.handshake_timeout if self.config is not None else DEFAULT_HANDSHAKE_TIMEOUT
+
+    @property
+    def max_handshakes(self) -> int:
+        """How many handshakes may be under way."""
+        return self.config.max_handshakes if self.config is not None else DEFAULT_MAX_HANDSHAKES
+
+    @property
+    def report_truncation(self) -> bool:
+        """Whether an end without close_notify raises TruncatedStream."""
+        return self.config is not None and self.config.report_truncation
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the first of the certificates expires, seconds since the epoch; None with a ready context."""
+        return self._contexts.expires_at if self._contexts is not None else None
+
+    def reload(self) -> None:
+        """Read all the files again; new handshakes use what they hold now. Connections go on as they are.
+
+        Clients resume their sessions as before, unless client_ca or crl has changed: then all tickets are void, since
+        a session is resumed without another look at the client's certificate.
+
+        Raises:
+            ConfigError: a file cannot be used, or there are none to read. Everything stays as it was.
+        """
+        if self.config is None:
+            raise ConfigError(
+                "tls cannot be reloaded: it was given as an ssl.SSLContext, which does not tell its files; "
+                "expected a TLSConfig"
+            )
+        self._load(self.config)
+        self._complaint = ""
+        log.info("TLS certificates read again; the first expires on %s", _date(self._contexts))
+
+    def watch(self, seconds: float) -> None:
+        """Look every so many seconds whether a file has changed, was replaced or gone, and reload if so.
+
+        Files that cannot be used, such as a certificate whose key has not come yet, are logged once, and tried again
+        at every look. Does not keep the event loop alive.
+
+        Raises:
+            ConfigError: there are no files to look at.
+        """
+        if self.config is None:
+            raise ConfigError("watch needs a TLSConfig: an ssl.SSLContext does not tell its files")
+        self.stop_watching()
+        self._timer = get_hub().loop.timer(seconds, seconds, ref=False)
+        self._timer.start(self._look)
+
+    def stop_watching(self) -> None:
+        """Undo :meth:`watch`."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def _look(self) -> None:
+        # In the event loop: a password function might wait, so the reading is done in a greenlet.
+        assert self.config is not None
+        if not self._reloading and _states(self.config) != self._states:
+            self._reloading = True
+            gevent.spawn(self._reload_changed)
+
+    def _reload_changed(self) -> None:
+        try:
+            self.reload()
+        except Exception as error:
+            # Whatever a password function raises is no reason to stop looking.
+            complaint = str(error) if isinstance(error, ConfigError) else repr(error)
+            if complaint != self._complaint:
+                self._complaint = complaint
+                log.warning("TLS certificates have changed and cannot be used, the old ones stay: %s", complaint)
+        finally:
+            self._reloading = False
+
+    def _load(self, config: TLSConfig) -> None:
+        # Before reading: what changes meanwhile is seen at the next look.
+        states = _states(config)
+        new = load_contexts(config)
+        old = self._contexts
+        for complaint in new.complaints:
+            log.warning("TLS: %s", complaint)
+        if old is None or new.client_trust != old.client_trust:
+            if config.key_log_file is not None and old is None:
+                log.warning('TLS: the secrets of all connections are written to "%s"', config.key_log_file)
+            front = new.default
+            # Not by gevent's property, which takes the owner for a gevent.ssl.SSLSocket.
+            cast(Any, _ssl._SSLContext.sni_callback).__set__(front, self._choose)
+            _keep_quiet_about_bad_names()
+            self.context = front
+        self._contexts = new
+        self._states = states
+
+    def _choose(self, owner: Any, name: str | None, context: ssl.SSLContext) -> int | None:
+        contexts = self._contexts
+        assert contexts is not None
+        # The owner of a gevent.ssl.SSLSocket is the bare socket in it.
+        to_wrapper = getattr(owner, "_sslsock", None)
+        if to_wrapper is not None:
+            owner = to_wrapper()
+        if name is not None:
+            # It may hold any character from 1 to 127, and will be logged.
+            name = name.lower().rstrip(".") if name.isprintable() else ""
+        try:
+            owner.server_name = name
+        except AttributeError:
+            pass  # a bare _ssl._SSLSocket, which nobody has given an owner
+        chosen = contexts.find(name)
+        if chosen is None:
+            return MISSING_EXTENSION if name is None else int(ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
+        if chosen is not context:
+            owner.context = chosen
+        return None
+
+
+def build_context(config: TLSConfig) -> ssl.SSLContext:
+    """A context with everything in the configuration, to be used without this library's server.
+
+    Raises:
+        ConfigError: as :class:`TLSConfig`.
+    """
+    return Credentials(config).context
+
+
+def _states(config: TLSConfig) -> dict[str, _FileState]:
+    try:
+        return {path: _state(path) for path in watched_files(config)}
+    except ConfigError:
+        return {}  # a folder that is gone: reading it again says so
+
+
+def _state(path: str) -> _FileState:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    # The inode for files replaced within one tick of the clock, ctime for permissions and for cp --preserve.
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _date(contexts: ServerContexts | None) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(contexts.expires_at)) if contexts is not None else ""
+
+
+def _keep_quiet_about_bad_names() -> None:
+    """Let a client that asks for a name which is not ASCII not write to our stderr.
+
+    CPython decodes the name before it calls our callback, and hands the failure to sys.unraisablehook, which prints six
+    lines for each such connection. The handshake fails, and is counted, all the same.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "quiet_about_bad_names", False):
+        return
+
+    def filtered(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        # What _servername_callback in Modules/_ssl.c reports: the bytes, or, in newer versions, a message about them.
+        if isinstance(error, UnicodeDecodeError) and (
+            type(unraisable.object) is bytes or "ssl servername callback" in (unraisable.err_msg or "")
+        ):
+            return
+        hook(unraisable)
+
+    filtered.quiet_about_bad_names = True  # type: ignore[attr-defined]
+    sys.unraisablehook = filtered

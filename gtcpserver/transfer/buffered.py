@@ -1,0 +1,93 @@
+"""BufferedFlow: bytes from one socket to another through a buffer, where the kernel cannot move them (TLS)."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+
+from .ends import reset_on_close
+
+if TYPE_CHECKING:
+    from .move import Move
+
+#: Four TLS records: each recv gives one record, each sendall makes up to four.
+BUFFER_SIZE = 64 * 1024
+
+
+class BufferedFlow:
+    """One direction, in a greenlet of its own. The same to its owner as a :class:`~.flow.Flow`, which see."""
+
+    def __init__(self, move: Move, source: Any, sink: Any, count: int | None = None) -> None:
+        self._move = move
+        self._source = source
+        self._sink = sink
+        self._left = count
+        self._greenlet: Any = None
+        self.moved = 0
+        self.done = False
+
+    def start(self) -> None:
+        self._greenlet = gevent.spawn(self._run)
+
+    def stop(self) -> None:
+        self.done = True
+        if self._greenlet is not None and self._greenlet is not gevent.getcurrent():
+            self._greenlet.kill(block=False)
+
+    def join(self) -> None:
+        """Wait until the stopped greenlet has let go of the sockets."""
+        if self._greenlet is not None:
+            self._greenlet.kill()
+
+    def pending(self) -> bool:
+        return False
+
+    def pass_on_end(self) -> None:
+        try:
+            if isinstance(self._sink, ssl.SSLSocket):
+                # Its shutdown() would forget the encryption of the other direction too, and unwrap() would wait.
+                self._sink._sslobj.shutdown()  # type: ignore[attr-defined]
+            else:
+                self._sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # close_notify is sent, the peer's is still to come; or the sink is gone
+
+    def pass_on_reset(self) -> None:
+        reset_on_close(self._sink)
+
+    def _run(self) -> None:
+        try:
+            self._copy()
+        except Exception as error:
+            self._move.fail(error)
+
+    def _copy(self) -> None:
+        move, source, sink = self._move, self._source, self._sink
+        buffer = memoryview(bytearray(BUFFER_SIZE))
+        while self._left is None or self._left > 0:
+            room = BUFFER_SIZE if self._left is None else min(self._left, BUFFER_SIZE)
+            try:
+                size = source.recv_into(buffer, room)
+            except OSError as error:
+                move.read_failed(self, error)
+                return
+            if not size:
+                break
+            if self._left is not None:
+                self._left -= size
+            try:
+                sink.sendall(buffer[:size])
+            except OSError as error:
+                move.write_failed(self, error)
+                return
+            self.moved += size
+            if move.timed:
+                move.moved_at = monotonic()
+            if move.watched:
+                move.tell(self, size)
+        self.done = True
+        move.flow_ended(self)

@@ -1,0 +1,123 @@
+"""Disk: keep the event loop from waiting for one.
+
+Regular files are always "ready" (epoll(7) refuses them), and a read of what is not in the page cache simply blocks: the
+whole server then waits for the disk. So whoever is about to read asks first, and lets a thread wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from gevent.hub import get_hub
+from gevent.threadpool import ThreadPool
+
+#: Reads and writes under way at once. A pool of our own: gevent's default one also resolves host names, and those must
+#: not queue behind a disk that hangs.
+MOST_THREADS = 4
+
+#: How much is looked at, and read by a thread, at a time.
+WINDOW = 1 << 20
+
+#: Distance of the looks within a window. The kernel reads ahead 128 KiB by default, so pages come and go in such lots.
+STEP = 256 * 1024
+
+#: How far ahead the disk is kept busy while a thread waits for one window.
+READ_AHEAD = 4 * WINDOW
+
+#: At once from a file system that cannot say what is cached (tmpfs, overlayfs): what a read may block for.
+BLIND_WINDOW = 128 * 1024
+
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+_pools: WeakKeyDictionary[Any, ThreadPool] = WeakKeyDictionary()
+
+
+def pool() -> Any:
+    """This thread's pool for work that waits for a disk."""
+    hub = get_hub()
+    found = _pools.get(hub)
+    if found is None:
+        found = _pools[hub] = ThreadPool(MOST_THREADS, hub=hub)
+    return found
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a thread; the other greenlets run meanwhile. A kill does not wait for its end."""
+    return pool().apply(function, arguments)
+
+
+class PageCache:
+    """Sees to it that the next part of a file can be read without waiting.
+
+    Args:
+        fd: a regular file or block device.
+    """
+
+    __slots__ = ("_byte", "_can_tell", "_fd", "thread_reads")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._byte = [bytearray(1)]
+        self._can_tell = _NOWAIT != 0
+        self.thread_reads = 0
+
+    def make_ready(self, position: int, size: int) -> int:
+        """Read up to ``size`` bytes from ``position`` into the page cache, in a thread unless they are there.
+
+        Returns:
+            How many bytes are ready; at least 1 if ``size`` is.
+        """
+        size = min(size, WINDOW)
+        if self._can_tell:
+            cached = self._is_cached(position, size)
+            if cached is None:
+                self._can_tell = False
+            else:
+                if not cached:
+                    self.thread_reads += 1
+                    in_thread(_read, self._fd, position, size)
+                return size
+        # No thread: where this happens most (tmpfs) it would double the price of what is in memory already.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, position + BLIND_WINDOW, WINDOW, os.POSIX_FADV_WILLNEED)
+        return min(size, BLIND_WINDOW)
+
+    def _is_cached(self, position: int, size: int) -> bool | None:
+        """None: the file system does not say."""
+        last = position + size - 1
+        try:
+            for place in range(position, last, STEP):
+                os.preadv(self._fd, self._byte, place, _NOWAIT)
+            os.preadv(self._fd, self._byte, last, _NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                return None
+            raise
+        return True
+
+
+def _read(fd: int, position: int, size: int) -> None:
+    """In a thread: wait until a part of a file is in the page cache, and let the disk go on with what follows."""
+    # The descriptor may have been closed since, and its number given to something else, if the greenlet that asked was
+    # killed: then these calls fail or read what nobody sees, and do no harm.
+    try:
+        os.posix_fadvise(fd, position, size + READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        # Into /dev/null by sendfile: the pages are waited for, but not copied (16 KiB a syscall would be by read).
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            end = position + size
+            while position < end:
+                moved = os.sendfile(nowhere, fd, position, end - position)
+                if not moved:
+                    break
+                position += moved
+        finally:
+            os.close(nowhere)
+    except OSError:
+        pass  # the sender will meet the same error, where there is somebody to tell

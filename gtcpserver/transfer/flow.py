@@ -1,0 +1,268 @@
+"""Flow: bytes from one socket to another, moved by event callbacks.
+
+A greenlet that relays must be switched to for each message, and two are needed for two directions. A flow has none: its
+callbacks run in the event loop and move the bytes there and then, while the greenlet that called ``relay`` sleeps until
+the end. An event moves at most one pipe full (1 MiB, about 0.3 ms), then the other connections have their turn.
+
+Small messages are copied (recv, send), since splice needs a pipe between: it is dearer below 8 KiB, equal to 32 KiB,
+and a half of the price from 256 KiB. So a flow copies until a read fills its buffer, then splices until a few
+transfers in a row were small.
+
+While the receiver takes no more, nothing is read: what a flow holds is at most one pipe or one buffer full, and the
+rest stays in the kernel's socket buffers, whose limits slow down the sender.
+"""
+
+from __future__ import annotations
+
+import socket
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .ends import End, closing_error, reset_on_close
+from .pipes import LARGEST, PIPES, Pipe
+
+if TYPE_CHECKING:
+    from .move import Move
+
+#: The buffer of a copying flow. A read that fills it turns to splicing.
+COPY_SIZE = 64 * 1024
+
+#: So many splices in a row below this size turn back to copying.
+SMALL_SPLICE = 16 * 1024
+SMALL_SPLICES_IN_A_ROW = 4
+
+
+class Flow:
+    """One direction of a relay.
+
+    Args:
+        move: whom to tell of the end and of errors.
+        source, sink: from where to where.
+        count: bytes to move; None: until the source ends.
+
+    Attributes:
+        moved: bytes given to the sink so far.
+        done: the flow has ended.
+    """
+
+    __slots__ = (
+        "_ask",
+        "_in_pipe",
+        "_left",
+        "_move",
+        "_pending",
+        "_pipe",
+        "_recv",
+        "_send",
+        "_small_splices",
+        "_splicing",
+        "done",
+        "moved",
+        "sink",
+        "source",
+    )
+
+    def __init__(self, move: Move, source: End, sink: End, count: int | None = None) -> None:
+        self._move = move
+        self.source = source
+        self.sink = sink
+        self._recv = source.raw.recv
+        self._send = sink.raw.send
+        self._left = count
+        self._ask = COPY_SIZE if count is None else min(count, COPY_SIZE)
+        self._pending: Any = b""
+        self._pipe: Pipe | None = None
+        self._in_pipe = 0
+        self._splicing = False
+        self._small_splices = 0
+        self.moved = 0
+        self.done = False
+
+    def start(self) -> None:
+        """Begin, with what the source had read ahead."""
+        if self._left == 0:
+            self._end()
+            return
+        kept = self.source.take_kept()
+        if self._left is not None and len(kept) > self._left:
+            self.source.keep(kept[self._left :])
+            kept = kept[: self._left]
+        if kept:
+            self._pending = memoryview(kept)
+            self._count_down(len(kept))
+            self.sink.start_writing(self.writable)
+        else:
+            self.source.start_reading(self.readable)
+
+    def throw(self, error: Any, *ignored: Any) -> None:
+        """End the whole move with an error, raised in the greenlet that waits for it. As a greenlet's ``throw``."""
+        self._move.fail(closing_error(error))
+
+    def stop(self) -> None:
+        """Let go of the sockets. What was read but not written is lost."""
+        self.done = True
+        self.source.stop_reading(self.readable)
+        self.sink.stop_writing(self.writable)
+        self._pending = b""
+        if self._pipe is not None:
+            PIPES.discard(self._pipe)
+            self._pipe = None
+
+    def join(self) -> None:
+        """Nothing to wait for: a stopped flow has let go."""
+
+    def pending(self) -> bool:
+        """Whether an event has come that was not seen to yet."""
+        return bool(self.source.reading.pending or self.sink.writing.pending)
+
+    def pass_on_end(self) -> None:
+        """Tell the sink that the source has ended."""
+        try:
+            self.sink.raw.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # gone already, which the other direction learns when it reads
+
+    def pass_on_reset(self) -> None:
+        """Tell the sink, when its owner closes it, that the source was reset."""
+        reset_on_close(self.sink.sock)
+
+    # -- in the event loop -------------------------------------------------------------------------------------------
+
+    def readable(self) -> None:
+        # Hot: once a message or a pipe full.
+        try:
+            if self._splicing:
+                self._splice()
+                return
+            try:
+                data = self._recv(self._ask)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._move.read_failed(self, error)
+                return
+            size = len(data)
+            if not size:
+                self._source_ended()
+                return
+            try:
+                sent = self._send(data)
+            except BlockingIOError:
+                sent = 0
+            self.source.count.bytes_received += size
+            self._sent(sent)
+            if self._left is not None:
+                self._count_down(size)
+            if size == COPY_SIZE:
+                self._splicing = True
+                self._small_splices = 0
+            if sent < size:
+                self._pending = memoryview(data)[sent:]
+                self._wait_for_sink()
+            elif self._left == 0:
+                self._end()
+        except OSError as error:
+            self._move.write_failed(self, error)
+        except BaseException as error:
+            # Nothing may be raised into the event loop.
+            self._move.fail(error)
+
+    def _splice(self) -> None:
+        pipe = self._pipe = PIPES.take()
+        if pipe is None:
+            self._splicing = False
+            return
+        try:
+            size = pipe.fill(self.source.raw.fileno(), LARGEST if self._left is None else min(self._left, LARGEST))
+        except BlockingIOError:
+            self._put_pipe()
+            return
+        except OSError as error:
+            self._move.read_failed(self, error)
+            return
+        if not size:
+            self._put_pipe()
+            self._source_ended()
+            return
+        self.source.count.bytes_received += size
+        if self._left is not None:
+            self._count_down(size)
+        if size >= SMALL_SPLICE:
+            self._small_splices = 0
+        else:
+            self._small_splices += 1
+            self._splicing = self._small_splices < SMALL_SPLICES_IN_A_ROW
+        self._in_pipe = size
+        if not self._empty_pipe():
+            self._wait_for_sink()
+        elif self._left == 0:
+            self._end()
+
+    def writable(self) -> None:
+        """The sink, which took no more, takes something again."""
+        try:
+            if self._pipe is not None:
+                if not self._empty_pipe():
+                    return
+            elif self._pending:
+                try:
+                    sent = self._send(self._pending)
+                except BlockingIOError:
+                    return
+                self._sent(sent)
+                self._pending = self._pending[sent:]
+                if self._pending:
+                    return
+            self.sink.stop_writing(self.writable)
+            if self._left == 0:
+                self._end()
+            else:
+                self.source.start_reading(self.readable)
+        except OSError as error:
+            self._move.write_failed(self, error)
+        except BaseException as error:
+            self._move.fail(error)
+
+    def _empty_pipe(self) -> bool:
+        """Give the sink what is in the pipe; True when that was all, and the pipe is back in the pool."""
+        assert self._pipe is not None
+        try:
+            sent = self._pipe.empty(self.sink.raw.fileno(), self._in_pipe)
+        except BlockingIOError:
+            return False
+        self._in_pipe -= sent
+        if not self._in_pipe:
+            self._put_pipe()
+        self._sent(sent)
+        return not self._in_pipe
+
+    def _put_pipe(self) -> None:
+        assert self._pipe is not None
+        PIPES.put(self._pipe)
+        self._pipe = None
+
+    def _sent(self, size: int) -> None:
+        self.moved += size
+        self.sink.count.bytes_sent += size
+        move = self._move
+        if move.timed:
+            move.moved_at = monotonic()
+        if move.watched:
+            move.tell(self, size)
+
+    def _wait_for_sink(self) -> None:
+        self.source.stop_reading(self.readable)
+        self.sink.start_writing(self.writable)
+
+    def _count_down(self, size: int) -> None:
+        if self._left is not None:
+            self._left -= size
+            self._ask = min(self._left, COPY_SIZE)
+
+    def _source_ended(self) -> None:
+        self.source.ended()
+        self._end()
+
+    def _end(self) -> None:
+        self.stop()
+        self._move.flow_ended(self)

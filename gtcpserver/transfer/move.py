@@ -1,0 +1,152 @@
+"""Move: what relay and pipe share: flows, a sleeping greenlet, and one timer."""
+
+from __future__ import annotations
+
+from math import inf
+from time import monotonic
+from typing import Any
+
+from gevent.hub import Waiter, get_hub
+
+from ..errors import DeadlineExceeded
+from .buffered import BufferedFlow
+from .ends import End, Stopped, is_plain
+from .flow import Flow
+
+AnyFlow = Flow | BufferedFlow
+
+
+class Move:
+    """Some flows, and the greenlet that waits for them.
+
+    Args:
+        sockets: between which the flows are.
+        idle_timeout: seconds in which nothing moves until ``idle`` is called; None: never.
+        watched: flows shall ``tell`` each piece.
+
+    Attributes:
+        flows: set by the derived class.
+        timed: flows shall write down ``moved_at``, the monotonic time at which the last bytes went.
+        watched: as above.
+    """
+
+    flows: tuple[AnyFlow, ...]
+
+    def __init__(self, sockets: tuple[Any, Any], idle_timeout: float | None, watched: bool) -> None:
+        if idle_timeout is not None and not idle_timeout > 0:
+            raise ValueError(f"idle_timeout must be more than 0 seconds, or None, got {idle_timeout!r}")
+        plain = [is_plain(sock) for sock in sockets]  # both are checked before anything is lent
+        self._ends: dict[Any, End] | None = {sock: End(sock) for sock in sockets} if all(plain) else None
+        hub = get_hub()
+        self._loop = hub.loop
+        self._waiter = Waiter(hub)
+        self._idle_timeout = idle_timeout
+        self._deadline = min(deadline_of(sock) for sock in sockets)
+        self._timer: Any = None
+        self._finished = False
+        self._error: BaseException | None = None
+        self.timed = idle_timeout is not None
+        self.watched = watched
+        self.moved_at = 0.0
+
+    def make_flow(self, source: Any, sink: Any, count: int | None = None) -> AnyFlow:
+        if self._ends is None:
+            return BufferedFlow(self, source, sink, count)
+        return Flow(self, self._ends[source], self._ends[sink], count)
+
+    def sleep(self) -> None:
+        """Run the flows until ``finish`` or ``fail``."""
+        self.moved_at = monotonic()
+        try:
+            for flow in self.flows:
+                flow.start()
+            self._start_timer()
+            self._waiter.get()
+        finally:
+            self._stop()
+            for flow in self.flows:
+                flow.join()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Stop the flows and wake the greenlet. May be called again."""
+        if not self._finished:
+            self._stop()
+            # Not switched to from here: whoever calls may be in the middle of something.
+            self._loop.run_callback(self._waiter.switch, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Finish; the greenlet gets the error."""
+        if not self._finished:
+            self._error = error
+            self.finish()
+
+    def _stop(self) -> None:
+        self._finished = True
+        for flow in self.flows:
+            flow.stop()
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def tell(self, flow: AnyFlow, size: int) -> None:
+        """The sink took so many bytes. Only called if ``watched``."""
+        try:
+            self.moved(flow, size)
+        except BaseException as error:
+            self.fail(error)
+            raise Stopped from None
+
+    # -- told by flows, answered by the derived class -----------------------------------------------------------------
+
+    def moved(self, flow: AnyFlow, size: int) -> None:
+        """The sink took so many bytes."""
+        raise NotImplementedError
+
+    def flow_ended(self, flow: AnyFlow) -> None:
+        """The source has ended and the sink has everything."""
+        raise NotImplementedError
+
+    def read_failed(self, flow: AnyFlow, error: OSError) -> None:
+        raise NotImplementedError
+
+    def write_failed(self, flow: AnyFlow, error: OSError) -> None:
+        raise NotImplementedError
+
+    def idle(self) -> None:
+        """Nothing has moved for ``idle_timeout``."""
+        raise NotImplementedError
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def _start_timer(self) -> None:
+        until = self._deadline
+        if self._idle_timeout is not None:
+            until = min(until, self.moved_at + self._idle_timeout)
+        if until < inf and not self._finished:
+            # One timer for the whole move: when it fires early it is started again for what is left.
+            self._timer = self._loop.timer(max(0.0, until - monotonic()))
+            self._timer.start(self._on_timer, update=True)
+
+    def _on_timer(self) -> None:
+        self._timer.close()
+        self._timer = None
+        now = monotonic()
+        if now >= self._deadline:
+            self.fail(DeadlineExceeded("the deadline for this block of calls has passed"))
+        elif self._idle_timeout is not None and now >= self.moved_at + self._idle_timeout:
+            # After the loop was held up the timer comes before the events that would have prevented it.
+            if not any(flow.pending() for flow in self.flows):
+                self.idle()
+            else:
+                self.moved_at = now
+                self._start_timer()
+        else:
+            self._start_timer()
+
+
+def deadline_of(sock: Any) -> float:
+    """The monotonic time by which a Connection's owner wants everything done; inf for none, or any other socket."""
+    stream = getattr(sock, "_stream", None)
+    return inf if stream is None or stream.deadline is None else stream.deadline

@@ -1,0 +1,195 @@
+"""relay and pipe: move bytes between two sockets until they end."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Literal
+
+from .move import AnyFlow, Move
+
+Direction = Literal["a_to_b", "b_to_a"]
+Reason = Literal["closed", "idle", "reset_a", "reset_b"]
+
+
+@dataclass(frozen=True, slots=True)
+class RelayResult:
+    """What a relay moved, and why it ended.
+
+    Attributes:
+        bytes_a_to_b, bytes_b_to_a: bytes handed to the kernel for b and for a.
+        reason: "closed": both sides ended in order; "idle": nothing moved for ``idle_timeout``; "reset_a", "reset_b":
+            that side was reset, or took no more although the other still had something to say.
+        duration: seconds.
+        error: the OSError behind "reset_a" or "reset_b".
+    """
+
+    bytes_a_to_b: int
+    bytes_b_to_a: int
+    reason: Reason
+    duration: float
+    error: OSError | None = None
+
+
+def relay(
+    a: Any,
+    b: Any,
+    *,
+    idle_timeout: float | None = None,
+    on_bytes: Callable[[Direction, int], object] | None = None,
+) -> RelayResult:
+    """Move bytes between two sockets, in both directions, until both sides have ended.
+
+    The end of one side is passed on (``shutdown(SHUT_WR)``) when everything before it was written, and the other
+    direction goes on. A reset is passed on as a reset: the other socket is set to reset when it is closed
+    (SO_LINGER 0, socket(7)). A side that only takes no more (EPIPE: it had ended, and is closed now) may still deliver
+    what it sent. The sockets stay open and belong to the caller, however this ends.
+
+    Large flows are moved by splice(2), without passing through Python, small ones by recv and send; over TLS always
+    the latter.
+
+    Args:
+        a, b: Connections, or ``gevent.socket.socket`` objects. Nobody else may read or write them meanwhile.
+        idle_timeout: end after so many seconds in which neither direction moved a byte; None waits for ever. The
+            sockets' own ``settimeout`` does not count: one side of a relay may well be silent while the other works.
+        on_bytes: called as ``on_bytes("a_to_b", n)`` after each piece of ``n`` bytes was written. It runs in the event
+            loop, so it must not block; what it raises ends the relay and is raised here.
+
+    Returns:
+        RelayResult.
+
+    Raises:
+        DeadlineExceeded: within ``deadline()`` of one of the connections.
+        OSError: EBADF: another greenlet closed one of the sockets.
+        TypeError: a or b is not a gevent socket.
+    """
+    if a is b:
+        raise ValueError("relay needs two sockets; to echo, use pipe(conn, conn)")
+    return _Relay(a, b, idle_timeout, on_bytes).run()
+
+
+def pipe(
+    source: Any,
+    sink: Any,
+    *,
+    count: int | None = None,
+    idle_timeout: float | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+) -> int:
+    """Move bytes from one socket to another until the source ends. The sink is not shut down.
+
+    Args:
+        source, sink: as for :func:`relay`. They may be one and the same socket (an echo).
+        count: move so many bytes only; None: all.
+        idle_timeout: seconds in which nothing moved until TimeoutError; None: the shorter ``settimeout`` of the two.
+        on_bytes: called as ``on_bytes(n)``, otherwise as for :func:`relay`.
+
+    Returns:
+        The number of bytes written to the sink: less than ``count`` if the source ended early.
+
+    Raises:
+        TimeoutError, DeadlineExceeded: as above, or within ``deadline()`` of one of the connections.
+        OSError: of the source or the sink. What was read but not yet written is lost.
+        TypeError: source or sink is not a gevent socket.
+    """
+    if count is not None and count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    if idle_timeout is None:
+        timeouts = [timeout for timeout in (source.gettimeout(), sink.gettimeout()) if timeout]
+        idle_timeout = min(timeouts) if timeouts else None
+    return _Pipe(source, sink, count, idle_timeout, on_bytes).run()
+
+
+class _Relay(Move):
+    def __init__(
+        self, a: Any, b: Any, idle_timeout: float | None, on_bytes: Callable[[Direction, int], object] | None
+    ) -> None:
+        super().__init__((a, b), idle_timeout, watched=on_bytes is not None)
+        self._on_bytes = on_bytes
+        there, back = self.make_flow(a, b), self.make_flow(b, a)
+        self.flows = (there, back)
+        self._reason: Reason = "closed"
+        self._broken: OSError | None = None
+
+    def run(self) -> RelayResult:
+        began = monotonic()
+        there, back = self.flows
+        self.sleep()
+        return RelayResult(there.moved, back.moved, self._reason, monotonic() - began, self._broken)
+
+    def moved(self, flow: AnyFlow, size: int) -> None:
+        assert self._on_bytes is not None
+        self._on_bytes("a_to_b" if flow is self.flows[0] else "b_to_a", size)
+
+    def idle(self) -> None:
+        self._reason = "idle"
+        self.finish()
+
+    def flow_ended(self, flow: AnyFlow) -> None:
+        flow.pass_on_end()
+        self._finish_if_done()
+
+    def read_failed(self, flow: AnyFlow, error: OSError) -> None:
+        self._reset(flow is self.flows[0], error, flow)
+
+    def write_failed(self, flow: AnyFlow, error: OSError) -> None:
+        sink_is_a = flow is self.flows[1]
+        if error.errno == errno.EPIPE:
+            # It had ended in order before it was closed, so what it sent is whole: let the other side have it. (A
+            # server that answers in the middle of an upload and closes.)
+            flow.stop()
+            self._note("reset_a" if sink_is_a else "reset_b", error)
+            self._finish_if_done()
+        else:
+            self._reset(sink_is_a, error, self.flows[not sink_is_a])
+
+    def _reset(self, a_broke: bool, error: OSError, from_broken: AnyFlow) -> None:
+        if error.errno == errno.EBADF:
+            self.fail(error)
+            return
+        self._note("reset_a" if a_broke else "reset_b", error)
+        from_broken.pass_on_reset()
+        self.finish()
+
+    def _note(self, reason: Reason, error: OSError) -> None:
+        if self._broken is None:
+            self._reason, self._broken = reason, error
+
+    def _finish_if_done(self) -> None:
+        if all(flow.done for flow in self.flows):
+            self.finish()
+
+
+class _Pipe(Move):
+    def __init__(
+        self,
+        source: Any,
+        sink: Any,
+        count: int | None,
+        idle_timeout: float | None,
+        on_bytes: Callable[[int], object] | None,
+    ) -> None:
+        super().__init__((source, sink), idle_timeout, watched=on_bytes is not None)
+        self._on_bytes = on_bytes
+        self.flows = (self.make_flow(source, sink, count),)
+
+    def run(self) -> int:
+        self.sleep()
+        return self.flows[0].moved
+
+    def moved(self, flow: AnyFlow, size: int) -> None:
+        assert self._on_bytes is not None
+        self._on_bytes(size)
+
+    def idle(self) -> None:
+        self.fail(TimeoutError("timed out"))
+
+    def flow_ended(self, flow: AnyFlow) -> None:
+        self.finish()
+
+    def read_failed(self, flow: AnyFlow, error: OSError) -> None:
+        self.fail(error)
+
+    write_failed = read_failed

@@ -1,0 +1,175 @@
+"""sendfile: a file, or a part of it, to a connection."""
+
+from __future__ import annotations
+
+import errno
+import os
+from time import monotonic
+from typing import Any
+
+from .disk import PageCache
+from .ends import is_plain
+from .files import descriptor_of, is_seekable_file, opened, wait_for
+from .kernel_tls import kernel_encrypts
+
+#: Given to the kernel at once: after so much the other connections have their turn (about 0.3 ms).
+CHUNK = 1 << 20
+
+#: Read at once where sendfile(2) cannot be used: four TLS records.
+READ_SIZE = 64 * 1024
+
+#: What sendfile(2) says of files it cannot read from (some of /proc, some FUSE file systems).
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
+    """Send a file without its bytes passing through Python: sendfile(2).
+
+    Other connections go on meanwhile, also while the disk is waited for: what is not in the page cache is read by a
+    thread first. Over TLS, and from what is not a regular file, the bytes are read in pieces of 64 KiB and sent.
+
+    Args:
+        conn: a Connection or a ``gevent.socket.socket``.
+        file: a path, a file descriptor, a file opened in binary mode, or any object with ``read(size)``. Only what is
+            opened here is closed here. A file object's position is set behind what was sent, as ``socket.sendfile``
+            does; a descriptor's does not matter and does not change.
+        offset: where to start, in bytes.
+        count: how many bytes at most; None: to the end of the file.
+
+    Returns:
+        How many bytes were sent: less than ``count`` if the file is shorter, or was cut meanwhile.
+
+    Raises:
+        TimeoutError: the peer took nothing for ``settimeout`` seconds.
+        DeadlineExceeded: within ``deadline()``.
+        ValueError: a negative offset or count, a non-blocking socket (``settimeout(0)``), a file in text mode, or an
+            offset in something that cannot seek.
+        OSError: of the file or of the connection; some of the file may have gone.
+    """
+    if offset < 0:
+        raise ValueError(f"offset must not be negative, got {offset}")
+    if count is not None and count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    if conn.gettimeout() == 0.0:
+        raise ValueError("sendfile needs a socket that may wait; its time-out is 0")
+    direct = is_plain(conn) or kernel_encrypts(conn)
+    with opened(file, os.O_RDONLY) as source:
+        fd = descriptor_of(source)
+        if fd is None:
+            return _send_readable(conn, source, offset, count)
+        if not is_seekable_file(fd):
+            return _send_stream(conn, fd, offset, count)
+        sending = _Sending(conn, fd, offset, count)
+        try:
+            if not direct or not sending.by_kernel():
+                sending.by_reading()
+        finally:
+            if source is not fd:
+                source.seek(sending.position)
+        return sending.position - offset
+
+
+class _Sending:
+    """A file on its way.
+
+    Attributes:
+        position: in the file, of the next byte to send.
+    """
+
+    def __init__(self, conn: Any, fd: int, offset: int, count: int | None) -> None:
+        self._conn = conn
+        self._fd = fd
+        self._end = None if count is None else offset + count
+        self._size = os.fstat(fd).st_size
+        self._cache = PageCache(fd)
+        self._ready_until = offset
+        self.position = self._start = offset
+
+    def _chunk(self) -> int:
+        """How much to send next, which can be read without waiting for the disk; 0: the end."""
+        end = self._end
+        if end is None:
+            # Ask beyond the size only at its end: the file may have grown, or have no size at all (/proc).
+            end = self._size if self.position < self._size else self.position + CHUNK
+        left = end - self.position
+        if left <= 0:
+            return 0
+        if self.position >= self._ready_until and self.position < self._size:
+            known = min(left, self._size - self.position)
+            self._ready_until = self.position + self._cache.make_ready(self.position, known)
+        ready = self._ready_until - self.position
+        return min(left, ready if ready > 0 else CHUNK)
+
+    def by_kernel(self) -> bool:
+        """By sendfile(2). False: it cannot read this file; nothing was sent."""
+        conn, fd = self._conn, self._fd
+        stream: Any = getattr(conn, "_stream", None)
+        to_next_turn = CHUNK
+        while chunk := self._chunk():
+            if stream is not None and stream.deadline is not None and monotonic() >= stream.deadline:
+                raise stream.timeout_error(stream.deadline)
+            try:
+                # The socket's descriptor is asked for each time: -1 once another greenlet has closed it.
+                sent = os.sendfile(conn.fileno(), fd, self.position, chunk)
+            except BlockingIOError:
+                conn._wait(conn._write_event)
+                continue
+            except OSError as error:
+                if error.errno in _CANNOT and self.position == self._start:
+                    return False
+                raise
+            if not sent:
+                break
+            self.position += sent
+            to_next_turn -= sent
+            if stream is not None:
+                stream.bytes_sent += sent
+            if self.position < self._size and (sent < chunk or to_next_turn <= 0):
+                # Either the socket is full (do not ask just to be told so), or it takes all we give: then this wait
+                # ends at once, but the other connections' events come first.
+                conn._wait(conn._write_event)
+                to_next_turn = CHUNK
+        return True
+
+    def by_reading(self) -> None:
+        """By reading and sending pieces."""
+        while chunk := self._chunk():
+            data = os.pread(self._fd, min(chunk, READ_SIZE), self.position)
+            if not data:
+                break
+            self._conn.sendall(data)
+            self.position += len(data)
+
+
+def _send_stream(conn: Any, fd: int, offset: int, count: int | None) -> int:
+    """From a FIFO, a terminal or another device, as it comes."""
+    if offset:
+        raise ValueError(f"descriptor {fd} cannot seek, so offset must be 0, got {offset}")
+    sent = 0
+    while count is None or sent < count:
+        wait_for(fd, 1)
+        try:
+            data = os.read(fd, READ_SIZE if count is None else min(READ_SIZE, count - sent))
+        except BlockingIOError:
+            continue
+        if not data:
+            break
+        conn.sendall(data)
+        sent += len(data)
+    return sent
+
+
+def _send_readable(conn: Any, file: Any, offset: int, count: int | None) -> int:
+    """From an object with ``read``, from where it stands unless ``offset`` says otherwise."""
+    if not callable(getattr(file, "read", None)):
+        raise TypeError(f"file must be a path, a descriptor, or an object with read(), got {file!r}")
+    if offset:
+        file.seek(offset)
+    sent = 0
+    while count is None or sent < count:
+        data = file.read(READ_SIZE if count is None else min(READ_SIZE, count - sent))
+        if not data:
+            break
+        conn.sendall(data)
+        sent += len(data)
+    return sent

@@ -1,0 +1,81 @@
+"""What the peers share: options, and the work done for a request."""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+END_OF_HEAD = b"\r\n\r\n"
+
+
+def options(description: str, **extra: dict[str, Any]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--listen", default="127.0.0.1:0")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--keepalive", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--timeout", type=float)
+    parser.add_argument("--tls-cert")
+    parser.add_argument("--tls-key")
+    for name, settings in extra.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args()
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    return host, int(port)
+
+
+def announce(address: tuple[str, int]) -> None:
+    print(f"listening on {address[0]}:{address[1]}", flush=True)
+
+
+def tls_context(given: argparse.Namespace, module: Any = ssl) -> Any:
+    if given.tls_cert is None:
+        return None
+    context = module.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(given.tls_cert, given.tls_key)
+    return context
+
+
+def blocking_handler(size: int, keepalive: bool, timeout: float | None) -> Callable[[Any], None]:
+    """The handler of the blocking peers: statement for statement what examples/http_server.py does."""
+    kept, closing = response(b"x" * size, True), response(b"x" * size, False)
+
+    def handle(sock: Any) -> None:
+        if timeout is not None:
+            sock.settimeout(timeout)
+        rest = b""
+        while True:
+            if not rest:
+                rest = sock.recv(8192)
+                if not rest:
+                    return
+            while (end := rest.find(END_OF_HEAD)) < 0:
+                more = sock.recv(8192)
+                if not more:
+                    return
+                rest += more
+            end += 4
+            if end == len(rest):
+                head, rest = rest, b""
+            else:
+                head, rest = rest[:end], rest[end:]
+            if not head.startswith(b"GET /"):
+                return
+            keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
+            sock.sendall(kept if keep else closing)
+            if not keep:
+                return
+
+    return handle
+
+
+def response(body: bytes, keep: bool) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        b"keep-alive" if keep else b"close",
+        len(body),
+        body,
+    )

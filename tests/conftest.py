@@ -1,0 +1,116 @@
+"""What the tests share: servers that are gone at the end of a test, and clients that know nothing of gevent.
+
+The tests' own greenlet runs the server's event loop whenever it waits, so it must never wait in a plain socket:
+`in_thread(sock.recv, 100)` does that in a native thread.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import gevent
+import pytest
+from gevent.threadpool import ThreadPool
+
+from gtcpserver import Server
+
+#: For whatever should happen at once; long enough for a machine that is busy with other things.
+SOON = 15.0
+
+
+def wait_until(condition, seconds=SOON):
+    """Let the event loop run until `condition()` is true; returns its value."""
+    give_up = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < give_up, f"still not true after {seconds} s: {condition}"
+        gevent.sleep(0.002)
+    return value
+
+
+@pytest.fixture(scope="session")
+def _threads():
+    threads = ThreadPool(64)
+    yield threads
+    threads.kill()
+
+
+@pytest.fixture
+def spawn_thread(_threads):
+    """`spawn_thread(function, *args)` runs it in a native thread; `.get(timeout=SOON)` waits for what it returns."""
+    return _threads.spawn
+
+
+@pytest.fixture
+def in_thread(_threads):
+    """`in_thread(function, *args)` runs it in a native thread while the event loop goes on, and returns its value."""
+    return lambda function, *args: _threads.spawn(function, *args).get(timeout=SOON)
+
+
+@pytest.fixture
+def serve():
+    """`serve(handler, address="127.0.0.1:0", **options)` starts a Server, which is halted after the test."""
+    servers = []
+
+    def start(handler, address="127.0.0.1:0", **options):
+        server = Server(address, handler, **options)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.halt()
+
+
+@pytest.fixture
+def connect():
+    """`connect(server)` gives a plain blocking socket that is connected; it is closed after the test."""
+    clients = []
+
+    def connect_to(server, receive_buffer=None):
+        address = server if isinstance(server, str) else server.address
+        if address.startswith("unix:"):
+            client = socket.socket(socket.AF_UNIX)
+            target = "\0" + address[6:] if address.startswith("unix:@") else address[5:]
+        else:
+            client = socket.socket(socket.AF_INET6 if address.startswith("[") else socket.AF_INET)
+            host, _, port = address.rpartition(":")
+            target = ({"*": "127.0.0.1"}.get(host, host.strip("[]")), int(port))
+        clients.append(client)
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(SOON)
+        client.connect(target)
+        return client
+
+    yield connect_to
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def python():
+    """`python(source, *args, **popen_options)` starts a Python process; it is killed after the test."""
+    processes = []
+
+    def start(source, *args, **options):
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        options.setdefault("stdin", subprocess.PIPE)
+        options.setdefault("env", {**os.environ, "PYTHONUNBUFFERED": "1"})
+        command = [sys.executable, "-c", textwrap.dedent(source), *map(str, args)]
+        process = subprocess.Popen(command, **options)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
