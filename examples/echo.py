@@ -2,7 +2,9 @@
 
 import sys
 
-from gtcpserver import Connection, Server
+from serve import serve
+
+from gtcpserver import Connection
 
 
 def echo(conn: Connection) -> None:
@@ -11,7 +13,4 @@ def echo(conn: Connection) -> None:
 
 
 if __name__ == "__main__":
-    server = Server(sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:5000", echo)
-    server.start()
-    print(f"listening on {server.address}", flush=True)
-    server.serve_forever()
+    sys.exit(serve(echo))

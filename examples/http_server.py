@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import gevent
 
@@ -54,6 +55,7 @@ def http_handler(answer: Callable[[bool], bytes], keepalive: bool) -> Callable[[
                 conn.sendall(error("400 Bad Request" if b" HTTP/1." not in head else "405 Method Not Allowed"))
                 return
             keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
+            head = b""  # an idle connection holds on to nothing: 0.1 KiB each
             conn.sendall(answer(keep))
             if not keep:
                 return
@@ -105,8 +107,14 @@ def encrypt(content: bytes) -> bytes:
     return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line: what is wrong is not lost below a screen of usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="An HTTP server for benchmarks.")
+    parser = Parser(description="An HTTP server for benchmarks.")
     parser.add_argument("--listen", default="127.0.0.1:8000", metavar="ADDRESS")
     parser.add_argument("--keepalive", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--size", type=int, default=1024, metavar="BYTES", help="of the body")
@@ -119,10 +127,15 @@ def main() -> int:
     parser.add_argument("--accept-loops", type=int, default=1, metavar="N")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="idle time-out")
     options = parser.parse_args()
-    if options.size < 0 or options.sleep < 0:
-        parser.error("--size and --sleep must be 0 or more")
+    if options.size < 0:
+        parser.error(f"--size must be 0 or more bytes, got {options.size}")
+    if not 0 <= options.sleep < float("inf"):
+        parser.error(f"--sleep must be 0 or more milliseconds, got {options.sleep}")
     if options.aes128:
-        encrypt(b"")  # without the cryptography package, fail now and not at the first request
+        try:
+            encrypt(b"")
+        except ImportError:
+            parser.error("--aes128 needs the cryptography package: pip install cryptography")
     tls = None
     try:
         if options.tls or options.tls_cert:

@@ -175,16 +175,22 @@ class Worker(greenlet):  # type: ignore[misc]
     def run(self) -> None:
         hub = self.parent
         pool = self._pool
-        function, args = _switch_to(hub)
+        function, args = _wait_for_a_job(hub)
         while function is not None:
             self._working = True
             try:
-                function(*args)
+                if len(args) == 1:
+                    # A call that CPython runs within the same C frame, which a call with * is not: 0.5 KiB less of C
+                    # stack to put aside and to copy at each switch.
+                    argument, args = args[0], None
+                    function(argument)
+                else:
+                    function(*args)
             except GreenletExit:
                 pass
             except BaseException:
                 hub.handle_error(self, *sys.exc_info())
-            function = args = None
+            function = args = argument = None
             self._working = False
             self._number += 1
             if self.gr_context is not None:
@@ -194,8 +200,7 @@ class Worker(greenlet):  # type: ignore[misc]
                 attributes.clear()
             pool._finished(self)
             try:
-                # Not hub.switch(): see connection.py.
-                function, args = _switch_to(hub)
+                function, args = _wait_for_a_job(hub)
             except BaseException:
                 # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
                 if self in pool._waiting_workers:
@@ -265,6 +270,12 @@ class Worker(greenlet):  # type: ignore[misc]
                 raise
         finally:
             self.unlink(waiter.switch)
+
+
+def _wait_for_a_job(hub: Any) -> Any:
+    # A function of its own: greenlet makes a frame object (240 bytes) of the frame that switches, and that frame keeps
+    # it until it returns. Not hub.switch(): see stream.py.
+    return _switch_to(hub)
 
 
 class Places:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 #: event loop to itself. gevent never does. 16 reads of 64 KiB are about 0.3 ms.
 FULL_READS_IN_A_ROW = 16
 
+WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
+
 # The hub is entered by greenlet's own switch: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
 # greenlet, which costs 0.3 us a wait. A greenlet class that defines the hook is not called back from our waits.
 _switch_to = greenlet.switch
@@ -74,8 +76,6 @@ class Stream:
         "_hub",
         "_parked",
         "_read_until",
-        "_reader",
-        "_reader_switch",
         "_timer",
         "_timer_at",
         "_write_until",
@@ -101,8 +101,6 @@ class Stream:
         self.sock = self.io = sock
         self.tls: TLSLayer | None = None
         self._hub = hub
-        self._reader: Any = None
-        self._reader_switch: Any = None
         self.timeout = timeout
         self.reading: Any = None
         self.writing: Any = None
@@ -128,28 +126,22 @@ class Stream:
                 while nobody waited.
         """
         me = getcurrent()
-        if me is not self._reader:
-            self._change_reader(me)
+        if me is self._hub:
+            raise AssertionError(WAIT_IN_HUB)
         watcher = self.reading or self.make_read_watcher()
         if watcher.callback is self._parked:
-            watcher.callback = self._reader_switch
+            watcher.callback = me.switch
         else:
             self._check_one_reader(watcher)
             if not certain:
                 return
-            watcher.start(self._reader_switch)
+            watcher.start(me.switch)
         try:
             if self.timeout is not None or self.deadline is not None:
                 self._bound_read()
             _switch_to(self._hub)
         finally:
             watcher.callback = self._parked
-
-    def _change_reader(self, me: Any) -> None:
-        if me is self._hub:
-            raise AssertionError("Impossible to call blocking function in the event loop callback")
-        self._reader = me
-        self._reader_switch = me.switch
 
     def _check_one_reader(self, watcher: Any) -> None:
         if watcher.callback is not None:
@@ -192,7 +184,7 @@ class Stream:
         hub = self._hub
         me = getcurrent()
         if me is hub:
-            raise AssertionError("Impossible to call blocking function in the event loop callback")
+            raise AssertionError(WAIT_IN_HUB)
         watcher.start(me.switch)
         try:
             _switch_to(hub)
@@ -257,12 +249,12 @@ class Stream:
             return self._recv_with_care(bufsize, flags)
         if self.drained and bufsize:
             me = getcurrent()
-            if me is not self._reader:
-                self._change_reader(me)
+            if me is self._hub:
+                raise AssertionError(WAIT_IN_HUB)
             watcher = self.reading
             if watcher.callback is self._parked:
                 if self.timeout is None or self._bound_read():
-                    watcher.callback = self._reader_switch
+                    watcher.callback = me.switch
                     try:
                         _switch_to(self._hub)
                     finally:
@@ -451,7 +443,6 @@ class Stream:
         # gevent closes a watcher on which somebody waits a little later. If that one leaves before, the watcher is
         # still started and must have something to call.
         self._parked = _ignore
-        self._reader = self._reader_switch = None
         return reading, writing
 
     def __del__(self) -> None:

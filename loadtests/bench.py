@@ -1,6 +1,6 @@
 """Benchmarks against peers: what a request costs the server, in CPU microseconds.
 
-    python -m loadtests.bench                     # everything, about 10 minutes
+    python -m loadtests.bench                     # everything, a quarter of an hour
     python -m loadtests.bench --quick             # under 2 minutes, noisier
     python -m loadtests.bench --scenario keepalive --rounds 7
 
@@ -21,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from .measure import BenchError, Run, answer_of, idle_memory, load, need_wrk, serving
+from .measure import CLIENT_CPU, SERVER_CPU, BenchError, Run, answer_of, idle_memory, load, need_wrk, serving
 
 PYTHON = sys.executable
 OURS = "gtcpserver"
@@ -40,6 +41,7 @@ SERVERS = {
     "asyncio Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py"],
     "uvloop streams": [PYTHON, "loadtests/peers/asyncio_streams.py", "--uvloop"],
     "uvloop Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py", "--uvloop"],
+    "threads": [PYTHON, "loadtests/peers/threads_socketserver.py"],
 }
 
 
@@ -82,7 +84,7 @@ class Result:
     runs: dict[str, list[Run]] = field(default_factory=dict)
 
     def median(self, server: str, figure: str) -> float:
-        return statistics.median(getattr(run, figure) for run in self.runs[server])
+        return float(statistics.median(getattr(run, figure) for run in self.runs[server]))
 
     def spread(self, server: str) -> float:
         """Half of the range of the CPU figures, relative to the median."""
@@ -97,20 +99,36 @@ class Result:
 def measure(scenario: Scenario, names: list[str], rounds: int, seconds: int, tls: list[str]) -> Result:
     """Run all servers in turn, ``rounds`` times."""
     result = Result({name: [] for name in names})
-    answers: dict[str, bytes] = {}
     extra = [*scenario.options, *(tls if scenario.tls else [])]
+    check_answers(names, extra, scenario.tls)
     for number in range(rounds):
         for name in random.sample(names, len(names)):
             with serving([*SERVERS[name], *extra]) as server:
-                if number == 0 and not scenario.tls:
-                    answers[name] = answer_of(server)
                 load(server, 1, scenario.clients, scenario.tls)  # warm-up
                 result.runs[name].append(load(server, seconds, scenario.clients, scenario.tls))
-            print(f"\r{scenario.title}: round {number + 1} of {rounds}, {name:30}", end="", file=sys.stderr)
-    print("\r" + " " * 100 + "\r", end="", file=sys.stderr)
-    if len(set(answers.values())) > 1:
-        raise BenchError(f"the servers do not answer the same: { {k: v[:120] for k, v in answers.items()} }")
+            progress(f"{scenario.title}: round {number + 1} of {rounds}, {name}")
+    progress("")
     return result
+
+
+def check_answers(names: list[str], extra: list[str], tls: bool) -> None:
+    """Whoever answers less, or encrypts more weakly, is not comparable.
+
+    Raises:
+        BenchError: the servers do not all answer the same bytes.
+    """
+    answers = {}
+    for name in names:
+        with serving([*SERVERS[name], *extra]) as server:
+            answers[name] = answer_of(server, tls)
+    if len(set(answers.values())) > 1:
+        listed = "".join(f"\n{name}: {answer[:200]!r}" for name, answer in answers.items())
+        raise BenchError(f"the servers do not answer the same:{listed}")
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:110}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)
 
 
 def table(scenario: Scenario, result: Result) -> str:
@@ -158,12 +176,11 @@ def _version(package: str) -> str:
 def make_certificate(folder: str) -> list[str]:
     """An ECDSA P-256 certificate; returns the servers' options for it."""
     cert, key = f"{folder}/cert.pem", f"{folder}/key.pem"
-    subprocess.run(
-        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost "
-        f"-keyout {key} -out {cert}".split(),
-        check=True,
-        capture_output=True,
-    )
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    try:
+        subprocess.run([*command.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        raise BenchError(f"the TLS scenarios need a certificate, made by openssl: {problem}") from problem
     return ["--tls-cert", cert, "--tls-key", key]
 
 
@@ -176,48 +193,52 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="2 rounds of 1 s, against the two main peers")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     options = parser.parse_args(arguments)
-    need_wrk()
     if options.rounds < 1 or options.seconds < 1:
         parser.error("--rounds must be 1 or more and --seconds 1 or more")
+    chosen = options.scenario or [*SCENARIOS, "idle"]
+    if chosen != ["idle"]:
+        need_wrk()
     rounds, seconds = (2, 1) if options.quick else (options.rounds, options.seconds)
-    if len(os.sched_getaffinity(0)) < 2:
+    if SERVER_CPU == CLIENT_CPU:
         print("only one CPU: server and client share it, the figures are rough", file=sys.stderr)
-    has_uvloop = _version("uvloop") != "missing"
-    if not has_uvloop:
+    if _version("uvloop") == "missing":
         print('uvloop is missing, its rows are left out: pip install ".[bench]"', file=sys.stderr)
     facts = machine()
     output: dict[str, object] = {"machine": facts}
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            certificate = make_certificate(folder)
-            for key in options.scenario or [*SCENARIOS, "idle"]:
+            certificate = (
+                make_certificate(folder) if any(key in SCENARIOS and SCENARIOS[key].tls for key in chosen) else []
+            )
+            for key in chosen:
                 if key == "idle":
-                    output[key] = idle(options.server)
-                    continue
-                scenario = SCENARIOS[key]
-                names = [name for name in scenario.servers if has_uvloop or "uvloop" not in name]
-                if options.server:
-                    names = [name for name in names if name in options.server]
-                elif options.quick:
-                    names = [name for name in names if name in (OURS, *scenario.against)]
-                result = measure(scenario, names, rounds, seconds, certificate)
-                print(table(scenario, result), flush=True)
-                output[key] = {name: [asdict(run) for run in runs] for name, runs in result.runs.items()}
-    except BenchError as problem:
-        print(f"\n{problem}", file=sys.stderr)
+                    output[key] = idle(installed(options.server or IDLE_SERVERS))
+                else:
+                    scenario = SCENARIOS[key]
+                    quick = (OURS, *scenario.against)
+                    names = installed(options.server or (quick if options.quick else scenario.servers))
+                    result = measure(scenario, names, rounds, seconds, certificate)
+                    print(table(scenario, result), flush=True)
+                    output[key] = {name: [asdict(run) for run in runs] for name, runs in result.runs.items()}
+                if options.json:
+                    # After each scenario, so that a fault in a later one loses nothing.
+                    Path(options.json).write_text(json.dumps(output, indent=1))
+    except (BenchError, OSError) as problem:
+        print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    if options.json:
-        Path(options.json).write_text(json.dumps(output, indent=1))
     return 0
 
 
-def idle(asked: list[str] | None) -> dict[str, float]:
+def installed(names: Sequence[str]) -> list[str]:
+    """Those that can run here, each once."""
+    return [name for name in dict.fromkeys(names) if "uvloop" not in name or _version("uvloop") != "missing"]
+
+
+def idle(names: list[str]) -> dict[str, float]:
     print(f"### Memory of {IDLE_CONNECTIONS:,} idle keep-alive connections\n\n| server | KiB each |\n| --- | ---: |")
     figures = {}
-    for name in asked or IDLE_SERVERS:
-        if "uvloop" in name and _version("uvloop") == "missing":
-            continue
+    for name in names:
         with serving(SERVERS[name]) as server:
             figures[name] = idle_memory(server, IDLE_CONNECTIONS)
         print(f"| {name} | {figures[name]:.2f} |", flush=True)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import resource
+import select
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TICK = os.sysconf("SC_CLK_TCK")
-SERVER_CPU, CLIENT_CPU = 0, 1
+CPUS = sorted(os.sched_getaffinity(0))
+SERVER_CPU, CLIENT_CPU = CPUS[0], CPUS[min(1, len(CPUS) - 1)]
+
+#: Seconds for a server to say that it listens: an import of everything takes 0.3 s on an idle machine.
+START_TIMEOUT = 20.0
 
 
 class BenchError(Exception):
@@ -57,24 +64,23 @@ class Listening:
 
 @contextmanager
 def serving(command: list[str]) -> Iterator[Listening]:
-    """Run a server pinned to its CPU; it must print "listening on HOST:PORT"."""
+    """Run a server pinned to its CPU; it must print "listening on HOST:PORT".
 
-    def pin() -> None:
-        os.sched_setaffinity(0, {SERVER_CPU})
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
+    Raises:
+        BenchError: it says something else, or nothing in START_TIMEOUT.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=pin,
+        preexec_fn=_prepare(SERVER_CPU),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
+        line = process.stdout.readline() if ready else "nothing said"
         found = re.search(r"listening on (.*):(\d+)", line)
         if found is None:
             raise BenchError(f"{' '.join(command)} did not start: {line!r}")
@@ -82,6 +88,23 @@ def serving(command: list[str]) -> Iterator[Listening]:
     finally:
         process.kill()
         process.wait()
+
+
+def _prepare(cpu: int) -> Callable[[], None]:
+    """What a child process does first: stay on one CPU, and allow itself as many descriptors as it may."""
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, {cpu})
+        allow_descriptors()
+
+    return prepare
+
+
+def allow_descriptors() -> int:
+    """Raise the soft limit of open descriptors to the hard one, and return it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
@@ -103,49 +126,76 @@ def load(server: Listening, seconds: int, clients: int, tls: bool = False) -> Ru
     url = f"{scheme}://{server.host}:{server.port}/"
     before, began = cpu_seconds(server.pid), time.monotonic()
     done = subprocess.run(
-        ["taskset", "-c", str(CLIENT_CPU), "wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", url],
+        ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", url],
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=_prepare(CLIENT_CPU),
     )
     after, ended = cpu_seconds(server.pid), time.monotonic()
-    report = done.stdout
-    total = re.search(r"(\d+) requests in", report)
-    if total is None or not int(total[1]):
-        raise BenchError(f"wrk measured nothing: {report}{done.stderr}")
-    requests = int(total[1])
-    failed = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", report)
-    not_200 = re.search(r"Non-2xx or 3xx responses: (\d+)", report)
+    report = read_report(done.stdout)
+    if not report.requests:
+        raise BenchError(f"wrk measured nothing: {done.stdout}{done.stderr}")
     used = sum(after) - sum(before)
     return Run(
-        user=(after[0] - before[0]) / requests * 1e6,
-        system=(after[1] - before[1]) / requests * 1e6,
-        rate=requests / (ended - began),
-        p50=_milliseconds(report, "50%"),
-        p99=_milliseconds(report, "99%"),
-        errors=sum(map(int, failed.groups())) if failed else int(not_200[1]) if not_200 else 0,
+        user=(after[0] - before[0]) / report.requests * 1e6,
+        system=(after[1] - before[1]) / report.requests * 1e6,
+        rate=report.requests / (ended - began),
+        p50=report.p50,
+        p99=report.p99,
+        errors=report.errors,
         busy=used / (ended - began),
     )
 
 
-def _milliseconds(report: str, percentile: str) -> float:
-    found = re.search(rf"{percentile}\s+([\d.]+)(us|ms|s)", report)
-    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]] if found else 0.0
+@dataclass(frozen=True)
+class Report:
+    """What wrk said: latency in ms; errors are those of sockets, time-outs, and answers other than 2xx and 3xx."""
+
+    requests: int
+    p50: float
+    p99: float
+    errors: int
+
+
+def read_report(text: str) -> Report:
+    """Read wrk's output; 0 for what it does not say."""
+    total = re.search(r"(\d+) requests in", text)
+    failed = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
+    not_200 = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    return Report(
+        requests=int(total[1]) if total else 0,
+        p50=_milliseconds(text, "50%"),
+        p99=_milliseconds(text, "99%"),
+        errors=sum(map(int, failed.groups() if failed else ())) + (int(not_200[1]) if not_200 else 0),
+    )
+
+
+def _milliseconds(text: str, percentile: str) -> float:
+    found = re.search(rf"^ +{percentile} +([\d.]+)(us|ms|s|m)$", text, re.MULTILINE)
+    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}[found[2]] if found else 0.0
 
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-def answer_of(server: Listening) -> bytes:
-    """One plain answer, for the check that all servers send the same."""
-    with socket.create_connection((server.host, server.port), timeout=10) as sock:
+def answer_of(server: Listening, tls: bool = False) -> bytes:
+    """One answer, for the check that all servers send the same; with TLS, behind the version and cipher agreed on."""
+    sock = socket.create_connection((server.host, server.port), timeout=10)
+    agreed = b""
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        sock = context.wrap_socket(sock)
+        agreed = repr(sock.cipher()).encode() + b" "
+    with sock:
         sock.sendall(REQUEST)
         answer = b""
         while True:
             head, found, body = answer.partition(b"\r\n\r\n")
             length = re.search(rb"Content-Length: (\d+)", head)
             if found and length and len(body) >= int(length[1]):
-                return answer
+                return agreed + answer
             more = sock.recv(65536)
             if not more:
                 raise BenchError(f"the server closed after {answer!r}")
@@ -154,10 +204,11 @@ def answer_of(server: Listening) -> bytes:
 
 def idle_memory(server: Listening, connections: int) -> float:
     """KiB of server memory for each of many idle keep-alive connections which were served one request."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard < connections + 100:
-        raise BenchError(f"{connections} connections need as many descriptors, the limit is {hard}: ulimit -n")
+    limit = allow_descriptors()
+    if limit < connections + 100:
+        raise BenchError(
+            f"{connections} connections need {connections + 100} descriptors, the limit is {limit}: ulimit -n"
+        )
     answer_of(server)
     time.sleep(0.5)
     before = memory_kib(server.pid)
@@ -165,8 +216,8 @@ def idle_memory(server: Listening, connections: int) -> float:
     try:
         for number in range(connections):
             sock = socket.socket()
-            # Several source addresses, for more than the 28,000 ephemeral ports of one.
-            sock.bind((f"127.0.0.{2 + number // 20000}", 0))
+            # Many source addresses: ports that were used a minute ago are still in TIME-WAIT.
+            sock.bind((f"127.0.{random.randrange(256)}.{2 + number % 250}", 0))
             sock.connect((server.host, server.port))
             socks.append(sock)
         for sock in socks:

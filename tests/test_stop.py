@@ -1,7 +1,9 @@
 """Stopping: nothing that was begun is lost, and the stop ends when the last handler does."""
 
+import errno
 import json
 import re
+import select
 import socket
 import time
 
@@ -97,12 +99,13 @@ BURSTS = """
         port, count = map(int, line.split())
         ends = collections.Counter()
         selector = selectors.DefaultSelector()
-        for _ in range(count):
+        for number in range(count):
+            if number == count // 10:
+                print("connecting", flush=True)
             sock = socket.socket()
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", port))
             selector.register(sock, selectors.EVENT_WRITE)
-        print("connecting", flush=True)
         while selector.get_map():
             events = selector.select(timeout=10)
             if not events:
@@ -135,6 +138,40 @@ def test_closing_one_accept_loop_of_two_under_bursts_loses_nothing(serve, python
         assert json.loads(in_thread(process.stdout.readline)) == {"served": 500}
         assert server.accepted_connections == 500
         server.halt()
+
+
+def test_connection_that_comes_after_the_last_accept_of_one_loop_goes_to_the_other(
+    serve, connect, spawn_thread, monkeypatch
+):
+    server = serve(answer_one, accept_loops=2)
+    late = []
+
+    def close(close=server._acceptors[0].close):
+        late.extend(connect(server) for _ in range(50))
+        close()
+
+    monkeypatch.setattr(server._acceptors[0], "close", close)
+    server.close_accept_loop(0)
+    for client in late:
+        client.sendall(b"x")
+    outcomes = spawn_thread(lambda: [outcome(client) for client in late])
+    assert outcomes.get(timeout=SOON) == ["x"] * 50
+
+
+def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serve, monkeypatch):
+    server = serve(answer_one)
+    with socket.socket() as late:
+        late.setblocking(False)
+
+        def close(close=server._acceptors[0].close):
+            assert late.connect_ex(("127.0.0.1", server.port)) == errno.EINPROGRESS
+            assert select.select([], [late], [], 0.05) == ([], [], [])
+            close()
+
+        monkeypatch.setattr(server._acceptors[0], "close", close)
+        server.stop(SOON)
+        assert select.select([], [late], [], SOON) == ([], [late], [])
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
 
 
 # Clients in several threads connect, send and wait for the answer, again and again, until there is nobody to connect

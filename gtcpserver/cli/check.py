@@ -125,8 +125,8 @@ def fast_open() -> Finding:
     bits = int(sysctl("net.ipv4.tcp_fastopen"))
     sides = [side for side, bit in (("client", 1), ("server", 2)) if bits & bit]
     value = f"{bits:#x} ({', '.join(sides) or 'off'})"
-    advice = advise(bits & 3 != 3, f"sysctl -w net.ipv4.tcp_fastopen={bits | 3:#x}, for ListenConfig(fast_open=...)")
-    if advice is None:
+    advice = advise(not bits & 2, f"sysctl -w net.ipv4.tcp_fastopen={bits | 3:#x}, for ListenConfig(fast_open=...)")
+    if bits & 3 == 3:  # a client is needed to try it
         carried = data_in_syn()
         value += f", data in the SYN {'accepted' if carried else 'not accepted'} on loopback"
         advice = advise(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent
+import gevent.ssl
 
 from .ends import reset_on_close
 
@@ -48,9 +48,9 @@ class BufferedFlow:
 
     def pass_on_end(self) -> None:
         try:
-            if isinstance(self._sink, ssl.SSLSocket):
+            if isinstance(self._sink, gevent.ssl.SSLSocket):
                 # Its shutdown() would forget the encryption of the other direction too, and unwrap() would wait.
-                self._sink._sslobj.shutdown()  # type: ignore[attr-defined]
+                self._sink._sslobj.shutdown()
             else:
                 self._sink.shutdown(socket.SHUT_WR)
         except OSError:

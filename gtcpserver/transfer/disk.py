@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,16 +21,21 @@ from gevent.threadpool import ThreadPool
 MOST_THREADS = 4
 
 #: How much is looked at, and read by a thread, at a time.
-WINDOW = 1 << 20
+WINDOW = 2 << 20
 
 #: Distance of the looks within a window. The kernel reads ahead 128 KiB by default, so pages come and go in such lots.
-STEP = 256 * 1024
+STEP = 512 * 1024
 
 #: How far ahead the disk is kept busy while a thread waits for one window.
-READ_AHEAD = 4 * WINDOW
+READ_AHEAD = 2 * WINDOW
 
-#: At once from a file system that cannot say what is cached (tmpfs, overlayfs): what a read may block for.
-BLIND_WINDOW = 128 * 1024
+#: Some file systems cannot say what is cached (tmpfs, overlayfs). There a thread reads one window as a sample, and if
+#: that took no longer than this (seconds; 0.1 ms is usual for what is cached), the next ones are taken to be like it.
+FAST_READ = 0.002
+TRUSTED = 4 * WINDOW
+
+#: So little of such a file is read without a thread: one read ahead of the kernel's, and a thread costs 0.1 ms.
+UNSAMPLED = 128 * 1024
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
@@ -57,19 +63,20 @@ class PageCache:
         fd: a regular file or block device.
     """
 
-    __slots__ = ("_byte", "_can_tell", "_fd", "thread_reads")
+    __slots__ = ("_byte", "_can_tell", "_fd", "_trusted_until", "_was_slow")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._byte = [bytearray(1)]
         self._can_tell = _NOWAIT != 0
-        self.thread_reads = 0
+        self._trusted_until = 0
+        self._was_slow = False
 
     def make_ready(self, position: int, size: int) -> int:
         """Read up to ``size`` bytes from ``position`` into the page cache, in a thread unless they are there.
 
         Returns:
-            How many bytes are ready; at least 1 if ``size`` is.
+            How many bytes are ready: at least 1 if ``size`` is.
         """
         size = min(size, WINDOW)
         if self._can_tell:
@@ -78,13 +85,13 @@ class PageCache:
                 self._can_tell = False
             else:
                 if not cached:
-                    self.thread_reads += 1
                     in_thread(_read, self._fd, position, size)
                 return size
-        # No thread: where this happens most (tmpfs) it would double the price of what is in memory already.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, position + BLIND_WINDOW, WINDOW, os.POSIX_FADV_WILLNEED)
-        return min(size, BLIND_WINDOW)
+        if size > UNSAMPLED and (self._was_slow or position >= self._trusted_until):
+            # One slow sample counts for the whole file: those after it are fast only because it was read ahead.
+            self._was_slow |= in_thread(_read, self._fd, position, size) > FAST_READ
+            self._trusted_until = position + TRUSTED
+        return size
 
     def _is_cached(self, position: int, size: int) -> bool | None:
         """None: the file system does not say."""
@@ -102,8 +109,13 @@ class PageCache:
         return True
 
 
-def _read(fd: int, position: int, size: int) -> None:
-    """In a thread: wait until a part of a file is in the page cache, and let the disk go on with what follows."""
+def _read(fd: int, position: int, size: int) -> float:
+    """In a thread: wait until a part of a file is in the page cache, and let the disk go on with what follows.
+
+    Returns:
+        How long it took, in seconds.
+    """
+    began = monotonic()
     # The descriptor may have been closed since, and its number given to something else, if the greenlet that asked was
     # killed: then these calls fail or read what nobody sees, and do no harm.
     try:
@@ -121,3 +133,4 @@ def _read(fd: int, position: int, size: int) -> None:
             os.close(nowhere)
     except OSError:
         pass  # the sender will meet the same error, where there is somebody to tell
+    return monotonic() - began

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import ssl
 import struct
 from math import inf
 from typing import Any
@@ -121,12 +120,16 @@ def reset_on_close(sock: Any) -> None:
 def is_plain(sock: Any) -> bool:
     """Whether the bytes on the wire are those the user sees: then the kernel may move them.
 
+    Not so for an encrypted socket, nor, as far as we can know, for any class but gevent's own and Connection.
+
     Raises:
         TypeError: not a gevent socket.
     """
     if not isinstance(sock, gevent.socket.socket):
         raise TypeError(f"expected a Connection or a gevent socket, got {sock!r}")
-    return not isinstance(sock, ssl.SSLSocket) and getattr(sock, "tls", None) is None
+    if hasattr(sock, "_stream"):
+        return sock.tls is None
+    return type(sock) is gevent.socket.socket
 
 
 def closing_error(error: Any) -> BaseException:

@@ -13,7 +13,7 @@ from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .kernel_tls import kernel_encrypts
 
 #: Given to the kernel at once: after so much the other connections have their turn (about 0.3 ms).
-CHUNK = 1 << 20
+CHUNK = 2 << 20
 
 #: Read at once where sendfile(2) cannot be used: four TLS records.
 READ_SIZE = 64 * 1024

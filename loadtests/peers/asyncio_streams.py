@@ -30,11 +30,12 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             if not head.startswith(b"GET /"):
                 return
             keep = given.keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
+            head = b""
             writer.write(kept if keep else closing)
             await writer.drain()
             if not keep:
                 return
-    except (ConnectionError, TimeoutError):
+    except (OSError, asyncio.TimeoutError):
         pass
     finally:
         writer.close()
