@@ -136,6 +136,8 @@ def main() -> int:
             encrypt(b"")
         except ImportError:
             parser.error("--aes128 needs the cryptography package: pip install cryptography")
+    if options.tls_key and not options.tls_cert:
+        parser.error("--tls-key needs --tls-cert")
     tls = None
     try:
         if options.tls or options.tls_cert:

@@ -2,6 +2,7 @@
 
 from .acceptor import Acceptor, StreamServer
 from .address import Address, parse_address
+from .connect import connect
 from .connection import Connection
 from .errors import (
     ConfigError,
@@ -17,6 +18,7 @@ from .pool import HandlerPool
 from .server import Server, State, run
 from .stats import CutConnection, ServerStats, StopReport
 from .tls import ConnectionTLS, TLSConfig
+from .transfer import RelayResult, pipe, relay
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ __all__ = [
     "HandlerPool",
     "LimitExceeded",
     "ListenConfig",
+    "RelayResult",
     "Server",
     "ServerStats",
     "StartTLSError",
@@ -42,6 +45,9 @@ __all__ = [
     "TLSConfig",
     "TruncatedStream",
     "__version__",
+    "connect",
     "parse_address",
+    "pipe",
+    "relay",
     "run",
 ]

@@ -18,6 +18,8 @@ from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
+from .transfer.recv_to_file import recv_to_file
+from .transfer.sendfile import sendfile
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -224,6 +226,11 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
     def send(self, data: Any, flags: int = 0) -> int:
         """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
         return self._stream.send(data, flags)
+
+    # -- files (transfer/) -------------------------------------------------------------------------------------------
+
+    sendfile = sendfile
+    recv_to_file = recv_to_file
 
     # -- TLS ---------------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,15 @@ def handshakes_under_way(listening: socket.socket) -> int | None:
         return None
 
 
+def queue_length(listening: socket.socket) -> int:
+    """Count the connections that wait to be accepted (tcpi_unacked of a listener, linux/tcp.h); 0 if unknown."""
+    try:
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    except OSError:
+        return 0  # not TCP
+    return int(struct.unpack_from("=I", info, 24)[0])
+
+
 def _choose_one_of(indexes: list[int]) -> list[Instruction]:
     if len(indexes) == 1:
         return [(BPF_RETURN, 0, 0, indexes[0])]

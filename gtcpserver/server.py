@@ -25,7 +25,7 @@ from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
 from .connection import Connection, Idle
-from .errors import ConfigError, EarlyEOF, GtcpServerError, TruncatedStream
+from .errors import ConfigError, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
 from .handshake import HandshakeLane
 from .linger import Linger
 from .listener import (
@@ -153,6 +153,8 @@ class Server:
                 check_size(pool)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
+            if pool == 0:
+                raise ConfigError("pool must have at least 1 place, or None for no limit, got 0")
             pool = HandlerPool(pool)
         if listen is not None and not isinstance(listen, ListenConfig):
             raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
@@ -259,6 +261,7 @@ class Server:
         Raises:
             OSError: as :meth:`start`, or the listening socket was lost.
         """
+        check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
         if self.state is State.NEW:
             self.start()
         restore: list[tuple[int, Any]] = []
@@ -511,6 +514,8 @@ class Server:
             return
         if gone := _peer_has_gone(error):
             counters.resets += 1
+        elif isinstance(error, LimitExceeded):
+            counters.limits_exceeded += 1
         elif isinstance(error, HandlerTimedOut):
             counters.handler_timeouts += 1
         elif isinstance(error, TooSlow):
@@ -527,7 +532,7 @@ class Server:
                 return
             except BaseException as own:
                 error, gone = own, _peer_has_gone(own)
-        if gone or isinstance(error, TimeoutError):
+        if gone or isinstance(error, (TimeoutError, LimitExceeded)):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("%s: %s", peer(connection), error or type(error).__name__)
             return
@@ -707,6 +712,9 @@ class Server:
             self._lingerer.close_all()
         finally:
             self._overseer.stop()
+            if self.tls is not None:
+                self.tls.stop_watching()
+            self.pool.retire_waiting_workers()
             self.state = State.STOPPED
             seen = self._counters.accepted - ended_before
             self._report = StopReport(seen - len(cut), len(cut), tuple(cut))
@@ -757,6 +765,7 @@ class Server:
             handler_errors=counters.handler_errors,
             resets=counters.resets,
             timeouts=counters.timeouts,
+            limits_exceeded=counters.limits_exceeded,
             handler_timeouts=counters.handler_timeouts,
             slow_clients=counters.slow_clients,
             idle_closed=counters.idle_closed,

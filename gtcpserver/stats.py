@@ -17,6 +17,7 @@ class Counters:
     handler_errors: int = 0
     resets: int = 0
     timeouts: int = 0
+    limits_exceeded: int = 0
     slow_clients: int = 0
     handler_timeouts: int = 0
     idle_closed: int = 0
@@ -45,6 +46,7 @@ class ServerStats:
         resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), or closed
             it in the midst of a message (EarlyEOF, TruncatedStream).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
+        limits_exceeded: handlers that ended with LimitExceeded: the client sent more than the protocol allows.
         handler_timeouts: handlers ended because of ``handler_timeout``.
         slow_clients: handlers ended because of ``min_rate``.
         idle_closed: idle connections closed to make room, or at a stop.
@@ -70,6 +72,7 @@ class ServerStats:
     handler_errors: int
     resets: int
     timeouts: int
+    limits_exceeded: int
     handler_timeouts: int
     slow_clients: int
     idle_closed: int

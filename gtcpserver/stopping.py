@@ -16,7 +16,7 @@ from gevent.event import Event
 from .acceptor import Acceptor
 from .address import format_sockaddr
 from .connection import Connection
-from .listener import HANDSHAKE_SECONDS, handshakes_under_way
+from .draining import HANDSHAKE_SECONDS, handshakes_under_way, queue_length
 from .stats import CutConnection
 
 log = logging.getLogger("gtcpserver")
@@ -61,7 +61,11 @@ def drain_and_close(
 
 def _expects_more(acceptor: Acceptor) -> bool:
     # A socket that others hold too is theirs to serve.
-    return acceptor.listener.owned and not acceptor.closed and bool(handshakes_under_way(acceptor.listener.socket))
+    if not acceptor.listener.owned or acceptor.closed:
+        return False
+    # What is still queued after a drain could not be accepted for want of descriptors: handlers that end give some.
+    sock = acceptor.listener.socket
+    return bool(handshakes_under_way(sock)) or queue_length(sock) > 0
 
 
 def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event) -> list[CutConnection]:

@@ -161,6 +161,7 @@ def machine() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": f"{os.cpu_count()} x {cpu}",
         "kernel": platform.release(),
+        "load average": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         **versions,
     }

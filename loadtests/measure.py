@@ -172,7 +172,7 @@ def read_report(text: str) -> Report:
 
 
 def _milliseconds(text: str, percentile: str) -> float:
-    found = re.search(rf"^ +{percentile} +([\d.]+)(us|ms|s|m)$", text, re.MULTILINE)
+    found = re.search(rf"^ +{percentile} +([\d.]+)(us|ms|s|m) *$", text, re.MULTILINE)
     return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}[found[2]] if found else 0.0
 
 
