@@ -1,11 +1,12 @@
-"""A chat room: every line goes to everybody else. A member who does not read loses lines, not the others their time.
+"""A chat room: one greenlet reads from a connection while another writes to it.
 
     python examples/chat.py, then in two terminals: nc 127.0.0.1 5000
 
-One greenlet reads from a connection while another writes to it.
+A member who does not read holds up nobody: what waits for each member is a queue of its own, which only that member's
+writer waits for. When it is full, that member misses lines, and is told so.
 """
 
-import sys
+from dataclasses import dataclass, field
 
 import gevent
 from gevent.queue import Full, Queue
@@ -13,60 +14,81 @@ from serve import serve
 
 from gtcpserver import Connection, EarlyEOF
 
-LONGEST_LINE = 1024
+LONGEST_LINE = 1024  # bytes
+LONGEST_NAME = 32
 
-#: Lines that wait for a slow member; what comes beyond is left out for him.
-LONGEST_QUEUE = 100
-
-members: dict[str, "Queue[bytes]"] = {}
+#: Lines that wait for a slow member: 256 KiB at most, as much as its socket takes besides.
+LONGEST_QUEUE = 256
 
 
-def tell(line: str, but: str = "") -> None:
-    for name, lines in members.items():
-        if name != but:
-            try:
-                lines.put_nowait(line.encode() + b"\n")
-            except Full:
-                pass
+@dataclass
+class Member:
+    lines: "Queue[bytes]" = field(default_factory=lambda: Queue(LONGEST_QUEUE))
+    missed: int = 0
+
+
+room: dict[str, Member] = {}
 
 
 def handle(conn: Connection) -> None:
-    conn.sendall(b"Your name? ")
     try:
+        conn.sendall(b"Your name? ")
         name = read_line(conn)
+        if not name or name in room or len(name) > LONGEST_NAME:
+            conn.sendall(f"Expected a name that nobody here has, {LONGEST_NAME} letters at most.\n".encode())
+            return
+        chat(conn, name)
     except EarlyEOF:
-        return
-    if not name or name in members:
-        conn.sendall(b"This name is taken, or none.\n")
-        return
-    lines: Queue[bytes] = Queue(LONGEST_QUEUE)
+        pass  # the member has left, or the server stops
+
+
+def chat(conn: Connection, name: str) -> None:
     tell(f"* {name} has come")
-    members[name] = lines
-    writer = gevent.spawn(write_lines, conn, lines)
+    room[name] = member = Member()
+    tell(f"* here are: {', '.join(room)}", only=name)
+    writer = gevent.spawn(write_lines, conn, member)
     try:
         while True:
-            with conn.idle():
-                line = read_line(conn)
-            tell(f"{name}: {line}", but=name)
-    except (EarlyEOF, OSError):
-        pass
+            line = read_line(conn)
+            if line:
+                tell(f"{name}: {line}", but=name)
+            # The next line may be here already, and reading it would not wait: first let the writers write this one.
+            gevent.sleep(0)
     finally:
-        writer.kill()
-        del members[name]
+        # Nothing here waits, so a handler that is killed leaves nobody behind in the room.
+        del room[name]
+        writer.kill(block=False)
         tell(f"* {name} has left")
 
 
-def read_line(conn: Connection) -> str:
-    return conn.recv_until(b"\n", LONGEST_LINE).decode(errors="replace").strip()
+def tell(line: str, *, only: str = "", but: str = "") -> None:
+    """Give a line to everybody in the room, to one, or to all but one; never waits."""
+    for name, member in room.items():
+        if name != but and only in ("", name):
+            try:
+                member.lines.put_nowait(line.encode() + b"\n")
+            except Full:
+                member.missed += 1
 
 
-def write_lines(conn: Connection, lines: "Queue[bytes]") -> None:
+def write_lines(conn: Connection, member: Member) -> None:
     try:
         while True:
-            conn.sendall(lines.get())
+            conn.sendall(member.lines.get())
+            if member.missed and member.lines.empty():
+                missed, member.missed = member.missed, 0
+                conn.sendall(f"* you have missed {missed} lines\n".encode())
     except OSError:
-        pass  # the reader sees it too, and cleans up
+        pass  # the reader hears of it too, and leaves
+
+
+def read_line(conn: Connection) -> str:
+    # A member who says nothing holds no place in the pool, and no stop waits for one.
+    with conn.idle():
+        line = conn.recv_until(b"\n", LONGEST_LINE)
+    # Without control characters: nobody gets to steer the terminals of the others.
+    return "".join(filter(str.isprintable, line.decode(errors="replace"))).strip()
 
 
 if __name__ == "__main__":
-    sys.exit(serve(handle))
+    serve(handle)

@@ -1,13 +1,13 @@
-"""Computing in a handler: what it does to the others, and its cure.
+"""Computing in a handler: what it does to the others, and the cure.
 
-    python examples/cpu_work.py, then: printf 'PING\\nTHREAD 2\\nPING\\n' | nc 127.0.0.1 5000
+    python examples/cpu_work.py, then: printf 'PING\\nTHREAD 2\\nPING\\n' | nc -N 127.0.0.1 5000
 
-All handlers share one thread. One that computes for 2 s (``HERE 2``) makes everybody wait for 2 s: no server on an
-event loop can help that. A thread of gevent's pool (``THREAD 2``) leaves the loop free; the interpreter then switches
-between the threads every few milliseconds. Work in C that releases the GIL (hashing, compression) runs beside.
+All handlers share one thread. One that computes for 2 s (``HERE 2``) makes everybody wait for 2 s, as on every event
+loop. A thread of gevent's pool (``THREAD 2``) leaves the loop free: the interpreter switches between the threads
+every few milliseconds. What releases the GIL (hashing, compression) then runs beside; for more Python than one CPU
+can compute, use processes.
 """
 
-import sys
 import time
 
 from gevent import get_hub
@@ -18,36 +18,37 @@ from gtcpserver import Connection, EarlyEOF
 LONGEST = 10.0
 
 
-def compute(seconds: float) -> int:
-    """Keep a CPU busy."""
-    rounds = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        rounds += 1
-    return rounds
-
-
 def handle(conn: Connection) -> None:
     while True:
         try:
             with conn.idle():
-                words = conn.recv_until(b"\n", 64).decode().split()
+                words = conn.recv_until(b"\n", 64).split()
         except EarlyEOF:
             return
         match words:
-            case ["PING"]:
+            case [b"PING"]:
                 conn.sendall(b"PONG\n")
-            case ["HERE" | "THREAD" as where, number] if number.replace(".", "", 1).isdigit():
-                seconds = min(float(number), LONGEST)
-                if where == "HERE":
-                    compute(seconds)  # nobody else is served meanwhile
-                else:
-                    get_hub().threadpool.apply(compute, (seconds,))
+            case [b"HERE", number] if is_decimal(number):
+                compute(float(number))  # nobody else is served meanwhile
+                conn.sendall(b"DONE\n")
+            case [b"THREAD", number] if is_decimal(number):
+                get_hub().threadpool.apply(compute, (float(number),))
                 conn.sendall(b"DONE\n")
             case _:
                 conn.sendall(b"ERROR expected PING, HERE seconds or THREAD seconds\n")
                 return
 
 
+def compute(seconds: float) -> None:
+    """Keep a CPU busy."""
+    until = time.monotonic() + min(seconds, LONGEST)
+    while time.monotonic() < until:
+        pass
+
+
+def is_decimal(number: bytes) -> bool:
+    return number.replace(b".", b"", 1).isdigit()
+
+
 if __name__ == "__main__":
-    sys.exit(serve(handle))
+    serve(handle)

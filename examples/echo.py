@@ -1,6 +1,10 @@
-"""The shortest server: send back what comes. ``python examples/echo.py [ADDRESS]``, then ``nc 127.0.0.1 5000``."""
+"""The shortest server: send back what comes.
 
-import sys
+    python examples/echo.py [ADDRESS], then: nc 127.0.0.1 5000
+
+``recv`` and ``sendall`` block this handler only: each connection runs in a greenlet of its own. A stop of the server
+waits for it until its client has left, 30 s at most; line_protocol.py shows how a client that waits is let go at once.
+"""
 
 from serve import serve
 
@@ -13,4 +17,4 @@ def echo(conn: Connection) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(echo))
+    serve(echo)  # in a program of your own: gtcpserver.run(echo, "127.0.0.1:5000")

@@ -25,17 +25,22 @@ LONGEST_HEAD = 64 * 1024
 END_OF_HEAD = b"\r\n\r\n"
 
 
-def http_handler(answer: Callable[[bool], bytes], keepalive: bool) -> Callable[[Connection], None]:
+def http_handler(
+    answer: Callable[[bool], bytes], keepalive: bool, use_idle: bool = True
+) -> Callable[[Connection], None]:
     """A handler that sends ``answer(keep)`` for each request; ``keep``: the connection stays open after it."""
 
     def handle(conn: Connection) -> None:
-        idle = conn.idle()
+        idle = conn.idle() if use_idle and keepalive else None
         rest = b""
         while True:
             if not rest:
-                # Between two requests: a stop may close the connection here, and it holds no place in the pool.
-                with idle:
+                if idle is None:
                     rest = conn.recv(8192)
+                else:
+                    # Between two requests: a stop may close the connection here, and it holds no place in the pool.
+                    with idle:
+                        rest = conn.recv(8192)
                 if not rest:
                     return
             while (end := rest.find(END_OF_HEAD)) < 0:
@@ -117,6 +122,9 @@ def main() -> int:
     parser = Parser(description="An HTTP server for benchmarks.")
     parser.add_argument("--listen", default="127.0.0.1:8000", metavar="ADDRESS")
     parser.add_argument("--keepalive", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--idle", action=argparse.BooleanOptionalAction, default=True, help="mark the wait between two requests"
+    )
     parser.add_argument("--size", type=int, default=1024, metavar="BYTES", help="of the body")
     parser.add_argument("--sleep", type=float, default=0.0, metavar="MS", help="before each answer")
     parser.add_argument("--aes128", action="store_true", help="encrypt each answer's body with AES-128-CBC")
@@ -150,7 +158,9 @@ def main() -> int:
         server = Server(
             options.listen,
             http_handler(
-                answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha), options.keepalive
+                answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha),
+                options.keepalive,
+                options.idle,
             ),
             accept_loops=options.accept_loops,
             timeout=options.timeout,

@@ -1,31 +1,44 @@
-"""What the examples share: the address from the command line, one line when ready, one line for a mistake."""
+"""What the examples share: an address from the command line, a line when it is ready, a line for a mistake."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+import gevent
 
 from gtcpserver import GtcpServerError, Server
 
+DEFAULT_ADDRESS = "127.0.0.1:5000"
 
-def serve(handler: Callable[[Any], Any], default: str = "127.0.0.1:5000", **options: Any) -> int:
-    """Serve on the address that the command line names; returns the exit status."""
-    arguments = sys.argv[1:]
-    if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: python {sys.argv[0]} [ADDRESS]    (default {default})", file=sys.stderr)
-        return 2
+
+def start(handler: Callable[[Any], Any], **options: Any) -> Server:
+    """A server on the address that the command line names. Ends the program where that cannot be."""
+    program, *arguments = sys.argv
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: python {program} [ADDRESS]    (default {DEFAULT_ADDRESS})")
+        print(sys.modules["__main__"].__doc__)
+        sys.exit(0)
+    if len(arguments) > 1:
+        end(2, f"expected one ADDRESS at most, got {' '.join(arguments)}")
     try:
-        server = Server(arguments[0] if arguments else default, handler, **options)
+        server = Server(arguments[0] if arguments else DEFAULT_ADDRESS, handler, **options)
         server.start()
     except GtcpServerError as mistake:
-        print(f"{sys.argv[0]}: {mistake}", file=sys.stderr)
-        return 2
+        end(2, str(mistake))
     except OSError as problem:
-        print(f"{sys.argv[0]}: {problem}", file=sys.stderr)
-        return 1
-    print(f"listening on {server.address}", flush=True)
-    report = server.serve_forever()
-    for connection in report.cut:
-        print(f"cut: {connection}", file=sys.stderr)
-    return 0
+        end(1, str(problem))
+    # Printed when serve_forever waits: whoever reads it may send a signal at once.
+    gevent.spawn(print, f"listening on {server.address}", flush=True)
+    return server
+
+
+def serve(handler: Callable[[Any], Any], **options: Any) -> None:
+    """Serve until SIGTERM or SIGINT, which let the handlers finish."""
+    start(handler, **options).serve_forever()
+
+
+def end(status: int, message: str) -> NoReturn:
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(status)

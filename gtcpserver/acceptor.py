@@ -16,6 +16,7 @@ from gevent.hub import get_hub
 from .connection import Connection
 from .errors import GtcpServerError
 from .pool import HandlerPool
+from .stream_server_tls import StreamServerTLS
 
 if TYPE_CHECKING:
     from .listener import Listener
@@ -215,12 +216,34 @@ class StreamServer(Acceptor):
     Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. What differs: the
     handler's socket is a :class:`Connection`; with the default ``spawn`` greenlets are used again; accept errors
     back off only when the system is out of descriptors or memory.
+
+    Over TLS (``ssl_context``, ``certfile`` ...) it is a Connection too, with the methods of ssl.SSLSocket; a failed
+    handshake is a debug line, and one that takes longer than :attr:`handshake_timeout` has failed. Arguments that ask
+    for more (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, a ``wrap_socket`` or ``sni_callback`` of
+    the program's own) give the handler a gevent.ssl.SSLSocket, as ever.
     """
+
+    #: Seconds a TLS handshake may take.
+    handshake_timeout = 10.0
 
     def __init__(
         self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
     ) -> None:
+        self._tls = StreamServerTLS()
         super(Acceptor, self).__init__(listener, handle, backlog, spawn, **ssl_args)
+
+    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> Any:
+        """Serve one encrypted connection, in its greenlet."""
+        credentials = self._tls.find(self.wrap_socket, self.ssl_args)
+        if credentials is None or not isinstance(client_socket, Connection):
+            return super().wrap_socket_and_handle(client_socket, address)
+        client_socket.client_address = address
+        with client_socket:
+            try:
+                client_socket.start_tls(credentials, timeout=self.handshake_timeout)
+            except OSError:
+                return None  # start_tls has written the debug line
+            return self.handle(client_socket, address)
 
     def set_spawn(self, spawn: Any) -> None:
         if spawn == "default":

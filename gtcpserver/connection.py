@@ -6,16 +6,19 @@ The order below: construct, read, write, bound, idle, close.
 
 from __future__ import annotations
 
+import logging
 import socket as _stdlib_socket
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 import gevent.socket
+from gevent._socket3 import _closedsocket
 from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
-from .handshake import TLSLayer
+from .handshake import TLSLayer, answer_plain_text, handshake_failure
+from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
 from .transfer.recv_to_file import recv_to_file
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     from .server import Server
 
+log = logging.getLogger("gtcpserver.tls")
+
 #: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
 READ_AHEAD = 16 * 1024
 
@@ -33,7 +38,7 @@ READ_AHEAD = 16 * 1024
 _SLOTS = ("_idle", "_shared", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
 
 
-class Connection(gevent.socket.socket):  # type: ignore[misc]
+class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     """A client's connection: a blocking, cooperative socket with the answers a handler asks for.
 
     All of the socket API works. Time-outs count the time in which nothing moved: ``settimeout(30)`` ends a ``recv`` or
@@ -265,11 +270,24 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
         layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
         seconds = credentials.handshake_timeout if timeout is None else timeout
-        with self.deadline(seconds):
-            layer.handshake()
+        try:
+            with self.deadline(seconds):
+                layer.handshake()
+        except OSError as error:
+            self._note_failed_handshake(error)
+            raise
         stream.io = stream.tls = layer
         stream.drained = False
         return ConnectionTLS(layer.object, layer.server_name)
+
+    def _note_failed_handshake(self, error: OSError) -> None:
+        if not isinstance(error, TimeoutError):
+            self._stream.fault = error
+        kind = handshake_failure(self._sock, error)
+        if self.server is not None:
+            self.server._counters.handshake_failures[kind] += 1
+        log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
+        answer_plain_text(self._sock, kind)
 
     def stop_tls(self) -> None:
         """Go back to plain text: tell the peer (close_notify), wait for its answer.
@@ -283,23 +301,37 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
             raise StartTLSError("the connection is not encrypted")
         stream.tls.unwrap()
         stream.io, stream.tls = stream.sock, None
-        stream.drained = False
+        stream.drained = stream.at_eof = False  # the end was that of the encrypted part
+
+    def unwrap(self) -> Connection:
+        """``stop_tls`` by the name it has in ``ssl.SSLSocket``; returns this connection."""
+        self._ssl_object()
+        self.stop_tls()
+        return self
 
     # -- the rest of the socket's methods, counted -------------------------------------------------------------------
 
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
+        if self._stream.tls is not None:
+            refuse(self, "recvfrom", ValueError)
         data, address = super().recvfrom(bufsize, flags)
         return self._count_received(data, len(data), flags), address
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        if self._stream.tls is not None:
+            refuse(self, "recvfrom_into", ValueError)
         size, address = super().recvfrom_into(buffer, nbytes, flags)
         return self._count_received(size, size, flags), address
 
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
+        if self._stream.tls is not None:
+            refuse(self, "recvmsg", NotImplementedError)
         message = super().recvmsg(bufsize, ancbufsize, flags)
         return self._count_received(message, len(message[0]), flags)
 
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
+        if self._stream.tls is not None:
+            refuse(self, "recvmsg_into", NotImplementedError)
         message = super().recvmsg_into(buffers, ancbufsize, flags)
         return self._count_received(message, message[0], flags)
 
@@ -309,9 +341,13 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
         return result
 
     def sendto(self, *args: Any) -> int:
+        if self._stream.tls is not None:
+            refuse(self, "sendto", ValueError)
         return self._count_sent(super().sendto(*args))
 
     def sendmsg(self, *args: Any) -> int:
+        if self._stream.tls is not None:
+            refuse(self, "sendmsg", NotImplementedError)
         return self._count_sent(super().sendmsg(*args))
 
     def _count_sent(self, size: int) -> int:
@@ -344,20 +380,31 @@ class Connection(gevent.socket.socket):  # type: ignore[misc]
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def shutdown(self, how: int) -> None:
-        """Shut down one or both sides, as ``shutdown(2)``.
+        """Shut down one or both sides, as ``shutdown(2)``. Over TLS, the peer is told first (close_notify).
 
         A greenlet that waits on that side is woken by the kernel: a reader gets b"", a writer EPIPE.
         """
+        if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
+            self._stream.tls.close_notify_and_read_on()
         self._sock.shutdown(how)
 
     def _real_close(self) -> None:
         # Called by gevent's close() when no file made by makefile() is open any more.
         if self._stream.tls is not None:
             self._stream.tls.close_notify()
-        super()._real_close()
+        self._detach_socket("closed")
+
+    def _detach_socket(self, reason: str) -> None:
+        # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
+        sock = self._sock
+        if sock:
+            self._drop_events_and_close(closefd=reason == "closed")
+            self._sock = _closedsocket(-1, -1, -1, None, reason)
 
     def dup(self) -> Connection:
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
+        if self._stream.tls is not None:
+            refuse(self, "dup", NotImplementedError)
         self._shared = True
         copy: Connection = super().dup()
         return copy

@@ -7,6 +7,8 @@ run as event callbacks, without a greenlet, bounded in time and number.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
@@ -16,13 +18,21 @@ from typing import TYPE_CHECKING, Any
 from gevent.hub import get_hub
 
 from .errors import TruncatedStream
-from .tls import Credentials, classify_handshake_error
+from .tls import Credentials, HandshakeFailure, classify_handshake_error
 
 if TYPE_CHECKING:
     from .connection import Connection
     from .stream import Stream
 
 log = logging.getLogger("gtcpserver.tls")
+
+#: What a client gets that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a record
+#: of its own. OpenSSL sends nothing to such a client.
+NOT_TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x0a"
+
+#: Written at once: four records. One call for all of a large answer would tell only at its end that it moves, so that a
+#: client that reads steadily would look like one that has stopped.
+WRITE_SIZE = 64 * 1024
 
 #: What a client gets that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
 PLAIN_HTTP_ANSWER = (
@@ -101,6 +111,7 @@ class TLSLayer:
             # A key update (RFC 8446 section 4.6.3) wants to be answered before the next read.
             self._stream.wait_writable()
             return False
+        self._stream.fault = error
         raise error
 
     def send(self, data: Any, flags: int = 0) -> int:
@@ -108,6 +119,8 @@ class TLSLayer:
             raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
         if not len(data):
             return 0
+        if len(data) > WRITE_SIZE:
+            data = memoryview(data).cast("B")[:WRITE_SIZE]
         while True:
             try:
                 return self._write(data)  # type: ignore[no-any-return]
@@ -117,6 +130,9 @@ class TLSLayer:
                 self._stream.wait_readable(True)
             except (SSLZeroReturnError, SSLEOFError) as error:
                 raise BrokenPipeError("the peer has closed the connection") from error
+            except OSError as error:
+                self._stream.fault = error
+                raise
 
     def handshake(self) -> None:
         """Do the handshake, in a greenlet that waits."""
@@ -130,11 +146,37 @@ class TLSLayer:
                 self._stream.wait_writable()
 
     def close_notify(self) -> None:
-        """Tell the peer that nothing more comes (RFC 8446 section 6.1), if it can be told without waiting."""
+        """Tell the peer that nothing more comes (RFC 8446 section 6.1), if it can be told without waiting.
+
+        Nothing can be read afterwards.
+        """
         try:
             self.object.shutdown()
         except (OSError, ValueError):
             pass  # WantRead: sent, and the peer has not answered yet. Anything else: nobody is left to tell.
+
+    def close_notify_and_read_on(self) -> None:
+        """As :meth:`close_notify`, for a half-close.
+
+        The ssl module calls SSL_shutdown twice, and OpenSSL gives up reading when the second finds application data.
+        So let it find a socket without input in the place of ours, and pass on what it has written there.
+        """
+        sock = self._stream.sock
+        substitute, record = socket.socketpair()
+        with substitute, record:
+            substitute.setblocking(False)
+            record.setblocking(False)
+            ours = os.dup(sock.fileno())
+            os.dup2(substitute.fileno(), sock.fileno(), inheritable=False)
+            try:
+                self.close_notify()
+            finally:
+                os.dup2(ours, sock.fileno(), inheritable=False)
+                os.close(ours)
+            try:
+                sock.send(record.recv(64 * 1024))
+            except OSError:
+                pass  # as in close_notify
 
     def unwrap(self) -> None:
         """End TLS and go on in the clear: send close_notify and wait for the peer's."""
@@ -155,10 +197,9 @@ class HandshakeLane:
         seconds: how long one may take.
         most: how many may be under way; when another comes, the oldest is dropped.
         done: called in the hub with a connection that is encrypted now.
-        failed: called in the hub with a connection whose handshake has failed, and the kind of the failure.
-
-    Attributes:
-        failures: how many failed, by kind: those of ``classify_handshake_error``, "crowded_out" and "stopped".
+        failed: called in the hub with a connection whose handshake has failed, and the kind of the failure: those of
+            ``classify_handshake_error``, "crowded_out" and "stopped".
+        failures: counts them by kind.
     """
 
     def __init__(
@@ -167,6 +208,7 @@ class HandshakeLane:
         most: int,
         done: Callable[[Connection], Any],
         failed: Callable[[Connection, str], Any],
+        failures: Counter[str],
     ) -> None:
         self._seconds = seconds
         self._most = most
@@ -174,20 +216,21 @@ class HandshakeLane:
         self._failed = failed
         self._under_way: dict[_Handshake, None] = {}
         self._timer: Any = None
-        self.failures: Counter[str] = Counter()
+        self.failures = failures
 
     def __len__(self) -> int:
         return len(self._under_way)
 
     def begin(self, connection: Connection, credentials: Credentials) -> None:
         """Take a new connection. Only from the hub."""
-        if len(self._under_way) >= self._most:
-            oldest = next(iter(self._under_way))
-            oldest.fail(TimeoutError("too many handshakes, this one was the oldest"), kind="crowded_out")
         stream = connection._stream
         layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
         handshake = _Handshake(self, connection, layer, monotonic() + self._seconds)
         self._under_way[handshake] = None
+        # Afterwards: while one goes and another comes, the lane is never seen empty.
+        if len(self._under_way) > self._most:
+            oldest = next(iter(self._under_way))
+            oldest.fail(TimeoutError("too many handshakes, this one was the oldest"), kind="crowded_out")
         stream.make_read_watcher().callback = handshake.step
         if self._timer is None:
             self._start_timer(self._seconds)
@@ -250,19 +293,44 @@ class _Handshake:
         stream = self._connection._stream
         if stream.writing is not None:
             stream.writing.stop()
-        stream.reading.callback = stream._parked
+        if stream.reading.callback is None:
+            stream.reading.start(stream._parked)  # it waited to write
+        else:
+            stream.reading.callback = stream._parked
 
     def fail(self, error: BaseException, kind: str | None = None) -> None:
         self._leave()
         lane = self._lane
-        kind = kind or classify_handshake_error(error)
-        lane.failures[kind] += 1
         connection = self._connection
+        kind = kind or handshake_failure(connection._sock, error)
+        lane.failures[kind] += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug("TLS handshake with %s failed (%s): %s", connection.client_address, kind, error)
-        if kind == "http_request":
-            try:
-                connection._sock.send(PLAIN_HTTP_ANSWER)
-            except OSError:
-                pass
+        answer_plain_text(connection._sock, kind)
         lane._failed(connection, kind)
+
+
+def handshake_failure(sock: Any, error: BaseException) -> HandshakeFailure:
+    """The kind of a failed handshake, told also from what the client sent behind the five bytes OpenSSL has read."""
+    kind = classify_handshake_error(error)
+    if kind == "not_tls":
+        try:
+            rest: bytes = sock.recv(1024, socket.MSG_PEEK)
+        except OSError:
+            return kind
+        # OpenSSL knows GET, POST, HEAD, PUT and CONNECT. RFC 9112 section 3: method, target, version.
+        if b" HTTP/" in rest.partition(b"\n")[0]:
+            return "http_request"
+    return kind
+
+
+def answer_plain_text(sock: Any, kind: str) -> None:
+    """Tell a client that speaks no TLS what is wrong, if it can be told without waiting."""
+    answer = {"http_request": PLAIN_HTTP_ANSWER, "not_tls": NOT_TLS_ALERT}.get(kind)
+    if answer is not None:
+        try:
+            sock.send(answer)
+            # A close with input unread would reset the connection, and the answer with it.
+            sock.recv(64 * 1024)
+        except OSError:
+            pass

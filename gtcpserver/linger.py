@@ -23,7 +23,8 @@ MOST_DISCARDED = 1 << 20
 #: not hold descriptors without limit.
 MOST_LINGERING = 4096
 
-_READ_SIZE = 64 * 1024
+# What lingering connections send is read into here, and never looked at.
+_rubbish = bytearray(64 * 1024)
 
 
 class Linger:
@@ -110,7 +111,7 @@ class _Lingering:
 
     def readable(self) -> None:
         try:
-            discarded = len(self._sock.recv(_READ_SIZE))
+            discarded = self._sock.recv_into(_rubbish)
         except BlockingIOError:
             return
         except OSError:

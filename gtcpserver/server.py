@@ -194,7 +194,11 @@ class Server:
         self._encrypted: deque[Connection] = deque()  # handshake done, waiting for a place
         if self.tls is not None:
             self._handshakes = HandshakeLane(
-                self.tls.handshake_timeout, self.tls.max_handshakes, self._handshake_done, self._handshake_failed
+                self.tls.handshake_timeout,
+                self.tls.max_handshakes,
+                self._handshake_done,
+                self._handshake_failed,
+                self._counters.handshake_failures,
             )
         self._lingerer = Linger(linger)
         self._faults = FaultLimiter()
@@ -416,20 +420,33 @@ class Server:
             gevent.spawn(self._stop_after_last)
 
     def _handshake_done(self, connection: Connection) -> None:
-        if not self._encrypted and not self.pool.full():
+        if not self._encrypted and self._has_room():
             self.pool.run(self._serve_bound, connection)
             return
         self._encrypted.append(connection)
         if len(self._encrypted) == 1:
-            self.pool.places.rawlink(self._serve_encrypted)
+            self._serve_encrypted_later()
 
-    def _serve_encrypted(self, places: Any) -> None:
-        while self._encrypted and places.taken < places.size:
+    def _serve_encrypted_later(self) -> None:
+        places = self.pool.places
+        if places.taken >= places.size:
+            places.unlink(self._serve_encrypted)  # once is enough
+            places.rawlink(self._serve_encrypted)
+        elif self.on_full == "close_idle":
+            self._close_an_idle_one()
+        # max_connections is reached: the end of a connection wakes them.
+
+    def _serve_encrypted(self, _places: Any = None) -> None:
+        while self._encrypted and self._has_room():
             self.pool.run(self._serve_bound, self._encrypted.popleft())
         if self._encrypted:
-            places.rawlink(self._serve_encrypted)
+            self._serve_encrypted_later()
+
+    #: Connections that were closed in or after a failed handshake; not those of ``start_tls``.
+    _handshakes_failed = 0
 
     def _handshake_failed(self, connection: Connection, kind: str) -> None:
+        self._handshakes_failed += 1
         connection.close()
         self._note_if_nobody_is_connected()
 
@@ -495,7 +512,8 @@ class Server:
         counters = self._counters
         counters.bytes_received += connection.bytes_received
         counters.bytes_sent += connection.bytes_sent
-        connection._idle = None  # it refers to the connection: no cycle for the garbage collector
+        # They refer to the connection: no cycle for the garbage collector.
+        connection._idle = connection._stream.fault = None
         if not (connection._closed and connection._io_refs <= 0):
             connection._closed = True
             connection._real_close()
@@ -505,6 +523,8 @@ class Server:
         if not connections:
             self._note_if_nobody_is_connected()
         if was_full:
+            if self._encrypted:
+                get_hub().loop.run_callback(self._serve_encrypted)
             self._wake_accept_loops()
 
     def _handler_raised(self, connection: Connection, error: BaseException) -> None:
@@ -512,7 +532,7 @@ class Server:
         counters = self._counters
         if isinstance(error, GreenletExit):
             return
-        if gone := _peer_has_gone(error):
+        if gone := _peer_has_gone(error) or error is connection._stream.fault:
             counters.resets += 1
         elif isinstance(error, LimitExceeded):
             counters.limits_exceeded += 1
@@ -563,6 +583,8 @@ class Server:
             connection._end_idle()
         else:
             self._idle_wanted = False
+            if self._encrypted:
+                get_hub().loop.run_callback(self._serve_encrypted)
             get_hub().loop.run_callback(self._wake_accept_loops)
 
     def _end_if_idle(self, connection: Connection) -> None:
@@ -609,9 +631,15 @@ class Server:
         self.state = State.STOPPING
         self._idle_wanted = True
         # Handlers that had ended before: the report is about the others.
-        ended_before = self._counters.accepted - len(self._connections)
+        ended_before = self._handled() - len(self._connections)
         # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
         gevent.spawn(self._stop, timeout, ended_before)
+
+    def _handled(self) -> int:
+        """Connections that have got as far as the handler."""
+        counters = self._counters
+        on_their_way = len(self._encrypted) + (len(self._handshakes) if self._handshakes is not None else 0)
+        return counters.accepted - on_their_way - self._handshakes_failed
 
     def _wait_for_report(self) -> StopReport:
         if self._report is None and getcurrent() in self._connections.values():
@@ -716,7 +744,7 @@ class Server:
                 self.tls.stop_watching()
             self.pool.retire_waiting_workers()
             self.state = State.STOPPED
-            seen = self._counters.accepted - ended_before
+            seen = self._handled() - ended_before
             self._report = StopReport(seen - len(cut), len(cut), tuple(cut))
             self._stopped.set()
 
@@ -735,6 +763,7 @@ class Server:
             connection = self._encrypted.popleft()
             cut.append(describe(connection, None))
             connection.close()
+            self._note_if_nobody_is_connected()
         if self._handshakes is not None:
             self._handshakes.end_all()
         return cut + end_handlers(self._connections, self._nobody_connected)
@@ -763,6 +792,8 @@ class Server:
             refused=counters.refused,
             left_in_queue=counters.left_in_queue,
             handler_errors=counters.handler_errors,
+            handshaking=len(self._handshakes) if self._handshakes is not None else 0,
+            handshake_failures=dict(counters.handshake_failures),
             resets=counters.resets,
             timeouts=counters.timeouts,
             limits_exceeded=counters.limits_exceeded,
@@ -792,27 +823,29 @@ class PlacelessIdle(Idle):
     """An idle connection of a server: it holds no place in the pool."""
 
     # Once a request where a handler uses it, so all it needs is at hand: 0.5 us with the way back.
-    __slots__ = ("_server",)
+    __slots__ = ("_server", "_stream")
 
     def __init__(self, connection: Connection, server: Server) -> None:
         super().__init__(connection)
         self._server = server
+        self._stream = connection._stream
 
     def __enter__(self) -> None:
         self.active = True
-        places = self._server.places
+        server = self._server
+        places = server.places
         places.taken -= 1
         if places.links:
             places.tell()
-        if self._server._idle_wanted:
-            self._server._became_idle(self.connection)
+        if server._idle_wanted:
+            server._became_idle(self.connection)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.active = False
         places = self._server.places
-        stream = self.connection._stream
+        stream = self._stream
         if stream.ending or stream.at_eof or kind is not None:
             # It ends, for which it must not wait until busy ones have given up a place.
             self._server._counters.idle_closed += stream.ended

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Counters:
     queue_wait_samples: int = 0
     queue_wait_total: float = 0.0
     queue_wait_max: float = 0.0
+    handshake_failures: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,13 @@ class ServerStats:
         refused: closed because ``on_connect`` said so.
         left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
         handler_errors: handlers that ended with an exception of their own.
-        resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), or closed
-            it in the midst of a message (EarlyEOF, TruncatedStream).
+        handshaking: TLS handshakes under way.
+        handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
+            "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
+            "unknown_name", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there were too many),
+            "stopped" (by the end of the server). Those of ``start_tls`` are among them.
+        resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), closed
+            it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
         limits_exceeded: handlers that ended with LimitExceeded: the client sent more than the protocol allows.
         handler_timeouts: handlers ended because of ``handler_timeout``.
@@ -70,6 +77,8 @@ class ServerStats:
     refused: int
     left_in_queue: int
     handler_errors: int
+    handshaking: int
+    handshake_failures: dict[str, int]
     resets: int
     timeouts: int
     limits_exceeded: int

@@ -107,10 +107,10 @@ def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConn
 
 def peer(connection: Connection) -> str:
     """The client's address, printed."""
-    try:
-        return format_sockaddr(connection.client_address, int(connection._sock.family))
-    except Exception:
-        return str(connection.client_address)
+    address = connection.client_address
+    if not isinstance(address, tuple):
+        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
+    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
 
 
 def _shut(connection: Connection) -> None:

@@ -66,6 +66,7 @@ class Stream:
         ending: reads that would wait give b"" instead (an idle connection that is being ended).
         ended: such a read gave b"".
         bytes_received, bytes_sent: so far.
+        fault: what the peer's breach of TLS has raised: no fault of the handler.
         progress: a note of the overseer's.
         tls: the TLS layer that ``io`` is, or None.
     """
@@ -87,6 +88,7 @@ class Stream:
         "drained",
         "ended",
         "ending",
+        "fault",
         "io",
         "kept",
         "progress",
@@ -113,6 +115,7 @@ class Stream:
         self.drained = self.at_eof = self.ending = self.ended = False
         self._full_reads = 0
         self.kept = b""
+        self.fault: BaseException | None = None
         self.progress: tuple[int, int] | None = None
         self.bytes_received = self.bytes_sent = 0
 
@@ -248,13 +251,11 @@ class Stream:
         if flags or self.kept or self.deadline is not None:
             return self._recv_with_care(bufsize, flags)
         if self.drained and bufsize:
-            me = getcurrent()
-            if me is self._hub:
-                raise AssertionError(WAIT_IN_HUB)
             watcher = self.reading
             if watcher.callback is self._parked:
                 if self.timeout is None or self._bound_read():
-                    watcher.callback = me.switch
+                    # (In the hub itself this returns at once, and the wait below says what is wrong.)
+                    watcher.callback = getcurrent().switch
                     try:
                         _switch_to(self._hub)
                     finally:

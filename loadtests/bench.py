@@ -33,7 +33,9 @@ OURS = "gtcpserver"
 
 #: name -> command, to which the scenario's options are added.
 SERVERS = {
-    OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
+    # The same work as the peers' handlers do; in the next row the wait between requests is marked as well.
+    OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
+    "gtcpserver, idle()": [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
     "gtcpserver StreamServer": [PYTHON, "loadtests/peers/gtcpserver_stream.py"],
     "gevent StreamServer": [PYTHON, "loadtests/peers/gevent_stream.py"],
     "gevent StreamServer, Pool": [PYTHON, "loadtests/peers/gevent_stream.py", "--pool", "10000"],
@@ -76,7 +78,14 @@ SCENARIOS = {
 }
 
 IDLE_CONNECTIONS = 10_000
-IDLE_SERVERS = (OURS, "gtcpserver StreamServer", "gevent StreamServer", "gevent StreamServer, Pool", "uvloop Protocol")
+IDLE_SERVERS = (
+    OURS,
+    "gtcpserver, idle()",
+    "gtcpserver StreamServer",
+    "gevent StreamServer",
+    "gevent StreamServer, Pool",
+    "uvloop Protocol",
+)
 
 
 @dataclass

@@ -1,218 +1,539 @@
-"""Every example is started as a program and used through a socket."""
+"""Every example is started as a program and used through a socket. (http_server.py: test_example_http_server.py)"""
 
 import http.server
+import os
 import re
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("serve.py", "http_server.py"))
 
-Start = Callable[..., tuple[str, int]]
+#: For whatever should happen at once; long enough for a machine that is busy with other things.
+SOON = 20.0
+
+#: Runs an example with other constants: program, name=value ..., --, arguments.
+WITH_CONSTANTS = r"""
+import re, sys
+program, *rest = sys.argv[1:]
+split = rest.index("--")
+sys.argv = [program, *rest[split + 1 :]]
+source = open(program).read()
+for constant in rest[:split]:
+    name, value = constant.split("=")
+    source, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", source)
+    assert found == 1, constant
+exec(compile(source, program, "exec"))
+"""
+
+
+class Example:
+    """An example that runs."""
+
+    def __init__(self, process: "subprocess.Popen[str]", address: Any) -> None:
+        self.process = process
+        self.address = address
+
+    def stop(self) -> str:
+        """SIGTERM must end it with exit status 0; returns what it printed since it listens."""
+        self.process.send_signal(signal.SIGTERM)
+        output, errors = self.process.communicate(timeout=SOON)
+        assert (self.process.returncode, errors) == (0, "")
+        return output
+
+
+Start = Callable[..., Example]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts an example on a free port; at the end SIGTERM must end it with exit status 0."""
-    processes: list[subprocess.Popen[str]] = []
+    """``start("echo.py")`` runs it on a free port; keywords replace constants of it. It is stopped after the test."""
+    examples: list[Example] = []
 
-    def start(name: str, *arguments: str) -> tuple[str, int]:
+    def run(name: str, address: str = "127.0.0.1:0", **constants: object) -> Example:
+        command = [sys.executable, str(EXAMPLES / name), address]
+        if constants:
+            given = [f"{constant}={value!r}" for constant, value in constants.items()]
+            command = [sys.executable, "-c", WITH_CONSTANTS, str(EXAMPLES / name), *given, "--", address]
         process = subprocess.Popen(
-            [sys.executable, str(EXAMPLES / name), *(arguments or ["127.0.0.1:0"])], stdout=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES)},
         )
-        processes.append(process)
+        example = Example(process, None)
+        examples.append(example)
         assert process.stdout is not None
-        found = re.fullmatch(r"listening on (127\.0\.0\.1):(\d+)\n", process.stdout.readline())
-        assert found is not None
-        return found[1], int(found[2])
+        said = process.stdout.readline()
+        found = re.fullmatch(r"listening on (?:127\.0\.0\.1:(\d+)|unix:(.+))\n", said)
+        assert found is not None, said
+        example.address = ("127.0.0.1", int(found[1])) if found[1] else found[2]
+        return example
 
-    yield start
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    for process in processes:
-        assert process.wait(20) == 0
-
-
-def ask(address: tuple[str, int], request: bytes) -> bytes:
-    """Send a request, end the sending side, and read until the server closes."""
-    with socket.create_connection(address, timeout=20) as sock:
-        sock.sendall(request)
-        sock.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: sock.recv(65536), b""))
+    yield run
+    try:
+        for example in examples:
+            if example.process.returncode is None:
+                example.stop()
+    finally:
+        for example in examples:
+            example.process.kill()
+            example.process.communicate()
 
 
-class Lines:
+class Client:
     """A client that speaks lines."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        self.sock = socket.create_connection(address, timeout=20)
+    def __init__(self, address: Any, receive_buffer: int = 0) -> None:
+        self.sock = socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(SOON)
+        self.sock.connect(address)
         self.file = self.sock.makefile("rb")
 
-    def send(self, line: str) -> None:
-        self.sock.sendall(line.encode() + b"\n")
+    def send(self, *lines: str) -> None:
+        self.sock.sendall("".join(f"{line}\n" for line in lines).encode())
 
     def read(self) -> str:
-        return self.file.readline().decode().strip()
+        return self.file.readline().decode().rstrip("\n")
+
+    def read_until(self, wanted: str) -> list[str]:
+        """Read lines up to the wanted one; returns those before it."""
+        before = []
+        while (line := self.read()) != wanted:
+            assert line, f"the server has closed after {before[-3:]}"
+            before.append(line)
+        return before
+
+    def rest(self) -> bytes:
+        """End the sending side, and read until the server closes."""
+        self.sock.shutdown(socket.SHUT_WR)
+        return self.file.read()
 
     def close(self) -> None:
         self.file.close()
         self.sock.close()
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Client]]:
+    """``connect(example)`` gives a Client, which is closed after the test."""
+    clients: list[Client] = []
+
+    def to(example: Example, **options: Any) -> Client:
+        clients.append(Client(example.address, **options))
+        return clients[-1]
+
+    yield to
+    for client in clients:
+        client.close()
+
+
+Connect = Callable[..., Client]
+
+
+def ask(example: Example, request: bytes) -> bytes:
+    """Send a request, end the sending side, and read until the server closes."""
+    client = Client(example.address)
+    try:
+        client.sock.sendall(request)
+        return client.rest()
+    finally:
+        client.close()
+
+
+# -- what all have in common -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_address_is_one_line_and_exit_status_2(name: str) -> None:
+    done = run_example(name, "127.0.0.1:70000")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "port must be 0 to 65535" in done.stderr
+
+
+def test_two_addresses_are_one_line_and_exit_status_2() -> None:
+    done = run_example("echo.py", "127.0.0.1:0", "127.0.0.1:0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_an_address_in_use_is_one_line_and_exit_status_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_example("echo.py", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "in use" in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_it_is(name: str) -> None:
+    done = run_example(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python examples/{name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_right_after_it_listens_is_a_graceful_stop(start: Start, name: str) -> None:
+    start(name).stop()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "echo.py"])
+def test_a_silent_client_holds_up_no_stop(start: Start, connect: Connect, name: str) -> None:
+    example = start(name)
+    connect(example)
+    ask(example, b"")  # answered, so the one before was accepted
+    assert "1 cut" not in example.stop()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_serves_a_unix_socket_too(start: Start, tmp_path: Path, name: str) -> None:
+    example = start(name, f"unix:{tmp_path}/socket")
+    assert ask(example, b"no such request\n")
+    assert example.stop() in ("", "0 connections finished, 0 cut, 0 refused\n")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "echo.py"])
+def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) -> None:
+    example = start(name)
+    ask(example, b"x" * 10_000)
+    ask(example, b"\xff\xfe\x00\n" * 10)
+    assert ask(example, b"no such request\n")
+    example.stop()  # and nothing was printed: no fault of the handler's
+
+
+def run_example(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False)
+
+
+# -- echo.py -----------------------------------------------------------------------------------------------------------
 
 
 def test_echo_sends_back_what_comes(start: Start) -> None:
     assert ask(start("echo.py"), b"x" * 300_000) == b"x" * 300_000
 
 
-@pytest.mark.parametrize("name", ["echo.py", "line_protocol.py", "chat.py", "blocking_code.py", "cpu_work.py"])
-def test_a_wrong_address_is_one_line_and_exit_status_2(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "127.0.0.1:70000"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert "port must be 0 to 65535" in done.stderr
+# -- line_protocol.py --------------------------------------------------------------------------------------------------
 
 
 def test_line_protocol_stores_values_with_any_bytes(start: Start) -> None:
-    address = start("line_protocol.py")
-    assert ask(address, b"GET name\nSET name 5\nA\nda \nGET name\nQUIT\n") == b"NONE\nOK\nVALUE 5\nA\nda \n"
-    assert ask(address, b"GET name\n") == b"VALUE 5\nA\nda \n"
+    example = start("line_protocol.py")
+    assert ask(example, b"GET name\nSET name 5\nA\nda \nGET name\nQUIT\nGET name\n") == b"NONE\nOK\nVALUE 5\nA\nda \n"
+    assert ask(example, b"SET none 0\n\nGET none\nGET name\n") == b"OK\nVALUE 0\n\nVALUE 5\nA\nda \n"
 
 
 @pytest.mark.parametrize(
     ("request_", "answer"),
     [
         (b"NONSENSE\n", b"ERROR expected"),
+        (b"\n", b"ERROR expected"),
         (b"SET name -1\n", b"ERROR expected"),
         (b"SET name 9999999\n", b"ERROR expected"),
+        (b"SET name 3\nlonger\n", b"ERROR the value is longer"),
         (b"G" * 1000, b"ERROR line too long"),
         (b"SET name 100\nonly this", b""),
+        (b"GET na", b""),
     ],
 )
 def test_line_protocol_refuses_what_it_cannot_read(start: Start, request_: bytes, answer: bytes) -> None:
-    assert ask(start("line_protocol.py"), request_).startswith(answer)
+    example = start("line_protocol.py")
+    got = ask(example, request_)
+    assert got.startswith(answer)
+    assert bool(got) == bool(answer)
+    assert ask(example, b"GET name\n") == b"NONE\n"
 
 
-def test_chat_lines_reach_everybody_else(start: Start) -> None:
-    address = start("chat.py")
-    ada, bob = Lines(address), Lines(address)
-    ada.send("Ada")
-    ada.send("hello?")  # read after the name, so she is in the room when Bob comes
-    bob.send("Bob")
-    while (line := ada.read()) != "Your name? * Bob has come":
-        assert line == "Your name?" or line.startswith("Your name? *")
-    bob.send("hello Ada")
-    assert ada.read() == "Bob: hello Ada"
+def test_line_protocol_ends_a_request_that_takes_too_long(start: Start, connect: Connect) -> None:
+    example = start("line_protocol.py", REQUEST_SECONDS=0.2)
+    slow, silent = connect(example), connect(example)
+    slow.send("SET name 100", "only this")
+    assert slow.read() == ""  # closed, although the client is still there
+    silent.send("GET name")
+    assert silent.read() == "NONE"  # the deadline is the request's, not the connection's
+
+
+# -- chat.py -----------------------------------------------------------------------------------------------------------
+
+
+def join(client: Client, name: str) -> None:
+    client.send(name)
+    greeting = client.read()
+    assert greeting.startswith("Your name? * here are: ")
+    assert name in greeting
+
+
+def test_chat_lines_reach_everybody_else(start: Start, connect: Connect) -> None:
+    example = start("chat.py")
+    ada, bob = connect(example), connect(example)
+    join(ada, "Ada")
+    join(bob, "Bob")
+    assert ada.read() == "* Bob has come"
+    bob.send("hello Ada", "", "how \x1b[2Jare you?")
+    assert [ada.read(), ada.read()] == ["Bob: hello Ada", "Bob: how [2Jare you?"]
     ada.send("hello Bob")
-    assert bob.read() == "Your name? Ada: hello Bob"
+    assert bob.read() == "Ada: hello Bob"
+
+
+@pytest.mark.parametrize("name", ["Ada", "", "x" * 33])
+def test_chat_takes_no_name_that_is_taken_or_unfit(start: Start, connect: Connect, name: str) -> None:
+    example = start("chat.py")
+    ada = connect(example)
+    join(ada, "Ada")
+    assert b"Expected a name" in ask(example, name.encode() + b"\n")
+    bob = connect(example)
+    join(bob, "Bob")
+    assert ada.read() == "* Bob has come"  # and nobody came or left before
+
+
+def test_chat_members_who_leave_in_any_way_are_gone(start: Start, connect: Connect) -> None:
+    example = start("chat.py")
+    ada = connect(example)
+    join(ada, "Ada")
+    for leave in (Client.close, Client.reset, lambda client: client.sock.sendall(b"x" * 5000), Client.rest):
+        bob = connect(example)
+        join(bob, "Bob")
+        assert ada.read() == "* Bob has come"
+        leave(bob)
+        assert ada.read() == "* Bob has left"
+
+
+def test_chat_slow_members_hold_up_nobody_and_hear_what_they_missed(start: Start, connect: Connect) -> None:
+    example = start("chat.py")
+    slow = connect(example, receive_buffer=4096)
+    ada, bob = connect(example), connect(example)
+    for client, name in ((slow, "Slow"), (ada, "Ada"), (bob, "Bob")):
+        join(client, name)
+    ada.read_until("* Bob has come")
+    # More than all buffers of a connection hold (net.ipv4.tcp_wmem: 4 MiB), in batches that Bob keeps up with.
+    batch = ["x" * 1000] * 100
+    for _ in range(80):
+        ada.send(*batch)
+        assert [bob.read() for _ in batch] == [f"Ada: {line}" for line in batch]
     bob.close()
     assert ada.read() == "* Bob has left"
-    ada.close()
+    heard = 0
+    while not (line := slow.read()).startswith("* you have missed "):
+        assert line
+        heard += line.startswith("Ada: ")
+    missed = int(line.split()[4])
+    assert 0 < heard < 8000
+    # What was said, Bob's coming and leaving, and Ada's coming, which Slow heard or did not.
+    assert 8000 <= heard + missed <= 8003
 
 
-def test_blocking_code_serves_others_while_one_waits(start: Start) -> None:
-    asked, go_on = threading.Event(), threading.Event()
+def test_chat_a_flood_of_short_lines_arrives_whole(start: Start, connect: Connect) -> None:
+    example = start("chat.py")
+    ada, bob = connect(example), connect(example)
+    join(ada, "Ada")
+    join(bob, "Bob")
+    lines = [str(number) for number in range(2000)]
+    ada.send(*lines)
+    assert [bob.read() for _ in lines] == [f"Ada: {line}" for line in lines]
 
-    class Slow(http.server.BaseHTTPRequestHandler):
+
+# -- blocking_code.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def web() -> Iterator[Any]:
+    """A web server whose page /slow comes when ``go_on`` is set."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/slow":
-                asked.set()
-                assert go_on.wait(20)
-            self.send_response(200)
+                server.asked.set()
+                assert server.go_on.wait(SOON)
+            self.send_response(404 if self.path == "/none" else 200)
             self.end_headers()
             self.wfile.write(b"page")
 
         def log_message(self, *_args: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{web.server_port}"
-        address = start("blocking_code.py")
-        waiting = Lines(address)
-        waiting.send(f"{url}/slow")
-        assert asked.wait(20)
-        for times in (1, 2):
-            assert ask(address, f"{url}/quick\n".encode()) == f"4 bytes, asked for {times} times\n".encode()
-        go_on.set()
-        assert waiting.read() == "4 bytes, asked for 1 times"
-        waiting.close()
-        assert ask(address, b"ftp://x\n").startswith(b"ERROR expected")
-        web.shutdown()
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.go_on = threading.Event(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
-def test_cpu_work_in_a_thread_leaves_others_served(start: Start) -> None:
-    address = start("cpu_work.py")
-    computing = Lines(address)
+def test_blocking_code_serves_others_while_one_waits(start: Start, connect: Connect, web: Any) -> None:
+    example = start("blocking_code.py")
+    waiting = connect(example)
+    waiting.send(f"{web.url}/slow")
+    assert web.asked.wait(SOON)
+    for times in (1, 2):
+        assert ask(example, f"{web.url}/quick\n".encode()) == f"4 bytes, asked for {times} times\n".encode()
+    web.go_on.set()
+    assert waiting.read() == "4 bytes, asked for 1 times"
+
+
+def test_blocking_code_does_not_wait_for_a_page_for_ever(start: Start, connect: Connect, web: Any) -> None:
+    client = connect(start("blocking_code.py", FETCH_SECONDS=0.2))
+    client.send(f"{web.url}/slow")
+    assert "not fetched within 0.2 seconds" in client.read()
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"), [("/none", "ERROR HTTP Error 404"), ("/a b", "ERROR "), ("\0", "ERROR "), (None, "ERROR expec")]
+)
+def test_blocking_code_says_what_is_wrong_with_a_url(start: Start, web: Any, path: str | None, answer: str) -> None:
+    url = "ftp://127.0.0.1/" if path is None else web.url + path
+    example = start("blocking_code.py")
+    assert ask(example, f"{url}\n".encode()).decode().startswith(answer)
+    example.stop()  # no traceback was printed
+
+
+# -- cpu_work.py -------------------------------------------------------------------------------------------------------
+
+
+def test_cpu_work_in_a_thread_leaves_others_served(start: Start, connect: Connect) -> None:
+    example = start("cpu_work.py")
+    computing = connect(example)
     computing.send("THREAD 10")
     for _ in range(3):
-        assert ask(address, b"PING\n") == b"PONG\n"
-    computing.sock.settimeout(0.001)
-    with pytest.raises(TimeoutError):
+        assert ask(example, b"PING\n") == b"PONG\n"
+    computing.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
         computing.sock.recv(1)  # it still computes
-    computing.close()
-    assert ask(address, b"HERE 0.01\nTHREAD 0.01\n") == b"DONE\nDONE\n"
-    assert ask(address, b"WHAT\n").startswith(b"ERROR")
+    example.process.kill()
+    example.process.wait()
+    assert ask(start("cpu_work.py"), b"THREAD 0.01\nPING\n") == b"DONE\nPONG\n"
 
 
-HTTP = b"GET / HTTP/1.1\r\nHost: x\r\n"
+def test_cpu_work_in_the_handler_holds_up_others(start: Start, connect: Connect) -> None:
+    example = start("cpu_work.py")
+    computing, waiting = connect(example), connect(example)
+    for client in (computing, waiting):
+        client.send("PING")
+        assert client.read() == "PONG"
+    computing.send("HERE 1")
+    longest = 0.0
+    while not select.select([computing.sock], [], [], 0)[0]:
+        began = time.monotonic()
+        waiting.send("PING")
+        assert waiting.read() == "PONG"
+        longest = max(longest, time.monotonic() - began)
+    assert longest > 0.5
 
 
-def test_http_server_answers_one_request_after_another(start: Start) -> None:
-    address = start("http_server.py", "--listen", "127.0.0.1:0", "--size", "3")
-    kept = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nxxx"
-    closing = kept.replace(b"keep-alive", b"close")
-    assert ask(address, HTTP + b"\r\n" + HTTP + b"Connection: close\r\n\r\n") == kept + closing
-    assert ask(address, b"GET / HTTP/1.0\r\n\r\n") == closing
-    with socket.create_connection(address, timeout=20) as sock:
-        for byte in HTTP + b"\r\n":
-            sock.sendall(bytes([byte]))
-        assert sock.recv(1000) == kept
+def test_cpu_work_refuses_what_is_no_number(start: Start) -> None:
+    example = start("cpu_work.py")
+    for request in (b"WHAT\n", b"HERE\n", b"HERE .\n", b"HERE -1\n", b"THREAD nan\n", b"HERE \xc2\xb2\n"):
+        assert ask(example, request).startswith(b"ERROR expected")
 
 
-def test_http_server_refuses_a_head_without_end(start: Start) -> None:
-    address = start("http_server.py", "--listen", "127.0.0.1:0")
-    assert ask(address, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000).startswith(b"HTTP/1.1 431 ")
-    assert ask(address, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert ask(address, b"POST / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 405 ")
+# -- graceful.py -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [["--sha"], ["--aes128"], ["--sleep", "1"], ["--sha", "--aes128", "--sleep", "1"]])
-def test_http_server_works_for_each_answer(start: Start, options: list[str]) -> None:
-    answer = ask(start("http_server.py", "--listen", "127.0.0.1:0", "--no-keepalive", *options), HTTP + b"\r\n")
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"Content-Length: %d" % len(body) in head
-    assert len(body) >= 1024
+def test_graceful_finishes_requests_and_lets_idle_clients_go(start: Start, connect: Connect) -> None:
+    example = start("graceful.py", WATCH_SECONDS=0.02)
+    idle, working, watching = (connect(example) for _ in range(3))
+    idle.send("WORK 0")
+    assert idle.read() == "DONE"
+    watching.send("WATCH")
+    assert watching.read() == "3 accepted, 3 open, 2 idle"
+    working.send("WORK 1")
+    watching.read_until("3 accepted, 3 open, 1 idle")  # its handler works
+    example.process.send_signal(signal.SIGTERM)
+    assert idle.read() == ""
+    watching.read_until("BYE")
+    assert working.read() == "DONE"
+    assert example.process.communicate(timeout=SOON) == ("3 connections finished, 0 cut, 0 refused\n", "")
 
 
-def test_http_server_stop_waits_for_the_request_and_not_for_the_client(start: Start) -> None:
-    # The fixture's SIGTERM must end it although this client stays connected.
-    address = start("http_server.py", "--listen", "127.0.0.1:0")
-    sock = socket.create_connection(address, timeout=20)
-    sock.sendall(HTTP + b"\r\n")
-    assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+def test_graceful_cuts_and_reports_what_takes_too_long(start: Start, connect: Connect) -> None:
+    example = start("graceful.py", STOP_SECONDS=0.1)
+    working = connect(example)
+    working.send("WORK 0", "WORK 60")
+    assert working.read() == "DONE"
+    example.process.send_signal(signal.SIGTERM)
+    assert working.read() == "SORRY, the server has stopped"
+    output, errors = example.process.communicate(timeout=SOON)
+    assert (example.process.returncode, errors) == (0, "")
+    first, second = output.splitlines()
+    assert first == "0 connections finished, 1 cut, 0 refused"
+    assert re.fullmatch(
+        r"cut: 127\.0\.0\.1:\d+, \d\.\d s old, 15 bytes in, 5 out, at .* in work < .* in handle", second
+    )
 
 
-def test_http_server_wrong_options_are_one_clear_line() -> None:
-    for options in (["--accept-loops", "0"], ["--listen", "nowhere"], ["--size", "-1"]):
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "http_server.py"), *options],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1, done.stderr
+def test_graceful_refuses_too_many_from_one_address(start: Start, connect: Connect) -> None:
+    example = start("graceful.py", MOST_FROM_ONE_ADDRESS=2)
+    first, second, third = (connect(example) for _ in range(3))
+    assert third.read() == ""
+    third.close()
+    first.send("WORK 0")
+    assert first.read() == "DONE"
+    assert first.rest() == b""
+    again = connect(example)  # there is a place when the first has gone
+    again.send("WORK 0")
+    assert again.read() == "DONE"
+    second.close()
+    again.close()
+    assert example.stop().endswith("0 cut, 1 refused\n")
+
+
+# -- README.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_programs_in_the_readme_run(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    first, *others = blocks
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    for number, part in enumerate(certificate.cert_chain_pems):
+        part.write_to_path(str(tmp_path / "cert.pem"), append=number > 0)
+    # The programs build on each other, as a reader reads them; all listen on free ports.
+    program = "from gtcpserver import *\ndef handle(conn): pass\n" + re.sub(r":\d{4}\b", ":0", "".join(others))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=SOON, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", first.replace("5000", str(port))], cwd=tmp_path)
+    try:
+        assert echo_from(port) == b"hello"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SOON) == 0
+
+
+def echo_from(port: int) -> bytes:
+    # `run` prints nothing when it listens: try until it does.
+    for _ in range(1000):
+        with socket.socket() as sock:
+            sock.settimeout(SOON)
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                sock.sendall(b"hello")
+                return sock.recv(100)
+        threading.Event().wait(0.02)
+    raise AssertionError("nobody listens")

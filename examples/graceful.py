@@ -1,0 +1,90 @@
+"""Stopping: requests are finished, idle clients let go, what takes too long is cut and reported. And two hooks.
+
+    python examples/graceful.py, then: nc 127.0.0.1 5000, type WORK 3, and Ctrl-C in the server's terminal
+
+``WORK seconds`` is a request that takes its time. ``WATCH`` has no end of its own: it sends the server's
+counters each second. A second Ctrl-C waits for nobody.
+"""
+
+from collections import Counter
+
+import gevent
+from serve import start
+
+from gtcpserver import Connection, EarlyEOF
+
+#: What handlers get to finish after the signal.
+STOP_SECONDS = 10.0
+
+#: So that one client cannot have all places.
+MOST_FROM_ONE_ADDRESS = 20
+
+WATCH_SECONDS = 1.0
+
+connected: Counter[str] = Counter()
+
+
+def handle(conn: Connection) -> None:
+    while True:
+        try:
+            # A client that waits here is let go at once. One whose request is under way has it finished first.
+            with conn.idle():
+                words = conn.recv_until(b"\n", 64).split()
+        except EarlyEOF:
+            return
+        match words:
+            case [b"WORK", seconds] if seconds.isdigit():
+                work(conn, int(seconds))
+            case [b"WATCH"]:
+                watch(conn)
+            case _:
+                conn.sendall(b"ERROR expected WORK seconds or WATCH\n")
+                return
+
+
+def work(conn: Connection, seconds: int) -> None:
+    try:
+        gevent.sleep(seconds)
+    except gevent.GreenletExit:
+        # The handler is cut. Like any exception it may be noticed and passes through `finally` blocks.
+        conn.sendall(b"SORRY, the server has stopped\n")
+        raise
+    conn.sendall(b"DONE\n")
+
+
+def watch(conn: Connection) -> None:
+    stats = conn.server.stats
+    while True:
+        conn.sendall(b"%d accepted, %d open, %d idle\n" % (stats().accepted, stats().active, stats().idle))
+        # Work without an end looks whether the server stops, or every stop would have to cut it.
+        if conn.server.stopping_event.wait(WATCH_SECONDS):
+            conn.sendall(b"BYE\n")
+            return
+
+
+def admit(conn: Connection) -> bool:
+    host = host_of(conn)
+    connected[host] += 1
+    return connected[host] <= MOST_FROM_ONE_ADDRESS
+
+
+def forget(conn: Connection) -> None:
+    # Called for every connection that `admit` was called for.
+    host = host_of(conn)
+    connected[host] -= 1
+    if not connected[host]:
+        del connected[host]
+
+
+def host_of(conn: Connection) -> str:
+    # The address of a unix socket's client has no host: "", as a rule.
+    address = conn.client_address
+    return address[0] if isinstance(address, tuple) else "unix"
+
+
+if __name__ == "__main__":
+    server = start(handle, on_connect=admit, on_disconnect=forget)
+    report = server.serve_forever(stop_timeout=STOP_SECONDS)
+    print(f"{report.finished} connections finished, {report.ended} cut, {server.stats().refused} refused")
+    for cut in report.cut:
+        print(f"cut: {cut}")

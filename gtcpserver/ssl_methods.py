@@ -1,0 +1,88 @@
+"""The methods of ssl.SSLSocket that programs call on an accepted connection, for those written against gevent or ssl.
+
+New programs ask ``Connection.tls``, which has the same and more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+
+class SSLMethods:
+    """Mixed into Connection. On a plain connection the methods raise ValueError, the properties say None."""
+
+    __slots__ = ()
+
+    _stream: Stream
+
+    def _ssl_object(self) -> Any:
+        layer = self._stream.tls
+        if layer is None:
+            raise ValueError(f"No SSL wrapper around {self}")  # the standard library's words
+        return layer.object
+
+    def getpeercert(self, binary_form: bool = False) -> Any:
+        """The client's certificate: a dict ({} where nobody has checked it), or DER; None if it showed none."""
+        return self._ssl_object().getpeercert(binary_form)
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """(name, version, bits of the key)."""
+        return self._ssl_object().cipher()  # type: ignore[no-any-return]
+
+    def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
+        """The cipher suites that the client offered and we have."""
+        return self._ssl_object().shared_ciphers()  # type: ignore[no-any-return]
+
+    def compression(self) -> str | None:
+        """None: compression is off."""
+        return self._ssl_object().compression()  # type: ignore[no-any-return]
+
+    def version(self) -> str | None:
+        """ "TLSv1.3" or "TLSv1.2"."""
+        return self._ssl_object().version()  # type: ignore[no-any-return]
+
+    def selected_alpn_protocol(self) -> str | None:
+        """The protocol that was agreed on."""
+        return self._ssl_object().selected_alpn_protocol()  # type: ignore[no-any-return]
+
+    def pending(self) -> int:
+        """Bytes that were decrypted and not read."""
+        return int(self._ssl_object().pending())
+
+    def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
+        """What both sides of this very connection know (RFC 5929)."""
+        if cb_type != "tls-unique":
+            raise ValueError(f"{cb_type} channel binding type not implemented")
+        return self._ssl_object().get_channel_binding(cb_type)  # type: ignore[no-any-return]
+
+    def verify_client_post_handshake(self) -> None:
+        """Ask the client for a certificate (TLS 1.3); it shows it, or not, in what is read next."""
+        self._ssl_object().verify_client_post_handshake()
+
+    @property
+    def server_side(self) -> bool | None:
+        """True; None on a plain connection."""
+        return None if self._stream.tls is None else True
+
+    @property
+    def server_hostname(self) -> None:
+        """None, as on every server's side. What the client asked for is ``tls.server_name``."""
+        return None
+
+    @property
+    def session(self) -> Any:
+        """The ssl.SSLSession."""
+        return None if self._stream.tls is None else self._stream.tls.object.session
+
+    @property
+    def session_reused(self) -> bool | None:
+        """Whether the client resumed an earlier session."""
+        return None if self._stream.tls is None else self._stream.tls.object.session_reused
+
+
+def refuse(connection: Any, method: str, error: type[Exception]) -> NoReturn:
+    """What would pass bytes by the encryption: the same errors as ssl.SSLSocket's."""
+    raise error(f"{method} not allowed on an encrypted connection, {connection}")
