@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ADDRESS ?= 127.0.0.1:5000
 
-.PHONY: serve test bench check clean
+.PHONY: serve test bench check sslyze clean
 
 serve: $(VENV)/serve.stamp  ## the echo server on 127.0.0.1:5000
 	exec $(BIN)/gtcpserver echo --bind $(ADDRESS)
@@ -16,6 +16,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sslyze:  ## in an environment of its own: it wants an older cryptography. Its test is skipped without it
+	$(PYTHON) -m venv .venv-sslyze
+	.venv-sslyze/bin/python -m pip install --quiet --disable-pip-version-check 'sslyze>=6'
 
 bench: $(VENV)/bench.stamp  ## about 10 minutes; needs wrk from the system's packages
 	$(BIN)/python -m loadtests.bench
@@ -34,4 +38,4 @@ $(VENV)/bench.stamp: $(VENV)/serve.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-sslyze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

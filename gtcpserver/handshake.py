@@ -6,6 +6,7 @@ run as event callbacks, without a greenlet, bounded in time and number.
 
 from __future__ import annotations
 
+import _socket
 import logging
 import os
 import socket
@@ -162,21 +163,23 @@ class TLSLayer:
         So let it find a socket without input in the place of ours, and pass on what it has written there.
         """
         sock = self._stream.sock
-        substitute, record = socket.socketpair()
-        with substitute, record:
-            substitute.setblocking(False)
-            record.setblocking(False)
-            ours = os.dup(sock.fileno())
+        substitute, record = _socket.socketpair()  # not those of a monkey-patched program
+        substitute.setblocking(False)
+        record.setblocking(False)
+        ours = os.dup(sock.fileno())
+        try:
             os.dup2(substitute.fileno(), sock.fileno(), inheritable=False)
             try:
                 self.close_notify()
             finally:
                 os.dup2(ours, sock.fileno(), inheritable=False)
-                os.close(ours)
-            try:
-                sock.send(record.recv(64 * 1024))
-            except OSError:
-                pass  # as in close_notify
+            sock.send(record.recv(64 * 1024))
+        except OSError:
+            pass  # as in close_notify
+        finally:
+            os.close(ours)
+            substitute.close()
+            record.close()
 
     def unwrap(self) -> None:
         """End TLS and go on in the clear: send close_notify and wait for the peer's."""

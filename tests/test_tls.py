@@ -1,4 +1,4 @@
-"""TLS over real sockets: servers with tls=..., start_tls in a handler, and clients that know nothing of this library."""
+"""TLS over real sockets: servers with tls=..., start_tls in a handler, and clients of other makes."""
 
 import contextlib
 import json
@@ -10,21 +10,19 @@ import socket
 import ssl
 import struct
 import subprocess
-import textwrap
 import time
 
 import gevent
 import gevent.ssl
 import pytest
 from conftest import SOON, wait_until
-from test_tls_config import Files, client_context
+from test_tls_config import Files, client_context, read
 
 from gtcpserver import (
     Connection,
     DeadlineExceeded,
     EarlyEOF,
     LimitExceeded,
-    Server,
     StartTLSError,
     StreamServer,
     TLSConfig,
@@ -436,7 +434,7 @@ def test_a_timeout_in_the_midst_of_a_record_loses_nothing(serve, tls, shared, co
     assert seen[1] >= 1
 
 
-def test_a_write_after_a_timed_out_one_is_refused_or_whole_but_never_mixed(serve, tls, tls_client, in_thread, quiet):
+def test_what_a_client_gets_of_a_write_that_timed_out_is_its_beginning(serve, tls, tls_client, in_thread, quiet):
     def handle(conn):
         conn.settimeout(0.05)
         conn.sendall(PLENTY * 64)
@@ -672,16 +670,16 @@ def test_methods_that_would_pass_by_the_encryption_are_refused(serve, tls, tls_c
             try:
                 call()
             except Exception as error:
-                refused[name] = type(error)
-                assert "encrypted connection" in str(error)
+                refused[name] = (type(error), "on an encrypted connection" in str(error))
         conn.sendall(b"still in step")
 
     client = tls_client(serve(handle, tls=tls))
     client.sendall(b"hello")
     assert in_thread(read_all, client) == b"still in step"
     assert refused == {
-        **dict.fromkeys(["recv", "recv_into", "send", "sendall", "recvfrom", "recvfrom_into", "sendto"], ValueError),
-        **dict.fromkeys(["recvmsg", "recvmsg_into", "sendmsg", "dup"], NotImplementedError),
+        **dict.fromkeys(["recv", "recv_into", "send", "sendall"], (ValueError, True)),
+        **dict.fromkeys(["recvfrom", "recvfrom_into", "sendto"], (ValueError, True)),
+        **dict.fromkeys(["recvmsg", "recvmsg_into", "sendmsg", "dup"], (NotImplementedError, True)),
     }
 
 
@@ -712,7 +710,7 @@ def test_the_methods_of_an_ssl_socket(serve, shared, tls_client, in_thread):
     client.sendall(b"hello")
     wait_until(lambda: not server.active_connections and seen)
     assert seen["certificate"] == (("email", "client@example.com"),)
-    assert seen["der"] == ssl.PEM_cert_to_DER_cert(open(shared.client[0]).read().partition("\n\n")[0])
+    assert seen["der"] == ssl.PEM_cert_to_DER_cert(read(shared.client[0]).decode())
     assert seen["cipher"] == client.cipher()
     assert seen["shared"]
     assert (seen["version"], seen["alpn"], seen["pending"]) == ("TLSv1.3", "x", 4)
@@ -756,10 +754,6 @@ def starttls(conn):
 def starttls_server(serve, tls):
     """A plain server whose connections start TLS with a configuration of their own."""
 
-    def handle(conn):
-        conn.start_tls = lambda: None
-        starttls(conn)
-
     class Upgrading(Connection):
         def start_tls(self, config=None, **options):
             return super().start_tls(config or tls, **options)
@@ -778,7 +772,7 @@ def test_tls_is_started_and_stopped_in_a_handler(starttls_server, connect, in_th
     for _ in range(3):
         assert in_thread(talk, sock, b"plain\n") == b"PLAIN\n"
         assert in_thread(talk, sock, b"STARTTLS\n") == b"go ahead\n"
-        encrypted = in_thread(lambda: context.wrap_socket(sock, server_hostname="localhost"))
+        encrypted = in_thread(lambda sock=sock: context.wrap_socket(sock, server_hostname="localhost"))
         assert in_thread(talk, encrypted, b"secret\n") == b"SECRET\n"
         assert in_thread(talk, encrypted, b"STOPTLS\n") == b"back\n"
         sock = in_thread(encrypted.unwrap)
@@ -1438,14 +1432,14 @@ def test_unwrap_of_a_stream_servers_connection(stream_server, connect, in_thread
 
 def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
     program = python(
-        textwrap.dedent("""
+        """
         import sys, gtcpserver
         server = gtcpserver.Server("127.0.0.1:0", print, tls=gtcpserver.TLSConfig(*sys.argv[1:]), max_accepts=1)
         server.start()
         print(server.port)
         report = server.serve_forever()
         print(report.finished, server.stats().handshake_failures)
-        """),
+        """,
         *shared.server,
     )
     port = int(program.stdout.readline())
@@ -1453,7 +1447,3 @@ def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
         sock.sendall(b"no TLS\r\n")
         output, errors = program.communicate(timeout=SOON)
     assert (output, errors) == (b"0 {'not_tls': 1}\n", b"")
-
-
-def test_server_is_exported():
-    assert Server.reload_tls
