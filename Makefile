@@ -1,13 +1,22 @@
-# `make serve` and `make test` set up all they need: a virtual environment in .venv.
+# `make serve` and `make test` set up all they need in .venv: a Python 3.10 or newer with pip is enough.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
 ADDRESS ?= 127.0.0.1:5000
 
-.PHONY: serve test bench check sslyze clean
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-serve: $(VENV)/serve.stamp  ## the echo server on 127.0.0.1:5000
-	exec $(BIN)/gtcpserver echo --bind $(ADDRESS)
+.PHONY: help serve test check bench clean
+
+help:
+	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
+	@echo 'make test    the tests'
+	@echo 'make check   lint, format and types'
+	@echo 'make bench   the benchmarks against peers: a quarter of an hour; needs wrk'
+	@echo 'make clean   remove .venv and everything else that can be made again'
+
+serve: $(VENV)/serve.stamp
+	exec $(BIN)/gtcpserver echo --bind '$(ADDRESS)'
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
@@ -17,25 +26,31 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sslyze:  ## in an environment of its own: it wants an older cryptography. Its test is skipped without it
-	$(PYTHON) -m venv .venv-sslyze
-	.venv-sslyze/bin/python -m pip install --quiet --disable-pip-version-check 'sslyze>=6'
-
-bench: $(VENV)/bench.stamp  ## about 10 minutes; needs wrk from the system's packages
+bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.bench
 
-$(VENV)/serve.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli]'
-	touch $@
+# Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, PYTHON=$(PYTHON) is " + sys.version.split()[0])'
+	@echo 'creating $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	    || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install --quiet pip; } \
+	    || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/dev.stamp: $(VENV)/serve.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
+# The stamps say what is installed, so that only the first run takes its time.
+$(VENV)/serve.stamp: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[cli]'
+	@touch $@
 
-$(VENV)/bench.stamp: $(VENV)/serve.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	touch $@
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
+	@command -v wrk >/dev/null || { echo 'make bench needs wrk: apt-get install wrk' >&2; exit 1; }
+	$(INSTALL) '.[bench]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-sslyze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

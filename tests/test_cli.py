@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import socket
@@ -473,3 +474,36 @@ def test_fault_in_the_users_module_is_told_apart_from_a_wrong_name(
 )
 def test_fields_are_named_as_options(message: str, named: str) -> None:
     assert name_option(message) == named
+
+
+def test_a_self_signed_certificate_is_made_for_a_first_try_and_said_so(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gtcpserver", "echo", "--bind", "127.0.0.1:0", "--tls-self-signed"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        warned = False
+        for line in lines:
+            warned = warned or "self-signed" in line
+            if found := re.search(r"listening on 127\.0\.0\.1:(\d+)", line):
+                break
+        assert warned
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with (
+            socket.create_connection(("127.0.0.1", int(found[1])), timeout=20) as plain,
+            context.wrap_socket(plain) as sock,
+        ):
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    both = [sys.executable, "-m", "gtcpserver", "echo", "--tls-self-signed", "--tls-cert", str(tmp_path / "x.pem")]
+    done = subprocess.run(both, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert "--tls-self-signed" in done.stderr

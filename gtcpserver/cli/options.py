@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import math
 import re
 import socket
@@ -18,12 +19,14 @@ from gtcpserver.cli.loading import load_callable, load_object
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import Server
-from gtcpserver.tls import TLSConfig
+from gtcpserver.tls import TLSConfig, self_signed
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # not generic before click 8.2
+
+log = logging.getLogger("gtcpserver.tls")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -106,9 +109,9 @@ class RepeatedType(ParamType):
 
 
 class ServerNameType(ParamType):
-    """NAME=CERTFILE or NAME=CERTFILE,KEYFILE."""
+    """NAME=CERTFILE or NAME=CERTFILE:KEYFILE (or with a comma, for paths with colons)."""
 
-    name = "name=certfile[,keyfile]"
+    name = "name=certfile[:keyfile]"
 
     def convert(
         self, value: Any, parameter: click.Parameter | None, context: click.Context | None
@@ -116,9 +119,9 @@ class ServerNameType(ParamType):
         if isinstance(value, tuple):
             return value
         server_name, _, files = str(value).partition("=")
-        certfile, _, keyfile = files.partition(",")
+        certfile, _, keyfile = files.partition("," if "," in files else ":")
         if not (server_name and certfile):
-            self.fail(f"must be NAME=CERTFILE or NAME=CERTFILE,KEYFILE, got {value!r}", parameter, context)
+            self.fail(f"must be NAME=CERTFILE or NAME=CERTFILE:KEYFILE, got {value!r}", parameter, context)
         return server_name, certfile, keyfile or None
 
 
@@ -215,11 +218,25 @@ TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# The names that other servers' commands have for them.
+SHORTER = {
+    "tls_certfile": ("--tls-cert",),
+    "tls_keyfile": ("--tls-key",),
+    "tls_minimum_version": ("--tls-min-version",),
+    "tls_maximum_version": ("--tls-max-version",),
+}
+
+
 def server_options(command: Command) -> Command:
     """Adds --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
     defaults: dict[str, Any] = {name: given.default for name, given in inspect.signature(Server).parameters.items()}
     defaults |= {field.name: field.default for field in dataclasses.fields(ListenConfig)}
     tls_defaults = {field.name: field.default for field in dataclasses.fields(TLSConfig)}
+    command = click.option(
+        "--tls-self-signed",
+        is_flag=True,
+        help="For a first try: encrypt with a certificate for localhost that is made now. Clients cannot trust it.",
+    )(command)
     # The last decorator comes first in --help.
     for name, kind, text in reversed(TLS_OPTIONS):
         command = _option(f"tls_{name}", kind, text, tls_defaults[name])(command)
@@ -261,6 +278,14 @@ def make_server(context: click.Context, handler: Callable[[Any], Any], listen: L
                 else load_callable(reference, flag(name), arguments)
             )
     tls = {name: context.params[f"tls_{name}"] for name, _, _ in TLS_OPTIONS if was_given(context, f"tls_{name}")}
+    if context.params["tls_self_signed"]:
+        if "certfile" in tls:
+            raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
+        made = explained(self_signed)
+        tls |= {"certfile": made.certfile, "keyfile": made.keyfile}
+        log.warning(
+            "TLS: a self-signed certificate for localhost was made, which clients cannot trust; only for trying"
+        )
     if tls:
         options["tls"] = make_tls_config(tls)
     bind = list(context.params["bind"])
@@ -310,7 +335,7 @@ def _option(name: str, kind: Any, text: str, default: Any) -> Callable[[Command]
     if not multiple:
         text = _with_default(text, shown)
     option = flag(name) + ("-file" if isinstance(kind, PasswordFileType) else "")
-    return click.option(option, name, type=kind, multiple=multiple, default=None, help=text)
+    return click.option(option, *SHORTER.get(name, ()), name, type=kind, multiple=multiple, default=None, help=text)
 
 
 def _with_default(text: str, default: object) -> str:
