@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check bench sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers: a quarter of an hour; needs wrk'
+	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
 serve: $(VENV)/serve.stamp
@@ -51,6 +52,14 @@ $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[bench]'
 	@touch $@
 
+# An environment of its own: it wants an older cryptography than the tests.
+sslyze: $(VENV)-sslyze/stamp
+
+$(VENV)-sslyze/stamp: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-sslyze
+	$(VENV)-sslyze/bin/python -m pip install --quiet --disable-pip-version-check sslyze
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-sslyze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
