@@ -14,6 +14,7 @@ import gevent.server
 from gevent.hub import get_hub
 
 from .connection import Connection
+from .draining import accept_any_ttl
 from .errors import GtcpServerError
 from .pool import HandlerPool
 from .stream_server_tls import StreamServerTLS
@@ -181,6 +182,20 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
         self.loop.handle_error((accepted[1:], self), *sys.exc_info())
         self._back_off()
+
+    def mute(self) -> bool:
+        """Begin no new connections; those whose handshake is under way are accepted as ever. See `Listener.mute`."""
+        muted = self.listener.mute()
+        if self.listener.muted_by_ttl:
+            # In this one place, so that accepting costs nothing more as long as nothing is muted.
+            self.do_read = self._read_with_any_ttl  # type: ignore[method-assign]
+        return muted
+
+    def _read_with_any_ttl(self) -> tuple[Any, Any] | None:
+        accepted = type(self).do_read(self)
+        if accepted is not None:
+            accept_any_ttl(accepted[0])
+        return accepted
 
     def drain(self, accept: Callable[[Any, Any], Any]) -> int:
         """Take what the kernel has queued now, whether full or not; call ``accept(connection, address)`` for each.

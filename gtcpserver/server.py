@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import socket
 import struct
@@ -269,6 +270,7 @@ class Server:
         if self.state is State.NEW:
             self.start()
         restore: list[tuple[int, Any]] = []
+        waker = None
         if threading.current_thread() is threading.main_thread():
             loop = get_hub().loop
 
@@ -276,6 +278,7 @@ class Server:
                 # A signal handler runs between any two bytecodes: only note it and let the loop act.
                 loop.run_callback(self._stop_by_signal, number, stop_timeout)
 
+            waker = _SignalWaker()
             restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             self._stopped.wait()
@@ -285,6 +288,8 @@ class Server:
         finally:
             for number, before in restore:
                 signal.signal(number, before)
+            if waker is not None:
+                waker.close()
         if self.fatal_error is not None:
             raise self.fatal_error
         assert self._report is not None
@@ -687,7 +692,8 @@ class Server:
             steer(group, range(len(group)))
 
     def _drain_and_close(self, acceptors: Sequence[Acceptor]) -> None:
-        longest = LONGEST_DRAIN_OF_DEFERRED if self._listen.defer_accept else LONGEST_DRAIN
+        deferred = self._listen.defer_accept or any(acceptor.listener.muted_by_ttl for acceptor in acceptors)
+        longest = LONGEST_DRAIN_OF_DEFERRED if deferred else LONGEST_DRAIN
         drain_and_close(acceptors, self._admit_drained, longest, self._hurry)
         for acceptor in acceptors:
             self._counters.accept_errors += acceptor.accept_errors
@@ -721,7 +727,7 @@ class Server:
         try:
             if drain:
                 for acceptor in self._acceptors:
-                    acceptor.listener.mute()
+                    acceptor.mute()
             self.stopping_event.set()
             # Idle ones end now, the others when they become idle.
             for connection in self._idle_connections():
@@ -810,6 +816,27 @@ class Server:
             pool_size=self.pool.size,
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
         )
+
+
+class _SignalWaker:
+    """Wakes the event loop at a signal, so that Python runs its handler. Only in the main thread.
+
+    gevent looks for signals before it runs its callbacks. One that comes after that and before epoll_wait(2) would be
+    noticed at the next event, which on an idle server may never come (signal.set_wakeup_fd is made for this).
+    """
+
+    def __init__(self) -> None:
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._watcher = get_hub().loop.io(self._pipe[0], 1, ref=False)
+        self._watcher.start(os.read, self._pipe[0], 4096)
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        self._watcher.stop()
+        self._watcher.close()
+        for fd in self._pipe:
+            os.close(fd)
 
 
 def _peer_has_gone(error: BaseException) -> bool:

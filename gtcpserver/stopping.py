@@ -26,7 +26,8 @@ KILL_SECONDS = 0.25
 KILL_ATTEMPTS = 4
 
 #: How long a stop waits at most for handshakes that are under way, seconds. Far clients need a round trip; with
-#: defer_accept the kernel has to repeat its SYN-ACK, after 1 s, before a client that has sent nothing comes through.
+#: defer_accept, and where the system refuses socket filters (see draining), the kernel has to repeat its SYN-ACK, after
+#: 1 s, before a client that has sent nothing comes through.
 LONGEST_DRAIN = 1.0
 LONGEST_DRAIN_OF_DEFERRED = 2.5
 

@@ -109,12 +109,19 @@ def test_steering_is_tried_with_connections(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_listener_filter_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.draining, "drop_new_connections", lambda listening: True)
+    for way, said in (("filter", "attached, but"), ("ttl", "IP_MINTTL set, but"), (None, "refused by the system")):
+        monkeypatch.setattr(check.draining, "drop_new_connections", lambda listening, way=way: way)
+        finding = check.listener_filter()
+        assert finding.verdict == "advice"
+        assert said in finding.value
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the TTL is asked for on Linux")
+def test_listener_filter_is_not_missed_where_a_ttl_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check.draining, "_drop_by_filter", lambda listening: False)
     finding = check.listener_filter()
-    assert finding.verdict == "advice"
-    assert "was answered" in finding.value
-    monkeypatch.setattr(check.draining, "drop_new_connections", lambda listening: False)
-    assert "refused" in check.listener_filter().value
+    assert finding.verdict == "ok"
+    assert "IP_MINTTL works instead" in finding.value
 
 
 def test_pipe_larger_than_allowed_is_refused_with_the_size_it_keeps() -> None:

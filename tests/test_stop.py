@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import select
 import socket
@@ -13,7 +14,7 @@ from conftest import SOON, wait_until
 from gevent.event import Event
 from test_server import ask, echo, idle_echo
 
-from gtcpserver import GtcpServerError, HandlerPool, Server, State, StopReport
+from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport, draining
 
 LONG = 3600.0
 
@@ -158,7 +159,15 @@ def test_connection_that_comes_after_the_last_accept_of_one_loop_goes_to_the_oth
     assert outcomes.get(timeout=SOON) == ["x"] * 50
 
 
-def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serve, monkeypatch):
+@pytest.fixture(params=["whatever this system has", "ttl"])
+def way(request, monkeypatch):
+    """How the stop of a server leaves new connections unanswered; an ordinary user may have the "ttl" only."""
+    if request.param == "ttl":
+        monkeypatch.setattr(draining, "_drop_by_filter", lambda listening: False)
+    return request.param
+
+
+def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serve, monkeypatch, way):
     server = serve(answer_one)
     with socket.socket() as late:
         late.setblocking(False)
@@ -172,6 +181,71 @@ def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serv
         server.stop(SOON)
         assert select.select([], [late], [], SOON) == ([], [late], [])
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+def test_connection_whose_handshake_is_under_way_when_a_stop_begins_is_served(serve, connect, in_thread, way):
+    def answer_two(conn):
+        with conn.idle():  # which a stop would end at once if the request had not come with the connection
+            conn.sendall(conn.recv(1))
+        conn.sendall(conn.recv(1))
+
+    # defer_accept: its last ACK is not taken, as if it were still on its way.
+    server = serve(answer_two, listen=ListenConfig(defer_accept=60))
+    client = connect(server)
+    stop = gevent.spawn(server.stop, SOON)
+    server.stopping_event.wait()
+    assert server.accepted_connections == 0
+    for _ in range(2):
+        client.sendall(b"x")
+        assert in_thread(client.recv, 1) == b"x"
+    assert stop.get(timeout=SOON) == StopReport(finished=1, ended=0)
+
+
+# Serves as an ordinary user: for each line it reads, an address, it starts a server, and stops it at the next line.
+ORDINARY_USER = """
+    import json, os, sys
+    import gevent
+    from gtcpserver import Server
+
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+
+    def answer_one(conn):
+        conn.sendall(conn.recv(1))
+
+    def read():
+        return gevent.get_hub().threadpool.apply(sys.stdin.readline).strip()
+
+    while address := read():
+        server = Server(address, answer_one)
+        server.start()
+        print(server.port, flush=True)
+        read()
+        report = server.stop(15)
+        print(json.dumps([server.accepted_connections, report.ended]), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become an ordinary user")
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "*:0"])
+def test_stop_of_an_ordinary_users_server_under_bursts_resets_nobody(python, in_thread, address):
+    server, bursts = python(ORDINARY_USER), python(BURSTS)
+
+    def tell(process, line):
+        process.stdin.write(f"{line}\n".encode())
+        process.stdin.flush()
+        return in_thread(process.stdout.readline)
+
+    for _ in range(3):
+        port = int(tell(server, address))
+        assert tell(bursts, f"{port} 400") == b"connecting\n"
+        accepted, ended = json.loads(tell(server, "stop"))
+        ends = json.loads(in_thread(bursts.stdout.readline))
+        assert set(ends) <= {"served", "ConnectionRefusedError"}
+        assert sum(ends.values()) == 400
+        assert ends.get("served", 0) == accepted
+        assert ended == 0
 
 
 # Clients in several threads connect, send and wait for the answer, again and again, until there is nobody to connect

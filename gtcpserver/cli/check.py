@@ -204,15 +204,19 @@ def steering() -> Finding:
 
 def listener_filter() -> Finding:
     with listener() as listening, socket.socket() as client:
-        attached = draining.drop_new_connections(listening)
+        way = draining.drop_new_connections(listening)
         client.setblocking(False)
         client.connect_ex(listening.getsockname())
-        silent = attached and not readable(listening, WAIT)
-    if silent:
-        return Finding("listener filter", "works: a new connection was left unanswered")
+        answered = readable(listening, WAIT)
+    if way is not None and not answered:
+        works = "works" if way == "filter" else "refused without CAP_NET_ADMIN, IP_MINTTL works instead"
+        return Finding("listener filter", f"{works}: a new connection was left unanswered")
+    value = "refused by the system (SO_ATTACH_FILTER, and IP_MINTTL as well)"
+    if way is not None:
+        value = f"{'attached' if way == 'filter' else 'IP_MINTTL set'}, but a new connection was answered"
     return Finding(
         "listener filter",
-        "attached, but a new connection was answered" if attached else "refused by the system (SO_ATTACH_FILTER)",
+        value,
         "run with CAP_NET_ADMIN where the system asks for it; without, a stop may reset connections just begun",
     )
 

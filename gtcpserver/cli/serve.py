@@ -94,7 +94,11 @@ def echo(context: click.Context, /, **_options: Any) -> None:
 
 
 def send_back(conn: Connection) -> None:
-    while data := conn.recv(65536):
+    while True:
+        with conn.idle():  # a client that stays connected does not hold up a stop
+            data = conn.recv(65536)
+        if not data:
+            return
         conn.sendall(data)
 
 
