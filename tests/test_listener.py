@@ -746,6 +746,7 @@ def test_a_muted_listener_keeps_its_queue_and_answers_no_new_connection(opened, 
     clients = connect(one, 10)
     assert one.mute()
     assert one.muted_by_ttl is (way == "ttl")
+    assert one.socket.getsockopt(TCP, socket.TCP_DEFER_ACCEPT) == (1 if way == "ttl" else 0)
     late = opened.keep(begin_connect(one.sockaddr, one.family))
     accepted = accept_all(one)
     assert len(accepted) == 10

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import select
 import socket
@@ -197,6 +198,7 @@ def test_connection_whose_handshake_is_under_way_when_a_stop_begins_is_served(se
     for _ in range(2):
         client.sendall(b"x")
         assert in_thread(client.recv, 1) == b"x"
+    client.close()
     assert stop.get(timeout=SOON) == StopReport(finished=1, ended=0)
 
 
@@ -206,12 +208,16 @@ ORDINARY_USER = """
     import gevent
     from gtcpserver import Server
 
+    def answer_one(conn):
+        conn.sendall(conn.recv(1))
+
+    # Python may be where an ordinary user may not read: all that a server imports late comes now.
+    warm = Server("127.0.0.1:0", answer_one)
+    warm.start()
+    warm.stop(15)
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
-
-    def answer_one(conn):
-        conn.sendall(conn.recv(1))
 
     def read():
         return gevent.get_hub().threadpool.apply(sys.stdin.readline).strip()
@@ -224,6 +230,27 @@ ORDINARY_USER = """
         report = server.stop(15)
         print(json.dumps([server.accepted_connections, report.ended]), flush=True)
 """
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become an ordinary user")
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "*:0"])
+def test_stop_of_an_ordinary_users_server_under_bursts_resets_nobody(python, in_thread, address):
+    server, bursts = python(ORDINARY_USER), python(BURSTS)
+
+    def tell(process, line):
+        process.stdin.write(f"{line}\n".encode())
+        process.stdin.flush()
+        return in_thread(process.stdout.readline)
+
+    for _ in range(3):
+        port = int(tell(server, address))
+        assert tell(bursts, f"{port} 400") == b"connecting\n"
+        accepted, ended = json.loads(tell(server, "stop"))
+        ends = json.loads(in_thread(bursts.stdout.readline))
+        assert set(ends) <= {"served", "ConnectionRefusedError"}
+        assert sum(ends.values()) == 400
+        assert ends.get("served", 0) == accepted
+        assert ended == 0
 
 
 # Clients in several threads connect, send and wait for the answer, again and again, until there is nobody to connect
