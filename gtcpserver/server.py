@@ -176,6 +176,8 @@ class Server:
         self.state = State.NEW
         #: Set when a stop begins: handlers with work of their own wait on it.
         self.stopping_event = Event()
+        #: Set when the listening sockets are drained and closed; handlers may run on.
+        self.listening_ended = Event()
         #: The error of a listening socket that stopped the server.
         self.fatal_error: OSError | None = None
         self._asked_addresses: list[Any] = list(address) if isinstance(address, list) else [address]
@@ -598,7 +600,7 @@ class Server:
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
-    def stop(self, timeout: float | None = None) -> StopReport:
+    def stop(self, timeout: float | None = None, *, leave_listening: bool = False) -> StopReport:
         """Take no new connections, serve those the kernel has queued, wait for the handlers.
 
         Idle connections (:meth:`Connection.idle`) are ended at once. Handlers that still run after ``timeout`` are
@@ -607,6 +609,8 @@ class Server:
 
         Args:
             timeout: seconds; None waits for ever, 0 ends handlers at once (after the queue was emptied).
+            leave_listening: another process goes on with the same listening sockets: leave them, and what they have
+                queued, to it.
 
         Returns:
             how many handlers finished and how many were ended, with what each of those was doing.
@@ -618,9 +622,10 @@ class Server:
             self.state = State.STOPPED
             self._report = StopReport(0, 0)
             self.stopping_event.set()
+            self.listening_ended.set()
             self._stopped.set()
         if self.state is State.SERVING:
-            self._begin_stop(timeout)
+            self._begin_stop(timeout, leave_listening)
         return self._wait_for_report()
 
     def halt(self) -> StopReport:
@@ -632,13 +637,13 @@ class Server:
         self._hurry.set()
         return self._wait_for_report()
 
-    def _begin_stop(self, timeout: float | None) -> None:
+    def _begin_stop(self, timeout: float | None, leave_listening: bool = False) -> None:
         self.state = State.STOPPING
         self._idle_wanted = True
         # Handlers that had ended before: the report is about the others.
         ended_before = self._handled() - len(self._connections)
         # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
-        gevent.spawn(self._stop, timeout, ended_before)
+        gevent.spawn(self._stop, timeout, leave_listening, ended_before)
 
     def _handled(self) -> int:
         """Connections that have got as far as the handler."""
@@ -720,8 +725,8 @@ class Server:
         else:
             self._note_if_nobody_is_connected()
 
-    def _stop(self, timeout: float | None, ended_before: int) -> None:
-        drain = not self._hurry.is_set()
+    def _stop(self, timeout: float | None, leave_listening: bool, ended_before: int) -> None:
+        drain = not (leave_listening or self._hurry.is_set())
         until = None if timeout is None else monotonic() + timeout
         cut: list[CutConnection] = []
         try:
@@ -738,7 +743,8 @@ class Server:
             else:
                 for acceptor in self._acceptors:
                     acceptor.close()
-                    acceptor.listener.close()
+                    acceptor.listener.close(keep_path=leave_listening)
+            self.listening_ended.set()
             self._wait_for(self._nobody_connected, until)
             cut = self._end_handlers()
             if not self._hurry.is_set():

@@ -751,3 +751,16 @@ def test_stop_does_not_wait_for_sockets_of_clients_that_were_reset(serve, connec
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     client.close()
     assert server.stop(None) == StopReport(0, 0)
+
+
+def test_a_stop_that_leaves_listening_leaves_the_queue_to_whoever_has_the_socket_too():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        first = Server(held.dup(), lambda conn: conn.sendall(b"first"))
+        first.start()
+        address = held.getsockname()
+        first.stop(5, leave_listening=True)
+        assert first.listening_ended.is_set()
+        with gevent.socket.create_connection(address) as client:  # queued: nobody accepts now
+            second = Server(held.dup(), lambda conn: conn.sendall(b"second"))
+            with second:
+                assert client.recv(100) == b"second"
