@@ -27,6 +27,9 @@ MOST_LINGERING = 4096
 #: together, and only those still open then get a watcher of their own: 5 us less for each connection.
 FIRST_LOOK = 0.02
 
+# A plain number: the socket module's enum costs 0.1 us a call.
+SHUT_WR = int(socket.SHUT_WR)
+
 # What lingering connections send is read into here, and never looked at.
 _rubbish = bytearray(64 * 1024)
 
@@ -43,55 +46,81 @@ class Linger:
         self.nobody_lingers = Event()
         self.nobody_lingers.set()
         self.awaited = 0
-        self._lingering: dict[_Lingering, None] = {}
-        self._timer: Any = None
-        self._fresh: list[_Lingering] = []
+        self._fresh: dict[Any, bool] = {}  # sockets before the first look -> awaited
         self._first_look: Any = None
+        self._lingering: dict[_Lingering, None] = {}  # after it, those who came first first
+        self._timer: Any = None
 
     def __len__(self) -> int:
-        return len(self._lingering)
+        return len(self._fresh) + len(self._lingering)
 
-    def take(self, sock: Any, *, awaited: bool = True) -> bool:
+    def take(self, sock: Any, awaited: bool = True) -> bool:
         """Shut down the write side and close later. False if the caller shall close at once.
 
         Args:
             sock: the raw non-blocking socket. No greenlet waits on it any more.
             awaited: False: ``nobody_lingers`` does not wait for this one.
         """
+        # Once a connection: no object of its own, and no clock, before the first look.
         if not self.seconds:
             return False
         try:
-            sock.shutdown(socket.SHUT_WR)
+            sock.shutdown(SHUT_WR)
         except OSError:
             return False  # reset meanwhile: nobody is left to be polite to
-        entry = _Lingering(self, sock, monotonic() + self.seconds, awaited)
-        if len(self._lingering) >= MOST_LINGERING:
-            next(iter(self._lingering)).close()
-        self._lingering[entry] = None
+        fresh = self._fresh
+        fresh[sock] = awaited
         if awaited:
+            if not self.awaited:
+                self.nobody_lingers.clear()
             self.awaited += 1
-            self.nobody_lingers.clear()
-        self._fresh.append(entry)
         if self._first_look is None:
-            self._first_look = get_hub().loop.timer(FIRST_LOOK, ref=False)
-            self._first_look.start(self._look_at_fresh)
-        if self._timer is None:
-            self._start_timer(self.seconds)
+            self._first_look = get_hub().loop.timer(min(FIRST_LOOK, self.seconds), ref=False)
+            self._first_look.start(self._look_at_fresh, update=True)
+        if len(fresh) + len(self._lingering) > MOST_LINGERING:
+            self._close_oldest()
         return True
+
+    def _close_oldest(self) -> None:
+        if self._lingering:
+            next(iter(self._lingering)).close()
+        else:
+            sock = next(iter(self._fresh))
+            sock.close()
+            self._is_closed(self._fresh.pop(sock))
 
     def _look_at_fresh(self) -> None:
         self._first_look.close()
         self._first_look = None
-        fresh, self._fresh = self._fresh, []
-        for entry in fresh:
-            if entry in self._lingering:
-                entry.readable()
-                entry.watch()
+        fresh, self._fresh = self._fresh, {}
+        until = monotonic() + self.seconds
+        closing_fd = get_hub().loop.closing_fd
+        for sock, awaited in fresh.items():
+            try:
+                discarded = sock.recv_into(_rubbish)
+            except BlockingIOError:
+                discarded = None
+            except OSError:
+                discarded = 0
+            if discarded == 0:
+                # Watchers that others still have on the descriptor hear of its end.
+                closing_fd(sock.fileno())
+                sock.close()
+                self._is_closed(awaited)
+            else:
+                self._lingering[_Lingering(self, sock, until, awaited, discarded or 0)] = None
+        if self._lingering and self._timer is None:
+            self._start_timer(self.seconds)
+
+    def _is_closed(self, awaited: bool) -> None:
+        self.awaited -= awaited
+        if not self.awaited:
+            self.nobody_lingers.set()
 
     def close_all(self) -> None:
         """Close every lingering connection now."""
-        for entry in list(self._lingering):
-            entry.close()
+        while self._fresh or self._lingering:
+            self._close_oldest()
 
     def _start_timer(self, seconds: float) -> None:
         # ref=False: a program that has nothing else to do may end; the kernel finishes what it can.
@@ -111,21 +140,18 @@ class Linger:
 
 
 class _Lingering:
+    """A connection that was still open at the first look."""
+
     __slots__ = ("_awaited", "_linger", "_sock", "_to_discard", "_watcher", "until")
 
-    def __init__(self, linger: Linger, sock: Any, until: float, awaited: bool) -> None:
+    def __init__(self, linger: Linger, sock: Any, until: float, awaited: bool, discarded: int) -> None:
         self._linger = linger
         self._awaited = awaited
         self._sock = sock
-        self._watcher: Any = None
-        self._to_discard = MOST_DISCARDED
+        self._to_discard = MOST_DISCARDED - discarded
         self.until = until
-
-    def watch(self) -> None:
-        """Go on looking whenever there is something to read, unless it is closed already."""
-        if self in self._linger._lingering:
-            self._watcher = get_hub().loop.io(self._sock.fileno(), 1)
-            self._watcher.start(self.readable)
+        self._watcher = get_hub().loop.io(sock.fileno(), 1)
+        self._watcher.start(self.readable)
 
     def readable(self) -> None:
         try:
@@ -139,13 +165,10 @@ class _Lingering:
             self.close()
 
     def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.close()
         linger = self._linger
         if linger._lingering.pop(self, self) is not None:
             return  # closed already
+        self._watcher.close()
         get_hub().loop.closing_fd(self._sock.fileno())
         self._sock.close()
-        linger.awaited -= self._awaited
-        if not linger.awaited:
-            linger.nobody_lingers.set()
+        linger._is_closed(self._awaited)

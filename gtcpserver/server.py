@@ -47,7 +47,6 @@ from .tls import Credentials
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .stream import Stream
 
 log = logging.getLogger("gtcpserver")
 
@@ -203,7 +202,7 @@ class Server:
                 self._handshake_failed,
                 self._counters.handshake_failures,
             )
-        self._lingerer = Linger(linger)
+        self.lingerer = Linger(linger)
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
@@ -400,13 +399,9 @@ class Server:
         if self.max_accepts is not None and counters.accepted >= self.max_accepts:
             connection.close()  # came between the last accept and the end of the loop
             return
-        if self._has_left(connection):
-            counters.left_in_queue += 1
-            connection.close()
-            return
         if self.on_full == "reject" and not self._has_room() and self.state is State.SERVING:
             counters.rejected += 1
-            self._lingerer.take(connection._sock) or connection.close()
+            self.lingerer.take(connection._sock) or connection.close()
             return
         counters.accepted = number = counters.accepted + 1
         if not number % QUEUE_WAIT_EVERY:
@@ -471,11 +466,6 @@ class Server:
             raise ConfigError("reload_tls needs a server with tls, this one has none")
         self.tls.reload()
 
-    def _has_left(self, connection: Connection) -> bool:
-        # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
-        # answer: that one is served.
-        return bool(connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-
     def _measure_queue_wait(self, connection: Connection) -> None:
         # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it counts from the handshake.
         try:
@@ -517,10 +507,11 @@ class Server:
     def _forget(self, connection: Connection) -> None:
         """The last steps of a connection. Nothing in here waits, so a kill cannot come between."""
         counters = self._counters
-        counters.bytes_received += connection.bytes_received
-        counters.bytes_sent += connection.bytes_sent
+        stream = connection._stream
+        counters.bytes_received += stream.bytes_received
+        counters.bytes_sent += stream.bytes_sent
         # They refer to the connection: no cycle for the garbage collector.
-        connection._idle = connection._stream.fault = None
+        connection._idle = stream.fault = None
         if not (connection._closed and connection._io_refs <= 0):
             connection._closed = True
             connection._real_close()
@@ -567,12 +558,6 @@ class Server:
         if left_out is not None:
             also = f" ({left_out} more of these were not printed)" if left_out else ""
             log.error("handler for %s failed%s", peer(connection), also, exc_info=error)
-
-    def _linger(self, sock: Any, stream: Stream) -> bool:
-        """A connection's socket is to be closed (called by Connection). True: it is taken care of."""
-        # A peer that has closed its side sends nothing more that could provoke a reset. One that was idle has had its
-        # last answer, and may not look at its end before it has the next request: no stop waits for it.
-        return not stream.at_eof and self._lingerer.take(sock, awaited=not stream.ended)
 
     # -- idle connections --------------------------------------------------------------------------------------------
 
@@ -702,7 +687,8 @@ class Server:
         drain_and_close(acceptors, self._admit_drained, longest, self._hurry)
         for acceptor in acceptors:
             self._counters.accept_errors += acceptor.accept_errors
-            acceptor.accept_errors = 0
+            self._counters.left_in_queue += acceptor.left_in_queue
+            acceptor.accept_errors = acceptor.left_in_queue = 0
 
     def _admit_drained(self, connection: Connection, address: Any) -> None:
         """Hold it until the pool has a place: the kernel's queue, where it would have waited, is about to go."""
@@ -748,8 +734,8 @@ class Server:
             self._wait_for(self._nobody_connected, until)
             cut = self._end_handlers()
             if not self._hurry.is_set():
-                self._wait_for(self._lingerer.nobody_lingers, until)
-            self._lingerer.close_all()
+                self._wait_for(self.lingerer.nobody_lingers, until)
+            self.lingerer.close_all()
         finally:
             self._overseer.stop()
             if self.tls is not None:
@@ -798,11 +784,11 @@ class Server:
             accepted=counters.accepted,
             active=len(connections),
             idle=len(self._idle_connections()),
-            lingering=len(self._lingerer),
+            lingering=len(self.lingerer),
             peak=counters.peak,
             rejected=counters.rejected,
             refused=counters.refused,
-            left_in_queue=counters.left_in_queue,
+            left_in_queue=counters.left_in_queue + sum(acceptor.left_in_queue for acceptor in self._acceptors),
             handler_errors=counters.handler_errors,
             handshaking=len(self._handshakes) if self._handshakes is not None else 0,
             handshake_failures=dict(counters.handshake_failures),

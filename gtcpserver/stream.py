@@ -428,8 +428,8 @@ class Stream:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def close(self) -> tuple[Any, Any]:
-        """Let nothing wait or move any more; returns the watchers on which somebody still waits, to be cancelled."""
+    def close(self) -> tuple[Any, Any] | None:
+        """Let nothing wait or move any more. Returns the watchers on which somebody waits, to be cancelled, or None."""
         self.drained = False
         self.kept = b""
         self.io = _closed
@@ -440,7 +440,12 @@ class Stream:
         reading, writing = self.reading, self.writing
         self.reading = self.writing = None
         if reading is not None and reading.callback is self._parked:
-            reading.stop()
+            reading.close()
+        if (reading is None or reading.callback is None) and (writing is None or writing.callback is None):
+            # Most closes.
+            if writing is not None:
+                writing.close()
+            return None
         # gevent closes a watcher on which somebody waits a little later. If that one leaves before, the watcher is
         # still started and must have something to call.
         self._parked = _ignore
