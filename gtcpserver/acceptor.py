@@ -38,6 +38,10 @@ FAILURES_IN_A_ROW = 100
 FIRST_DELAY = 0.01  # seconds; doubles with each failure in a row
 LONGEST_DELAY = 1.0  # seconds; so long at most until a recovered system is noticed
 
+#: So many connections in a row are taken for fresh. Those behind them have been queued for a while, as have those that
+#: waited for a place: of them it is asked whether the client is still there (0.5 us).
+FRESH = 4
+
 #: Seconds between two log lines about failing accepts.
 LOG_INTERVAL = 1.0
 
@@ -74,7 +78,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     accept_errors = 0
     #: Connections whose clients had left (by a reset) while they were queued; nobody has seen them.
     left_in_queue = 0
-    #: Connections have been kept waiting, and the queue has not been empty since.
+    #: Connections have waited for a place, and the queue has not been empty since.
     _behind = False
     _failures = 0
 
@@ -171,7 +175,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                 self._failures = 0
                 self.delay = FIRST_DELAY
             connection, address = accepted
-            if self._behind and self._has_left(connection):
+            if (number >= FRESH or self._behind) and self._has_left(connection):
                 continue
             try:
                 self.do_handle(connection, address)

@@ -39,7 +39,7 @@ _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_shared", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = ("_idle", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -83,7 +83,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         self._sock = sock
         self.hub = hub = get_hub()
         self._io_refs = 0
-        self._closed = self._shared = False
+        self._closed = False
         # Not Stream(...): a call of a class costs 0.2 us more than a function's.
         self._stream = stream = _new(Stream)
         _set_up(stream, sock, hub, getdefaulttimeout())
@@ -399,18 +399,23 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     def _real_close(self) -> None:
         # Called by gevent's close() when no file made by makefile() is open any more.
-        stream = self._stream
+        if self._sock:
+            self._end(self._stream, self.server)
+
+    def _end(self, stream: Stream, server: Server | None) -> None:
+        # Once a connection, and little of it reads attributes of self (see stream.py).
         if stream.tls is not None:
             stream.tls.close_notify()
-        sock = self._sock
-        if sock:
-            # _detach_socket written out: this is once a connection.
-            self._sock = _CLOSED
-            waiting = stream.close()
-            if waiting is None:
-                self._drop_ref_on_close(sock)
-            else:
-                self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
+        sock = stream.sock
+        self._sock = _CLOSED
+        waiting = stream.close()
+        if waiting is not None:
+            self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
+        # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
+        # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
+        # its end before it has the next request: no stop waits for it.
+        elif server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
+            super()._drop_ref_on_close(sock)
 
     def _detach_socket(self, reason: str) -> None:
         # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
@@ -422,7 +427,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
         if self._stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
-        self._shared = True
+        self._stream.shared = True
         copy: Connection = super().dup()
         return copy
 
@@ -435,13 +440,9 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             self._drop_ref_on_close(self._sock)
 
     def _drop_ref_on_close(self, sock: Any) -> None:
-        # Called by gevent when no greenlet waits on the socket any more.
-        # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
-        # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
-        # its end before it has the next request: no stop waits for it.
-        server = self.server
-        stream = self._stream
-        if server is None or stream.at_eof or self._shared or not server.lingerer.take(sock, not stream.ended):
+        # Called when no greenlet waits on the socket any more. What holds of it: see _end.
+        server, stream = self.server, self._stream
+        if server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
             super()._drop_ref_on_close(sock)
 
 

@@ -19,8 +19,8 @@ from gevent.hub import get_hub
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
 MOST_DISCARDED = 1 << 20
 
-#: Connections that linger at once. Beyond it the one that lingered longest is closed: clients that never close must
-#: not hold descriptors without limit.
+#: Connections that linger at once, after the first look. Beyond it the one that lingered longest is closed: clients
+#: that never close must not hold descriptors without limit.
 MOST_LINGERING = 4096
 
 #: Most peers close at once when they see the end. So the first look comes after so many seconds, at all who linger
@@ -43,16 +43,29 @@ class Linger:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.nobody_lingers = Event()
-        self.nobody_lingers.set()
-        self.awaited = 0
+        self._nobody: Event | None = None
         self._fresh: dict[Any, bool] = {}  # sockets before the first look -> awaited
         self._first_look: Any = None
         self._lingering: dict[_Lingering, None] = {}  # after it, those who came first first
+        self._awaited = 0  # among them
         self._timer: Any = None
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._lingering)
+
+    @property
+    def nobody_lingers(self) -> Event:
+        """An event that is set when no connection lingers that is awaited; for a stop, which asks once."""
+        self._nobody = self._nobody or Event()
+        self._tell_if_nobody()
+        return self._nobody
+
+    def _tell_if_nobody(self) -> None:
+        if self._nobody is not None:
+            if self._awaited or any(self._fresh.values()):
+                self._nobody.clear()
+            else:
+                self._nobody.set()
 
     def take(self, sock: Any, awaited: bool = True) -> bool:
         """Shut down the write side and close later. False if the caller shall close at once.
@@ -68,26 +81,11 @@ class Linger:
             sock.shutdown(SHUT_WR)
         except OSError:
             return False  # reset meanwhile: nobody is left to be polite to
-        fresh = self._fresh
-        fresh[sock] = awaited
-        if awaited:
-            if not self.awaited:
-                self.nobody_lingers.clear()
-            self.awaited += 1
+        self._fresh[sock] = awaited
         if self._first_look is None:
             self._first_look = get_hub().loop.timer(min(FIRST_LOOK, self.seconds), ref=False)
             self._first_look.start(self._look_at_fresh, update=True)
-        if len(fresh) + len(self._lingering) > MOST_LINGERING:
-            self._close_oldest()
         return True
-
-    def _close_oldest(self) -> None:
-        if self._lingering:
-            next(iter(self._lingering)).close()
-        else:
-            sock = next(iter(self._fresh))
-            sock.close()
-            self._is_closed(self._fresh.pop(sock))
 
     def _look_at_fresh(self) -> None:
         self._first_look.close()
@@ -106,21 +104,24 @@ class Linger:
                 # Watchers that others still have on the descriptor hear of its end.
                 closing_fd(sock.fileno())
                 sock.close()
-                self._is_closed(awaited)
             else:
+                if len(self._lingering) >= MOST_LINGERING:
+                    next(iter(self._lingering)).close()
                 self._lingering[_Lingering(self, sock, until, awaited, discarded or 0)] = None
+                self._awaited += awaited
+        self._tell_if_nobody()
         if self._lingering and self._timer is None:
             self._start_timer(self.seconds)
 
-    def _is_closed(self, awaited: bool) -> None:
-        self.awaited -= awaited
-        if not self.awaited:
-            self.nobody_lingers.set()
-
     def close_all(self) -> None:
         """Close every lingering connection now."""
-        while self._fresh or self._lingering:
-            self._close_oldest()
+        for sock in self._fresh:
+            get_hub().loop.closing_fd(sock.fileno())
+            sock.close()
+        self._fresh.clear()
+        for entry in list(self._lingering):
+            entry.close()
+        self._tell_if_nobody()
 
     def _start_timer(self, seconds: float) -> None:
         # ref=False: a program that has nothing else to do may end; the kernel finishes what it can.
@@ -171,4 +172,6 @@ class _Lingering:
         self._watcher.close()
         get_hub().loop.closing_fd(self._sock.fileno())
         self._sock.close()
-        linger._is_closed(self._awaited)
+        linger._awaited -= self._awaited
+        if not linger._awaited:
+            linger._tell_if_nobody()

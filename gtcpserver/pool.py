@@ -56,7 +56,6 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         self.size = size
         self._semaphore = self.places = Places(size)
         self._waiting_workers: list[Worker] = []
-        self._least_waiting = 0
         self._retire_timer: Any = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> None:
@@ -65,15 +64,20 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         The caller has seen that there is a place (``full()`` is false). What the function raises is reported through
         gevent's hub; a server's function lets nothing out.
         """
+        if len(args) == 1:
+            self.run_one(function, args[0])
+        else:
+            self.run_one(_call, (function, args))
+
+    def run_one(self, function: Callable[[Any], Any], argument: Any) -> None:
+        """:meth:`run` with one argument, which is what a server does with each connection."""
         self.places.taken += 1
         waiting = self._waiting_workers
         while waiting:
             worker = waiting.pop()
-            if len(waiting) < self._least_waiting:
-                self._least_waiting = len(waiting)
             if sys.getrefcount(worker) <= (self._references or self._count_references()):
                 break
-            worker.switch(None, ())
+            worker.switch(None, None)
         else:
             worker = Worker(self)
             # To its first wait: what a greenlet is started with, it keeps as long as it lives.
@@ -82,7 +86,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         if not greenlets:
             self._empty_event.clear()
         greenlets.add(worker)
-        worker.switch(function, args)
+        worker.switch(function, argument)
 
     #: References to a worker that only the pool knows, as counted in :meth:`run`; 0: not counted yet.
     _references = 0
@@ -117,40 +121,56 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         leaving = waiting[:count] if count is not None else waiting[:]
         del waiting[: len(leaving)]
         for worker in leaving:
-            get_hub().loop.run_callback(worker.switch, None, ())
+            get_hub().loop.run_callback(worker.switch, None, None)
 
-    # A worker has finished its function.
+    # A worker has finished its function. Once a connection: what release() and _wait_for_work() do is written out.
     def _finished(self, worker: Worker) -> None:
-        self.greenlets.discard(worker)
-        self.dying.discard(worker)
-        if not self.greenlets:
+        greenlets = self.greenlets
+        greenlets.discard(worker)
+        if not greenlets:
             self._empty_event.set()
-        self.places.release()
-        if worker._links is None:
-            self._wait_for_work(worker)
-        else:
+        if self.dying:
+            self.dying.discard(worker)
+        places = self.places
+        places.taken -= 1
+        if places.links:
+            places.tell()
+        if worker._links is not None:
             # In the hub, where alone a gevent waiter may be woken; not used again before that.
             worker.loop.run_callback(worker._notify_links)
+        elif self._retire_timer is not None:
+            self._waiting_workers.append(worker)
+        else:
+            self._wait_for_work(worker)
 
     def _wait_for_work(self, worker: Worker) -> None:
         self._waiting_workers.append(worker)
         if self._retire_timer is None:
-            self._least_waiting = 0
             # ref=False: workers without work keep no program alive.
             self._retire_timer = get_hub().loop.timer(IDLE_WORKER_SECONDS, IDLE_WORKER_SECONDS, ref=False)
             self._retire_timer.start(self._retire_unused)
 
     def _retire_unused(self) -> None:
-        # As many as were never needed since the last time: they have waited for 5 to 10 s.
-        self.retire_waiting_workers(self._least_waiting)
-        self._least_waiting = len(self._waiting_workers)
-        if not self._waiting_workers:
+        # Who has had no work since the last time has waited for 5 to 10 s. The last to come is the first to get work.
+        waiting = self._waiting_workers
+        unused = 0
+        while unused < len(waiting) and waiting[unused]._seen == waiting[unused]._number:
+            unused += 1
+        self.retire_waiting_workers(unused)
+        for worker in waiting:
+            worker._seen = worker._number
+        if not waiting:
             self._retire_timer.close()
             self._retire_timer = None
 
 
+def _call(function_and_arguments: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+    function, arguments = function_and_arguments
+    function(*arguments)
+
+
 # By name, since type checkers would otherwise not know those of greenlet's class.
-_WORKER_SLOTS = ("_links", "_number", "_pool", "_working", "loop")
+_WORKER_SLOTS = ("_links", "_number", "_pool", "_seen", "_working", "loop")
 
 
 class Worker(greenlet):  # type: ignore[misc]
@@ -170,27 +190,24 @@ class Worker(greenlet):  # type: ignore[misc]
         self._pool = pool
         self._links: list[Callable[[Any], Any]] | None = None
         self._working = False
-        self._number = 0
+        self._number = 0  # functions run so far
+        self._seen = -1  # how many it were when the pool last looked
 
     def run(self) -> None:
         hub = self.parent
         pool = self._pool
-        function, args = _wait_for_a_job(hub)
+        function, argument = _wait_for_a_job(hub)
         while function is not None:
             self._working = True
             try:
-                if len(args) == 1:
-                    # A call that CPython runs within the same C frame, which a call with * is not: 0.5 KiB less of C
-                    # stack to put aside and to copy at each switch.
-                    argument, args = args[0], None
-                    function(argument)
-                else:
-                    function(*args)
+                # Not function(*arguments): CPython calls this one within the same C frame, 0.5 KiB less of C stack to
+                # put aside and to copy at each switch.
+                function(argument)
             except GreenletExit:
                 pass
             except BaseException:
                 hub.handle_error(self, *sys.exc_info())
-            function = args = argument = None
+            function = argument = None
             self._working = False
             self._number += 1
             if self.gr_context is not None:
@@ -200,7 +217,7 @@ class Worker(greenlet):  # type: ignore[misc]
                 attributes.clear()
             pool._finished(self)
             try:
-                function, args = _wait_for_a_job(hub)
+                function, argument = _wait_for_a_job(hub)
             except BaseException:
                 # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
                 if self in pool._waiting_workers:
@@ -384,6 +401,6 @@ def _references_of_a_waiting_worker() -> int:
     pool.run(len, ())
     worker = pool._waiting_workers.pop()
     references = sys.getrefcount(worker)
-    worker.switch(None, ())
+    worker.switch(None, None)
     pool._retire_unused()
     return references

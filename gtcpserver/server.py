@@ -412,7 +412,7 @@ class Server:
         if self.timeout is not None:
             connection.timeout = self.timeout
         if self._handshakes is None or self.tls is None:
-            self.pool.run(self._serve_bound, connection)
+            self.pool.run_one(self._serve_bound, connection)
         else:
             self._nobody_connected.clear()
             self._handshakes.begin(connection, self.tls)
@@ -423,7 +423,7 @@ class Server:
 
     def _handshake_done(self, connection: Connection) -> None:
         if not self._encrypted and self._has_room():
-            self.pool.run(self._serve_bound, connection)
+            self.pool.run_one(self._serve_bound, connection)
             return
         self._encrypted.append(connection)
         if len(self._encrypted) == 1:
@@ -440,7 +440,7 @@ class Server:
 
     def _serve_encrypted(self, _places: Any = None) -> None:
         while self._encrypted and self._has_room():
-            self.pool.run(self._serve_bound, self._encrypted.popleft())
+            self.pool.run_one(self._serve_bound, self._encrypted.popleft())
         if self._encrypted:
             self._serve_encrypted_later()
 
@@ -512,9 +512,9 @@ class Server:
         counters.bytes_sent += stream.bytes_sent
         # They refer to the connection: no cycle for the garbage collector.
         connection._idle = stream.fault = None
-        if not (connection._closed and connection._io_refs <= 0):
+        if not stream.closed:
             connection._closed = True
-            connection._real_close()
+            connection._end(stream, self)
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
         del connections[connection]

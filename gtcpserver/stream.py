@@ -68,6 +68,7 @@ class Stream:
         bytes_received, bytes_sent: so far.
         fault: what the peer's breach of TLS has raised: no fault of the handler.
         progress: a note of the overseer's.
+        shared: somebody else has the socket too.
         tls: the TLS layer that ``io`` is, or None.
     """
 
@@ -93,6 +94,7 @@ class Stream:
         "kept",
         "progress",
         "reading",
+        "shared",
         "sock",
         "timeout",
         "tls",
@@ -112,7 +114,7 @@ class Stream:
         self.deadline: float | None = None
         self.deadlines: tuple[float, ...] = ()
         self._read_until = self._write_until = inf
-        self.drained = self.at_eof = self.ending = self.ended = False
+        self.drained = self.at_eof = self.ending = self.ended = self.shared = False
         self._full_reads = 0
         self.kept = b""
         self.fault: BaseException | None = None
@@ -450,6 +452,10 @@ class Stream:
         # still started and must have something to call.
         self._parked = _ignore
         return reading, writing
+
+    @property
+    def closed(self) -> bool:
+        return self.io is _closed
 
     def __del__(self) -> None:
         # Dropped without a close. A started watcher must not outlive its descriptor: libev aborts the process.

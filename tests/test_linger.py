@@ -159,7 +159,7 @@ def test_number_of_lingering_connections_is_bounded(serve, connect, monkeypatch)
     server = serve(lambda conn: None, linger=SOON)
     clients = [connect(server) for _ in range(8)]
     wait_until(lambda: server.accepted_connections == 8 and server.active_connections == 0)
-    assert server.stats().lingering == 3
+    wait_until(lambda: server.stats().lingering == 3)
     for client in clients:
         assert client.recv(1) == b""
 

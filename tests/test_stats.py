@@ -77,8 +77,7 @@ def test_counters_outlive_the_stop(serve, connect, in_thread):
     assert (stats.accepted, stats.active, stats.bytes_received) == (1, 0, 5)
 
 
-@pytest.mark.parametrize("pool", [1, None])
-def test_clients_that_left_the_queue_with_a_reset_reach_no_handler(serve, connect, in_thread, pool):
+def test_clients_that_left_while_the_server_was_full_reach_no_handler(serve, connect, in_thread):
     served = []
     go = Event()
 
@@ -87,20 +86,43 @@ def test_clients_that_left_the_queue_with_a_reset_reach_no_handler(serve, connec
         conn.recv(1)
         go.wait()
 
-    server = serve(handler, pool=pool)
+    server = serve(handler, pool=1)
     first = connect(server)
     first.sendall(b"x")
     wait_until(lambda: len(served) == 1)
-    for _ in range(10):
-        client = connect(server)
-        client.sendall(b"request")
-        reset(client)
+    leave_at_once(server, connect)
+    wait_until(lambda: server._acceptors[0]._behind)
+    for _ in range(9):
+        leave_at_once(server, connect)
     last = connect(server)
     last.sendall(b"x")
     go.set()
     wait_until(lambda: len(served) == 2)
     stats = server.stats()
     assert (stats.left_in_queue, stats.accepted, stats.resets, stats.handler_errors) == (10, 2, 0, 0)
+
+
+def test_of_many_clients_that_left_while_the_loop_was_held_up_few_reach_a_handler(serve, connect, in_thread):
+    served = []
+
+    def handler(conn):
+        served.append(conn)
+        conn.recv(1)
+
+    server = serve(handler)
+    for _ in range(50):  # the event loop does not run meanwhile
+        leave_at_once(server, connect)
+    last = connect(server)
+    last.sendall(b"x")
+    wait_until(lambda: served and served[-1].bytes_received)
+    stats = server.stats()
+    assert (stats.left_in_queue, stats.accepted, stats.handler_errors) == (46, 5, 0)
+
+
+def leave_at_once(server, connect):
+    client = connect(server)
+    client.sendall(b"request")
+    reset(client)
 
 
 def test_client_that_closed_in_order_while_queued_is_served(serve, connect, in_thread):
