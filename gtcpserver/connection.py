@@ -22,6 +22,7 @@ from .handshake import TLSLayer, answer_plain_text, handshake_failure
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
+from .transfer.ends import reset_on_close
 from .transfer.recv_to_file import recv_to_file
 from .transfer.sendfile import sendfile
 
@@ -396,6 +397,16 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
             self._stream.tls.close_notify_and_read_on()
         self._sock.shutdown(how)
+
+    def abort(self) -> None:
+        """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
+
+        For a proxy whose other side failed; SO_LINGER with a time of 0, socket(7). Closed already: does nothing.
+        """
+        if not self._closed:
+            reset_on_close(self)
+            self._stream.tls = None  # no close_notify, which would say that all is well
+            self.close()
 
     def _real_close(self) -> None:
         # Called by gevent's close() when no file made by makefile() is open any more.

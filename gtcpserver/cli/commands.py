@@ -18,6 +18,8 @@ from gtcpserver.errors import ConfigError
 COMMANDS = {
     "serve": "gtcpserver.cli.serve:serve",
     "echo": "gtcpserver.cli.serve:echo",
+    "forward": "gtcpserver.cli.forward:forward",
+    "files": "gtcpserver.cli.files:files",
     "check": "gtcpserver.cli.check:check",
 }
 

@@ -229,6 +229,20 @@ SHORTER = {
 
 def server_options(command: Command) -> Command:
     """Adds --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
+    return click.option(
+        "--bind",
+        "bind",
+        type=AddressType(),
+        multiple=True,
+        default=("127.0.0.1:5000",),
+        show_default="127.0.0.1:5000",
+        metavar="ADDRESS",
+        help="Where to listen: host:port, [IPv6]:port, *:port, unix:/path, unix:@name or fd:number; may be repeated.",
+    )(server_options_but_bind(command))
+
+
+def server_options_but_bind(command: Command) -> Command:
+    """:func:`server_options` for a command whose argument ``bind`` says where to listen."""
     defaults: dict[str, Any] = {name: given.default for name, given in inspect.signature(Server).parameters.items()}
     defaults |= {field.name: field.default for field in dataclasses.fields(ListenConfig)}
     tls_defaults = {field.name: field.default for field in dataclasses.fields(TLSConfig)}
@@ -244,16 +258,7 @@ def server_options(command: Command) -> Command:
         command = _option(name, kind, text, defaults[name])(command)
     for name, _arguments, text in reversed(OBJECT_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
-    return click.option(
-        "--bind",
-        "bind",
-        type=AddressType(),
-        multiple=True,
-        default=("127.0.0.1:5000",),
-        show_default="127.0.0.1:5000",
-        metavar="ADDRESS",
-        help="Where to listen: host:port, [IPv6]:port, *:port, unix:/path, unix:@name or fd:number; may be repeated.",
-    )(command)
+    return command
 
 
 def flag(name: str) -> str:
@@ -288,7 +293,8 @@ def make_server(context: click.Context, handler: Callable[[Any], Any], listen: L
         )
     if tls:
         options["tls"] = make_tls_config(tls)
-    bind = list(context.params["bind"])
+    asked = context.params["bind"]
+    bind = list(asked) if isinstance(asked, tuple) else [asked]
     return explained(lambda: Server(bind, handler, listen=listen, **options))
 
 

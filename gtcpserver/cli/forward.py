@@ -1,0 +1,97 @@
+"""gtcpserver forward: a TCP port forwarder."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import click
+import gevent.ssl
+
+from gtcpserver.cli.commands import EPILOG
+from gtcpserver.cli.options import (
+    AddressType,
+    OrNone,
+    explained,
+    make_listen_config,
+    make_server,
+    server_options_but_bind,
+)
+from gtcpserver.cli.serve import prepare, process_options, serve_until_stopped
+from gtcpserver.forwarder import Forwarder
+
+FIELDS = ("balance", "connect_timeout", "idle_timeout", "tls")
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bind", metavar="LISTEN", type=AddressType())
+@click.argument("targets", metavar="TARGET...", nargs=-1, required=True)
+@click.option(
+    "--balance",
+    type=click.Choice(["first", "round-robin", "least"]),
+    default="first",
+    show_default=True,
+    help="Which target is tried first: the first, each in turn, or the one with the least connections.",
+)
+@click.option(
+    "--connect-timeout",
+    type=float,
+    default=5.0,
+    show_default=True,
+    help="Seconds for each target until the next one is tried.",
+)
+@click.option(
+    "--idle-timeout",
+    type=OrNone(float),
+    default=None,
+    help="Seconds in which neither side sends until a connection is ended; none: no limit.  [default: none]",
+)
+@click.option("--target-tls/--no-target-tls", default=False, help="Speak TLS with the targets, and check who they are.")
+@click.option(
+    "--target-cafile",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="PEM file with the authorities that may have signed a target's certificate.  [default: the system's]",
+)
+@server_options_but_bind
+@process_options
+@click.pass_context
+def forward(
+    context: click.Context,
+    /,
+    targets: tuple[str, ...],
+    balance: Any,
+    connect_timeout: float,
+    idle_timeout: float | None,
+    target_tls: bool,
+    target_cafile: str | None,
+    **_options: Any,
+) -> None:
+    """Forward every connection on LISTEN to the first TARGET that accepts it.
+
+    Large flows are moved by splice(2), without passing through the program. A target that fails is put aside for a
+    while; a client for whom there is none is reset.
+    """
+    if target_cafile and not target_tls:
+        raise click.UsageError("--target-cafile: needs --target-tls")
+    prepare(context)
+    tls = None
+    if target_tls:
+        # gevent's own, whether the program is patched or not; this kind checks certificates and names.
+        tls = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if target_cafile is None:
+            tls.load_default_certs()
+        else:
+            try:
+                tls.load_verify_locations(target_cafile)
+            except OSError as error:
+                raise click.UsageError(
+                    f"--target-cafile: no certificate can be read from {target_cafile}: {error}"
+                ) from None
+    forwarder = explained(
+        lambda: Forwarder(
+            targets, balance=balance, connect_timeout=connect_timeout, idle_timeout=idle_timeout, tls=tls
+        ),
+        fields=FIELDS,
+    )
+    serve_until_stopped(context, make_server(context, forwarder, make_listen_config(context)))

@@ -1,0 +1,171 @@
+"""Forwarder: a handler that connects each client to one of several targets and relays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Literal, get_args
+
+import gevent
+import gevent.ssl
+
+from .address import parse_address
+from .connect import connect
+from .connection import Connection
+from .errors import ConfigError
+from .options import check_number
+from .transfer import relay
+
+log = logging.getLogger("gtcpserver.forward")
+
+Balance = Literal["first", "round-robin", "least"]
+
+#: A target that refused is left alone for so many seconds at first, twice as long after each further failure, so that
+#: clients do not wait for a host that is down; and never longer than the second, so that its return is noticed.
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 30.0
+
+
+@dataclass
+class Target:
+    """One place to forward to, and what is known of it.
+
+    Attributes:
+        address: as ``connect`` takes it.
+        active: connections relayed to it now.
+        connected, failed: attempts so far, by their outcome.
+        aside_until: monotonic time before which it is tried only if no other one is left; 0.0: it is up.
+    """
+
+    address: str
+    active: int = 0
+    connected: int = 0
+    failed: int = 0
+    aside_until: float = 0.0
+    pause: float = 0.0
+
+
+class Forwarder:
+    """Relay every connection to the first target that accepts: ``Server("*:80", Forwarder(["10.0.0.1:80"]))``.
+
+    Args:
+        targets: one or more of "host:port", "[IPv6]:port", "unix:/path".
+        balance: which one is tried first: the "first" of the list (the others are for when it is down), each in turn
+            ("round-robin"), or the one with the "least" connections. The others follow in the same order. One that
+            failed is put aside, for longer each time, and tried again when its time is over, or when all are aside.
+        connect_timeout: seconds for each target.
+        idle_timeout: seconds in which neither side sends until a relay ends; None: no limit.
+        tls: a gevent.ssl.SSLContext with which the targets are spoken to, their certificates checked as it says; None:
+            in plain text.
+
+    Raises:
+        ConfigError: an option that cannot work.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[str],
+        *,
+        balance: Balance = "first",
+        connect_timeout: float = 5.0,
+        idle_timeout: float | None = None,
+        tls: Any = None,
+    ) -> None:
+        if isinstance(targets, str) or not targets:
+            raise ConfigError(f"targets must be a list of one or more addresses, got {targets!r}")
+        if balance not in get_args(Balance):
+            raise ConfigError(f'balance must be "first", "round-robin" or "least", got {balance!r}')
+        check_number("connect_timeout", connect_timeout, above=0)
+        check_number("idle_timeout", idle_timeout, above=0, none="for no limit")
+        if tls is not None and not isinstance(tls, gevent.ssl.SSLContext):
+            raise ConfigError(f"tls must be a gevent.ssl.SSLContext, got {tls!r}")
+        self.targets = [Target(_checked(target)) for target in targets]
+        self.balance = balance
+        self.connect_timeout = connect_timeout
+        self.idle_timeout = idle_timeout
+        self.tls = tls
+        self._turn = 0
+
+    def __call__(self, conn: Connection) -> None:
+        """Serve one client: returns when both sides have ended."""
+        for target in self._in_order():
+            target.active += 1
+            try:
+                try:
+                    upstream = self._connect(target)
+                except OSError as error:
+                    self._is_down(target, error)
+                    continue
+                self._is_up(target)
+                with upstream:
+                    result = relay(conn, upstream, idle_timeout=self.idle_timeout)
+            finally:
+                target.active -= 1
+            log.debug(
+                "%s to %s: %d bytes there, %d back in %.3f s (%s)",
+                conn.client_address,
+                target.address,
+                result.bytes_a_to_b,
+                result.bytes_b_to_a,
+                result.duration,
+                result.reason,
+            )
+            return
+        # An end in order would say that the target had nothing to say.
+        conn.abort()
+
+    def _in_order(self) -> Iterable[Target]:
+        targets = self.targets
+        if self.balance == "round-robin":
+            start = self._turn % len(targets)
+            self._turn = start + 1
+            targets = targets[start:] + targets[:start]
+        elif self.balance == "least":
+            targets = sorted(targets, key=lambda target: target.active)
+        now = monotonic()
+        up = [target for target in targets if target.aside_until <= now]
+        aside = sorted((target for target in targets if target.aside_until > now), key=lambda t: t.aside_until)
+        return up + aside
+
+    def _connect(self, target: Target) -> Any:
+        if self.tls is None:
+            return connect(target.address, self.connect_timeout)
+        return _connect_encrypted(target.address, self.connect_timeout, self.tls)
+
+    def _is_down(self, target: Target, error: OSError) -> None:
+        target.failed += 1
+        # Of many clients that found it down at once, each would double the pause.
+        if target.aside_until <= monotonic():
+            if not target.pause:
+                log.warning("target %s is down: %s", target.address, error)
+            target.pause = min(LONGEST_PAUSE, 2 * target.pause or FIRST_PAUSE)
+            target.aside_until = monotonic() + target.pause
+
+    def _is_up(self, target: Target) -> None:
+        target.connected += 1
+        if target.pause:
+            log.warning("target %s is up again", target.address)
+            target.pause = target.aside_until = 0.0
+
+
+def _checked(target: str) -> str:
+    try:
+        parsed = parse_address(target)
+    except ConfigError:
+        parsed = None
+    if parsed is None or parsed.kind == "fd" or parsed.host == "*" or (parsed.kind == "tcp" and not parsed.port):
+        raise ConfigError(f'targets must be "host:port", "[IPv6]:port" or "unix:/path", got {target!r}')
+    return str(parsed)
+
+
+def _connect_encrypted(address: str, timeout: float, context: Any) -> Any:
+    parsed = parse_address(address)
+    with gevent.Timeout(timeout, TimeoutError(f"no TLS connection to {address} within {timeout} seconds")):
+        sock = connect(address)
+        try:
+            return context.wrap_socket(sock, server_hostname=None if parsed.kind == "unix" else parsed.host)
+        except BaseException:
+            sock.close()
+            raise
