@@ -378,7 +378,7 @@ def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Runnin
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "missing command; there are serve, echo, check"),
+        ([], f"missing command; there are {', '.join(COMMANDS)}"),
         (["sevre"], "no command 'sevre'; there are"),
         (["serve"], "missing MODULE:HANDLER"),
         (["echo", "--bimd", "x"], "no such option '--bimd'"),

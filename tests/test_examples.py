@@ -27,6 +27,8 @@ NAMES = sorted(
     if "from serve import" in path.read_text()
     if "serve_tls" not in path.name + path.read_text()
 )
+# Those that answer by themselves; the forwarder needs somebody behind it: test_examples_files.py.
+ANSWERING = [name for name in NAMES if name != "port_forwarder.py"]
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
 SOON = 20.0
@@ -202,7 +204,7 @@ def test_a_signal_right_after_it_listens_is_a_graceful_stop(start: Start, name: 
     start(name).stop()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "echo.py"])
+@pytest.mark.parametrize("name", [name for name in ANSWERING if name != "echo.py"])
 def test_a_silent_client_holds_up_no_stop(start: Start, connect: Connect, name: str) -> None:
     example = start(name)
     connect(example)
@@ -210,14 +212,14 @@ def test_a_silent_client_holds_up_no_stop(start: Start, connect: Connect, name: 
     assert "1 cut" not in example.stop()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANSWERING)
 def test_serves_a_unix_socket_too(start: Start, tmp_path: Path, name: str) -> None:
     example = start(name, f"unix:{tmp_path}/socket")
     assert ask(example, b"no such request\n")
     assert example.stop() in ("", "0 connections finished, 0 cut, 0 refused\n")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "echo.py"])
+@pytest.mark.parametrize("name", [name for name in ANSWERING if name != "echo.py"])
 def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) -> None:
     example = start(name)
     ask(example, b"x" * 10_000)

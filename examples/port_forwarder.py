@@ -1,0 +1,30 @@
+"""Pass every connection on to another server, by splice(2).
+
+    TARGET=127.0.0.1:6379 python examples/port_forwarder.py [ADDRESS], then: redis-cli -p 5000
+
+This is all there is to it; `gtcpserver forward` adds more targets, their health, and balance.
+"""
+
+import os
+
+from serve import serve
+
+from gtcpserver import Connection, connect, relay
+
+TARGET = os.environ.get("TARGET", "127.0.0.1:6379")
+
+
+def forward(conn: Connection) -> None:
+    try:
+        upstream = connect(TARGET, timeout=5)
+    except OSError as error:
+        print(f"{TARGET}: {error}", flush=True)
+        conn.abort()  # the client sees that something failed, and not an answer without a byte
+        return
+    with upstream:
+        result = relay(conn, upstream, idle_timeout=300)
+    print(f"{result.bytes_a_to_b} bytes there, {result.bytes_b_to_a} back: {result.reason}", flush=True)
+
+
+if __name__ == "__main__":
+    serve(forward)

@@ -1,0 +1,65 @@
+"""Take files: a line with a name and a size, then the content, which goes from the socket into the file by splice(2).
+
+    UPLOADS=/tmp python examples/upload_sink.py [ADDRESS], then:
+    (printf 'PUT notes.txt 6\\n'; printf 'hello\\n') | nc -N 127.0.0.1 5000
+
+Each file is answered by "STORED name size" or "ERROR why". A file appears under its name when it is whole, not before.
+"""
+
+import os
+import re
+import tempfile
+
+from serve import serve
+
+from gtcpserver import Connection, EarlyEOF
+
+UPLOADS = os.environ.get("UPLOADS", ".")
+
+LARGEST = 10 << 30
+
+# No slash, no leading dot, no option-like name: nothing outside of the directory, nothing that hides.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+def take_files(conn: Connection) -> None:
+    conn.settimeout(60)
+    while True:
+        try:
+            with conn.idle():
+                line = conn.recv_until(b"\n", limit=200)
+        except EarlyEOF:
+            return
+        words = line.decode("ascii", "replace").split()
+        try:
+            command, name, size = words
+            if command != "PUT" or not NAME.fullmatch(name) or not 0 <= int(size) <= LARGEST:
+                raise ValueError
+        except ValueError:
+            # Where the next command begins is not known any more.
+            conn.sendall(b"ERROR expected: PUT name size\n")
+            return
+        try:
+            store(conn, name, int(size))
+        except EarlyEOF as error:
+            conn.sendall(f"ERROR {error}\n".encode())
+            return
+        conn.sendall(f"STORED {name} {size}\n".encode())
+
+
+def store(conn: Connection, name: str, size: int) -> None:
+    fd, path = tempfile.mkstemp(dir=UPLOADS, prefix=".upload-")
+    try:
+        with open(fd, "wb") as file:
+            taken = conn.recv_to_file(file, size)
+        if taken < size:
+            raise EarlyEOF(f"{name}: {taken} of {size} bytes came", b"")
+        os.chmod(path, 0o644)
+        os.replace(path, os.path.join(UPLOADS, name))
+    except BaseException:  # a kill, a time-out, a full disk: half a file is none
+        os.unlink(path)
+        raise
+
+
+if __name__ == "__main__":
+    serve(take_files)

@@ -1,0 +1,324 @@
+"""StaticFiles: the handler."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import html
+import http
+import logging
+import mimetypes
+import os
+import socket
+from email.utils import formatdate
+from time import monotonic, time
+from typing import Any
+from urllib.parse import quote
+
+from ..connection import Connection
+from ..errors import ConfigError, DeadlineExceeded
+from ..options import check_number
+from .lookup import Directory, is_directory, is_file, list_directory
+from .request import END_OF_HEAD, LONGEST_HEAD, BadRequest, Request, is_unchanged, parse_head, wanted_range
+
+log = logging.getLogger("gtcpserver.access")
+
+#: Files up to this size are read and sent together with the head, in one call; sendfile(2) is cheaper for larger ones
+#: (two calls, and the socket's buffer is filled page by page).
+SMALL = 32 * 1024
+
+#: What went wrong with a file, as the client is told; everything else is a 500.
+_STATUS_OF_ERRNO = {
+    errno.ENOENT: 404,
+    errno.ENOTDIR: 404,
+    errno.ENAMETOOLONG: 404,
+    errno.ELOOP: 404,
+    errno.EXDEV: 404,  # outside of the directory: not even that it exists is told
+    errno.ENXIO: 404,  # a socket
+    errno.EACCES: 403,
+    errno.EPERM: 403,
+    errno.EMFILE: 503,
+    errno.ENFILE: 503,
+}
+
+
+class StaticFiles:
+    """Answer GET and HEAD with the files of a directory: ``Server("*:80", StaticFiles("/srv/www"))``.
+
+    HTTP/1.1 (RFC 9110, 9112) with keep-alive, ranges (one at a time), and conditions by date and entity tag. Nothing
+    outside of the directory is served, by whatever path or symbolic link, and nothing but regular files.
+
+    Args:
+        directory: path.
+        index: the file that stands for its directory; None: there is none.
+        listing: a directory without an index is answered with a list of its files, otherwise with 403.
+        hidden: files and directories whose names begin with a dot are served too.
+        follow_symlinks: symbolic links that lead out of the directory are followed.
+        cache_control: value of a Cache-Control header for files, such as "max-age=3600".
+        head_timeout: seconds in which the head of a request must have come, once it has begun.
+        idle_timeout: seconds that a connection may be silent; used where the server has no ``timeout``.
+        access_log: write a line for each request to the logger "gtcpserver.access".
+
+    Raises:
+        ConfigError: an option that cannot work; the directory cannot be opened.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] = ".",
+        *,
+        index: str | None = "index.html",
+        listing: bool = False,
+        hidden: bool = False,
+        follow_symlinks: bool = False,
+        cache_control: str | None = None,
+        head_timeout: float = 30.0,
+        idle_timeout: float = 75.0,
+        access_log: bool = False,
+    ) -> None:
+        check_number("head_timeout", head_timeout, above=0)
+        check_number("idle_timeout", idle_timeout, above=0)
+        if index is not None and (not index or "/" in index):
+            raise ConfigError(f"index must be the name of a file, got {index!r}")
+        if cache_control is not None and not (cache_control.isascii() and cache_control.isprintable()):
+            raise ConfigError(f"cache_control must be printable ASCII, got {cache_control!r}")
+        try:
+            self.directory = Directory(directory, follow_symlinks)
+        except OSError as error:
+            raise ConfigError(f"directory must be one that can be read, got {directory!r}: {error.strerror}") from None
+        self._index = None if index is None else index.encode()
+        self._listing = listing
+        self._hidden = hidden
+        self._cache_control = f"Cache-Control: {cache_control}\r\n" if cache_control else ""
+        self._head_timeout = head_timeout
+        self._idle_timeout = idle_timeout
+        self._access_log = access_log
+
+    def __call__(self, conn: Connection) -> None:
+        """Serve one client until it, a time-out or a stop ends the connection."""
+        if conn.gettimeout() is None:
+            conn.settimeout(self._idle_timeout)
+        idle = conn.idle()
+        received = b""
+        while True:
+            if not received:
+                with idle:
+                    received = conn.recv(LONGEST_HEAD)
+                if not received:
+                    return
+            try:
+                end = received.find(END_OF_HEAD)
+                if end < 0:
+                    received = self._rest_of_head(conn, received)
+                    end = received.find(END_OF_HEAD)
+                    if end < 0:
+                        raise BadRequest(400, "the request ended before its head did")
+                request = parse_head(received[:end].lstrip(b"\r\n"))
+            except BadRequest as error:
+                self._refuse(conn, None, error)
+                return
+            received = received[end + len(END_OF_HEAD) :]
+            if not self._answer(conn, request):
+                return
+
+    def _rest_of_head(self, conn: Connection, received: bytes) -> bytes:
+        try:
+            with conn.deadline(self._head_timeout):
+                while received.find(END_OF_HEAD) < 0:
+                    if len(received) > LONGEST_HEAD:
+                        if b"\r\n" not in received:
+                            raise BadRequest(414, f"the request line is longer than {LONGEST_HEAD} bytes")
+                        raise BadRequest(431, f"the head of the request is longer than {LONGEST_HEAD} bytes")
+                    more = conn.recv(LONGEST_HEAD)
+                    if not more:
+                        break
+                    received += more
+        except DeadlineExceeded:
+            raise BadRequest(408, f"the request took longer than {self._head_timeout:g} seconds") from None
+        return received
+
+    # -- one request -------------------------------------------------------------------------------------------------
+
+    def _answer(self, conn: Connection, request: Request) -> bool:
+        """Answer a request; False if the connection ends with it."""
+        fd = -1
+        try:
+            if request.method not in ("GET", "HEAD"):
+                raise BadRequest(405, f"this server has files to GET, and nothing to {request.method[:20]}")
+            segments = request.path
+            if not self._hidden and any(segment.startswith(b".") for segment in segments):
+                raise BadRequest(404, "there is no such file")
+            fd, status = self._open(segments)
+            if is_directory(status):
+                if segments[-1]:
+                    # Relative links in it begin at the directory.
+                    self._send(conn, request, 301, _redirect(segments), b"")
+                    return request.keep
+                if not self._listing:
+                    raise BadRequest(403, "this is a directory")
+                self._send(conn, request, 200, _HTML, self._list(segments, fd))
+            elif is_file(status):
+                if not segments[-1] and segments != [b""] and self._index is None:
+                    raise BadRequest(404, "there is no such directory")
+                return self._send_file(conn, request, fd, status, segments[-1] or self._index or b"")
+            else:
+                raise BadRequest(404, "there is no such file")
+            return request.keep
+        except BadRequest as error:
+            return self._refuse(conn, request, error)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _open(self, segments: list[bytes]) -> tuple[int, os.stat_result]:
+        """The descriptor and status of what a path names: of a directory's index, if it has one."""
+        inner = segments if segments[-1] else segments[:-1]
+        wants_directory = not segments[-1]
+        try:
+            if wants_directory and self._index is not None:
+                try:
+                    fd = self.directory.open([*inner, self._index])
+                except FileNotFoundError:
+                    fd = self.directory.open(inner)
+            else:
+                fd = self.directory.open(inner)
+        except OSError as error:
+            status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
+            raise BadRequest(status, _REASONS.get(status, "the file cannot be opened")) from None
+        try:
+            found = os.fstat(fd)
+            if wants_directory and self._index is None and not is_directory(found):
+                raise BadRequest(404, "there is no such directory")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, found
+
+    def _send_file(self, conn: Connection, request: Request, fd: int, status: os.stat_result, name: bytes) -> bool:
+        size, modified = status.st_size, int(status.st_mtime)
+        etag = f'"{status.st_mtime_ns:x}-{size:x}"'
+        described = f"Last-Modified: {_date(modified)}\r\nETag: {etag}\r\nAccept-Ranges: bytes\r\n{self._cache_control}"
+        if is_unchanged(request.fields, etag, modified):
+            self._write(conn, request, 304, described)
+            return request.keep
+        part = None
+        if "range" in request.fields and request.method == "GET":  # RFC 9110 section 14.2: of other methods, ignored
+            try:
+                part = wanted_range(request.fields, size, etag, modified)
+            except BadRequest as error:
+                return self._refuse(conn, request, error, f"Content-Range: bytes */{size}\r\n")
+        offset, count = part or (0, size)
+        if part is not None:
+            described += f"Content-Range: bytes {offset}-{offset + count - 1}/{size}\r\n"
+        head = f"{described}Content-Type: {content_type(name)}\r\nContent-Length: {count}\r\n"
+        code = 200 if part is None else 206
+        if request.method == "HEAD":
+            self._write(conn, request, code, head)
+        elif count <= SMALL:
+            body = os.pread(fd, count, offset)
+            if len(body) != count:  # it was cut meanwhile; nothing is promised yet
+                return self._refuse(conn, request, BadRequest(503, "the file is being written"))
+            self._write(conn, request, code, head, body)
+        else:
+            self._write(conn, request, code, head, more=True)
+            if conn.sendfile(fd, offset, count) != count:
+                conn.abort()  # cut meanwhile: an end in order would say that this was all
+                return False
+        return request.keep
+
+    def _list(self, segments: list[bytes], fd: int) -> bytes:
+        title = html.escape("/" + "/".join(segment.decode("utf-8", "replace") for segment in segments))
+        rows = ['<li><a href="../">../</a></li>'] if len(segments) > 1 else []
+        for name, directory in list_directory(fd, self._hidden):
+            shown = name + "/" * directory
+            link = quote(os.fsencode(name)) + "/" * directory
+            # "./": a name with a colon in it would be read as a scheme
+            rows.append(f'<li><a href="./{link}">{html.escape(shown.encode("utf-8", "replace").decode())}</a></li>')
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+            f"<title>{title}</title>\n<h1>{title}</h1>\n<ul>\n{chr(10).join(rows)}\n</ul></html>\n"
+        ).encode()
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, conn: Connection, request: Request | None, error: BadRequest, more: str = "") -> bool:
+        keep = request is not None and request.keep
+        if error.status == 405:
+            more += "Allow: GET, HEAD\r\n"
+        self._send(
+            conn, request, error.status, f"{more}Content-Type: text/plain; charset=utf-8\r\n", f"{error}\n".encode()
+        )
+        return keep
+
+    def _send(self, conn: Connection, request: Request | None, status: int, head: str, body: bytes) -> None:
+        head += f"Content-Length: {len(body)}\r\n"
+        self._write(conn, request, status, head, b"" if request is not None and request.method == "HEAD" else body)
+
+    def _write(
+        self,
+        conn: Connection,
+        request: Request | None,
+        status: int,
+        head: str,
+        body: bytes = b"",
+        more: bool = False,
+    ) -> None:
+        keep = request is not None and request.keep
+        start = (
+            f"HTTP/1.1 {_STATUS_LINE[status]}\r\nDate: {_now()}\r\n{head}"
+            f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+        ).encode("latin-1")
+        if self._access_log:
+            self._log(conn, request, status, len(body))
+        # MSG_MORE: the head shares its first packet with the file (send(2)). Over TLS there are no flags.
+        conn.sendall(start + body if body else start, socket.MSG_MORE if more and conn.tls is None else 0)
+
+    def _log(self, conn: Connection, request: Request | None, status: int, size: int) -> None:
+        address: Any = conn.client_address
+        client = address[0] if isinstance(address, tuple) else "unix"
+        # The target is visible ASCII; a quotation mark would end the quoted part.
+        asked = "-" if request is None else f"{request.method} {request.target}".replace('"', "%22")
+        log.info('%s "%s" %d', client, asked, status, extra={"client": client, "request": asked, "status": status})
+
+
+_HTML = "Content-Type: text/html; charset=utf-8\r\n"
+_STATUS_LINE = {status.value: f"{status.value} {status.phrase}" for status in http.HTTPStatus}
+_REASONS = {403: "this file may not be read", 404: "there is no such file", 503: "too many files are open"}
+
+
+def _redirect(segments: list[bytes]) -> str:
+    # By path alone: what the client calls this host is its own affair. A path that began with two slashes would name
+    # another host.
+    return f"Location: /{'/'.join(quote(segment) for segment in segments)}/\r\n"
+
+
+@functools.lru_cache(maxsize=4096)
+def content_type(name: bytes) -> str:
+    """The media type of a file by its name: "text/html; charset=utf-8"; "application/octet-stream" if unknown."""
+    kind, encoding = mimetypes.guess_type(os.fsdecode(name))
+    if encoding is not None:
+        # A packed file is served as what it is; to unpack it on the way is not asked for.
+        return {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}.get(
+            encoding, "application/octet-stream"
+        )
+    if kind is None:
+        return "application/octet-stream"
+    return f"{kind}; charset=utf-8" if kind.startswith("text/") or kind == "application/javascript" else kind
+
+
+@functools.lru_cache(maxsize=1024)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
+
+
+_clock = (-1.0, "")
+
+
+def _now() -> str:
+    """The Date header's value, made once a second (4 us)."""
+    global _clock
+    now = monotonic()
+    if now - _clock[0] >= 0.5 or _clock[0] < 0:
+        _clock = (now, formatdate(time(), usegmt=True))
+    return _clock[1]

@@ -1,0 +1,99 @@
+"""Open files below a directory, and none outside of it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from collections.abc import Sequence
+
+#: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+# openat2(2), Linux 5.6; asm-generic/unistd.h (one number on all architectures) and linux/openat2.h.
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_BENEATH = 0x08
+_HOW = struct.pack("=QQQ", _FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+
+
+class Directory:
+    """The directory whose files are served.
+
+    Args:
+        path: of the directory.
+        follow_symlinks: follow symbolic links that lead out of it, too. Those that stay below it are always followed,
+            except on a Linux before 5.6, where none is.
+
+    Raises:
+        OSError: it cannot be opened, or is no directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], follow_symlinks: bool = False) -> None:
+        self.path = os.fspath(path)
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._follow = follow_symlinks
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def open(self, segments: Sequence[bytes]) -> int:
+        """Open a file or directory for reading; returns the descriptor, which the caller closes.
+
+        Args:
+            segments: of its path, without "" and "..": [b"a", b"b.txt"]; none for the directory itself.
+
+        Raises:
+            OSError: ENOENT, EACCES ...; EXDEV for a path that leads outside.
+        """
+        path = b"/".join(segments) or b"."
+        if self._follow:
+            return os.open(path, _FLAGS, dir_fd=self._fd)
+        # Resolved by the kernel in one step: nobody can put a link into the path between a check and the opening.
+        fd: int = self._libc.syscall(_SYS_OPENAT2, self._fd, path, _HOW, len(_HOW))
+        if fd >= 0:
+            return fd
+        number = ctypes.get_errno()
+        if number in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a container that filters what it does not know
+            return self._open_step_by_step(segments)
+        raise OSError(number, os.strerror(number))
+
+    def _open_step_by_step(self, segments: Sequence[bytes]) -> int:
+        fd = os.dup(self._fd)
+        for number, segment in enumerate(segments, 1):
+            kind = os.O_DIRECTORY if number < len(segments) else 0
+            try:
+                following = os.open(segment, _FLAGS | os.O_NOFOLLOW | kind, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = following
+        return fd
+
+
+def list_directory(fd: int, hidden: bool) -> list[tuple[str, bool]]:
+    """The names in an open directory, each with whether it is one too, directories first.
+
+    Args:
+        hidden: with those that begin with a dot.
+    """
+    entries = []
+    with os.scandir(fd) as found:
+        for entry in found:
+            if hidden or not entry.name.startswith("."):
+                try:
+                    is_directory = entry.is_dir()
+                except OSError:
+                    continue  # it has gone
+                entries.append((entry.name, is_directory))
+    return sorted(entries, key=lambda entry: (not entry[1], entry[0].lower(), entry[0]))
+
+
+def is_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)
+
+
+def is_directory(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode)

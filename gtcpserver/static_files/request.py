@@ -1,0 +1,178 @@
+"""Requests as they come over the wire (RFC 9112), and what they ask of a file (RFC 9110). No I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote_to_bytes
+
+from ..errors import GtcpServerError
+
+#: A request line longer than this is answered by 414 (RFC 9112 section 3 recommends to take 8000 octets; nginx: 8 KiB).
+LONGEST_TARGET = 8 * 1024
+
+#: A head longer than this is answered by 431 (node.js: 16 KiB).
+LONGEST_HEAD = 16 * 1024
+
+END_OF_HEAD = b"\r\n\r\n"
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+# A field's value: visible characters, spaces, tabs and what is beyond ASCII (RFC 9110 section 5.5); no NUL, CR or LF.
+# No space before the colon, no folded lines (RFC 9112 sections 5.1 and 5.2).
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_RANGE = re.compile(r"bytes[ \t]*=[ \t]*([0-9]*)-([0-9]*)[ \t]*", re.IGNORECASE)
+
+
+class BadRequest(GtcpServerError):
+    """A request that cannot be served.
+
+    Attributes:
+        status: of the answer, such as 400. Its reason is the message.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(slots=True)
+class Request:
+    """The head of one request.
+
+    Attributes:
+        method: "GET"; methods are case-sensitive.
+        target: as it came, visible ASCII: "/a%20b?c".
+        fields: values by their names in lower case; those that came several times are joined by ", ".
+        keep: the client can send another one on this connection.
+    """
+
+    method: str
+    target: str
+    fields: Mapping[str, str]
+    keep: bool
+
+    @property
+    def path(self) -> list[bytes]:
+        """The decoded segments of the target's path: [b"a b"] for "/a%20b?c"; the last is b"" behind a slash.
+
+        Raises:
+            BadRequest: not a path, or one that no file can have or that leaves the directory.
+        """
+        target = self.target
+        if target.startswith(("http://", "https://")):
+            # absolute-form, which every server must take (RFC 9112 section 3.2.2)
+            target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+        path = target.split("?", 1)[0].split("#", 1)[0]
+        if not path.startswith("/"):
+            raise BadRequest(400, "the request target must be a path")
+        segments = unquote_to_bytes(path).split(b"/")[1:]
+        if b"\0" in path.encode() or any(b"\0" in segment for segment in segments):
+            raise BadRequest(400, "the path holds a NUL")
+        if b".." in segments:
+            raise BadRequest(400, "the path leaves the directory")
+        # Empty segments and "." are nothing to the file system, but the last says whether a directory was meant.
+        inner = [segment for segment in segments[:-1] if segment not in (b"", b".")]
+        return [*inner, b"" if segments[-1] == b"." else segments[-1]]
+
+
+def parse_head(head: bytes) -> Request:
+    """Read a request's head, without the empty line that ends it.
+
+    Raises:
+        BadRequest: it breaks the rules; afterwards nobody knows where the next request begins.
+    """
+    lines = head.split(b"\r\n")
+    line = _REQUEST_LINE.fullmatch(lines[0])
+    if line is None:
+        raise BadRequest(400, "the request line must be METHOD TARGET HTTP/1.1")
+    method, target, major, minor = line.groups()
+    if major != b"1":
+        raise BadRequest(505, "this server speaks HTTP/1.1 and HTTP/1.0")
+    if len(target) > LONGEST_TARGET:
+        raise BadRequest(414, f"the request target is longer than {LONGEST_TARGET} bytes")
+    fields: dict[str, str] = {}
+    hosts = 0
+    for number, text in enumerate(lines[1:], 1):
+        field = _FIELD.fullmatch(text)
+        if field is None:
+            raise BadRequest(400, f"header line {number} must be NAME: VALUE")
+        name = field[1].decode().lower()
+        value = field[2].rstrip(b" \t").decode("latin-1")
+        hosts += name == "host"
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    if hosts != 1 and (hosts or minor != b"0"):
+        raise BadRequest(400, "there must be one Host header")  # RFC 9112 section 3.2
+    connection = fields.get("connection", "").lower()
+    keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
+    # A body is not read. Behind it another request cannot be found, so it is the last one.
+    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
+        keep = False
+    return Request(method.decode(), target.decode(), fields, keep)
+
+
+def wanted_range(fields: Mapping[str, str], size: int, etag: str, modified: int) -> tuple[int, int] | None:
+    """The part of a file that is asked for: (offset, count); None for all of it.
+
+    One range is served. Several, and what is not understood, are answered with the whole file, as a server may
+    (RFC 9110 section 14.2).
+
+    Raises:
+        BadRequest: 416, no byte of the file is in it.
+    """
+    match = _RANGE.fullmatch(fields.get("range", ""))
+    if match is None or match[1] == match[2] == "" or len(match[1]) > 20 or len(match[2]) > 20:
+        return None
+    condition = fields.get("if-range")
+    # An entity tag, or a date that must be exactly the file's (RFC 9110 section 13.1.5).
+    if condition is not None and condition != etag and _seconds(condition) != modified:
+        return None
+    if not match[1]:
+        count = min(int(match[2]), size)
+        first, last = size - count, size - 1
+    else:
+        first = int(match[1])
+        last = min(int(match[2]), size - 1) if match[2] else size - 1
+        if match[2] and int(match[2]) < first:
+            return None  # not a range
+    if first > last:
+        raise BadRequest(416, f"the file has {size} bytes")
+    return first, last - first + 1
+
+
+def is_unchanged(fields: Mapping[str, str], etag: str, modified: int) -> bool:
+    """Whether the client has it already: 304 (RFC 9110 section 13.2.2).
+
+    Raises:
+        BadRequest: 412, the client wants it only if it is another one.
+    """
+    wanted = fields.get("if-match")
+    if wanted is not None:
+        if not _lists(wanted, etag, weak=False):
+            raise BadRequest(412, "the file has changed")
+    else:
+        before = _seconds(fields.get("if-unmodified-since"))
+        if before is not None and modified > before:
+            raise BadRequest(412, "the file has changed")
+    known = fields.get("if-none-match")
+    if known is not None:
+        return _lists(known, etag, weak=True)
+    since = _seconds(fields.get("if-modified-since"))
+    return since is not None and modified <= since
+
+
+def _lists(condition: str, etag: str, weak: bool) -> bool:
+    listed = (item.strip() for item in condition.split(","))
+    return condition.strip() == "*" or any(item == etag or (weak and item == f"W/{etag}") for item in listed)
+
+
+def _seconds(date: str | None) -> int | None:
+    """An HTTP date as seconds since the epoch; None for what is none (which is then ignored)."""
+    if not date or len(date) > 40:
+        return None
+    try:
+        return int(parsedate_to_datetime(date).timestamp())
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
