@@ -12,7 +12,7 @@ help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make check   lint, format and types'
-	@echo 'make bench   the benchmarks against peers: a quarter of an hour; needs wrk'
+	@echo 'make bench   the benchmarks against peers: 20 minutes; needs wrk, haproxy and nginx'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
@@ -29,6 +29,7 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.bench
+	$(BIN)/python -m loadtests.transfers
 
 # Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
 $(BIN)/python:

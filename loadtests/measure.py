@@ -74,7 +74,7 @@ def serving(command: list[str]) -> Iterator[Listening]:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=_prepare(SERVER_CPU),
+        preexec_fn=prepare(SERVER_CPU),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
@@ -90,7 +90,7 @@ def serving(command: list[str]) -> Iterator[Listening]:
         process.wait()
 
 
-def _prepare(cpu: int) -> Callable[[], None]:
+def prepare(cpu: int) -> Callable[[], None]:
     """What a child process does first: stay on one CPU, and allow itself as many descriptors as it may."""
 
     def prepare() -> None:
@@ -120,17 +120,17 @@ def memory_kib(pid: int) -> int:
     return int(found[1])
 
 
-def load(server: Listening, seconds: int, clients: int, tls: bool = False) -> Run:
+def load(server: Listening, seconds: int, clients: int, tls: bool = False, path: str = "/") -> Run:
     """Let wrk load the server and read both accounts."""
     scheme = "https" if tls else "http"
-    url = f"{scheme}://{server.host}:{server.port}/"
+    url = f"{scheme}://{server.host}:{server.port}{path}"
     before, began = cpu_seconds(server.pid), time.monotonic()
     done = subprocess.run(
         ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", url],
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=_prepare(CLIENT_CPU),
+        preexec_fn=prepare(CLIENT_CPU),
     )
     after, ended = cpu_seconds(server.pid), time.monotonic()
     report = read_report(done.stdout)

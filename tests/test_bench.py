@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, measure  # noqa: E402
+from loadtests import bench, measure, transfers  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
 
@@ -181,3 +181,24 @@ def test_a_wrong_option_is_exit_code_2(options):
     done = run_bench(*options)
     assert done.returncode == 2
     assert options[0] in done.stderr
+
+
+needs_peers = pytest.mark.skipif(
+    not all(map(shutil.which, ("haproxy", "nginx", "wrk"))), reason="haproxy, nginx or wrk is missing"
+)
+
+
+@needs_peers
+@pytest.mark.parametrize("name", ["relay-bulk", "files-large"])
+def test_transfers_are_measured_against_real_peers(name, tmp_path):
+    _title, scenario = transfers.SCENARIOS[name]
+    found = scenario(1, 0.07, str(tmp_path))
+    assert len(found) >= 2
+    assert all(len(figures) == 1 for figures in found.values())
+
+
+def test_transfers_name_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(transfers, "need_wrk", lambda: None)
+    monkeypatch.setattr(transfers.shutil, "which", lambda program: None)
+    assert transfers.main([]) == 2
+    assert capsys.readouterr().err == "these benchmarks need haproxy: apt-get install haproxy\n"
