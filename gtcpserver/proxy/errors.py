@@ -1,0 +1,25 @@
+"""What goes wrong between a proxy and its clients."""
+
+from __future__ import annotations
+
+from ..errors import GtcpServerError
+
+
+class ProtocolError(GtcpServerError):
+    """A client's bytes break the protocol it speaks.
+
+    Attributes:
+        reply: what the protocol wants to be sent before the connection is closed; b"" for nothing.
+    """
+
+    def __init__(self, message: str, reply: bytes = b"") -> None:
+        super().__init__(message)
+        self.reply = reply
+
+
+class BadTarget(GtcpServerError):
+    """A destination that is not one: not a host name, not an address, not a port."""
+
+
+class RuleError(GtcpServerError):
+    """A rule that cannot be read; the message names the word, and what was expected."""

@@ -1,0 +1,321 @@
+"""Rules: who may use which listener, and who may reach what. No I/O.
+
+A client rule:
+
+    allow|deny from CLIENT to LISTENER [with auth NAME]
+    allow|deny CLIENT                                          short for: from CLIENT to any
+
+A destination rule:
+
+    allow|deny from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
+    allow|deny DESTINATION                                     short for: from any to DESTINATION
+
+CLIENT is "any", an address or a network. DESTINATION is one of these, each with ":PORTS" behind it if it is for some
+ports only (443 or 80,443 or 8000-8999):
+
+    any                                    everything but the special kinds of addresses
+    10.0.0.0/8, 192.0.2.1, [2001:db8::/32] a network or address, also of names that resolve to it
+    example.com                            this name
+    .example.com                           names below it, and itself
+    loopback, private, metadata, ...       a kind of address (see target.KINDS)
+
+The first rule that matches decides; behind the last one everything is denied. Special kinds of addresses (loopback,
+link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are reached only by a rule that
+names them: the kind, or a network that lies in it. "allow any" and ".example.com" do not: the first would open the
+proxy's own network to its clients, the second to whoever owns that domain's name server.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any, Literal
+
+from .errors import BadTarget, RuleError
+from .target import KINDS, IPAddress, IPNetwork, addresses_meant, canonical_name, kind_of, parse_address, unmapped
+
+Action = Literal["allow", "deny"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DESTINATION = re.compile(r"(\[[^]]*\]|[^:]*)(?::(.*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Destinations:
+    """What a destination rule is for; no more than one of kind, network and name is set.
+
+    Attributes:
+        kind: of special addresses, a key of target.KINDS.
+        network: addresses.
+        name: a host name; with a dot before it also those below it.
+        ports: ranges, both ends included; () for all.
+    """
+
+    kind: str | None = None
+    network: IPNetwork | None = None
+    name: str | None = None
+    ports: tuple[tuple[int, int], ...] = ()
+
+    def has_port(self, port: int) -> bool:
+        return not self.ports or any(first <= port <= last for first, last in self.ports)
+
+    def has_name(self, name: str) -> bool:
+        if self.name is None:
+            return False
+        return name == self.name or (self.name.startswith(".") and (name.endswith(self.name) or name == self.name[1:]))
+
+    def has_address(self, ip: IPAddress) -> bool:
+        if self.kind is not None:
+            return kind_of(ip) == self.kind
+        return self.network is not None and ip.version == self.network.version and ip in self.network
+
+    def opens(self, ip: IPAddress) -> bool:
+        """Whether this names the special kind that an address is of, so that a rule with it may allow it."""
+        kind = kind_of(ip)
+        if kind is None or self.kind == kind:
+            return True
+        network: Any = self.network
+        return network is not None and any(
+            network.version == special.version and network.subnet_of(special) for special in KINDS[kind]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRule:
+    """Who may use a listener; ``auth`` names who has to confirm it, None: nobody."""
+
+    text: str
+    action: Action
+    clients: IPNetwork | None
+    listener: str | None
+    auth: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationRule:
+    """Who may reach what; None matches everything."""
+
+    text: str
+    action: Action
+    clients: IPNetwork | None
+    user: str | None
+    via: str | None
+    destinations: Destinations
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the rules say.
+
+    Attributes:
+        allowed: yes or no.
+        rule: which one, as it was written; or why no rule was asked.
+        auth: of a client rule: the authenticator that the client has to satisfy.
+    """
+
+    allowed: bool
+    rule: str
+    auth: str | None = None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Words:
+    """The words of a rule, taken from the left."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._words = text.split()
+
+    def peek(self) -> str | None:
+        return self._words[0] if self._words else None
+
+    def take(self, expected: str) -> str:
+        if not self._words:
+            raise RuleError(f"{expected} expected at the end of {self.text!r}")
+        return self._words.pop(0)
+
+    def take_word(self, *words: str) -> str:
+        expected = " or ".join(f'"{word}"' for word in words)
+        word = self.take(expected)
+        if word not in words:
+            raise RuleError(f"{expected} expected, got {word!r} in {self.text!r}")
+        return word
+
+    def skip(self, word: str) -> bool:
+        if self.peek() == word:
+            self._words.pop(0)
+            return True
+        return False
+
+    def take_name(self, what: str) -> str:
+        word = self.take(what)
+        if not _NAME.fullmatch(word):
+            raise RuleError(f"{what} expected, got {word!r} in {self.text!r}")
+        return word
+
+    def end(self) -> None:
+        if self._words:
+            raise RuleError(f"nothing more expected, got {self._words[0]!r} in {self.text!r}")
+
+
+def parse_client_rule(text: str) -> ClientRule:
+    """Read a client rule. Raises RuleError."""
+    words = _Words(text)
+    action: Any = words.take_word("allow", "deny")
+    if not words.skip("from"):
+        clients = _clients(words)
+        words.end()
+        return ClientRule(text, action, clients, None, None)
+    clients = _clients(words)
+    words.take_word("to")
+    listener = _or_any(words.take_name('the name of a listener, or "any",'))
+    auth = None
+    if words.skip("with"):
+        words.take_word("auth")
+        auth = words.take_name("the name of an authenticator")
+        if action == "deny":
+            raise RuleError(f'"with auth" is for rules that allow, in {text!r}')
+    words.end()
+    return ClientRule(text, action, clients, listener, auth)
+
+
+def parse_destination_rule(text: str) -> DestinationRule:
+    """Read a destination rule. Raises RuleError."""
+    words = _Words(text)
+    action: Any = words.take_word("allow", "deny")
+    clients = user = via = None
+    if words.skip("from"):
+        clients = _clients(words)
+        if words.skip("user"):
+            user = words.take("the name of a user")
+        if words.skip("via"):
+            via = words.take_name("the name of a listener or authenticator")
+        words.take_word("to")
+    destinations = _destinations(words.take("a destination"), text)
+    words.end()
+    return DestinationRule(text, action, clients, user, via, destinations)
+
+
+def _or_any(word: str) -> str | None:
+    return None if word == "any" else word
+
+
+def _clients(words: _Words) -> IPNetwork | None:
+    word = words.take('a network, an address or "any"')
+    if word == "any":
+        return None
+    try:
+        return ip_network(word.strip("[]"))
+    except ValueError as error:
+        raise RuleError(f'a network, an address or "any" expected, got {word!r} in {words.text!r} ({error})') from None
+
+
+def _destinations(word: str, text: str) -> Destinations:
+    host, ports_text = word, None
+    if word.count(":") < 2 or word.startswith("["):
+        match = _DESTINATION.fullmatch(word)
+        if match is None:
+            raise RuleError(f"a destination expected, got {word!r} in {text!r}")
+        host, ports_text = match.groups()
+    ports = _ports(ports_text, text) if ports_text is not None else ()
+    host = host.strip("[]")
+    if host == "any":
+        return Destinations(ports=ports)
+    if host in KINDS:
+        return Destinations(kind=host, ports=ports)
+    try:
+        return Destinations(network=ip_network(host), ports=ports)
+    except ValueError as error:
+        if "/" in host or ":" in host:
+            raise RuleError(f"a network expected, got {host!r} in {text!r} ({error})") from None
+    try:
+        if parse_address(host) is not None:
+            # 127.1 or 010.0.0.1: what is meant by it depends on who reads it.
+            raise RuleError(f"an address in four decimal numbers expected, got {host!r} in {text!r}")
+        name = host.removeprefix("*")
+        return Destinations(name="." * name.startswith(".") + canonical_name(name.removeprefix(".")), ports=ports)
+    except BadTarget as error:
+        raise RuleError(f"a destination expected, got {host!r} in {text!r} ({error})") from None
+
+
+def _ports(text: str, rule: str) -> tuple[tuple[int, int], ...]:
+    ranges = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        numbers = [first, last] if dash else [first, first]
+        if not all(number.isascii() and number.isdigit() and 1 <= int(number[:6]) <= 65535 for number in numbers):
+            raise RuleError(f"ports from 1 to 65535 expected, got {part!r} in {rule!r}")
+        if int(numbers[0]) > int(numbers[1]):
+            raise RuleError(f"the lower port first expected, got {part!r} in {rule!r}")
+        ranges.append((int(numbers[0]), int(numbers[1])))
+    return tuple(ranges)
+
+
+# -- deciding ----------------------------------------------------------------------------------------------------------
+
+
+def decide_client(rules: Sequence[ClientRule], client: IPAddress, listener: str) -> Decision:
+    """Whether a client may use a listener, and with which authenticator."""
+    client = unmapped(client)
+    for rule in rules:
+        if _is_from(rule.clients, client) and rule.listener in (None, listener):
+            return Decision(rule.action == "allow", rule.text, rule.auth)
+    return Decision(False, "no client rule matches")
+
+
+def decide_destination(
+    rules: Sequence[DestinationRule],
+    *,
+    client: IPAddress,
+    listener: str,
+    auth: str | None,
+    user: str | None,
+    name: str | None,
+    ip: IPAddress,
+    port: int,
+) -> Decision:
+    """Whether a client may reach one address.
+
+    Asked for every address that a name has, and for no other than the one that is connected to: whoever resolves the
+    name again may get another one.
+
+    Args:
+        client: the client's address.
+        listener: the name of the listener it came by.
+        auth: the name of the authenticator that knows the user, if one does.
+        user: who the client is, if that is known.
+        name: the host name that was asked for, in its canonical form; None for an address.
+        ip: the address.
+        port: of the destination.
+    """
+    client = unmapped(client)
+    meant = addresses_meant(ip)
+    special = [one for one in meant if kind_of(one) is not None]
+    for rule in rules:
+        if not (
+            _is_from(rule.clients, client)
+            and rule.user in (None, user)
+            and rule.via in (None, listener, auth)
+            and rule.destinations.has_port(port)
+        ):
+            continue
+        what = rule.destinations
+        everything = what.kind is None and what.network is None and what.name is None
+        matches = everything or (name is not None and what.has_name(name)) or any(map(what.has_address, meant))
+        if rule.action == "deny":
+            # By the address, and by each one that a gateway may make of it.
+            if matches:
+                return Decision(False, rule.text)
+        elif matches and all(map(what.opens, special)):
+            return Decision(True, rule.text)
+    if special:
+        return Decision(False, f"{kind_of(special[-1])} addresses are denied unless a rule names them")
+    return Decision(False, "no destination rule matches")
+
+
+def _is_from(clients: IPNetwork | None, client: IPAddress) -> bool:
+    return clients is None or (clients.version == client.version and client in clients)

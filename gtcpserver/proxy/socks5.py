@@ -1,0 +1,241 @@
+"""SOCKS5 messages (RFC 1928, RFC 1929): bytes to values and back. No I/O.
+
+A ``parse_...`` function is given what has come so far. It returns the message and how many bytes it had, or None as
+long as more must come; it never needs more than the 262 (greeting), 513 (password) or 262 (request) bytes that a
+message can have. What comes behind belongs to the next message, or to the destination.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from .errors import BadTarget, ProtocolError
+from .target import IPAddress, Target, make_target
+
+VERSION = 5
+AUTHENTICATION_VERSION = 1  # of RFC 1929's messages, not 5
+
+
+class Method(IntEnum):
+    """How a client may say who it is (RFC 1928 section 3)."""
+
+    NONE = 0x00
+    PASSWORD = 0x02
+    NOT_ACCEPTABLE = 0xFF
+
+
+class Command(IntEnum):
+    CONNECT = 1
+    BIND = 2
+    UDP_ASSOCIATE = 3
+
+
+class AddressType(IntEnum):
+    IPV4 = 1
+    NAME = 3
+    IPV6 = 4
+
+
+class Reply(IntEnum):
+    """RFC 1928 section 6."""
+
+    SUCCEEDED = 0
+    GENERAL_FAILURE = 1
+    NOT_ALLOWED = 2
+    NETWORK_UNREACHABLE = 3
+    HOST_UNREACHABLE = 4
+    CONNECTION_REFUSED = 5
+    TTL_EXPIRED = 6
+    COMMAND_NOT_SUPPORTED = 7
+    ADDRESS_TYPE_NOT_SUPPORTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client says it is; bytes as they came (RFC 1929 names no character set)."""
+
+    user: bytes
+    password: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    command: Command
+    target: Target
+
+
+# -- from the client ---------------------------------------------------------------------------------------------------
+
+
+def parse_greeting(data: bytes) -> tuple[frozenset[int], int] | None:
+    """The methods a client offers. Raises ProtocolError."""
+    _check_version(data)
+    if len(data) < 2:
+        return None
+    end = 2 + data[1]
+    if not data[1]:
+        raise ProtocolError("the client offers no authentication method", choose(Method.NOT_ACCEPTABLE))
+    return (frozenset(data[2:end]), end) if len(data) >= end else None
+
+
+def parse_password(data: bytes) -> tuple[Credentials, int] | None:
+    """User name and password, 1 to 255 bytes each. Raises ProtocolError."""
+    if data and data[0] != AUTHENTICATION_VERSION:
+        raise ProtocolError(f"version of the authentication must be 1, got {data[0]}", authentication_answer(False))
+    if len(data) < 2:
+        return None
+    if not data[1]:
+        raise ProtocolError("the user name is empty", authentication_answer(False))
+    name_end = 2 + data[1]
+    if len(data) <= name_end:
+        return None
+    if not data[name_end]:
+        raise ProtocolError("the password is empty", authentication_answer(False))
+    end = name_end + 1 + data[name_end]
+    if len(data) < end:
+        return None
+    return Credentials(data[2:name_end], data[name_end + 1 : end]), end
+
+
+def parse_request(data: bytes) -> tuple[Request, int] | None:
+    """A command and where to.
+
+    Raises:
+        ProtocolError: with the reply to send: 07 for an unknown command, 08 for an unknown address type.
+    """
+    _check_version(data)
+    if len(data) < 4:
+        return None
+    if data[2]:
+        raise ProtocolError(f"the reserved byte must be 0, got {data[2]}", reply(Reply.GENERAL_FAILURE))
+    found = _parse_address(data, 3)
+    if found is None:
+        return None
+    host, port, end = found
+    try:
+        command = Command(data[1])
+    except ValueError:
+        raise ProtocolError(f"unknown command {data[1]}", reply(Reply.COMMAND_NOT_SUPPORTED)) from None
+    try:
+        target = make_target(host, port, least_port=1 if command is Command.CONNECT else 0)
+    except BadTarget as error:
+        raise ProtocolError(str(error), reply(Reply.GENERAL_FAILURE)) from None
+    return Request(command, target), end
+
+
+def _check_version(data: bytes) -> None:
+    if data and data[0] != VERSION:
+        raise ProtocolError(f"SOCKS version must be 5, got {data[0]}")
+
+
+def _parse_address(data: bytes, at: int) -> tuple[str, int, int] | None:
+    """(host, port, end) of what begins with an address type at ``at``."""
+    kind = data[at]
+    if kind == AddressType.NAME:
+        if len(data) < at + 2:
+            return None
+        if not data[at + 1]:
+            raise ProtocolError("the host name is empty", reply(Reply.GENERAL_FAILURE))
+        start, size = at + 2, data[at + 1]
+    elif kind in (AddressType.IPV4, AddressType.IPV6):
+        start, size = at + 1, 4 if kind == AddressType.IPV4 else 16
+    else:
+        raise ProtocolError(f"unknown address type {kind}", reply(Reply.ADDRESS_TYPE_NOT_SUPPORTED))
+    end = start + size + 2
+    if len(data) < end:
+        return None
+    raw = data[start : start + size]
+    try:
+        host = raw.decode() if kind == AddressType.NAME else str(ip_address(raw))
+    except UnicodeDecodeError:
+        raise ProtocolError("the host name is not UTF-8", reply(Reply.GENERAL_FAILURE)) from None
+    return host, int.from_bytes(data[end - 2 : end], "big"), end
+
+
+# -- to the client -----------------------------------------------------------------------------------------------------
+
+
+def choose(method: Method) -> bytes:
+    """The answer to a greeting. After NOT_ACCEPTABLE it is the client's to close (RFC 1928 section 3)."""
+    return bytes((VERSION, method))
+
+
+def authentication_answer(accepted: bool) -> bytes:
+    """The answer to a password; after a refusal the connection must be closed (RFC 1929 section 2)."""
+    return bytes((AUTHENTICATION_VERSION, 0 if accepted else 1))
+
+
+def reply(code: Reply, bound: tuple[IPAddress, int] | None = None) -> bytes:
+    """The answer to a request.
+
+    Args:
+        bound: the address that the proxy uses towards the destination; None: not told, all zeros.
+    """
+    ip, port = bound or (IPv4Address(0), 0)
+    return bytes((VERSION, code, 0)) + _address_bytes(ip, port)
+
+
+def _address_bytes(ip: IPAddress, port: int) -> bytes:
+    kind = AddressType.IPV6 if isinstance(ip, IPv6Address) else AddressType.IPV4
+    return bytes((kind,)) + ip.packed + port.to_bytes(2, "big")
+
+
+# -- UDP (RFC 1928 section 7) ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Datagram:
+    target: Target
+    data: bytes
+
+
+def parse_datagram(packet: bytes) -> Datagram | None:
+    """What a client wants to have sent; None for a fragment, which is dropped as the RFC allows.
+
+    Raises:
+        ProtocolError: it is to be dropped, too: there is no answer to a datagram.
+    """
+    if len(packet) < 5 or packet[:2] != b"\0\0":
+        raise ProtocolError("not a SOCKS datagram")
+    if packet[2]:
+        return None
+    found = _parse_address(packet, 3)
+    if found is None:
+        raise ProtocolError("the datagram's header is cut off")
+    host, port, end = found
+    try:
+        return Datagram(make_target(host, port), packet[end:])
+    except BadTarget as error:
+        raise ProtocolError(str(error)) from None
+
+
+def datagram(ip: IPAddress, port: int, data: bytes) -> bytes:
+    """What came from an address, for the client."""
+    return b"\0\0\0" + _address_bytes(ip, port) + data
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+_REPLY_OF_ERRNO = {
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
+    errno.EADDRNOTAVAIL: Reply.NETWORK_UNREACHABLE,  # no address of ours for that family
+    errno.EAFNOSUPPORT: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
+    errno.ETIMEDOUT: Reply.HOST_UNREACHABLE,
+    errno.EACCES: Reply.NOT_ALLOWED,  # a firewall of ours
+    errno.EPERM: Reply.NOT_ALLOWED,
+}
+
+
+def reply_of(error: OSError) -> Reply:
+    """What a failure to connect is called here."""
+    if isinstance(error, (socket.gaierror, TimeoutError)):
+        return Reply.HOST_UNREACHABLE
+    return _REPLY_OF_ERRNO.get(error.errno or 0, Reply.GENERAL_FAILURE)

@@ -1,0 +1,235 @@
+"""Where a client wants to go: one canonical form for every spelling, and what kind of place an address is. No I/O.
+
+Clients that must not reach a place try all of its names: 127.0.0.1 is also 127.1, 0x7f000001, 2130706433 and
+0177.0.0.1 (inet_aton(3)), and as IPv6 ::ffff:127.0.0.1, 2002:7f00:1:: and 64:ff9b::7f00:1. Rules see one form of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from .errors import BadTarget
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+#: RFC 1035 section 2.3.4: 255 octets on the wire, which are 253 characters.
+LONGEST_NAME = 253
+LONGEST_LABEL = 63
+
+#: A label as it is found in practice: RFC 952 and 1123, and the underscore of service names.
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]*|[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A destination.
+
+    Attributes:
+        host: a name in lower case without its final dot, or an address in its canonical text.
+        port: 1 to 65535; 0 only where a protocol gives it a meaning (BIND, UDP ASSOCIATE).
+        ip: the address, if the host is one; IPv4-mapped IPv6 addresses are IPv4.
+    """
+
+    host: str
+    port: int
+    ip: IPAddress | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if isinstance(self.ip, IPv6Address) else f"{self.host}:{self.port}"
+
+
+def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
+    """A target of what a client said.
+
+    Args:
+        host: a name, or an address in any spelling; an IPv6 address with or without brackets.
+        port: of the destination.
+        least_port: 0 where 0 has a meaning.
+
+    Raises:
+        BadTarget: neither a name nor an address, or no port.
+    """
+    if not least_port <= port <= 65535:
+        raise BadTarget(f"port must be {least_port} to 65535, got {port}")
+    ip = parse_address(host)
+    return Target(str(ip), port, ip) if ip is not None else Target(canonical_name(host), port)
+
+
+def parse_authority(text: str, default_port: int | None = None) -> Target:
+    """Read "host:port" (RFC 3986 section 3.2, without user information).
+
+    Args:
+        default_port: for a text without a port; None: there must be one, as behind CONNECT (RFC 9110 section 9.3.6).
+
+    Raises:
+        BadTarget: with what is wrong.
+    """
+    if "@" in text:
+        raise BadTarget("user information is not allowed in a destination")
+    if text.startswith("["):
+        host, closed, rest = text[1:].partition("]")
+        if not closed or (rest and not rest.startswith(":")):
+            raise BadTarget(f"expected [IPv6]:port, got {text!r}")
+        if ":" not in host or "%" in host or _plain_address(host) is None:
+            raise BadTarget(f"expected an IPv6 address in brackets, got {host!r}")
+        port_text = rest[1:] if rest else None
+    else:
+        host, colon, port_text_ = text.partition(":")
+        port_text = port_text_ if colon else None
+        if port_text is not None and ":" in port_text:
+            raise BadTarget(f"an IPv6 address needs brackets: [{text}]:port")
+    if not port_text:
+        if default_port is None:
+            raise BadTarget(f"expected host:port, got {text!r}")
+        return make_target(host, default_port)
+    if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5):
+        raise BadTarget(f"port must be 1 to 65535, got {port_text!r}")
+    return make_target(host, int(port_text))
+
+
+def parse_address(text: str) -> IPAddress | None:
+    """The address that a text is a spelling of; None for a name.
+
+    Raises:
+        BadTarget: an address with a zone ("fe80::1%eth0"), or brackets around what is no IPv6 address.
+    """
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+        if ":" not in text:
+            raise BadTarget(f"expected an IPv6 address in brackets, got {text!r}")
+    if "%" in text:
+        raise BadTarget("an address with a zone means nothing to the proxy")
+    if ":" in text:
+        found = _plain_address(text)
+        if found is None:
+            raise BadTarget(f"not an IPv6 address: {text!r}")
+        return found
+    return _ipv4_of_any_spelling(text)
+
+
+def _plain_address(text: str) -> IPAddress | None:
+    try:
+        return unmapped(ip_address(text))
+    except ValueError:
+        return None
+
+
+def _ipv4_of_any_spelling(text: str) -> IPv4Address | None:
+    """What inet_aton(3) makes of it: one to four numbers, each decimal, octal (0...) or hexadecimal (0x...)."""
+    parts = text.removesuffix(".").split(".")
+    if len(parts) > 4 or not all(_NUMBER.fullmatch(part) for part in parts):
+        return None
+    if any(len(part) > 40 for part in parts):
+        raise BadTarget("not an IPv4 address: a number in it is too long")
+    values = []
+    for part in parts:
+        try:
+            if part[:2].lower() == "0x":
+                values.append(int(part[2:] or "0", 16))
+            else:
+                values.append(int(part, 8 if len(part) > 1 and part[0] == "0" else 10))
+        except ValueError:
+            raise BadTarget(f"not an IPv4 address: {text!r}") from None  # 08, 09
+    *front, last = values
+    if any(value > 255 for value in front) or last >= 256 ** (5 - len(values)):
+        raise BadTarget(f"not an IPv4 address: {text!r}")
+    number = last
+    for place, value in enumerate(front):
+        number |= value << (24 - 8 * place)
+    return IPv4Address(number)
+
+
+def canonical_name(text: str) -> str:
+    """A host name in lower case ASCII, without its final dot.
+
+    Raises:
+        BadTarget: too long, empty, or with characters that no host name has (they may be meant for the next
+            protocol, or for the log).
+    """
+    name = text[:-1] if text.endswith(".") else text
+    if not name:
+        raise BadTarget("the host name is empty")
+    if len(name) > LONGEST_NAME:
+        raise BadTarget(f"the host name is longer than {LONGEST_NAME} characters")
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode()  # RFC 3490
+        except UnicodeError:
+            raise BadTarget(f"not a host name: {_shown(text)}") from None
+        if len(name) > LONGEST_NAME:
+            raise BadTarget(f"the host name is longer than {LONGEST_NAME} characters")
+    name = name.lower()
+    labels = name.split(".")
+    if not all(len(label) <= LONGEST_LABEL and _LABEL.fullmatch(label) for label in labels):
+        raise BadTarget(f"not a host name: {_shown(text)}")
+    if _NUMBER.fullmatch(labels[-1]):
+        # Resolvers disagree on what this is (WHATWG URL: "ends in a number": an address, or an error).
+        raise BadTarget(f"not a host name: {_shown(text)}")
+    return name
+
+
+def _shown(text: str) -> str:
+    return ascii(text if len(text) <= 64 else text[:61] + "...")
+
+
+# -- kinds of addresses ------------------------------------------------------------------------------------------------
+
+#: Networks by what they are, special before general: an address is what the first one says that holds it. Those from
+#: RFC 6890 and its successors (the IANA special-purpose registries), and what clouds answer instances on.
+KINDS: dict[str, tuple[IPNetwork, ...]] = {
+    kind: tuple(map(ip_network, networks.split()))
+    for kind, networks in {
+        "metadata": "169.254.169.254/32 169.254.170.2/32 169.254.169.123/32 100.100.100.200/32 168.63.129.16/32 "
+        "192.0.0.192/32 fd00:ec2::254/128 fd20:ce::254/128",
+        "unspecified": "0.0.0.0/8 ::/128",
+        "loopback": "127.0.0.0/8 ::1/128",
+        "link-local": "169.254.0.0/16 fe80::/10",
+        "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10",
+        "shared": "100.64.0.0/10",
+        "multicast": "224.0.0.0/4 ff00::/8",
+        "broadcast": "255.255.255.255/32",
+        "reserved": "192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 "
+        "240.0.0.0/4 64:ff9b:1::/48 100::/64 2001::/23 2001:db8::/32 3fff::/20 5f00::/16",
+    }.items()
+}
+
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052
+_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215
+_COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
+_ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214 section 6.1
+
+
+def kind_of(ip: IPAddress) -> str | None:
+    """What kind of special address it is, a key of KINDS; None for one that is anywhere on the internet."""
+    for kind, networks in KINDS.items():
+        if any(ip.version == network.version and ip in network for network in networks):
+            return kind
+    return None
+
+
+def unmapped(ip: IPAddress) -> IPAddress:
+    """The IPv4 address that an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2) is; others as they are."""
+    return (ip.ipv4_mapped or ip) if isinstance(ip, IPv6Address) else ip
+
+
+def addresses_meant(ip: IPAddress) -> tuple[IPAddress, ...]:
+    """An address, and the IPv4 addresses in it to which a gateway may bring what is sent there."""
+    ip = unmapped(ip)
+    return (ip, *_embedded(ip)) if isinstance(ip, IPv6Address) else (ip,)
+
+
+def _embedded(ip: IPv6Address) -> Iterator[IPv4Address]:
+    number = int(ip)
+    if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _COMPATIBLE and number > 0xFFFF):
+        yield IPv4Address(number & 0xFFFFFFFF)
+    if ip.sixtofour is not None:
+        yield ip.sixtofour
+    if ip.teredo is not None:
+        yield from ip.teredo
+    if (number >> 32) & 0xFFFFFFFF in _ISATAP:
+        yield IPv4Address(number & 0xFFFFFFFF)
