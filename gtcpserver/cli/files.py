@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from gtcpserver.cli.commands import EPILOG
-from gtcpserver.cli.options import explained, make_listen_config, make_server, server_options
-from gtcpserver.cli.serve import prepare, process_options, serve_until_stopped
+from gtcpserver.cli.options import explained, server_options, supervisor_options
+from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.static_files import StaticFiles
 
 FIELDS = ("index", "cache_control")
@@ -31,6 +31,7 @@ FIELDS = ("index", "cache_control")
 @click.option("--cache-control", metavar="VALUE", help='Cache-Control header for files, such as "max-age=3600".')
 @click.option("--access-log/--no-access-log", default=False, help="Log each request.  [default: no-access-log]")
 @server_options
+@supervisor_options
 @process_options
 @click.pass_context
 def files(
@@ -49,7 +50,6 @@ def files(
 
     GET and HEAD, with ranges and conditions. Files are sent by sendfile(2). Nothing outside of the directory is served.
     """
-    prepare(context)
     handler = explained(
         lambda: StaticFiles(
             directory,
@@ -62,4 +62,4 @@ def files(
         ),
         fields=FIELDS,
     )
-    serve_until_stopped(context, make_server(context, handler, make_listen_config(context)))
+    serve_with(context, lambda: handler)

@@ -13,14 +13,13 @@ from gtcpserver.cli.options import (
     AddressType,
     OrNone,
     explained,
-    make_listen_config,
-    make_server,
     server_options_but_bind,
+    supervisor_options,
 )
-from gtcpserver.cli.serve import prepare, process_options, serve_until_stopped
+from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.forwarder import Forwarder
 
-FIELDS = ("balance", "connect_timeout", "idle_timeout", "tls")
+FIELDS = ("balance", "connect_timeout", "idle_timeout")
 
 
 @click.command(epilog=EPILOG)
@@ -54,6 +53,7 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout", "tls")
     help="PEM file with the authorities that may have signed a target's certificate.  [default: the system's]",
 )
 @server_options_but_bind
+@supervisor_options
 @process_options
 @click.pass_context
 def forward(
@@ -74,7 +74,11 @@ def forward(
     """
     if target_cafile and not target_tls:
         raise click.UsageError("--target-cafile: needs --target-tls")
-    prepare(context)
+    nameless = [target for target in targets if target.startswith("unix:")]
+    if target_tls and nameless:
+        raise click.UsageError(
+            f"--target-tls: {nameless[0]} has no host name that its certificate could be checked for"
+        )
     tls = None
     if target_tls:
         # gevent's own, whether the program is patched or not; this kind checks certificates and names.
@@ -94,4 +98,4 @@ def forward(
         ),
         fields=FIELDS,
     )
-    serve_until_stopped(context, make_server(context, forwarder, make_listen_config(context)))
+    serve_with(context, lambda: forwarder)
