@@ -236,6 +236,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         stream.kept = data
         raise LimitExceeded(f"no {separator!r} within {limit} bytes")
 
+    def unread(self, data: bytes) -> None:
+        """Give back bytes that were read: the next read, or a relay, gets them first."""
+        self._stream.kept = data + self._stream.kept
+
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def send(self, data: Any, flags: int = 0) -> int:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from itertools import chain, zip_longest
 from time import monotonic
 from typing import Any, Literal, get_args
 
@@ -133,8 +132,10 @@ def _look_up(name: str) -> list[IPAddress]:
 def in_order(found: Sequence[IPAddress], family: Family) -> tuple[IPAddress, ...]:
     """Addresses in the order in which they should be tried: one family after the other, in turn."""
     known = dict.fromkeys(map(unmapped, found))
-    v4 = [ip for ip in known if isinstance(ip, IPv4Address)] if family != "ipv6" else []
-    v6 = [ip for ip in known if isinstance(ip, IPv6Address)] if family != "ipv4" else []
+    v4: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv4Address)] if family != "ipv6" else []
+    v6: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv6Address)] if family != "ipv4" else []
     first, second = (v4, v6) if family == "prefer-ipv4" else (v6, v4)
-    ordered: list[IPAddress | None] = list(chain.from_iterable(zip_longest(first, second)))
-    return tuple(ip for ip in ordered if ip is not None)
+    ordered: list[IPAddress] = []
+    for place in range(max(len(first), len(second))):
+        ordered += first[place : place + 1] + second[place : place + 1]
+    return tuple(ordered)

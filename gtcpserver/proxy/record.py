@@ -1,0 +1,112 @@
+"""The access record: what one connection through the proxy was, as one line of a log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from time import monotonic, time
+from typing import Literal
+
+log = logging.getLogger("gtcpserver.access")
+
+Result = Literal[
+    "ok",  # relayed, and both sides ended in order
+    "reset",  # one side was reset
+    "idle",  # nothing moved for too long
+    "client_denied",
+    "destination_denied",
+    "authentication_failed",
+    "bad_request",  # the client broke the protocol, or left during it
+    "negotiation_timeout",
+    "limit",  # too many connections
+    "unresolved",
+    "refused",
+    "unreachable",
+    "connect_timeout",
+    "failed",
+    "stopped",
+]
+
+
+@dataclass(slots=True)
+class AccessRecord:
+    """One connection, filled in as it goes on.
+
+    Attributes:
+        client: address of the client.
+        listener: name of the listener.
+        protocol: "socks4", "socks4a", "socks5" or "http"; "" until it is known.
+        user: who the client is, if it has said so and was believed.
+        command: "CONNECT", "BIND", "UDP", or a method of HTTP.
+        asked: destination as the client named it, in its canonical form.
+        connected: the address that was connected to.
+        upstream: the proxy through which, if not directly.
+        result: how it ended.
+        detail: in words: the rule, the error.
+        sent, received: bytes from the client to the destination, and back.
+        negotiated, opened: seconds until the client had said what it wants, and from there until it was connected.
+    """
+
+    client: str
+    listener: str
+    protocol: str = ""
+    user: str | None = None
+    command: str = ""
+    asked: str = ""
+    connected: str = ""
+    upstream: str = ""
+    result: Result = "failed"
+    detail: str = ""
+    sent: int = 0
+    received: int = 0
+    negotiated: float = 0.0
+    opened: float = 0.0
+    began_at: float = field(default_factory=time)
+    _began: float = field(default_factory=monotonic)
+
+    def note_negotiated(self) -> None:
+        """The client has said what it wants."""
+        self.negotiated = monotonic() - self._began
+
+    def note_opened(self) -> None:
+        """The destination is connected."""
+        self.opened = monotonic() - self._began - self.negotiated
+
+    def fields(self, redact: bool = False) -> dict[str, object]:
+        """By name, for JSON. ``redact`` leaves out where the client went."""
+        hidden = "-" if redact else None
+        return {
+            "time": datetime.fromtimestamp(self.began_at, timezone.utc).isoformat(timespec="milliseconds"),
+            "client": self.client,
+            "listener": self.listener,
+            "protocol": self.protocol or None,
+            "user": self.user,
+            "command": self.command or None,
+            "asked": hidden or self.asked or None,
+            "connected": hidden or self.connected or None,
+            "upstream": self.upstream or None,
+            "result": self.result,
+            "detail": None if redact else self.detail or None,
+            "sent": self.sent,
+            "received": self.received,
+            "negotiated": round(self.negotiated, 4),
+            "opened": round(self.opened, 4),
+            "duration": round(monotonic() - self._began, 4),
+        }
+
+    def write(self, style: Literal["text", "json"] = "text", redact: bool = False) -> None:
+        """Write the line to the logger "gtcpserver.access"."""
+        fields = self.fields(redact)
+        if style == "json":
+            log.info("%s", json.dumps(fields), extra={"access": fields})
+            return
+        # Names were checked and users are quoted: nothing of the client's can end the line or forge another.
+        words = (f"{name}={_quoted(value)}" for name, value in fields.items() if name != "time" and value is not None)
+        log.info("%s", " ".join(words), extra={"access": fields})
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text.isascii() and text.isprintable() and not set(text) & set(' "=\\') else json.dumps(text)

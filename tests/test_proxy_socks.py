@@ -1,0 +1,252 @@
+"""SOCKS clients, through a real server to real destinations."""
+
+import logging
+import shutil
+import socket
+import struct
+import subprocess
+from ipaddress import ip_address
+
+import gevent
+import pytest
+from conftest import SOON, wait_until
+from test_server import echo
+
+from gtcpserver.proxy.gate import Gate, Timeouts
+from gtcpserver.proxy.handler import ProxyHandler
+from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+
+ANYBODY = [parse_client_rule("allow any")]
+ANYWHERE = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
+
+
+class OnePassword:
+    """Ada's is "pw"."""
+
+    def check(self, user, password, client):
+        return (user, password) == (b"Ada", b"pw")
+
+
+@pytest.fixture
+def proxy(serve):
+    """`proxy(**gate)` starts one that lets everybody go everywhere, unless told otherwise."""
+
+    def start(**options):
+        gate = Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})
+        return serve(ProxyHandler(gate))
+
+    return start
+
+
+@pytest.fixture
+def lines(caplog):
+    """`lines(n)` waits for n access lines, and returns each as a dict."""
+    caplog.set_level(logging.INFO, "gtcpserver.access")
+
+    def wait(number):
+        found = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
+        return found if len(found) >= number else None
+
+    return lambda number=1: wait_until(lambda: wait(number))
+
+
+@pytest.fixture
+def origin(serve):
+    return serve(echo)
+
+
+def connect_request(host, port, version=5):
+    if version == 4:
+        return b"\x04\x01" + struct.pack("!H", port) + socket.inet_aton(host) + b"me\0"
+    return b"\x05\x01\x00\x03" + bytes([len(host)]) + host.encode() + struct.pack("!H", port)
+
+
+def read(sock, size):
+    data = b""
+    while len(data) < size and (more := sock.recv(size - len(data))):
+        data += more
+    return data
+
+
+def test_requirement_01_everything_in_one_segment_and_early_bytes_reach_the_destination(
+    proxy, origin, connect, in_thread, lines
+):
+    client = connect(proxy())
+    client.sendall(b"\x05\x01\x00" + connect_request("localhost", origin.port) + b"early")
+    assert in_thread(read, client, 2) == b"\x05\x00"
+    reply = in_thread(read, client, 10)
+    assert reply[:4] == b"\x05\x00\x00\x01"
+    assert in_thread(read, client, 5) == b"early"
+    client.shutdown(socket.SHUT_WR)
+    assert in_thread(client.recv, 10) == b""
+    (line,) = lines()
+    assert (line["result"], line["sent"], line["received"]) == ("ok", 5, 5)
+    assert line["asked"] == f"localhost:{origin.port}"
+    assert line["connected"] == f"127.0.0.1:{origin.port}"
+    assert line["protocol"] == "socks5"
+
+
+def test_requirement_01_one_byte_at_a_time(proxy, origin, connect, in_thread):
+    client = connect(proxy())
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in b"\x05\x01\x00" + connect_request("127.0.0.1", origin.port):
+        client.sendall(bytes([byte]))
+        gevent.sleep(0.001)
+    assert in_thread(read, client, 12)[2:4] == b"\x05\x00"
+    client.sendall(b"ping")
+    assert in_thread(read, client, 4) == b"ping"
+
+
+def test_requirement_08_the_bound_address_is_that_of_the_way_out(proxy, connect, in_thread, serve):
+    seen = []
+    target = serve(lambda conn: seen.append(conn.client_address))
+    for show in (True, False):
+        client = connect(proxy(show_bound_address=show))
+        client.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", target.port))
+        reply = in_thread(read, client, 12)[2:]
+        host, port = socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]
+        wait_until(lambda show=show: len(seen) == 2 - show)
+        assert (host, port) == (seen[-1] if show else ("0.0.0.0", 0))
+
+
+def test_requirements_03_04_and_05_passwords(proxy, origin, connect, in_thread, lines):
+    server = proxy(
+        client_rules=[parse_client_rule("allow from any to any with auth staff")],
+        authenticators={"staff": OnePassword()},
+    )
+
+    def talk(*messages):
+        client = connect(server)
+        client.sendall(b"".join(messages))
+        client.shutdown(socket.SHUT_WR)
+        return in_thread(read, client, 1000)
+
+    good, bad = b"\x01\x03Ada\x02pw", b"\x01\x03Ada\x02PW"
+    request = connect_request("127.0.0.1", origin.port)
+    assert talk(b"\x05\x01\x00", request) == b"\x05\xff"
+    assert talk(b"\x05\x02\x00\x02", bad, request) == b"\x05\x02\x01\x01"
+    assert talk(b"\x05\x02\x00\x02", good, request)[:6] == b"\x05\x02\x01\x00\x05\x00"
+    assert talk(connect_request("127.0.0.1", origin.port, 4))[:2] == b"\0\x5b"
+    assert [line["result"] for line in lines(4)] == ["authentication_failed"] * 2 + ["ok", "authentication_failed"]
+    assert [line["user"] for line in lines(4)] == [None, None, "Ada", None]
+
+
+def test_requirement_06_what_is_not_offered(proxy, connect, in_thread):
+    for request, code in [
+        (b"\x05\x02\x00\x01\x7f\0\0\x01\0\x50", 7),
+        (b"\x05\x03\x00\x01\0\0\0\0\0\0", 7),
+        (b"\x05\x09\x00\x01\x7f\0\0\x01\0\x50", 7),
+        (b"\x05\x01\x00\x07\x7f\0\0\x01\0\x50", 8),
+    ]:
+        client = connect(proxy())
+        client.sendall(b"\x05\x01\x00" + request)
+        assert in_thread(read, client, 100)[2:] == bytes([5, code, 0, 1]) + bytes(6)
+
+
+def test_requirement_07_failures_have_their_replies(proxy, connect, in_thread, lines):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        closed = sock.getsockname()[1]
+    cases = [("127.0.0.1", closed, 5, "refused"), ("10.1.2.3", 80, 2, "destination_denied")]
+    cases += [("no-such-host.invalid", 80, 4, "unresolved")]
+    server = proxy(timeouts=Timeouts(connect=20))
+    for number, (host, port, code, result) in enumerate(cases, 1):
+        client = connect(server)
+        client.sendall(b"\x05\x01\x00" + connect_request(host, port))
+        assert in_thread(read, client, 100)[2:4] == bytes([5, code])
+        assert lines(number)[-1]["result"] == result
+
+
+def test_requirement_16_the_proxy_does_not_connect_to_itself(serve, connect, in_thread, lines):
+    own = set()
+    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE, own_addresses=own)
+    server = serve(ProxyHandler(gate))
+    own.add((ip_address("127.0.0.1"), server.port))
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00" + connect_request("127.1", server.port))
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
+    assert lines()[0]["detail"] == "this is the proxy itself"
+
+
+def test_requirement_16_by_default_nobody_goes_anywhere_special(proxy, connect, in_thread, origin):
+    client = connect(proxy(destination_rules=[parse_destination_rule("allow any")]))
+    client.sendall(b"\x05\x01\x00" + connect_request("0x7f.1", origin.port))
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
+
+
+def test_requirement_31_negotiation_has_one_deadline_however_slowly_bytes_come(proxy, connect, in_thread, lines):
+    server = proxy(timeouts=Timeouts(negotiate=0.2))
+    for first in (b"", b"\x05", b"\x05\x01\x00\x05\x01"):
+        client = connect(server)
+        client.sendall(first)
+        in_thread(read, client, 100)
+    assert [line["result"] for line in lines(3)] == ["negotiation_timeout"] * 3
+
+
+def test_requirement_32_ends_and_resets_are_passed_on(proxy, connect, in_thread, serve, lines):
+    target = serve(lambda conn: (conn.recv(1), conn.abort()))
+    client = connect(proxy())
+    client.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", target.port))
+    in_thread(read, client, 12)
+    client.sendall(b"x")
+    with pytest.raises(ConnectionResetError):
+        in_thread(client.recv, 1)
+    assert (lines()[0]["result"], lines()[0]["detail"]) == ("reset", "by the destination")
+
+
+def test_clients_that_no_rule_lets_in(proxy, connect, in_thread, lines):
+    server = proxy(client_rules=[parse_client_rule("deny 127.0.0.0/8")])
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", 80))
+    assert in_thread(read, client, 100) == b"\x05\xff"
+    other = connect(server)
+    other.sendall(connect_request("127.0.0.1", 80, 4))
+    assert in_thread(read, other, 100)[:2] == b"\0\x5b"
+    assert [line["detail"] for line in lines(2)] == ["deny 127.0.0.0/8"] * 2
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x00", b"\x05\x00", b"\x05\x01", b"\x04\x01\0"]
+)
+def test_clients_that_speak_something_else_or_leave(proxy, connect, in_thread, lines, junk):
+    client = connect(proxy())
+    client.sendall(junk)
+    client.shutdown(socket.SHUT_WR)
+    in_thread(read, client, 100)
+    assert lines()[0]["result"] == "bad_request"
+
+
+def test_many_slow_clients_do_not_keep_a_good_one_out(proxy, origin, connect, in_thread):
+    server = proxy()
+    slow = [connect(server) for _ in range(500)]
+    for sock in slow:
+        sock.sendall(b"\x05")
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", origin.port) + b"ping")
+    assert in_thread(read, client, 16)[12:] == b"ping"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("option", ["--socks4", "--socks4a", "--socks5", "--socks5-hostname"])
+def test_curl(proxy, serve, in_thread, option):
+    content = b"x" * 1_000_000
+    head = b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+    target = serve(lambda conn: (conn.recv_until(b"\r\n\r\n"), conn.sendall(head + content)))
+    command = ["curl", "-sS", "--noproxy", "", option, proxy().address, f"http://localhost:{target.port}/"]
+    done = in_thread(lambda: subprocess.run(command, capture_output=True, timeout=SOON))
+    assert (done.stderr, done.stdout == content) == (b"", True)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_with_a_password(proxy, serve, in_thread):
+    target = serve(lambda conn: (conn.recv_until(b"\r\n\r\n"), conn.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello")))
+    server = proxy(
+        client_rules=[parse_client_rule("allow from any to any with auth staff")],
+        authenticators={"staff": OnePassword()},
+    )
+
+    def curl(user):
+        command = ["curl", "-sS", "--socks5", server.address, "--proxy-user", user, f"http://localhost:{target.port}/"]
+        return subprocess.run(command, capture_output=True, timeout=SOON)
+
+    assert in_thread(curl, "Ada:pw").stdout == b"hello"
+    assert in_thread(curl, "Ada:no").returncode == 97  # CURLE_PROXY
