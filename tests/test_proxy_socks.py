@@ -8,6 +8,7 @@ import subprocess
 from ipaddress import ip_address
 
 import gevent
+import gevent.socket
 import pytest
 from conftest import SOON, wait_until
 from test_server import echo
@@ -133,8 +134,6 @@ def test_requirements_03_04_and_05_passwords(proxy, origin, connect, in_thread, 
 
 def test_requirement_06_what_is_not_offered(proxy, connect, in_thread):
     for request, code in [
-        (b"\x05\x02\x00\x01\x7f\0\0\x01\0\x50", 7),
-        (b"\x05\x03\x00\x01\0\0\0\0\0\0", 7),
         (b"\x05\x09\x00\x01\x7f\0\0\x01\0\x50", 7),
         (b"\x05\x01\x00\x07\x7f\0\0\x01\0\x50", 8),
     ]:
@@ -250,3 +249,203 @@ def test_curl_with_a_password(proxy, serve, in_thread):
 
     assert in_thread(curl, "Ada:pw").stdout == b"hello"
     assert in_thread(curl, "Ada:no").returncode == 97  # CURLE_PROXY
+
+
+# -- BIND --------------------------------------------------------------------------------------------------------------
+
+
+def bind_request(host="127.0.0.1", port=0, version=5):
+    if version == 4:
+        return b"\x04\x02" + struct.pack("!H", port) + socket.inet_aton(host) + b"me\0"
+    return b"\x05\x02\x00\x01" + socket.inet_aton(host) + struct.pack("!H", port)
+
+
+def named_address(reply):
+    """The address in a reply to SOCKS4 (8 bytes) or SOCKS5 (10)."""
+    if len(reply) == 8:
+        return socket.inet_ntoa(reply[4:]), struct.unpack("!H", reply[2:4])[0]
+    return socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_requirement_12_bind_tells_where_it_listens_and_who_has_come(proxy, connect, in_thread, lines, version):
+    client = connect(proxy())
+    size = 8 if version == 4 else 10
+    if version == 5:
+        client.sendall(b"\x05\x01\x00")
+        in_thread(read, client, 2)
+    client.sendall(bind_request(version=version))
+    where = named_address(in_thread(read, client, size))
+    assert where[0] == "127.0.0.1"
+    with in_thread(socket.create_connection, where, SOON) as peer:
+        assert named_address(in_thread(read, client, size)) == peer.getsockname()
+        peer.sendall(b"from the peer")
+        assert in_thread(read, client, 13) == b"from the peer"
+        client.sendall(b"back")
+        assert in_thread(read, peer, 4) == b"back"
+    client.close()
+    assert (lines()[0]["command"], lines()[0]["result"], lines()[0]["received"]) == ("BIND", "ok", 13)
+
+
+def test_requirement_12_strangers_are_turned_away(proxy, connect, in_thread):
+    client = connect(proxy())
+    client.sendall(b"\x05\x01\x00" + bind_request("127.0.0.5"))
+    where = named_address(in_thread(read, client, 12)[2:])
+    with in_thread(socket.create_connection, where, SOON) as stranger:
+        assert in_thread(stranger.recv, 10) == b""
+    with socket.socket() as peer:
+        peer.bind(("127.0.0.5", 0))
+        in_thread(peer.connect, where)
+        assert named_address(in_thread(read, client, 10))[0] == "127.0.0.5"
+
+
+def test_requirement_12_bind_ends_in_time_and_with_the_control_connection(proxy, connect, in_thread, lines):
+    server = proxy(timeouts=Timeouts(connect=0.1))
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00" + bind_request())
+    assert in_thread(read, client, 100)[12:14] == b"\x05\x01"
+    server = proxy()
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00" + bind_request())
+    where = named_address(in_thread(read, client, 12)[2:])
+    client.close()
+    assert [line["detail"] for line in lines(2)] == ["nobody connected within 0.1 seconds", "the client left"]
+    with pytest.raises(ConnectionRefusedError):
+        in_thread(socket.create_connection, where, SOON)
+
+
+def test_requirement_12_rules_hold_for_bind(proxy, connect, in_thread, lines):
+    client = connect(proxy())
+    client.sendall(b"\x05\x01\x00" + bind_request("10.0.0.1"))
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x01"
+    assert lines()[0]["result"] == "destination_denied"
+
+
+def test_ftp_in_active_mode_through_bind(proxy, connect, in_thread, serve):
+    """A real use: the server of a file transfer connects back to where the client says."""
+    data = b"x" * 500_000
+
+    def ftp_server(conn):
+        conn.sendall(b"220 ready\r\n")
+        host = port = None
+        while line := conn.recv_until(b"\r\n"):
+            if line.startswith(b"PORT"):
+                *numbers, high, low = map(int, line[5:].split(b","))
+                host, port = ".".join(map(str, numbers)), high * 256 + low
+                conn.sendall(b"200 ok\r\n")
+            elif line.startswith(b"RETR"):
+                conn.sendall(b"150 opening\r\n")
+                with gevent.socket.create_connection((host, port)) as back:
+                    back.sendall(data)
+                conn.sendall(b"226 done\r\n")
+            else:
+                conn.sendall(b"221 bye\r\n")
+                return
+
+    target, server = serve(ftp_server), proxy()
+    control = connect(server)
+    control.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", target.port))
+    in_thread(read, control, 12)
+    replies = control.makefile("rb")
+    assert in_thread(replies.readline) == b"220 ready\r\n"
+    transfer = connect(server)
+    transfer.sendall(b"\x05\x01\x00" + bind_request())
+    host, port = named_address(in_thread(read, transfer, 12)[2:])
+    control.sendall(f"PORT {host.replace('.', ',')},{port >> 8},{port & 255}\r\nRETR file\r\n".encode())
+    in_thread(read, transfer, 10)
+    assert in_thread(read, transfer, len(data) + 1) == data
+    assert [in_thread(replies.readline)[:3] for _ in range(3)] == [b"200", b"150", b"226"]
+    replies.close()
+
+
+# -- UDP ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def udp_echo():
+    """The port of a UDP server that sends everything back, and the addresses it has heard from."""
+    sock = gevent.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    heard = []
+
+    def run():
+        while True:
+            data, source = sock.recvfrom(65535)
+            heard.append(source)
+            sock.sendto(data, source)
+
+    greenlet = gevent.spawn(run)
+    yield sock.getsockname()[1], heard
+    greenlet.kill()
+    sock.close()
+
+
+def udp_socket():
+    sock = gevent.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.settimeout(SOON)
+    return sock
+
+
+def associate(client, in_thread, port=0):
+    client.sendall(b"\x05\x01\x00\x05\x03\x00\x01\0\0\0\0" + struct.pack("!H", port))
+    return named_address(in_thread(read, client, 12)[2:])
+
+
+def packet(port, data, fragment=0, host="127.0.0.1"):
+    return bytes([0, 0, fragment, 1]) + socket.inet_aton(host) + struct.pack("!H", port) + data
+
+
+def test_requirement_13_datagrams_there_and_back_until_the_connection_ends(proxy, connect, in_thread, udp_echo, lines):
+    client = connect(proxy())
+    where = associate(client, in_thread)
+    with udp_socket() as sock:
+        sock.sendto(packet(udp_echo[0], b"question"), where)
+        assert sock.recvfrom(1000) == (packet(udp_echo[0], b"question"), where)
+        sock.sendto(b"\0\0\0\x03\x09localhost" + struct.pack("!H", udp_echo[0]) + b"by name", where)
+        assert sock.recv(1000)[10:] == b"by name"
+        client.close()
+        assert (lines()[0]["command"], lines()[0]["sent"], lines()[0]["received"]) == ("UDP_ASSOCIATE", 15, 15)
+        sock.settimeout(0.05)
+        sock.sendto(packet(udp_echo[0], b"too late"), where)
+        with pytest.raises((TimeoutError, ConnectionRefusedError)):
+            sock.recv(1000)
+
+
+def test_requirement_13_fragments_strangers_and_what_is_not_allowed_are_dropped(proxy, connect, in_thread, udp_echo):
+    port, heard = udp_echo
+    client = connect(proxy())
+    where = associate(client, in_thread)
+    with udp_socket() as sock, udp_socket() as stranger, udp_socket() as third:
+        stranger.sendto(b"junk", where)  # from the client's address: it is taken for the client's port
+        sock.settimeout(0.05)
+        sock.sendto(packet(port, b"x"), where)
+        with pytest.raises(TimeoutError):
+            sock.recv(1000)
+        stranger.sendto(packet(port, b"x", fragment=1), where)
+        stranger.sendto(packet(port, b"x", host="10.0.0.1"), where)
+        stranger.sendto(packet(port, b"at last"), where)
+        assert stranger.recv(1000)[10:] == b"at last"
+        assert len(heard) == 1
+        third.sendto(b"unasked", heard[0])  # to the proxy's own socket, by somebody the client has not written to
+        third.sendto(b"unasked", ("127.0.0.1", heard[0][1]))
+        stranger.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            stranger.recv(1000)
+
+
+def test_requirement_13_a_client_that_names_its_port_is_held_to_it(proxy, connect, in_thread, udp_echo):
+    with udp_socket() as sock, udp_socket() as other:
+        client = connect(proxy())
+        where = associate(client, in_thread, sock.getsockname()[1])
+        other.sendto(packet(udp_echo[0], b"other"), where)
+        sock.sendto(packet(udp_echo[0], b"mine"), where)
+        assert sock.recv(1000)[10:] == b"mine"
+        assert len(udp_echo[1]) == 1
+
+
+def test_an_association_ends_when_nothing_moves(proxy, connect, in_thread, lines):
+    client = connect(proxy(timeouts=Timeouts(idle=0.05)))
+    associate(client, in_thread)
+    assert in_thread(client.recv, 10) == b""
+    assert lines()[0]["result"] == "idle"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Address, ip_address
+from ipaddress import ip_address
 from typing import TypeVar
 
 from ..connection import READ_AHEAD, Connection
@@ -13,6 +13,8 @@ from . import socks4, socks5
 from .errors import ProtocolError
 from .gate import Denied, Visitor
 from .socks5 import Command, Method, Reply
+from .socks_bind import Answer, ipv4_only, serve_bind
+from .socks_udp import serve_udp
 from .target import IPAddress, Target, unmapped
 
 Message = TypeVar("Message")
@@ -58,11 +60,18 @@ def serve_socks5(conn: Connection, visitor: Visitor) -> None:
     if request is None:
         return
     visitor.record.command = request.command.name
-    if request.command is not Command.CONNECT:
-        visitor.record.result, visitor.record.detail = "bad_request", f"{request.command.name} is not offered"
-        conn.sendall(socks5.reply(Reply.COMMAND_NOT_SUPPORTED))
-        return
     reader.give_back()
+    if request.command is Command.UDP_ASSOCIATE:
+        serve_udp(conn, visitor, request.target)
+        return
+    if request.command is Command.BIND:
+        _bind(
+            conn,
+            visitor,
+            request.target,
+            lambda granted, address: socks5.reply(Reply.SUCCEEDED if granted else Reply.GENERAL_FAILURE, address),
+        )
+        return
     _connect(conn, visitor, request.target, socks5.reply, Reply.SUCCEEDED, _reply5)
 
 
@@ -101,9 +110,14 @@ def serve_socks4(conn: Connection, visitor: Visitor) -> None:
         # A user id is a claim, not a proof.
         record.result, record.detail = "authentication_failed", "SOCKS4 has no password"
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
-    elif request.command is not socks4.Command.CONNECT:
-        record.result, record.detail = "bad_request", f"{request.command.name} is not offered"
-        conn.sendall(socks4.reply(socks4.Reply.REJECTED))
+    elif request.command is socks4.Command.BIND:
+        reader.give_back()
+        _bind(
+            conn,
+            visitor,
+            request.target,
+            lambda granted, address: _socks4_reply(socks4.Reply.GRANTED if granted else socks4.Reply.REJECTED, address),
+        )
     else:
         reader.give_back()
         _connect(conn, visitor, request.target, _socks4_reply, socks4.Reply.GRANTED, lambda _: socks4.Reply.REJECTED)
@@ -128,6 +142,13 @@ def _negotiate(conn: Connection, visitor: Visitor, negotiate: Callable[[], Messa
         return None
     record.note_negotiated()
     return found
+
+
+def _bind(conn: Connection, visitor: Visitor, target: Target, answer: Answer) -> None:
+    upstream = serve_bind(conn, visitor, target, answer)
+    if upstream is not None:
+        with upstream:
+            tunnel(conn, upstream, visitor)
 
 
 def _connect(
@@ -163,9 +184,7 @@ def _reply5(error: Exception) -> Reply:
 
 
 def _socks4_reply(code: socks4.Reply, bound: tuple[IPAddress, int] | None = None) -> bytes:
-    # It cannot name an IPv6 address.
-    ip, port = bound or (None, 0)
-    return socks4.reply(code, (ip, port) if isinstance(ip, IPv4Address) else None)
+    return socks4.reply(code, ipv4_only(bound))
 
 
 def _bound_address(upstream: Connection) -> tuple[IPAddress, int]:

@@ -1,0 +1,171 @@
+"""UDP ASSOCIATE: datagrams for a client, as long as its TCP connection lives (RFC 1928 section 7)."""
+
+from __future__ import annotations
+
+import socket
+from collections import OrderedDict
+from ipaddress import IPv6Address, ip_address
+from typing import Any
+
+import gevent
+import gevent.socket
+
+from ..connection import Connection
+from . import socks5
+from .errors import ProtocolError
+from .gate import Visitor
+from .socks5 import Reply
+from .target import IPAddress, Target, unmapped
+
+#: Destinations whose answers are let through, for each client; the one longest not written to is forgotten.
+MOST_PEERS = 1024
+
+LARGEST_DATAGRAM = 65535
+
+Peer = tuple[IPAddress, int]
+
+
+def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
+    """Relay datagrams until the client closes its TCP connection, or nothing has moved for the idle time-out.
+
+    Args:
+        target: from where the client will send, if it knows that already: a port of 0 is learned from its first
+            datagram. The address is always that of its TCP connection.
+    """
+    record = visitor.record
+    local = ip_address(conn.getsockname()[0].split("%")[0])
+    try:
+        association = _Association(visitor, local, target.port)
+    except OSError as error:
+        record.detail = error.strerror or str(error)
+        conn.sendall(socks5.reply(Reply.GENERAL_FAILURE))
+        return
+    try:
+        conn.sendall(socks5.reply(Reply.SUCCEEDED, association.address))
+        record.note_opened()
+        association.start()
+        _wait_for_the_end(conn, visitor, association)
+    finally:
+        association.close()
+
+
+def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Association) -> None:
+    record = visitor.record
+    conn.settimeout(visitor.gate.timeouts.idle)
+    moved = -1
+    while True:
+        try:
+            # What a client sends here means nothing; its end ends the association.
+            if not conn.recv(4096):
+                record.result = "ok"
+                return
+        except TimeoutError:
+            if moved == record.sent + record.received:
+                record.result = "idle"
+                return
+            moved = record.sent + record.received
+
+
+class _Association:
+    """The sockets of one client: one towards it, one for each family towards the destinations."""
+
+    def __init__(self, visitor: Visitor, local: IPAddress, port: int) -> None:
+        self._visitor = visitor
+        self._client: Any = None  # (host, port, ...) of the client's datagrams, when it is known
+        self._client_port = port
+        self._peers: OrderedDict[Peer, None] = OrderedDict()
+        self._inner = _udp_socket(local)
+        self._outer: dict[int, Any] = {}
+        self._greenlets: list[Any] = []
+
+    @property
+    def address(self) -> Peer:
+        """Where the client sends its datagrams."""
+        host, port = self._inner.getsockname()[:2]
+        return unmapped(ip_address(host.split("%")[0])), port
+
+    def start(self) -> None:
+        self._greenlets.append(gevent.spawn(self._read_from_client))
+
+    def close(self) -> None:
+        gevent.killall(self._greenlets, block=False)
+        for sock in (self._inner, *self._outer.values()):
+            sock.close()
+
+    # -- from the client ---------------------------------------------------------------------------------------------
+
+    def _read_from_client(self) -> None:
+        while True:
+            packet, source = self._inner.recvfrom(LARGEST_DATAGRAM)
+            if not self._is_the_client(source):
+                continue
+            try:
+                datagram = socks5.parse_datagram(packet)
+                if datagram is not None:
+                    self._send(datagram)
+            except (ProtocolError, OSError):
+                continue  # there is no way to tell the client
+
+    def _is_the_client(self, source: Any) -> bool:
+        if self._client is not None:
+            return bool(source == self._client)
+        ip = unmapped(ip_address(source[0].split("%")[0]))
+        if ip != self._visitor.client or self._client_port not in (0, source[1]):
+            return False
+        self._client = source
+        return True
+
+    def _send(self, datagram: socks5.Datagram) -> None:
+        visitor, target = self._visitor, datagram.target
+        found = (target.ip,) if target.ip is not None else visitor.gate.resolver.resolve(target.host)
+        ip = next((one for one in found if visitor.decide(target, one).allowed), None)
+        if ip is None:
+            return
+        visitor.record.asked = visitor.record.asked or str(target)
+        visitor.record.connected = visitor.record.connected or str(Target(str(ip), target.port, ip))
+        peer = (ip, target.port)
+        self._peers[peer] = None
+        self._peers.move_to_end(peer)
+        if len(self._peers) > MOST_PEERS:
+            self._peers.popitem(last=False)
+        self._outer_socket(ip).sendto(datagram.data, (str(ip), target.port))
+        visitor.record.sent += len(datagram.data)
+
+    # -- from destinations -------------------------------------------------------------------------------------------
+
+    def _outer_socket(self, ip: IPAddress) -> Any:
+        sock = self._outer.get(ip.version)
+        if sock is None:
+            source = self._visitor.gate.source
+            if source is None or source.version != ip.version:
+                source = ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
+            sock = self._outer[ip.version] = _udp_socket(source)
+            self._greenlets.append(gevent.spawn(self._read_from_peers, sock))
+        return sock
+
+    def _read_from_peers(self, sock: Any) -> None:
+        while True:
+            try:
+                data, source = sock.recvfrom(LARGEST_DATAGRAM)
+            except ConnectionError:
+                continue  # an ICMP message about one of the destinations
+            peer = (unmapped(ip_address(source[0].split("%")[0])), source[1])
+            # Only from where the client has written to: nobody else reaches it through us.
+            if peer in self._peers and self._client is not None:
+                try:
+                    self._inner.sendto(socks5.datagram(*peer, data), self._client)
+                except OSError:
+                    continue  # too long with its header, or the client's host is gone
+                self._visitor.record.received += len(data)
+
+
+def _udp_socket(address: IPAddress) -> Any:
+    sock = gevent.socket.socket(
+        socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET, socket.SOCK_DGRAM
+    )
+    try:
+        sock.bind((str(address), 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
