@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ Balance = Literal["first", "round-robin", "least"]
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 
+# Nothing that another target would not meet as well.
+_OUR_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 
 @dataclass
 class Target:
@@ -34,9 +38,10 @@ class Target:
 
     Attributes:
         address: as ``connect`` takes it.
-        active: connections relayed to it now.
+        active: connections relayed to it now, or about to be.
         connected, failed: attempts so far, by their outcome.
-        aside_until: monotonic time before which it is tried only if no other one is left; 0.0: it is up.
+        aside_until: monotonic time before which it is tried only if no other one is left.
+        pause: how long it was put aside last, in seconds; 0.0: it is up.
     """
 
     address: str
@@ -60,6 +65,9 @@ class Forwarder:
         tls: a gevent.ssl.SSLContext with which the targets are spoken to, their certificates checked as it says; None:
             in plain text.
 
+    A client for whom no target could be reached is reset. So it is when this process lacks descriptors or memory to
+    connect with, which is no target's fault: then the OSError is raised.
+
     Raises:
         ConfigError: an option that cannot work.
     """
@@ -82,6 +90,9 @@ class Forwarder:
         if tls is not None and not isinstance(tls, gevent.ssl.SSLContext):
             raise ConfigError(f"tls must be a gevent.ssl.SSLContext, got {tls!r}")
         self.targets = [Target(_checked(target)) for target in targets]
+        nameless = [target.address for target in self.targets if target.address.startswith("unix:")]
+        if tls is not None and tls.check_hostname and nameless:
+            raise ConfigError(f"tls must not check host names (check_hostname) for {nameless[0]}, which has none")
         self.balance = balance
         self.connect_timeout = connect_timeout
         self.idle_timeout = idle_timeout
@@ -92,11 +103,20 @@ class Forwarder:
         """Serve one client: returns when both sides have ended."""
         for target in self._in_order():
             target.active += 1
+            pause = target.pause
+            due = target.aside_until <= monotonic()
+            if due and pause:
+                # This client finds out whether it is back, and others need not wait for that.
+                target.aside_until = monotonic() + self.connect_timeout
             try:
                 try:
                     upstream = self._connect(target)
                 except OSError as error:
-                    self._is_down(target, error)
+                    if error.errno in _OUR_OWN_TROUBLE:
+                        conn.abort()
+                        raise
+                    # Of many clients that found it down at once, each would double the pause.
+                    self._is_down(target, error, longer=due and target.pause == pause)
                     continue
                 self._is_up(target)
                 with upstream:
@@ -134,10 +154,9 @@ class Forwarder:
             return connect(target.address, self.connect_timeout)
         return _connect_encrypted(target.address, self.connect_timeout, self.tls)
 
-    def _is_down(self, target: Target, error: OSError) -> None:
+    def _is_down(self, target: Target, error: OSError, longer: bool) -> None:
         target.failed += 1
-        # Of many clients that found it down at once, each would double the pause.
-        if target.aside_until <= monotonic():
+        if longer:
             if not target.pause:
                 log.warning("target %s is down: %s", target.address, error)
             target.pause = min(LONGEST_PAUSE, 2 * target.pause or FIRST_PAUSE)

@@ -3,11 +3,13 @@
 import errno
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+from time import monotonic
 
 import gevent.ssl
 import pytest
@@ -85,6 +87,60 @@ def test_all_are_down_and_the_client_is_reset_and_then_one_is_up(serve, connect,
     assert server.stats().handler_errors == 0
 
 
+def test_one_client_tries_a_target_that_was_down_and_the_others_do_not_wait_for_that(
+    serve, connect, in_thread, spawn_thread, answers, monkeypatch
+):
+    monkeypatch.setattr(forwarder, "FIRST_PAUSE", 0.01)
+    serving, trusting = tls_contexts()
+    first, second = closed_port(), serve(named(b"second"), tls=serving)
+    forward = Forwarder([first, second.address], tls=trusting, connect_timeout=SOON)
+    server = serve(forward)
+    assert answers(server, 1) == ["second"]
+    host, port = first.split(":")
+    with socket.create_server((host, int(port))) as silent:
+        wait_until(lambda: forward.targets[0].aside_until <= monotonic())
+        patient = spawn_thread(connect(server).recv, 100)
+        on_trial, _ = in_thread(silent.accept)
+        assert answers(server, 3) == ["second"] * 3
+        on_trial.close()
+    assert patient.get(timeout=SOON) == b"second"
+    assert (forward.targets[0].failed, forward.targets[0].pause) == (2, 0.02)
+
+
+def test_clients_that_find_a_target_down_together_put_it_aside_once(serve, connect, in_thread, spawn_thread):
+    _, trusting = tls_contexts()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        forward = Forwarder(["{}:{}".format(*silent.getsockname())], tls=trusting, connect_timeout=SOON)
+        server = serve(forward)
+        clients = [spawn_thread(connect(server).recv, 100) for _ in range(5)]
+        for _ in clients:
+            in_thread(silent.accept)[0].close()
+        for client in clients:
+            with pytest.raises(ConnectionResetError):
+                client.get(timeout=SOON)
+    assert (forward.targets[0].failed, forward.targets[0].pause) == (5, forwarder.FIRST_PAUSE)
+
+
+def test_a_lack_of_descriptors_is_no_targets_fault(serve, in_thread, caplog):
+    target = serve(echo)
+    forward = Forwarder([target.address])
+    server = serve(forward)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as client:
+        client.settimeout(SOON)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one for the client's connection, none behind it
+        try:
+            in_thread(client.connect, ("127.0.0.1", server.port))
+            with pytest.raises(ConnectionResetError):
+                in_thread(client.recv, 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (forward.targets[0].failed, forward.targets[0].pause) == (0, 0.0)
+    assert "Too many open files" in caplog.text
+
+
 def test_round_robin_gives_each_target_its_turn(serve, answers):
     targets = [serve(named(name)).address for name in (b"a", b"b", b"c")]
     assert answers(serve(Forwarder(targets, balance="round-robin")), 6) == ["a", "b", "c"] * 2
@@ -117,13 +173,20 @@ def test_unix_target(serve, answers, tmp_path):
     assert answers(serve(Forwarder([target.address])), 1) == ["unix"]
 
 
-def test_encrypted_target_is_checked(serve, connect, in_thread, answers, tmp_path):
+def tls_contexts():
+    """Of a server at 127.0.0.1, and of a client that trusts it."""
     authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    target = serve(named(b"secret"), tls=context)
-    trusting, wary = (gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) for _ in range(2))
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(serving)
+    trusting = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(trusting)
+    return serving, trusting
+
+
+def test_encrypted_target_is_checked(serve, connect, in_thread, answers):
+    serving, trusting = tls_contexts()
+    target = serve(named(b"secret"), tls=serving)
+    wary = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     assert answers(serve(Forwarder([target.address], tls=trusting)), 1) == ["secret"]
     with pytest.raises(ConnectionResetError):
         in_thread(connect(serve(Forwarder([target.address], tls=wary))).recv, 100)
@@ -140,6 +203,11 @@ def test_encrypted_target_is_checked(serve, connect, in_thread, answers, tmp_pat
         (["x:1"], {"connect_timeout": 0}, "connect_timeout must be"),
         (["x:1"], {"idle_timeout": -1}, "idle_timeout must be"),
         (["x:1"], {"tls": True}, "tls must be"),
+        (
+            ["x:1", "unix:/y"],
+            {"tls": gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)},
+            "tls must not check host names (check_hostname) for unix:/y, which has none",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, options, message):
@@ -168,6 +236,11 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2():
     assert said.startswith("gtcpserver: --connect-timeout: must be ")
     assert (
         run("127.0.0.1:0", "x:1", "--target-cafile", __file__)[1] == "gtcpserver: --target-cafile: needs --target-tls"
+    )
+    status, said = run("127.0.0.1:0", "unix:/y", "--target-tls")
+    assert (status, said) == (
+        2,
+        "gtcpserver: --target-tls: unix:/y has no host name that its certificate could be checked for",
     )
 
 

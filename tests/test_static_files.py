@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from gtcpserver import ConfigError
 from gtcpserver.static_files import StaticFiles, lookup
 from gtcpserver.static_files.request import LONGEST_HEAD, BadRequest, parse_head, wanted_range
+from gtcpserver.transfer.disk import in_thread as run_in_thread
 
 BIG = os.urandom(300_000)
 MODIFIED = 1_700_000_000
@@ -243,6 +245,7 @@ def test_conditions(get):
         f"If-Unmodified-Since: {DATE}": 200,
     }.items():
         assert get("/a.txt", fields=[field]).status == status, field
+    assert get("/a.txt", fields=['if-none-match: "other"', f"IF-NONE-MATCH:{etag} "]).status == 304  # one list
     both = ['If-None-Match: "other"', f"If-Modified-Since: {later}"]  # RFC 9110 section 13.1.3: the tag counts
     assert get("/a.txt", fields=both).status == 200
     for condition, status in {etag: 206, '"other"': 200, DATE: 206, earlier: 200}.items():
@@ -266,6 +269,8 @@ def test_content_types(get):
         (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\0\r\n\r\n", 400),
         (b"GET / HTTP/1.1\nHost: x\n\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\n\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 500 + b"\x7f: c\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET /\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\r\n\r\n", 400),
@@ -323,6 +328,52 @@ def test_a_file_that_is_cut_while_it_is_sent_does_not_end_in_order(serve, connec
 
     with pytest.raises(ConnectionResetError):
         in_thread(read_all)
+
+
+def test_what_is_not_in_memory_is_read_by_a_thread(get, www, monkeypatch):
+    for name in ("probe", "cold"):
+        with open(www / name, "w+b") as file:
+            file.write(BIG[:50_000])
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if name == "probe":  # a look at the other one would make the kernel read it
+                try:
+                    os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                    pytest.skip("this file system keeps its files in memory")
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    pytest.skip(f"this file system does not say what is in memory: {error}")
+    threads = []
+
+    def noted(function, *arguments):
+        threads.append(function)
+        return run_in_thread(function, *arguments)
+
+    monkeypatch.setattr(lookup, "in_thread", noted)
+    for _ in range(3):
+        assert get("/cold").body == BIG[:50_000]
+    assert len(threads) == 1
+
+
+def test_a_link_that_goes_up_is_followed_while_something_is_renamed(www):
+    (www / "sub" / "up").symlink_to("../a.txt")
+    directory, ended = lookup.Directory(www), threading.Event()
+
+    def rename():
+        while not ended.is_set():
+            os.rename(www / "empty dir", www / "other")
+            os.rename(www / "other", www / "empty dir")
+
+    renaming = threading.Thread(target=rename)
+    renaming.start()
+    try:
+        for _ in range(2000):  # the kernel gives up on 40 of them
+            os.close(directory.open([b"sub", b"up"]))
+    finally:
+        ended.set()
+        renaming.join()
 
 
 def test_no_descriptor_stays_open(serve, connect, in_thread, www, get):
@@ -423,7 +474,7 @@ def test_the_command(in_thread, www):
                 client.sendall(b"GET /a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
                 with client.makefile("rb") as file:
                     assert read_answer(file).body == b"0123456789"
-                assert '127.0.0.1 "GET /a.txt" 200' in in_thread(process.stderr.readline)
+                assert in_thread(process.stderr.readline).endswith('127.0.0.1 "GET /a.txt" 200 10\n')
                 process.send_signal(signal.SIGTERM)
                 assert in_thread(process.wait) == 0
         finally:

@@ -98,4 +98,5 @@ def forward(
         ),
         fields=FIELDS,
     )
+    context.params["bind"] = (context.params["bind"],)  # as --bind gives it, to which systemd's sockets are added
     serve_with(context, lambda: forwarder)

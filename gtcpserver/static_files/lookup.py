@@ -1,4 +1,4 @@
-"""Open files below a directory, and none outside of it."""
+"""Open and read files below a directory, and none outside of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import stat
 import struct
 from collections.abc import Sequence
 
+from ..transfer.disk import in_thread
+
 #: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -17,13 +19,18 @@ _SYS_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_BENEATH = 0x08
 _HOW = struct.pack("=QQQ", _FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+#: openat2(2) says EAGAIN when something below the directory is renamed while it follows a "..".
+_TRIES = 4
+
+# preadv2(2): an error instead of a wait for the disk.
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 class Directory:
     """The directory whose files are served.
 
     Args:
-        path: of the directory.
+        path: of the directory. It is opened once: if it is a symbolic link, where that leads to now.
         follow_symlinks: follow symbolic links that lead out of it, too. Those that stay below it are always followed,
             except on a Linux before 5.6, where none is.
 
@@ -36,6 +43,8 @@ class Directory:
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._follow = follow_symlinks
         self._libc = ctypes.CDLL(None, use_errno=True)
+        # File systems that do not know _NOWAIT, by st_dev: overlayfs on some kernels, tmpfs.
+        self._cannot_tell: set[int] = set()
 
     def close(self) -> None:
         os.close(self._fd)
@@ -53,10 +62,13 @@ class Directory:
         if self._follow:
             return os.open(path, _FLAGS, dir_fd=self._fd)
         # Resolved by the kernel in one step: nobody can put a link into the path between a check and the opening.
-        fd: int = self._libc.syscall(_SYS_OPENAT2, self._fd, path, _HOW, len(_HOW))
-        if fd >= 0:
-            return fd
-        number = ctypes.get_errno()
+        for _ in range(_TRIES):
+            fd: int = self._libc.syscall(_SYS_OPENAT2, self._fd, path, _HOW, len(_HOW))
+            if fd >= 0:
+                return fd
+            number = ctypes.get_errno()
+            if number != errno.EAGAIN:
+                break
         if number in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a container that filters what it does not know
             return self._open_step_by_step(segments)
         raise OSError(number, os.strerror(number))
@@ -71,6 +83,32 @@ class Directory:
                 os.close(fd)
             fd = following
         return fd
+
+    def read(self, fd: int, device: int, offset: int, count: int) -> bytes | bytearray:
+        """Read a part of a file; in a thread if it is not in memory, so that the other connections go on.
+
+        Args:
+            fd: of a regular file, from :meth:`open`.
+            device: its ``st_dev``.
+
+        Returns:
+            ``count`` bytes, or less if the file ends before.
+        """
+        if not _NOWAIT or device in self._cannot_tell:
+            return os.pread(fd, count, offset)
+        data = bytearray(count)
+        try:
+            if os.preadv(fd, [data], offset, _NOWAIT) == count:
+                return data
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._cannot_tell.add(device)
+            return os.pread(fd, count, offset)
+        rest: bytes = in_thread(os.pread, fd, count, offset)
+        return rest
 
 
 def list_directory(fd: int, hidden: bool) -> list[tuple[str, bool]]:

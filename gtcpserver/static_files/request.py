@@ -19,10 +19,15 @@ LONGEST_HEAD = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_REQUEST_LINE = rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
 # A field's value: visible characters, spaces, tabs and what is beyond ASCII (RFC 9110 section 5.5); no NUL, CR or LF.
 # No space before the colon, no folded lines (RFC 9112 sections 5.1 and 5.2).
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_FIELD = _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*"
+# The head in one match, and then the fields that this server goes by: a browser's twelve take 3 us, one by one 10.
+_HEAD = re.compile(_REQUEST_LINE + rb"((?:\r\n" + _FIELD + rb")*)")
+_USED_FIELDS = re.compile(
+    rb"\r\n(host|connection|content-length|transfer-encoding|range|if-[a-z-]+):[ \t]*([^\r]*)", re.IGNORECASE
+)
 _RANGE = re.compile(r"bytes[ \t]*=[ \t]*([0-9]*)-([0-9]*)[ \t]*", re.IGNORECASE)
 
 
@@ -45,7 +50,8 @@ class Request:
     Attributes:
         method: "GET"; methods are case-sensitive.
         target: as it came, visible ASCII: "/a%20b?c".
-        fields: values by their names in lower case; those that came several times are joined by ", ".
+        fields: values by their names in lower case, of the fields that matter here; those that came several times are
+            joined by ", ".
         keep: the client can send another one on this connection.
     """
 
@@ -68,9 +74,10 @@ class Request:
         path = target.split("?", 1)[0].split("#", 1)[0]
         if not path.startswith("/"):
             raise BadRequest(400, "the request target must be a path")
-        segments = unquote_to_bytes(path).split(b"/")[1:]
-        if b"\0" in path.encode() or any(b"\0" in segment for segment in segments):
+        decoded = unquote_to_bytes(path) if "%" in path else path.encode()
+        if b"\0" in decoded:
             raise BadRequest(400, "the path holds a NUL")
+        segments = decoded.split(b"/")[1:]
         if b".." in segments:
             raise BadRequest(400, "the path leaves the directory")
         # Empty segments and "." are nothing to the file system, but the last says whether a directory was meant.
@@ -84,23 +91,19 @@ def parse_head(head: bytes) -> Request:
     Raises:
         BadRequest: it breaks the rules; afterwards nobody knows where the next request begins.
     """
-    lines = head.split(b"\r\n")
-    line = _REQUEST_LINE.fullmatch(lines[0])
-    if line is None:
-        raise BadRequest(400, "the request line must be METHOD TARGET HTTP/1.1")
-    method, target, major, minor = line.groups()
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        raise _what_is_wrong(head)
+    method, target, major, minor, field_lines = match.groups()
     if major != b"1":
         raise BadRequest(505, "this server speaks HTTP/1.1 and HTTP/1.0")
     if len(target) > LONGEST_TARGET:
         raise BadRequest(414, f"the request target is longer than {LONGEST_TARGET} bytes")
     fields: dict[str, str] = {}
     hosts = 0
-    for number, text in enumerate(lines[1:], 1):
-        field = _FIELD.fullmatch(text)
-        if field is None:
-            raise BadRequest(400, f"header line {number} must be NAME: VALUE")
-        name = field[1].decode().lower()
-        value = field[2].rstrip(b" \t").decode("latin-1")
+    for found, text in _USED_FIELDS.findall(field_lines):
+        name = found.decode().lower()
+        value = text.rstrip(b" \t").decode("latin-1")
         hosts += name == "host"
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     if hosts != 1 and (hosts or minor != b"0"):
@@ -111,6 +114,15 @@ def parse_head(head: bytes) -> Request:
     if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
         keep = False
     return Request(method.decode(), target.decode(), fields, keep)
+
+
+def _what_is_wrong(head: bytes) -> BadRequest:
+    line, *fields = head.split(b"\r\n")
+    if re.fullmatch(_REQUEST_LINE, line) is not None:
+        for number, field in enumerate(fields, 1):
+            if re.fullmatch(_FIELD, field) is None:
+                return BadRequest(400, f"header line {number} must be NAME: VALUE")
+    return BadRequest(400, "the request line must be METHOD TARGET HTTP/1.1")
 
 
 def wanted_range(fields: Mapping[str, str], size: int, etag: str, modified: int) -> tuple[int, int] | None:
