@@ -42,12 +42,14 @@ class Timeouts:
         negotiate: until the client has said what it wants, however slowly its bytes come.
         connect: until the destination is connected, over all of its addresses.
         idle: in which nothing moves through a tunnel; None: for ever.
+        answer: until an HTTP origin's answer begins, and then between its pieces.
         keep_alive: between two HTTP requests.
     """
 
     negotiate: float = 30.0
     connect: float = 30.0
     idle: float | None = None
+    answer: float = 120.0
     keep_alive: float = 300.0
 
 

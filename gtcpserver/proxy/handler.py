@@ -10,10 +10,12 @@ from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError, DeadlineExceeded
 from .errors import ProtocolError
 from .gate import Gate, Visitor
+from .http_session import HttpSession
+from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import serve_socks4, serve_socks5
 
-Speaks = Literal["socks"]
+Speaks = Literal["mixed", "socks", "http"]
 
 
 class ProxyHandler:
@@ -21,26 +23,42 @@ class ProxyHandler:
 
     Args:
         gate: who may come in, and where to.
-        speaks: the protocols of this listener.
+        speaks: the protocols of this listener; "mixed": both, the first byte tells.
+        pseudonym: the name of this proxy in the Via field of HTTP messages.
         log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
         redact: leave out of it where clients go.
     """
 
     def __init__(
-        self, gate: Gate, speaks: Speaks = "socks", *, log_style: Literal["text", "json"] = "text", redact: bool = False
+        self,
+        gate: Gate,
+        speaks: Speaks = "mixed",
+        *,
+        pseudonym: str = "gtcpserver",
+        log_style: Literal["text", "json"] = "text",
+        redact: bool = False,
     ) -> None:
         if speaks not in get_args(Speaks):
             raise ConfigError(f"speaks must be one of {', '.join(get_args(Speaks))}, got {speaks!r}")
         self.gate = gate
         self._speaks = speaks
+        self._pseudonym = pseudonym.encode()
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
         visitor = self.gate.admit(conn)
+        is_http = False
         try:
-            self._serve(conn, visitor)
+            protocol = self._find_protocol(conn, visitor)
+            is_http = protocol == "http"
+            if protocol == "socks5":
+                serve_socks5(conn, visitor)
+            elif protocol == "socks4":
+                serve_socks4(conn, visitor)
+            elif is_http:
+                HttpSession(conn, visitor, self._pseudonym, self._write).serve()
         except GreenletExit:
             visitor.record.result = "stopped"
             raise
@@ -48,27 +66,30 @@ class ProxyHandler:
             if visitor.record.result == "failed":
                 visitor.record.result, visitor.record.detail = "reset", error.strerror or str(error)
         finally:
-            visitor.record.write(self._log_style, self._redact)
+            # An HTTP session writes a line for each request.
+            if not is_http:
+                self._write(visitor.record)
 
-    def _serve(self, conn: Connection, visitor: Visitor) -> None:
+    def _write(self, record: AccessRecord) -> None:
+        record.write(self._log_style, self._redact)
+
+    def _find_protocol(self, conn: Connection, visitor: Visitor) -> Protocol | None:
         record = visitor.record
         try:
             with conn.deadline(self.gate.timeouts.negotiate):
                 protocol = self._first_bytes(conn)
         except ProtocolError as error:
             record.result, record.detail = "bad_request", str(error)
-            return
+            return None
         except DeadlineExceeded:
             record.result = "negotiation_timeout"
-            return
+            return None
         if protocol is None:
             record.result, record.detail = "bad_request", "the client left"
-        elif protocol == "socks5":
-            serve_socks5(conn, visitor)
-        elif protocol == "socks4":
-            serve_socks4(conn, visitor)
-        else:
-            record.result, record.detail = "bad_request", "the client speaks HTTP, this listener does not"
+        elif self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
+            record.result, record.detail = "bad_request", f"the client speaks {protocol}, this listener does not"
+            return None
+        return protocol
 
     def _first_bytes(self, conn: Connection) -> Protocol | None:
         data = b""
