@@ -882,12 +882,34 @@ class PlacelessIdle(Idle):
             raise
 
 
-def run(handler: Handler, address: Any = "127.0.0.1:5000", **options: Any) -> StopReport:
+def run(
+    handler: Handler | str,
+    address: Any = "127.0.0.1:5000",
+    *,
+    bind: Any = None,
+    workers: int | Literal["auto"] | None = None,
+    **options: Any,
+) -> StopReport:
     """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``.
 
     Args:
-        handler: called with each connection.
+        handler: called with each connection; or its name, "module:name".
         address: where to listen, as :class:`Server`.
-        **options: as :class:`Server`.
+        bind: the same, as the command line calls it.
+        workers: serve with so many worker processes ("auto": one for each CPU). A handler given by its name is imported
+            by each worker, so that a reload (SIGHUP) finds new code.
+        **options: as :class:`Server`; with workers, the fields of ``SupervisorConfig`` and the hooks worker_start,
+            worker_stop and worker_error as well.
+
+    Raises:
+        ConfigError, OSError: as :class:`Server`.
+        gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
     """
-    return Server(address, handler, **options).serve_forever()
+    # They stand on this module: worker processes are not loaded by those who have none.
+    from .supervisor.api import load_name, run_workers
+
+    if bind is not None:
+        address = bind
+    if workers is not None:
+        return run_workers(handler, address, workers=workers, **options)
+    return Server(address, load_name(handler), **options).serve_forever()

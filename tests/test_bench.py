@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, measure, transfers  # noqa: E402
+from loadtests import bench, measure, transfers, workers  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
 
@@ -202,3 +202,9 @@ def test_transfers_name_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(transfers.shutil, "which", lambda program: None)
     assert transfers.main([]) == 2
     assert capsys.readouterr().err == "these benchmarks need haproxy: apt-get install haproxy\n"
+
+
+@needs_wrk
+def test_two_workers_are_measured_against_one(capsys):
+    assert workers.main(["--rounds", "1", "--seconds", "1"]) == 0
+    assert "two workers: " in capsys.readouterr().out

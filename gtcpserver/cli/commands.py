@@ -21,10 +21,11 @@ COMMANDS = {
     "forward": "gtcpserver.cli.forward:forward",
     "files": "gtcpserver.cli.files:files",
     "check": "gtcpserver.cli.check:check",
+    "ctl": "gtcpserver.cli.ctl:ctl",
 }
 
 EPILOG = """Exit status: 0 stopped or done; 1 failed at work (address in use, an exception in the handler's module);
-2 called wrongly."""
+2 called wrongly; 3 worker processes cannot start."""
 
 
 class RunError(click.ClickException):
@@ -118,7 +119,8 @@ def describe(error: click.ClickException) -> str:
 
 
 def name_of(parameter: click.Parameter) -> str:
-    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
+    # The first of its names, the others are what it is called elsewhere.
+    return parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
 
 
 def complain(message: str) -> None:

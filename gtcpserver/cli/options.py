@@ -19,6 +19,7 @@ from gtcpserver.cli.loading import load_callable, load_object
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import Server
+from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig, self_signed
 
 if TYPE_CHECKING:
@@ -136,6 +137,18 @@ class PasswordFileType(ParamType):
             self.fail(f"cannot read {value!r}: {getattr(error, 'strerror', None) or error}", parameter, context)
 
 
+class WorkersType(ParamType):
+    name = "integer|auto"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f'must be a whole number or "auto", got {value!r}', parameter, context)
+
+
 REPEATED = (SocketOptionType, RepeatedType, ServerNameType)
 NUMBER = OrNone(float)
 WHOLE = OrNone(int)
@@ -218,8 +231,35 @@ TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# Of SupervisorConfig, but for graceful_timeout, which is --stop-timeout with one process as well.
+SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("workers", WorkersType(), "Worker processes; auto: one for each CPU. Not given: a single process."),
+    ("preload", bool, "Import the program once, in the master: less memory, but a reload does not read it again."),
+    ("worker_timeout", NUMBER, "Seconds a worker's event loop may be blocked until it is replaced."),
+    ("drain_delay", float, "Seconds between 'not ready' and the end of accepting at a stop, for load balancers."),
+    ("recycle_after", WHOLE, "Replace a worker when it has accepted so many connections."),
+    ("recycle_jitter", WHOLE, "Up to so many more, at random; none: a tenth of --recycle-after."),
+    ("recycle_memory", NUMBER, "Replace a worker when it uses more MiB of memory."),
+    ("pin_cpus", bool, "Run worker i on CPU i and give it the connections which that CPU receives."),
+    ("pid_file", str, "Write the master's process id there."),
+    ("user", str, "Run the workers as this user (name or number)."),
+    ("group", str, "Run the workers as this group."),
+    ("umask", OctalType(), "Mode bits that new files do not get, such as 027."),
+    ("control", str, "Path of the control socket for gtcpserver ctl."),
+    ("log_file", str, "Write standard error there; opened again at SIGUSR1."),
+)
+
+# Functions of the user's that workers call, with the number of arguments.
+HOOK_OPTIONS: tuple[tuple[str, int, str], ...] = (
+    ("worker_start", 1, "Called in each worker, with the Worker, before it is ready."),
+    ("worker_stop", 1, "Called in each worker, with the Worker, when its last connection has ended."),
+    ("worker_error", 2, "Called with a Worker and a text when a worker has failed."),
+)
+
+
 # The names that other servers' commands have for them.
 SHORTER = {
+    "recycle_after": ("--max-connections-per-worker",),
     "tls_certfile": ("--tls-cert",),
     "tls_keyfile": ("--tls-key",),
     "tls_minimum_version": ("--tls-min-version",),
@@ -259,6 +299,36 @@ def server_options_but_bind(command: Command) -> Command:
     for name, _arguments, text in reversed(OBJECT_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
     return command
+
+
+def supervisor_options(command: Command) -> Command:
+    """Adds the options of worker processes to a command."""
+    defaults = {field.name: field.default for field in dataclasses.fields(SupervisorConfig)}
+    defaults["workers"] = None  # a single process
+    for name, _arguments, text in reversed(HOOK_OPTIONS):
+        command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
+    for name, kind, text in reversed(SUPERVISOR_OPTIONS):
+        command = _option(name, kind, text, defaults[name])(command)
+    return command
+
+
+def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
+    """Makes the SupervisorConfig that was asked for; None without --workers. Raises click.UsageError."""
+    names = [name for name, _, _ in (*SUPERVISOR_OPTIONS, *HOOK_OPTIONS) if was_given(context, name)]
+    if "workers" not in names:
+        if names:
+            raise click.UsageError(f"{flag(names[0])}: needs --workers; --workers 1 is a master with one worker")
+        return None
+    for name, instead in (
+        ("accept_loops", "each worker has one listening socket for every TCP address"),
+        ("max_accepts", "see --recycle-after"),
+    ):
+        if was_given(context, name):
+            raise click.UsageError(f"{flag(name)}: cannot be used together with --workers: {instead}")
+    options = {name: context.params[name] for name, _, _ in SUPERVISOR_OPTIONS if name in names}
+    options["graceful_timeout"] = context.params["stop_timeout"]
+    fields = {name for name, _, _ in SUPERVISOR_OPTIONS}
+    return explained(lambda: SupervisorConfig(**options), fields=fields)
 
 
 def flag(name: str) -> str:

@@ -1,10 +1,15 @@
-"""What a server process does to itself before it serves: file descriptors and the garbage collector."""
+"""What a server process does to itself, and says of itself: descriptors, the garbage collector, its counters."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import resource
+
+import gevent
+
+from gtcpserver.server import Server
 
 log = logging.getLogger("gtcpserver")
 
@@ -36,3 +41,14 @@ def freeze_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+
+
+def log_stats(server: Server, interval: float) -> None:
+    """Logs the counters every so many seconds, for ever."""
+    while True:
+        gevent.sleep(interval)
+        stats = dataclasses.asdict(server.stats())
+        counters = " ".join(
+            f"{name}={round(value, 3) if isinstance(value, float) else value}" for name, value in stats.items()
+        )
+        log.info("stats: %s", counters, extra={"stats": stats})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -14,12 +13,23 @@ import gevent
 
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.cli.loading import load_handler
-from gtcpserver.cli.options import OrNone, make_listen_config, make_server, name_option, server_options
-from gtcpserver.cli.process import freeze_garbage_collector, raise_descriptor_limit
+from gtcpserver.cli.options import (
+    OrNone,
+    make_listen_config,
+    make_server,
+    make_supervisor_config,
+    name_option,
+    server_options,
+    supervisor_options,
+    was_given,
+)
+from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
 from gtcpserver.logs import configure_logging
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
 from gtcpserver.stats import StopReport
+from gtcpserver.supervisor import systemd
 
 log = logging.getLogger("gtcpserver")
 
@@ -39,6 +49,8 @@ def process_options(command: Command) -> Command:
         ),
         click.option(
             "--stop-timeout",
+            "--graceful-timeout",
+            "stop_timeout",
             type=OrNone(float, least=0),
             default=DEFAULT_STOP_TIMEOUT,
             show_default=True,
@@ -68,6 +80,7 @@ def process_options(command: Command) -> Command:
 @click.command(epilog=EPILOG)
 @click.argument("handler", metavar="MODULE:HANDLER")
 @server_options
+@supervisor_options
 @process_options
 @click.pass_context
 def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
@@ -76,21 +89,17 @@ def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
     MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. The current directory is searched
     for modules first.
     """
-    prepare(context)
-    listen = make_listen_config(context)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    serve_until_stopped(context, make_server(context, load_handler(handler), listen))
+    serve_with(context, lambda: load_handler(handler))
 
 
 @click.command(epilog=EPILOG)
 @server_options
+@supervisor_options
 @process_options
 @click.pass_context
 def echo(context: click.Context, /, **_options: Any) -> None:
     """Send every client back what it sends: to try the network, a client or the options."""
-    prepare(context)
-    serve_until_stopped(context, make_server(context, send_back, make_listen_config(context)))
+    serve_with(context, lambda: send_back)
 
 
 def send_back(conn: Connection) -> None:
@@ -102,7 +111,25 @@ def send_back(conn: Connection) -> None:
         conn.sendall(data)
 
 
+def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]]) -> None:
+    """Serves with the handler that `load` gives, in this process or, with --workers, in others."""
+    fds = systemd.take_listen_fds()
+    if fds:
+        given = context.params["bind"] if was_given(context, "bind") else ()
+        context.params["bind"] = (*bound_by_systemd(fds), *given)
+    config = make_supervisor_config(context)
+    if config is not None:
+        supervise(context, config, load, len(fds))
+        return
+    prepare(context)
+    listen = make_listen_config(context)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    serve_until_stopped(context, make_server(context, load(), listen))
+
+
 def prepare(context: click.Context) -> None:
+    """What a process does to itself before it serves alone."""
     configure_logging(context.params["log_level"], context.params["log_format"])
     raise_descriptor_limit()
 
@@ -121,11 +148,13 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         # They run when serve_forever waits, and a signal is then a graceful stop: whoever reads that we listen may
         # send one at once.
         helpers = [gevent.spawn(log_listening, server)]
+        systemd.notify("READY=1")
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
         report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
+    systemd.notify("STOPPING=1")
     gevent.killall(helpers)
     log_report(report)
 
@@ -141,16 +170,6 @@ def log_listening(server: Server) -> None:
         "" if loops == 1 else "s",
         pool,
     )
-
-
-def log_stats(server: Server, interval: float) -> None:
-    while True:
-        gevent.sleep(interval)
-        stats = dataclasses.asdict(server.stats())
-        counters = " ".join(
-            f"{name}={round(value, 3) if isinstance(value, float) else value}" for name, value in stats.items()
-        )
-        log.info("stats: %s", counters, extra={"stats": stats})
 
 
 def log_report(report: StopReport) -> None:

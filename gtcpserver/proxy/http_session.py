@@ -346,7 +346,11 @@ class HttpSession:
 
     def _recycle(self, origin: Origin) -> None:
         protocol = origin.protocol
-        if protocol.our_state is h11.DONE and protocol.their_state is h11.DONE and not protocol.trailing_data[0]:
+        if (
+            protocol.our_state is h11.DONE
+            and protocol.their_state is h11.DONE
+            and protocol.trailing_data == (b"", False)
+        ):
             protocol.start_next_cycle()
             origin.used += 1
         else:

@@ -1,0 +1,116 @@
+"""gtcpserver ctl: asks a running master, and tells it what to do, through its control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.supervisor.control import ControlError, ask
+
+VARIABLE = "GTCPSERVER_CONTROL"
+
+
+@click.group(epilog=EPILOG)
+@click.option(
+    "--control",
+    envvar=VARIABLE,
+    required=True,
+    metavar="PATH",
+    help=f"The control socket, as given to serve --control; or in the environment as {VARIABLE}.",
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for the answer.")
+@click.pass_context
+def ctl(context: click.Context, control: str, timeout: float | None) -> None:
+    """Ask and steer a running server with worker processes."""
+    context.obj = (control, timeout)
+
+
+@ctl.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def status(where: tuple[str, float | None], as_json: bool) -> None:
+    """State of master and workers, and the counters of all of them together. Exit status 1 if it is not ready."""
+    answer = request(where, "status")
+    if as_json:
+        click.echo(json.dumps(answer))
+    else:
+        click.echo(
+            f"{answer['state']}, {'ready' if answer['ready'] else 'not ready'}: "
+            f"{len(answer['workers'])} workers of {answer['target']} wanted, generation {answer['generation']}, "
+            f"{answer['restarts']} replaced, master {answer['pid']}, up {answer['uptime']:.0f} s"
+        )
+        click.echo(f"listening on {', '.join(answer['addresses'])}")
+        for name, value in answer["stats"].items():
+            click.echo(f"{name:20} {round(value, 4) if isinstance(value, float) else value}")
+    if not answer["ready"]:
+        sys.exit(1)
+
+
+@ctl.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_obj
+def workers(where: tuple[str, float | None], as_json: bool) -> None:
+    """One line for each worker process, with the connections it has and has had."""
+    found = request(where, "status")["workers"]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{'worker':>6} {'pid':>8} {'state':9} {'gen':>4} {'up s':>8} {'lag ms':>7} {'MiB':>6} accepted active")
+    for one in found:
+        click.echo(
+            f"{one['number']:6} {one['pid']:8} {one['state']:9} {one['generation']:4} {one['uptime']:8.0f} "
+            f"{one['lag'] * 1000:7.1f} {one['rss'] / 2**20:6.0f} {one['accepted']:8} {one['active']:6}"
+        )
+    counts = [one["accepted"] for one in found if one["state"] == "ready"]
+    if len(counts) > 1 and min(counts):
+        click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times what the idlest has")
+
+
+@ctl.command()
+@click.pass_obj
+def reload(where: tuple[str, float | None]) -> None:
+    """New workers, from the code on the disk; waits until they are ready. The old ones stay if one is not."""
+    request(where, "reload")
+
+
+@ctl.command()
+@click.pass_obj
+def upgrade(where: tuple[str, float | None]) -> None:
+    """A new master with the same sockets, from the code on the disk; waits until it is ready."""
+    request(where, "upgrade")
+
+
+@ctl.command()
+@click.pass_obj
+def reopen(where: tuple[str, float | None]) -> None:
+    """Open the log file again, when it was moved away."""
+    request(where, "reopen")
+
+
+@ctl.command()
+@click.argument("count", type=click.IntRange(min=1), metavar="N")
+@click.pass_obj
+def scale(where: tuple[str, float | None], count: int) -> None:
+    """N workers from now on; waits until there are. No connection is lost."""
+    request(where, "scale", workers=count)
+
+
+@ctl.command()
+@click.option("--now", is_flag=True, help="End every connection, and do not wait for handlers.")
+@click.pass_obj
+def stop(where: tuple[str, float | None], now: bool) -> None:
+    """Stop gracefully; waits for the end."""
+    request(where, "stop", now=now)
+
+
+def request(where: tuple[str, float | None], command: str, **more: Any) -> dict[str, Any]:
+    path, timeout = where
+    try:
+        return ask(path if path.startswith("@") else os.path.abspath(path), {"command": command, **more}, timeout)
+    except ControlError as error:
+        raise RunError(str(error)) from None

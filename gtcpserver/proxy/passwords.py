@@ -1,0 +1,193 @@
+"""Users and their passwords, kept as hashes.
+
+A hash that is any good takes some 30 ms, and a browser opens a hundred connections: they are computed in native
+threads, so that the event loop goes on, and a password that was right a moment ago is recognized by a keyed digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping
+from ipaddress import IPv6Address, IPv6Network
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent.threadpool import ThreadPool
+
+from ..errors import ConfigError
+from .target import IPAddress
+
+#: Passwords that were right lately: how many, and for how many seconds they are believed without asking the hash.
+MOST_REMEMBERED = 10_000
+REMEMBER = 60.0
+
+#: Hashes computed at once. They are all CPU; more than the CPUs would only wait for each other.
+THREADS = max(2, os.cpu_count() or 1)
+
+#: What a failure costs an address: each one delays its answer by so many seconds more, up to the second; after so many
+#: within the window nothing is looked at any more until the window is over.
+FIRST_DELAY = 0.5
+LONGEST_DELAY = 5.0
+MOST_FAILURES = 10
+WINDOW = 300.0
+
+#: Addresses whose failures are remembered; beyond it the one that failed longest ago is forgotten.
+MOST_ADDRESSES = 10_000
+
+
+def hash_password(password: bytes) -> str:
+    """A hash to be put into a configuration: argon2id with the library's parameters (RFC 9106).
+
+    Raises:
+        ConfigError: the package argon2-cffi is missing.
+    """
+    return str(_argon2().hash(password))
+
+
+def check_hash(kept: str) -> None:
+    """Raise ConfigError for what is no hash that can be compared with."""
+    if kept.startswith("$argon2"):
+        _argon2()
+    elif kept.startswith(("$2a$", "$2b$", "$2y$")) and len(kept) == 60:
+        _bcrypt()
+    else:
+        raise ConfigError(
+            "a password must be a hash that begins with $argon2 or $2y$ (gtcpserver proxy hash-password makes one), "
+            f"got {kept[:4]!r}..."
+        )
+
+
+def matches(kept: str, password: bytes) -> bool:
+    """Whether a password is the one a hash was made of. Takes 30 ms."""
+    if kept.startswith("$argon2"):
+        argon2: Any = _argon2()
+        try:
+            return bool(argon2.verify(kept, password))
+        except Exception:  # its errors for "wrong" and "not a hash" have no common base of their own
+            return False
+    # bcrypt looks at 72 bytes and refuses more; htpasswd cuts them, and so do we.
+    return bool(_bcrypt().checkpw(password[:72], kept.encode()))
+
+
+def _argon2() -> Any:
+    try:
+        import argon2
+    except ImportError:
+        raise ConfigError("passwords hashed by argon2 need the package argon2-cffi: pip install argon2-cffi") from None
+    return argon2.PasswordHasher()
+
+
+def _bcrypt() -> Any:
+    try:
+        import bcrypt
+    except ImportError:
+        raise ConfigError("passwords hashed by bcrypt need the package bcrypt: pip install bcrypt") from None
+    return bcrypt
+
+
+def read_htpasswd(path: str) -> dict[bytes, str]:
+    """The users of an htpasswd file (`htpasswd -B`).
+
+    Raises:
+        ConfigError: it cannot be read, or a line of it.
+    """
+    users = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if not line or line.startswith(b"#"):
+                    continue
+                name, colon, kept = line.partition(b":")
+                if not colon or not name:
+                    raise ConfigError(f"{path} line {number} must be name:hash")
+                try:
+                    check_hash(kept.decode("ascii", "replace"))
+                except ConfigError as error:
+                    raise ConfigError(f"{path} line {number}: {error}") from None
+                users[name] = kept.decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return users
+
+
+class Users:
+    """An authenticator with a list of users.
+
+    Args:
+        hashes: by name.
+    """
+
+    def __init__(self, hashes: Mapping[bytes, str]) -> None:
+        for kept in hashes.values():
+            check_hash(kept)
+        self._hashes = dict(hashes)
+        # For names that do not exist: to find that out must take as long as a wrong password does.
+        self._nobody = next(iter(self._hashes.values()), None)
+        self._key = secrets.token_bytes(32)
+        self._right: OrderedDict[bytes, float] = OrderedDict()
+        self._threads: ThreadPool | None = None
+        self._failures = Failures()
+
+    def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
+        """Whether this is the user's password."""
+        if not self._failures.may_try(client):
+            return False
+        digest = hmac.digest(self._key, len(user).to_bytes(4, "big") + user + password, hashlib.sha256)
+        until = self._right.get(digest)
+        if until is not None and until > monotonic():
+            return True
+        kept = self._hashes.get(user, self._nobody)
+        if self._threads is None:
+            self._threads = ThreadPool(THREADS)
+        right = kept is not None and self._threads.apply(matches, (kept, password)) and user in self._hashes
+        if right:
+            self._right[digest] = monotonic() + REMEMBER
+            self._right.move_to_end(digest)
+            if len(self._right) > MOST_REMEMBERED:
+                self._right.popitem(last=False)
+            self._failures.forget(client)
+            return True
+        gevent.sleep(self._failures.note(client))
+        return False
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.kill()
+            self._threads = None
+
+
+class Failures:
+    """What each address has got wrong; an IPv6 client is its /64, which it has for itself."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Any, tuple[int, float]] = OrderedDict()
+
+    def may_try(self, client: IPAddress) -> bool:
+        """False while an address has failed too often."""
+        count, last = self._known.get(_network(client), (0, 0.0))
+        return count < MOST_FAILURES or monotonic() - last > WINDOW
+
+    def note(self, client: IPAddress) -> float:
+        """Note a failure; returns the seconds that its answer has to wait."""
+        network = _network(client)
+        count, last = self._known.pop(network, (0, 0.0))
+        count = 1 if monotonic() - last > WINDOW else count + 1
+        self._known[network] = (count, monotonic())
+        if len(self._known) > MOST_ADDRESSES:
+            self._known.popitem(last=False)
+        return float(min(LONGEST_DELAY, FIRST_DELAY * count))
+
+    def forget(self, client: IPAddress) -> None:
+        """It was right."""
+        self._known.pop(_network(client), None)
+
+
+def _network(client: IPAddress) -> Any:
+    return IPv6Network((client, 64), strict=False) if isinstance(client, IPv6Address) else client

@@ -1,0 +1,29 @@
+"""Worker processes: every core, and not one connection lost.
+
+    Master ─▶ Fleet ─▶ Slot ─▶ worker process: Server
+
+The master opens one listening socket a worker slot and TCP address, keeps it for life, and hands it to each next worker
+of that slot: a queue outlives its worker. `master` is the loop and the signals, `fleet` starts and replaces workers,
+`worker` is what runs in them, `sockets` holds the listening sockets.
+"""
+
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.control import ControlError, ask
+from gtcpserver.supervisor.log_files import LogStyle
+from gtcpserver.supervisor.master import Master, WorkersCannotStart
+from gtcpserver.supervisor.program import Program
+from gtcpserver.supervisor.worker import CannotStart, Hooks, Worker, current_worker
+
+__all__ = [
+    "CannotStart",
+    "ControlError",
+    "Hooks",
+    "LogStyle",
+    "Master",
+    "Program",
+    "SupervisorConfig",
+    "Worker",
+    "WorkersCannotStart",
+    "ask",
+    "current_worker",
+]

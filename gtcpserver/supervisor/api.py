@@ -1,0 +1,100 @@
+"""`gtcpserver.run(..., workers=...)`: what the command line does, for a program that is its own main module."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gtcpserver.address import parse_address
+from gtcpserver.errors import ConfigError
+from gtcpserver.listener import ListenConfig
+from gtcpserver.server import Server
+from gtcpserver.stats import StopReport
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.log_files import LogStyle
+from gtcpserver.supervisor.master import Master
+from gtcpserver.supervisor.program import Program
+from gtcpserver.supervisor.worker import Hooks
+
+CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SupervisorConfig))
+HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))
+
+
+def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: Any) -> StopReport:
+    """Serves with worker processes until told to stop; see :func:`gtcpserver.run`.
+
+    Args:
+        handler: a callable, which workers get as it is now, or "module:name", which each worker imports.
+        address: as Server; a list for several.
+        **options: fields of SupervisorConfig and Hooks (hooks may be names too), and what Server takes.
+
+    Raises:
+        ConfigError: an option that cannot work.
+        OSError: an address cannot be had.
+        WorkersCannotStart: no worker could be started.
+    """
+    config = SupervisorConfig(**{name: options.pop(name) for name in CONFIG_FIELDS & options.keys()})
+    hooks = {name: options.pop(name) for name in HOOK_FIELDS & options.keys()}
+    for name in ("accept_loops", "max_accepts"):
+        if name in options:
+            raise ConfigError(f"{name} cannot be used together with workers")
+    listen = options.get("listen") or ListenConfig()
+    # A mistake in the options is told here, once, and not by each worker.
+    Server("127.0.0.1:0", handler if callable(handler) else _nobody, **options)
+    addresses = [_parse(one) for one in (address if isinstance(address, list) else [address])]
+
+    def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
+        loaded = {name: load_name(hook) for name, hook in hooks.items()}
+        return Server(list(sockets), load_name(handler), **options), Hooks(**loaded)
+
+    def preload() -> None:
+        for reference in (handler, *hooks.values()):
+            load_name(reference)
+
+    program = Program(
+        addresses=addresses,
+        listen=listen,
+        build=build,
+        preload=preload,
+        preloaded=not isinstance(handler, str),
+        # Whoever has set up logging of his own keeps it.
+        log_style=None if logging.getLogger().handlers else LogStyle(),
+    )
+    fleet = Master(program, config).run()
+    return StopReport(fleet.finished, fleet.ended)
+
+
+def load_name(reference: Any) -> Any:
+    """What "module:name" or "module:object.attribute" names; everything but text is returned as it is.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    if not isinstance(reference, str):
+        return reference
+    module_name, colon, attributes = reference.partition(":")
+    if not (module_name and colon and attributes):
+        raise ConfigError(f'handler and hooks must be callable or "module:name", got {reference!r}')
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = importlib.import_module(module_name)
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise ConfigError(f"{reference!r}: {module_name} has no {attribute!r}") from None
+    return found
+
+
+def _parse(address: Any) -> Any:
+    return address if hasattr(address, "getsockname") else parse_address(address)
+
+
+def _nobody(_connection: Any) -> None:
+    """Stands for a handler that is imported later."""

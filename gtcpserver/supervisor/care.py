@@ -1,0 +1,111 @@
+"""Care: what becomes of workers whose event loop is late, blocked, or takes for ever to start."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
+
+if TYPE_CHECKING:
+    from gtcpserver.supervisor.fleet import Fleet
+
+log = logging.getLogger("gtcpserver")
+
+TICK_SECONDS = 0.25
+"""How often the master looks at its workers when nothing else wakes it."""
+
+START_SECONDS = 60.0
+"""How long a worker may take to start, or twice the worker_timeout if that is more. Importing big programs takes
+seconds."""
+
+DUMP_SECONDS = 1.0
+"""How long a blocked worker gets to log its stacks. Python code is interrupted at once; a C function that does not
+return is not, and gets SIGABRT, at which the faulthandler module prints what it can."""
+
+LEAVING = (WorkerState.RETIRING, WorkerState.STOPPING)
+
+
+class Care:
+    """Looks at the workers' beats, and steers new connections away from those that are late."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._looked_at = monotonic()
+        self._lagging: set[int] = set()
+
+    def look(self, now: float) -> None:
+        """Called often. Notes silence, ends workers that are blocked."""
+        fleet = self._fleet
+        timeout = fleet.config.worker_timeout
+        if now - self._looked_at > 4 * TICK_SECONDS:
+            # It was this process that stood still (SIGSTOP, a machine that was suspended): their beats wait to be read.
+            for worker in fleet.workers.values():
+                worker.last_beat = max(worker.last_beat, now - TICK_SECONDS)
+        self._looked_at = now
+        for worker in list(fleet.workers.values()):
+            worker.note_silence(now)
+            if worker.channel.ended and worker.kill_at is None:
+                worker.kill_at = now + DUMP_SECONDS  # it ends, or has closed what it is told by
+            if worker.dump_asked_at is not None:
+                self._end_blocked(worker, now)
+            elif timeout is None or worker.kill_at is not None:
+                pass  # one that leaves has a time-out of its own, if there is one
+            elif worker.state in (WorkerState.READY, *LEAVING) and now - worker.last_beat > timeout:
+                log.error(
+                    "worker %d (pid %d): its event loop is blocked since %.1f s; it is replaced",
+                    worker.slot,
+                    worker.pid,
+                    now - worker.last_beat,
+                )
+                self._begin_to_end(worker, now)
+            elif worker.state is WorkerState.STARTING and now - worker.started_at > max(START_SECONDS, 2 * timeout):
+                worker.failure = f"it was not ready after {now - worker.started_at:.0f} s"
+                worker.signal(signal.SIGUSR2)
+                worker.dump_asked_at = now
+
+    def _begin_to_end(self, worker: WorkerProcess, now: float) -> None:
+        slot = self._fleet.slots[worker.slot]
+        was_next = slot.next is worker
+        slot.why = f"worker {worker.slot} (pid {worker.pid}) was replaced: its event loop was blocked"
+        worker.dump_asked_at = now
+        worker.signal(signal.SIGUSR2)
+        # Its slot is free from now on: the next worker need not wait for the dump.
+        self._fleet.let_go(slot, worker)
+        if was_next and self._fleet.reload is not None:
+            self._fleet.reload.abort(slot.why)
+
+    def _end_blocked(self, worker: WorkerProcess, now: float) -> None:
+        assert worker.dump_asked_at is not None
+        waited = now - worker.dump_asked_at
+        if worker.dumped or waited > 2 * DUMP_SECONDS:
+            if worker.state is WorkerState.STARTING:
+                worker.signal(signal.SIGKILL)  # its end counts as a start that failed
+            elif worker.state is not WorkerState.KILLED:
+                worker.kill()
+        elif waited > DUMP_SECONDS:
+            worker.signal(signal.SIGABRT)
+
+    def steer(self) -> None:
+        """New connections go to slots that somebody serves in time, if there are any."""
+        fleet = self._fleet
+        active = fleet.active()
+        serving = [slot for slot in active if slot.serves()]
+        late = {slot.number for slot in serving if slot.lags()}
+        if len(late) * 2 > len(serving):
+            # The machine is busy, and not this worker or that one: the others could not take more.
+            late = set()
+        for number in sorted(late - self._lagging):
+            log.warning("worker %d lags: new connections go to the others until it has caught up", number)
+        for number in sorted(self._lagging - late):
+            log.info("worker %d has caught up", number)
+        self._lagging = late
+        wanted = {slot.number for slot in serving} - late or {slot.number for slot in active}
+        cpus: dict[int, int] = {}
+        for slot in active:
+            cpu = fleet.cpu_of(slot.number)
+            if cpu is not None:
+                cpus.setdefault(cpu, slot.number)
+        fleet.sockets.steer(wanted, cpus)

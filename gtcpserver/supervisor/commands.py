@@ -1,0 +1,106 @@
+"""What a master answers on its control socket."""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gtcpserver.supervisor.config import MAX_WORKERS
+from gtcpserver.supervisor.slots import Slot, WorkerProcess
+
+if TYPE_CHECKING:
+    from gtcpserver.supervisor.control import Reply
+    from gtcpserver.supervisor.master import Master
+
+REPORT_SECONDS = 0.5
+"""How long an answer waits for workers to send their newest counters; a blocked one is told by its last."""
+
+
+class Commands:
+    """Answers requests; those that take time when they are done."""
+
+    def __init__(self, master: Master) -> None:
+        self._master = master
+        self._waiting: list[tuple[float, Reply]] = []
+
+    def answer(self, request: dict[str, Any], reply: Reply) -> None:
+        """One request: {"command": ...}; scale has "workers" too, stop may have "now"."""
+        master, fleet = self._master, self._master.fleet
+        command = request.get("command")
+
+        def tell(error: str | None) -> None:
+            reply({"error": error} if error else {"ok": True})
+
+        if command == "status":
+            for worker in fleet.workers.values():
+                worker.reported = False
+            fleet.tell_all("report")
+            self._waiting.append((monotonic() + REPORT_SECONDS, reply))
+        elif command == "stop":
+            reply({"ok": True, "end": True})
+            if request.get("now") is True:
+                master.halt("ctl stop --now")
+            else:
+                master.begin_stop("ctl stop")
+        elif master.stopping:
+            reply({"error": "the master stops"})
+        elif command == "reload":
+            master.begin_reload("ctl reload", tell)
+        elif command == "upgrade":
+            master.begin_upgrade("ctl upgrade", tell)
+        elif command == "reopen":
+            master.reopen_log()
+            tell(None)
+        elif command == "scale":
+            count = request.get("workers")
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_WORKERS:
+                reply({"error": f"workers must be a whole number from 1 to {MAX_WORKERS}, got {count!r}"})
+            else:
+                master.scale(count, tell)
+        else:
+            reply({"error": f"no command {command!r}; there are status, reload, upgrade, reopen, scale, stop"})
+
+    def look_after(self, now: float) -> None:
+        """Sends the answers that are due."""
+        if not self._waiting:
+            return
+        complete = all(worker.reported for worker in self._master.fleet.workers.values())
+        due = [reply for until, reply in self._waiting if complete or now >= until]
+        self._waiting = [(until, reply) for until, reply in self._waiting if not (complete or now >= until)]
+        for reply in due:
+            reply(self.status())
+
+    def status(self) -> dict[str, Any]:
+        """The state of master, workers and counters."""
+        master, fleet = self._master, self._master.fleet
+        workers = [describe(slot, worker) for _, slot in sorted(fleet.slots.items()) for worker in slot.workers()]
+        return {
+            "state": master.state.value,
+            "ready": master.ready,
+            "pid": os.getpid(),
+            "uptime": round(monotonic() - master.started_at, 3),
+            "addresses": master.addresses,
+            "target": fleet.target,
+            "generation": fleet.generation,
+            "reloading": fleet.reload is not None,
+            "restarts": fleet.restarts,
+            "workers": workers,
+            "stats": fleet.stats(),
+        }
+
+
+def describe(slot: Slot, worker: WorkerProcess) -> dict[str, Any]:
+    """One worker, for people and programs."""
+    return {
+        "number": slot.number,
+        "pid": worker.pid,
+        "state": worker.state.value,
+        "generation": worker.generation,
+        "uptime": round(monotonic() - worker.started_at, 3),
+        "lag": worker.lag,
+        "lagging": worker.lagging,
+        "rss": worker.rss,
+        "accepted": worker.stats.get("accepted", 0),
+        "active": worker.stats.get("active", 0),
+    }

@@ -1,0 +1,131 @@
+"""SupervisorConfig: how many workers, when they are replaced, and what the processes look like from outside."""
+
+from __future__ import annotations
+
+import grp
+import math
+import os
+import pwd
+from dataclasses import dataclass
+
+from gtcpserver.errors import ConfigError
+from gtcpserver.options import check_number, check_whole_number
+from gtcpserver.server import DEFAULT_STOP_TIMEOUT
+
+MAX_WORKERS = 1024
+"""More is a mistake: each is a process, and the steering program of a group has two instructions a member, of which
+the kernel takes 4096."""
+
+DEFAULT_WORKER_TIMEOUT = 30.0  # gunicorn's and uwsgi users' figure; a loop should never be blocked for one second
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorConfig:
+    """The options of a master and its workers.
+
+    Attributes:
+        workers: worker processes at the start; "auto" is one for each CPU this process may use.
+        preload: import the program once, in the master, so that workers share its memory. A reload then starts workers
+            with the same code; only an upgrade (USR2) reads it again.
+        worker_timeout: seconds for which a worker's event loop may be blocked before its stacks are logged and it is
+            replaced. None: for ever.
+        graceful_timeout: seconds that connections get to finish when their worker leaves. None: for ever.
+        drain_delay: seconds between "not ready" and the end of accepting at a stop: the time in which load balancers
+            notice.
+        recycle_after: replace a worker that has accepted so many connections. None: never.
+        recycle_jitter: up to so many connections more, at random, so that workers do not all come due at once. None: a
+            tenth of recycle_after.
+        recycle_memory: MiB of resident memory above which a worker is replaced. None: never.
+        pin_cpus: run worker i on CPU i, and give it the connections that this CPU receives.
+        pid_file: where the master writes its process id.
+        user: the workers' user, by name or number; the master stays who it is, for ports below 1024 and log files.
+        group: the workers' group; None: the user's own.
+        umask: the processes' file mode creation mask, such as 0o027.
+        control: path of the control socket (mode 600); see `gtcpserver ctl`.
+        log_file: standard error goes there; opened again at USR1.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names it.
+    """
+
+    workers: int | str = "auto"
+    preload: bool = False
+    worker_timeout: float | None = DEFAULT_WORKER_TIMEOUT
+    graceful_timeout: float | None = DEFAULT_STOP_TIMEOUT
+    drain_delay: float = 0.0
+    recycle_after: int | None = None
+    recycle_jitter: int | None = None
+    recycle_memory: float | None = None
+    pin_cpus: bool = False
+    pid_file: str | None = None
+    user: str | int | None = None
+    group: str | int | None = None
+    umask: int | None = None
+    control: str | None = None
+    log_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto":
+            if isinstance(self.workers, str):
+                raise ConfigError(f'workers must be a whole number from 1 or "auto", got {self.workers!r}')
+            check_whole_number("workers", self.workers, least=1)
+            if self.workers > MAX_WORKERS:
+                raise ConfigError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
+        # Shorter than a second: the beats by which a blocked loop is noticed come every quarter of one.
+        check_number("worker_timeout", self.worker_timeout, least=1, none="for no limit")
+        check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait for ever")
+        check_number("drain_delay", self.drain_delay, least=0)
+        check_whole_number("recycle_after", self.recycle_after, least=1, none="for never")
+        check_whole_number("recycle_jitter", self.recycle_jitter, least=0, none="for a tenth of recycle_after")
+        check_number("recycle_memory", self.recycle_memory, above=0, none="for never")
+        if self.umask is not None and not 0 <= self.umask <= 0o777:
+            raise ConfigError(f"umask must be 0 to 0o777, got {self.umask:#o}")
+        for name in ("pid_file", "control", "log_file"):
+            path = getattr(self, name)
+            if path is not None and (not path or "\0" in path):
+                raise ConfigError(f"{name} must be a path, got {path!r}")
+        if self.user is not None or self.group is not None:
+            uid, gid, _ = self.identity()
+            if os.geteuid() != 0 and (uid != os.geteuid() or gid != os.getegid()):
+                name = "user" if uid != os.geteuid() else "group"
+                raise ConfigError(f"{name} must be the one this process has, unless it runs as root")
+
+    def worker_count(self) -> int:
+        """The number of workers to start with."""
+        return count_cpus() if isinstance(self.workers, str) else self.workers
+
+    def identity(self) -> tuple[int, int, str | None]:
+        """uid, gid and (if known) name of the workers' user. Raises ConfigError for one this host does not have."""
+        uid, gid, name = os.geteuid(), os.getegid(), None
+        if self.user is not None:
+            try:
+                entry = pwd.getpwnam(str(self.user)) if _is_name(self.user) else pwd.getpwuid(int(self.user))
+            except (KeyError, OverflowError):
+                if _is_name(self.user):
+                    raise ConfigError(f"user must be one of this host's, got {self.user!r}") from None
+                uid = int(self.user)  # a number without an entry, as containers have
+            else:
+                uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
+        if self.group is not None:
+            try:
+                gid = grp.getgrnam(str(self.group)).gr_gid if _is_name(self.group) else int(self.group)
+            except KeyError:
+                raise ConfigError(f"group must be one of this host's, got {self.group!r}") from None
+        return uid, gid, name
+
+
+def _is_name(who: str | int) -> bool:
+    return isinstance(who, str) and not (who.isascii() and who.isdigit())
+
+
+def count_cpus() -> int:
+    """CPUs that this process may use: its affinity mask, and the quota of its control group (cgroups(7))."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2, or no such controller
+    return max(1, cpus)

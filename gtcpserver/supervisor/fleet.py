@@ -1,0 +1,462 @@
+"""Fleet: all workers of a master. Starts them, replaces those that die, lets others take their places.
+
+Nothing in here waits: the master calls `receive`, `reap` and `look_after`, and the fleet does what is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from gtcpserver.supervisor.care import Care
+from gtcpserver.supervisor.channel import make_pair
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.log_files import log_with_details
+from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS, Message
+from gtcpserver.supervisor.program import Program
+from gtcpserver.supervisor.reload import Done, Reload
+from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState, describe_status
+from gtcpserver.supervisor.sockets import ListeningSockets
+from gtcpserver.supervisor.spawn import fork_worker
+from gtcpserver.supervisor.totals import Totals
+from gtcpserver.supervisor.worker import Job, run_worker
+
+log = logging.getLogger("gtcpserver")
+
+FIRST_BACK_OFF = 0.5  # seconds before a worker that could not start is tried again; then twice as long, up to
+LONGEST_BACK_OFF = 30.0
+
+SHORT_LIFE = 1.0
+"""A worker that dies so soon after it was ready counts as one that could not start, unless somebody killed it."""
+
+KILL_MARGIN = 5.0
+"""Seconds beyond its time-out until a worker that leaves is killed: it ends handlers that would not (up to 1 s, see
+`stopping`), runs their `finally` blocks and the hook worker_stop."""
+
+HALT_SECONDS = 3.0  # the same where there is no time-out
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker could not start."""
+
+    message: str
+    details: str
+    status: int
+
+
+class Fleet:
+    """All workers of a master.
+
+    Args:
+        folder: where the workers work.
+        close: called in a new worker: closes what is the master's.
+
+    Attributes:
+        slots: by number; a slot keeps its number and its sockets.
+        target: how many there are to be.
+        up: every slot has had a ready worker once: the first start is complete.
+        first_failure: why it cannot be completed.
+        stopping: no worker is replaced any more.
+        restarts: workers started in place of ones that died.
+    """
+
+    def __init__(
+        self,
+        config: SupervisorConfig,
+        sockets: ListeningSockets,
+        program: Program,
+        folder: str,
+        close: Callable[[], None],
+        slots: list[int],
+    ) -> None:
+        self.config = config
+        self.sockets = sockets
+        self.program = program
+        self.slots = {number: Slot(number) for number in slots}
+        self.target = len(slots)
+        self.generation = 1
+        self.workers: dict[int, WorkerProcess] = {}
+        self.totals = Totals()
+        self.up = False
+        self.first_failure: Failure | None = None
+        self.stopping = False
+        self.restarts = 0
+        self.finished = 0
+        self.ended = 0
+        self.reload: Reload | None = None
+        self._reloads_wanted: list[Done] = []
+        self._scaled: list[Done] = []
+        self._folder = folder
+        self._close_masters = close
+        self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
+        self.care = Care(self)
+
+    def active(self) -> list[Slot]:
+        """The slots that are to stay."""
+        return [slot for slot in self.slots.values() if not slot.closing]
+
+    def cpu_of(self, slot: int) -> int | None:
+        return self._cpus[slot % len(self._cpus)] if self._cpus else None
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def start(self, slot: Slot, generation: int) -> WorkerProcess | None:
+        """Forks a worker for a slot; None if the system refuses, which counts as a start that failed."""
+        number = slot.number
+        try:
+            ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
+        except OSError as error:
+            self._start_failed(slot, f"cannot start worker {number}: {error.strerror}")
+            return None
+        job = Job(
+            number=number,
+            generation=generation,
+            build=self.program.build,
+            sockets=self.sockets.of_slot(number),
+            channel=theirs,
+            config=self.config,
+            log_style=self.program.log_style,
+            cpu=self.cpu_of(number),
+            predecessor=slot.why,
+            master=os.getpid(),
+            folder=self._folder,
+            settle=self.program.settle,
+        )
+
+        def close() -> None:
+            ours.close()
+            self.sockets.close_all_but(number)
+            for worker in self.workers.values():
+                worker.channel.close()
+            self._close_masters()
+
+        try:
+            pid = fork_worker(lambda: run_worker(job), close)
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            self._start_failed(slot, f"cannot start worker {number}: {error.strerror}")
+            return None
+        theirs.close()
+        worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation)
+        return worker
+
+    def _start_failed(self, slot: Slot, what: str) -> None:
+        delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**slot.failures)
+        slot.failures += 1
+        slot.not_before = monotonic() + delay
+        log.error("%s; trying again in %.1f s", what, delay)
+
+    # -- what workers say --------------------------------------------------------------------------------------------
+
+    def receive(self, worker: WorkerProcess) -> None:
+        """Reads what a worker has sent."""
+        for message, fd in worker.channel.receive():
+            if fd is not None:
+                os.close(fd)
+            self._hear(worker, message)
+
+    def _hear(self, worker: WorkerProcess, message: Message) -> None:
+        if message.kind in ("beat", "stopped") and isinstance(stats := message.fields.get("stats"), dict):
+            worker.stats = stats
+            worker.rss = int(message.number("rss")) or worker.rss
+            worker.reported = True
+        if message.kind == "beat":
+            worker.note_beat(message.number("lag"))
+        elif message.kind == "ready":
+            self._is_ready(worker)
+        elif message.kind == "failed":
+            worker.failure = message.text("error") or "no reason given"
+            worker.details = message.text("details")
+            worker.status = int(message.number("status")) or 3
+        elif message.kind == "retire":
+            worker.wants_to_retire = message.text("why") or "asks for it"
+        elif message.kind == "dumped":
+            worker.dumped = True
+        elif message.kind == "drained":
+            worker.drained = True
+        elif message.kind == "stopped":
+            worker.ended = True
+            worker.fatal = message.text("error")
+            self.finished += int(message.number("finished"))
+            self.ended += int(message.number("ended"))
+
+    def _is_ready(self, worker: WorkerProcess) -> None:
+        if worker.state is not WorkerState.STARTING:
+            return  # it was told to leave meanwhile
+        worker.state = WorkerState.READY
+        worker.ready_at = worker.last_beat = monotonic()
+        slot = self.slots[worker.slot]
+        slot.why = ""
+        log.info(
+            "worker %d (pid %d) is ready after %.2f s", slot.number, worker.pid, worker.ready_at - worker.started_at
+        )
+        if worker is slot.next and self.reload is None:
+            slot.failures = 0
+            self.promote(slot)
+
+    def promote(self, slot: Slot) -> None:
+        """The successor takes the slot; the worker that had it finishes its connections."""
+        before, slot.current, slot.next = slot.current, slot.next, None
+        if before is not None:
+            self.let_go(slot, before)
+
+    def let_go(self, slot: Slot, worker: WorkerProcess, kind: str = "retire") -> None:
+        """Has a worker leave its slot: "retire" leaves the sockets to a successor, "stop" drains them for good."""
+        if worker.leaving:
+            return
+        self._take_out(slot, worker)
+        slot.gone_on.append(worker)
+        worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
+        timeout = self.config.graceful_timeout
+        worker.channel.send(kind, timeout=timeout, all=self.stopping)
+        worker.kill_at = None if timeout is None else monotonic() + timeout + KILL_MARGIN
+
+    @staticmethod
+    def _take_out(slot: Slot, worker: WorkerProcess) -> None:
+        if slot.current is worker:
+            slot.current = None
+        elif slot.next is worker:
+            slot.next = None
+
+    # -- workers that end --------------------------------------------------------------------------------------------
+
+    def reap(self, pid: int, status: int) -> bool:
+        """A child process has ended; False if it was no worker."""
+        worker = self.workers.get(pid)
+        if worker is None:
+            return False
+        self.receive(worker)  # its last words
+        worker.channel.close()
+        del self.workers[pid]
+        self.totals.forget_worker(worker.stats)
+        slot = self.slots[worker.slot]
+        was_next = slot.next is worker
+        self._take_out(slot, worker)
+        if worker in slot.gone_on:
+            slot.gone_on.remove(worker)
+        how = f"worker {slot.number} (pid {pid}) {describe_status(status)}"
+        if worker.leaving:
+            self._left(worker, how, status)
+        elif worker.state is WorkerState.STARTING:
+            self._never_started(slot, worker, was_next, how)
+        else:
+            self._died(slot, worker, was_next, how, status)
+        return True
+
+    def _left(self, worker: WorkerProcess, how: str, status: int) -> None:
+        if worker.state is WorkerState.KILLED or not status:
+            log.info("worker %d (pid %d) has left", worker.slot, worker.pid)
+        elif self.first_failure is None:  # which is told, and once is enough
+            why = worker.failure or worker.fatal
+            log.error("%s while it was leaving%s", how, f": {why}" if why else "")
+
+    def _never_started(self, slot: Slot, worker: WorkerProcess, was_next: bool, how: str) -> None:
+        reason = worker.failure or how
+        if not self.up:
+            if self.first_failure is None and not self.stopping:
+                self.first_failure = Failure(reason, worker.details, worker.status)
+            return
+        if worker.details:
+            log_with_details(logging.ERROR, f"worker {slot.number} cannot start: {reason}", worker.details)
+        if was_next and self.reload is not None:
+            self.reload.abort(reason)
+            return
+        slot.why = f"worker {slot.number} (pid {worker.pid}) could not start: {reason}"
+        if not self.stopping:
+            self._start_failed(slot, f"worker {slot.number} (pid {worker.pid}) could not start: {reason}")
+
+    def _died(self, slot: Slot, worker: WorkerProcess, was_next: bool, how: str, status: int) -> None:
+        active = worker.stats.get("active", 0)
+        slot.why = how + (f": {worker.fatal}" if worker.fatal else "")
+        log.error("%s; it had about %d connections", slot.why, active)
+        if was_next and self.reload is not None:
+            self.reload.abort(how)
+            return
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 15)
+        if not killed and monotonic() - worker.ready_at < SHORT_LIFE:
+            self._start_failed(slot, f"worker {slot.number} lived {monotonic() - worker.ready_at:.2f} s")
+        elif slot.next is not None and slot.next.state is WorkerState.READY and self.reload is None:
+            self.promote(slot)
+
+    # -- what is due -------------------------------------------------------------------------------------------------
+
+    def look_after(self, now: float) -> None:
+        """Does what time has brought, called a few times a second and after every event."""
+        for worker in list(self.workers.values()):
+            worker.channel.flush()
+            if worker.kill_at is not None and now >= worker.kill_at and worker.state is not WorkerState.KILLED:
+                log.warning("worker %d (pid %d) does not end: killing it", worker.slot, worker.pid)
+                worker.kill()
+        self.care.look(now)
+        if self.stopping:
+            return
+        self._complete_start()
+        if self.reload is not None:
+            self.reload.go_on()
+        elif self._reloads_wanted and self.up and not self._replacing():
+            done, self._reloads_wanted = self._reloads_wanted, []
+            self.reload = Reload(self, done)
+            self.reload.go_on()
+        elif self.up:
+            self._scale_towards_target()
+            self._recycle(now)
+        for slot in self.active():
+            if slot.current is None and slot.next is None and now >= slot.not_before and self._may_start():
+                self.restarts += self.up and bool(slot.why)
+                slot.current = self.start(slot, self.generation)
+        self._close_empty_slots()
+        self._tell_scaled()
+        self.care.steer()
+
+    def next_due(self) -> float:
+        """When `look_after` has something to do at the latest, but for what comes by events; monotonic."""
+        times = [slot.not_before for slot in self.active() if slot.current is None and slot.next is None]
+        times += [worker.kill_at for worker in self.workers.values() if worker.kill_at is not None]
+        times += [worker.silent_at() for worker in self.workers.values() if not worker.lagging]
+        return min(times, default=float("inf"))
+
+    def _may_start(self) -> bool:
+        return self.first_failure is None
+
+    def _complete_start(self) -> None:
+        if not self.up and all(slot.serves() for slot in self.slots.values()):
+            self.up = True
+        now = monotonic()
+        for slot in self.slots.values():
+            current = slot.current
+            if current is not None and current.state is WorkerState.READY and now - current.ready_at >= SHORT_LIFE:
+                slot.failures = 0
+
+    def changing(self) -> bool:
+        """Whether slots come or go, or a worker is being replaced by its successor."""
+        return self._replacing() or not len(self.active()) == len(self.slots) == self.target
+
+    def _replacing(self) -> bool:
+        return any(slot.next is not None for slot in self.slots.values())
+
+    # -- reload, scale, recycle --------------------------------------------------------------------------------------
+
+    def want_reload(self, done: Done) -> None:
+        """New workers in every slot, then the old ones leave; all of it or nothing. `done` gets None or what failed."""
+        self._reloads_wanted.append(done)
+
+    def want_scale(self, count: int, done: Done | None = None) -> None:
+        """From now on so many workers."""
+        self.target = count
+        if done is not None:
+            self._scaled.append(done)
+
+    def _scale_towards_target(self) -> None:
+        active = self.active()
+        for _ in range(self.target - len(active)):
+            number = next(n for n in range(len(self.slots) + 1) if n not in self.slots)
+            try:
+                self.sockets.add_slot(number)
+            except OSError as error:
+                log.error("cannot open a socket for worker %d: %s", number, error.strerror)
+                self.target = len(self.active())
+                return
+            self.slots[number] = Slot(number)
+            # Nobody accepts there yet.
+            self.care.steer()
+        for slot in sorted(active, key=lambda slot: slot.number, reverse=True)[: max(0, len(active) - self.target)]:
+            slot.closing = True
+            self.care.steer()
+            for worker in (slot.current, slot.next):
+                if worker is not None:
+                    self.let_go(slot, worker, "stop")
+
+    def _close_empty_slots(self) -> None:
+        # A worker that has just been forked holds the sockets of all slots for a moment; the kernel takes a member out
+        # of its group when the last of them is closed.
+        if any(worker.state is WorkerState.STARTING for worker in self.workers.values()):
+            return
+        for slot in [slot for slot in self.slots.values() if slot.closing and not slot.workers()]:
+            lost = self.sockets.remove_slot(slot.number)
+            del self.slots[slot.number]
+            log.log(logging.WARNING if lost else logging.INFO, "slot %d is closed, %d reset", slot.number, lost)
+
+    def _tell_scaled(self) -> None:
+        if not self._scaled:
+            return
+        active = self.active()
+        failing = next((slot for slot in active if slot.failures), None)
+        # Slots that close go on in their own time: their connections may be long ones.
+        if failing is None and not (len(active) == self.target and all(slot.serves() for slot in active)):
+            return
+        done, self._scaled = self._scaled, []
+        for tell in done:
+            tell(failing.why if failing is not None else None)
+
+    def _recycle(self, now: float) -> None:
+        if self._replacing():
+            return  # one after the other: memory for one more worker is enough
+        for slot in self.active():
+            worker = slot.current
+            if worker is None or worker.state is not WorkerState.READY or now < slot.not_before:
+                continue
+            if worker.wants_to_retire:
+                log.info("worker %d (pid %d) %s: replacing it", slot.number, worker.pid, worker.wants_to_retire)
+                slot.next = self.start(slot, self.generation)
+                return
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def tell_all(self, kind: str, **fields: Any) -> None:
+        for worker in self.workers.values():
+            worker.channel.send(kind, **fields)
+
+    def stop(self, leave: bool) -> None:
+        """Has all workers finish; none is replaced.
+
+        Args:
+            leave: another master serves the same sockets: leave their queues to it. Otherwise they are drained.
+        """
+        self._end_operations("the master stops")
+        if not leave:
+            self.sockets.mute_shared()
+        for slot in self.slots.values():
+            for worker in (slot.current, slot.next):
+                if worker is not None:
+                    self.let_go(slot, worker, "retire" if leave else "stop")
+        if leave:
+            self.sockets.close(keep_paths=True)
+        else:
+            self.close_drained()
+
+    def halt(self) -> None:
+        """Ends everything now."""
+        self._end_operations("the master stops")
+        now = monotonic()
+        for worker in self.workers.values():
+            worker.channel.send("halt")
+            worker.kill_at = now + HALT_SECONDS if worker.kill_at is None else min(worker.kill_at, now + HALT_SECONDS)
+            if worker.state is not WorkerState.KILLED:
+                worker.state = WorkerState.STOPPING
+
+    def close_drained(self) -> None:
+        """During a stop: closes what the workers have drained, so that new clients are refused and do not wait."""
+        draining = {w.slot for w in self.workers.values() if w.state is WorkerState.STOPPING and not w.drained}
+        for slot in self.slots.values():
+            if slot.number not in draining and (lost := self.sockets.close_slot(slot.number)):
+                log.warning("%d queued connections of slot %d were reset: it had no worker", lost, slot.number)
+        if not draining:
+            self.sockets.close_shared()
+
+    def _end_operations(self, why: str) -> None:
+        self.stopping = True
+        if self.reload is not None:
+            self.reload.abort(why)
+        for tell in self._reloads_wanted + self._scaled:
+            tell(why)
+        self._reloads_wanted, self._scaled = [], []
+
+    def stats(self) -> dict[str, Any]:
+        """The counters of all workers, those that are gone included."""
+        return self.totals.of(worker.stats for worker in self.workers.values())

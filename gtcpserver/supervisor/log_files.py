@@ -1,0 +1,74 @@
+"""Logging of a master and its workers: one file, or one standard error, for all of them; opened again on request."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from gtcpserver.logs import JsonFormatter, NonBlockingHandler, TextFormatter, configure_logging
+
+log = logging.getLogger("gtcpserver")
+
+STDERR = 2
+
+
+@dataclass(frozen=True)
+class LogStyle:
+    """As the options --log-level and --log-format."""
+
+    level: str = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class TextWithPid(TextFormatter):
+    """The text format with the process's id behind the logger's name, as syslog has it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = record.name
+        record.name = f"{name}[{record.process}]"
+        try:
+            return super().format(record)
+        finally:
+            record.name = name
+
+
+def log_in_master(style: LogStyle) -> None:
+    """As `configure_logging`, but for what makes an event loop, which a master must not have when it forks."""
+    handler = NonBlockingHandler(STDERR)
+    handler.setFormatter(JsonFormatter() if style.format == "json" else TextWithPid())
+    root = logging.getLogger()
+    root.setLevel(style.level.upper())
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+
+
+def log_in_worker(style: LogStyle) -> None:
+    handler = configure_logging(style.level, style.format, STDERR)
+    if style.format == "text":
+        handler.setFormatter(TextWithPid())
+
+
+def open_log_file(path: str) -> int:
+    """Opens a log file to write at its end. Raises OSError that names it."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+    except OSError as error:
+        raise OSError(error.errno, f"log file {path}: {error.strerror}") from None
+
+
+def write_stderr_to(fd: int) -> None:
+    """Makes the file standard error, so that whatever writes there is in it too; closes `fd`."""
+    os.dup2(fd, STDERR, inheritable=True)
+    if fd != STDERR:
+        os.close(fd)
+
+
+def log_with_details(level: int, message: str, details: str) -> None:
+    """Logs a line with more lines below it, as a traceback has them."""
+    record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
+    record.stack_info = details.rstrip()
+    log.handle(record)

@@ -1,0 +1,497 @@
+"""Master: opens the sockets, has a fleet of workers serve them, and obeys signals. It serves nobody itself.
+
+| signal | does |
+| --- | --- |
+| TERM | graceful stop; a second one ends everything at once |
+| INT, QUIT | end everything at once |
+| HUP | reload: new workers, then the old ones leave |
+| USR2 | upgrade: a new master with the same sockets, then this one leaves |
+| USR1 | open the log file again |
+| TTIN, TTOU | one worker more, one fewer |
+
+The loop is a poll(2) on a pipe that signals are written to and on the workers' channels: no event loop of gevent's,
+which a fork would share, no locks and nothing else that could wait.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+from enum import Enum
+from time import monotonic
+from typing import Any
+
+from gevent import monkey
+
+from gtcpserver.errors import ConfigError, GtcpServerError
+from gtcpserver.logs import FaultLimiter, also, fault_key
+from gtcpserver.supervisor import systemd
+from gtcpserver.supervisor.care import TICK_SECONDS
+from gtcpserver.supervisor.commands import Commands
+from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
+from gtcpserver.supervisor.control import ControlSocket
+from gtcpserver.supervisor.fleet import Failure, Fleet
+from gtcpserver.supervisor.log_files import STDERR, log_in_master, open_log_file, write_stderr_to
+from gtcpserver.supervisor.pid_file import PidFile
+from gtcpserver.supervisor.program import Program
+from gtcpserver.supervisor.reload import Done
+from gtcpserver.supervisor.slots import WorkerProcess
+from gtcpserver.supervisor.sockets import ListeningSockets
+from gtcpserver.supervisor.spawn import MASTER_SIGNALS
+from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
+from gtcpserver.supervisor.worker import CannotStart
+
+log = logging.getLogger("gtcpserver")
+
+_poll: Callable[[], Any] = monkey.get_original("select", "poll")
+_signal: Callable[..., Any] = monkey.get_original("signal", "signal")
+_waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
+
+REAP_SECONDS = 1.0
+
+
+class MasterState(Enum):
+    """The life of a master; it goes one way."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"  # not ready any more, and accepting still
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class WorkersCannotStart(GtcpServerError):
+    """The first start has failed.
+
+    Attributes:
+        details: a traceback from the worker, or "".
+        status: the exit status: 2 where the call was wrong, otherwise 3.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.details = failure.details
+        self.status = failure.status
+
+
+class Master:
+    """A master. `run` is its life."""
+
+    def __init__(self, program: Program, config: SupervisorConfig) -> None:
+        self.program = program
+        self.config = config
+        self.state = MasterState.STARTING
+        self.started_at = monotonic()
+        self.addresses: list[str] = []
+        self.fleet: Fleet
+        self._folder = logical_folder()
+        self._handover: Handover | None = None
+        self._upgrade = Upgrade(self._leave_to)
+        self._left_to: int | None = None  # the new master that has everything now
+        self._control: ControlSocket | None = None
+        self._commands = Commands(self)
+        self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
+        self._pipe = (-1, -1)
+        self._stop_at: float | None = None
+        self._said = ""
+        self._watchdog = systemd.watchdog_interval()
+        self._watchdog_at = 0.0
+        self._listen_fds = 0
+        self._first_stderr = -1
+        self._faults = FaultLimiter()
+        self._child_ended = True
+        self._reap_at = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether connections are wanted: what a load balancer asks."""
+        return self.state is MasterState.SERVING and any(slot.serves() for slot in self.fleet.slots.values())
+
+    @property
+    def stopping(self) -> bool:
+        return self.state not in (MasterState.STARTING, MasterState.SERVING)
+
+    def run(self, listen_fds: int = 0) -> Fleet:
+        """Starts, serves until it is told to stop, and returns what the fleet has counted.
+
+        Args:
+            listen_fds: descriptors that systemd has given us, for the next master.
+
+        Raises:
+            ConfigError, OSError: it cannot begin: an address, the PID file, the log file, the control socket.
+            WorkersCannotStart: no worker could be started.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise ConfigError("workers need the main thread, for its signals; this is another one")
+        self._listen_fds = listen_fds
+        self._handover = take_handover()
+        try:
+            return self._run()
+        except (GtcpServerError, OSError) as error:
+            if self._handover is not None:
+                say_failed(self._handover, str(error))
+            if self._first_stderr >= 0:
+                log.error("not started: %s", error)
+            raise
+        finally:
+            self._give_stderr_back()
+
+    def _run(self) -> Fleet:
+        config, handover = self.config, self._handover
+        if config.umask is not None:
+            os.umask(config.umask)
+        if self._pid_file is not None and handover is None:
+            self._pid_file.check()
+        if config.log_file is not None:
+            log_file = open_log_file(config.log_file)
+            self._first_stderr = os.dup(STDERR)
+            write_stderr_to(log_file)
+        if self.program.log_style is not None:
+            log_in_master(self.program.log_style)
+        if config.preload and self.program.preload is not None:
+            self._preload(self.program.preload)
+        slots = handover.slots if handover is not None else list(range(config.worker_count()))
+        sockets = ListeningSockets(self.program.listen)
+        sockets.open(self.program.addresses, slots, handover.sockets if handover is not None else ())
+        self.addresses = sockets.addresses
+        self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots)
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        before = [(number, _signal(number, _noted_in_the_pipe)) for number in MASTER_SIGNALS]
+        try:
+            self._open_control()
+            if self._pid_file is not None and handover is None:
+                self._pid_file.write()
+            while self.state is not MasterState.STOPPED:
+                self._turn()
+        finally:
+            for worker in self.fleet.workers.values():
+                worker.kill()
+            sockets.close(keep_paths=self._not_ours())
+            if self._control is not None:
+                self._control.close(remove=not self._not_ours())
+            if self._pid_file is not None:
+                self._pid_file.remove()
+            signal.set_wakeup_fd(wakeup_before)
+            for number, handler in before:
+                _signal(number, handler)
+            for fd in self._pipe:
+                os.close(fd)
+        log.info("stopped: %d connections finished, %d cut", self.fleet.finished, self.fleet.ended)
+        if self.fleet.first_failure is not None:
+            raise WorkersCannotStart(self.fleet.first_failure)
+        return self.fleet
+
+    def _preload(self, load: Callable[[], None]) -> None:
+        try:
+            load()
+        except CannotStart as error:
+            raise WorkersCannotStart(Failure(str(error), error.details, error.status)) from None
+        if threading.active_count() > 1:
+            log.warning("the program starts threads while it is loaded: the workers will not have them")
+        # The collector of a worker would write into every object, and so copy every page.
+        gc.collect()
+        gc.freeze()
+
+    def _give_stderr_back(self) -> None:
+        # Whoever started us is told there why it did not work.
+        if self._first_stderr >= 0:
+            write_stderr_to(self._first_stderr)
+            self._first_stderr = -1
+
+    def _not_ours(self) -> bool:
+        """Whether another master has the sockets too: the one before us, or the one after."""
+        return self._handover is not None or self._left_to is not None
+
+    def _open_control(self) -> None:
+        path, handover = self.config.control, self._handover
+        if handover is not None and handover.control is not None:
+            fd, _, identity = handover.control
+            if path is None:
+                os.close(fd)
+            else:
+                self._control = ControlSocket(path, self._commands.answer, (fd, identity))
+        elif path is not None:
+            self._control = ControlSocket(path, self._commands.answer)
+
+    def _close_in_worker(self) -> None:
+        for fd in self._pipe:
+            os.close(fd)
+        if self._control is not None:
+            self._control.close(remove=False)
+        if self._pid_file is not None:
+            self._pid_file.close()
+        self._upgrade.close()
+        if self._handover is not None:
+            os.close(self._handover.channel)
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Waits for the next event and does what is due. Whatever goes wrong in here, the master goes on."""
+        try:
+            self._wait()
+            self._reap()
+            self._look_after(monotonic())
+        except Exception as error:
+            left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
+            if left_out is not None:
+                log.exception("the master failed at something, and goes on%s", also(left_out))
+            # What fails every time must not make it spin.
+            _poll().poll(TICK_SECONDS * 1000)
+
+    def _wait(self) -> None:
+        poll = _poll()
+        watched: dict[int, Callable[[int], None]] = {self._pipe[0]: lambda _: self._read_signals()}
+        poll.register(self._pipe[0], select.POLLIN)
+        for worker in self.fleet.workers.values():
+            if not worker.channel.ended:
+                watched[worker.channel.fileno()] = self._receiver(worker)
+                poll.register(worker.channel.fileno(), select.POLLIN)
+        if self._upgrade.channel is not None:
+            watched[self._upgrade.channel.fileno()] = lambda _: self._upgrade.hear()
+            poll.register(self._upgrade.channel.fileno(), select.POLLIN)
+        control = self._control
+        if control is not None:
+            if not self._not_ours():
+                watched[control.sock.fileno()] = lambda _: control.accept()
+                poll.register(control.sock.fileno(), select.POLLIN)
+            for client in control.clients:
+                watched[client.fileno()] = client.handle
+                poll.register(client.fileno(), client.events())
+        due = min(self.fleet.next_due(), self._stop_at or float("inf")) - monotonic()
+        for fd, events in poll.poll(1000 * max(0.0, min(TICK_SECONDS, due))):
+            watched[fd](events)
+
+    def _receiver(self, worker: WorkerProcess) -> Callable[[int], None]:
+        return lambda _: self.fleet.receive(worker)
+
+    def _reap(self) -> None:
+        now = monotonic()
+        # The signal says when; now and then without it, should the program have taken the signal for its own.
+        if not self._child_ended and now < self._reap_at:
+            return
+        self._child_ended = False
+        self._reap_at = now + REAP_SECONDS
+        # As process 1 of a container, orphans are ours to bury too; elsewhere a caller of `run` may have children.
+        while os.getpid() == 1 and self._bury(-1):
+            pass
+        for pid in (*self.fleet.workers, *self._upgrade.pids()):
+            self._bury(pid)
+
+    def _bury(self, pid: int) -> bool:
+        try:
+            gone, status = _waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            # Somebody else has buried it.
+            gone, status = (pid, 0) if pid in self.fleet.workers else (0, 0)
+        if gone and not self.fleet.reap(gone, status):
+            self._upgrade.ended(gone, status)
+        return bool(gone)
+
+    def _look_after(self, now: float) -> None:
+        fleet = self.fleet
+        if self._stop_at is not None and now >= self._stop_at and self.state is MasterState.DRAINING:
+            self._stop()
+        fleet.look_after(now)
+        self._upgrade.look_after(now)
+        if self._control is not None:
+            self._commands.look_after(now)
+            self._control.look_after(now)
+        if self.state is MasterState.STARTING:
+            if fleet.first_failure is not None:
+                self._stop()
+            elif fleet.up:
+                self._serving()
+        if self.state is MasterState.STOPPING:
+            if self._left_to is None and not self._not_ours():
+                fleet.close_drained()
+            if not fleet.workers:
+                self.state = MasterState.STOPPED
+        self._tell_systemd(now)
+
+    def _serving(self) -> None:
+        self.state = MasterState.SERVING
+        if self._first_stderr >= 0:
+            os.close(self._first_stderr)
+            self._first_stderr = -1
+        if self._handover is not None:
+            if self._pid_file is not None:
+                try:
+                    self._pid_file.write()
+                except OSError as error:
+                    log.error("cannot write the PID file: %s", error)
+            handover, self._handover = self._handover, None
+            say_ready(handover)
+        log.info(
+            "listening on %s (pid %d, %d worker%s)",
+            ", ".join(self.addresses),
+            os.getpid(),
+            self.fleet.target,
+            "" if self.fleet.target == 1 else "s",
+        )
+
+    def _tell_systemd(self, now: float) -> None:
+        serving = sum(slot.serves() for slot in self.fleet.slots.values())
+        status = f"STATUS={self.state.value}: {serving} of {self.fleet.target} workers are ready"
+        if self.state is MasterState.SERVING and self.fleet.reload is None:
+            status += f"\nREADY=1\nMAINPID={os.getpid()}"
+        elif self.stopping and self._left_to is None:
+            status += "\nSTOPPING=1"
+        if status != self._said and self._left_to is None and self._handover is None:
+            self._said = status
+            systemd.notify(status)
+        if self._watchdog is not None and now >= self._watchdog_at:
+            self._watchdog_at = now + self._watchdog
+            systemd.notify("WATCHDOG=1")
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+
+    def _read_signals(self) -> None:
+        try:
+            numbers = os.read(self._pipe[0], 4096)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            name = signal.Signals(number).name
+            if number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
+                self.halt(name)
+            elif number == signal.SIGTERM:
+                self.begin_stop(name)
+            elif number == signal.SIGUSR1:
+                self.reopen_log()
+            elif number == signal.SIGCHLD:
+                self._child_ended = True
+            elif self.stopping:
+                log.info("%s: too late, this master stops", name)
+            elif number == signal.SIGHUP:
+                self.begin_reload(name, _nobody)
+            elif number == signal.SIGUSR2:
+                self.begin_upgrade(name, _nobody)
+            elif number == signal.SIGTTIN:
+                self.scale(min(MAX_WORKERS, self.fleet.target + 1))
+            elif number == signal.SIGTTOU:
+                self.scale(max(1, self.fleet.target - 1))
+
+    # -- what it is told to do ---------------------------------------------------------------------------------------
+
+    def begin_reload(self, why: str, done: Done) -> None:
+        """New workers in place of all. `done` is called with None, or with why it failed."""
+        log.info("%s: reload", why)
+        if self._upgrade.under_way:
+            done("an upgrade is under way")
+            return
+        if self.config.preload or self.program.preloaded:
+            log.warning("the program was loaded before the workers: they get it as it was; an upgrade reads it again")
+        if self.state is MasterState.SERVING:
+            systemd.notify(systemd.reloading())
+            self._said = ""
+        self.fleet.want_reload(done)
+
+    def scale(self, count: int, done: Done = lambda _: None) -> None:
+        """So many workers from now on."""
+        if self._upgrade.under_way:
+            done("an upgrade is under way")
+            return
+        log.info("from %d to %d workers", self.fleet.target, count)
+        self.fleet.want_scale(count, done)
+
+    def reopen_log(self) -> None:
+        """Opens the log file again, for all workers too: they may not be allowed to."""
+        path = self.config.log_file
+        if path is None:
+            log.info("SIGUSR1: there is no log file to open again (--log-file)")
+            return
+        try:
+            fd = open_log_file(path)
+        except OSError as error:
+            log.error("cannot open the log file again: %s", error.strerror)
+            return
+        write_stderr_to(fd)
+        for worker in self.fleet.workers.values():
+            worker.channel.send("reopen", fd=os.dup(STDERR))
+        log.info("the log file %s was opened again", path)
+
+    def begin_upgrade(self, why: str, done: Done) -> None:
+        """A new master from the code on the disk. `done` is called with None, or with why it failed."""
+        log.info("%s: upgrade", why)
+        error = ""
+        if self._upgrade.under_way:
+            error = "an upgrade is under way already"
+        elif self.state is not MasterState.SERVING or self.fleet.reload is not None or self.fleet.changing():
+            error = "a start, a reload or a change of the number of workers is under way"
+        elif os.getpid() == 1:
+            error = "this is process 1, whose end is the end of its container: reload, or replace the container"
+        if error:
+            log.error("no upgrade: %s", error)
+            done(error)
+            return
+        control = self._control
+        handover = Handover(
+            pid=os.getpid(),
+            channel=-1,
+            slots=list(self.fleet.slots),
+            sockets=self.fleet.sockets.handover(),
+            control=None if control is None else (control.sock.fileno(), control.path, control.identity),
+            listen_fds=self._listen_fds,
+        )
+        self._upgrade.begin(handover, self._folder, done)
+
+    def _leave_to(self, pid: int) -> None:
+        self._left_to = pid
+        # The service manager believes its main process alone.
+        systemd.notify(f"MAINPID={pid}")
+        self.state = MasterState.STOPPING
+        self.fleet.stop(leave=True)
+
+    def begin_stop(self, why: str) -> None:
+        """Not ready any more; after the drain delay, no more connections; then the end."""
+        if self.stopping:
+            return
+        log.info("%s: stopping", why)
+        self._upgrade.fail("the old master stops")
+        delay = self.config.drain_delay if self.state is MasterState.SERVING else 0.0
+        self.state = MasterState.DRAINING
+        self.fleet.tell_all("unready")
+        self._stop_at = monotonic() + delay
+
+    def _stop(self) -> None:
+        self._stop_at = None
+        self.state = MasterState.STOPPING
+        self.fleet.stop(leave=self._not_ours())
+
+    def halt(self, why: str) -> None:
+        """Ends everything now."""
+        log.warning("%s: ending %d workers now", why, len(self.fleet.workers))
+        self._upgrade.fail("the old master stops")
+        self._stop_at = None
+        self.state = MasterState.STOPPING
+        self.fleet.halt()
+        if not self._not_ours():
+            self.fleet.sockets.close()
+
+
+def logical_folder() -> str:
+    """The working directory by the name the shell knows it by.
+
+    Where a link to the current release is put to another one, a reload must find the new one.
+    """
+    real, named = os.getcwd(), os.environ.get("PWD", "")
+    try:
+        same = os.path.samefile(real, named)
+    except OSError:
+        same = False
+    return named if same and os.path.isabs(named) else real
+
+
+def _noted_in_the_pipe(_number: int, _frame: Any) -> None:
+    """A handler must be there for `signal.set_wakeup_fd` to write the signal's number."""
+
+
+def _nobody(_error: str | None) -> None:
+    pass

@@ -1,0 +1,39 @@
+"""Become another user, and die with the parent process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+
+from gtcpserver.supervisor.config import SupervisorConfig
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def become(config: SupervisorConfig) -> None:
+    """Takes the user and group of the configuration, with the user's other groups, and its umask. No way back."""
+    if config.umask is not None:
+        os.umask(config.umask)
+    if config.user is None and config.group is None:
+        return
+    uid, gid, name = config.identity()
+    if os.geteuid() == 0:
+        if config.user is not None and name is not None:
+            os.initgroups(name, gid)
+        elif config.user is not None:
+            os.setgroups([gid])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    if name is not None:
+        # Programs look there for their files; root's are closed to this user.
+        entry = pwd.getpwnam(name)
+        os.environ.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
+
+
+def die_with_parent(number: int) -> None:
+    """Has the kernel send this signal when the parent process is gone (PR_SET_PDEATHSIG, prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")

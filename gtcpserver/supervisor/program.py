@@ -1,0 +1,37 @@
+"""Program: what a master needs to know of the program it runs, without having imported it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gtcpserver.listener import ListenConfig
+from gtcpserver.server import Server
+from gtcpserver.supervisor.log_files import LogStyle
+from gtcpserver.supervisor.worker import Hooks
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to serve.
+
+    Attributes:
+        addresses: where to listen; what `open_listeners` takes.
+        listen: options of the listening sockets.
+        build: called in each new worker, with its sockets: imports the user's program and makes the server, which is
+            not started, and the hooks. Whatever it raises is why the worker cannot start.
+        preload: called once in the master, before the first worker, if the configuration says so.
+        preloaded: the program is loaded already, in the process that calls us.
+        settle: called in each worker when its server has started.
+        log_style: how master and workers log; None leaves the logging of the calling program as it is.
+    """
+
+    addresses: Sequence[Any]
+    listen: ListenConfig
+    build: Callable[[list[socket.socket]], tuple[Server, Hooks]]
+    preload: Callable[[], None] | None = None
+    preloaded: bool = False
+    settle: Callable[[], None] | None = None
+    log_style: LogStyle | None = None

@@ -1,0 +1,156 @@
+"""A worker slot, and what the master knows of each worker process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from enum import Enum
+from time import monotonic
+from typing import Any
+
+from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.worker import BEAT_SECONDS
+
+LAG_SECONDS = 0.25
+"""A loop that is later than this is taken out of new connections. A healthy one is late by a millisecond or two."""
+
+MISSED_BEATS = 3  # in a row: the loop is blocked
+BEATS_TO_RETURN = 4  # in time, in a row: it has caught up
+
+
+class WorkerState(Enum):
+    """The life of a worker as the master sees it; it goes one way."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RETIRING = "retiring"  # leaves its sockets to a successor
+    STOPPING = "stopping"  # drains them for good
+    KILLED = "killed"
+
+
+@dataclass(eq=False)
+class WorkerProcess:
+    """One worker process.
+
+    Attributes:
+        slot: number of its slot.
+        kill_at: when it is killed if it has not ended; monotonic.
+        failure: why it could not start, in its own words.
+        wants_to_retire: why it asks for a successor.
+        lagging: its loop is late; it gets no new connections.
+        stats: its counters as it last sent them.
+        drained: its sockets are drained and closed.
+    """
+
+    slot: int
+    pid: int
+    channel: Channel
+    generation: int
+    state: WorkerState = WorkerState.STARTING
+    started_at: float = field(default_factory=monotonic)
+    ready_at: float = 0.0
+    last_beat: float = field(default_factory=monotonic)
+    kill_at: float | None = None
+    failure: str = ""
+    details: str = ""
+    status: int = 3
+    fatal: str = ""
+    wants_to_retire: str = ""
+    lagging: bool = False
+    lag: float = 0.0
+    beats_in_time: int = 0
+    stats: dict[str, Any] = field(default_factory=dict)
+    rss: int = 0
+    reported: bool = False
+    drained: bool = False
+    ended: bool = False
+    dump_asked_at: float | None = None
+    dumped: bool = False
+
+    @property
+    def leaving(self) -> bool:
+        return self.state in (WorkerState.RETIRING, WorkerState.STOPPING, WorkerState.KILLED)
+
+    def note_beat(self, lag: float) -> None:
+        """A beat has come: it counts how well the loop keeps time."""
+        self.last_beat = monotonic()
+        self.lag = lag
+        if lag > LAG_SECONDS:
+            self.beats_in_time = 0
+            self.lagging = True
+        else:
+            self.beats_in_time += 1
+            if self.beats_in_time >= BEATS_TO_RETURN:
+                self.lagging = False
+
+    def note_silence(self, now: float) -> None:
+        """Called now and then: no beat is a lag as well."""
+        if now >= self.silent_at():
+            self.lagging = True
+            self.beats_in_time = 0
+            self.lag = now - self.last_beat
+
+    def silent_at(self) -> float:
+        """When its silence counts as a lag if it goes on; monotonic."""
+        if self.state is not WorkerState.READY:
+            return float("inf")
+        return self.last_beat + MISSED_BEATS * BEAT_SECONDS
+
+    def signal(self, number: int) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # not reaped yet
+
+    def kill(self) -> None:
+        self.state = WorkerState.KILLED
+        self.signal(signal.SIGKILL)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place for a worker; its listening sockets outlive the workers that serve them.
+
+    Attributes:
+        current: the worker that serves, or is to.
+        next: its successor while it starts.
+        gone_on: workers that finish their connections.
+        closing: the slot goes away when its workers have drained its sockets.
+        failures: starts that failed, in a row; they make the next one wait.
+        not_before: when the next start may be; monotonic.
+        why: what the last worker died of, for the next one.
+    """
+
+    number: int
+    current: WorkerProcess | None = None
+    next: WorkerProcess | None = None
+    gone_on: list[WorkerProcess] = field(default_factory=list)
+    closing: bool = False
+    failures: int = 0
+    not_before: float = 0.0
+    why: str = ""
+
+    def workers(self) -> list[WorkerProcess]:
+        return [worker for worker in (self.current, self.next, *self.gone_on) if worker is not None]
+
+    def serves(self) -> bool:
+        """Whether somebody accepts from its sockets."""
+        return any(one is not None and one.state is WorkerState.READY for one in (self.current, self.next))
+
+    def lags(self) -> bool:
+        """Whether new connections should rather go elsewhere."""
+        ready = [one for one in (self.current, self.next) if one is not None and one.state is WorkerState.READY]
+        return bool(ready) and all(one.lagging for one in ready)
+
+
+def describe_status(status: int) -> str:
+    """What waitpid(2) says, in words."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return f"was killed by {name}"
+    return f"exited with status {os.waitstatus_to_exitcode(status)}"

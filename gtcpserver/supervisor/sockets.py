@@ -1,0 +1,286 @@
+"""The listening sockets of a master: one a worker slot and TCP address, kept while their workers come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from gevent import monkey
+
+from gtcpserver.address import Address
+from gtcpserver.draining import forget_member, queue_length
+from gtcpserver.listener import ListenConfig, Listener, open_listeners
+from gtcpserver.supervisor.steering import spread
+
+log = logging.getLogger("gtcpserver")
+
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+
+
+class Use(Enum):
+    """Who accepts from a socket."""
+
+    SLOT = "slot"  # the workers of one slot
+    SHARED = "shared"  # all workers of this master
+    EXTERNAL = "external"  # others too
+
+
+@dataclass
+class Member:
+    """One socket of a group: a slot's own."""
+
+    slot: int
+    listener: Listener
+
+    @property
+    def socket(self) -> socket.socket:
+        return self.listener.socket
+
+
+@dataclass
+class Group:
+    """A TCP address, as a SO_REUSEPORT group.
+
+    Attributes:
+        asked: the address as it was asked for, by which the next master finds its sockets.
+        members: in the order in which the kernel counts them.
+    """
+
+    asked: str
+    members: list[Member]
+    #: What was last told to the kernel.
+    steered: tuple[tuple[int, ...], tuple[tuple[int, int], ...]] = ((), ())
+
+
+@dataclass
+class Shared:
+    """A single socket that all workers accept from.
+
+    Attributes:
+        external: it belongs to somebody else as well (systemd, who gave us "fd:3"): never muted, and its queue is left
+            to whoever serves it next.
+    """
+
+    asked: str
+    listener: Listener
+    external: bool
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A socket as the last master described it."""
+
+    asked: str
+    fd: int
+    slot: int | None
+    external: bool
+    address: str
+    identity: tuple[int, int] | None
+
+
+@dataclass
+class ListeningSockets:
+    """All listening sockets of a master.
+
+    TCP addresses have a group with one member a slot; unix sockets, sockets that were given to us, and TCP ones where
+    the ListenConfig rules out SO_REUSEPORT, are single and shared by all slots.
+    """
+
+    config: ListenConfig
+    groups: list[Group] = field(default_factory=list)
+    shared: list[Shared] = field(default_factory=list)
+
+    # -- open and inherit --------------------------------------------------------------------------------------------
+
+    def open(self, addresses: Sequence[Any], slots: Sequence[int], inherited: Sequence[Inherited] = ()) -> None:
+        """Opens what is asked for, but for what the last master left us.
+
+        Raises:
+            ConfigError, OSError: as `open_listeners`; nothing stays open.
+        """
+        try:
+            for address in addresses:
+                asked = describe(address)
+                ours = [one for one in inherited if one.asked == asked]
+                if ours:
+                    self._take_over(asked, ours)
+                else:
+                    self._open(address, asked, slots)
+            for one in inherited:
+                if not any(one.asked == describe(address) for address in addresses):
+                    os.close(one.fd)
+        except BaseException:
+            self.close(keep_paths=bool(inherited))
+            raise
+
+    def _open(self, address: Any, asked: str, slots: Sequence[int]) -> None:
+        is_tcp = isinstance(address, Address) and address.kind == "tcp"
+        if not is_tcp or not self.config.reuse_port:
+            for listener in open_listeners(address, self.config):
+                self.shared.append(Shared(asked, listener, external=not listener.owned))
+            return
+        listeners = open_listeners(address, self.config, len(slots))
+        for first in range(0, len(listeners), len(slots)):
+            members = listeners[first : first + len(slots)]
+            self.groups.append(Group(asked, [Member(slot, one) for slot, one in zip(slots, members, strict=True)]))
+
+    def _take_over(self, asked: str, inherited: Sequence[Inherited]) -> None:
+        groups: dict[Any, Group] = {}
+        for one in inherited:
+            os.set_inheritable(one.fd, False)
+            sock = _socket_class(fileno=one.fd)
+            sock.setblocking(False)
+            listener = Listener(sock, address=one.address, owned=not one.external, path_identity=one.identity)
+            if one.slot is None:
+                self.shared.append(Shared(asked, listener, one.external))
+            else:
+                # A host name has a group for each of its addresses.
+                name = sock.getsockname()
+                if name not in groups:
+                    groups[name] = Group(asked, [])
+                    self.groups.append(groups[name])
+                groups[name].members.append(Member(one.slot, listener))
+
+    # -- what a worker, and the next master, get ---------------------------------------------------------------------
+
+    def of_slot(self, slot: int) -> list[tuple[socket.socket, Use]]:
+        """The sockets a worker of this slot serves, and who else does."""
+        found = [(member.socket, Use.SLOT) for group in self.groups for member in group.members if member.slot == slot]
+        for one in self.shared:
+            found.append((one.listener.socket, Use.EXTERNAL if one.external else Use.SHARED))
+        return found
+
+    def handover(self) -> list[Inherited]:
+        """What the next master needs to know."""
+        members = [
+            Inherited(group.asked, member.socket.fileno(), member.slot, False, member.listener.address, None)
+            for group in self.groups
+            for member in group.members
+        ]
+        return members + [
+            Inherited(
+                one.asked,
+                one.listener.fileno(),
+                None,
+                one.external,
+                one.listener.address,
+                one.listener._path_identity,
+            )
+            for one in self.shared
+            if not one.listener.closed
+        ]
+
+    def close_all_but(self, slot: int) -> None:
+        """In a worker: a socket of another slot, held by a process that does not accept, keeps a dead queue alive."""
+        for group in self.groups:
+            for member in group.members:
+                if member.slot != slot:
+                    member.socket.close()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where we listen, with the real ports."""
+        found = [member.listener.address for group in self.groups for member in group.members[:1]]
+        return list(dict.fromkeys(found + [one.listener.address for one in self.shared]))
+
+    # -- slots that come and go --------------------------------------------------------------------------------------
+
+    def add_slot(self, slot: int) -> None:
+        """Opens one more member of each group. Raises OSError; no member of the slot stays open then."""
+        if not self.groups:
+            return
+        joining = dataclasses.replace(self.config, shared=True)
+        try:
+            for group in self.groups:
+                (listener,) = open_listeners(group.members[0].listener.address, joining)
+                group.members.append(Member(slot, listener))
+                group.steered = ((), ())
+        except BaseException:
+            self.remove_slot(slot)
+            raise
+
+    def remove_slot(self, slot: int) -> int:
+        """Closes a slot's sockets, whose workers have drained them and are gone.
+
+        Returns:
+            connections that still were in their queues, and are reset.
+        """
+        lost = 0
+        for group in self.groups:
+            place = next((i for i, member in enumerate(group.members) if member.slot == slot), None)
+            if place is None:
+                continue
+            last = len(group.members) - 1
+            # The kernel moves the last member into the place that gets free, and the program must be right before and
+            # after: name none that moves.
+            stay = [i for i in group.steered[0] if i not in (place, last)]
+            if stay:
+                spread(group.members, stay, None)
+            member = group.members[place]
+            lost += queue_length(member.socket)
+            member.listener.close()
+            forget_member(group.members, place)
+            group.steered = ((), ())
+        return lost
+
+    def steer(self, slots: Collection[int], cpus: Mapping[int, int]) -> None:
+        """Sends new TCP connections to these slots.
+
+        Args:
+            slots: which get connections; none of those open is the same as all.
+            cpus: CPU to the slot that gets what it receives; empty: by hash.
+        """
+        for group in self.groups:
+            places = {member.slot: index for index, member in enumerate(group.members)}
+            stay = tuple(index for slot, index in places.items() if slot in slots)
+            pinned = tuple((cpu, places[slot]) for cpu, slot in cpus.items() if slot in places)
+            if len(stay) in (0, len(places)) and not pinned:
+                stay = tuple(range(len(places)))
+            wanted = (stay, pinned)
+            if wanted != group.steered:
+                group.steered = wanted
+                if not spread(group.members, stay, dict(pinned)):
+                    log.warning("cannot steer new connections of %s: the kernel refuses", group.asked)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def mute_shared(self) -> None:
+        """Before the last drain: removes the paths of unix sockets, so that nobody new comes."""
+        for one in self.shared:
+            if one.listener.family == socket.AF_UNIX and not one.external:
+                one.listener.mute()
+
+    def close_slot(self, slot: int) -> int:
+        """At the end of all: closes a slot's own sockets; returns how many were still queued. Groups are not kept."""
+        lost = 0
+        for group in self.groups:
+            for member in group.members:
+                if member.slot == slot and not member.listener.closed:
+                    lost += queue_length(member.socket)
+                    member.listener.close()
+        return lost
+
+    def close_shared(self, keep_paths: bool = False) -> None:
+        for one in self.shared:
+            one.listener.close(keep_path=keep_paths or one.external)
+
+    def close(self, keep_paths: bool = False) -> None:
+        for group in self.groups:
+            for member in group.members:
+                with contextlib.suppress(OSError):
+                    member.listener.close()
+        self.close_shared(keep_paths)
+
+
+def describe(address: Any) -> str:
+    """An address as text, the same in the next master."""
+    if hasattr(address, "getsockname"):
+        return f"socket {address.getsockname()}"
+    return str(address)

@@ -1,0 +1,129 @@
+"""Start processes: a worker by fork, the next master by fork and exec.
+
+A worker is a fork of a master that has never imported the user's program (unless it was told to preload it), so each
+one reads the code as it is on the disk at that moment; and the fork costs 2 ms, where a fresh interpreter has to import
+gevent and this library again. The master has no event loop of gevent's: a fork would share its epoll(7).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
+
+import gevent
+from gevent import monkey
+
+log = logging.getLogger("gtcpserver")
+
+_fork: Callable[[], int] = monkey.get_original("os", "fork")
+_signal = monkey.get_original("signal", "signal")
+
+MASTER_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+
+IGNORED_BY_WORKERS = (
+    signal.SIGINT,  # from a terminal it comes to every process; the master says what it means
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+
+
+def fork_worker(begin: Callable[[], int], close: Callable[[], None]) -> int:
+    """Forks.
+
+    Args:
+        begin: the worker's life; returns its exit status. It is called with all signals blocked, and unblocks them
+            when it is ready for them.
+        close: called first in the child: closes what is the master's alone.
+
+    Returns:
+        The child's process id.
+
+    Raises:
+        OSError: no more processes, or no memory.
+    """
+    return _in_child(lambda: _be_worker(begin, close))
+
+
+def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
+    """Starts another program that inherits descriptors.
+
+    Args:
+        environment: called in the child, so that it can name its process id.
+        fds: descriptors to inherit, by the same numbers.
+    """
+
+    def execute() -> NoReturn:
+        for number in MASTER_SIGNALS:
+            _signal(number, signal.SIG_DFL)
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        # The mask is inherited too.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.execve(arguments[0], arguments, dict(environment()))
+
+    return _in_child(execute)
+
+
+def _in_child(what: Callable[[], int]) -> int:
+    # Between fork and the child's own handlers a signal would be written into the pipe it shares with its parent.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = _fork()
+        if pid:
+            return pid
+        status = 3
+        try:
+            signal.set_wakeup_fd(-1)
+            status = what()
+        except BaseException:
+            log.exception("a new process failed")
+        finally:
+            # Nothing of the master's stack may run here: no `finally`, no handler at exit.
+            os._exit(status)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _be_worker(begin: Callable[[], int], close: Callable[[], None]) -> int:
+    atexit._clear()
+    for number in MASTER_SIGNALS:
+        _signal(number, signal.SIG_IGN if number in IGNORED_BY_WORKERS else signal.SIG_DFL)
+    close()
+    # The program that was preloaded, or that called `run`, may have made an event loop.
+    gevent.reinit()
+    _set_title("worker")
+    status = begin()
+    # What the program has registered in this process.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+    return status
+
+
+def _set_title(role: str) -> None:
+    # An optional dependency.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").setproctitle(f"gtcpserver: {role}")

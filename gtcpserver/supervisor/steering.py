@@ -1,0 +1,50 @@
+"""Which member of a SO_REUSEPORT group gets a new connection: all by hash, some at random, or by the receiving CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gtcpserver.draining import (
+    BPF_JUMP_IF_EQUAL,
+    BPF_LOAD_WORD,
+    BPF_RETURN,
+    MAX_INSTRUCTIONS,
+    SO_ATTACH_REUSEPORT_CBPF,
+    HasSocket,
+    Instruction,
+    _attach,
+    steer,
+    unsteer,
+)
+
+SKF_AD_CPU = 0xFFFFF000 + 36  # linux/filter.h: a load from here is the number of the CPU that received the packet
+NOBODY = 0xFFFFFFFF  # an index no group has: the kernel takes its hash instead (net/core/sock_reuseport.c)
+
+
+def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, int] | None) -> bool:
+    """Sends new connections to some members of a group.
+
+    Args:
+        group: all members, in the order of their listen() calls.
+        stay: indexes of those that get connections; all of them, or none, is every member.
+        cpus: CPU number to index of the member that gets what this CPU receives, as long as all stay; None: by hash.
+
+    Returns:
+        False if the kernel refuses.
+    """
+    if len(group) < 2:
+        return True
+    if stay and len(set(stay)) < len(group):
+        return steer(group, stay)
+    if cpus:
+        return _attach(group[0].socket, SO_ATTACH_REUSEPORT_CBPF, by_cpu(cpus))
+    unsteer(group)  # False: there was no program
+    return True
+
+
+def by_cpu(cpus: Mapping[int, int]) -> list[Instruction]:
+    """The program that looks up the receiving CPU; one that has no member leaves it to the hash."""
+    program: list[Instruction] = [(BPF_LOAD_WORD, 0, 0, SKF_AD_CPU)]
+    for cpu, index in list(cpus.items())[: MAX_INSTRUCTIONS // 2 - 1]:
+        program += [(BPF_JUMP_IF_EQUAL, 0, 1, cpu), (BPF_RETURN, 0, 0, index)]
+    return [*program, (BPF_RETURN, 0, 0, NOBODY)]

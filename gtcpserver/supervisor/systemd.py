@@ -1,0 +1,73 @@
+"""The two protocols of systemd that need no library: inherited sockets and notifications.
+
+sd_listen_fds(3) and sd_notify(3) describe them; other supervisors speak them as well.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from gevent import monkey
+
+from gtcpserver.errors import ConfigError
+
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+
+FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+
+def take_listen_fds() -> list[int]:
+    """Descriptors that systemd has opened for this process; the second call finds none.
+
+    They become close-on-exec, and the variables are removed, so that processes started later do not take them for
+    theirs.
+
+    Raises:
+        ConfigError: the variables promise a descriptor that is not open.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not (pid.isascii() and pid.isdigit() and int(pid) == os.getpid() and count.isascii() and count.isdigit()):
+        return []
+    fds = list(range(FIRST_FD, FIRST_FD + int(count)))
+    for fd in fds:
+        try:
+            os.set_inheritable(fd, False)
+        except OSError:
+            raise ConfigError(f"LISTEN_FDS is {count}, but descriptor {fd} is not open") from None
+    return fds
+
+
+def notify(state: str) -> bool:
+    """Tells the service manager, if there is one. `state` is lines of NAME=value.
+
+    Returns:
+        False if nobody is there to be told, or it could not be.
+    """
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path.startswith(("/", "@")):
+        return False
+    try:
+        with _socket_class(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+    except OSError:
+        return False
+    return True
+
+
+def reloading() -> str:
+    """What begins a reload; the time is for Type=notify-reload."""
+    return f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
+
+
+def watchdog_interval() -> float | None:
+    """Seconds between two WATCHDOG=1: half of what the unit's WatchdogSec= allows (sd_watchdog_enabled(3))."""
+    pid, microseconds = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    if not (microseconds.isascii() and microseconds.isdigit() and int(microseconds) > 0):
+        return None
+    if pid and pid != str(os.getpid()):
+        return None
+    return int(microseconds) / 2e6

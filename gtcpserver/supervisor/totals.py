@@ -1,0 +1,57 @@
+"""One set of counters for all workers: those that run, and those that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Stats = dict[str, Any]
+
+#: What is true now and ends with its worker. Everything else counts from the start and stays.
+GAUGES = frozenset({"active", "idle", "lingering", "handshaking", "handlers", "pool_size", "uptime"})
+
+
+class Totals:
+    """Adds up the counters of workers.
+
+    Numbers are summed, `queue_wait_mean` is weighted with its samples, `queue_wait_max` is the largest. `peak` is the
+    sum of what each worker had at most, which is more than or as much as there ever was at one moment.
+    """
+
+    def __init__(self, gone: Mapping[str, Any] | None = None) -> None:
+        self._gone: Stats = dict(gone or {})
+
+    @property
+    def gone(self) -> Stats:
+        """Counters of the workers that are gone."""
+        return self._gone
+
+    def forget_worker(self, stats: Mapping[str, Any]) -> None:
+        """A worker is gone: its counters stay, what was true of it does not."""
+        self._gone = add_up([self._gone, {name: value for name, value in stats.items() if name not in GAUGES}])
+
+    def of(self, running: Iterable[Mapping[str, Any]]) -> Stats:
+        return add_up([self._gone, *running])
+
+
+def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
+    """The sum of snapshots of `ServerStats`, as dictionaries."""
+    total: Stats = {}
+    waited = 0.0
+    for stats in all_stats:
+        waited += stats.get("queue_wait_mean", 0.0) * stats.get("queue_wait_samples", 0)
+        for name, value in stats.items():
+            if name not in total:
+                total[name] = dict(value) if isinstance(value, dict) else value
+            elif name in ("queue_wait_max", "uptime"):
+                total[name] = max(total[name], value)
+            elif isinstance(value, dict):
+                for key, number in value.items():
+                    total[name][key] = total[name].get(key, 0) + number
+            elif value is None or total[name] is None:
+                total[name] = None  # pool_size: no limit
+            else:
+                total[name] += value
+    if total.get("queue_wait_samples"):
+        total["queue_wait_mean"] = waited / total["queue_wait_samples"]
+    return total

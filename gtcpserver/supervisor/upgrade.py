@@ -1,0 +1,214 @@
+"""Upgrade: a master hands its sockets to a new one, started from the code that is on the disk now.
+
+    old master                                  new master (its child)
+    fork, exec the same command line     --->   takes over the descriptors the environment names
+                                                starts its workers: both generations accept
+    "ready" (or "failed", or EOF)        <---
+    workers leave their sockets, exit
+
+Until "ready" the old master serves on, and a new one that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.supervisor.channel import Channel, adopt, make_pair
+from gtcpserver.supervisor.messages import HANDOVER_KINDS
+from gtcpserver.supervisor.reload import Done
+from gtcpserver.supervisor.slots import describe_status
+from gtcpserver.supervisor.sockets import Inherited
+from gtcpserver.supervisor.spawn import fork_and_exec
+
+log = logging.getLogger("gtcpserver")
+
+VARIABLE = "GTCPSERVER_HANDOVER"
+
+UPGRADE_SECONDS = 120.0
+"""How long a new master may take until its workers are ready."""
+
+FAILED_SECONDS = 40.0
+"""How long one that has failed may take to end before it is killed: the default graceful time-out, and some more."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a new master finds in its environment.
+
+    Attributes:
+        channel: the descriptor on which it says that it is ready.
+        slots: numbers of the slots, each of which has sockets.
+        sockets: the listening ones.
+        control: descriptor of the control socket, with its path and identity (device, inode); None if there is none.
+        listen_fds: how many descriptors came from systemd.
+    """
+
+    pid: int
+    channel: int
+    slots: list[int]
+    sockets: list[Inherited]
+    control: tuple[int, str, tuple[int, int] | None] | None
+    listen_fds: int
+
+
+def take_handover() -> Handover | None:
+    """What the last master left in the environment, which is cleared; None for a first start.
+
+    Raises:
+        GtcpServerError: it is not readable: masters of versions too far apart.
+    """
+    text = os.environ.pop(VARIABLE, "")
+    if not text:
+        return None
+    try:
+        fields = json.loads(text)
+        sockets = [Inherited(**{**one, "identity": _pair(one["identity"])}) for one in fields.pop("sockets")]
+        control = fields.pop("control")
+        if control is not None:
+            control = (control[0], control[1], _pair(control[2]))
+        handover = Handover(sockets=sockets, control=control, **fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GtcpServerError(f"cannot take over from the running master: {error}") from None
+    return handover
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    return None if value is None else (int(value[0]), int(value[1]))
+
+
+class Upgrade:
+    """The old master's side: starts new masters, hears what becomes of them, and ends those that have failed.
+
+    Args:
+        leave_to: called with the process id of a new master that is ready: everything is its now.
+
+    Attributes:
+        channel: on which the new master says that it is ready; None if none is being started.
+    """
+
+    def __init__(self, leave_to: Callable[[int], None]) -> None:
+        self.channel: Channel | None = None
+        self._leave_to = leave_to
+        self._pid = 0
+        self._give_up_at = 0.0
+        self._done: Done | None = None
+        self._failed: dict[int, float] = {}  # process id -> when it is killed
+
+    @property
+    def under_way(self) -> bool:
+        return self.channel is not None
+
+    def pids(self) -> list[int]:
+        """New masters that are our children still."""
+        return [*self._failed, *([self._pid] if self.under_way else [])]
+
+    def begin(self, handover: Handover, folder: str, done: Done) -> None:
+        """Starts a new master by our own command line, in this folder."""
+        ours, theirs = make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
+        handover = dataclasses.replace(handover, channel=theirs.fileno())
+        fds = [one.fd for one in handover.sockets] + [handover.channel]
+        if handover.control is not None:
+            fds.append(handover.control[0])
+
+        def environment() -> dict[str, str]:
+            os.chdir(folder)
+            found = {**os.environ, VARIABLE: json.dumps(dataclasses.asdict(handover))}
+            if handover.listen_fds:
+                found |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(handover.listen_fds)}
+            return found
+
+        try:
+            self._pid = fork_and_exec([sys.executable, *sys.orig_argv[1:]], environment, fds)
+        except OSError as error:
+            ours.close()
+            log.error("no upgrade: %s", error)
+            done(str(error))
+            return
+        finally:
+            theirs.close()
+        self.channel = ours
+        self._done = done
+        self._give_up_at = monotonic() + UPGRADE_SECONDS
+        log.info("a new master was started (pid %d)", self._pid)
+
+    def hear(self) -> None:
+        """The new master has said something, or has ended."""
+        if self.channel is None:
+            return
+        for message, _ in self.channel.receive():
+            if message.kind == "ready":
+                self._succeed()
+            else:
+                self.fail(message.text("error"))
+            return
+        if self.channel.ended:
+            self.fail("it ended, or closed its descriptors")
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child process that is no worker has ended."""
+        if self.under_way and pid == self._pid:
+            self.hear()  # its last words
+            self.fail(f"the new master {describe_status(status)}", gone=True)
+        self._failed.pop(pid, None)
+
+    def look_after(self, now: float) -> None:
+        """Called a few times a second."""
+        if self.under_way and now > self._give_up_at:
+            self.fail("it was not ready in time")
+        for pid, kill_at in self._failed.items():
+            if now >= kill_at:
+                os.kill(pid, signal.SIGKILL)
+
+    def _succeed(self) -> None:
+        self.close()
+        log.info("the new master (pid %d) is ready; this one's workers finish their connections", self._pid)
+        self._leave_to(self._pid)
+        self._tell(None)
+
+    def fail(self, why: str, gone: bool = False) -> None:
+        """Gives the new master up, if there is one; `gone`: its process has ended."""
+        if not self.under_way:
+            return
+        self.close()
+        log.error("the upgrade failed, the old master serves on: %s", why)
+        if not gone:
+            # It ends its workers as a stop does: they may have taken connections.
+            os.kill(self._pid, signal.SIGTERM)
+            self._failed[self._pid] = monotonic() + FAILED_SECONDS
+        self._tell(why)
+
+    def _tell(self, error: str | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(error)
+
+    def close(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+
+def say_ready(handover: Handover) -> None:
+    """The new master's side: from now on everything is ours."""
+    channel: Channel = adopt(handover.channel, HANDOVER_KINDS)
+    channel.send("ready")
+    channel.close()
+
+
+def say_failed(handover: Handover, error: str) -> None:
+    """The new master's side: it gives up. Also when the descriptor is bad: nothing more can be done."""
+    with contextlib.suppress(OSError):
+        channel = adopt(handover.channel, HANDOVER_KINDS)
+        channel.send("failed", error=error)
+        channel.close()

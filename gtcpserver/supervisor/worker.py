@@ -1,0 +1,385 @@
+"""What runs in a worker process: a Server on the slot's sockets, that does what the master says.
+
+Reads in the order things happen: begin, build, serve, beat, obey, end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import importlib
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gevent.hub import get_hub
+
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.server import Server, State
+from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.dump import format_stacks
+from gtcpserver.supervisor.log_files import LogStyle, log_in_worker, log_with_details, write_stderr_to
+from gtcpserver.supervisor.messages import Message
+from gtcpserver.supervisor.privileges import become, die_with_parent
+from gtcpserver.supervisor.sockets import Use
+
+log = logging.getLogger("gtcpserver")
+
+BEAT_SECONDS = 0.25
+"""How often a worker says that its loop runs. The master notices a lag within three of them."""
+
+STATS_EVERY = 4  # beats: counters are sent once a second; a worker killed by -9 takes less than that with it
+
+ORPHAN_SECONDS = 1.0
+"""How long connections may go on when the master is gone: nobody could stop or replace this process any more, and it
+has the port that the next master wants."""
+
+ORPHAN_MARGIN = 0.5  # until it ends itself, whatever still runs
+
+_start_thread = monkey.get_original("_thread", "start_new_thread")
+_native_sleep = monkey.get_original("time", "sleep")
+
+
+class CannotStart(GtcpServerError):
+    """A worker cannot begin to serve.
+
+    Attributes:
+        details: a traceback, or "".
+        status: the exit status if no worker has ever started: 2 where the call was wrong, otherwise 3.
+    """
+
+    def __init__(self, message: str, details: str = "", status: int = 3) -> None:
+        super().__init__(message)
+        self.details = details
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions of the user's, called in the workers.
+
+    Attributes:
+        worker_start: with the Worker, before it says that it is ready.
+        worker_stop: with the Worker, when its last connection has ended.
+        worker_error: with the Worker and a text, when a worker has failed: in the worker itself if it still can, or
+            else in the one that takes its place.
+    """
+
+    worker_start: Callable[[Worker], Any] | None = None
+    worker_stop: Callable[[Worker], Any] | None = None
+    worker_error: Callable[[Worker, str], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a new worker is told by the master it was forked from.
+
+    Attributes:
+        number: of its slot, from 0.
+        generation: counts the reloads.
+        build: makes the server on these sockets, not started, and the hooks. May raise anything.
+        sockets: each with who accepts from it.
+        predecessor: why the last worker of the slot died; "" if it did not.
+        folder: to work in.
+        settle: called when the server has started.
+    """
+
+    number: int
+    generation: int
+    build: Callable[[list[socket.socket]], tuple[Server, Hooks]]
+    sockets: list[tuple[socket.socket, Use]]
+    channel: Channel
+    config: SupervisorConfig
+    log_style: LogStyle | None
+    cpu: int | None
+    predecessor: str
+    master: int
+    folder: str
+    settle: Callable[[], None] | None
+
+
+@dataclass
+class Worker:
+    """A worker process, as hooks and handlers see it (`gtcpserver.supervisor.current_worker`).
+
+    Attributes:
+        number: of its slot, from 0; its successor has the same.
+        generation: counts the reloads of the master.
+        pid: process id.
+        server: the Server it runs; None as long as there is none.
+        ready: connections are wanted: False at the start, and from the beginning of a stop, drain delay included. For
+            health checks.
+    """
+
+    number: int
+    generation: int
+    pid: int = field(default_factory=os.getpid)
+    server: Server | None = None
+    ready: bool = False
+
+
+_current: Worker | None = None
+
+
+def current_worker() -> Worker | None:
+    """The worker this process is; None outside of one."""
+    return _current
+
+
+def run_worker(job: Job) -> int:
+    """The whole life of a worker, from the fork on; returns its exit status."""
+    return _Life(job).run()
+
+
+class _Life:
+    def __init__(self, job: Job) -> None:
+        global _current
+        self.job = job
+        self.channel = job.channel
+        self.worker = _current = Worker(job.number, job.generation)
+        self.hooks = Hooks()
+        self.wants_to_retire = ""
+        self.asked_to_retire = False
+        self.orphaned = False
+        # Commands that come while there is no server yet.
+        self.early: list[Message] = []
+        self.limit_of_accepts = _with_jitter(job.config)
+        self.limit_of_memory = job.config.recycle_memory and job.config.recycle_memory * (1 + random.random() / 10)
+
+    # -- begin -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        try:
+            server = self.start()
+        except BaseException as error:
+            self.fail(error)
+            return 3
+        beats = gevent.spawn(self.beat)
+        drained = gevent.spawn(self.tell_when_drained, server)
+        server.wait_stopped()
+        report = server.stop()
+        self.call_hook("worker_stop")
+        gevent.killall([beats, drained])
+        for cut in report.cut:
+            log.warning("cut %s", cut)
+        fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
+        if fatal:
+            self.call_hook("worker_error", fatal)
+        self.channel.send(
+            "stopped",
+            finished=report.finished,
+            ended=report.ended,
+            stats=dataclasses.asdict(server.stats()),
+            error=fatal,
+        )
+        self.channel.flush()
+        return 1 if fatal else 0
+
+    def start(self) -> Server:
+        job = self.job
+        signal.signal(signal.SIGTERM, self.on_term)
+        signal.signal(signal.SIGUSR2, self.on_dump)
+        faulthandler.enable(file=sys.__stderr__ if sys.__stderr__ is not None else 2)  # for SIGABRT
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _work_in(job.folder)
+        if job.cpu is not None:
+            os.sched_setaffinity(0, {job.cpu})
+        become(job.config)
+        # After the change of user, which takes it away (prctl(2)).
+        die_with_parent(signal.SIGTERM)
+        if os.getppid() != job.master:
+            raise CannotStart("the master is gone")
+        if job.log_style is not None:
+            log_in_worker(job.log_style)
+        watcher = get_hub().loop.io(self.channel.fileno(), 1, ref=False)
+        watcher.start(self.read_channel)
+        importlib.invalidate_caches()
+        server, self.hooks = job.build([sock for sock, _ in job.sockets])
+        self.worker.server = server
+        if job.predecessor:
+            self.call_hook("worker_error", job.predecessor)
+        if server.state is not State.NEW:
+            raise CannotStart(f"the server must not be started before its worker starts it, it is {server.state.value}")
+        server.start()
+        if job.settle is not None:
+            job.settle()
+        if self.hooks.worker_start is not None:
+            self.hooks.worker_start(self.worker)
+        self.worker.ready = True
+        self.channel.send("ready")
+        for message in self.early:
+            self.obey(message)
+        return server
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, CannotStart):
+            message, details, status = str(error), error.details, error.status
+        else:
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            details, status = "".join(traceback.format_exception(error)), 3
+        self.call_hook("worker_error", message)
+        self.channel.send("failed", error=message, details=details, status=status)
+        self.channel.flush()
+
+    def call_hook(self, name: str, *arguments: Any) -> None:
+        hook = getattr(self.hooks, name)
+        if hook is None:
+            return
+        try:
+            hook(self.worker, *arguments)
+        except Exception:
+            log.exception("the hook %s failed", name)
+
+    # -- serve -------------------------------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Says four times a second that the loop runs and how late it is; asks for a successor when one is due."""
+        count = 0
+        due = monotonic() + BEAT_SECONDS
+        while True:
+            gevent.sleep(max(0.0, due - monotonic()))
+            now = monotonic()
+            lag = max(0.0, now - due)
+            due = now + BEAT_SECONDS
+            self.send_beat(lag, with_stats=count % STATS_EVERY == 0)
+            count += 1
+            self.look_whether_due()
+
+    def send_beat(self, lag: float, with_stats: bool) -> None:
+        fields: dict[str, Any] = {"lag": round(lag, 4)}
+        if with_stats and self.worker.server is not None:
+            fields["stats"] = dataclasses.asdict(self.worker.server.stats())
+            fields["rss"] = resident_bytes()
+        self.channel.flush()
+        self.channel.send_if_clear("beat", **fields)
+
+    def look_whether_due(self) -> None:
+        server = self.worker.server
+        if self.asked_to_retire or server is None or server.state is not State.SERVING:
+            return
+        why = self.wants_to_retire
+        if not why and self.limit_of_accepts is not None and server.accepted_connections >= self.limit_of_accepts:
+            why = f"has accepted {server.accepted_connections} connections"
+        if not why and self.limit_of_memory and resident_bytes() > self.limit_of_memory * 2**20:
+            why = f"uses {resident_bytes() >> 20} MiB"
+        if why:
+            self.asked_to_retire = True
+            self.channel.send("retire", why=why)
+
+    def tell_when_drained(self, server: Server) -> None:
+        server.listening_ended.wait()
+        self.channel.send("drained")
+
+    # -- obey --------------------------------------------------------------------------------------------------------
+
+    def read_channel(self) -> None:
+        """In the event loop, when the master has sent something or is gone."""
+        for message, fd in self.channel.receive():
+            if message.kind == "reopen" and fd is not None:
+                write_stderr_to(fd)
+            elif self.worker.server is None or self.worker.server.state is State.NEW:
+                self.early.append(message)
+            else:
+                self.obey(message)
+        if self.channel.ended:
+            self.be_orphaned()
+
+    def obey(self, message: Message) -> None:
+        server = self.worker.server
+        assert server is not None
+        if message.kind == "unready":
+            self.worker.ready = False
+        elif message.kind == "report":
+            self.send_beat(0.0, with_stats=True)
+        elif message.kind == "halt":
+            self.worker.ready = False
+            gevent.spawn(server.halt)
+        elif message.kind == "retire":
+            self.worker.ready = False
+            gevent.spawn(self.stop, message.seconds("timeout"), ())
+        elif message.kind == "stop":
+            self.worker.ready = False
+            last_of_all = message.fields.get("all") is True
+            gevent.spawn(self.stop, message.seconds("timeout"), (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,))
+
+    def stop(self, timeout: float | None, drained: Collection[Use]) -> None:
+        """Finishes. Sockets of these uses are nobody's afterwards: they are drained for good."""
+        server = self.worker.server
+        assert server is not None
+        numbers = {sock.fileno() for sock, use in self.job.sockets if use in drained}
+        for group in server._groups:
+            for listener in group:
+                # Whose it is may tell the kernel to begin no more connections on it.
+                listener.owned = listener.fileno() in numbers
+        server.stop(timeout, leave_listening=not numbers)
+
+    def on_term(self, _number: int, _frame: FrameType | None) -> None:
+        if os.getppid() != self.job.master:
+            self.be_orphaned()
+        else:
+            # `kill` of this process alone: leave when a successor is there. A stop of all of us (systemd and others
+            # signal every process of a service) comes by the channel.
+            self.wants_to_retire = "got SIGTERM"
+
+    def on_dump(self, _number: int, frame: FrameType | None) -> None:
+        message = f"all stacks of worker {self.job.number} (pid {os.getpid()})"
+        log_with_details(logging.WARNING, message, format_stacks(frame))
+        self.channel.send_if_clear("dumped")
+
+    def be_orphaned(self) -> None:
+        if self.orphaned:
+            return
+        self.orphaned = True
+        _start_thread(_end_later, ())
+        log.error("the master (pid %d) is gone: ending within %.1f s", self.job.master, ORPHAN_SECONDS)
+        self.worker.ready = False
+        server = self.worker.server
+        if server is None or server.state is State.NEW:
+            os._exit(3)
+        get_hub().loop.run_callback(gevent.spawn, self.stop, ORPHAN_SECONDS, (Use.SLOT, Use.SHARED))
+        get_hub().loop.run_callback(gevent.spawn_later, ORPHAN_SECONDS, server.halt)
+
+
+def _end_later() -> None:
+    _native_sleep(ORPHAN_SECONDS + ORPHAN_MARGIN)
+    os._exit(1)
+
+
+def _with_jitter(config: SupervisorConfig) -> int | None:
+    if config.recycle_after is None:
+        return None
+    jitter = config.recycle_jitter if config.recycle_jitter is not None else config.recycle_after // 10
+    return config.recycle_after + random.randint(0, jitter)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM (statm in proc(5))."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def _work_in(folder: str) -> None:
+    """Goes where the master was started, by the name it had: that link may point to another release by now."""
+    before = os.getcwd() if os.path.isdir(".") else ""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise CannotStart(f"cannot work in {folder}: {error.strerror}") from None
+    now = os.getcwd()
+    if now != before:
+        sys.path[:] = [now if entry == before else entry for entry in sys.path]
