@@ -14,18 +14,20 @@ from gtcpserver.supervisor.control import ControlError, ask
 
 VARIABLE = "GTCPSERVER_CONTROL"
 
+Where = tuple[str | None, float | None]
+"""Path of the control socket, and seconds to wait for an answer."""
+
 
 @click.group(epilog=EPILOG)
 @click.option(
     "--control",
     envvar=VARIABLE,
-    required=True,
     metavar="PATH",
     help=f"The control socket, as given to serve --control; or in the environment as {VARIABLE}.",
 )
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for the answer.")
 @click.pass_context
-def ctl(context: click.Context, control: str, timeout: float | None) -> None:
+def ctl(context: click.Context, control: str | None, timeout: float | None) -> None:
     """Ask and steer a running server with worker processes."""
     context.obj = (control, timeout)
 
@@ -33,7 +35,7 @@ def ctl(context: click.Context, control: str, timeout: float | None) -> None:
 @ctl.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_obj
-def status(where: tuple[str, float | None], as_json: bool) -> None:
+def status(where: Where, as_json: bool) -> None:
     """State of master and workers, and the counters of all of them together. Exit status 1 if it is not ready."""
     answer = request(where, "status")
     if as_json:
@@ -54,7 +56,7 @@ def status(where: tuple[str, float | None], as_json: bool) -> None:
 @ctl.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 @click.pass_obj
-def workers(where: tuple[str, float | None], as_json: bool) -> None:
+def workers(where: Where, as_json: bool) -> None:
     """One line for each worker process, with the connections it has and has had."""
     found = request(where, "status")["workers"]
     if as_json:
@@ -73,21 +75,21 @@ def workers(where: tuple[str, float | None], as_json: bool) -> None:
 
 @ctl.command()
 @click.pass_obj
-def reload(where: tuple[str, float | None]) -> None:
+def reload(where: Where) -> None:
     """New workers, from the code on the disk; waits until they are ready. The old ones stay if one is not."""
     request(where, "reload")
 
 
 @ctl.command()
 @click.pass_obj
-def upgrade(where: tuple[str, float | None]) -> None:
+def upgrade(where: Where) -> None:
     """A new master with the same sockets, from the code on the disk; waits until it is ready."""
     request(where, "upgrade")
 
 
 @ctl.command()
 @click.pass_obj
-def reopen(where: tuple[str, float | None]) -> None:
+def reopen(where: Where) -> None:
     """Open the log file again, when it was moved away."""
     request(where, "reopen")
 
@@ -95,7 +97,7 @@ def reopen(where: tuple[str, float | None]) -> None:
 @ctl.command()
 @click.argument("count", type=click.IntRange(min=1), metavar="N")
 @click.pass_obj
-def scale(where: tuple[str, float | None], count: int) -> None:
+def scale(where: Where, count: int) -> None:
     """N workers from now on; waits until there are. No connection is lost."""
     request(where, "scale", workers=count)
 
@@ -103,13 +105,15 @@ def scale(where: tuple[str, float | None], count: int) -> None:
 @ctl.command()
 @click.option("--now", is_flag=True, help="End every connection, and do not wait for handlers.")
 @click.pass_obj
-def stop(where: tuple[str, float | None], now: bool) -> None:
+def stop(where: Where, now: bool) -> None:
     """Stop gracefully; waits for the end."""
     request(where, "stop", now=now)
 
 
-def request(where: tuple[str, float | None], command: str, **more: Any) -> dict[str, Any]:
+def request(where: Where, command: str, **more: Any) -> dict[str, Any]:
     path, timeout = where
+    if path is None:
+        raise click.UsageError(f"missing --control PATH, or {VARIABLE} in the environment")
     try:
         return ask(path if path.startswith("@") else os.path.abspath(path), {"command": command, **more}, timeout)
     except ControlError as error:

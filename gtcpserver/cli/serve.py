@@ -38,15 +38,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
+def monkey_patch_option(command: Command) -> Command:
+    """Adds --monkey-patch, for commands that run the user's code (`gtcpserver.cli` obeys it)."""
+    return click.option(
+        "--monkey-patch/--no-monkey-patch",
+        default=True,
+        show_default=True,
+        help="Let the standard library's blocking calls wait on the event loop.",
+    )(command)
+
+
 def process_options(command: Command) -> Command:
     """Adds the options that are about the process and not about the server."""
     options = (
-        click.option(
-            "--monkey-patch/--no-monkey-patch",
-            default=True,
-            show_default=True,
-            help="Let the standard library's blocking calls wait on the event loop.",
-        ),
         click.option(
             "--stop-timeout",
             "--graceful-timeout",
@@ -81,6 +85,7 @@ def process_options(command: Command) -> Command:
 @click.argument("handler", metavar="MODULE:HANDLER")
 @server_options
 @supervisor_options
+@monkey_patch_option
 @process_options
 @click.pass_context
 def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
@@ -95,6 +100,7 @@ def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
 @click.command(epilog=EPILOG)
 @server_options
 @supervisor_options
+@monkey_patch_option
 @process_options
 @click.pass_context
 def echo(context: click.Context, /, **_options: Any) -> None:
@@ -116,7 +122,9 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]])
     fds = systemd.take_listen_fds()
     if fds:
         given = context.params["bind"] if was_given(context, "bind") else ()
-        context.params["bind"] = (*bound_by_systemd(fds), *given)
+        # One that was named as well ("fd:3") is not adopted twice.
+        more = [address for address in given if not (address.kind == "fd" and address.fd in fds)]
+        context.params["bind"] = (*bound_by_systemd(fds), *more)
     config = make_supervisor_config(context)
     if config is not None:
         supervise(context, config, load, len(fds))
