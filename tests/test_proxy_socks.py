@@ -5,7 +5,6 @@ import shutil
 import socket
 import struct
 import subprocess
-from ipaddress import ip_address
 
 import gevent
 import gevent.socket
@@ -155,15 +154,13 @@ def test_requirement_07_failures_have_their_replies(proxy, connect, in_thread, l
         assert lines(number)[-1]["result"] == result
 
 
-def test_requirement_16_the_proxy_does_not_connect_to_itself(serve, connect, in_thread, lines):
-    own = set()
-    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE, own_addresses=own)
-    server = serve(ProxyHandler(gate))
-    own.add((ip_address("127.0.0.1"), server.port))
+@pytest.mark.parametrize("host", ["127.1", "localhost", "0.0.0.0", "127.0.0.5"])
+def test_requirement_16_the_proxy_does_not_connect_to_itself(proxy, connect, in_thread, lines, host):
+    server = proxy(destination_rules=[*ANYWHERE, parse_destination_rule("allow unspecified")])
     client = connect(server)
-    client.sendall(b"\x05\x01\x00" + connect_request("127.1", server.port))
+    client.sendall(b"\x05\x01\x00" + connect_request(host, server.port))
     assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
-    assert lines()[0]["detail"] == "this is the proxy itself"
+    assert lines()[0]["result"] == "destination_denied"
 
 
 def test_requirement_16_by_default_nobody_goes_anywhere_special(proxy, connect, in_thread, origin):

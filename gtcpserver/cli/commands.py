@@ -20,6 +20,7 @@ COMMANDS = {
     "echo": "gtcpserver.cli.serve:echo",
     "forward": "gtcpserver.cli.forward:forward",
     "files": "gtcpserver.cli.files:files",
+    "proxy": "gtcpserver.cli.proxy:proxy",
     "check": "gtcpserver.cli.check:check",
     "ctl": "gtcpserver.cli.ctl:ctl",
 }

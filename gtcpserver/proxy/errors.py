@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import GtcpServerError
+from ..errors import ConfigError, GtcpServerError
 
 
 class ProtocolError(GtcpServerError):
@@ -21,5 +21,5 @@ class BadTarget(GtcpServerError):
     """A destination that is not one: not a host name, not an address, not a port."""
 
 
-class RuleError(GtcpServerError):
+class RuleError(ConfigError):
     """A rule that cannot be read; the message names the word, and what was expected."""

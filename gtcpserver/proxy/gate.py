@@ -61,7 +61,7 @@ class Gate:
         listener: its name, for rules and the log.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
-        own_addresses: (address, port) of every listener of this proxy: a client that is sent there comes back.
+        own_ports: of all listeners of this proxy: who is sent there, on this host, comes back.
         source: the address to connect from; None: the system's choice.
         show_bound_address: tell SOCKS clients from where the destination is connected.
     """
@@ -72,7 +72,7 @@ class Gate:
     authenticators: Mapping[str, Authenticator] = field(default_factory=dict)
     resolver: Resolver = field(default_factory=Resolver)
     timeouts: Timeouts = Timeouts()
-    own_addresses: frozenset[tuple[IPAddress, int]] = frozenset()
+    own_ports: frozenset[int] = frozenset()
     source: IPAddress | None = None
     show_bound_address: bool = True
 
@@ -88,7 +88,9 @@ class Gate:
             unmapped(ip_address(address[0].split("%")[0])) if isinstance(address, tuple) else ip_address("127.0.0.1")
         )
         decision = decide_client(self.client_rules, client, self.listener)
-        visitor = Visitor(self, client, AccessRecord(str(client), self.listener), decision.auth)
+        here: Any = conn.server_address
+        own = (unmapped(ip_address(here[0].split("%")[0])), here[1]) if isinstance(here, tuple) else None
+        visitor = Visitor(self, client, AccessRecord(str(client), self.listener), decision.auth, own)
         if not decision.allowed:
             visitor.record.result, visitor.record.detail = "client_denied", decision.rule
         return visitor
@@ -100,12 +102,14 @@ class Visitor:
 
     Attributes:
         auth: the authenticator it has to satisfy; None: nobody asks who it is.
+        own: the address and port of the proxy to which it has connected; None for a unix socket.
     """
 
     gate: Gate
     client: IPAddress
     record: AccessRecord
     auth: str | None
+    own: tuple[IPAddress, int] | None = None
 
     @property
     def admitted(self) -> bool:
@@ -125,7 +129,7 @@ class Visitor:
     def decide(self, target: Target, ip: IPAddress) -> Decision:
         """Whether it may reach one address of a target."""
         gate = self.gate
-        if (ip, target.port) in gate.own_addresses:
+        if self._is_the_proxy(ip, target.port):
             return Decision(False, "this is the proxy itself")
         return decide_destination(
             gate.destination_rules,
@@ -136,6 +140,12 @@ class Visitor:
             name=None if target.ip is not None else target.host,
             ip=ip,
             port=target.port,
+        )
+
+    def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
+        own_ip, own_port = self.own or (None, 0)
+        return (port == own_port or port in self.gate.own_ports) and (
+            ip == own_ip or ip.is_loopback or ip.is_unspecified
         )
 
     def allowed_addresses(self, target: Target) -> list[IPAddress]:

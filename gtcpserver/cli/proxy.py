@@ -1,0 +1,127 @@
+"""gtcpserver proxy: a SOCKS4, SOCKS4a, SOCKS5 and HTTP proxy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options
+from gtcpserver.cli.serve import process_options, serve_with
+from gtcpserver.errors import ConfigError
+
+try:
+    from gtcpserver.proxy.config import (
+        AuthTable,
+        ListenerTable,
+        LogTable,
+        Proxy,
+        ProxyConfig,
+        RulesTable,
+        make_proxy,
+        read_config,
+    )
+    from gtcpserver.proxy.passwords import hash_password
+except ModuleNotFoundError as missing:
+    raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
+
+#: The authenticator of --user.
+USERS = "users"
+FLAGS = {"users": "--user"}
+
+
+def with_worker_user(command: Any) -> Any:
+    """--user is a client's here; the user that the workers run as is --worker-user."""
+    for parameter in command.__click_params__:
+        if parameter.name == "user":
+            parameter.opts = ["--worker-user"]
+    return command
+
+
+@click.group(invoke_without_command=True, epilog=EPILOG)
+@click.option("--config", metavar="FILE", help="TOML file with everything; read again at SIGHUP with --workers.")
+@click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
+@click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
+@click.option("--http", metavar="ADDRESS", multiple=True, help="Listen for HTTP.")
+@click.option(
+    "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only these users may come in; may be repeated."
+)
+@click.option("--allow-client", metavar="NETWORK", multiple=True, help="Who may come in.  [default: this host]")
+@click.option(
+    "--allow-destination", metavar="DESTINATION", multiple=True, help="Where clients may go, and nowhere else."
+)
+@click.option("--deny-destination", metavar="WHERE", multiple=True, help="Where clients may not go.")
+@click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody, without a password. Think twice.")
+@click.option("--access-log", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@server_options_but_bind
+@with_worker_user
+@supervisor_options
+@process_options
+@click.pass_context
+def proxy(context: click.Context, /, config: str | None, **options: Any) -> None:
+    """A SOCKS4, SOCKS4a, SOCKS5 and HTTP proxy.
+
+    Out of the box it listens on 127.0.0.1:1080 for this host alone, and does not lead into private networks.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    given = {name: options[name] for name in ("mixed", "socks", "http", "users", "allow_client") if options[name]}
+    given |= {name: options[name] for name in ("allow_destination", "deny_destination") if options[name]}
+    if config is not None and given:
+        raise click.UsageError(
+            f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
+        )
+    made = _load(config, options)
+    context.params["bind"] = tuple(made.addresses)
+    # Once for the mistakes, which are told before anything is started; then in each worker, so that a reload reads
+    # the file again.
+    serve_with(context, lambda: _load(config, options).handler)
+
+
+def _load(path: str | None, options: dict[str, Any]) -> Proxy:
+    return make_proxy(read_config(path) if path is not None else _from_options(options))
+
+
+def _from_options(options: dict[str, Any]) -> ProxyConfig:
+    listeners = [
+        ListenerTable(name=f"{speaks}-{number}" if number else speaks, listen=address, speaks=speaks)
+        for speaks in ("mixed", "socks", "http")
+        for number, address in enumerate(options[speaks])
+    ]
+    users = {}
+    for text in options["users"]:
+        name, colon, password = text.partition(":")
+        if not colon or not name or not password:
+            raise click.UsageError(f"--user: must be NAME:PASSWORD, got {name + ':...' if colon else text!r}")
+        users[name] = hash_password(password.encode())
+    with_auth = f" with auth {USERS}" if users else ""
+    clients = [f"allow from {network} to any{with_auth}" for network in options["allow_client"]]
+    if users and not clients:
+        clients = [f"allow from {network} to any{with_auth}" for network in ("127.0.0.0/8", "::1")]
+    destinations = [f"deny {what}" for what in options["deny_destination"]]
+    destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
+    return ProxyConfig(
+        listener=listeners,
+        rules=RulesTable(clients=clients, destinations=destinations),
+        auth={USERS: AuthTable(users=users)} if users else {},
+        log=LogTable(style=options["access_log"]),
+        allow_open=options["allow_open"],
+    )
+
+
+@proxy.command()
+@click.argument("file", metavar="FILE")
+def check(file: str) -> None:
+    """Say whether a configuration can be used, and what is wrong with it: exit status 2."""
+    made = make_proxy(read_config(file))
+    click.echo(f"{file} is good: it listens on {', '.join(map(str, made.addresses))}")
+
+
+@proxy.command("hash-password")
+@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Asked for, if not given.")
+def hash_password_command(password: str) -> None:
+    """Make the hash of a password, for a configuration."""
+    if not password:
+        raise ConfigError("the password must not be empty")
+    click.echo(hash_password(password.encode()))
