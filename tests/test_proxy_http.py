@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -13,12 +14,14 @@ from contextlib import suppress
 
 import gevent
 import pytest
+import trustme
 from conftest import SOON, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, read
 from test_server import echo
 
+from gtcpserver import TLSConfig
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_messages import (
@@ -30,6 +33,7 @@ from gtcpserver.proxy.http_messages import (
     find_end_of_head,
 )
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from gtcpserver.static_files import StaticFiles
 
 
 @pytest.fixture
@@ -545,3 +549,45 @@ def test_any_bytes_are_a_head_or_an_error_of_ours(junk, start):
             with suppress(HttpError):
                 connect_target(head)
             absolute_target(head)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_an_https_proxy_and_socks_in_tls(serve, in_thread, tmp_path):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    content = os.urandom(500_000)
+    (tmp_path / "file").write_bytes(content)
+    target = serve(StaticFiles(tmp_path))
+    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)
+    server = serve(ProxyHandler(gate, tls=TLSConfig(tmp_path / "server.pem")))
+    url = f"http://localhost:{target.port}/file"
+    command = ["curl", "-sS", "--noproxy", "", "--proxy-cacert", f"{tmp_path}/ca.pem"]
+    command += ["-x", f"https://localhost:{server.port}"]
+    for option in ([], ["--proxytunnel"]):
+        done = in_thread(
+            lambda option=option: subprocess.run([*command, *option, url], capture_output=True, timeout=SOON)
+        )
+        assert (done.stderr, done.stdout == content) == (b"", True)
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+
+    def by_socks():
+        with context.wrap_socket(
+            socket.create_connection(("localhost", server.port), SOON), server_hostname="localhost"
+        ) as sock:
+            sock.sendall(b"\x05\x01\x00\x05\x01\x00\x01\x7f\0\0\x01" + target.port.to_bytes(2, "big"))
+            sock.sendall(b"GET /file HTTP/1.0\r\n\r\n")
+            return read(sock, 1_000_000)
+
+    assert in_thread(by_socks).endswith(content)
+
+
+def test_a_client_that_speaks_no_tls_to_an_https_proxy(serve, connect, in_thread, tmp_path, lines):
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)
+    client = connect(serve(ProxyHandler(gate, tls=TLSConfig(tmp_path / "server.pem"))))
+    client.sendall(b"GET http://x/ HTTP/1.1\r\n\r\n")
+    with suppress(ConnectionResetError):
+        in_thread(read, client, 1000)
+    assert lines()[0]["detail"].startswith("TLS: ")

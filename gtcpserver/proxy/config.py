@@ -28,6 +28,7 @@ import msgspec
 
 from ..address import Address, parse_address
 from ..errors import ConfigError
+from ..tls import Credentials, TLSConfig
 from .gate import Authenticator, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
 from .passwords import Users, read_htpasswd
@@ -59,12 +60,15 @@ class ListenerTable(_Table):
         listen: where.
         speaks: the protocols.
         source: the address to connect from.
+        tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
     """
 
     name: str = "default"
     listen: str = DEFAULT_LISTEN
     speaks: Speaks = "mixed"
     source: str | None = None
+    tls_certfile: str | None = None
+    tls_keyfile: str | None = None
 
 
 class RulesTable(_Table):
@@ -188,6 +192,7 @@ def _checks(config: ProxyConfig) -> list[tuple[str, Any]]:
     for place, listener in enumerate(config.listener):
         checks += [
             (f"listener[{place}].listen", lambda one=listener: parse_address(one.listen)),
+            (f"listener[{place}].tls_certfile", lambda one=listener: _tls(one)),
             (f"listener[{place}].source", lambda one=listener: one.source and ip_address(one.source)),
         ]
     checks += [("rules.clients", lambda: _client_rules(config)), ("rules.destinations", lambda: _destinations(config))]
@@ -223,6 +228,16 @@ def _destinations(config: ProxyConfig) -> list[Any]:
         if rule.via is not None and rule.via not in known:
             raise ConfigError(f"there is no listener or authenticator {rule.via!r}, in {rule.text!r}")
     return rules
+
+
+def _tls(listener: ListenerTable) -> TLSConfig | None:
+    if listener.tls_certfile is None:
+        if listener.tls_keyfile is not None:
+            raise ConfigError("tls_keyfile needs tls_certfile")
+        return None
+    config = TLSConfig(listener.tls_certfile, listener.tls_keyfile)
+    Credentials(config)  # reads the files
+    return config
 
 
 def _users(table: AuthTable) -> Authenticator:
@@ -308,6 +323,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
         handlers[place] = ProxyHandler(
             gate,
             listener.speaks,
+            tls=_tls(listener),
             pseudonym=config.pseudonym,
             log_style=config.log.style,
             redact=config.log.redact,

@@ -8,6 +8,7 @@ from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError, DeadlineExceeded
+from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
 from .gate import Gate, Visitor
 from .http_session import HttpSession
@@ -24,6 +25,7 @@ class ProxyHandler:
     Args:
         gate: who may come in, and where to.
         speaks: the protocols of this listener; "mixed": both, the first byte tells.
+        tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
         pseudonym: the name of this proxy in the Via field of HTTP messages.
         log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
         redact: leave out of it where clients go.
@@ -34,6 +36,7 @@ class ProxyHandler:
         gate: Gate,
         speaks: Speaks = "mixed",
         *,
+        tls: TLSConfig | None = None,
         pseudonym: str = "gtcpserver",
         log_style: Literal["text", "json"] = "text",
         redact: bool = False,
@@ -42,6 +45,7 @@ class ProxyHandler:
             raise ConfigError(f"speaks must be one of {', '.join(get_args(Speaks))}, got {speaks!r}")
         self.gate = gate
         self._speaks = speaks
+        self._tls = None if tls is None else Credentials(tls)
         self._pseudonym = pseudonym.encode()
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
@@ -51,6 +55,12 @@ class ProxyHandler:
         visitor = self.gate.admit(conn)
         is_http = False
         try:
+            if self._tls is not None:
+                try:
+                    conn.start_tls(self._tls)
+                except OSError as error:
+                    visitor.record.result, visitor.record.detail = "bad_request", f"TLS: {error}"
+                    return
             protocol = self._find_protocol(conn, visitor)
             is_http = protocol == "http"
             if protocol == "socks5":

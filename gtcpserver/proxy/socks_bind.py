@@ -89,7 +89,8 @@ def _listen(conn: Connection, visitor: Visitor, peer: IPAddress) -> Any:
 
 def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeout: float) -> Connection:
     until = monotonic() + timeout
-    watched = [listening, conn]
+    # Whether an encrypted connection has ended cannot be seen without reading from it.
+    watched = [listening, conn] if conn.tls is None else [listening]
     for _ in range(MOST_STRANGERS):
         while True:
             ready, _, _ = gevent.select.select(watched, [], [], max(0.0, until - monotonic()))
