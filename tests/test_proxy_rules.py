@@ -190,3 +190,10 @@ def test_any_text_is_a_rule_or_an_error_of_ours(text):
     for parse in (parse_client_rule, parse_destination_rule):
         with suppress(RuleError):
             parse(text)
+
+
+def test_requirement_14_rules_may_be_written_in_ipv4_mapped_form():
+    assert not reach(["deny [::ffff:8.8.8.0/120]", "allow any"], "8.8.8.8")
+    assert not reach(["deny ::ffff:8.8.8.8", "allow any"], "8.8.8.8")
+    assert reach(["allow from ::ffff:192.0.2.0/120 to any"], "8.8.8.8")
+    assert not client(["deny ::ffff:192.0.2.7", "allow any"]).allowed

@@ -29,9 +29,9 @@ import msgspec
 from ..address import Address, parse_address
 from ..errors import ConfigError
 from ..tls import Credentials, TLSConfig
+from .authenticate import CommandAuthenticator, HashedUsers
 from .gate import Authenticator, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
-from .passwords import Users, read_htpasswd
 from .resolve import Family, Resolver
 from .rules import ClientRule, parse_client_rule, parse_destination_rule
 from .target import unmapped
@@ -77,10 +77,17 @@ class RulesTable(_Table):
 
 
 class AuthTable(_Table):
-    """Users with hashed passwords, here or in a file of htpasswd's."""
+    """Who knows the users.
+
+    Attributes:
+        users: names and hashed passwords.
+        htpasswd: a file with more of them, which is read again when it changes.
+        command: a program that is asked instead, in the protocol of squid's basic helpers; with its arguments.
+    """
 
     users: dict[str, str] = {}
     htpasswd: str | None = None
+    command: list[str] = []
 
 
 class TimeoutsTable(_Table):
@@ -241,12 +248,13 @@ def _tls(listener: ListenerTable) -> TLSConfig | None:
 
 
 def _users(table: AuthTable) -> Authenticator:
-    hashes = {name.encode(): kept for name, kept in table.users.items()}
-    if table.htpasswd is not None:
-        hashes |= read_htpasswd(table.htpasswd)
-    if not hashes:
-        raise ConfigError("an authenticator needs users, or an htpasswd file")
-    return Users(hashes)
+    if table.command:
+        if table.users or table.htpasswd is not None:
+            raise ConfigError("an authenticator asks a command, or has users: not both")
+        return CommandAuthenticator(table.command)
+    if not table.users and table.htpasswd is None:
+        raise ConfigError("an authenticator needs users, an htpasswd file or a command")
+    return HashedUsers({name.encode(): kept for name, kept in table.users.items()}, table.htpasswd)
 
 
 def _check_closed(config: ProxyConfig) -> None:

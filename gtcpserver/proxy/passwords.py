@@ -6,18 +6,12 @@ threads, so that the event loop goes on, and a password that was right a moment 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
-import secrets
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
 from ipaddress import IPv6Address, IPv6Network
 from time import monotonic
 from typing import Any
-
-import gevent
-from gevent.threadpool import ThreadPool
 
 from ..errors import ConfigError
 from .target import IPAddress
@@ -40,6 +34,9 @@ WINDOW = 300.0
 MOST_ADDRESSES = 10_000
 
 
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
+
+
 def hash_password(password: bytes) -> str:
     """A hash to be put into a configuration: argon2id with the library's parameters (RFC 9106).
 
@@ -53,8 +50,16 @@ def check_hash(kept: str) -> None:
     """Raise ConfigError for what is no hash that can be compared with."""
     if kept.startswith("$argon2"):
         _argon2()
-    elif kept.startswith(("$2a$", "$2b$", "$2y$")) and len(kept) == 60:
+        import argon2
+
+        try:
+            argon2.extract_parameters(kept)
+        except argon2.exceptions.InvalidHashError:
+            raise ConfigError("a password hash that begins with $argon2 is damaged") from None
+    elif kept.startswith(("$2a$", "$2b$", "$2y$")):
         _bcrypt()
+        if not _BCRYPT.fullmatch(kept):
+            raise ConfigError(f"a password hash that begins with {kept[:4]} is damaged")
     else:
         raise ConfigError(
             "a password must be a hash that begins with $argon2 or $2y$ (gtcpserver proxy hash-password makes one), "
@@ -107,60 +112,15 @@ def read_htpasswd(path: str) -> dict[bytes, str]:
                 if not colon or not name:
                     raise ConfigError(f"{path} line {number} must be name:hash")
                 try:
-                    check_hash(kept.decode("ascii", "replace"))
+                    users[name] = kept.decode("ascii")
+                    check_hash(users[name])
+                except UnicodeDecodeError:
+                    raise ConfigError(f"{path} line {number}: a hash must be ASCII") from None
                 except ConfigError as error:
                     raise ConfigError(f"{path} line {number}: {error}") from None
-                users[name] = kept.decode()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     return users
-
-
-class Users:
-    """An authenticator with a list of users.
-
-    Args:
-        hashes: by name.
-    """
-
-    def __init__(self, hashes: Mapping[bytes, str]) -> None:
-        for kept in hashes.values():
-            check_hash(kept)
-        self._hashes = dict(hashes)
-        # For names that do not exist: to find that out must take as long as a wrong password does.
-        self._nobody = next(iter(self._hashes.values()), None)
-        self._key = secrets.token_bytes(32)
-        self._right: OrderedDict[bytes, float] = OrderedDict()
-        self._threads: ThreadPool | None = None
-        self._failures = Failures()
-
-    def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
-        """Whether this is the user's password."""
-        if not self._failures.may_try(client):
-            return False
-        digest = hmac.digest(self._key, len(user).to_bytes(4, "big") + user + password, hashlib.sha256)
-        until = self._right.get(digest)
-        if until is not None and until > monotonic():
-            return True
-        kept = self._hashes.get(user, self._nobody)
-        if self._threads is None:
-            self._threads = ThreadPool(THREADS)
-        right = kept is not None and self._threads.apply(matches, (kept, password)) and user in self._hashes
-        if right:
-            self._right[digest] = monotonic() + REMEMBER
-            self._right.move_to_end(digest)
-            if len(self._right) > MOST_REMEMBERED:
-                self._right.popitem(last=False)
-            self._failures.forget(client)
-            return True
-        gevent.sleep(self._failures.note(client))
-        return False
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._threads is not None:
-            self._threads.kill()
-            self._threads = None
 
 
 class Failures:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import IPv4Network, ip_network
 from typing import Any, Literal
 
 from .errors import BadTarget, RuleError
@@ -209,9 +209,17 @@ def _clients(words: _Words) -> IPNetwork | None:
     if word == "any":
         return None
     try:
-        return ip_network(word.strip("[]"))
+        return _network(word.strip("[]"))
     except ValueError as error:
         raise RuleError(f'a network, an address or "any" expected, got {word!r} in {words.text!r} ({error})') from None
+
+
+def _network(text: str) -> IPNetwork:
+    """A network; of IPv4-mapped addresses the IPv4 one, as clients and destinations are compared by that form."""
+    network = ip_network(text)
+    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped is not None:
+        return IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
+    return network
 
 
 def _destinations(word: str, text: str) -> Destinations:
@@ -228,7 +236,7 @@ def _destinations(word: str, text: str) -> Destinations:
     if host in KINDS:
         return Destinations(kind=host, ports=ports)
     try:
-        return Destinations(network=ip_network(host), ports=ports)
+        return Destinations(network=_network(host), ports=ports)
     except ValueError as error:
         if "/" in host or ":" in host:
             raise RuleError(f"a network expected, got {host!r} in {text!r} ({error})") from None

@@ -1,0 +1,447 @@
+"""Authenticators: they tell whether a password is the user's, and let nobody find that out by trying.
+
+Whatever knows the answer (hashes, a command) is slow, so it is asked as little as possible: once for all connections
+that ask the same at the same time (a browser opens a hundred), not again for a minute after it has said yes, and not at
+all for an address that has been wrong too often. It is asked by a greenlet of its own, so that a client that leaves, or
+whose time is up, takes nobody else's answer with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+import gevent
+import gevent.socket
+from gevent import monkey
+from gevent.event import Event
+from gevent.lock import BoundedSemaphore
+from gevent.threadpool import ThreadPool
+
+from ..errors import ConfigError
+from ..logs import FaultLimiter, also
+from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
+from .target import IPAddress
+
+log = logging.getLogger("gtcpserver")
+
+_Popen: Any = monkey.get_original("subprocess", "Popen")
+
+#: Seconds between two looks at an htpasswd file.
+LOOK_EVERY = 1.0
+
+#: A file as young as this, in seconds, is read again at the next look: it may have been written again within the
+#: granularity of its time stamp (4 ms on ext4, 2 s on FAT), and then nothing else tells.
+YOUNG = 2.0
+
+
+class _Question:
+    """A user and a password that somebody wants to know about, and those who wait for the answer.
+
+    Attributes:
+        clients: the addresses that ask, which are told apart only to delay each of them.
+        waiting: connections.
+        right: the answer; None: nobody knows.
+        delays: seconds that each address has to wait longer because it was wrong.
+    """
+
+    def __init__(self) -> None:
+        self.clients: set[IPAddress] = set()
+        self.waiting = 0
+        self.right: bool | None = None
+        self.delays: dict[IPAddress, float] = {}
+        self.answered = Event()
+
+
+class RememberingAuthenticator:
+    """What all authenticators have in common; a subclass defines `verify`.
+
+    Args:
+        at_once: how many calls of `verify` run at the same time; the others wait.
+        remember: seconds for which a password that was right is believed without asking; 0: never.
+    """
+
+    def __init__(self, *, at_once: int, remember: float = REMEMBER) -> None:
+        self._slots = BoundedSemaphore(at_once)
+        self._remember = remember
+        # What is kept of passwords is a digest that means nothing outside of this process.
+        self._key = secrets.token_bytes(32)
+        self._right: OrderedDict[bytes, float] = OrderedDict()
+        self._questions: dict[bytes, _Question] = {}
+        self._failures = Failures()
+        self._faults = FaultLimiter()
+
+    def verify(self, user: bytes, password: bytes) -> bool | None:
+        """Whether this is the user's password; None: it cannot be found out, and nobody is to blame.
+
+        May wait. Takes as long for users that do not exist as for others.
+        """
+        raise NotImplementedError
+
+    def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
+        """Whether a client may come in by this name and password. A wrong one is answered late."""
+        if not self._failures.may_try(client):
+            return False
+        # With the length of one of them: "ab" and "c" are not "a" and "bc".
+        digest = hmac.digest(self._key, len(user).to_bytes(4, "big") + user + password, hashlib.sha256)
+        if self._right.get(digest, 0.0) > time.monotonic():
+            return True
+        question = self._questions.get(digest)
+        if question is None:
+            question = self._questions[digest] = _Question()
+            gevent.spawn(self._ask, digest, question, user, password)
+        question.clients.add(client)
+        question.waiting += 1
+        try:
+            question.answered.wait()
+        finally:
+            question.waiting -= 1
+        if question.right:
+            return True
+        gevent.sleep(question.delays.get(client, 0.0))
+        return False
+
+    def _ask(self, digest: bytes, question: _Question, user: bytes, password: bytes) -> None:
+        try:
+            with self._slots:
+                # While this one waited for its turn its clients may have gone, or have been wrong too often with other
+                # passwords: a thousand guesses sent at once are no more than ten.
+                if question.waiting and any(map(self._failures.may_try, question.clients)):
+                    question.right = self.verify(user, password)
+                    self._note(digest, question)
+        except Exception as error:
+            self.complain(type(error).__name__, f"cannot authenticate: {type(error).__name__}: {error}")
+        finally:
+            del self._questions[digest]
+            question.answered.set()
+
+    def _note(self, digest: bytes, question: _Question) -> None:
+        if question.right:
+            if self._remember > 0:
+                self._right[digest] = time.monotonic() + self._remember
+                self._right.move_to_end(digest)
+                if len(self._right) > MOST_REMEMBERED:
+                    self._right.popitem(last=False)
+            for client in question.clients:
+                self._failures.forget(client)
+        elif question.right is False:
+            # Once for each address, however many of its connections have tried this password at the same time.
+            question.delays = {client: self._failures.note(client) for client in question.clients}
+
+    def forget(self) -> None:
+        """Believe no password any more without asking; answers that are under way are not remembered either."""
+        self._key = secrets.token_bytes(32)
+        self._right.clear()
+
+    def complain(self, kind: str, message: str) -> None:
+        """Log what an operator has to know of, but not once for every client that runs into it."""
+        suppressed = self._faults.allow(kind)
+        if suppressed is not None:
+            log.error("%s%s", message, also(suppressed))
+
+
+# -- hashes ------------------------------------------------------------------------------------------------------------
+
+
+class HashedUsers(RememberingAuthenticator):
+    """Users with their hashed passwords, listed here or in an htpasswd file.
+
+    The file is read again when it has changed. One that cannot be read then, or has a mistake in it, changes nothing
+    but for a line in the log.
+
+    Args:
+        hashes: by name.
+        htpasswd: the path of a file that may have further users, and other passwords for those of `hashes`.
+
+    Raises:
+        ConfigError: a hash or the file cannot be used; no users at all.
+    """
+
+    def __init__(
+        self, hashes: Mapping[bytes, str] | None = None, htpasswd: str | None = None, *, remember: float = REMEMBER
+    ) -> None:
+        super().__init__(at_once=THREADS, remember=remember)
+        self._listed = dict(hashes or {})
+        self._htpasswd = htpasswd
+        for kept in self._listed.values():
+            check_hash(kept)
+        if not self._listed and htpasswd is None:
+            raise ConfigError("an authenticator needs users, or an htpasswd file")
+        self._name_key = secrets.token_bytes(32)
+        self._threads: ThreadPool | None = None
+        self._next_look = 0.0
+        # The stamp first: a change while the file is read is seen at the next look.
+        self._stamp = None if htpasswd is None else _stamp(htpasswd)
+        self._hashes: dict[bytes, str] = {}
+        self._everybody: tuple[str, ...] = ()
+        self._set_users({} if htpasswd is None else read_htpasswd(htpasswd))
+
+    def verify(self, user: bytes, password: bytes) -> bool | None:
+        if self._threads is None:
+            self._threads = ThreadPool(THREADS)
+        kept = self._hashes.get(user) or self._somebody(user)
+        if kept is None:
+            return False
+        right = self._threads.apply(_compare, (kept, password))
+        if right is None:
+            self.complain("hash", f"the hash of a password cannot be used: {kept[:7]}...")
+        # The file may have been read again in the meantime.
+        return right and self._hashes.get(user) == kept
+
+    def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
+        if self._htpasswd is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY
+            self._look(self._htpasswd)
+        return super().check(user, password, client)
+
+    def _look(self, path: str) -> None:
+        stamp = _stamp(path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            users = read_htpasswd(path)
+        except ValueError as error:  # ConfigError, or what is no text
+            log.error("%s; the users stay as they were", error)
+            return
+        if self._set_users(users):
+            log.info("%s was read again: %d users", path, len(users))
+
+    def _set_users(self, users: Mapping[bytes, str]) -> bool:
+        hashes = {**self._listed, **users}
+        if hashes == self._hashes:
+            return False
+        self._hashes = hashes
+        self._everybody = tuple(hashes.values())
+        self.forget()
+        return True
+
+    def _somebody(self, user: bytes) -> str | None:
+        """The hash that a user who does not exist is compared with: always the same one, as if it were his.
+
+        Not all hashes need take equally long. With one for all unknown names, those that take another time would exist.
+        """
+        if not self._everybody:
+            return None
+        number = int.from_bytes(hmac.digest(self._name_key, user, hashlib.sha256)[:8], "big")
+        return self._everybody[number % len(self._everybody)]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.kill()
+            self._threads = None
+
+
+def _compare(kept: str, password: bytes) -> bool | None:
+    try:
+        return matches(kept, password)
+    except ValueError:  # bcrypt's, for what is no hash behind its first characters
+        return None
+
+
+def _stamp(path: str) -> tuple[object, ...] | None:
+    """What is different when a file is another one; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    is_young = 0 <= time.time() - found.st_mtime < YOUNG
+    return found.st_ino, found.st_size, found.st_mtime_ns, time.monotonic() if is_young else 0
+
+
+# -- a command ---------------------------------------------------------------------------------------------------------
+
+#: Squid's helpers read lines of up to 8 kB (HELPER_INPUT_BUFFER); nobody's password has that length.
+LONGEST_QUESTION = 8000
+LONGEST_ANSWER = 8192
+
+#: Seconds until a helper that has died without an answer is started again: none the first time, then more and more.
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 30.0
+
+
+class HelperError(Exception):
+    """A helper process gives no answer; the message says why."""
+
+
+class CommandAuthenticator(RememberingAuthenticator):
+    """Asks a command that knows the users, as squid does ("auth_param basic program").
+
+    The command is started once (or a few times) and then asked again and again: it reads lines of user and password,
+    both percent-encoded, with a space between them, and answers each with a line that begins with OK, ERR (wrong), or
+    BH (it cannot tell). It ends when its standard input does. What it writes to standard error goes where that of this
+    process goes. Squid's own helpers (basic_ldap_auth, basic_pam_auth ...) are such commands; without concurrency.
+
+    Args:
+        command: the program and its arguments; no shell is involved.
+        processes: how many are asked at the same time, 1 or more. Each is started when it is needed.
+        timeout: seconds for one answer; a helper that takes longer is killed.
+        remember: seconds for which a password that was right is believed without asking; 0: never.
+
+    Raises:
+        ConfigError: there is no such program, or a number that cannot be.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, processes: int = 4, timeout: float = 10.0, remember: float = REMEMBER
+    ) -> None:
+        if not command or shutil.which(command[0]) is None:
+            raise ConfigError(f"the command must be a program that can be run, got {' '.join(command)!r}")
+        if processes < 1:
+            raise ConfigError(f"processes must be 1 or more, got {processes}")
+        if not 0 < timeout < float("inf"):
+            raise ConfigError(f"timeout must be more than 0 seconds, got {timeout}")
+        super().__init__(at_once=processes, remember=remember)
+        self._name = command[0]
+        # The last one used is the first one asked again: no more of them are started than are needed.
+        self._idle = [_Helper(command, timeout) for _ in range(processes)]
+        self._helpers = tuple(self._idle)
+
+    def verify(self, user: bytes, password: bytes) -> bool | None:
+        # An empty password is a success for LDAP servers (RFC 4513 section 5.1.2: unauthenticated bind).
+        if not user or not password:
+            return False
+        question = f"{quote_from_bytes(user, safe='')} {quote_from_bytes(password, safe='')}\n".encode()
+        if len(question) > LONGEST_QUESTION:
+            return False
+        helper = self._idle.pop()  # there is one: no more of these calls run than there are helpers
+        try:
+            return _verdict(helper.ask(question))
+        except HelperError as error:
+            self.complain("helper", f"cannot authenticate: {self._name} {error}")
+            return None
+        finally:
+            self._idle.append(helper)
+
+    def close(self) -> None:
+        """End the processes."""
+        for helper in self._helpers:
+            helper.end()
+
+
+def _verdict(answer: bytes) -> bool:
+    words = answer.split(None, 1)
+    if words[:1] == [b"OK"]:
+        return True
+    if words[:1] == [b"ERR"]:
+        return False
+    if words[:1] == [b"BH"]:
+        raise HelperError(f"cannot tell: {answer[:100]!r}")
+    raise HelperError(f"must answer OK, ERR or BH, got {answer[:100]!r}")
+
+
+class _Helper:
+    """One process of the command, asked by one greenlet at a time.
+
+    Whatever goes wrong ends the process: an answer that comes too late must never be taken for the next one's.
+    """
+
+    def __init__(self, command: Sequence[str], timeout: float) -> None:
+        self._command = list(command)
+        self._timeout = timeout
+        self._process: Any = None
+        self._socket: Any = None
+        self._deaths = 0
+        self._not_before = 0.0
+
+    def ask(self, question: bytes) -> bytes:
+        """The line that answers another. Raises HelperError."""
+        if self._process is not None and self._has_gone_wrong():
+            self.end()
+        if self._process is None:
+            self._start()
+        try:
+            answer = self._exchange(question)
+        except BaseException as error:
+            self.end()
+            if isinstance(error, (OSError, HelperError)):
+                self._note_death()
+            if isinstance(error, TimeoutError):
+                raise HelperError(f"has not answered within {self._timeout:g} s") from None
+            if isinstance(error, OSError):
+                raise HelperError(f"has ended without an answer ({error})") from None
+            raise
+        self._deaths = 0
+        return answer
+
+    def _has_gone_wrong(self) -> bool:
+        """Whether it has ended since the last answer, or said something that nobody has asked for."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def _start(self) -> None:
+        wait = self._not_before - time.monotonic()
+        if wait > 0:
+            raise HelperError(f"has ended {self._deaths} times, and is not started again for {wait:.0f} s")
+        ours, theirs = gevent.socket.socketpair()
+        os.set_blocking(theirs.fileno(), True)
+        try:
+            # Of its own session: a Ctrl-C is for the server, which may still have to ask. It ends when we do, because
+            # then its standard input does.
+            # Not gevent's: its event loop would from then on reap every child process, those of others too.
+            self._process = _Popen(self._command, stdin=theirs, stdout=theirs, start_new_session=True)
+        except OSError as error:
+            ours.close()
+            self._note_death()
+            raise HelperError(f"cannot be started: {error.strerror}") from None
+        finally:
+            theirs.close()
+        self._socket = ours
+
+    def _exchange(self, question: bytes) -> bytes:
+        give_up = time.monotonic() + self._timeout
+        self._socket.settimeout(self._timeout)
+        self._socket.sendall(question)
+        answer = b""
+        while b"\n" not in answer:
+            left = give_up - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            more = self._socket.recv(LONGEST_ANSWER)
+            if not more:
+                raise ConnectionError("end of file")
+            answer += more
+            if len(answer) > LONGEST_ANSWER:
+                raise HelperError(f"answers with more than {LONGEST_ANSWER} bytes")
+        line, _, behind = answer.partition(b"\n")
+        if behind:
+            raise HelperError("answers one question with more than one line")
+        return line
+
+    def _note_death(self) -> None:
+        self._deaths += 1
+        if self._deaths > 1:
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._deaths - 2, 10))
+            self._not_before = time.monotonic() + pause
+
+    def end(self) -> None:
+        """End the process, and those it has started."""
+        process, sock = self._process, self._socket
+        self._process = self._socket = None
+        # Its number is its own until it is reaped, and the number of its process group. Killed first: at the
+        # end of its input a shell would be gone at once, and what it has started would stay.
+        if process is not None and process.poll() is None:
+            with suppress(PermissionError):  # a setuid program: it ends by itself, as its input does
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()  # a millisecond, after this signal; or it would stay as a zombie
+        if sock is not None:
+            sock.close()
