@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -365,6 +366,7 @@ def test_a_link_that_goes_up_is_followed_while_something_is_renamed(www):
         while not ended.is_set():
             os.rename(www / "empty dir", www / "other")
             os.rename(www / "other", www / "empty dir")
+            time.sleep(0)  # not without a pause: an open needs a moment without a rename
 
     renaming = threading.Thread(target=rename)
     renaming.start()
