@@ -32,6 +32,7 @@ from ..tls import Credentials, TLSConfig
 from .authenticate import CommandAuthenticator, HashedUsers
 from .gate import Authenticator, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
+from .http_fields import Forwarded
 from .resolve import Family, Resolver
 from .rules import ClientRule, parse_client_rule, parse_destination_rule
 from .target import unmapped
@@ -103,6 +104,11 @@ class ResolverTable(_Table):
     timeout: float = 10.0
 
 
+class HttpTable(_Table):
+    forwarded: Forwarded = "off"
+    pseudonym: str | None = None
+
+
 class LogTable(_Table):
     style: Literal["text", "json"] = "text"
     redact: bool = False
@@ -116,9 +122,9 @@ class ProxyConfig(_Table):
     auth: dict[str, AuthTable] = {}
     timeouts: TimeoutsTable = msgspec.field(default_factory=TimeoutsTable)
     resolver: ResolverTable = msgspec.field(default_factory=ResolverTable)
+    http: HttpTable = msgspec.field(default_factory=HttpTable)
     log: LogTable = msgspec.field(default_factory=LogTable)
     show_bound_address: bool = True
-    pseudonym: str = "gtcpserver"
     allow_open: bool = False
 
 
@@ -332,7 +338,8 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             gate,
             listener.speaks,
             tls=_tls(listener),
-            pseudonym=config.pseudonym,
+            pseudonym=config.http.pseudonym,
+            forwarded=config.http.forwarded,
             log_style=config.log.style,
             redact=config.log.redact,
         )

@@ -11,6 +11,7 @@ from ..errors import ConfigError, DeadlineExceeded
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
 from .gate import Gate, Visitor
+from .http_fields import Forwarded, unique_pseudonym
 from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
@@ -26,7 +27,8 @@ class ProxyHandler:
         gate: who may come in, and where to.
         speaks: the protocols of this listener; "mixed": both, the first byte tells.
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
-        pseudonym: the name of this proxy in the Via field of HTTP messages.
+        pseudonym: the name of this proxy in the Via field of HTTP messages; None: one that no other proxy has.
+        forwarded: how HTTP origins are told the client's address: "off", "x-forwarded-for" or "forwarded".
         log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
         redact: leave out of it where clients go.
     """
@@ -37,7 +39,8 @@ class ProxyHandler:
         speaks: Speaks = "mixed",
         *,
         tls: TLSConfig | None = None,
-        pseudonym: str = "gtcpserver",
+        pseudonym: str | None = None,
+        forwarded: Forwarded = "off",
         log_style: Literal["text", "json"] = "text",
         redact: bool = False,
     ) -> None:
@@ -46,7 +49,8 @@ class ProxyHandler:
         self.gate = gate
         self._speaks = speaks
         self._tls = None if tls is None else Credentials(tls)
-        self._pseudonym = pseudonym.encode()
+        self._pseudonym = (pseudonym or unique_pseudonym()).encode()
+        self._forwarded: Forwarded = forwarded
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
 
@@ -68,7 +72,7 @@ class ProxyHandler:
             elif protocol == "socks4":
                 serve_socks4(conn, visitor)
             elif is_http:
-                HttpSession(conn, visitor, self._pseudonym, self._write).serve()
+                HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded).serve()
         except GreenletExit:
             visitor.record.result = "stopped"
             raise

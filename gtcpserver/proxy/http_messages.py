@@ -1,22 +1,22 @@
-"""HTTP/1.1 messages as a proxy has to read and change them (RFC 9110, RFC 9112). No I/O.
+"""HTTP/1.1 messages as a proxy has to read them (RFC 9110, RFC 9112). No I/O.
 
-h11 parses and writes the messages; what a proxy forwards is always written anew and never the bytes that came. Before
-h11 sees a head it has passed `check_head`, which refuses what two implementations may read in two ways: that is how
-requests are smuggled past a proxy.
+What a proxy forwards is always written anew and never the bytes that came, and what two implementations may read in two
+ways is refused: that is how requests are smuggled past a proxy. So the heads of requests are read here, by rules
+stricter than h11's; those of answers are read by h11 (`http_origin`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from ..errors import GtcpServerError
 from .errors import BadTarget
 from .target import Target, parse_authority
+
+Header = tuple[bytes, bytes]
 
 END_OF_HEAD = b"\r\n\r\n"
 
@@ -25,20 +25,10 @@ LONGEST_HEAD = 64 * 1024
 LONGEST_TARGET = 16 * 1024
 MOST_FIELDS = 128
 
-#: Fields that are for the next hop only (RFC 9110 section 7.6.1), and their old relatives.
-HOP_BY_HOP = frozenset(
-    b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade "
-    b"proxy-authorization proxy-authenticate proxy-authentication-info".split()
-)
-
-#: A Connection field may name others, but not those on which somebody behind us relies (requirement 23).
-PROTECTED = frozenset(b"host content-length cache-control via forwarded x-forwarded-for cookie authorization".split())
-
-Header = tuple[bytes, bytes]
-
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 
 
 class HttpError(GtcpServerError):
@@ -64,7 +54,7 @@ class Head:
     Attributes:
         raw: as it came, with the empty line.
         method, target: of the request line.
-        version: b"1.1" or b"1.0".
+        version: b"1.1" or b"1.0". A higher minor version is read as 1.1 (RFC 9110 section 6.2).
         headers: names as they came, values without white space around them.
     """
 
@@ -73,28 +63,57 @@ class Head:
     target: bytes
     version: bytes
     headers: tuple[Header, ...]
+    _values: dict[bytes, list[bytes]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, value in self.headers:
+            self._values.setdefault(name.lower(), []).append(value)
 
     def values(self, name: bytes) -> list[bytes]:
         """The values of a field, by its name in lower case."""
-        return [value for found, value in self.headers if found.lower() == name]
+        return self._values.get(name, [])
+
+    @property
+    def is_chunked(self) -> bool:
+        """The body comes in chunks."""
+        return bool(self.values(b"transfer-encoding"))
+
+    @property
+    def length(self) -> int:
+        """Content-Length; 0 where there is none."""
+        lengths = self.values(b"content-length")
+        return int(lengths[0]) if lengths else 0
+
+    @property
+    def has_body(self) -> bool:
+        """Something follows the head."""
+        return self.length > 0 or self.is_chunked
+
+    @property
+    def wants_close(self) -> bool:
+        """No request follows this one. HTTP/1.0 clients get no persistent connection (RFC 9112 appendix C.2.2)."""
+        return self.version == b"1.0" or b"close" in options_of(self.headers)
 
 
-def find_end_of_head(data: bytes) -> int | None:
+def find_end_of_head(data: bytes, searched: int = 0) -> int | None:
     """Where a head ends, behind its empty line; None as long as it has not come.
+
+    Args:
+        data: from its first byte on.
+        searched: so much of it was given before.
 
     Raises:
         HttpError: it is longer than we take, or can never end.
     """
-    end = data.find(END_OF_HEAD)
+    end = data.find(END_OF_HEAD, max(0, searched - len(END_OF_HEAD)))
     if 0 <= end <= LONGEST_HEAD:
         return end + len(END_OF_HEAD)
-    first_line = data.find(b"\n")
-    if first_line < 0 and len(data) > LONGEST_TARGET:
+    if len(data) > LONGEST_TARGET and data.find(b"\n", 0, LONGEST_TARGET + 64) < 0:
         raise HttpError(414, f"The request line is longer than {LONGEST_TARGET} bytes.")
-    if first_line >= 0 and data[first_line - 1 : first_line] != b"\r":
-        raise HttpError(400, "Lines must end with CR LF.")
     if len(data) > LONGEST_HEAD:
         raise HttpError(431, f"The head of the request is longer than {LONGEST_HEAD} bytes.")
+    if _BARE_LF.search(data, max(0, searched - 1)):
+        raise HttpError(400, "Lines must end with CR LF.")
     return None
 
 
@@ -118,11 +137,11 @@ def check_head(raw: bytes) -> Head:
     headers = []
     for number, text in enumerate(lines[1:], 1):
         # No folded lines, no space before the colon, no bare CR or LF, no NUL (RFC 9112 sections 2.2, 5.1, 5.2).
-        field = _FIELD.fullmatch(text)
-        if field is None:
+        found = FIELD.fullmatch(text)
+        if found is None:
             raise HttpError(400, f"Header line {number} must be: Name: value")
-        headers.append((field[1], field[2].strip(b" \t")))
-    head = Head(raw, method, target, b"1." + minor, tuple(headers))
+        headers.append((found[1], found[2].strip(b" \t")))
+    head = Head(raw, method, target, b"1.0" if minor == b"0" else b"1.1", tuple(headers))
     _check_framing(head)
     return head
 
@@ -143,6 +162,19 @@ def _check_framing(head: Head) -> None:
         raise HttpError(400, "Content-Length must be a number.")
     if len(head.values(b"host")) > 1:
         raise HttpError(400, "A request cannot have several Host fields.")
+    if head.method in (b"CONNECT", b"TRACE") and head.has_body:
+        # RFC 9110 sections 9.3.6 and 9.3.8. The bytes would be the body for one reader, and the tunnel's for another.
+        raise HttpError(400, f"{head.method.decode()} cannot have a body.")
+
+
+def options_of(headers: Sequence[Header]) -> set[bytes]:
+    """What the Connection fields name, in lower case. Old clients write Proxy-Connection."""
+    return {
+        option.strip(b" \t").lower()
+        for name, value in headers
+        if name.lower() in (b"connection", b"proxy-connection")
+        for option in value.split(b",")
+    }
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
@@ -183,57 +215,32 @@ def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
     return target, name.removesuffix(b":80"), path
 
 
-# -- fields ------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(headers: Iterable[Header]) -> list[Header]:
-    """The fields that are forwarded (RFC 9110 section 7.6.1)."""
-    headers = list(headers)
-    named = {
-        option.strip().lower()
-        for name, value in headers
-        if name.lower() in (b"connection", b"proxy-connection")
-        for option in value.split(b",")
-    }
-    gone = HOP_BY_HOP | (named - PROTECTED)
-    return [(name, value) for name, value in headers if name.lower() not in gone]
+def head_of_answer(status: int, reason: bytes, headers: Sequence[Header]) -> bytes:
+    """The head of an answer to a client; the fields must have been read by us or by h11."""
+    lines = [b"HTTP/1.1 %d %b" % (status, reason), *(b"%b: %b" % field for field in headers), b"\r\n"]
+    return b"\r\n".join(lines)
 
 
-def wants_upgrade(head: Head) -> bytes | None:
-    """The protocols that a client would like to switch to (RFC 9110 section 7.8); None: it would not."""
-    options = {option.strip().lower() for value in head.values(b"connection") for option in value.split(b",")}
-    wanted = head.values(b"upgrade")
-    return b", ".join(wanted) if wanted and b"upgrade" in options and head.version == b"1.1" else None
+def own_answer(
+    status: int, body: bytes, headers: Sequence[Header] = (), *, close: bool, of_head: bool = False
+) -> bytes:
+    """An answer of the proxy's own.
 
-
-def with_via(headers: list[Header], version: bytes, pseudonym: bytes) -> list[Header]:
-    """Add the Via field of this proxy (RFC 9110 section 7.6.3)."""
-    return [*headers, (b"Via", version + b" " + pseudonym)]
-
-
-def check_loop(head: Head, pseudonym: bytes) -> None:
-    """Raise HttpError for a request that this proxy has forwarded before."""
-    for value in head.values(b"via"):
-        if any(hop.split()[1:2] == [pseudonym] for hop in value.split(b",")):
-            raise HttpError(508, "The request has come back to this proxy.")
-
-
-def basic_credentials(head: Head) -> tuple[bytes, bytes] | None:
-    """User and password (RFC 7617) of the field Proxy-Authorization; None if there is none that can be read."""
-    values = head.values(b"proxy-authorization")
-    scheme, _, encoded = (values[0] if len(values) == 1 else b"").partition(b" ")
-    if scheme.lower() != b"basic":
-        return None
-    try:
-        user, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
-    except binascii.Error:
-        return None
-    return (user, password) if colon else None
-
-
-CHALLENGE = (b"Proxy-Authenticate", b'Basic realm="proxy", charset="UTF-8"')
+    Args:
+        headers: more fields; without a Content-Type among them the body is text.
+        close: no request may follow.
+        of_head: the answer to a HEAD, which has no body.
+    """
+    fields = list(headers)
+    if not any(name == b"Content-Type" for name, _ in fields):
+        fields.append((b"Content-Type", b"text/plain; charset=utf-8"))
+    fields += [(b"Content-Length", b"%d" % len(body)), (b"Connection", b"close" if close else b"keep-alive")]
+    return head_of_answer(status, HTTPStatus(status).phrase.encode(), fields) + (b"" if of_head else body)
 
 
 def error_body(status: int, message: str) -> bytes:
-    """The text of an answer of the proxy's own; it names nothing of the inside."""
+    """The text of an error; it names nothing of the inside."""
     return f"{status} {HTTPStatus(status).phrase}\n\n{message}\n".encode()

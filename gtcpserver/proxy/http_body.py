@@ -1,0 +1,310 @@
+"""The bodies of requests and answers, on their way through the proxy.
+
+A body whose length is known and that is large goes through the kernel (splice), every other one through a buffer: read
+a piece, write it, read the next. So no more of it is here than one piece, or one pipe, and a slow reader slows down the
+writer.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gevent
+
+from ..connection import Connection
+from ..transfer import pipe
+from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
+from .http_fields import forwarded_trailers
+from .http_messages import Head, HttpError
+
+if TYPE_CHECKING:
+    from .http_origin import Answer, Origin
+
+PIECE = 64 * 1024
+
+#: From here on a pipe between the sockets is cheaper than a buffer (see transfer/flow.py).
+SPLICE_FROM = 256 * 1024
+
+#: The body of a request that is refused is read and thrown away up to here, so that the connection can stay.
+MOST_DISCARDED = 64 * 1024
+DISCARD_SECONDS = 5.0
+
+
+class OriginFailed(Exception):
+    """The origin closed, or sent what is no answer.
+
+    Attributes:
+        mute: it had not sent a byte.
+    """
+
+    def __init__(self, message: str, mute: bool = False) -> None:
+        super().__init__(message)
+        self.mute = mute
+
+
+class RequestBody:
+    """Brings the body of a request to the origin while the answer may already come back.
+
+    Args:
+        conn: the client.
+        head: its request.
+        patience: seconds in which nothing moves.
+
+    Attributes:
+        done: all of it is with the origin, or there is none.
+        at_hand: all of it was read already: the request can be repeated.
+        sent: bytes of content that went to the origin.
+        error: why the rest will not come, as the answer to the client. The origin has then been reset: it must not take
+            what it has for the whole.
+    """
+
+    def __init__(self, conn: Connection, head: Head, patience: float) -> None:
+        self._conn = conn
+        self._patience = patience
+        self._chunks = ChunkReader() if head.is_chunked else None
+        self._left = head.length
+        self._waits_for_100 = bool(head.values(b"expect"))
+        self._ready = b""  # as it will be written
+        self._ready_size = 0  # how much content that is
+        self._greenlet: Any = None
+        self.done = self.at_hand = not head.has_body
+        self.sent = 0
+        self.error: HttpError | None = None
+
+    def prepare(self) -> None:
+        """Look at what came together with the head.
+
+        Raises:
+            HttpError: it is not well-formed. Nothing has been forwarded yet.
+        """
+        size = len(self._conn._stream.kept)
+        if self._chunks is not None and size:
+            self._ready = self._decode(self._chunks, self._conn.recv(size))
+            self.at_hand = self._chunks.done
+        elif 0 < self._left <= size:
+            self._ready = self._conn.recv(self._left)
+            self._ready_size, self._left = len(self._ready), 0
+            self.at_hand = True
+
+    def begin(self, origin: Connection, request: bytes) -> None:
+        """Send the head of the request, and the body; what has not come yet by a greenlet of its own.
+
+        Raises:
+            OSError: of the origin.
+        """
+        origin.sendall(request + self._ready)
+        self.sent = self._ready_size
+        if self.at_hand:
+            self.done = True
+        else:
+            self._greenlet = gevent.spawn(self._pump, origin)
+
+    def stop(self) -> None:
+        """Let go of both connections."""
+        if self._greenlet is not None:
+            self._greenlet.kill()
+
+    @property
+    def is_pumping(self) -> bool:
+        """More of it is on its way, or waited for."""
+        return self._greenlet is not None and not self._greenlet.dead
+
+    @property
+    def can_be_discarded(self) -> bool:
+        """Whether a request that was refused leaves the connection in step, after `discard`."""
+        if self.done or self.at_hand:
+            return True
+        # A client that waits for "100 Continue" will not send it.
+        return (
+            self._greenlet is None and self._chunks is None and not self._waits_for_100 and self._left <= MOST_DISCARDED
+        )
+
+    def discard(self) -> bool:
+        """Read the rest and throw it away; whether that worked."""
+        if self.done or self.at_hand:
+            return True
+        try:
+            with self._conn.deadline(DISCARD_SECONDS):
+                while self._left:
+                    self._left -= len(self._read(self._left))
+        except HttpError:
+            return False
+        return True
+
+    # -- from the client to the origin -------------------------------------------------------------------------------
+
+    def _pump(self, origin: Connection) -> None:
+        try:
+            if self._chunks is not None:
+                self._send_chunks(self._chunks, origin)
+            elif self._left >= SPLICE_FROM and self._conn.tls is None:
+                self._splice(origin)
+            else:
+                while self._left:
+                    data = self._read(self._left)
+                    self._write(origin, data)
+                    self._left -= len(data)
+                    self.sent += len(data)
+            self.done = True
+        except HttpError as error:
+            self.error = error
+            origin.abort()
+        except OSError:
+            pass  # the origin takes no more; what it says about that is read by whoever waits for its answer
+
+    def _send_chunks(self, chunks: ChunkReader, origin: Connection) -> None:
+        while not chunks.done:
+            self._ready_size = 0
+            data = self._decode(chunks, self._read(PIECE))
+            if data:
+                self._write(origin, data)
+                self.sent += self._ready_size
+
+    def _decode(self, chunks: ChunkReader, data: bytes) -> bytes:
+        """The same content in chunks of our own."""
+        try:
+            content = chunks.feed(data)
+        except ChunkError as error:
+            raise HttpError(400, f"The body of the request is broken: {error}.") from None
+        self._ready_size += len(content)
+        written = chunk(content) if content else b""
+        if chunks.done:
+            written += last_chunk(forwarded_trailers(chunks.trailers))
+            self._conn.unread(chunks.rest)
+        return written
+
+    def _read(self, most: int) -> bytes:
+        try:
+            data: bytes = self._conn.recv(min(most, PIECE))
+        except TimeoutError:
+            raise HttpError(408, "The body of the request took too long.") from None
+        except OSError:
+            data = b""
+        if not data:
+            raise HttpError(400, "The request ended before its body did.")
+        return data
+
+    def _write(self, origin: Connection, data: bytes) -> None:
+        try:
+            origin.sendall(data)
+        except TimeoutError:
+            raise HttpError(504, "The destination does not take the request.") from None
+
+    def _splice(self, origin: Connection) -> None:
+        try:
+            self._left -= pipe(
+                self._conn, origin, count=self._left, idle_timeout=self._patience, on_bytes=self._note_moved
+            )
+        except TimeoutError:
+            if self._client_sends():
+                raise HttpError(504, "The destination does not take the request.") from None
+            raise HttpError(408, "The body of the request took too long.") from None
+        except OSError:
+            # pipe() does not say which side it was.
+            if self._client_sends() is not False:
+                raise
+            self._left = -1
+        if self._left:
+            raise HttpError(400, "The request ended before its body did.")
+
+    def _note_moved(self, size: int) -> None:
+        self.sent += size
+
+    def _client_sends(self) -> bool | None:
+        """True: there is something to read; None: not now; False: the client has left."""
+        try:
+            return bool(self._conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return None
+        except OSError:
+            return False
+
+
+def send_answer(
+    conn: Connection, head: bytes, answer: Answer, origin: Origin, *, in_chunks: bool, note: Callable[[int], object]
+) -> None:
+    """Send an answer to the client: its head, as it was made, and its body as it comes.
+
+    Args:
+        in_chunks: the client gets a chunked body, unless it has a known length or there is none.
+        note: called with the bytes of content that were sent.
+
+    Raises:
+        OriginFailed: it will not come to its end.
+        OSError: of the client.
+    """
+    if answer.framing == "none":
+        conn.sendall(head)
+    elif answer.framing == "length":
+        _send_counted(conn, head, answer.length, origin, note)
+    elif answer.framing == "chunked":
+        _send_chunked(conn, head, origin, in_chunks, note)
+    else:
+        _send_until_close(conn, head, origin, in_chunks, note)
+
+
+def _send_counted(conn: Connection, head: bytes, left: int, origin: Origin, note: Callable[[int], object]) -> None:
+    data = origin.at_hand(left)
+    conn.sendall(head + data)
+    left -= len(data)
+    note(len(data))
+    if left >= SPLICE_FROM and conn.tls is None:
+        left -= pipe(origin.connection, conn, count=left, idle_timeout=_patience(conn, origin), on_bytes=note)
+    while left > 0 and (data := origin.recv(min(left, PIECE))):
+        conn.sendall(data)
+        left -= len(data)
+        note(len(data))
+    if left:
+        raise OriginFailed("the destination closed in the midst of its answer")
+
+
+def _send_chunked(
+    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object]
+) -> None:
+    chunks = ChunkReader(of_answer=True)
+    data = origin.at_hand(PIECE)
+    while True:
+        try:
+            content = chunks.feed(data)
+        except ChunkError as error:
+            raise OriginFailed(f"the answer of the destination is broken: {error}") from None
+        # The head goes with the first piece, whether anything of the body has come or not: it may be long until then.
+        written = head
+        head = b""
+        if content:
+            written += chunk(content) if in_chunks else content
+        if chunks.done and in_chunks:
+            written += last_chunk(forwarded_trailers(chunks.trailers))
+        if written:
+            conn.sendall(written)
+            note(len(content))
+        if chunks.done:
+            origin.connection.unread(chunks.rest)
+            return
+        data = origin.recv(PIECE)
+        if not data:
+            raise OriginFailed("the destination closed in the midst of its answer")
+
+
+def _send_until_close(
+    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object]
+) -> None:
+    if not in_chunks and conn.tls is None:
+        conn.sendall(head)
+        pipe(origin.connection, conn, idle_timeout=_patience(conn, origin), on_bytes=note)
+        return
+    data = origin.at_hand(PIECE)
+    conn.sendall(head + (chunk(data) if data and in_chunks else data))
+    note(len(data))
+    while data := origin.recv(PIECE):
+        conn.sendall(chunk(data) if in_chunks else data)
+        note(len(data))
+    if in_chunks:
+        conn.sendall(last_chunk())
+
+
+def _patience(conn: Connection, origin: Origin) -> float:
+    """Seconds in which nothing moves from one to the other, since a pipe does not say which of them it waits for."""
+    return max(origin.patience, conn.gettimeout() or 0.0)

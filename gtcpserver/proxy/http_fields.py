@@ -1,0 +1,133 @@
+"""Header fields as a proxy has to change them on the way (RFC 9110 section 7.6). No I/O."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import secrets
+from collections.abc import Sequence
+from ipaddress import IPv6Address
+from typing import Literal
+
+from .http_messages import Head, Header, HttpError, options_of
+from .target import IPAddress
+
+#: Fields that are for the next hop only (RFC 9110 section 7.6.1), and their old relatives.
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade http2-settings "
+    b"proxy-authorization proxy-authenticate proxy-authentication-info".split()
+)
+
+#: A Connection field may name others, but not those on which somebody behind us relies: an origin that trusts
+#: X-Forwarded-For from this proxy, or a cache that must see Cache-Control (requirement 23).
+PROTECTED = frozenset(
+    b"host content-length content-type content-encoding content-range cache-control vary expires age date pragma "
+    b"etag if-match if-none-match if-modified-since if-unmodified-since if-range range expect max-forwards "
+    b"authorization www-authenticate cookie set-cookie origin referer location "
+    b"via forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-real-ip".split()
+)
+
+#: What trailers must not have: it would change where a message ends, who asks, or where to (RFC 9110 section 6.5.1).
+NOT_IN_TRAILERS = frozenset(
+    b"content-length content-type content-encoding content-range host expect range cache-control max-forwards "
+    b"authorization set-cookie cookie via forwarded x-forwarded-for age date location retry-after vary www-authenticate"
+    b"".split()
+)
+
+#: How origins are told for whom a request is made. Off unless asked for: a proxy should not tell.
+Forwarded = Literal["off", "x-forwarded-for", "forwarded"]
+
+CHALLENGE = (b"Proxy-Authenticate", b'Basic realm="proxy", charset="UTF-8"')
+
+
+def end_to_end(headers: Sequence[Header]) -> list[Header]:
+    """The fields that are forwarded (RFC 9110 section 7.6.1)."""
+    gone = HOP_BY_HOP | (options_of(headers) - PROTECTED)
+    return [(name, value) for name, value in headers if name.lower() not in gone]
+
+
+def forwarded_trailers(trailers: Sequence[Header]) -> list[Header]:
+    """The trailers that are forwarded."""
+    return [(name, value) for name, value in end_to_end(trailers) if name.lower() not in NOT_IN_TRAILERS]
+
+
+def wanted_upgrade(head: Head) -> bytes | None:
+    """The protocols that a client would like to switch to (RFC 9110 section 7.8); None: it would not.
+
+    With a body none is forwarded, which a recipient may always do: the new protocol would begin in the midst of it.
+    """
+    wanted = head.values(b"upgrade")
+    if not wanted or head.version != b"1.1" or head.has_body or b"upgrade" not in options_of(head.headers):
+        return None
+    return b", ".join(wanted)
+
+
+# -- on the way --------------------------------------------------------------------------------------------------------
+
+
+def with_via(headers: list[Header], version: bytes, pseudonym: bytes) -> list[Header]:
+    """Add the Via field of this proxy (RFC 9110 section 7.6.3)."""
+    return [*headers, (b"Via", version + b" " + pseudonym)]
+
+
+def check_loop(head: Head, pseudonym: bytes) -> None:
+    """Raise HttpError for a request that this proxy has forwarded before."""
+    for value in head.values(b"via"):
+        if any(hop.split()[1:2] == [pseudonym] for hop in value.split(b",")):
+            raise HttpError(508, "The request has come back to this proxy.")
+
+
+def unique_pseudonym() -> str:
+    """A name for Via that no other proxy has, so that two of ours in a chain are not taken for a loop."""
+    return f"gtcpserver-{secrets.token_hex(4)}"
+
+
+def with_client(headers: list[Header], client: IPAddress, how: Forwarded) -> list[Header]:
+    """Name the client, behind those that earlier proxies have named (RFC 7239; X-Forwarded-For)."""
+    if how == "off":
+        return headers
+    if how == "forwarded":
+        name, node = b"Forwarded", f'for="[{client}]"' if isinstance(client, IPv6Address) else f"for={client}"
+    else:
+        name, node = b"X-Forwarded-For", str(client)
+    earlier = [value for found, value in headers if found.lower() == name.lower() and value]
+    others = [(found, value) for found, value in headers if found.lower() != name.lower()]
+    return [*others, (name, b", ".join([*earlier, node.encode()]))]
+
+
+def forwards_left(head: Head) -> int | None:
+    """Max-Forwards of a TRACE or OPTIONS (RFC 9110 section 7.6.2); None: there is none, or it means nothing here.
+
+    Raises:
+        HttpError: it is not a number.
+    """
+    values = head.values(b"max-forwards")
+    if head.method not in (b"TRACE", b"OPTIONS") or not values:
+        return None
+    if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,9}", values[0]):
+        raise HttpError(400, "Max-Forwards must be a number.")
+    return int(values[0])
+
+
+def traced(head: Head) -> bytes:
+    """What a TRACE is answered with: the request, without what is nobody's business (RFC 9110 section 9.3.8)."""
+    secret = (b"proxy-authorization", b"authorization", b"cookie")
+    fields = b"".join(b"%b: %b\r\n" % field for field in head.headers if field[0].lower() not in secret)
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (head.method, head.target, head.version, fields)
+
+
+# -- who the client is -------------------------------------------------------------------------------------------------
+
+
+def basic_credentials(head: Head) -> tuple[bytes, bytes] | None:
+    """User and password (RFC 7617) of the field Proxy-Authorization; None if there is none that can be read."""
+    values = head.values(b"proxy-authorization")
+    scheme, _, encoded = (values[0] if len(values) == 1 else b"").partition(b" ")
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        user, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
+    except binascii.Error:
+        return None
+    return (user, password) if colon else None

@@ -1,0 +1,206 @@
+"""One request through the proxy: to its origin, and the answer back."""
+
+from __future__ import annotations
+
+import h11
+
+from ..connection import Connection
+from .gate import Visitor
+from .http_body import OriginFailed, RequestBody, send_answer
+from .http_fields import (
+    Forwarded,
+    end_to_end,
+    forwards_left,
+    traced,
+    wanted_upgrade,
+    with_client,
+    with_via,
+)
+from .http_messages import Head, Header, HttpError, absolute_target, head_of_answer, own_answer
+from .http_origin import Answer, Origin, Origins, open_connection
+from .socks_session import tunnel
+from .target import Target
+
+#: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+
+#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever.
+MOST_INTERIM = 16
+
+
+class Forwarder:
+    """Forwards the requests of one client, and keeps its origin connections between them.
+
+    Args:
+        conn: the client.
+        visitor: who it is; its record is filled in.
+        pseudonym: the name of this proxy in Via.
+        forwarded: whether and how origins are told the client's address.
+    """
+
+    def __init__(self, conn: Connection, visitor: Visitor, pseudonym: bytes, forwarded: Forwarded) -> None:
+        self._conn = conn
+        self._visitor = visitor
+        self._pseudonym = pseudonym
+        self._forwarded = forwarded
+        self._origins = Origins()
+
+    def close(self) -> None:
+        """The client has gone."""
+        self._origins.close()
+
+    def forward(self, head: Head, body: RequestBody) -> bool:
+        """Serve a request; False if the connection ends with it.
+
+        Raises:
+            HttpError: what the client must be answered.
+            OSError: of the client.
+        """
+        target, host, path = absolute_target(head)
+        forwards = forwards_left(head)
+        if forwards == 0:
+            return self._answer_as_last(head)
+        request = self._request_for_origin(head, host, path, forwards)
+        body.prepare()
+        try:
+            origin, answer = self._ask(head, target, request, body)
+            try:
+                if answer.status == 101:
+                    self._switch(origin, answer)
+                    return False
+                keep = self._pass_on(head, body, origin, answer)
+            except BaseException:
+                origin.close()
+                raise
+        finally:
+            body.stop()
+        if body.done and not answer.closes:
+            self._origins.keep(origin)
+        else:
+            origin.close()
+        return keep
+
+    def _answer_as_last(self, head: Head) -> bool:
+        """Max-Forwards has come to its end here."""
+        if head.method == b"TRACE":
+            answer = own_answer(200, traced(head), [(b"Content-Type", b"message/http")], close=head.wants_close)
+        else:
+            answer = own_answer(200, b"", [(b"Allow", b"*")], close=head.wants_close)
+        self._conn.sendall(answer)
+        self._visitor.record.result = "ok"
+        return not head.wants_close
+
+    # -- to the origin -----------------------------------------------------------------------------------------------
+
+    def _request_for_origin(self, head: Head, host: bytes, path: bytes, forwards: int | None) -> h11.Request:
+        headers = [(name, value) for name, value in end_to_end(head.headers) if name.lower() != b"host"]
+        if forwards is not None:
+            headers = [(name, value) for name, value in headers if name.lower() != b"max-forwards"]
+            headers.append((b"Max-Forwards", b"%d" % (forwards - 1)))
+        headers = with_client(headers, self._visitor.client, self._forwarded)
+        headers = [(b"Host", host), *with_via(headers, head.version, self._pseudonym)]
+        if head.is_chunked:
+            headers.append((b"Transfer-Encoding", b"chunked"))
+        upgrade = wanted_upgrade(head)
+        if upgrade is not None:
+            headers += [(b"Connection", b"upgrade"), (b"Upgrade", upgrade)]
+        return h11.Request(method=head.method, target=path, headers=headers)
+
+    def _ask(self, head: Head, target: Target, request: h11.Request, body: RequestBody) -> tuple[Origin, Answer]:
+        record = self._visitor.record
+        while True:
+            origin, reused = self._origin_for(target)
+            try:
+                origin.ask(request, body)
+                return origin, self._final_answer(head, origin, body)
+            except OriginFailed as failure:
+                origin.close()
+                if body.error is None and reused and failure.mute and head.method in IDEMPOTENT and body.at_hand:
+                    continue  # the origin had given up the idle connection at this moment; the next one is fresh
+                record.detail = str(failure)
+                if body.error is not None:
+                    raise body.error from None
+                if failure.mute:
+                    message = "The destination closed the connection without an answer."
+                else:
+                    message = "The answer of the destination cannot be understood."
+                raise HttpError(502, message, keep=True) from None
+            except TimeoutError:
+                origin.close()
+                record.detail = "no answer in time"
+                raise HttpError(504, "The destination did not answer in time.", keep=True) from None
+            except BaseException:
+                origin.close()
+                raise
+
+    def _origin_for(self, target: Target) -> tuple[Origin, bool]:
+        """A connection to the destination, and whether it has served a request before."""
+        record = self._visitor.record
+        # Rules may allow a destination to one user and not to another: a connection is not shared between them.
+        key = (target, record.user)
+        origin = self._origins.take(key)
+        if origin is not None:
+            record.asked, record.connected = str(target), origin.connected
+            return origin, True
+        connection = open_connection(self._visitor, target)
+        return Origin(key, connection, record.connected, self._visitor.gate.timeouts.answer), False
+
+    def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
+        """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""
+        for _ in range(MOST_INTERIM):
+            answer = origin.next_answer(body)
+            if answer.status >= 200 or answer.status == 101:
+                return answer
+            if head.version == b"1.1":
+                fields = self._fields_for_client(answer)
+                self._conn.sendall(head_of_answer(answer.status, answer.reason, fields))
+        raise OriginFailed(f"more than {MOST_INTERIM} interim answers")
+
+    # -- to the client -----------------------------------------------------------------------------------------------
+
+    def _fields_for_client(self, answer: Answer) -> list[Header]:
+        fields = end_to_end(answer.headers)
+        if answer.status < 200 or answer.status == 204:  # RFC 9110 section 8.6
+            fields = [(name, value) for name, value in fields if name.lower() != b"content-length"]
+        return with_via(fields, answer.version, self._pseudonym)
+
+    def _pass_on(self, head: Head, body: RequestBody, origin: Origin, answer: Answer) -> bool:
+        """Send the answer to the client; False if its connection ends with it.
+
+        Raises:
+            OriginFailed, OSError: it has begun, and cannot be completed.
+        """
+        fields = self._fields_for_client(answer)
+        in_chunks = answer.framing in ("chunked", "close") and head.version == b"1.1"
+        if in_chunks:
+            fields.append((b"Transfer-Encoding", b"chunked"))
+        # An answer before the end of the request: the rest of that belongs to nothing.
+        close = head.wants_close or not body.done
+        if close:
+            fields.append((b"Connection", b"close"))
+        record = self._visitor.record
+        self._received = 0
+        try:
+            send_answer(
+                self._conn,
+                head_of_answer(answer.status, answer.reason, fields),
+                answer,
+                origin,
+                in_chunks=in_chunks,
+                note=self._note_received,
+            )
+        finally:
+            record.sent, record.received = body.sent, self._received
+        record.result = "ok"
+        return not close
+
+    def _note_received(self, size: int) -> None:
+        self._received += size
+
+    def _switch(self, origin: Origin, answer: Answer) -> None:
+        """101: from here on it is another protocol (RFC 9110 section 15.2.2)."""
+        upgrade = [(name, value) for name, value in answer.headers if name.lower() == b"upgrade"]
+        fields = [(b"Connection", b"upgrade"), *upgrade, *self._fields_for_client(answer)]
+        self._conn.sendall(head_of_answer(101, b"Switching Protocols", fields))
+        with origin.connection:
+            tunnel(self._conn, origin.connection, self._visitor)

@@ -1,0 +1,212 @@
+"""Connections to origin servers: asked one request after another, and kept while they are idle."""
+
+from __future__ import annotations
+
+import socket
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gevent
+import h11
+
+from ..connection import READ_AHEAD, Connection
+from .gate import Denied, Visitor, result_of
+from .http_body import OriginFailed, RequestBody
+from .http_messages import Header, HttpError, options_of
+from .target import Target
+
+#: What an origin may have in its head. curl: 300 KiB, nginx as a proxy: 4 or 8 KiB, Chromium: 256 KiB.
+LONGEST_ANSWER_HEAD = 256 * 1024
+
+#: Idle origin connections of one client. Browsers keep a connection to a proxy for a host, libraries one for all.
+MOST_IDLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of an answer.
+
+    Attributes:
+        version: b"1.1" or b"1.0".
+        framing: how its body ends: there is none, it has a length, it comes in chunks, the connection closes.
+        length: in bytes, where it has one.
+        closes: the connection serves no other request.
+    """
+
+    status: int
+    reason: bytes
+    version: bytes
+    headers: tuple[Header, ...]
+    framing: Literal["none", "length", "chunked", "close"]
+    length: int
+    closes: bool
+
+
+class Origin:
+    """A connection to an origin server, which may serve several requests.
+
+    Args:
+        key: whose it is: the destination, and the user for whom the rules have allowed it.
+        connected: its address, for the record.
+        patience: seconds in which it may say nothing.
+    """
+
+    def __init__(self, key: Key, connection: Connection, connected: str, patience: float) -> None:
+        self.key = key
+        self.connection = connection
+        self.connected = connected
+        self.patience = patience
+        connection.settimeout(patience)
+
+    def ask(self, request: h11.Request, body: RequestBody) -> None:
+        """Send a request."""
+        self._method = request.method
+        self._heard = False
+        # h11 reads the heads of the answers to one request; the bodies, which it never sees, are ours.
+        self._reader = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_ANSWER_HEAD)
+        head = self._reader.send(request) or b""
+        try:
+            body.begin(self.connection, head)
+        except OSError:
+            pass  # it may have said why before it closed
+
+    def next_answer(self, body: RequestBody) -> Answer:
+        """The head of the next answer, which may be an interim one (1xx).
+
+        Raises:
+            OriginFailed: it closed, or this is no answer.
+            TimeoutError: it says nothing.
+        """
+        while True:
+            try:
+                event: Any = self._reader.next_event()
+            except h11.RemoteProtocolError as error:
+                raise OriginFailed(f"not an HTTP answer: {error}") from None
+            if isinstance(event, h11.InformationalResponse | h11.Response):
+                break
+            data = self._more(body)
+            if not data:
+                raise OriginFailed("closed without an answer", mute=not self._heard)
+            self._heard = True
+            self._reader.receive_data(data)
+        answer = _read_answer(event, self._method)
+        if answer.status >= 200 or answer.status == 101:
+            self.connection.unread(self._reader.trailing_data[0])
+        return answer
+
+    def _more(self, body: RequestBody) -> bytes:
+        while True:
+            pumping = body.is_pumping
+            try:
+                # Not the connection's own time-out, which does not hold while its other direction is being spliced.
+                with gevent.Timeout(self.patience if pumping else None, TimeoutError("timed out")):
+                    data: bytes = self.connection.recv(READ_AHEAD)
+                return data
+            except TimeoutError:
+                # An answer is late when it does not come after the request. An upload may take its time, and ends by
+                # a time-out of its own.
+                if not pumping:
+                    raise
+            except OSError as error:
+                raise OriginFailed(error.strerror or str(error), mute=not self._heard) from None
+
+    def at_hand(self, most: int) -> bytes:
+        """What was read together with the head of the answer."""
+        size = min(most, len(self.connection._stream.kept))
+        data: bytes = self.connection.recv(size) if size else b""
+        return data
+
+    def recv(self, most: int) -> bytes:
+        """More of the body; b"" at the end. Raises OriginFailed."""
+        try:
+            data: bytes = self.connection.recv(most)
+        except TimeoutError:
+            raise OriginFailed("the destination stopped in the midst of its answer") from None
+        except OSError as error:
+            raise OriginFailed(f"in the midst of the answer: {error.strerror or error}") from None
+        return data
+
+    def is_alive(self) -> bool:
+        """Whether an idle connection can still be used: nothing has come on it, not even its end."""
+        try:
+            self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        """Close it; what is still to come is not wanted."""
+        self.connection.close()
+
+
+def _read_answer(event: Any, method: bytes) -> Answer:
+    status: int = event.status_code
+    headers = tuple(event.headers.raw_items())
+    # h11 has looked at these two: a length is one number, an encoding is "chunked".
+    lengths = [value for name, value in event.headers if name == b"content-length"]
+    is_chunked = any(name == b"transfer-encoding" for name, value in event.headers)
+    framing: Literal["none", "length", "chunked", "close"]
+    if method == b"HEAD" or status < 200 or status in (204, 304):
+        framing = "none"
+    elif is_chunked:
+        # Somebody between here and there may be splitting answers (RFC 9112 section 6.3).
+        if lengths or event.http_version == b"1.0":
+            raise OriginFailed("it is not clear where the answer ends")
+        framing = "chunked"
+    else:
+        framing = "length" if lengths else "close"
+    closes = framing == "close" or event.http_version == b"1.0" or b"close" in options_of(headers)
+    length = int(lengths[0]) if framing == "length" else 0
+    return Answer(status, event.reason, event.http_version, headers, framing, length, closes)
+
+
+Key = tuple[Target, str | None]
+
+
+class Origins:
+    """The origin connections of one client that are idle."""
+
+    def __init__(self) -> None:
+        self._idle: OrderedDict[Key, Origin] = OrderedDict()
+
+    def take(self, key: Key) -> Origin | None:
+        """An idle connection to this destination that is alive, or None."""
+        origin = self._idle.pop(key, None)
+        if origin is not None and not origin.is_alive():
+            origin.close()
+            return None
+        return origin
+
+    def keep(self, origin: Origin) -> None:
+        """It has served its request; the next one may have it."""
+        self._idle[origin.key] = origin
+        if len(self._idle) > MOST_IDLE:
+            self._idle.popitem(last=False)[1].close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._idle:
+            self._idle.popitem()[1].close()
+
+
+def open_connection(visitor: Visitor, target: Target) -> Connection:
+    """Connect to a destination for an HTTP client.
+
+    Raises:
+        HttpError: it may not be reached, or cannot. The message says nothing that the client should not know.
+    """
+    try:
+        return visitor.open(target)
+    except Denied:
+        raise HttpError(403, "The rules of this proxy do not allow this destination.", keep=True) from None
+    except OSError as error:
+        status, message = {
+            "unresolved": (502, "The host name of the destination is not known."),
+            "connect_timeout": (504, "The destination did not answer in time."),
+            "refused": (502, "The destination refused the connection."),
+            "unreachable": (502, "The destination cannot be reached."),
+        }.get(result_of(error), (502, "The connection to the destination failed."))
+        raise HttpError(status, message, keep=True) from None
