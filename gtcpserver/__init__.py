@@ -2,6 +2,8 @@
 
 from .acceptor import Acceptor, StreamServer
 from .address import Address, parse_address
+from .balancer import ProxyProtocol
+from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
 from .errors import (
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Acceptor",
     "Address",
+    "ClientLimits",
     "ConfigError",
     "Connection",
     "ConnectionTLS",
@@ -35,6 +38,7 @@ __all__ = [
     "HandlerPool",
     "LimitExceeded",
     "ListenConfig",
+    "ProxyProtocol",
     "RelayResult",
     "Server",
     "ServerStats",

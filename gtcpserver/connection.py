@@ -7,6 +7,7 @@ The order below: construct, read, write, bound, idle, close.
 from __future__ import annotations
 
 import logging
+import os
 import socket as _stdlib_socket
 from socket import getdefaulttimeout
 from time import monotonic, time
@@ -29,6 +30,7 @@ from .transfer.sendfile import sendfile
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .proxy_protocol import ProxyHeader
     from .server import Server
 
 log = logging.getLogger("gtcpserver.tls")
@@ -40,7 +42,7 @@ _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = ("_idle", "_proxied", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -52,7 +54,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     Attributes:
         client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
-            "" or a path for a unix socket.
+            "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
+            :attr:`peer_address` is the balancer's.
         started_at: when it was accepted, seconds since the epoch.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
@@ -99,6 +102,37 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def server_address(self) -> Any:
         """The address the client connected to, as ``getsockname`` says it."""
         return self._sock.getsockname()
+
+    @property
+    def peer_address(self) -> Any:
+        """Who is at the other end of the socket: the client, or the balancer it came by."""
+        proxied = self._behind_balancer()
+        return self.client_address if proxied is None else proxied[1]
+
+    @property
+    def proxy_header(self) -> ProxyHeader | None:
+        """What the balancer has said of the client (PROXY protocol); None where none has."""
+        proxied = self._behind_balancer()
+        return None if proxied is None else proxied[0]
+
+    def _behind_balancer(self) -> tuple[ProxyHeader, Any] | None:
+        # Set for those connections alone: a slot that is set for all costs each of them.
+        try:
+            proxied: tuple[ProxyHeader, Any] = self._proxied
+        except AttributeError:
+            return None
+        return proxied
+
+    def note_proxy_header(self, header: ProxyHeader) -> None:
+        """Take for the client's address what a balancer says it is; a header without one (LOCAL, UNKNOWN) changes
+        nothing."""
+        self._proxied = (header, self.client_address)
+        source = header.source
+        if isinstance(source, bytes):
+            self.client_address = os.fsdecode(source)
+        elif source is not None:
+            ip, port = source
+            self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
 
     @property
     def bytes_received(self) -> int:

@@ -1,31 +1,20 @@
-"""TLS on a connection: the layer that a Stream reads from and writes to, and the lane in which handshakes wait.
-
-A handshake is not a handler: a client that connects and says nothing must not hold a place in the pool. So handshakes
-run as event callbacks, without a greenlet, bounded in time and number.
-"""
+"""TLS on a connection: the layer that a Stream reads from and writes to, and the handshake that leads to it."""
 
 from __future__ import annotations
 
 import _socket
-import logging
 import os
 import socket
-from collections import Counter
-from collections.abc import Callable
 from ssl import SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gevent.hub import get_hub
-
 from .errors import TruncatedStream
+from .lane import Step
 from .tls import Credentials, HandshakeFailure, classify_handshake_error
 
 if TYPE_CHECKING:
     from .connection import Connection
     from .stream import Stream
-
-log = logging.getLogger("gtcpserver.tls")
 
 #: What a client gets that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a record
 #: of its own. OpenSSL sends nothing to such a client.
@@ -193,124 +182,30 @@ class TLSLayer:
                 self._stream.wait_writable()
 
 
-class HandshakeLane:
-    """Handshakes under way: bounded in number and time, each costing no greenlet.
+class HandshakeStep(Step):
+    """A TLS handshake under way, in a lane."""
 
-    Args:
-        seconds: how long one may take.
-        most: how many may be under way; when another comes, the oldest is dropped.
-        done: called in the hub with a connection that is encrypted now.
-        failed: called in the hub with a connection whose handshake has failed, and the kind of the failure: those of
-            ``classify_handshake_error``, "crowded_out" and "stopped".
-        failures: counts them by kind.
-    """
+    __slots__ = ("_layer",)
 
-    def __init__(
-        self,
-        seconds: float,
-        most: int,
-        done: Callable[[Connection], Any],
-        failed: Callable[[Connection, str], Any],
-        failures: Counter[str],
-    ) -> None:
-        self._seconds = seconds
-        self._most = most
-        self._done = done
-        self._failed = failed
-        self._under_way: dict[_Handshake, None] = {}
-        self._timer: Any = None
-        self.failures = failures
+    def __init__(self, connection: Connection, credentials: Credentials) -> None:
+        super().__init__(connection)
+        self._layer = TLSLayer(connection._stream, credentials.context, credentials.report_truncation)
 
-    def __len__(self) -> int:
-        return len(self._under_way)
-
-    def begin(self, connection: Connection, credentials: Credentials) -> None:
-        """Take a new connection. Only from the hub."""
-        stream = connection._stream
-        layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
-        handshake = _Handshake(self, connection, layer, monotonic() + self._seconds)
-        self._under_way[handshake] = None
-        # Afterwards: while one goes and another comes, the lane is never seen empty.
-        if len(self._under_way) > self._most:
-            oldest = next(iter(self._under_way))
-            oldest.fail(TimeoutError("too many handshakes, this one was the oldest"), kind="crowded_out")
-        stream.make_read_watcher().callback = handshake.step
-        if self._timer is None:
-            self._start_timer(self._seconds)
-
-    def end_all(self) -> None:
-        """Drop every handshake that is under way."""
-        for handshake in list(self._under_way):
-            handshake.fail(TimeoutError("the server stops"), kind="stopped")
-
-    def _start_timer(self, seconds: float) -> None:
-        self._timer = get_hub().loop.timer(seconds, ref=False)
-        self._timer.start(self._end_overdue, update=True)
-
-    def _end_overdue(self) -> None:
-        self._timer.close()
-        self._timer = None
-        now = monotonic()
-        # All have the same time, so they are overdue in the order they came.
-        for handshake in list(self._under_way):
-            if handshake.until > now:
-                self._start_timer(handshake.until - now)
-                return
-            handshake.fail(TimeoutError(f"no TLS handshake within {self._seconds:g} s"), kind="timeout")
-
-
-class _Handshake:
-    __slots__ = ("_connection", "_lane", "_layer", "until")
-
-    def __init__(self, lane: HandshakeLane, connection: Connection, layer: TLSLayer, until: float) -> None:
-        self._lane = lane
-        self._connection = connection
-        self._layer = layer
-        self.until = until
-
-    def step(self) -> None:
-        stream = self._connection._stream
+    def advance(self) -> Any:
+        stream = self.connection._stream
         try:
             self._layer.object.do_handshake()
         except SSLWantReadError:
-            self._wait(stream.reading)
+            return stream.reading
         except SSLWantWriteError:
-            self._wait(stream.writing or stream.make_write_watcher())
-        except Exception as error:
-            self.fail(error)
-        else:
-            self._leave()
-            stream.io = stream.tls = self._layer
-            self._lane._done(self._connection)
+            return stream.writing or stream.make_write_watcher()
+        stream.io = stream.tls = self._layer
+        return None
 
-    def _wait(self, watcher: Any) -> None:
-        stream = self._connection._stream
-        for other in (stream.reading, stream.writing):
-            if other is not None and other is not watcher:
-                other.stop()
-        if watcher.callback is None:
-            watcher.start(self.step)
-
-    def _leave(self) -> None:
-        del self._lane._under_way[self]
-        stream = self._connection._stream
-        if stream.writing is not None:
-            stream.writing.stop()
-        if stream.reading.callback is None:
-            stream.reading.start(stream._parked)  # it waited to write
-        else:
-            stream.reading.callback = stream._parked
-
-    def fail(self, error: BaseException, kind: str | None = None) -> None:
-        self._leave()
-        lane = self._lane
-        connection = self._connection
-        kind = kind or handshake_failure(connection._sock, error)
-        lane.failures[kind] += 1
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("TLS handshake with %s failed (%s): %s", connection.client_address, kind, error)
-        answer_plain_text(connection._sock, kind)
-        lane._failed(connection, kind)
+    def kind_of(self, error: BaseException) -> str:
+        kind = handshake_failure(self.connection._sock, error)
+        answer_plain_text(self.connection._sock, kind)
+        return kind
 
 
 def handshake_failure(sock: Any, error: BaseException) -> HandshakeFailure:

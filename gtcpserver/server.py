@@ -25,9 +25,10 @@ from gevent.lock import Semaphore
 from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
+from .balancer import ProxyProtocol
+from .client_limits import ClientLimits
 from .connection import Connection, Idle
 from .errors import ConfigError, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
-from .handshake import HandshakeLane
 from .linger import Linger
 from .listener import (
     ListenConfig,
@@ -36,6 +37,7 @@ from .listener import (
     open_listeners,
     steer,
 )
+from .lobby import Lobby
 from .logs import FaultLimiter, fault_key
 from .options import check_number, check_whole_number
 from .overseer import HandlerTimedOut, Overseer, TooSlow
@@ -93,6 +95,9 @@ class Server:
             ``min_rate_window`` while less moved is ended: clients that drip cannot hold places.
         min_rate_window: seconds.
         tls: a TLSConfig or ssl.SSLContext: every connection is encrypted before the handler gets it.
+        proxy_protocol: clients come by balancers that name them (:class:`ProxyProtocol`); None: they do not.
+        client_limits: who may connect, how many connections a client may have and how fast it may open them
+            (:class:`ClientLimits`); None: no limits.
         linger: seconds a closed connection may take to be closed by the peer too, so that everything written reaches
             it; 0 closes at once.
         connection_class: a subclass of Connection for the handler to get.
@@ -122,6 +127,8 @@ class Server:
         min_rate_window: float = 10.0,
         linger: float = 2.0,
         tls: Any = None,
+        proxy_protocol: ProxyProtocol | None = None,
+        client_limits: ClientLimits | None = None,
         connection_class: type[Connection] = Connection,
         context: Any = None,
         on_connect: Callable[[Any], Any] | None = None,
@@ -156,6 +163,10 @@ class Server:
             if pool == 0:
                 raise ConfigError("pool must have at least 1 place, or None for no limit, got 0")
             pool = HandlerPool(pool)
+        if proxy_protocol is not None and not isinstance(proxy_protocol, ProxyProtocol):
+            raise ConfigError(f"proxy_protocol must be a ProxyProtocol, got {proxy_protocol!r}")
+        if client_limits is not None and not isinstance(client_limits, ClientLimits):
+            raise ConfigError(f"client_limits must be a ClientLimits, got {client_limits!r}")
         if listen is not None and not isinstance(listen, ListenConfig):
             raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
         self.handler = handler
@@ -192,14 +203,15 @@ class Server:
         self._stopped = Event()
         self._hurry = Event()
         self._closing_loops = Semaphore()
-        self._handshakes: HandshakeLane | None = None
-        self._encrypted: deque[Connection] = deque()  # handshake done, waiting for a place
-        if self.tls is not None:
-            self._handshakes = HandshakeLane(
-                self.tls.handshake_timeout,
-                self.tls.max_handshakes,
-                self._handshake_done,
-                self._handshake_failed,
+        self._client_limits = client_limits
+        self._lobby: Lobby | None = None
+        if self.tls is not None or proxy_protocol is not None or client_limits is not None:
+            self._lobby = Lobby(
+                proxy_protocol,
+                client_limits,
+                self.tls,
+                self._serve_from_lobby,
+                self._note_if_nobody_is_connected,
                 self._counters.handshake_failures,
             )
         self.lingerer = Linger(linger)
@@ -411,49 +423,48 @@ class Server:
         connection.context = self.context
         if self.timeout is not None:
             connection.timeout = self.timeout
-        if self._handshakes is None or self.tls is None:
+        if self._lobby is None:
             self.pool.run_one(self._serve_bound, connection)
         else:
             self._nobody_connected.clear()
-            self._handshakes.begin(connection, self.tls)
+            self._lobby.enter(connection)
         if number == self.max_accepts:
             for acceptor in self._acceptors:
                 acceptor.stop_accepting()
             gevent.spawn(self._stop_after_last)
 
-    def _handshake_done(self, connection: Connection) -> None:
-        if not self._encrypted and self._has_room():
+    def _serve_from_lobby(self, connection: Connection) -> None:
+        """It has done in the lobby what there was to do."""
+        waiting = self._waiting()
+        if not waiting and self._has_room():
             self.pool.run_one(self._serve_bound, connection)
             return
-        self._encrypted.append(connection)
-        if len(self._encrypted) == 1:
-            self._serve_encrypted_later()
+        waiting.append(connection)
+        if len(waiting) == 1:
+            self._serve_waiting_later()
 
-    def _serve_encrypted_later(self) -> None:
+    def _waiting(self) -> deque[Connection]:
+        assert self._lobby is not None
+        return self._lobby.waiting
+
+    def _serve_waiting_later(self) -> None:
         places = self.pool.places
         if places.taken >= places.size:
-            places.unlink(self._serve_encrypted)  # once is enough
-            places.rawlink(self._serve_encrypted)
+            places.unlink(self._serve_waiting)  # once is enough
+            places.rawlink(self._serve_waiting)
         elif self.on_full == "close_idle":
             self._close_an_idle_one()
         # max_connections is reached: the end of a connection wakes them.
 
-    def _serve_encrypted(self, _places: Any = None) -> None:
-        while self._encrypted and self._has_room():
-            self.pool.run_one(self._serve_bound, self._encrypted.popleft())
-        if self._encrypted:
-            self._serve_encrypted_later()
-
-    #: Connections that were closed in or after a failed handshake; not those of ``start_tls``.
-    _handshakes_failed = 0
-
-    def _handshake_failed(self, connection: Connection, kind: str) -> None:
-        self._handshakes_failed += 1
-        connection.close()
-        self._note_if_nobody_is_connected()
+    def _serve_waiting(self, _places: Any = None) -> None:
+        waiting = self._waiting()
+        while waiting and self._has_room():
+            self.pool.run_one(self._serve_bound, waiting.popleft())
+        if waiting:
+            self._serve_waiting_later()
 
     def _note_if_nobody_is_connected(self) -> None:
-        if not (self._connections or self._held or self._encrypted or self._handshakes):
+        if not (self._connections or self._held or self._lobby):
             self._nobody_connected.set()
 
     def reload_tls(self) -> None:
@@ -515,14 +526,16 @@ class Server:
         if not stream.closed:
             connection._closed = True
             connection._end(stream, self)
+        if self._client_limits is not None and self._lobby is not None:
+            self._lobby.left(connection)
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
         del connections[connection]
         if not connections:
             self._note_if_nobody_is_connected()
         if was_full:
-            if self._encrypted:
-                get_hub().loop.run_callback(self._serve_encrypted)
+            if self._lobby is not None and self._lobby.waiting:
+                get_hub().loop.run_callback(self._serve_waiting)
             self._wake_accept_loops()
 
     def _handler_raised(self, connection: Connection, error: BaseException) -> None:
@@ -575,8 +588,8 @@ class Server:
             connection._end_idle()
         else:
             self._idle_wanted = False
-            if self._encrypted:
-                get_hub().loop.run_callback(self._serve_encrypted)
+            if self._lobby is not None and self._lobby.waiting:
+                get_hub().loop.run_callback(self._serve_waiting)
             get_hub().loop.run_callback(self._wake_accept_loops)
 
     def _end_if_idle(self, connection: Connection) -> None:
@@ -633,8 +646,9 @@ class Server:
     def _handled(self) -> int:
         """Connections that have got as far as the handler."""
         counters = self._counters
-        on_their_way = len(self._encrypted) + (len(self._handshakes) if self._handshakes is not None else 0)
-        return counters.accepted - on_their_way - self._handshakes_failed
+        if self._lobby is None:
+            return counters.accepted
+        return counters.accepted - len(self._lobby) - self._lobby.failed
 
     def _wait_for_report(self) -> StopReport:
         if self._report is None and getcurrent() in self._connections.values():
@@ -757,13 +771,13 @@ class Server:
             self._counters.accepted += 1
             cut.append(describe(connection, None))
             connection._sock.close()
-        while self._encrypted:
-            connection = self._encrypted.popleft()
-            cut.append(describe(connection, None))
-            connection.close()
-            self._note_if_nobody_is_connected()
-        if self._handshakes is not None:
-            self._handshakes.end_all()
+        if self._lobby is not None:
+            while self._lobby.waiting:
+                connection = self._lobby.waiting.popleft()
+                cut.append(describe(connection, None))
+                connection.close()
+                self._note_if_nobody_is_connected()
+            self._lobby.end_all()
         return cut + end_handlers(self._connections, self._nobody_connected)
 
     def _stop_after_last(self) -> None:
@@ -787,10 +801,11 @@ class Server:
             lingering=len(self.lingerer),
             peak=counters.peak,
             rejected=counters.rejected,
+            clients_refused=dict(self._client_limits.refused) if self._client_limits is not None else {},
             refused=counters.refused,
             left_in_queue=counters.left_in_queue + sum(acceptor.left_in_queue for acceptor in self._acceptors),
             handler_errors=counters.handler_errors,
-            handshaking=len(self._handshakes) if self._handshakes is not None else 0,
+            handshaking=self._lobby.under_way if self._lobby is not None else 0,
             handshake_failures=dict(counters.handshake_failures),
             resets=counters.resets,
             timeouts=counters.timeouts,

@@ -42,14 +42,17 @@ class ServerStats:
         lingering: handler has returned, peer has not closed yet.
         peak: most connections open at once.
         rejected: accepted and closed because the server was full.
+        clients_refused: reset because of ``client_limits``, by reason: "client_denied", "client_connections" (it has
+            too many), "client_rate" (it opens them too fast).
         refused: closed because ``on_connect`` said so.
         left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
         handler_errors: handlers that ended with an exception of their own.
-        handshaking: TLS handshakes under way.
+        handshaking: TLS handshakes under way, and PROXY headers that are waited for.
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
             "unknown_name", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there were too many),
-            "stopped" (by the end of the server). Those of ``start_tls`` are among them.
+            "stopped" (by the end of the server). Those of ``start_tls`` are among them, and PROXY headers:
+            "proxy_header" (none, or a bad one), "proxy_header_timeout".
         resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), closed
             it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
@@ -74,6 +77,7 @@ class ServerStats:
     lingering: int
     peak: int
     rejected: int
+    clients_refused: dict[str, int]
     refused: int
     left_in_queue: int
     handler_errors: int

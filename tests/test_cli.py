@@ -23,10 +23,18 @@ import gevent
 import pytest
 import trustme
 
-from gtcpserver import ListenConfig, Server, TLSConfig
+from gtcpserver import ClientLimits, ListenConfig, ProxyProtocol, Server, TLSConfig
 from gtcpserver.cli import wants_monkey_patch
 from gtcpserver.cli.commands import COMMANDS
-from gtcpserver.cli.options import LISTEN_OPTIONS, OBJECT_OPTIONS, SERVER_OPTIONS, TLS_OPTIONS, name_option
+from gtcpserver.cli.options import (
+    BALANCER_OPTIONS,
+    CLIENT_OPTIONS,
+    LISTEN_OPTIONS,
+    OBJECT_OPTIONS,
+    SERVER_OPTIONS,
+    TLS_OPTIONS,
+    name_option,
+)
 
 COMMAND = [sys.executable, "-m", "gtcpserver"]
 
@@ -177,9 +185,12 @@ def test_without_click_one_line_says_what_to_install() -> None:
 
 
 def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
-    server = set(inspect.signature(Server).parameters) - {"address", "handler", "listen", "tls"}
+    server = set(inspect.signature(Server).parameters)
+    server -= {"address", "handler", "listen", "tls", "proxy_protocol", "client_limits"}
     assert {name for name, _, _ in (*SERVER_OPTIONS, *OBJECT_OPTIONS)} == server
     assert {name for name, _, _ in LISTEN_OPTIONS} == {field.name for field in dataclasses.fields(ListenConfig)}
+    assert {name for name, _, _ in BALANCER_OPTIONS} == {field.name for field in dataclasses.fields(ProxyProtocol)}
+    assert {name for name, _, _ in CLIENT_OPTIONS} == set(inspect.signature(ClientLimits).parameters)
     assert {name for name, _, _ in TLS_OPTIONS} == {field.name for field in dataclasses.fields(TLSConfig)}
 
 

@@ -353,6 +353,75 @@ def test_idle_timeout_counts_both_directions_together(relayed):
     assert one.a.fileno() >= 0
 
 
+@pytest.mark.parametrize("size", [0, 10])
+def test_half_closed_timeout_counts_from_the_end_of_one_side(relayed, size):
+    pair = relayed(half_closed_timeout=0.1)
+    gevent.sleep(0.2)  # nothing moves, and nothing is half closed
+    assert not pair.greenlet.ready()
+    pair.server.sendall(b"x" * size)
+    pair.client.shutdown(socket.SHUT_WR)
+    result = pair.result()
+    assert result.reason == "half_closed"
+    assert result.bytes_b_to_a == size
+    assert result.duration >= 0.25
+
+
+def test_half_closed_timeout_gives_way_while_the_other_side_sends(relayed):
+    pair = relayed(half_closed_timeout=0.2)
+    pair.client.shutdown(socket.SHUT_WR)
+    for _ in range(4):
+        gevent.sleep(0.1)
+        pair.server.sendall(b"x")
+    pair.server.close()
+    assert pair.result().reason == "closed"
+
+
+def test_lifetime_ends_a_busy_relay(relayed):
+    pair = relayed(lifetime=0.15, idle_timeout=5)
+
+    def send_on():
+        while True:
+            pair.client.sendall(b"x")
+            gevent.sleep(0.01)
+
+    sending = gevent.spawn(send_on)
+    result = pair.result()
+    sending.kill()
+    assert result.reason == "lifetime"
+    assert 0 < result.bytes_a_to_b < 100
+    assert 0.15 <= result.duration < 5
+
+
+def test_pace_lets_a_direction_rest_and_the_relay_is_not_idle_meanwhile(relayed):
+    seen = []
+
+    def pace(direction, size):
+        seen.append((direction, size))
+        return 0.12 if len(seen) <= 2 else 0.0
+
+    pair = relayed(pace=pace, idle_timeout=0.1)
+    pair.client.sendall(b"x" * 40_000)
+    pair.client.shutdown(socket.SHUT_WR)
+    received = b""
+    while more := pair.server.recv(65536):
+        received += more
+    pair.server.close()
+    result = pair.result()
+    assert received == b"x" * 40_000
+    assert result.reason == "closed"
+    assert result.duration >= 0.24
+    assert {direction for direction, _ in seen} == {"a_to_b"}
+    assert sum(size for _, size in seen) == 40_000
+    assert max(size for _, size in seen) <= 16 * 1024
+
+
+@pytest.mark.parametrize("option", ["idle_timeout", "half_closed_timeout", "lifetime"])
+def test_times_that_cannot_be(option):
+    a, b = tcp_pair(Connection)
+    with a, b, pytest.raises(ValueError, match=f"{option} must be more than 0 seconds, or None, got 0"):
+        relay(b, Connection(), **{option: 0})
+
+
 def test_pipe_raises_on_the_sockets_own_timeout(cls):
     client, a = tcp_pair(cls)
     server, b = tcp_pair(cls)
@@ -690,6 +759,18 @@ def test_tls_on_one_side_is_copied_and_half_close_is_passed_on(tls):
     result = greenlet.get(timeout=10)
     assert (result.bytes_a_to_b, result.bytes_b_to_a, result.reason) == (700_000, 6, "closed")
     for sock in (a, b, server):
+        sock.close()
+
+
+def test_the_sockets_own_timeouts_do_not_count_in_a_tls_relay(tls):
+    client, a = tls_pair(tls)
+    server, b = tcp_pair(Connection)
+    a.settimeout(0.05)
+    b.settimeout(0.05)
+    result = relay(a, b, idle_timeout=0.2)
+    assert (result.reason, result.error) == ("idle", None)
+    assert (a.gettimeout(), b.gettimeout()) == (0.05, 0.05)
+    for sock in (client, a, server, b):
         sock.close()
 
 

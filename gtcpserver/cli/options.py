@@ -15,7 +15,9 @@ import click
 from click.core import ParameterSource
 
 from gtcpserver.address import Address, parse_address
+from gtcpserver.balancer import ProxyProtocol
 from gtcpserver.cli.loading import load_callable, load_object
+from gtcpserver.client_limits import ClientLimits
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import Server
@@ -171,6 +173,25 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("linger", float, "Seconds a closed connection may take to be closed by the client too."),
 )
 
+# Fields of ProxyProtocol; the option of the first is --proxy-protocol, of the others that and the name.
+BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    (
+        "trusted",
+        RepeatedType(),
+        "Network or address of balancers, which name their clients by the PROXY protocol; may be repeated.",
+    ),
+    ("timeout", float, "Seconds in which the PROXY header must have come."),
+)
+
+# Arguments of ClientLimits; the option is --client- and the name.
+CLIENT_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("allow", RepeatedType(), "Network or address of clients that may connect; none given: all; may be repeated."),
+    ("deny", RepeatedType(), "Network or address of clients that may not connect; may be repeated."),
+    ("connections", WHOLE, "Connections that one client may have at once, in each process (IPv6: one /64)."),
+    ("new_per_second", NUMBER, "Connections that one client may open in a second, in each process."),
+    ("burst", WHOLE, "How many it may open at once after silence; none: those of one second."),
+)
+
 # These name objects of the user's; the number is that of a function's arguments.
 OBJECT_OPTIONS: tuple[tuple[str, int | None, str], ...] = (
     ("connection_class", None, "The subclass of Connection that the handler gets."),
@@ -294,6 +315,12 @@ def server_options_but_bind(command: Command) -> Command:
     # The last decorator comes first in --help.
     for name, kind, text in reversed(TLS_OPTIONS):
         command = _option(f"tls_{name}", kind, text, tls_defaults[name])(command)
+    limits = {name: given.default for name, given in inspect.signature(ClientLimits).parameters.items()}
+    for name, kind, text in reversed(CLIENT_OPTIONS):
+        command = _option(f"client_{name}", kind, text, limits[name])(command)
+    balancers = {field.name: field.default for field in dataclasses.fields(ProxyProtocol)}
+    for name, kind, text in reversed(BALANCER_OPTIONS):
+        command = _option(_of_balancers(name), kind, text, balancers[name])(command)
     for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
         command = _option(name, kind, text, defaults[name])(command)
     for name, _arguments, text in reversed(OBJECT_OPTIONS):
@@ -363,9 +390,36 @@ def make_server(context: click.Context, handler: Callable[[Any], Any], listen: L
         )
     if tls:
         options["tls"] = make_tls_config(tls)
+    if (balancers := _make_proxy_protocol(context)) is not None:
+        options["proxy_protocol"] = balancers
+    limits = {
+        name: context.params[f"client_{name}"] for name, _, _ in CLIENT_OPTIONS if was_given(context, f"client_{name}")
+    }
+    if limits:
+        options["client_limits"] = explained(
+            lambda: ClientLimits(**limits), "client_", {name for name, _, _ in CLIENT_OPTIONS}
+        )
     asked = context.params["bind"]
     bind = list(asked) if isinstance(asked, tuple) else [asked]
     return explained(lambda: Server(bind, handler, listen=listen, **options))
+
+
+def _of_balancers(name: str) -> str:
+    return "proxy_protocol" if name == "trusted" else f"proxy_protocol_{name}"
+
+
+def _make_proxy_protocol(context: click.Context) -> ProxyProtocol | None:
+    names = [name for name, _, _ in BALANCER_OPTIONS if was_given(context, _of_balancers(name))]
+    if not names:
+        return None
+    if "trusted" not in names:
+        raise click.UsageError(f"{flag(_of_balancers(names[0]))}: needs --proxy-protocol")
+    options = {name: context.params[_of_balancers(name)] for name in names}
+    try:
+        return ProxyProtocol(**options)
+    except ConfigError as error:
+        name, _, message = str(error).partition(" ")
+        raise click.UsageError(f"{flag(_of_balancers(name))}: {message}") from None
 
 
 def make_tls_config(options: dict[str, Any]) -> TLSConfig:

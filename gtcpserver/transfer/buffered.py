@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,30 @@ if TYPE_CHECKING:
 #: Four TLS records: each recv gives one record, each sendall makes up to four.
 BUFFER_SIZE = 64 * 1024
 
+#: Of a flow that is slowed down: what it moves at once.
+PACED_SIZE = 16 * 1024
+
 
 class BufferedFlow:
-    """One direction, in a greenlet of its own. The same to its owner as a :class:`~.flow.Flow`, which see."""
+    """One direction, in a greenlet of its own. The same to its owner as a :class:`~.flow.Flow`, which see.
 
-    def __init__(self, move: Move, source: Any, sink: Any, count: int | None = None) -> None:
+    Args:
+        pace: called with the size of each piece when it was written; returns how many seconds to rest.
+    """
+
+    def __init__(
+        self,
+        move: Move,
+        source: Any,
+        sink: Any,
+        count: int | None = None,
+        pace: Callable[[int], float] | None = None,
+    ) -> None:
         self._move = move
         self._source = source
         self._sink = sink
         self._left = count
+        self._pace = pace
         self._greenlet: Any = None
         self.moved = 0
         self.done = False
@@ -67,9 +83,10 @@ class BufferedFlow:
 
     def _copy(self) -> None:
         move, source, sink = self._move, self._source, self._sink
-        buffer = memoryview(bytearray(BUFFER_SIZE))
+        size_at_once = BUFFER_SIZE if self._pace is None else PACED_SIZE
+        buffer = memoryview(bytearray(size_at_once))
         while self._left is None or self._left > 0:
-            room = BUFFER_SIZE if self._left is None else min(self._left, BUFFER_SIZE)
+            room = size_at_once if self._left is None else min(self._left, size_at_once)
             try:
                 size = source.recv_into(buffer, room)
             except OSError as error:
@@ -89,5 +106,9 @@ class BufferedFlow:
                 move.moved_at = monotonic()
             if move.watched:
                 move.tell(self, size)
+            if self._pace is not None and (rest := self._pace(size)) > 0:
+                # It is not idle while it waits for its turn.
+                move.moved_at = monotonic() + rest
+                gevent.sleep(rest)
         self.done = True
         move.flow_ended(self)

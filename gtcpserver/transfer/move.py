@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from time import monotonic
 from typing import Any
@@ -23,41 +24,55 @@ class Move:
         sockets: between which the flows are.
         idle_timeout: seconds in which nothing moves until ``idle`` is called; None: never.
         watched: flows shall ``tell`` each piece.
+        lifetime: seconds until ``lived`` is called, whatever moves; None: never.
 
     Attributes:
         flows: set by the derived class.
         timed: flows shall write down ``moved_at``, the monotonic time at which the last bytes went.
         watched: as above.
+        finished: it has ended, in whatever way.
     """
 
     flows: tuple[AnyFlow, ...]
 
-    def __init__(self, sockets: tuple[Any, Any], idle_timeout: float | None, watched: bool) -> None:
-        if idle_timeout is not None and not idle_timeout > 0:
-            raise ValueError(f"idle_timeout must be more than 0 seconds, or None, got {idle_timeout!r}")
+    def __init__(
+        self, sockets: tuple[Any, Any], idle_timeout: float | None, watched: bool, lifetime: float | None = None
+    ) -> None:
+        check_seconds("idle_timeout", idle_timeout)
+        check_seconds("lifetime", lifetime)
         plain = [is_plain(sock) for sock in sockets]  # both are checked before anything is lent
         self._ends: dict[Any, End] | None = {sock: End(sock) for sock in sockets} if all(plain) else None
+        self._sockets = sockets
+        self._buffered = False
         hub = get_hub()
         self._loop = hub.loop
         self._waiter = Waiter(hub)
         self._idle_timeout = idle_timeout
         self._deadline = min(deadline_of(sock) for sock in sockets)
+        self._lives_until = inf if lifetime is None else monotonic() + lifetime
         self._timer: Any = None
-        self._finished = False
+        self.finished = False
         self._error: BaseException | None = None
         self.timed = idle_timeout is not None
         self.watched = watched
         self.moved_at = 0.0
 
-    def make_flow(self, source: Any, sink: Any, count: int | None = None) -> AnyFlow:
-        if self._ends is None:
-            return BufferedFlow(self, source, sink, count)
+    def make_flow(
+        self, source: Any, sink: Any, count: int | None = None, pace: Callable[[int], float] | None = None
+    ) -> AnyFlow:
+        if self._ends is None or pace is not None:
+            self._buffered = True
+            return BufferedFlow(self, source, sink, count, pace)
         return Flow(self, self._ends[source], self._ends[sink], count)
 
     def sleep(self) -> None:
         """Run the flows until ``finish`` or ``fail``."""
         self.moved_at = monotonic()
+        # What is lent as an End has none already.
+        timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
         try:
+            for sock, _ in timeouts:
+                sock.settimeout(None)
             for flow in self.flows:
                 flow.start()
             self._start_timer()
@@ -66,24 +81,26 @@ class Move:
             self._stop()
             for flow in self.flows:
                 flow.join()
+            for sock, timeout in timeouts:
+                sock.settimeout(timeout)
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
         """Stop the flows and wake the greenlet. May be called again."""
-        if not self._finished:
+        if not self.finished:
             self._stop()
             # Not switched to from here: whoever calls may be in the middle of something.
             self._loop.run_callback(self._waiter.switch, None)
 
     def fail(self, error: BaseException) -> None:
         """Finish; the greenlet gets the error."""
-        if not self._finished:
+        if not self.finished:
             self._error = error
             self.finish()
 
     def _stop(self) -> None:
-        self._finished = True
+        self.finished = True
         for flow in self.flows:
             flow.stop()
         if self._timer is not None:
@@ -118,13 +135,26 @@ class Move:
         """Nothing has moved for ``idle_timeout``."""
         raise NotImplementedError
 
+    def lived(self) -> None:
+        """The lifetime is over."""
+        raise NotImplementedError
+
     # -- time --------------------------------------------------------------------------------------------------------
 
+    def be_idle_after(self, seconds: float) -> None:
+        """From now on another idle time-out holds."""
+        self._idle_timeout = seconds
+        self.moved_at = monotonic()
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        self._start_timer()
+
     def _start_timer(self) -> None:
-        until = self._deadline
+        until = min(self._deadline, self._lives_until)
         if self._idle_timeout is not None:
             until = min(until, self.moved_at + self._idle_timeout)
-        if until < inf and not self._finished:
+        if until < inf and not self.finished:
             # One timer for the whole move: when it fires early it is started again for what is left.
             self._timer = self._loop.timer(max(0.0, until - monotonic()))
             self._timer.start(self._on_timer, update=True)
@@ -135,6 +165,8 @@ class Move:
         now = monotonic()
         if now >= self._deadline:
             self.fail(DeadlineExceeded("the deadline for this block of calls has passed"))
+        elif now >= self._lives_until:
+            self.lived()
         elif self._idle_timeout is not None and now >= self.moved_at + self._idle_timeout:
             # After the loop was held up the timer comes before the events that would have prevented it.
             if not any(flow.pending() for flow in self.flows):
@@ -144,6 +176,11 @@ class Move:
                 self._start_timer()
         else:
             self._start_timer()
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be more than 0 seconds, or None, got {value!r}")
 
 
 def deadline_of(sock: Any) -> float:

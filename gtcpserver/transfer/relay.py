@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, Literal
 
-from .move import AnyFlow, Move
+from .move import AnyFlow, Move, check_seconds
 
 Direction = Literal["a_to_b", "b_to_a"]
-Reason = Literal["closed", "idle", "reset_a", "reset_b"]
+Reason = Literal["closed", "idle", "half_closed", "lifetime", "reset_a", "reset_b"]
+
+Pace = Callable[[Direction, int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,9 @@ class RelayResult:
 
     Attributes:
         bytes_a_to_b, bytes_b_to_a: bytes handed to the kernel for b and for a.
-        reason: "closed": both sides ended in order; "idle": nothing moved for ``idle_timeout``; "reset_a", "reset_b":
-            that side was reset, or took no more although the other still had something to say.
+        reason: "closed": both sides ended in order; "idle": nothing moved for ``idle_timeout``; "half_closed": nothing
+            moved for ``half_closed_timeout`` after one side had ended; "lifetime": it lasted that long; "reset_a",
+            "reset_b": that side was reset, or took no more although the other still had something to say.
         duration: seconds.
         error: the OSError behind "reset_a" or "reset_b".
     """
@@ -38,7 +42,10 @@ def relay(
     b: Any,
     *,
     idle_timeout: float | None = None,
+    half_closed_timeout: float | None = None,
+    lifetime: float | None = None,
     on_bytes: Callable[[Direction, int], object] | None = None,
+    pace: Pace | None = None,
 ) -> RelayResult:
     """Move bytes between two sockets, in both directions, until both sides have ended.
 
@@ -54,8 +61,13 @@ def relay(
         a, b: Connections, or ``gevent.socket.socket`` objects. Nobody else may read or write them meanwhile.
         idle_timeout: end after so many seconds in which neither direction moved a byte; None waits for ever. The
             sockets' own ``settimeout`` does not count: one side of a relay may well be silent while the other works.
+        half_closed_timeout: the same, from when one side has ended; None: as before.
+        lifetime: end after so many seconds, whatever moves; None: never.
         on_bytes: called as ``on_bytes("a_to_b", n)`` after each piece of ``n`` bytes was written. It runs in the event
             loop, so it must not block; what it raises ends the relay and is raised here.
+        pace: called as ``pace("a_to_b", n)`` after each piece was written; that direction then rests for as many
+            seconds as it returns. A relay that is slowed down goes through a buffer and not by splice(2), in pieces of
+            16 KiB.
 
     Returns:
         RelayResult.
@@ -67,7 +79,7 @@ def relay(
     """
     if a is b:
         raise ValueError("relay needs two sockets; to echo, use pipe(conn, conn)")
-    return _Relay(a, b, idle_timeout, on_bytes).run()
+    return _Relay(a, b, idle_timeout, half_closed_timeout, lifetime, on_bytes, pace).run()
 
 
 def pipe(
@@ -104,11 +116,24 @@ def pipe(
 
 class _Relay(Move):
     def __init__(
-        self, a: Any, b: Any, idle_timeout: float | None, on_bytes: Callable[[Direction, int], object] | None
+        self,
+        a: Any,
+        b: Any,
+        idle_timeout: float | None,
+        half_closed_timeout: float | None,
+        lifetime: float | None,
+        on_bytes: Callable[[Direction, int], object] | None,
+        pace: Pace | None,
     ) -> None:
-        super().__init__((a, b), idle_timeout, watched=on_bytes is not None)
+        super().__init__((a, b), idle_timeout, watched=on_bytes is not None, lifetime=lifetime)
+        if half_closed_timeout is not None:
+            check_seconds("half_closed_timeout", half_closed_timeout)
+            self.timed = True
+        self._half_closed_timeout = half_closed_timeout
+        self._is_half_closed = False
         self._on_bytes = on_bytes
-        there, back = self.make_flow(a, b), self.make_flow(b, a)
+        there = self.make_flow(a, b, pace=pace and partial(pace, "a_to_b"))
+        back = self.make_flow(b, a, pace=pace and partial(pace, "b_to_a"))
         self.flows = (there, back)
         self._reason: Reason = "closed"
         self._broken: OSError | None = None
@@ -124,12 +149,19 @@ class _Relay(Move):
         self._on_bytes("a_to_b" if flow is self.flows[0] else "b_to_a", size)
 
     def idle(self) -> None:
-        self._reason = "idle"
+        self._reason = "half_closed" if self._is_half_closed else "idle"
+        self.finish()
+
+    def lived(self) -> None:
+        self._reason = "lifetime"
         self.finish()
 
     def flow_ended(self, flow: AnyFlow) -> None:
         flow.pass_on_end()
         self._finish_if_done()
+        if self._half_closed_timeout is not None and not self._is_half_closed and not self.finished:
+            self._is_half_closed = True
+            self.be_idle_after(self._half_closed_timeout)
 
     def read_failed(self, flow: AnyFlow, error: OSError) -> None:
         self._reset(flow is self.flows[0], error, flow)

@@ -1,0 +1,146 @@
+"""Behind a balancer: who the client is, by the PROXY protocol (proxy_protocol.py), and only where it is trusted.
+
+Whoever may write the header may claim any address, so it is read from listed networks alone. From those it is wanted:
+a balancer that has forgotten it is a mistake, and guessing would make its own address the client's. What others send is
+theirs from the first byte on, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DeadlineExceeded
+from .lane import Step
+from .options import check_number
+from .proxy_protocol import LONGEST_V2, ProxyHeader, ProxyProtocolError, parse_header
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+IPNetwork = IPv4Network | IPv6Network
+
+
+@dataclass(frozen=True)
+class ProxyProtocol:
+    """Clients come by balancers that tell who they are (HAProxy's PROXY protocol, versions 1 and 2).
+
+    Attributes:
+        trusted: networks and addresses of the balancers, such as "10.0.0.0/8"; "unix": those that come by a unix
+            socket. From these a header must come; others are clients of their own, and send none.
+        timeout: seconds in which the header must have come.
+
+    Raises:
+        ConfigError: a network that is none, none at all, or a time-out that cannot be.
+    """
+
+    trusted: Sequence[str]
+    timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trusted, str):
+            object.__setattr__(self, "trusted", (self.trusted,))
+        if not self.trusted:
+            raise ConfigError("trusted must name at least one network of balancers, got none")
+        networks: list[IPNetwork] = []
+        for text in self.trusted:
+            if text == "unix":
+                continue
+            try:
+                networks.append(ip_network(text))
+            except ValueError as error:
+                raise ConfigError(f'trusted must be networks, addresses or "unix", got {text!r} ({error})') from None
+        check_number("timeout", self.timeout, above=0)
+        object.__setattr__(self, "_networks", tuple(networks))
+
+    def trusts(self, address: Any) -> bool:
+        """Whether a peer, as ``accept`` names it, is a balancer."""
+        if not isinstance(address, tuple):
+            return "unix" in self.trusted
+        ip = as_ip(address[0])
+        networks: tuple[IPNetwork, ...] = self._networks  # type: ignore[attr-defined]
+        return any(ip in network for network in networks if network.version == ip.version)
+
+
+def as_ip(host: str) -> IPv4Address | IPv6Address:
+    """An address as sockets name it, without its zone; IPv4-mapped IPv6 addresses (a socket for both) are IPv4."""
+    ip = ip_address(host.partition("%")[0])
+    return (ip.ipv4_mapped or ip) if isinstance(ip, IPv6Address) else ip
+
+
+class HeaderReader:
+    """Reads a header from a non-blocking socket, and not a byte more: what follows may be a TLS handshake, which
+    OpenSSL reads from the socket itself.
+    """
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def read(self, sock: Any) -> ProxyHeader | None:
+        """Read what has come.
+
+        Returns:
+            The header; None: more must come.
+
+        Raises:
+            ProxyProtocolError: it is none, or the peer closed before its end.
+            OSError: of the socket.
+        """
+        while True:
+            try:
+                more = sock.recv(LONGEST_V2, socket.MSG_PEEK)
+            except BlockingIOError:
+                return None
+            if not more:
+                raise ProxyProtocolError(f"the peer closed after {len(self._data)} bytes of a PROXY header")
+            found = parse_header(self._data + more)
+            # All of it belongs to the header as long as that has not ended.
+            size = len(more) if found is None else found[1] - len(self._data)
+            self._data += sock.recv(size)
+            if found is not None:
+                return found[0]
+
+
+class HeaderStep(Step):
+    """A PROXY header that is read, in a lane."""
+
+    __slots__ = ("_reader",)
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._reader = HeaderReader()
+
+    def advance(self) -> Any:
+        header = self._reader.read(self.connection._sock)
+        if header is None:
+            return self.connection._stream.reading
+        self.connection.note_proxy_header(header)
+        return None
+
+    def kind_of(self, error: BaseException) -> str:
+        return "proxy_header_timeout" if isinstance(error, TimeoutError) else "proxy_header"
+
+
+def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
+    """Read the header of a connection, if it comes from a balancer; afterwards ``connection.client_address`` is the
+    client's.
+
+    Raises:
+        ProxyProtocolError: there is none, or it cannot be understood. The connection must be closed.
+        DeadlineExceeded: it has not come in time.
+        OSError: of the connection.
+    """
+    if not balancers.trusts(connection.client_address):
+        return
+    reader = HeaderReader()
+    stream = connection._stream
+    try:
+        with connection.deadline(balancers.timeout):
+            while (header := reader.read(connection._sock)) is None:
+                stream.wait_readable(True)
+    except DeadlineExceeded:
+        raise DeadlineExceeded(f"no PROXY header within {balancers.timeout:g} seconds") from None
+    connection.note_proxy_header(header)

@@ -1,0 +1,127 @@
+"""Lobby: where connections are between accept and their handler, if there is something to do first or no place yet.
+
+First the PROXY header, then the limits of the client that it names, then the TLS handshake; then they wait until the
+pool has a place. Headers and handshakes have a lane each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .balancer import HeaderStep, ProxyProtocol
+from .client_limits import ClientLimits
+from .handshake import HandshakeStep
+from .lane import Lane
+from .tls import Credentials
+from .tls.config import DEFAULT_MAX_HANDSHAKES
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+
+class Lobby:
+    """The lanes of a server, and those who have passed them.
+
+    Args:
+        balancers: from which PROXY headers come; None: from none.
+        limits: of each client; None: none.
+        tls: whose handshakes; None: plain text.
+        ready: called in the hub when somebody has begun to wait in :attr:`waiting`.
+        empty: called in the hub when somebody has left without being served.
+        failures: counts by kind who failed.
+
+    Attributes:
+        waiting: connections that only want for a place, in their order.
+        failed: how many have failed.
+    """
+
+    def __init__(
+        self,
+        balancers: ProxyProtocol | None,
+        limits: ClientLimits | None,
+        tls: Credentials | None,
+        ready: Callable[[Connection], Any],
+        empty: Callable[[], Any],
+        failures: Counter[str],
+    ) -> None:
+        self._balancers = balancers
+        self._limits = limits
+        self._ready = ready
+        self._empty = empty
+        self.waiting: deque[Connection] = deque()
+        self.failed = 0
+        self._headers: Lane | None = None
+        self._handshakes: Lane | None = None
+        if balancers is not None:
+            self._headers = Lane(
+                "PROXY header",
+                balancers.timeout,
+                DEFAULT_MAX_HANDSHAKES,
+                HeaderStep,
+                self._header_done,
+                self._header_failed,
+                failures,
+            )
+        if tls is not None:
+            self._handshakes = Lane(
+                "TLS handshake",
+                tls.handshake_timeout,
+                tls.max_handshakes,
+                lambda connection: HandshakeStep(connection, tls),
+                ready,
+                self._handshake_failed,
+                failures,
+            )
+
+    @property
+    def under_way(self) -> int:
+        """Connections with something to do yet."""
+        return (len(self._headers) if self._headers else 0) + (len(self._handshakes) if self._handshakes else 0)
+
+    def __len__(self) -> int:
+        return self.under_way + len(self.waiting)
+
+    def enter(self, connection: Connection) -> None:
+        """Take a connection that was accepted. Only from the hub."""
+        if (
+            self._headers is not None
+            and self._balancers is not None
+            and self._balancers.trusts(connection.client_address)
+        ):
+            self._headers.begin(connection)
+        else:
+            self._header_done(connection)
+
+    def _header_done(self, connection: Connection) -> None:
+        if self._limits is not None and self._limits.enter(connection.client_address) is not None:
+            # Reset, as a port that nobody listens on would: no state is kept for it.
+            self.failed += 1
+            connection.abort()
+            self._empty()
+            return
+        if self._handshakes is not None:
+            self._handshakes.begin(connection)
+        else:
+            self._ready(connection)
+
+    def _header_failed(self, connection: Connection, kind: str) -> None:
+        self.failed += 1
+        connection.close()
+        self._empty()
+
+    def _handshake_failed(self, connection: Connection, kind: str) -> None:
+        self.left(connection)
+        self._header_failed(connection, kind)
+
+    def left(self, connection: Connection) -> None:
+        """A connection that was let in has ended."""
+        if self._limits is not None:
+            self._limits.leave(connection.client_address)
+
+    def end_all(self) -> None:
+        """Drop those who have something to do yet."""
+        for lane in (self._headers, self._handshakes):
+            if lane is not None:
+                lane.end_all()
