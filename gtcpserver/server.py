@@ -77,7 +77,8 @@ class Server:
         address: where to listen: "127.0.0.1:5000", "[::1]:443", "*:80" (IPv4 and IPv6), "name:80",
             "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
-            program, everything else cooperate.
+            program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
+            has stopped, and ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
         listen: options of the listening sockets.
         accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
             measured, more make no connection faster, and each has a queue of its own to drain at a stop.
@@ -755,10 +756,19 @@ class Server:
             if self.tls is not None:
                 self.tls.stop_watching()
             self.pool.retire_waiting_workers()
+            self._tell_handler()
             self.state = State.STOPPED
             seen = self._handled() - ended_before
             self._report = StopReport(seen - len(cut), len(cut), tuple(cut))
             self._stopped.set()
+
+    def _tell_handler(self) -> None:
+        stopped = getattr(self.handler, "server_stopped", None)
+        if stopped is not None:
+            try:
+                stopped()
+            except Exception:
+                log.exception("server_stopped() of the handler failed")
 
     def _wait_for(self, event: Event, until: float | None) -> None:
         left = None if until is None else max(0.0, until - monotonic())
@@ -821,6 +831,7 @@ class Server:
             queue_wait_max=counters.queue_wait_max,
             handlers=self.pool.places.taken,
             pool_size=self.pool.size,
+            handler_counters=dict(getattr(self.handler, "counters", None) or {}),
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
         )
 

@@ -66,6 +66,8 @@ class ServerStats:
         queue_wait_samples: accepted connections whose waiting time was measured (one in 64).
         queue_wait_mean: mean time they had waited since the handshake (or their last sending; TCP_INFO, tcp(7)).
         queue_wait_max: the longest of them.
+        handler_counters: what the handler itself counts, if it is an object with ``counters``; of the proxy: how
+            connections have ended.
         handlers: handlers running now, over all servers that share the pool.
         pool_size: places in the pool; None for no limit.
         uptime: since the start.
@@ -98,6 +100,7 @@ class ServerStats:
     handlers: int
     pool_size: int | None
     uptime: float
+    handler_counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

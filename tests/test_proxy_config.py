@@ -26,7 +26,33 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ('[[listener]]\nlisten = "127.0.0.1:1"\n[[listener]]\nlisten = 5', "line 4: Expected str, got int"),
         ('[[listener]]\nspeaks = "ftp"', "line 2: Invalid enum value 'ftp' (at listener[0].speaks)"),
         ('[[listener]]\nlisten = "nowhere"', 'line 2: address must be "host:port"'),
-        ('[[listener]]\nsource = "eth0"', "line 2: 'eth0' does not appear to be an IPv4 or IPv6 address"),
+        ('[[listener]]\nexternal = "eth0"', "line 2: external must be an address, or one of each family, or"),
+        ('[[listener]]\nexternal = ["10.0.0.1", "10.0.0.2"]', "got '10.0.0.1', '10.0.0.2'"),
+        ("[[listener]]\nexternal = []", "got none"),
+        ('[[listener]]\nproxy_protocol = ["x"]', "line 2: proxy_protocol must be networks"),
+        (
+            '[[listener]]\nproxy_protocol = ["::1"]\nproxy_protocol_timeout = 0',
+            "proxy_protocol_timeout must be a number",
+        ),
+        ('[[listener]]\ntls_client_ca = "/no/such"', "tls_client_ca needs tls_certfile"),
+        ("[auth.staff]\ncertificate = true\ncommand = ['x']", "line 1: an authenticator needs users or"),
+        ("[auth.staff]\ncommand = ['/bin/true']\nprocesses = 0", "line 1: processes must be 1 or more, got 0"),
+        (
+            "[auth.staff]\ncommand = ['/bin/true']\nremember = -1",
+            "line 1: remember must be a number, 0 or more, got -1",
+        ),
+        ("[auth.staff]\ncommand = ['/bin/true']\ncertificate_users = []", "certificate_users needs certificate = true"),
+        ("[upstream.a]", "line 1: there is no required field url (at upstream.a)"),
+        ("[upstream.a]\nurl = 'ftp://x:1'", "line 1: the url of upstream 'a' must be socks5://"),
+        ("[upstream.a]\nurl = 'http://ada:pw@x'", "got 'http://...@x' (expected host:port, got 'x')"),
+        ("[upstream.a]\nurl = 'http://x:1'\nthrough = 'b'", "line 1: there is no upstream 'b', through which 'a' is"),
+        ("[upstream.a]\nurl = 'http://x:1'\nthrough = 'a'", "line 1: the upstreams a lead through each other"),
+        ("[upstream.direct]\nurl = 'http://x:1'", 'must be a word, and not "direct"'),
+        ("[upstream.a]\nurl = 'http://127.0.0.1:1080'", "line 1: the upstream 'a' is this proxy itself"),
+        ('[rules]\nupstreams = ["through a any"]', "line 2: there is no upstream 'a', in 'through a any'"),
+        ('[rules]\nupstreams = ["any"]', """line 2: "through" expected, got 'any'"""),
+        ("[limits]\nrate = 0", "line 1: rate must be a number, more than 0"),
+        ("[limits]\nconnections = 1.5", "line 2: Expected int | null, got float"),
         ('[[listener]]\ntls_certfile = "/no/such"', "line 2: "),
         ('[[listener]]\ntls_keyfile = "/no/such"', "tls_keyfile needs tls_certfile"),
         ("[timeouts]\n\nconnect = 0", "line 3: connect must be more than 0 seconds, got 0"),
@@ -36,10 +62,10 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ('[rules]\nclients = ["allow from any to any with auth x"]', "line 2: there is no authenticator 'x'"),
         (
             '[rules]\ndestinations = [\n"allow from any via x to any"]',
-            "line 2: there is no listener or authenticator 'x'",
+            "line 3: there is no listener or authenticator 'x'",
         ),
         ('[rules]\ndestinations = ["allow any all"]', "line 2: nothing more expected, got 'all' in 'allow any all'"),
-        ("[auth.staff]", "line 1: an authenticator needs users, an htpasswd file or a command"),
+        ("[auth.staff]", "line 1: an authenticator needs users or an htpasswd file, or a command"),
         ('[auth.staff]\nusers = {ada = "plain"}', "line 1: a password must be a hash"),
         ('[auth.staff]\nhtpasswd = "/no/such"', "line 1: cannot read /no/such: No such file or directory"),
         ('[auth.staff]\ncommand = ["/no/such/program"]', "line 1: "),
@@ -55,6 +81,36 @@ def test_mistakes_are_told_with_line_and_field(text, message):
         parse_config(text, "proxy.toml")
     assert message in str(raised.value)
     assert str(raised.value).startswith("proxy.toml")
+
+
+def test_every_mistake_is_told():
+    text = """\
+[[listener]]
+listen = 5
+speak = "socks"
+[timeouts]
+idle = "x"
+[auth.a]
+user = 1
+[auth.b]
+users = 1
+"""
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, "f")
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == [f"f line {n}" for n in (2, 3, 7, 9, 5)]
+    text = """\
+[rules]
+clients = ["allow x", "deny any", "allow from any to nowhere"]
+destinations = [
+  "allow any",
+  "permit any",
+]
+[timeouts]
+connect = -1
+"""
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, "f")
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == [f"f line {n}" for n in (2, 2, 5, 8)]
 
 
 def test_requirement_35_nobody_opens_a_proxy_by_mistake():
@@ -73,9 +129,26 @@ def test_requirement_35_nobody_opens_a_proxy_by_mistake():
             parse_config(on_the_network + f'[rules]\nclients = ["{rule}"]')
 
 
-def test_two_listeners_on_one_port():
-    with pytest.raises(ConfigError, match="must not have the same port"):
-        make_proxy(parse_config('[[listener]]\nlisten = "127.0.0.1:1"\n[[listener]]\nlisten = "127.0.0.2:1"'))
+def test_two_listeners_on_one_port(in_thread):
+    for first, second in (("127.0.0.1:1", "127.0.0.1:1"), ("*:1", "localhost:1"), ("unix:/x", "unix:/x")):
+        with pytest.raises(ConfigError, match="must not have the same address"):
+            make_proxy(parse_config(f'[[listener]]\nlisten = "{first}"\n[[listener]]\nlisten = "{second}"'))
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    listeners = [f'[[listener]]\nlisten = "{host}:{port}"\n' for host in ("127.0.0.1", "127.0.0.2")]
+    made = make_proxy(parse_config(listeners[0] + 'speaks = "socks"\n' + listeners[1] + 'speaks = "http"\n'))
+
+    def answer(host):
+        with socket.create_connection((host, port), SOON) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return sock.recv(12)
+
+    with Server([str(address) for address in made.addresses], made.handler):
+        assert in_thread(answer, "127.0.0.1") == b""
+        assert in_thread(answer, "127.0.0.2") == b"HTTP/1.1 400"
 
 
 def test_the_examples_can_be_used():
@@ -169,6 +242,11 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
             path.write_text(text % "any")
             process.send_signal(signal.SIGHUP)
             in_thread(wait_for, "reload . is done")
+            assert in_thread(reply, port) == 2
+            # Sockets stay as they are.
+            path.write_text(text.replace("127.0.0.1:0", "127.0.0.1:1") % "loopback")
+            process.send_signal(signal.SIGHUP)
+            in_thread(wait_for, "reload . failed.*the listeners were 127.0.0.1:0 and are now 127.0.0.1:1")
             assert in_thread(reply, port) == 2
         finally:
             process.terminate()

@@ -155,7 +155,7 @@ def listener_on(address, port=0):
 def test_connects_with_the_options_of_a_proxy():
     sock, port = listener_on("127.0.0.1")
     with sock:
-        connection, ip = dial([LOCAL], port, timeout=5, source=ip_address("127.0.0.9"))
+        connection, ip = dial([LOCAL], port, timeout=5, source=lambda ip: ip_address("127.0.0.9"))
         with connection:
             assert ip == LOCAL
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -189,11 +189,6 @@ def test_the_time_is_for_all_addresses_together(unanswering):
         dial([dead, dead], port, timeout=0.1)
     with pytest.raises(TimeoutError):
         dial([dead], port, timeout=0.1)
-
-
-def test_a_source_address_rules_out_the_other_family():
-    with pytest.raises(OSError, match=r"no address of the family of 127\.0\.0\.1"):
-        dial([ip_address("::1")], 80, timeout=1, source=LOCAL)
 
 
 def test_no_socket_is_left_by_the_losers(unanswering):

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtcpserver.proxy.errors import RuleError
-from gtcpserver.proxy.rules import decide_client, decide_destination, parse_client_rule, parse_destination_rule
+from gtcpserver.proxy.rules import (
+    RuleMatch,
+    decide_client,
+    decide_destination,
+    parse_client_rule,
+    parse_destination_rule,
+)
 
 
 def client(rules, address="192.0.2.7", listener="office"):
@@ -18,13 +24,9 @@ def client(rules, address="192.0.2.7", listener="office"):
 def reach(rules, ip, port=443, name=None, address="192.0.2.7", listener="office", auth=None, user=None):
     decision = decide_destination(
         [parse_destination_rule(rule) for rule in rules],
-        client=ip_address(address),
-        listener=listener,
-        auth=auth,
-        user=user,
-        name=name,
-        ip=ip_address(ip),
-        port=port,
+        RuleMatch(ip_address(address), listener, auth, user, port),
+        name,
+        ip_address(ip) if ip is not None else None,
     )
     return decision.allowed
 

@@ -12,22 +12,17 @@ from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.errors import ConfigError
 
 try:
-    from gtcpserver.proxy.config import (
-        AuthTable,
-        ListenerTable,
-        LogTable,
-        Proxy,
-        ProxyConfig,
-        RulesTable,
-        make_proxy,
-        read_config,
-    )
+    from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.passwords import hash_password
+    from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
 
 #: The authenticator of --user.
 USERS = "users"
+
+#: The upstream of --upstream.
+UPSTREAM = "upstream"
 FLAGS = {"users": "--user"}
 
 
@@ -53,6 +48,11 @@ def with_worker_user(command: Any) -> Any:
 )
 @click.option("--deny-destination", metavar="WHERE", multiple=True, help="Where clients may not go.")
 @click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody, without a password. Think twice.")
+@click.option(
+    "--upstream", metavar="URL", help="Go through another proxy: socks5://[user:password@]host:port, http://..."
+)
+@click.option("--external", metavar="ADDRESS", help="Connect from this address.")
+@click.option("--redact", is_flag=True, help="Leave out of the access log where clients go.")
 @click.option("--access-log", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @server_options_but_bind
 @with_worker_user
@@ -67,16 +67,34 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     if context.invoked_subcommand is not None:
         return
     given = {name: options[name] for name in ("mixed", "socks", "http", "users", "allow_client") if options[name]}
-    given |= {name: options[name] for name in ("allow_destination", "deny_destination") if options[name]}
+    given |= {
+        name: options[name]
+        for name in ("allow_destination", "deny_destination", "upstream", "external", "redact")
+        if options[name]
+    }
     if config is not None and given:
         raise click.UsageError(
             f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
         )
     made = _load(config, options)
     context.params["bind"] = tuple(made.addresses)
-    # Once for the mistakes, which are told before anything is started; then in each worker, so that a reload reads
-    # the file again.
-    serve_with(context, lambda: _load(config, options).handler)
+
+    def load() -> Any:
+        # Once before, for the mistakes, which are told before anything is started; then in each worker, so that a
+        # reload reads the file again.
+        now = _load(config, options)
+        if now.addresses != made.addresses:
+            raise ConfigError(
+                f"the listeners were {_listed(made)} and are now {_listed(now)}: a reload keeps the sockets as they "
+                "are; an upgrade (SIGUSR2 with --workers) opens and closes them without losing a connection"
+            )
+        return now.handler
+
+    serve_with(context, load)
+
+
+def _listed(proxy: Proxy) -> str:
+    return ", ".join(map(str, proxy.addresses))
 
 
 def _load(path: str | None, options: dict[str, Any]) -> Proxy:
@@ -85,7 +103,12 @@ def _load(path: str | None, options: dict[str, Any]) -> Proxy:
 
 def _from_options(options: dict[str, Any]) -> ProxyConfig:
     listeners = [
-        ListenerTable(name=f"{speaks}-{number}" if number else speaks, listen=address, speaks=speaks)
+        ListenerTable(
+            name=f"{speaks}-{number}" if number else speaks,
+            listen=address,
+            speaks=speaks,
+            external=options["external"] or "auto",
+        )
         for speaks in ("mixed", "socks", "http")
         for number, address in enumerate(options[speaks])
     ]
@@ -103,9 +126,14 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
     destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
     return ProxyConfig(
         listener=listeners,
-        rules=RulesTable(clients=clients, destinations=destinations),
+        rules=RulesTable(
+            clients=clients,
+            destinations=destinations,
+            upstreams=[f"through {UPSTREAM} any"] if options["upstream"] else [],
+        ),
         auth={USERS: AuthTable(users=users)} if users else {},
-        log=LogTable(style=options["access_log"]),
+        upstream={UPSTREAM: UpstreamTable(url=options["upstream"])} if options["upstream"] else {},
+        log=LogTable(style=options["access_log"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
 
@@ -115,6 +143,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
 def check(file: str) -> None:
     """Say whether a configuration can be used, and what is wrong with it: exit status 2."""
     made = make_proxy(read_config(file))
+    made.handler.server_stopped()
     click.echo(f"{file} is good: it listens on {', '.join(map(str, made.addresses))}")
 
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -149,6 +149,33 @@ class RememberingAuthenticator:
         suppressed = self._faults.allow(kind)
         if suppressed is not None:
             log.error("%s%s", message, also(suppressed))
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------
+
+
+class CertificateUsers:
+    """Users who show a certificate of a CA that the listener trusts (TLS client authentication).
+
+    The user is the common name of the certificate's subject (RFC 5280 section 4.1.2.6).
+
+    Args:
+        users: those who may come in; None: everybody whose certificate is good.
+    """
+
+    def __init__(self, users: Collection[str] | None = None) -> None:
+        self._users = None if users is None else frozenset(users)
+
+    def identify(self, certificate: Mapping[str, Any]) -> str | None:
+        """The user of a certificate, as ``ssl.SSLSocket.getpeercert`` decodes it; None: nobody's."""
+        names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+        if len(names) != 1 or not names[0] or (self._users is not None and names[0] not in self._users):
+            return None
+        return str(names[0])
+
+    def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
+        """Passwords are nothing here."""
+        return False
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address
 from typing import Any
 
@@ -18,10 +18,16 @@ STAGGER = 0.25
 
 # linux/in.h; Python's socket module does not have it.
 IP_BIND_ADDRESS_NO_PORT = 24
+TCP_FASTOPEN_CONNECT = 30
 
 
 def dial(
-    addresses: Sequence[IPAddress], port: int, *, timeout: float, source: IPAddress | None = None
+    addresses: Sequence[IPAddress],
+    port: int,
+    *,
+    timeout: float,
+    source: Callable[[IPAddress], IPAddress | None] = lambda ip: None,
+    fast_open: bool = False,
 ) -> tuple[Connection, IPAddress]:
     """Connect to the first address that accepts.
 
@@ -30,7 +36,9 @@ def dial(
     Args:
         addresses: at least one, in the order of preference; all of them may be connected to.
         timeout: seconds for all of it.
-        source: the address to come from; those of the other family are then not tried.
+        source: gives the address to come from, for each destination; None: the system's choice.
+        fast_open: where the other side has given us a cookie before, connect with the first data that is written (TCP
+            Fast Open): whether it accepts is known only then.
 
     Returns:
         The connection, with TCP_NODELAY and keep-alive, and the address it leads to. The caller closes it.
@@ -39,22 +47,22 @@ def dial(
         TimeoutError: not connected in time.
         OSError: of the first address that failed.
     """
-    if source is not None:
-        addresses = [ip for ip in addresses if ip.version == source.version]
-        if not addresses:
-            raise OSError(f"no address of the family of {source}")
+
+    def connect(ip: IPAddress) -> Connection:
+        return _connect(ip, port, source(ip), fast_open)
+
     with gevent.Timeout(timeout, TimeoutError(f"not connected within {timeout:g} seconds")):
         if len(addresses) == 1:
-            return _connect(addresses[0], port, source), addresses[0]
-        return _race(addresses, port, source)
+            return connect(addresses[0]), addresses[0]
+        return _race(addresses, connect)
 
 
-def _race(addresses: Sequence[IPAddress], port: int, source: IPAddress | None) -> tuple[Connection, IPAddress]:
+def _race(addresses: Sequence[IPAddress], connect: Callable[[IPAddress], Connection]) -> tuple[Connection, IPAddress]:
     ended: SimpleQueue[Any] = SimpleQueue()
 
     def attempt(ip: IPAddress) -> None:
         try:
-            connection = _connect(ip, port, source)
+            connection = connect(ip)
         except OSError as error:
             ended.put((None, ip, error))
         else:
@@ -86,7 +94,7 @@ def _race(addresses: Sequence[IPAddress], port: int, source: IPAddress | None) -
     raise errors[next(ip for ip in addresses if ip in errors)]
 
 
-def _connect(ip: IPAddress, port: int, source: IPAddress | None) -> Connection:
+def _connect(ip: IPAddress, port: int, source: IPAddress | None, fast_open: bool) -> Connection:
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     connection = Connection(family, socket.SOCK_STREAM)
     try:
@@ -97,6 +105,8 @@ def _connect(ip: IPAddress, port: int, source: IPAddress | None) -> Connection:
             # The port is chosen when the destination is known: 28,000 connections to each, and not in all (ip(7)).
             connection.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             connection.bind((str(source), 0))
+        if fast_open:
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
         connection.connect((str(ip), port))
     except BaseException:
         connection.close()

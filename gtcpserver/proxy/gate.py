@@ -8,26 +8,40 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import gevent
+
+from ..balancer import as_ip
 from ..connection import Connection
 from ..errors import GtcpServerError
+from ..tls import ConnectionTLS
 from .dial import dial
+from .limits import LimitKeeper
 from .record import AccessRecord, Result
 from .resolve import Resolver
-from .rules import ClientRule, Decision, DestinationRule, decide_client, decide_destination
-from .target import IPAddress, Target, unmapped
+from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
+from .target import IPAddress, Target
+from .upstream import Upstream, UpstreamError, UpstreamRule, choose_upstream
 
 
 class Denied(GtcpServerError):
     """A rule does not allow it; the message names the rule, for the log and not for the client."""
 
 
+class LimitReached(OSError):
+    """The client, or its user, has too many connections."""
+
+
 class Authenticator(Protocol):
-    """Knows who clients are."""
+    """Knows who clients are.
+
+    One that knows them by their certificate has ``identify(certificate) -> str | None`` instead of `check`: the user of
+    a certificate as ``ssl.SSLSocket.getpeercert`` decodes it, None if it is nobody's.
+    """
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
         """Whether this is the user's password. May wait; takes as long for unknown users as for known ones."""
@@ -40,17 +54,29 @@ class Timeouts:
 
     Attributes:
         negotiate: until the client has said what it wants, however slowly its bytes come.
-        connect: until the destination is connected, over all of its addresses.
+        authenticate: until an authenticator has said whether a password is right.
+        connect: until the destination is connected, over all of its addresses and the upstream proxies on the way.
         idle: in which nothing moves through a tunnel; None: for ever.
+        half_closed: the same, when one side of a tunnel has ended; None: as before.
+        lifetime: of a tunnel, whatever moves; None: for ever.
         answer: until an HTTP origin's answer begins, and then between its pieces.
         keep_alive: between two HTTP requests.
     """
 
     negotiate: float = 30.0
+    authenticate: float = 15.0
     connect: float = 30.0
     idle: float | None = None
+    half_closed: float | None = 300.0
+    lifetime: float | None = None
     answer: float = 120.0
     keep_alive: float = 300.0
+
+
+#: From which address destinations are connected. "auto": from the one the client has connected to, if that is a public
+#: one, so that a host with several answers from the one that was asked; "same": from that one in any case; "system": as
+#: the routes say.
+External = Literal["auto", "same", "system"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +87,14 @@ class Gate:
         listener: its name, for rules and the log.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
+        upstreams: other proxies, by name.
+        upstream_rules: which of them leads where; see `upstream`.
+        limits: keeps them, for all listeners that are given it.
         own_ports: of all listeners of this proxy: who is sent there, on this host, comes back.
-        source: the address to connect from; None: the system's choice.
+        external: the addresses to connect from, one of each family (destinations of the other family are then out of
+            reach); or how they are found.
+        fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
+            tcp(7)). Tunnels are not begun so: what a client is told of them must be known first.
         show_bound_address: tell SOCKS clients from where the destination is connected.
     """
 
@@ -70,29 +102,33 @@ class Gate:
     client_rules: Sequence[ClientRule] = ()
     destination_rules: Sequence[DestinationRule] = ()
     authenticators: Mapping[str, Authenticator] = field(default_factory=dict)
+    upstreams: Mapping[str, Upstream] = field(default_factory=dict)
+    upstream_rules: Sequence[UpstreamRule] = ()
     resolver: Resolver = field(default_factory=Resolver)
     timeouts: Timeouts = Timeouts()
+    limits: LimitKeeper = field(default_factory=LimitKeeper)
     own_ports: frozenset[int] = frozenset()
-    source: IPAddress | None = None
+    external: External | Sequence[IPAddress] = "auto"
+    fast_open: bool = False
     show_bound_address: bool = True
 
     def admit(self, conn: Connection) -> Visitor:
-        """A client has connected.
-
-        Raises:
-            Denied: it may not use this listener.
-        """
+        """A client has connected; `Visitor.leave` must be called at its end."""
         address: Any = conn.client_address
         # Who comes by a unix socket is on this host.
-        client = (
-            unmapped(ip_address(address[0].split("%")[0])) if isinstance(address, tuple) else ip_address("127.0.0.1")
-        )
+        client = as_ip(address[0]) if isinstance(address, tuple) else ip_address("127.0.0.1")
         decision = decide_client(self.client_rules, client, self.listener)
         here: Any = conn.server_address
-        own = (unmapped(ip_address(here[0].split("%")[0])), here[1]) if isinstance(here, tuple) else None
+        own = (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
         visitor = Visitor(self, client, AccessRecord(str(client), self.listener), decision.auth, own)
         if not decision.allowed:
-            visitor.record.result, visitor.record.detail = "client_denied", decision.rule
+            visitor.turn_away("client_denied", decision.rule)
+        else:
+            exceeded = self.limits.enter(address)
+            if exceeded:
+                visitor.turn_away("limit", exceeded)
+            else:
+                visitor.entered_from = (address,)
         return visitor
 
 
@@ -103,6 +139,10 @@ class Visitor:
     Attributes:
         auth: the authenticator it has to satisfy; None: nobody asks who it is.
         own: the address and port of the proxy to which it has connected; None for a unix socket.
+        admitted: it may use this listener.
+        certified: the user that its certificate says it is; None: none does.
+        entered_from: (its address,) while it is counted by the limits.
+        entered_users: the users that it is counted as.
     """
 
     gate: Gate
@@ -110,37 +150,89 @@ class Visitor:
     record: AccessRecord
     auth: str | None
     own: tuple[IPAddress, int] | None = None
+    admitted: bool = True
+    certified: str | None = None
+    entered_from: tuple[Any] | None = None
+    entered_users: set[str] = field(default_factory=set)
+    _pace: tuple[str | None, Callable[[int], float] | None] | None = None
+
+    def turn_away(self, result: Result, why: str) -> None:
+        """It may not use this listener, and will be told in the words of its protocol."""
+        self.admitted = False
+        self.record.result, self.record.detail = result, why
+
+    def leave(self) -> None:
+        """Its connection has ended."""
+        if self.entered_from is not None:
+            self.gate.limits.leave(self.entered_from[0])
+            self.entered_from = None
+        while self.entered_users:
+            self.gate.limits.leave_user(self.entered_users.pop())
+
+    def new_record(self) -> AccessRecord:
+        """For the next request of the same client."""
+        self.record = AccessRecord(self.record.client, self.record.listener, user=self.certified)
+        return self.record
+
+    # -- who it is ---------------------------------------------------------------------------------------------------
 
     @property
-    def admitted(self) -> bool:
-        return self.record.result != "client_denied"
+    def needs_password(self) -> bool:
+        """Whether it has to say who it is."""
+        return self.auth is not None and self.certified is None
+
+    def show_certificate(self, tls: ConnectionTLS | None) -> None:
+        """See who it is by its certificate, if that is what counts here."""
+        identify = getattr(self.gate.authenticators.get(self.auth or ""), "identify", None)
+        if identify is None or not self.admitted:
+            return
+        user = identify(tls.peer_certificate or {}) if tls is not None else None
+        if user is None:
+            self.turn_away("authentication_failed", "no certificate of a user")
+            return
+        self.certified = user
+        self._note_user(user)
 
     def authenticate(self, user: bytes, password: bytes) -> bool:
         """Whether the client is who it says; afterwards the record and the rules know."""
         assert self.auth is not None
         authenticator = self.gate.authenticators[self.auth]
         name = user.decode("utf-8", "backslashreplace")
-        if not authenticator.check(user, password, self.client):
-            self.record.result, self.record.detail = "authentication_failed", f"user {name}"
+        right = None
+        with gevent.Timeout(self.gate.timeouts.authenticate, False):
+            right = authenticator.check(user, password, self.client)
+        if not right:
+            self.record.result = "authentication_failed" if right is False else "authentication_timeout"
+            self.record.detail = f"user {name}"
             return False
-        self.record.user = name
+        self._note_user(name)
         return True
 
-    def decide(self, target: Target, ip: IPAddress) -> Decision:
-        """Whether it may reach one address of a target."""
-        gate = self.gate
-        if self._is_the_proxy(ip, target.port):
+    def _note_user(self, name: str) -> None:
+        self.record.user = name
+        if name not in self.entered_users and not self.gate.limits.enter_user(name):
+            self.entered_users.add(name)
+
+    @property
+    def pace(self) -> Callable[[int], float] | None:
+        """What slows its transfers down (`limits`)."""
+        user = self.record.user
+        if self._pace is None or self._pace[0] != user:
+            self._pace = (user, self.gate.limits.pace(user))
+        return self._pace[1]
+
+    # -- where it goes -----------------------------------------------------------------------------------------------
+
+    def _match(self, target: Target) -> RuleMatch:
+        auth = self.auth if self.record.user is not None else None
+        return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
+
+    def decide(self, target: Target, ip: IPAddress | None) -> Decision:
+        """Whether it may reach one address of a target; None: another proxy looks the name up."""
+        if ip is not None and self._is_the_proxy(ip, target.port):
             return Decision(False, "this is the proxy itself")
-        return decide_destination(
-            gate.destination_rules,
-            client=self.client,
-            listener=gate.listener,
-            auth=self.auth if self.record.user is not None else None,
-            user=self.record.user,
-            name=None if target.ip is not None else target.host,
-            ip=ip,
-            port=target.port,
-        )
+        name = None if target.ip is not None else target.host
+        return decide_destination(self.gate.destination_rules, self._match(target), name, ip)
 
     def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
         own_ip, own_port = self.own or (None, 0)
@@ -155,45 +247,147 @@ class Visitor:
             Denied: none of them.
             OSError: the name cannot be resolved.
         """
-        found = (target.ip,) if target.ip is not None else self.gate.resolver.resolve(target.host)
-        decisions = [(ip, self.decide(target, ip)) for ip in found]
+        decisions = [(ip, self.decide(target, ip)) for ip in self._addresses(target)]
         allowed = [ip for ip, decision in decisions if decision.allowed]
         if not allowed:
             raise Denied(decisions[0][1].rule)
         return allowed
+
+    def _addresses(self, target: Target) -> Sequence[IPAddress]:
+        return (target.ip,) if target.ip is not None else self.gate.resolver.resolve(target.host)
+
+    def upstream_to(self, target: Target) -> Upstream | None:
+        """The proxy that leads there; None: the way is direct."""
+        gate = self.gate
+        if not gate.upstream_rules:
+            return None
+
+        def addresses() -> Sequence[IPAddress]:
+            try:
+                return self._addresses(target)
+            except OSError:
+                return ()
+
+        name = None if target.ip is not None else target.host
+        return gate.upstreams.get(choose_upstream(gate.upstream_rules, self._match(target), name, addresses))
 
     def open(self, target: Target) -> Connection:
         """Connect to a target. The addresses that were checked are the ones connected to.
 
         Raises:
             Denied: a rule does not allow it.
+            LimitReached: its user has too many connections.
             OSError: it cannot be reached.
         """
-        record, gate = self.record, self.gate
+        return self._open(target, for_request=False)[0]
+
+    def open_for_request(self, target: Target) -> tuple[Connection, Upstream | None]:
+        """Connect to where an HTTP request to a target is sent: there, or an HTTP proxy that forwards it.
+
+        Raises: as `open`.
+        """
+        return self._open(target, for_request=True)
+
+    def _open(self, target: Target, for_request: bool) -> tuple[Connection, Upstream | None]:
+        record = self.record
         record.asked = str(target)
+        forwarding: Upstream | None = None
         try:
-            connection, ip = dial(
-                self.allowed_addresses(target), target.port, timeout=gate.timeouts.connect, source=gate.source
-            )
+            self._check_limits()
+            upstream = self.upstream_to(target)
+            if upstream is None:
+                connection, ip = self._dial(self.allowed_addresses(target), target.port, for_request)
+                record.connected = str(Target(str(ip), target.port, ip))
+            else:
+                record.upstream = upstream.name
+                forwarding = upstream if for_request and upstream.scheme == "http" else None
+                connection = self._go_through(upstream, target, forwarding is not None)
         except Denied as error:
             record.result, record.detail = "destination_denied", str(error)
             raise
         except OSError as error:
             record.result, record.detail = result_of(error), error.strerror or str(error)
             raise
-        record.connected = str(Target(str(ip), target.port, ip))
         record.note_opened()
-        return connection
+        return connection, forwarding
+
+    def _check_limits(self) -> None:
+        user = self.record.user
+        if user is not None and user not in self.entered_users:
+            exceeded = self.gate.limits.enter_user(user)
+            if exceeded:
+                raise LimitReached(errno.EUSERS, exceeded)
+            self.entered_users.add(user)
+
+    def _dial(self, addresses: Sequence[IPAddress], port: int, for_request: bool) -> tuple[Connection, IPAddress]:
+        addresses = [ip for ip in addresses if self._can_leave_to(ip)]
+        if not addresses:
+            raise OSError(errno.EADDRNOTAVAIL, "no address of the families in external")
+        return dial(
+            addresses,
+            port,
+            timeout=self.gate.timeouts.connect,
+            source=self.source_to,
+            fast_open=self.gate.fast_open and for_request,
+        )
+
+    def _go_through(self, upstream: Upstream, target: Target, only_to_it: bool) -> Connection:
+        if upstream.resolve == "there" and target.ip is None:
+            decision = self.decide(target, None)
+            if not decision.allowed:
+                raise Denied(decision.rule)
+            targets = [target]
+        else:
+            targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target)]
+
+        def dial_first(proxy: Target) -> Connection:
+            found = self._addresses(proxy)
+            return self._dial(found, proxy.port, False)[0]
+
+        seconds = self.gate.timeouts.connect
+        with gevent.Timeout(seconds, TimeoutError(f"not connected within {seconds:g} seconds")):
+            if only_to_it:
+                return upstream.reach(dial_first)
+            for number, one in enumerate(targets, 1):
+                try:
+                    connection = upstream.connect(one, dial_first)
+                except UpstreamError:
+                    if number == len(targets):
+                        raise
+                else:
+                    self.record.connected = str(one)
+                    return connection
+        raise AssertionError("a target is left")  # pragma: no cover
+
+    # -- from which address ------------------------------------------------------------------------------------------
+
+    def _can_leave_to(self, ip: IPAddress) -> bool:
+        external = self.gate.external
+        return isinstance(external, str) or any(own.version == ip.version for own in external)
+
+    def source_to(self, ip: IPAddress) -> IPAddress | None:
+        """The address from which it is connected to another one; None: the system's choice."""
+        external = self.gate.external
+        if not isinstance(external, str):
+            return next((own for own in external if own.version == ip.version), None)
+        own = None if self.own is None else self.own[0]
+        if own is None or own.version != ip.version or external == "system" or own.is_unspecified:
+            return None
+        return own if external == "same" or own.is_global else None
 
 
 def result_of(error: OSError) -> Result:
     """What a failure to connect is called in the record."""
+    if isinstance(error, LimitReached):
+        return "limit"
     if isinstance(error, socket.gaierror):
         return "unresolved"
     if isinstance(error, TimeoutError):
         return "connect_timeout"
     if isinstance(error, ConnectionRefusedError):
         return "refused"
+    if isinstance(error, UpstreamError) and error.errno in (errno.EACCES, errno.EIO):
+        return "upstream_failed"
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL):
         return "unreachable"
     return "failed"

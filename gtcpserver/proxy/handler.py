@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal, get_args
 
 from greenlet import GreenletExit
 
+from ..balancer import ProxyProtocol, read_proxy_header
 from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError, DeadlineExceeded
+from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
 from .gate import Gate, Visitor
@@ -29,8 +32,12 @@ class ProxyHandler:
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
         pseudonym: the name of this proxy in the Via field of HTTP messages; None: one that no other proxy has.
         forwarded: how HTTP origins are told the client's address: "off", "x-forwarded-for" or "forwarded".
+        proxy_protocol: this listener's clients come by balancers that name them; None: they do not.
         log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
         redact: leave out of it where clients go.
+
+    Attributes:
+        counters: how connections and requests have ended: the results of the access log, counted.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class ProxyHandler:
         tls: TLSConfig | None = None,
         pseudonym: str | None = None,
         forwarded: Forwarded = "off",
+        proxy_protocol: ProxyProtocol | None = None,
         log_style: Literal["text", "json"] = "text",
         redact: bool = False,
     ) -> None:
@@ -53,10 +61,26 @@ class ProxyHandler:
         self._forwarded: Forwarded = forwarded
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
+        self._balancers = proxy_protocol
+        self.counters: Counter[str] = Counter()
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
+        if self._balancers is not None:
+            try:
+                read_proxy_header(conn, self._balancers)
+            except (ProxyProtocolError, OSError) as error:
+                record = AccessRecord(str(conn.peer_address), self.gate.listener)
+                record.result, record.detail = "proxy_header", str(error)
+                self._write(record)
+                return
         visitor = self.gate.admit(conn)
+        try:
+            self._serve(conn, visitor)
+        finally:
+            visitor.leave()
+
+    def _serve(self, conn: Connection, visitor: Visitor) -> None:
         is_http = False
         try:
             if self._tls is not None:
@@ -65,6 +89,7 @@ class ProxyHandler:
                 except OSError as error:
                     visitor.record.result, visitor.record.detail = "bad_request", f"TLS: {error}"
                     return
+            visitor.show_certificate(conn.tls)
             protocol = self._find_protocol(conn, visitor)
             is_http = protocol == "http"
             if protocol == "socks5":
@@ -84,7 +109,16 @@ class ProxyHandler:
             if not is_http:
                 self._write(visitor.record)
 
+    def server_stopped(self) -> None:
+        """The server has stopped: end what authenticators and the resolver have started."""
+        for authenticator in self.gate.authenticators.values():
+            close = getattr(authenticator, "close", None)
+            if close is not None:
+                close()
+        self.gate.resolver.close()
+
     def _write(self, record: AccessRecord) -> None:
+        self.counters[record.result] += 1
         record.write(self._log_style, self._redact)
 
     def _find_protocol(self, conn: Connection, visitor: Visitor) -> Protocol | None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PIECE = 64 * 1024
 
+#: Of a transfer that is slowed down.
+PACED_PIECE = 16 * 1024
+
 #: From here on a pipe between the sockets is cheaper than a buffer (see transfer/flow.py).
 SPLICE_FROM = 256 * 1024
 
@@ -51,6 +54,7 @@ class RequestBody:
         conn: the client.
         head: its request.
         patience: seconds in which nothing moves.
+        pace: called with the size of each piece; returns how many seconds to rest.
 
     Attributes:
         done: all of it is with the origin, or there is none.
@@ -60,9 +64,12 @@ class RequestBody:
             what it has for the whole.
     """
 
-    def __init__(self, conn: Connection, head: Head, patience: float) -> None:
+    def __init__(
+        self, conn: Connection, head: Head, patience: float, pace: Callable[[int], float] | None = None
+    ) -> None:
         self._conn = conn
         self._patience = patience
+        self.pace = pace
         self._chunks = ChunkReader() if head.is_chunked else None
         self._left = head.length
         self._waits_for_100 = bool(head.values(b"expect"))
@@ -139,7 +146,7 @@ class RequestBody:
         try:
             if self._chunks is not None:
                 self._send_chunks(self._chunks, origin)
-            elif self._left >= SPLICE_FROM and self._conn.tls is None:
+            elif self._left >= SPLICE_FROM and self._conn.tls is None and self.pace is None:
                 self._splice(origin)
             else:
                 while self._left:
@@ -147,6 +154,7 @@ class RequestBody:
                     self._write(origin, data)
                     self._left -= len(data)
                     self.sent += len(data)
+                    rest(self.pace, len(data))
             self.done = True
         except HttpError as error:
             self.error = error
@@ -161,6 +169,7 @@ class RequestBody:
             if data:
                 self._write(origin, data)
                 self.sent += self._ready_size
+                rest(self.pace, self._ready_size)
 
     def _decode(self, chunks: ChunkReader, data: bytes) -> bytes:
         """The same content in chunks of our own."""
@@ -177,7 +186,7 @@ class RequestBody:
 
     def _read(self, most: int) -> bytes:
         try:
-            data: bytes = self._conn.recv(min(most, PIECE))
+            data: bytes = self._conn.recv(min(most, PIECE if self.pace is None else PACED_PIECE))
         except TimeoutError:
             raise HttpError(408, "The body of the request took too long.") from None
         except OSError:
@@ -222,14 +231,28 @@ class RequestBody:
             return False
 
 
+def rest(pace: Callable[[int], float] | None, size: int) -> None:
+    """Wait until the next piece may be moved."""
+    if pace is not None and (seconds := pace(size)) > 0:
+        gevent.sleep(seconds)
+
+
 def send_answer(
-    conn: Connection, head: bytes, answer: Answer, origin: Origin, *, in_chunks: bool, note: Callable[[int], object]
+    conn: Connection,
+    head: bytes,
+    answer: Answer,
+    origin: Origin,
+    *,
+    in_chunks: bool,
+    note: Callable[[int], object],
+    splice: bool = True,
 ) -> None:
     """Send an answer to the client: its head, as it was made, and its body as it comes.
 
     Args:
         in_chunks: the client gets a chunked body, unless it has a known length or there is none.
-        note: called with the bytes of content that were sent.
+        note: called with the bytes of content that were sent; it may wait, if they are not spliced.
+        splice: large bodies may go through the kernel.
 
     Raises:
         OriginFailed: it will not come to its end.
@@ -238,19 +261,21 @@ def send_answer(
     if answer.framing == "none":
         conn.sendall(head)
     elif answer.framing == "length":
-        _send_counted(conn, head, answer.length, origin, note)
+        _send_counted(conn, head, answer.length, origin, note, splice)
     elif answer.framing == "chunked":
         _send_chunked(conn, head, origin, in_chunks, note)
     else:
-        _send_until_close(conn, head, origin, in_chunks, note)
+        _send_until_close(conn, head, origin, in_chunks, note, splice)
 
 
-def _send_counted(conn: Connection, head: bytes, left: int, origin: Origin, note: Callable[[int], object]) -> None:
+def _send_counted(
+    conn: Connection, head: bytes, left: int, origin: Origin, note: Callable[[int], object], splice: bool
+) -> None:
     data = origin.at_hand(left)
     conn.sendall(head + data)
     left -= len(data)
     note(len(data))
-    if left >= SPLICE_FROM and conn.tls is None:
+    if left >= SPLICE_FROM and conn.tls is None and splice:
         left -= pipe(origin.connection, conn, count=left, idle_timeout=_patience(conn, origin), on_bytes=note)
     while left > 0 and (data := origin.recv(min(left, PIECE))):
         conn.sendall(data)
@@ -289,9 +314,9 @@ def _send_chunked(
 
 
 def _send_until_close(
-    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object]
+    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object], splice: bool
 ) -> None:
-    if not in_chunks and conn.tls is None:
+    if not in_chunks and conn.tls is None and splice:
         conn.sendall(head)
         pipe(origin.connection, conn, idle_timeout=_patience(conn, origin), on_bytes=note)
         return

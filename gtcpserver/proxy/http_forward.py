@@ -6,7 +6,7 @@ import h11
 
 from ..connection import Connection
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody, send_answer
+from .http_body import OriginFailed, RequestBody, rest, send_answer
 from .http_fields import (
     Forwarded,
     end_to_end,
@@ -142,13 +142,18 @@ class Forwarder:
         if origin is not None:
             record.asked, record.connected = str(target), origin.connected
             return origin, True
-        connection = open_connection(self._visitor, target)
-        return Origin(key, connection, record.connected, self._visitor.gate.timeouts.answer), False
+        connection, forwarding = open_connection(self._visitor, target, for_request=True)
+        patience = self._visitor.gate.timeouts.answer
+        return Origin(key, connection, record.connected, patience, forwarding), False
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""
         for _ in range(MOST_INTERIM):
             answer = origin.next_answer(body)
+            if answer.status == 407 and origin.forwarding is not None:
+                # The client's name and password are for us, and it shall not send them once more.
+                self._visitor.record.result = "upstream_failed"
+                raise OriginFailed("the next proxy does not accept our name and password")
             if answer.status >= 200 or answer.status == 101:
                 return answer
             if head.version == b"1.1":
@@ -180,6 +185,7 @@ class Forwarder:
             fields.append((b"Connection", b"close"))
         record = self._visitor.record
         self._received = 0
+        self._pace = body.pace
         try:
             send_answer(
                 self._conn,
@@ -188,6 +194,7 @@ class Forwarder:
                 origin,
                 in_chunks=in_chunks,
                 note=self._note_received,
+                splice=body.pace is None,
             )
         finally:
             record.sent, record.received = body.sent, self._received
@@ -196,6 +203,8 @@ class Forwarder:
 
     def _note_received(self, size: int) -> None:
         self._received += size
+        if self._pace is not None:
+            rest(self._pace, size)
 
     def _switch(self, origin: Origin, answer: Answer) -> None:
         """101: from here on it is another protocol (RFC 9110 section 15.2.2)."""

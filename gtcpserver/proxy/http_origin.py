@@ -15,6 +15,7 @@ from .gate import Denied, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
 from .http_messages import Header, HttpError, options_of
 from .target import Target
+from .upstream import Upstream
 
 #: What an origin may have in its head. curl: 300 KiB, nginx as a proxy: 4 or 8 KiB, Chromium: 256 KiB.
 LONGEST_ANSWER_HEAD = 256 * 1024
@@ -50,17 +51,23 @@ class Origin:
         key: whose it is: the destination, and the user for whom the rules have allowed it.
         connected: its address, for the record.
         patience: seconds in which it may say nothing.
+        forwarding: the proxy that the connection leads to, and that forwards requests; None: it leads to the origin.
     """
 
-    def __init__(self, key: Key, connection: Connection, connected: str, patience: float) -> None:
+    def __init__(
+        self, key: Key, connection: Connection, connected: str, patience: float, forwarding: Upstream | None = None
+    ) -> None:
         self.key = key
         self.connection = connection
         self.connected = connected
         self.patience = patience
+        self.forwarding = forwarding
         connection.settimeout(patience)
 
     def ask(self, request: h11.Request, body: RequestBody) -> None:
         """Send a request."""
+        if self.forwarding is not None:
+            request = _for_proxy(request, self.key[0], self.forwarding)
         self._method = request.method
         self._heard = False
         # h11 reads the heads of the answers to one request; the bodies, which it never sees, are ours.
@@ -142,6 +149,21 @@ class Origin:
         self.connection.close()
 
 
+def _for_proxy(request: h11.Request, target: Target, proxy: Upstream) -> h11.Request:
+    """In absolute form (RFC 9112 section 3.2.2), with what the next proxy wants to know of us."""
+    path = b"" if request.target == b"*" else request.target
+    return h11.Request(
+        method=request.method,
+        target=b"http://" + _authority(target) + path,
+        headers=[*request.headers.raw_items(), *proxy.credentials],
+    )
+
+
+def _authority(target: Target) -> bytes:
+    text = str(target)
+    return (text.removesuffix(":80")).encode()
+
+
 def _read_answer(event: Any, method: bytes) -> Answer:
     status: int = event.status_code
     headers = tuple(event.headers.raw_items())
@@ -192,14 +214,14 @@ class Origins:
             self._idle.popitem()[1].close()
 
 
-def open_connection(visitor: Visitor, target: Target) -> Connection:
-    """Connect to a destination for an HTTP client.
+def open_connection(visitor: Visitor, target: Target, for_request: bool = False) -> tuple[Connection, Upstream | None]:
+    """Connect to a destination for an HTTP client; or, for a request, to the HTTP proxy that forwards it.
 
     Raises:
         HttpError: it may not be reached, or cannot. The message says nothing that the client should not know.
     """
     try:
-        return visitor.open(target)
+        return visitor.open_for_request(target) if for_request else (visitor.open(target), None)
     except Denied:
         raise HttpError(403, "The rules of this proxy do not allow this destination.", keep=True) from None
     except OSError as error:
@@ -208,5 +230,7 @@ def open_connection(visitor: Visitor, target: Target) -> Connection:
             "connect_timeout": (504, "The destination did not answer in time."),
             "refused": (502, "The destination refused the connection."),
             "unreachable": (502, "The destination cannot be reached."),
+            "upstream_failed": (502, "The next proxy on the way does not lead there."),
+            "limit": (429, "You have too many connections through this proxy."),
         }.get(result_of(error), (502, "The connection to the destination failed."))
         raise HttpError(status, message, keep=True) from None

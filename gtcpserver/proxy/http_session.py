@@ -38,7 +38,6 @@ class HttpSession:
     ) -> None:
         self._conn = conn
         self._visitor = visitor
-        self._admitted = visitor.admitted
         self._pseudonym = pseudonym
         self._write = write
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
@@ -46,7 +45,6 @@ class HttpSession:
 
     def serve(self) -> None:
         """Serve requests until the connection ends."""
-        first = self._visitor.record
         self._conn.settimeout(self._visitor.gate.timeouts.keep_alive)
         try:
             while (head := self._next_head()) is not None:
@@ -58,7 +56,7 @@ class HttpSession:
                     self._write(record)
                 if not keep:
                     return
-                self._visitor.record = AccessRecord(first.client, first.listener)
+                self._visitor.new_record()
         finally:
             self._forwarder.close()
 
@@ -109,6 +107,7 @@ class HttpSession:
         body = RequestBody(self._conn, head, self._visitor.gate.timeouts.keep_alive)
         try:
             self._check_client(head)
+            body.pace = self._visitor.pace  # known when the user is
             check_loop(head, self._pseudonym)
             if head.method == b"CONNECT":
                 self._connect(head)
@@ -134,10 +133,11 @@ class HttpSession:
 
     def _check_client(self, head: Head) -> None:
         visitor = self._visitor
-        if not self._admitted:
-            visitor.record.result = "client_denied"
+        if not visitor.admitted:
+            if visitor.record.result == "limit":
+                raise HttpError(503, "You have too many connections to this proxy.", [(b"Retry-After", b"10")])
             raise HttpError(403, "You may not use this proxy.")
-        if visitor.auth is None:
+        if not visitor.needs_password:
             return
         given = b"".join(head.values(b"proxy-authorization"))
         if self._known is not None and given == self._known[0]:
@@ -145,12 +145,13 @@ class HttpSession:
             return
         credentials = basic_credentials(head)
         if credentials is None or not visitor.authenticate(*credentials):
-            visitor.record.result = "authentication_failed"
+            if visitor.record.result == "failed":
+                visitor.record.result = "authentication_failed"
             raise HttpError(407, "This proxy needs your name and password.", [CHALLENGE], keep=True)
         self._known = given, visitor.record.user
 
     def _connect(self, head: Head) -> None:
-        with open_connection(self._visitor, connect_target(head)) as upstream:
+        with open_connection(self._visitor, connect_target(head))[0] as upstream:
             # Neither Content-Length nor Transfer-Encoding (RFC 9110 section 9.3.6). What came behind the head is among
             # the bytes that were given back: the tunnel begins with it.
             self._conn.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -167,7 +168,9 @@ class HttpSession:
 
 def _from_now_on(record: AccessRecord) -> AccessRecord:
     """A record whose time begins now, with the first byte of a request."""
-    return replace(AccessRecord(record.client, record.listener), result=record.result, detail=record.detail)
+    return replace(
+        AccessRecord(record.client, record.listener), user=record.user, result=record.result, detail=record.detail
+    )
 
 
 def _without_empty_lines(data: bytes) -> bytes:

@@ -15,12 +15,17 @@ Result = Literal[
     "ok",  # relayed, and both sides ended in order
     "reset",  # one side was reset
     "idle",  # nothing moved for too long
+    "half_closed",  # the same, after one side had ended
+    "lifetime",  # it lasted as long as it may
     "client_denied",
     "destination_denied",
     "authentication_failed",
+    "authentication_timeout",
+    "proxy_header",  # none came from a balancer, or a bad one
     "bad_request",  # the client broke the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections
+    "upstream_failed",  # the other proxy does not want us, or cannot be understood
     "unresolved",
     "refused",
     "unreachable",

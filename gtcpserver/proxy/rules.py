@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_network
 from typing import Any, Literal
 
 from .errors import BadTarget, RuleError
@@ -57,6 +57,11 @@ class Destinations:
     network: IPNetwork | None = None
     name: str | None = None
     ports: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_any(self) -> bool:
+        """Every host; the ports may be limited."""
+        return self.kind is None and self.network is None and self.name is None
 
     def has_port(self, port: int) -> bool:
         return not self.ports or any(first <= port <= last for first, last in self.ports)
@@ -103,6 +108,33 @@ class DestinationRule:
     user: str | None
     via: str | None
     destinations: Destinations
+
+
+@dataclass(frozen=True, slots=True)
+class RuleMatch:
+    """Who asks, by what, and for which port: what rules compare before they look at the destination itself.
+
+    Attributes:
+        client: the client's address.
+        listener: the name of the listener it came by.
+        auth: the name of the authenticator that knows the user, if one does.
+        user: who the client is, if that is known.
+        port: of the destination.
+    """
+
+    client: IPAddress
+    listener: str
+    auth: str | None
+    user: str | None
+    port: int
+
+    def fits(self, rule: DestinationRule) -> bool:
+        return (
+            _is_from(rule.clients, self.client)
+            and rule.user in (None, self.user)
+            and rule.via in (None, self.listener, self.auth)
+            and rule.destinations.has_port(self.port)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +218,19 @@ def parse_client_rule(text: str) -> ClientRule:
 def parse_destination_rule(text: str) -> DestinationRule:
     """Read a destination rule. Raises RuleError."""
     words = _Words(text)
-    action: Any = words.take_word("allow", "deny")
+    return _parse_match(words, words.take_word("allow", "deny"))
+
+
+def parse_way(text: str) -> tuple[str, DestinationRule]:
+    """Read a rule that chooses an upstream: its name, and for what it is. Raises RuleError."""
+    words = _Words(text)
+    words.take_word("through")
+    upstream = words.take_name('the name of an upstream, or "direct",')
+    return upstream, _parse_match(words, "allow")
+
+
+def _parse_match(words: _Words, action: Any) -> DestinationRule:
+    text = words.text
     clients = user = via = None
     if words.skip("from"):
         clients = _clients(words)
@@ -276,15 +320,7 @@ def decide_client(rules: Sequence[ClientRule], client: IPAddress, listener: str)
 
 
 def decide_destination(
-    rules: Sequence[DestinationRule],
-    *,
-    client: IPAddress,
-    listener: str,
-    auth: str | None,
-    user: str | None,
-    name: str | None,
-    ip: IPAddress,
-    port: int,
+    rules: Sequence[DestinationRule], asked: RuleMatch, name: str | None, ip: IPAddress | None
 ) -> Decision:
     """Whether a client may reach one address.
 
@@ -292,28 +328,23 @@ def decide_destination(
     name again may get another one.
 
     Args:
-        client: the client's address.
-        listener: the name of the listener it came by.
-        auth: the name of the authenticator that knows the user, if one does.
-        user: who the client is, if that is known.
+        asked: who asks, and for which port.
         name: the host name that was asked for, in its canonical form; None for an address.
-        ip: the address.
-        port: of the destination.
+        ip: the address; None: another proxy looks the name up, and only rules about names can match.
     """
-    client = unmapped(client)
-    meant = addresses_meant(ip)
+    if ip is not None:
+        meant = addresses_meant(ip)
+    elif name is not None and (name == "localhost" or name.endswith(".localhost")):
+        # Wherever it is looked up it means the proxy there (RFC 6761 section 6.3).
+        meant = (IPv4Address("127.0.0.1"),)
+    else:
+        meant = ()
     special = [one for one in meant if kind_of(one) is not None]
     for rule in rules:
-        if not (
-            _is_from(rule.clients, client)
-            and rule.user in (None, user)
-            and rule.via in (None, listener, auth)
-            and rule.destinations.has_port(port)
-        ):
+        if not asked.fits(rule):
             continue
         what = rule.destinations
-        everything = what.kind is None and what.network is None and what.name is None
-        matches = everything or (name is not None and what.has_name(name)) or any(map(what.has_address, meant))
+        matches = what.is_any or (name is not None and what.has_name(name)) or any(map(what.has_address, meant))
         if rule.action == "deny":
             # By the address, and by each one that a gateway may make of it.
             if matches:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -182,6 +183,28 @@ def reply(code: Reply, bound: tuple[IPAddress, int] | None = None) -> bytes:
 def _address_bytes(ip: IPAddress, port: int) -> bytes:
     kind = AddressType.IPV6 if isinstance(ip, IPv6Address) else AddressType.IPV4
     return bytes((kind,)) + ip.packed + port.to_bytes(2, "big")
+
+
+# -- as a client of another proxy --------------------------------------------------------------------------------------
+
+
+def greeting(methods: Sequence[Method]) -> bytes:
+    """The methods that we offer."""
+    return bytes((VERSION, len(methods), *methods))
+
+
+def password(user: bytes, password: bytes) -> bytes:
+    """User name and password, 1 to 255 bytes each (RFC 1929)."""
+    return b"%c%c%b%c%b" % (AUTHENTICATION_VERSION, len(user), user, len(password), password)
+
+
+def connect_request(target: Target) -> bytes:
+    """A request for a connection."""
+    head = bytes((VERSION, Command.CONNECT, 0))
+    if target.ip is not None:
+        return head + _address_bytes(target.ip, target.port)
+    name = target.host.encode()
+    return head + bytes((AddressType.NAME, len(name))) + name + target.port.to_bytes(2, "big")
 
 
 # -- UDP (RFC 1928 section 7) ------------------------------------------------------------------------------------------

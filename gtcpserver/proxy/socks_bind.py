@@ -39,6 +39,10 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     """
     record = visitor.record
     record.asked = str(target)
+    if visitor.upstream_to(target) is not None:
+        record.result, record.detail = "destination_denied", "the other proxy is not asked for BIND"
+        conn.sendall(answer(False, None))
+        return None
     try:
         # Any port: rules for ports are about what clients connect to.
         expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip))
@@ -71,8 +75,8 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
 def _listen(conn: Connection, visitor: Visitor, peer: IPAddress) -> Any:
     """A listening socket on the address from which the proxy would connect to the peer."""
     family = socket.AF_INET6 if isinstance(peer, IPv6Address) else socket.AF_INET
-    source = visitor.gate.source
-    if source is None or source.version != peer.version:
+    source = visitor.source_to(peer)
+    if source is None:
         # connect(2) of a UDP socket sends nothing, and shows which address the route would use.
         with gevent.socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((str(peer), 1))

@@ -12,6 +12,7 @@ from ..transfer import relay
 from . import socks4, socks5
 from .errors import ProtocolError
 from .gate import Denied, Visitor
+from .record import Result
 from .socks5 import Command, Method, Reply
 from .socks_bind import Answer, ipv4_only, serve_bind
 from .socks_udp import serve_udp
@@ -77,10 +78,10 @@ def serve_socks5(conn: Connection, visitor: Visitor) -> None:
 
 def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> socks5.Request | None:
     offered = reader.read(socks5.parse_greeting)
-    wanted = Method.NONE if visitor.auth is None else Method.PASSWORD
+    wanted = Method.PASSWORD if visitor.needs_password else Method.NONE
     if not visitor.admitted or wanted not in offered:
         if visitor.admitted:
-            visitor.record.result = "authentication_failed" if visitor.auth else "bad_request"
+            visitor.record.result = "authentication_failed" if visitor.needs_password else "bad_request"
             visitor.record.detail = f"the client does not offer {wanted.name}"
         conn.sendall(socks5.choose(Method.NOT_ACCEPTABLE))
         return None
@@ -106,7 +107,7 @@ def serve_socks4(conn: Connection, visitor: Visitor) -> None:
     record.command = request.command.name
     if not visitor.admitted:
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
-    elif visitor.auth is not None:
+    elif visitor.needs_password:
         # A user id is a claim, not a proof.
         record.result, record.detail = "authentication_failed", "SOCKS4 has no password"
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
@@ -172,11 +173,28 @@ def _connect(
 
 def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     """Relay until both sides have ended, and note what was moved."""
-    record = visitor.record
-    result = relay(conn, upstream, idle_timeout=visitor.gate.timeouts.idle)
+    record, timeouts = visitor.record, visitor.gate.timeouts
+    pace = visitor.pace
+    result = relay(
+        conn,
+        upstream,
+        idle_timeout=timeouts.idle,
+        half_closed_timeout=timeouts.half_closed,
+        lifetime=timeouts.lifetime,
+        pace=None if pace is None else lambda direction, size: pace(size),
+    )
     record.sent, record.received = result.bytes_a_to_b, result.bytes_b_to_a
-    record.result = "ok" if result.reason == "closed" else "idle" if result.reason == "idle" else "reset"
-    record.detail = {"reset_a": "by the client", "reset_b": "by the destination"}.get(result.reason, "")
+    record.result, record.detail = _ENDS[result.reason]
+
+
+_ENDS: dict[str, tuple[Result, str]] = {
+    "closed": ("ok", ""),
+    "idle": ("idle", ""),
+    "half_closed": ("half_closed", ""),
+    "lifetime": ("lifetime", ""),
+    "reset_a": ("reset", "by the client"),
+    "reset_b": ("reset", "by the destination"),
+}
 
 
 def _reply5(error: Exception) -> Reply:

@@ -11,6 +11,7 @@ import gevent
 import gevent.socket
 
 from ..connection import Connection
+from ..errors import DeadlineExceeded
 from . import socks5
 from .errors import ProtocolError
 from .gate import Visitor
@@ -50,15 +51,21 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
 
 
 def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Association) -> None:
-    record = visitor.record
-    conn.settimeout(visitor.gate.timeouts.idle)
+    record, timeouts = visitor.record, visitor.gate.timeouts
+    conn.settimeout(timeouts.idle)
     moved = -1
+    if timeouts.lifetime is not None:
+        # The association ends with the connection.
+        conn.deadline(timeouts.lifetime).__enter__()
     while True:
         try:
             # What a client sends here means nothing; its end ends the association.
             if not conn.recv(4096):
                 record.result = "ok"
                 return
+        except DeadlineExceeded:
+            record.result = "lifetime"
+            return
         except TimeoutError:
             if moved == record.sent + record.received:
                 record.result = "idle"
@@ -71,6 +78,7 @@ class _Association:
 
     def __init__(self, visitor: Visitor, local: IPAddress, port: int) -> None:
         self._visitor = visitor
+        self._pace = visitor.pace
         self._client: Any = None  # (host, port, ...) of the client's datagrams, when it is known
         self._client_port = port
         self._peers: OrderedDict[Peer, None] = OrderedDict()
@@ -117,6 +125,8 @@ class _Association:
 
     def _send(self, datagram: socks5.Datagram) -> None:
         visitor, target = self._visitor, datagram.target
+        if visitor.upstream_to(target) is not None:
+            return  # it must not be known there where we are, and the other proxy has no datagrams
         found = (target.ip,) if target.ip is not None else visitor.gate.resolver.resolve(target.host)
         ip = next((one for one in found if visitor.decide(target, one).allowed), None)
         if ip is None:
@@ -130,15 +140,19 @@ class _Association:
             self._peers.popitem(last=False)
         self._outer_socket(ip).sendto(datagram.data, (str(ip), target.port))
         visitor.record.sent += len(datagram.data)
+        self._rest(len(datagram.data))
+
+    def _rest(self, size: int) -> None:
+        """What comes meanwhile stays in the kernel's buffer, and what does not fit there is lost."""
+        if self._pace is not None and (seconds := self._pace(size)) > 0:
+            gevent.sleep(seconds)
 
     # -- from destinations -------------------------------------------------------------------------------------------
 
     def _outer_socket(self, ip: IPAddress) -> Any:
         sock = self._outer.get(ip.version)
         if sock is None:
-            source = self._visitor.gate.source
-            if source is None or source.version != ip.version:
-                source = ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
+            source = self._visitor.source_to(ip) or ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
             sock = self._outer[ip.version] = _udp_socket(source)
             self._greenlets.append(gevent.spawn(self._read_from_peers, sock))
         return sock
@@ -157,6 +171,7 @@ class _Association:
                 except OSError:
                     continue  # too long with its header, or the client's host is gone
                 self._visitor.record.received += len(data)
+                self._rest(len(data))
 
 
 def _udp_socket(address: IPAddress) -> Any:

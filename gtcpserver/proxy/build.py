@@ -1,0 +1,314 @@
+"""What is made of the settings: authenticators, upstreams, rules, and at last the handlers of a proxy.
+
+Each function takes the settings of one thing, and raises ConfigError if nothing can be made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, get_args
+
+from ..address import Address, parse_address
+from ..balancer import ProxyProtocol, as_ip
+from ..errors import ConfigError
+from ..options import check_number
+from ..tls import Credentials, TLSConfig
+from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
+from .gate import Authenticator, External, Gate, Timeouts
+from .handler import ProxyHandler
+from .limits import LimitKeeper, Limits
+from .resolve import Resolver
+from .rules import ClientRule, DestinationRule, parse_client_rule, parse_destination_rule
+from .settings import (
+    DEFAULT_CLIENTS,
+    DEFAULT_DESTINATIONS,
+    AuthTable,
+    LimitsTable,
+    ListenerTable,
+    ProxyConfig,
+    TimeoutsTable,
+)
+from .target import IPAddress, unmapped
+from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
+
+
+def make_external(listener: ListenerTable) -> External | list[IPAddress]:
+    given = listener.external
+    if isinstance(given, str) and given in get_args(External):
+        return given  # type: ignore[return-value]
+    texts = [given] if isinstance(given, str) else given
+    try:
+        found = [ip_address(text) for text in texts]
+    except ValueError:
+        found = []
+    if not found or len({ip.version for ip in found}) < len(found):
+        raise ConfigError(
+            'external must be an address, or one of each family, or "auto", "same" or "system", '
+            f"got {', '.join(map(repr, texts)) or 'none'}"
+        )
+    return found
+
+
+def make_balancers(listener: ListenerTable) -> ProxyProtocol | None:
+    if not listener.proxy_protocol:
+        return None
+    try:
+        return ProxyProtocol(listener.proxy_protocol, listener.proxy_protocol_timeout)
+    except ConfigError as error:
+        name, _, message = str(error).partition(" ")
+        raise ConfigError(f"proxy_protocol{'' if name == 'trusted' else '_' + name} {message}") from None
+
+
+def make_upstream(config: ProxyConfig, name: str) -> Upstream:
+    table = config.upstream[name]
+    chain = [name]
+    # From the one that is connected to first.
+    while (through := config.upstream[chain[-1]].through) is not None:
+        if through not in config.upstream:
+            raise ConfigError(f"there is no upstream {through!r}, through which {chain[-1]!r} is to be reached")
+        if through in chain:
+            raise ConfigError(f"the upstreams {', '.join(chain)} lead through each other")
+        chain.append(through)
+    if name == DIRECT or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+        raise ConfigError(f'the name of an upstream must be a word, and not "direct", got {name!r}')
+    made: Upstream | None = None
+    for one in reversed(chain):
+        table = config.upstream[one]
+        made = parse_upstream(one, table.url, made, table.resolve)
+    assert made is not None
+    first = made.first.target
+    on_this_host = first.host == "localhost" or (first.ip is not None and first.ip.is_loopback)
+    if on_this_host and first.port in _own_ports(config):
+        raise ConfigError(f"the upstream {made.first.name!r} is this proxy itself")
+    return made
+
+
+def _own_ports(config: ProxyConfig) -> frozenset[int]:
+    listening = [parse_address(listener.listen) for listener in _listeners(config)]
+    return frozenset(address.port for address in listening if address.kind == "tcp" and address.port)
+
+
+def make_limits(config: ProxyConfig) -> Limits:
+    return Limits(**{name: getattr(config.limits, name) for name in LimitsTable.__struct_fields__})
+
+
+def close_authenticator(authenticator: Any) -> None:
+    close = getattr(authenticator, "close", None)
+    if close is not None:
+        close()
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be more than 0 seconds, got {value}")
+
+
+def make_client_rules(config: ProxyConfig) -> list[ClientRule]:
+    return [make_client_rule(config, text) for text in config.rules.clients or DEFAULT_CLIENTS]
+
+
+def make_client_rule(config: ProxyConfig, text: str) -> ClientRule:
+    rule = parse_client_rule(text)
+    if rule.listener is not None and rule.listener not in {listener.name for listener in config.listener}:
+        raise ConfigError(f"there is no listener {rule.listener!r}, in {rule.text!r}")
+    if rule.auth is not None and rule.auth not in config.auth:
+        raise ConfigError(f"there is no authenticator {rule.auth!r}, in {rule.text!r}")
+    return rule
+
+
+def make_destination_rules(config: ProxyConfig) -> list[DestinationRule]:
+    return [make_destination_rule(config, text) for text in config.rules.destinations or DEFAULT_DESTINATIONS]
+
+
+def make_destination_rule(config: ProxyConfig, text: str) -> DestinationRule:
+    rule = parse_destination_rule(text)
+    _check_via(config, rule.via, text)
+    return rule
+
+
+def make_upstream_rules(config: ProxyConfig) -> list[UpstreamRule]:
+    return [make_upstream_rule(config, text) for text in config.rules.upstreams]
+
+
+def make_upstream_rule(config: ProxyConfig, text: str) -> UpstreamRule:
+    rule = parse_upstream_rule(text)
+    if rule.upstream != DIRECT and rule.upstream not in config.upstream:
+        raise ConfigError(f"there is no upstream {rule.upstream!r}, in {text!r}")
+    _check_via(config, rule.match.via, text)
+    return rule
+
+
+def _check_via(config: ProxyConfig, via: str | None, text: str) -> None:
+    if via is not None and via not in {listener.name for listener in config.listener} | set(config.auth):
+        raise ConfigError(f"there is no listener or authenticator {via!r}, in {text!r}")
+
+
+def make_tls(listener: ListenerTable) -> TLSConfig | None:
+    if listener.tls_certfile is None:
+        for name in ("tls_keyfile", "tls_client_ca"):
+            if getattr(listener, name) is not None:
+                raise ConfigError(f"{name} needs tls_certfile")
+        return None
+    config = TLSConfig(
+        listener.tls_certfile,
+        listener.tls_keyfile,
+        client_ca=listener.tls_client_ca,
+        client_auth="none" if listener.tls_client_ca is None else listener.tls_client_auth,
+    )
+    Credentials(config)  # reads the files
+    return config
+
+
+def make_authenticator(table: AuthTable) -> Authenticator:
+    kinds = [table.certificate, bool(table.command), bool(table.users or table.htpasswd is not None)]
+    if sum(kinds) != 1:
+        raise ConfigError("an authenticator needs users or an htpasswd file, or a command, or certificate = true")
+    check_number("remember", table.remember, least=0)
+    if table.certificate_users is not None and not table.certificate:
+        raise ConfigError("certificate_users needs certificate = true")
+    if table.certificate:
+        return CertificateUsers(table.certificate_users)
+    if table.command:
+        return CommandAuthenticator(
+            table.command, processes=table.processes, timeout=table.timeout, remember=table.remember
+        )
+    users = {name.encode(): kept for name, kept in table.users.items()}
+    return HashedUsers(users, table.htpasswd, remember=table.remember)
+
+
+def check_closed(config: ProxyConfig) -> None:
+    """An open proxy is found within hours, and used for what its owner is then asked about."""
+    if config.allow_open or all(map(_is_local, _listeners(config))):
+        return
+    for rule in make_client_rules(config):
+        everybody = rule.clients is None or rule.clients.prefixlen == 0
+        if everybody and rule.action == "allow" and rule.auth is None:
+            raise ConfigError(
+                f'{rule.text!r} opens the proxy to everybody who can reach it: name networks, add "with auth NAME", '
+                "or say allow_open = true"
+            )
+
+
+def _is_local(listener: ListenerTable) -> bool:
+    address = parse_address(listener.listen)
+    if address.kind != "tcp":
+        return True
+    try:
+        return unmapped(ip_address(address.host)).is_loopback
+    except ValueError:
+        return address.host == "localhost"
+
+
+def _listeners(config: ProxyConfig) -> Sequence[ListenerTable]:
+    return config.listener or (ListenerTable(),)
+
+
+# -- what is made of it ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy that is ready to serve.
+
+    Attributes:
+        addresses: where it listens.
+        handler: for a Server on these addresses.
+    """
+
+    addresses: list[Address]
+    handler: Any
+
+
+def make_proxy(config: ProxyConfig) -> Proxy:
+    """Make a proxy. Raises ConfigError."""
+    check_closed(config)
+    for name in TimeoutsTable.__struct_fields__:
+        check_seconds(name, getattr(config.timeouts, name))
+    authenticators = {name: make_authenticator(table) for name, table in config.auth.items()}
+    resolver = Resolver(config.resolver.family, config.resolver.timeout)
+    timeouts = Timeouts(**{name: getattr(config.timeouts, name) for name in TimeoutsTable.__struct_fields__})
+    clients, destinations = make_client_rules(config), make_destination_rules(config)
+    upstreams = {name: make_upstream(config, name) for name in config.upstream}
+    keeper = LimitKeeper(make_limits(config))
+    addresses, handlers = [], {}
+    for listener in _listeners(config):
+        address = parse_address(listener.listen)
+        gate = Gate(
+            listener=listener.name,
+            client_rules=clients,
+            destination_rules=destinations,
+            authenticators=authenticators,
+            resolver=resolver,
+            timeouts=timeouts,
+            own_ports=_own_ports(config),
+            upstreams=upstreams,
+            upstream_rules=make_upstream_rules(config),
+            limits=keeper,
+            external=make_external(listener),
+            fast_open=config.fast_open,
+            show_bound_address=config.show_bound_address,
+        )
+        addresses.append(address)
+        place = _place(address)
+        if place in handlers:
+            raise ConfigError(f"two listeners must not have the same address, got {listener.listen!r} twice")
+        handlers[place] = ProxyHandler(
+            gate,
+            listener.speaks,
+            tls=make_tls(listener),
+            proxy_protocol=make_balancers(listener),
+            pseudonym=config.http.pseudonym,
+            forwarded=config.http.forwarded,
+            log_style=config.log.style,
+            redact=config.log.redact,
+        )
+    return Proxy(addresses, _Dispatcher(handlers))
+
+
+Place = tuple[IPAddress | None, int] | str
+"""Where a listener listens: address and port, (None, port) for all addresses or a name, or a unix socket's path."""
+
+
+def _place(address: Address) -> Place:
+    if address.kind == "unix":
+        return address.path
+    try:
+        ip = unmapped(ip_address(address.host))
+    except ValueError:
+        return None, address.port
+    return None if ip.is_unspecified else ip, address.port
+
+
+class _Dispatcher:
+    """Gives each connection to the handler of its listener."""
+
+    def __init__(self, handlers: dict[Place, ProxyHandler]) -> None:
+        self._handlers = handlers
+        self._only = next(iter(handlers.values())) if len(handlers) == 1 else None
+        self.counters: Counter[str] = Counter()
+        for handler in handlers.values():
+            handler.counters = self.counters
+
+    def server_stopped(self) -> None:
+        for handler in self._handlers.values():
+            handler.server_stopped()
+
+    def __call__(self, conn: Any) -> None:
+        (self._only or self._handler_of(conn.server_address))(conn)
+
+    def _handler_of(self, name: Any) -> ProxyHandler:
+        handlers = self._handlers
+        if not isinstance(name, tuple):
+            # An abstract name comes as bytes with a NUL before it (unix(7)).
+            return handlers["@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name]
+        ip, port = as_ip(name[0]), name[1]
+        # Port 0: the system has chosen one.
+        for place in ((ip, port), (None, port), (ip, 0), (None, 0)):
+            if place in handlers:
+                return handlers[place]
+        raise KeyError(name)  # pragma: no cover

@@ -1,0 +1,133 @@
+"""Limits of the proxy: connections in all, of a client, of a user; bytes a second of a connection and of a user.
+
+Each worker process counts its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ..client_limits import ClientLimits
+from ..options import check_number, check_whole_number
+
+#: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.
+BURST_SECONDS = 0.25
+LEAST_BURST = 16 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is allowed; None is no limit.
+
+    Attributes:
+        connections: of all clients at once.
+        client_connections: of one client at once; an IPv6 client is its /64.
+        user_connections: of one user at once.
+        new_per_second: connections that one client may open in a second.
+        rate: bytes a second of one connection, both directions together.
+        user_rate: bytes a second of all connections of one user.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+
+    connections: int | None = None
+    client_connections: int | None = None
+    user_connections: int | None = None
+    new_per_second: float | None = None
+    rate: float | None = None
+    user_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("connections", "client_connections", "user_connections"):
+            check_whole_number(name, getattr(self, name), least=1, none="for no limit")
+        for name in ("new_per_second", "rate", "user_rate"):
+            check_number(name, getattr(self, name), above=0, none="for no limit")
+
+
+class TokenBucket:
+    """Bytes that may be moved in a second; those who share one wait for each other.
+
+    Args:
+        rate: bytes a second.
+    """
+
+    __slots__ = ("__weakref__", "_burst", "_rate", "_since", "_tokens")
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._burst = self._tokens = max(rate * BURST_SECONDS, min(rate, LEAST_BURST))
+        self._since = monotonic()
+
+    def spend(self, size: int) -> float:
+        """So many bytes were moved; returns the seconds after which the next may be."""
+        now = monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._since) * self._rate) - size
+        self._since = now
+        return max(0.0, -self._tokens / self._rate)
+
+
+class LimitKeeper:
+    """Keeps the limits of all listeners of a proxy: who is there, and how much each user has moved."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self._clients = ClientLimits(
+            connections=self.limits.client_connections, new_per_second=self.limits.new_per_second
+        )
+        self.connections = 0
+        self._users: Counter[str] = Counter()
+        self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
+
+    def enter(self, address: Any) -> str:
+        """A client has connected. "": it may stay, and `leave` must be told of its end; otherwise what is exceeded.
+
+        Args:
+            address: as ``accept`` names it.
+        """
+        if self.limits.connections is not None and self.connections >= self.limits.connections:
+            return "connections"
+        refusal = self._clients.enter(address)
+        if refusal is not None:
+            return "client_connections" if refusal == "client_connections" else "new_per_second"
+        self.connections += 1
+        return ""
+
+    def leave(self, address: Any) -> None:
+        """A client that was let in has gone."""
+        self.connections -= 1
+        self._clients.leave(address)
+
+    def enter_user(self, user: str) -> str:
+        """A client is this user. As `enter`."""
+        most = self.limits.user_connections
+        if most is not None and self._users[user] >= most:
+            return "user_connections"
+        self._users[user] += 1
+        return ""
+
+    def leave_user(self, user: str) -> None:
+        """A connection of this user has ended."""
+        self._users[user] -= 1
+        if not self._users[user]:
+            del self._users[user]
+
+    def pace(self, user: str | None) -> Callable[[int], float] | None:
+        """What slows a connection down: called with the bytes that were moved, returns the seconds to rest; None:
+        nothing does."""
+        buckets = []
+        if self.limits.rate is not None:
+            buckets.append(TokenBucket(self.limits.rate))
+        if self.limits.user_rate is not None and user is not None:
+            bucket = self._buckets.get(user)
+            if bucket is None:
+                bucket = self._buckets[user] = TokenBucket(self.limits.user_rate)
+            buckets.append(bucket)
+        if not buckets:
+            return None
+        return lambda size: max(bucket.spend(size) for bucket in buckets)

@@ -1,0 +1,152 @@
+"""The settings of the proxy, as a file has them: a table is a class, a key a field. docs/proxy.md tells all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .gate import Timeouts
+from .handler import Speaks
+from .http_fields import Forwarded
+from .passwords import REMEMBER
+from .resolve import Family
+from .upstream import Resolve
+
+DEFAULT_LISTEN = "127.0.0.1:1080"
+
+#: Who may use the proxy when no rule says so: this host.
+DEFAULT_CLIENTS = ("allow 127.0.0.0/8", "allow ::1")
+DEFAULT_DESTINATIONS = ("allow any",)
+
+
+class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class ListenerTable(_Table):
+    """One listener.
+
+    Attributes:
+        name: for rules and the log.
+        listen: where.
+        speaks: the protocols.
+        external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
+        tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
+        tls_client_ca: PEM file of the CAs whose certificates clients show.
+        tls_client_auth: whether they must.
+        proxy_protocol: networks of balancers that name their clients (:class:`gtcpserver.ProxyProtocol`).
+    """
+
+    name: str = "default"
+    listen: str = DEFAULT_LISTEN
+    speaks: Speaks = "mixed"
+    external: str | list[str] = "auto"
+    tls_certfile: str | None = None
+    tls_keyfile: str | None = None
+    tls_client_ca: str | None = None
+    tls_client_auth: Literal["required", "optional"] = "required"
+    proxy_protocol: list[str] = []
+    proxy_protocol_timeout: float = 5.0
+
+
+class RulesTable(_Table):
+    """Rules, as `rules` and `upstream` read them."""
+
+    clients: list[str] = []
+    destinations: list[str] = []
+    upstreams: list[str] = []
+
+
+class AuthTable(_Table):
+    """Who knows the users.
+
+    Attributes:
+        users: names and hashed passwords.
+        htpasswd: a file with more of them, which is read again when it changes.
+        command: a program that is asked instead, in the protocol of squid's basic helpers; with its arguments.
+        processes: of the command, that are asked at the same time.
+        timeout: seconds for one answer of the command.
+        remember: seconds for which a password that was right is believed without asking again.
+        certificate: clients are who their certificates say they are, instead.
+        certificate_users: those of them who may come in; not given: all whose certificate is good.
+    """
+
+    users: dict[str, str] = {}
+    htpasswd: str | None = None
+    command: list[str] = []
+    processes: int = 4
+    timeout: float = 10.0
+    remember: float = REMEMBER
+    certificate: bool = False
+    certificate_users: list[str] | None = None
+
+
+class UpstreamTable(_Table):
+    """Another proxy: see `upstream.Upstream`.
+
+    Attributes:
+        url: socks5://[user:password@]host:port or http://...
+        through: the name of the one by which it is reached.
+        resolve: who looks names up.
+    """
+
+    url: str
+    through: str | None = None
+    resolve: Resolve = "here"
+
+
+class LimitsTable(_Table):
+    """See `limits.Limits`."""
+
+    connections: int | None = None
+    client_connections: int | None = None
+    user_connections: int | None = None
+    new_per_second: float | None = None
+    rate: float | None = None
+    user_rate: float | None = None
+
+
+class TimeoutsTable(_Table):
+    """See `gate.Timeouts`."""
+
+    negotiate: float = Timeouts.negotiate
+    authenticate: float = Timeouts.authenticate
+    connect: float = Timeouts.connect
+    idle: float | None = Timeouts.idle
+    half_closed: float | None = Timeouts.half_closed
+    lifetime: float | None = Timeouts.lifetime
+    answer: float = Timeouts.answer
+    keep_alive: float = Timeouts.keep_alive
+
+
+class ResolverTable(_Table):
+    family: Family = "any"
+    timeout: float = 10.0
+
+
+class HttpTable(_Table):
+    forwarded: Forwarded = "off"
+    pseudonym: str | None = None
+
+
+class LogTable(_Table):
+    style: Literal["text", "json"] = "text"
+    redact: bool = False
+
+
+class ProxyConfig(_Table):
+    """The whole file; see the tables."""
+
+    listener: list[ListenerTable] = []
+    rules: RulesTable = msgspec.field(default_factory=RulesTable)
+    auth: dict[str, AuthTable] = {}
+    upstream: dict[str, UpstreamTable] = {}
+    limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
+    timeouts: TimeoutsTable = msgspec.field(default_factory=TimeoutsTable)
+    resolver: ResolverTable = msgspec.field(default_factory=ResolverTable)
+    http: HttpTable = msgspec.field(default_factory=HttpTable)
+    log: LogTable = msgspec.field(default_factory=LogTable)
+    show_bound_address: bool = True
+    fast_open: bool = False
+    allow_open: bool = False

@@ -1,0 +1,238 @@
+"""Upstreams: other proxies through which destinations are reached, one behind another if need be, chosen by rules.
+
+    through UPSTREAM from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
+    through UPSTREAM DESTINATION                                short for: from any to DESTINATION
+
+UPSTREAM is the name of one, or "direct"; the other words are those of destination rules (`rules`). The first rule that
+matches decides; behind the last one the way is direct. They choose the way; whether a client may go there at all is
+decided by the destination rules, and before.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from ..connection import Connection
+from ..errors import ConfigError, EarlyEOF, LimitExceeded
+from . import socks5
+from .errors import BadTarget
+from .rules import DestinationRule, RuleMatch, parse_way
+from .target import IPAddress, Target, parse_authority
+
+Scheme = Literal["socks5", "http"]
+Resolve = Literal["here", "there"]
+
+DIRECT = "direct"
+
+#: What a proxy may say in front of a tunnel.
+LONGEST_HEAD = 16 * 1024
+
+
+class UpstreamError(OSError):
+    """The other proxy does not lead there; `errno` says why, as if it were our own connection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """Another proxy.
+
+    Attributes:
+        name: for rules and the log.
+        scheme: what it speaks: "socks5" (RFC 1928, 1929) or "http" (CONNECT; RFC 9110 section 9.3.6).
+        target: where it is.
+        user, password: who we are there; b"": it does not ask.
+        through: the one by which this one is reached; None: directly.
+        resolve: who looks names up. "here": we do, and check every address by the rules, as for direct connections.
+            "there": it does, so that only rules about names hold; for networks that have no DNS of their own, and for
+            those (Tor) that must not be known to ask.
+    """
+
+    name: str
+    scheme: Scheme
+    target: Target
+    user: bytes = b""
+    password: bytes = field(default=b"", repr=False)
+    through: Upstream | None = None
+    resolve: Resolve = "here"
+
+    @property
+    def first(self) -> Upstream:
+        """The one of the chain that is connected to."""
+        return self if self.through is None else self.through.first
+
+    def connect(self, target: Target, dial: Callable[[Target], Connection]) -> Connection:
+        """A connection to a target by way of this proxy, and those before it.
+
+        Args:
+            dial: connects directly.
+
+        Raises:
+            UpstreamError: a proxy on the way says no. Other OSErrors: it cannot be reached.
+        """
+        connection = self.reach(dial)
+        try:
+            self._ask(connection, target)
+        except (EarlyEOF, LimitExceeded) as error:
+            connection.close()
+            raise UpstreamError(errno.EIO, f"upstream {self.name}: {error}") from None
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def reach(self, dial: Callable[[Target], Connection]) -> Connection:
+        """A connection to this proxy itself."""
+        return dial(self.target) if self.through is None else self.through.connect(self.target, dial)
+
+    def _ask(self, connection: Connection, target: Target) -> None:
+        if self.scheme == "http":
+            self._ask_http(connection, target)
+        else:
+            self._ask_socks5(connection, target)
+
+    # -- SOCKS5 ------------------------------------------------------------------------------------------------------
+
+    def _ask_socks5(self, connection: Connection, target: Target) -> None:
+        methods = (socks5.Method.NONE, socks5.Method.PASSWORD) if self.user else (socks5.Method.NONE,)
+        connection.sendall(socks5.greeting(methods))
+        version, method = connection.recv_exactly(2)
+        if version != socks5.VERSION:
+            raise UpstreamError(errno.EIO, f"upstream {self.name} does not speak SOCKS5")
+        if method == socks5.Method.PASSWORD and self.user:
+            connection.sendall(socks5.password(self.user, self.password))
+            if connection.recv_exactly(2)[1]:
+                raise UpstreamError(errno.EIO, f"upstream {self.name} does not accept our name and password")
+        elif method != socks5.Method.NONE:
+            raise UpstreamError(errno.EIO, f"upstream {self.name} wants another way to say who we are")
+        connection.sendall(socks5.connect_request(target))
+        version, code, _, kind = connection.recv_exactly(4)
+        if version != socks5.VERSION:
+            raise UpstreamError(errno.EIO, f"upstream {self.name} does not speak SOCKS5")
+        if code:
+            number = _ERRNO_OF_REPLY.get(code, errno.EIO)
+            raise UpstreamError(number, f"upstream {self.name} says: {_name_of(code)}")
+        size = {1: 4, 4: 16}.get(kind)
+        connection.recv_exactly((connection.recv_exactly(1)[0] if size is None else size) + 2)
+
+    # -- HTTP --------------------------------------------------------------------------------------------------------
+
+    def _ask_http(self, connection: Connection, target: Target) -> None:
+        authority = str(target).encode()
+        fields = b"".join(b"%b: %b\r\n" % header for header in self.credentials)
+        connection.sendall(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (authority, authority, fields))
+        # Interim answers may come first.
+        status: int | None = None
+        for _ in range(4):
+            status = _status_of(connection.recv_until(b"\r\n\r\n", LONGEST_HEAD))
+            if status is None:
+                raise UpstreamError(errno.EIO, f"upstream {self.name} does not speak HTTP")
+            if 200 <= status < 300:
+                return
+            if status >= 200:
+                break
+        raise UpstreamError(_ERRNO_OF_STATUS.get(status or 0, errno.EIO), f"upstream {self.name} answers {status}")
+
+    @property
+    def credentials(self) -> list[tuple[bytes, bytes]]:
+        """The header fields that say who we are."""
+        if not self.user:
+            return []
+        return [(b"Proxy-Authorization", b"Basic " + base64.b64encode(self.user + b":" + self.password))]
+
+
+_ERRNO_OF_REPLY: dict[int, int] = {
+    socks5.Reply.NOT_ALLOWED: errno.EACCES,
+    socks5.Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
+    socks5.Reply.HOST_UNREACHABLE: errno.EHOSTUNREACH,
+    socks5.Reply.CONNECTION_REFUSED: errno.ECONNREFUSED,
+    socks5.Reply.TTL_EXPIRED: errno.EHOSTUNREACH,
+}
+
+_ERRNO_OF_STATUS = {403: errno.EACCES, 502: errno.EHOSTUNREACH, 503: errno.EHOSTUNREACH, 504: errno.ETIMEDOUT}
+
+
+def _name_of(code: int) -> str:
+    try:
+        return socks5.Reply(code).name.lower().replace("_", " ")
+    except ValueError:
+        return f"reply {code}"
+
+
+def _status_of(head: bytes) -> int | None:
+    found = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])[ \r]", head)
+    return None if found is None else int(found[1])
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def parse_upstream(name: str, url: str, through: Upstream | None = None, resolve: Resolve = "here") -> Upstream:
+    """Read "socks5://user:password@host:port" or "http://host:port"; user and password may be percent-encoded.
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
+    expected = f"the url of upstream {name!r} must be socks5://[user:password@]host:port or http://..."
+    try:
+        parts = urlsplit(url)
+        authority = parts.netloc.rpartition("@")[2]
+        if parts.scheme not in get_args(Scheme) or parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise ConfigError(f"{expected}, got {_without_password(url)!r}")
+        target = parse_authority(authority)
+    except (BadTarget, ValueError) as error:
+        raise ConfigError(f"{expected}, got {_without_password(url)!r} ({error})") from None
+    user, password = unquote_to_bytes(parts.username or ""), unquote_to_bytes(parts.password or "")
+    if bool(user) != bool(password):
+        raise ConfigError(f"{expected}: a user and a password, or none of them")
+    if parts.scheme == "socks5" and not max(len(user), len(password)) <= 255:
+        raise ConfigError(f"{expected}: SOCKS5 has users and passwords of 255 bytes at most")
+    scheme: Scheme = "http" if parts.scheme == "http" else "socks5"
+    return Upstream(
+        name=name, scheme=scheme, target=target, user=user, password=password, through=through, resolve=resolve
+    )
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", url)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRule:
+    """Which way leads to what; `match` is what destination rules have, too."""
+
+    text: str
+    upstream: str
+    match: DestinationRule
+
+
+def parse_upstream_rule(text: str) -> UpstreamRule:
+    """Read a rule. Raises RuleError."""
+    upstream, match = parse_way(text)
+    return UpstreamRule(text, upstream, match)
+
+
+def choose_upstream(
+    rules: Sequence[UpstreamRule], asked: RuleMatch, name: str | None, addresses: Callable[[], Sequence[IPAddress]]
+) -> str:
+    """The name of the upstream for a destination, or "direct".
+
+    Args:
+        asked: who asks, and for which port.
+        name: the host name that was asked for; None for an address.
+        addresses: gives those of the name; it is called when a rule about networks is reached.
+    """
+    for rule in rules:
+        if not asked.fits(rule.match):
+            continue
+        what = rule.match.destinations
+        if what.is_any or (name is not None and what.has_name(name)):
+            return rule.upstream
+        if (what.network is not None or what.kind is not None) and any(map(what.has_address, addresses())):
+            return rule.upstream
+    return DIRECT
