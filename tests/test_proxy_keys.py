@@ -113,7 +113,8 @@ def http(sock, request):
 @about("listener.name", "listener.listen", "listener.speaks", "rules.clients", "rules.destinations")
 def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     rules = (
-        '[rules]\nclients = ["allow from any to a", "allow from any to b"]\ndestinations = ["allow from any via a to loopback"]\n'
+        '[rules]\nclients = ["allow from any to a", "allow from any to b"]\n'
+        'destinations = ["allow from any via a to loopback"]\n'
         f'[[listener]]\nname = "b"\nlisten = "unix:@gtcpserver-test-{os.getpid()}"\n'
     )
     server = proxy(rules=rules, listener='name = "a"\nspeaks = "socks"')
