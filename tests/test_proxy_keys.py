@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import struct
 import sys
+from pathlib import Path
+from typing import get_args
 
 import gevent
 import msgspec
@@ -19,6 +22,8 @@ from test_server import echo
 from gtcpserver import Server
 from gtcpserver.proxy import settings
 from gtcpserver.proxy.config import make_proxy, parse_config
+from gtcpserver.proxy.record import Result
+from gtcpserver.proxy.target import KINDS
 from gtcpserver.proxy_protocol import ProxyHeader
 
 #: test -> the keys that it is about; at the end it is compared with what there is.
@@ -516,14 +521,22 @@ def test_the_top(proxy, connect, in_thread, serve):
     proxy(top="allow_open = true", listener='listen = "0.0.0.0:0"'.replace("listen", "name"), rules=rules)
 
 
-def test_every_key_has_a_test():
-    def keys(table, prefix=""):
-        for field in msgspec.structs.fields(table):
-            kinds = [field.type, *getattr(field.type, "__args__", ())]
-            inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
-            if inner:
-                yield from keys(inner[0], f"{field.name}.")
-            else:
-                yield prefix + field.name
+def keys(table, prefix=""):
+    for field in msgspec.structs.fields(table):
+        kinds = [field.type, *getattr(field.type, "__args__", ())]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+        if inner:
+            yield from keys(inner[0], f"{field.name}.")
+        else:
+            yield prefix + field.name
 
+
+def test_every_key_has_a_test():
     assert set(keys(settings.ProxyConfig)) == set().union(*ABOUT.values())
+
+
+def test_every_key_result_and_kind_is_in_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "proxy.md").read_text()
+    names = {key.rpartition(".")[2] for key in keys(settings.ProxyConfig)} | set(KINDS) | set(get_args(Result))
+    words = set(re.findall(r"`(?:[a-z]+\.)?([a-z_-]+)`", text))
+    assert names - words == set()

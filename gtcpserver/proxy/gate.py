@@ -382,9 +382,9 @@ def result_of(error: OSError) -> Result:
         return "limit"
     if isinstance(error, socket.gaierror):
         return "unresolved"
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return "connect_timeout"
-    if isinstance(error, ConnectionRefusedError):
+    if error.errno == errno.ECONNREFUSED:
         return "refused"
     if isinstance(error, UpstreamError) and error.errno in (errno.EACCES, errno.EIO):
         return "upstream_failed"
