@@ -20,7 +20,7 @@ serve: $(VENV)/serve.stamp
 	exec $(BIN)/gtcpserver echo --bind '$(ADDRESS)'
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
