@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class ProxyProtocol:
         return any(ip in network for network in networks if network.version == ip.version)
 
 
+@lru_cache(maxsize=4096)
 def as_ip(host: str) -> IPv4Address | IPv6Address:
     """An address as sockets name it, without its zone; IPv4-mapped IPv6 addresses (a socket for both) are IPv4."""
     ip = ip_address(host.partition("%")[0])

@@ -39,6 +39,8 @@ from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upst
 
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
     given = listener.external
+    if given == "auto" and not _may_be_public(parse_address(listener.listen)):
+        return "system"  # which costs no look at each connection
     if isinstance(given, str) and given in get_args(External):
         return given  # type: ignore[return-value]
     texts = [given] if isinstance(given, str) else given
@@ -52,6 +54,16 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
             f"got {', '.join(map(repr, texts)) or 'none'}"
         )
     return found
+
+
+def _may_be_public(address: Address) -> bool:
+    if address.kind == "unix":
+        return False
+    try:
+        ip = unmapped(ip_address(address.host))
+    except ValueError:
+        return True
+    return ip.is_unspecified or ip.is_global
 
 
 def make_balancers(listener: ListenerTable) -> ProxyProtocol | None:
@@ -90,7 +102,8 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
 
 def _own_ports(config: ProxyConfig) -> frozenset[int]:
     listening = [parse_address(listener.listen) for listener in _listeners(config)]
-    return frozenset(address.port for address in listening if address.kind == "tcp" and address.port)
+    ports = frozenset(address.port for address in listening if address.kind == "tcp")
+    return frozenset() if 0 in ports else ports  # 0: the system will choose
 
 
 def make_limits(config: ProxyConfig) -> Limits:

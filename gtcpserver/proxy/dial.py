@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address
@@ -11,6 +13,7 @@ import gevent
 from gevent.queue import SimpleQueue
 
 from ..connection import Connection
+from ..errors import DeadlineExceeded
 from .target import IPAddress
 
 #: Seconds until the next address is tried beside the one that has not answered yet (RFC 8305 section 5: 250 ms).
@@ -51,9 +54,10 @@ def dial(
     def connect(ip: IPAddress) -> Connection:
         return _connect(ip, port, source(ip), fast_open)
 
+    if len(addresses) == 1:
+        ip = addresses[0]
+        return _connect(ip, port, source(ip), fast_open, timeout), ip
     with gevent.Timeout(timeout, TimeoutError(f"not connected within {timeout:g} seconds")):
-        if len(addresses) == 1:
-            return connect(addresses[0]), addresses[0]
         return _race(addresses, connect)
 
 
@@ -94,20 +98,36 @@ def _race(addresses: Sequence[IPAddress], connect: Callable[[IPAddress], Connect
     raise errors[next(ip for ip in addresses if ip in errors)]
 
 
-def _connect(ip: IPAddress, port: int, source: IPAddress | None, fast_open: bool) -> Connection:
+def _connect(
+    ip: IPAddress, port: int, source: IPAddress | None, fast_open: bool, timeout: float | None = None
+) -> Connection:
+    # Hot: once a connection. By the socket beneath, and not by gevent's methods: 20 us and 3 system calls less.
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     connection = Connection(family, socket.SOCK_STREAM)
+    sock = connection._sock
     try:
         connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if source is not None:
             # The port is chosen when the destination is known: 28,000 connections to each, and not in all (ip(7)).
-            connection.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            connection.bind((str(source), 0))
+            sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((str(source), 0))
         if fast_open:
-            connection.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-        connection.connect((str(ip), port))
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+        error = sock.connect_ex((str(ip), port))
+        if error == errno.EINPROGRESS:
+            if timeout is None:
+                connection._stream.wait_writable()
+            else:
+                with connection.deadline(timeout):
+                    connection._stream.wait_writable()
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))  # which makes a ConnectionRefusedError of ECONNREFUSED
+    except DeadlineExceeded:
+        connection.close()
+        raise TimeoutError(f"not connected within {timeout:g} seconds") from None
     except BaseException:
         connection.close()
         raise

@@ -90,7 +90,7 @@ class Gate:
         upstreams: other proxies, by name.
         upstream_rules: which of them leads where; see `upstream`.
         limits: keeps them, for all listeners that are given it.
-        own_ports: of all listeners of this proxy: who is sent there, on this host, comes back.
+        own_ports: of all listeners of this proxy, or none of them: who is sent there, on this host, comes back.
         external: the addresses to connect from, one of each family (destinations of the other family are then out of
             reach); or how they are found.
         fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
@@ -118,9 +118,7 @@ class Gate:
         # Who comes by a unix socket is on this host.
         client = as_ip(address[0]) if isinstance(address, tuple) else ip_address("127.0.0.1")
         decision = decide_client(self.client_rules, client, self.listener)
-        here: Any = conn.server_address
-        own = (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
-        visitor = Visitor(self, client, AccessRecord(str(client), self.listener), decision.auth, own)
+        visitor = Visitor(self, client, AccessRecord(str(client), self.listener), decision.auth, conn)
         if not decision.allowed:
             visitor.turn_away("client_denied", decision.rule)
         else:
@@ -138,7 +136,7 @@ class Visitor:
 
     Attributes:
         auth: the authenticator it has to satisfy; None: nobody asks who it is.
-        own: the address and port of the proxy to which it has connected; None for a unix socket.
+        conn: its connection.
         admitted: it may use this listener.
         certified: the user that its certificate says it is; None: none does.
         entered_from: (its address,) while it is counted by the limits.
@@ -149,12 +147,18 @@ class Visitor:
     client: IPAddress
     record: AccessRecord
     auth: str | None
-    own: tuple[IPAddress, int] | None = None
+    conn: Connection
     admitted: bool = True
     certified: str | None = None
     entered_from: tuple[Any] | None = None
     entered_users: set[str] = field(default_factory=set)
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
+
+    @property
+    def own(self) -> tuple[IPAddress, int] | None:
+        """The address and port of the proxy to which it has connected; None for a unix socket. A system call."""
+        here: Any = self.conn.server_address
+        return (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
 
     def turn_away(self, result: Result, why: str) -> None:
         """It may not use this listener, and will be told in the words of its protocol."""
@@ -235,6 +239,9 @@ class Visitor:
         return decide_destination(self.gate.destination_rules, self._match(target), name, ip)
 
     def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
+        own_ports = self.gate.own_ports
+        if own_ports and port not in own_ports:
+            return False
         own_ip, own_port = self.own or (None, 0)
         return (port == own_port or port in self.gate.own_ports) and (
             ip == own_ip or ip.is_loopback or ip.is_unspecified
@@ -370,8 +377,10 @@ class Visitor:
         external = self.gate.external
         if not isinstance(external, str):
             return next((own for own in external if own.version == ip.version), None)
-        own = None if self.own is None else self.own[0]
-        if own is None or own.version != ip.version or external == "system" or own.is_unspecified:
+        if external == "system" or (found := self.own) is None:
+            return None
+        own = found[0]
+        if own.version != ip.version or own.is_unspecified:
             return None
         return own if external == "same" or own.is_global else None
 

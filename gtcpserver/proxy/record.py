@@ -103,6 +103,8 @@ class AccessRecord:
 
     def write(self, style: Literal["text", "json"] = "text", redact: bool = False) -> None:
         """Write the line to the logger "gtcpserver.access"."""
+        if not log.isEnabledFor(logging.INFO):
+            return
         fields = self.fields(redact)
         if style == "json":
             log.info("%s", json.dumps(fields), extra={"access": fields})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from .errors import BadTarget
@@ -43,6 +44,7 @@ class Target:
         return f"[{self.host}]:{self.port}" if isinstance(self.ip, IPv6Address) else f"{self.host}:{self.port}"
 
 
+@lru_cache(maxsize=4096)
 def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
     """A target of what a client said.
 
@@ -204,6 +206,7 @@ _COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
 _ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214 section 6.1
 
 
+@lru_cache(maxsize=4096)  # 10 us otherwise, several times a connection
 def kind_of(ip: IPAddress) -> str | None:
     """What kind of special address it is, a key of KINDS; None for one that is anywhere on the internet."""
     for kind, networks in KINDS.items():
