@@ -7,6 +7,7 @@ import re
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -503,6 +504,48 @@ def test_the_log(proxy, connect, in_thread, origin, lines):
     assert f":{origin.port}" not in text + as_json
     assert text.startswith("client=127.0.0.1 listener=default protocol=socks5 command=CONNECT")
     assert json.loads(as_json)["asked"] == "-"
+
+
+@about("log.file")
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_log_has_a_file_of_its_own(in_thread, serve, tmp_path, style):
+    origin = serve(echo)
+    path = tmp_path / "access.log"
+    rules = LOOPBACK.replace("[rules]", f'[log]\nstyle = "{style}"\nfile = "{path}"\n[rules]')
+    (tmp_path / "proxy.toml").write_text(f'[[listener]]\nlisten = "127.0.0.1:0"\n{rules}')
+    command = [sys.executable, "-m", "gtcpserver", "proxy", "--config", str(tmp_path / "proxy.toml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+
+            def use():
+                with socket.create_connection(("127.0.0.1", port), SOON) as client:
+                    assert reply(client, socks(origin.port)) == 0
+
+            port = int(re.search(r"127\.0\.0\.1:(\d+)", in_thread(process.stderr.readline))[1])
+            in_thread(use)
+            wait_until(lambda: path.read_text())
+            path.rename(tmp_path / "old.log")
+            in_thread(use)
+            wait_until(lambda: path.exists() and path.read_text())
+        finally:
+            process.terminate()
+            rest = in_thread(process.stderr.read)
+    assert "socks5" not in rest
+    for name in ("old.log", "access.log"):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert len(lines) == 1
+        if style == "json":
+            assert json.loads(lines[0])["result"] == "ok"
+        else:
+            assert re.match(r"20\d\d-\d\d-\d\dT\S+ client=127\.0\.0\.1 .* result=ok ", lines[0])
+
+
+def test_a_log_that_cannot_be_opened_is_told(tmp_path):
+    (tmp_path / "proxy.toml").write_text('[log]\nfile = "/no/such/log"')
+    command = [sys.executable, "-m", "gtcpserver", "proxy", "--config", str(tmp_path / "proxy.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SOON)
+    assert done.returncode == 2
+    assert done.stderr == "gtcpserver: cannot open the access log /no/such/log: No such file or directory\n"
 
 
 @about("show_bound_address", "fast_open", "allow_open")

@@ -14,6 +14,7 @@ from gtcpserver.errors import ConfigError
 try:
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.passwords import hash_password
+    from gtcpserver.proxy.record import log_to_file
     from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
@@ -42,6 +43,7 @@ def with_worker_user(command: Any) -> Any:
 @click.option(
     "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only these users may come in; may be repeated."
 )
+@click.option("--htpasswd", metavar="FILE", help="Only users of this file (htpasswd -B) may come in.")
 @click.option("--allow-client", metavar="NETWORK", multiple=True, help="Who may come in.  [default: this host]")
 @click.option(
     "--allow-destination", metavar="DESTINATION", multiple=True, help="Where clients may go, and nowhere else."
@@ -66,10 +68,10 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     """
     if context.invoked_subcommand is not None:
         return
-    given = {name: options[name] for name in ("mixed", "socks", "http", "users", "allow_client") if options[name]}
+    given = {name: options[name] for name in ("mixed", "socks", "http", "users", "htpasswd") if options[name]}
     given |= {
         name: options[name]
-        for name in ("allow_destination", "deny_destination", "upstream", "external", "redact")
+        for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external", "redact")
         if options[name]
     }
     if config is not None and given:
@@ -88,6 +90,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
                 f"the listeners were {_listed(made)} and are now {_listed(now)}: a reload keeps the sockets as they "
                 "are; an upgrade (SIGUSR2 with --workers) opens and closes them without losing a connection"
             )
+        log_to_file(now.access_log)
         return now.handler
 
     serve_with(context, load)
@@ -118,9 +121,10 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         if not colon or not name or not password:
             raise click.UsageError(f"--user: must be NAME:PASSWORD, got {name + ':...' if colon else text!r}")
         users[name] = hash_password(password.encode())
-    with_auth = f" with auth {USERS}" if users else ""
+    has_users = bool(users or options["htpasswd"])
+    with_auth = f" with auth {USERS}" if has_users else ""
     clients = [f"allow from {network} to any{with_auth}" for network in options["allow_client"]]
-    if users and not clients:
+    if has_users and not clients:
         clients = [f"allow from {network} to any{with_auth}" for network in ("127.0.0.0/8", "::1")]
     destinations = [f"deny {what}" for what in options["deny_destination"]]
     destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
@@ -131,7 +135,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
             destinations=destinations,
             upstreams=[f"through {UPSTREAM} any"] if options["upstream"] else [],
         ),
-        auth={USERS: AuthTable(users=users)} if users else {},
+        auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},
         upstream={UPSTREAM: UpstreamTable(url=options["upstream"])} if options["upstream"] else {},
         log=LogTable(style=options["access_log"], redact=options["redact"]),
         allow_open=options["allow_open"],

@@ -231,10 +231,12 @@ class Proxy:
     Attributes:
         addresses: where it listens.
         handler: for a Server on these addresses.
+        access_log: path of the file for the access log; None: it goes where other messages go.
     """
 
     addresses: list[Address]
     handler: Any
+    access_log: str | None = None
 
 
 def make_proxy(config: ProxyConfig) -> Proxy:
@@ -280,7 +282,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             log_style=config.log.style,
             redact=config.log.redact,
         )
-    return Proxy(addresses, _Dispatcher(handlers))
+    return Proxy(addresses, _Dispatcher(handlers), config.log.file)
 
 
 Place = tuple[IPAddress | None, int] | str

@@ -6,8 +6,11 @@ import json
 import logging
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from logging.handlers import WatchedFileHandler
 from time import monotonic, time
 from typing import Literal
+
+from ..errors import ConfigError
 
 log = logging.getLogger("gtcpserver.access")
 
@@ -112,6 +115,38 @@ class AccessRecord:
         # Names were checked and users are quoted: nothing of the client's can end the line or forge another.
         words = (f"{name}={_quoted(value)}" for name, value in fields.items() if name != "time" and value is not None)
         log.info("%s", " ".join(words), extra={"access": fields})
+
+
+def log_to_file(path: str | None) -> None:
+    """From now on append the lines to a file, which is opened anew when it was renamed (logrotate); None: to where all
+    other messages go.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    handlers: list[logging.Handler] = []
+    if path is not None:
+        try:
+            handlers.append(WatchedFileHandler(path, encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot open the access log {path}: {error.strerror}") from None
+        handlers[0].setFormatter(_FileFormatter())
+    for old in log.handlers[:]:
+        log.removeHandler(old)
+        old.close()
+    for new in handlers:
+        log.addHandler(new)
+    log.propagate = not handlers
+
+
+class _FileFormatter(logging.Formatter):
+    """A line: the time, unless it is in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if message.startswith("{"):
+            return message
+        return f"{record.__dict__['access']['time']} {message}"
 
 
 def _quoted(value: object) -> str:

@@ -131,7 +131,16 @@ class HttpTable(_Table):
 
 
 class LogTable(_Table):
+    """The access log.
+
+    Attributes:
+        style: of a line.
+        file: append them to this file, and not to standard error; one that was renamed is opened anew.
+        redact: leave out where clients go.
+    """
+
     style: Literal["text", "json"] = "text"
+    file: str | None = None
     redact: bool = False
 
 
