@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConfigError, DeadlineExceeded
 from .lane import Step
 from .options import check_number
-from .proxy_protocol import LONGEST_V2, ProxyHeader, ProxyProtocolError, parse_header
+from .proxy_protocol import LONGEST_V2, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, parse_header
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -146,3 +146,38 @@ def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
     except DeadlineExceeded:
         raise DeadlineExceeded(f"no PROXY header within {balancers.timeout:g} seconds") from None
     connection.note_proxy_header(header)
+
+
+# -- the other way: we are the balancer ------------------------------------------------------------------------------
+
+ProxyVersion = Literal["v1", "v2"]
+
+
+def header_of(connection: Connection, version: ProxyVersion) -> ProxyHeader:
+    """The header that tells somebody behind us whose connection this is.
+
+    What a balancer before us has said goes on; otherwise it is the client's address and the one it has connected to,
+    with what is known of its TLS (version 2: server name and ALPN). Clients by a unix socket have none: UNKNOWN.
+    """
+    number: Literal[1, 2] = 1 if version == "v1" else 2
+    told = connection.proxy_header
+    if told is not None and told.source is not None:
+        return replace(told, version=number, tlvs=told.tlvs if number == 2 else ())
+    source, destination = connection.client_address, connection.server_address
+    if not isinstance(source, tuple) or not isinstance(destination, tuple):
+        return ProxyHeader(transport=Transport.UNSPECIFIED, version=number)
+    tlvs = []
+    tls = connection.tls
+    if tls is not None and number == 2:
+        if tls.server_name:
+            tlvs.append(TLV(Type.AUTHORITY, tls.server_name.encode()))
+        if tls.alpn:
+            tlvs.append(TLV(Type.ALPN, tls.alpn.encode()))
+    return ProxyHeader(
+        (as_ip(source[0]), source[1]), (as_ip(destination[0]), destination[1]), version=number, tlvs=tuple(tlvs)
+    )
+
+
+def check_version(name: str, version: str | None) -> None:
+    if version is not None and version not in get_args(ProxyVersion):
+        raise ConfigError(f'{name} must be "v1" or "v2", or None for no header, got {version!r}')

@@ -13,6 +13,7 @@ import gevent
 import gevent.ssl
 
 from .address import parse_address
+from .balancer import ProxyVersion, check_version, header_of
 from .connect import connect
 from .connection import Connection
 from .errors import ConfigError
@@ -64,6 +65,8 @@ class Forwarder:
         idle_timeout: seconds in which neither side sends until a relay ends; None: no limit.
         tls: a gevent.ssl.SSLContext with which the targets are spoken to, their certificates checked as it says; None:
             in plain text.
+        send_proxy: begin each connection to a target with a PROXY header, "v1" or "v2", that names the client; before
+            TLS. Only for targets that expect it. None: none.
 
     A client for whom no target could be reached is reset. So it is when this process lacks descriptors or memory to
     connect with, which is no target's fault: then the OSError is raised.
@@ -80,12 +83,14 @@ class Forwarder:
         connect_timeout: float = 5.0,
         idle_timeout: float | None = None,
         tls: Any = None,
+        send_proxy: ProxyVersion | None = None,
     ) -> None:
         if isinstance(targets, str) or not targets:
             raise ConfigError(f"targets must be a list of one or more addresses, got {targets!r}")
         if balance not in get_args(Balance):
             raise ConfigError(f'balance must be "first", "round-robin" or "least", got {balance!r}')
         check_number("connect_timeout", connect_timeout, above=0)
+        check_version("send_proxy", send_proxy)
         check_number("idle_timeout", idle_timeout, above=0, none="for no limit")
         if tls is not None and not isinstance(tls, gevent.ssl.SSLContext):
             raise ConfigError(f"tls must be a gevent.ssl.SSLContext, got {tls!r}")
@@ -97,6 +102,7 @@ class Forwarder:
         self.connect_timeout = connect_timeout
         self.idle_timeout = idle_timeout
         self.tls = tls
+        self.send_proxy = send_proxy
         self._turn = 0
 
     def __call__(self, conn: Connection) -> None:
@@ -110,7 +116,7 @@ class Forwarder:
                 target.aside_until = monotonic() + self.connect_timeout
             try:
                 try:
-                    upstream = self._connect(target)
+                    upstream = self._connect(target, conn)
                 except OSError as error:
                     if error.errno in _OUR_OWN_TROUBLE:
                         conn.abort()
@@ -149,10 +155,22 @@ class Forwarder:
         aside = sorted((target for target in targets if target.aside_until > now), key=lambda t: t.aside_until)
         return up + aside
 
-    def _connect(self, target: Target) -> Any:
-        if self.tls is None:
-            return connect(target.address, self.connect_timeout)
-        return _connect_encrypted(target.address, self.connect_timeout, self.tls)
+    def _connect(self, target: Target, conn: Connection) -> Any:
+        with gevent.Timeout(
+            self.connect_timeout,
+            TimeoutError(f"not connected to {target.address} within {self.connect_timeout} seconds"),
+        ):
+            upstream = connect(target.address)
+            try:
+                if self.send_proxy is not None:
+                    upstream.sendall(header_of(conn, self.send_proxy).to_bytes())
+                if self.tls is None:
+                    return upstream
+                parsed = parse_address(target.address)
+                return self.tls.wrap_socket(upstream, server_hostname=None if parsed.kind == "unix" else parsed.host)
+            except BaseException:
+                upstream.close()
+                raise
 
     def _is_down(self, target: Target, error: OSError, longer: bool) -> None:
         target.failed += 1
@@ -177,14 +195,3 @@ def _checked(target: str) -> str:
     if parsed is None or parsed.kind == "fd" or parsed.host == "*" or (parsed.kind == "tcp" and not parsed.port):
         raise ConfigError(f'targets must be "host:port", "[IPv6]:port" or "unix:/path", got {target!r}')
     return str(parsed)
-
-
-def _connect_encrypted(address: str, timeout: float, context: Any) -> Any:
-    parsed = parse_address(address)
-    with gevent.Timeout(timeout, TimeoutError(f"no TLS connection to {address} within {timeout} seconds")):
-        sock = connect(address)
-        try:
-            return context.wrap_socket(sock, server_hostname=None if parsed.kind == "unix" else parsed.host)
-        except BaseException:
-            sock.close()
-            raise

@@ -13,6 +13,7 @@ import trustme
 from conftest import SOON, wait_until
 
 from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
+from gtcpserver.forwarder import Forwarder
 from gtcpserver.proxy_protocol import LONGEST_V2, ProxyHeader, Transport
 
 CLIENT = (ip_address("192.0.2.7"), 1234), (ip_address("198.51.100.1"), 443)
@@ -251,3 +252,46 @@ def test_haproxy(serve, connect, in_thread, tmp_path, option):
     finally:
         haproxy.kill()
         haproxy.wait()
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_forwarder_names_its_clients(serve, connect, in_thread, version):
+    target = serve(who, proxy_protocol=HERE)
+    middle = serve(Forwarder([target.address], send_proxy=version), proxy_protocol=HERE)
+    client = connect(serve(Forwarder([middle.address], send_proxy=version)))
+    port = client.getsockname()[1]
+    assert in_thread(converse, client, b"hello") == f"127.0.0.1 {port} 127.0.0.1 True\nhello".encode()
+
+
+def test_a_forwarder_tells_what_the_client_asked_for(serve, connect, in_thread, tmp_path):
+    authority = trustme.CA()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "x")
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    trust.set_alpn_protocols(["h2"])
+    seen = []
+    target = serve(lambda conn: seen.append(conn.proxy_header), proxy_protocol=HERE)
+    tls = TLSConfig(tmp_path / "x", alpn=("h2",))
+    server = serve(Forwarder([target.address], send_proxy="v2"), tls=tls)
+
+    def ask():
+        with trust.wrap_socket(connect(server), server_hostname="localhost") as encrypted:
+            assert encrypted.recv(1) == b""
+
+    in_thread(ask)
+    assert (seen[0].authority, seen[0].alpn) == ("localhost", b"h2")
+    assert seen[0].destination == (ip_address("127.0.0.1"), server.port)
+
+
+def test_clients_by_a_unix_socket_are_unknown(serve, connect, in_thread, tmp_path):
+    target = serve(who, proxy_protocol=HERE)
+    for version in ("v1", "v2"):
+        server = serve(Forwarder([target.address], send_proxy=version), f"unix:{tmp_path}/{version}")
+        answer = in_thread(converse, connect(server), b"x")
+        assert answer.startswith(b"127.0.0.1 ")
+        assert answer.endswith(b" 127.0.0.1 True\nx")
+
+
+def test_a_version_that_is_none():
+    with pytest.raises(ConfigError, match='send_proxy must be "v1" or "v2", or None for no header, got 2'):
+        Forwarder(["127.0.0.1:1"], send_proxy=2)

@@ -132,8 +132,8 @@ def test_a_lack_of_descriptors_is_no_targets_fault(serve, in_thread, caplog):
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one for the client's connection, none behind it
         try:
-            in_thread(client.connect, ("127.0.0.1", server.port))
-            with pytest.raises(ConnectionResetError):
+            with pytest.raises(ConnectionResetError):  # which may come before connect() has returned
+                in_thread(client.connect, ("127.0.0.1", server.port))
                 in_thread(client.recv, 100)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

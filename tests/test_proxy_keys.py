@@ -452,6 +452,22 @@ def test_a_chain_of_three(proxy, connect, in_thread, origin, lines):
     assert lines(4)[3].access["upstream"] is None
 
 
+@about("upstream.send_proxy")
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, lines, version):
+    last = proxy(listener='proxy_protocol = ["127.0.0.1"]')
+    first = proxy(
+        f'[upstream.last]\nurl = "socks5://{last.address}"\nsend_proxy = "{version}"\n',
+        rules='[rules]\nupstreams = ["through last any"]\ndestinations = ["allow loopback"]',
+    )
+    with socket.socket() as client:
+        client.settimeout(SOON)
+        client.bind(("127.0.0.5", 0))
+        client.connect(("127.0.0.1", first.port))
+        assert in_thread(reply, client, socks(origin.port)) == 0
+    assert [line.access["client"] for line in lines(2)] == ["127.0.0.5"] * 2
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from gtcpserver.cli.options import (
 from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.forwarder import Forwarder
 
-FIELDS = ("balance", "connect_timeout", "idle_timeout")
+FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
 
 
 @click.command(epilog=EPILOG)
@@ -45,6 +45,11 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout")
     default=None,
     help="Seconds in which neither side sends until a connection is ended; none: no limit.  [default: none]",
 )
+@click.option(
+    "--send-proxy",
+    type=click.Choice(["v1", "v2"]),
+    help="Name the client to the targets by a PROXY header of this version; they must expect it.",
+)
 @click.option("--target-tls/--no-target-tls", default=False, help="Speak TLS with the targets, and check who they are.")
 @click.option(
     "--target-cafile",
@@ -63,6 +68,7 @@ def forward(
     balance: Any,
     connect_timeout: float,
     idle_timeout: float | None,
+    send_proxy: Any,
     target_tls: bool,
     target_cafile: str | None,
     **_options: Any,
@@ -94,7 +100,12 @@ def forward(
                 ) from None
     forwarder = explained(
         lambda: Forwarder(
-            targets, balance=balance, connect_timeout=connect_timeout, idle_timeout=idle_timeout, tls=tls
+            targets,
+            balance=balance,
+            connect_timeout=connect_timeout,
+            idle_timeout=idle_timeout,
+            tls=tls,
+            send_proxy=send_proxy,
         ),
         fields=FIELDS,
     )

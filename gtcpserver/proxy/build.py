@@ -91,7 +91,7 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
     made: Upstream | None = None
     for one in reversed(chain):
         table = config.upstream[one]
-        made = parse_upstream(one, table.url, made, table.resolve)
+        made = parse_upstream(one, table.url, made, table.resolve, table.send_proxy)
     assert made is not None
     first = made.first.target
     on_this_host = first.host == "localhost" or (first.ip is not None and first.ip.is_loopback)

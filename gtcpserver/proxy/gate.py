@@ -354,10 +354,10 @@ class Visitor:
         seconds = self.gate.timeouts.connect
         with gevent.Timeout(seconds, TimeoutError(f"not connected within {seconds:g} seconds")):
             if only_to_it:
-                return upstream.reach(dial_first)
+                return upstream.reach(dial_first, self.conn)
             for number, one in enumerate(targets, 1):
                 try:
-                    connection = upstream.connect(one, dial_first)
+                    connection = upstream.connect(one, dial_first, self.conn)
                 except UpstreamError:
                     if number == len(targets):
                         raise

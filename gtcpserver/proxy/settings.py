@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from ..balancer import ProxyVersion
 from .gate import Timeouts
 from .handler import Speaks
 from .http_fields import Forwarded
@@ -89,11 +90,13 @@ class UpstreamTable(_Table):
         url: socks5://[user:password@]host:port or http://...
         through: the name of the one by which it is reached.
         resolve: who looks names up.
+        send_proxy: name the client to it by a PROXY header of this version.
     """
 
     url: str
     through: str | None = None
     resolve: Resolve = "here"
+    send_proxy: ProxyVersion | None = None
 
 
 class LimitsTable(_Table):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from ..balancer import ProxyVersion, header_of
 from ..connection import Connection
 from ..errors import ConfigError, EarlyEOF, LimitExceeded
 from . import socks5
@@ -51,6 +52,7 @@ class Upstream:
         resolve: who looks names up. "here": we do, and check every address by the rules, as for direct connections.
             "there": it does, so that only rules about names hold; for networks that have no DNS of their own, and for
             those (Tor) that must not be known to ask.
+        send_proxy: begin the connection to it with a PROXY header, "v1" or "v2", that names the client; None: do not.
     """
 
     name: str
@@ -60,22 +62,24 @@ class Upstream:
     password: bytes = field(default=b"", repr=False)
     through: Upstream | None = None
     resolve: Resolve = "here"
+    send_proxy: ProxyVersion | None = None
 
     @property
     def first(self) -> Upstream:
         """The one of the chain that is connected to."""
         return self if self.through is None else self.through.first
 
-    def connect(self, target: Target, dial: Callable[[Target], Connection]) -> Connection:
+    def connect(self, target: Target, dial: Callable[[Target], Connection], client: Connection) -> Connection:
         """A connection to a target by way of this proxy, and those before it.
 
         Args:
             dial: connects directly.
+            client: for whom.
 
         Raises:
             UpstreamError: a proxy on the way says no. Other OSErrors: it cannot be reached.
         """
-        connection = self.reach(dial)
+        connection = self.reach(dial, client)
         try:
             self._ask(connection, target)
         except (EarlyEOF, LimitExceeded) as error:
@@ -86,9 +90,15 @@ class Upstream:
             raise
         return connection
 
-    def reach(self, dial: Callable[[Target], Connection]) -> Connection:
+    def reach(self, dial: Callable[[Target], Connection], client: Connection) -> Connection:
         """A connection to this proxy itself."""
-        return dial(self.target) if self.through is None else self.through.connect(self.target, dial)
+        if self.through is None:
+            connection = dial(self.target)
+        else:
+            connection = self.through.connect(self.target, dial, client)
+        if self.send_proxy is not None:
+            connection.sendall(header_of(client, self.send_proxy).to_bytes())
+        return connection
 
     def _ask(self, connection: Connection, target: Target) -> None:
         if self.scheme == "http":
@@ -172,7 +182,13 @@ def _status_of(head: bytes) -> int | None:
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def parse_upstream(name: str, url: str, through: Upstream | None = None, resolve: Resolve = "here") -> Upstream:
+def parse_upstream(
+    name: str,
+    url: str,
+    through: Upstream | None = None,
+    resolve: Resolve = "here",
+    send_proxy: ProxyVersion | None = None,
+) -> Upstream:
     """Read "socks5://user:password@host:port" or "http://host:port"; user and password may be percent-encoded.
 
     Raises:
@@ -194,7 +210,14 @@ def parse_upstream(name: str, url: str, through: Upstream | None = None, resolve
         raise ConfigError(f"{expected}: SOCKS5 has users and passwords of 255 bytes at most")
     scheme: Scheme = "http" if parts.scheme == "http" else "socks5"
     return Upstream(
-        name=name, scheme=scheme, target=target, user=user, password=password, through=through, resolve=resolve
+        name=name,
+        scheme=scheme,
+        target=target,
+        user=user,
+        password=password,
+        through=through,
+        resolve=resolve,
+        send_proxy=send_proxy,
     )
 
 
