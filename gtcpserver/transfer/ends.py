@@ -43,7 +43,7 @@ class End:
         raw: the non-blocking socket beneath it. Its descriptor is asked for at each use: when somebody has closed it,
             that is -1 and the call fails, instead of hitting the next connection that got the same number.
         count: where ``bytes_received`` and ``bytes_sent`` are kept.
-        reading, writing: the socket's io watchers.
+        reading, writing: the socket's io watchers; None: not made yet.
     """
 
     __slots__ = ("count", "raw", "reading", "sock", "stream", "writing")
@@ -57,7 +57,8 @@ class End:
         self.stream = stream
         self.count = _Count() if stream is None else stream
         self.reading = sock._read_event
-        self.writing = sock._write_event
+        # Made when it is first wanted: a socket that always takes what it is given needs none. gevent's own have it.
+        self.writing = sock._write_event if stream is None else stream.writing
         if stream is not None:
             # Its time-outs are not counted while it is lent.
             if stream._timer is not None:
@@ -87,6 +88,10 @@ class End:
             raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {current!r}")
 
     def start_writing(self, callback: Any) -> None:
+        if self.writing is None:
+            self.writing = self.sock._write_event
+            if self.writing is None:  # closed meanwhile
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         current = self.writing.callback
         if current is not None:
             raise ConcurrentObjectUseError(f"another greenlet writes to this connection: {current!r}")
@@ -97,7 +102,7 @@ class End:
             self.reading.stop()
 
     def stop_writing(self, callback: Any) -> None:
-        if self.writing.callback == callback:
+        if self.writing is not None and self.writing.callback == callback:
             self.writing.stop()
 
     def ended(self) -> None:

@@ -113,7 +113,8 @@ class Flow:
 
     def pending(self) -> bool:
         """Whether an event has come that was not seen to yet."""
-        return bool(self.source.reading.pending or self.sink.writing.pending)
+        writing = self.sink.writing
+        return bool(self.source.reading.pending or (writing is not None and writing.pending))
 
     def pass_on_end(self) -> None:
         """Tell the sink that the source has ended."""

@@ -83,6 +83,9 @@ class Move:
                 flow.join()
             for sock, timeout in timeouts:
                 sock.settimeout(timeout)
+            # They refer to each other, and to the sockets: no work for the garbage collector.
+            self.flows = ()
+            self._ends = None
         if self._error is not None:
             raise self._error
 

@@ -208,8 +208,9 @@ class _Pipe(Move):
         self.flows = (self.make_flow(source, sink, count),)
 
     def run(self) -> int:
+        flow = self.flows[0]
         self.sleep()
-        return self.flows[0].moved
+        return flow.moved
 
     def moved(self, flow: AnyFlow, size: int) -> None:
         assert self._on_bytes is not None
