@@ -513,19 +513,27 @@ class Deadline:
 
     def __enter__(self) -> None:
         stream = self._stream
-        self._until = monotonic() + self._seconds
-        stream.deadlines += (self._until,)
-        stream.deadline = min(stream.deadlines)
+        self._until = until = monotonic() + self._seconds
+        if stream.deadline is None:
+            stream.deadlines = (until,)
+            stream.deadline = until
+        else:
+            stream.deadlines += (until,)
+            stream.deadline = min(stream.deadlines)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         # Not simply the one before: a greenlet that reads and one that writes may have overlapping blocks.
         stream = self._stream
-        others = list(stream.deadlines)
-        others.remove(self._until)
-        stream.deadlines = tuple(others)
-        stream.deadline = min(others, default=None)
+        if len(stream.deadlines) == 1:
+            stream.deadlines = ()
+            stream.deadline = None
+        else:
+            others = list(stream.deadlines)
+            others.remove(self._until)
+            stream.deadlines = tuple(others)
+            stream.deadline = min(others)
         if stream.deadline is None and stream.timeout is None:
             stream.forget_bounds()
 

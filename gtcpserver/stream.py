@@ -44,6 +44,9 @@ WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback" 
 # greenlet, which costs 0.3 us a wait. A greenlet class that defines the hook is not called back from our waits.
 _switch_to = greenlet.switch
 
+# As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
+_PEEK, _WAITALL, _DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_WAITALL), int(socket.MSG_DONTWAIT)
+
 
 class Stream:
     """The moving parts of one connection.
@@ -333,10 +336,10 @@ class Stream:
             raise self.timeout_error(self.deadline)
         if self.kept:
             kept = self.kept
-            if flags & socket.MSG_PEEK:
+            if flags & _PEEK:
                 return kept[:bufsize]
             self.kept = kept[bufsize:]
-            return self._recv_rest(kept[:bufsize], bufsize) if flags & socket.MSG_WAITALL else kept[:bufsize]
+            return self._recv_rest(kept[:bufsize], bufsize) if flags & _WAITALL else kept[:bufsize]
         if flags and self.tls is not None:
             raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
         if self.drained and bufsize and not flags and self.timeout != 0.0:
@@ -346,17 +349,17 @@ class Stream:
                 data: bytes = self.sock.recv(bufsize, flags) if flags else self.io.recv(bufsize)
                 break
             except BlockingIOError:
-                if self.timeout == 0.0 or flags & socket.MSG_DONTWAIT:
+                if self.timeout == 0.0 or flags & _DONTWAIT:
                     raise
                 if self.ending:
                     self.ended = True
                     return b""
             self.wait_readable(True)
         self.drained = not flags and len(data) < bufsize and self._parked is not None
-        if not flags & socket.MSG_PEEK:
+        if not flags & _PEEK:
             self.bytes_received += len(data)
             self.at_eof = self.at_eof or (not data and bufsize > 0)
-            if flags & socket.MSG_WAITALL and data:
+            if flags & _WAITALL and data:
                 return self._recv_rest(data, bufsize)
         return data
 
@@ -406,7 +409,7 @@ class Stream:
                 sent: int = self.io.send(data, flags)
                 break
             except BlockingIOError:
-                if self.timeout == 0.0 or flags & socket.MSG_DONTWAIT:
+                if self.timeout == 0.0 or flags & _DONTWAIT:
                     raise
             self.wait_writable()
         self.bytes_sent += sent

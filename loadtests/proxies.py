@@ -222,22 +222,24 @@ def memory_of(server: Running) -> int:
 # -- a client ----------------------------------------------------------------------------------------------------------
 
 
-def greeting(speaks: str, port: int) -> list[tuple[bytes, int]]:
+def greeting(speaks: str, port: int, name: bytes = b"") -> list[tuple[bytes, int]]:
     """What a client says, and how many bytes it gets for that; 0: up to an empty line."""
     if speaks == "socks5":
-        return [(b"\x05\x01\x00", 2), (b"\x05\x01\x00\x01\x7f\0\0\x01" + struct.pack("!H", port), 10)]
+        where = b"\x03%c%b" % (len(name), name) if name else b"\x01\x7f\0\0\x01"
+        return [(b"\x05\x01\x00", 2), (b"\x05\x01\x00" + where + struct.pack("!H", port), 10)]
     if speaks == "http":
-        return [(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % (port, port), 0)]
+        host = name or b"127.0.0.1"
+        return [(b"CONNECT %b:%d HTTP/1.1\r\nHost: %b:%d\r\n\r\n" % (host, port, host, port), 0)]
     return []
 
 
 class Client:
     """One connection after another through a proxy, driven by a selector; counts those that went wrong."""
 
-    def __init__(self, server: Running, target: int, left: list[int]) -> None:
+    def __init__(self, server: Running, target: int, left: list[int], name: bytes) -> None:
         self._server = server
         self._left = left
-        self._script = [*greeting(server.speaks, target), (REQUEST, -1)]
+        self._script = [*greeting(server.speaks, target, name), (REQUEST, -1)]
         self.errors = 0
 
     def begin(self, selector: selectors.BaseSelector) -> bool:
@@ -283,10 +285,10 @@ class Client:
         return True
 
 
-def short_connections(server: Running, target: int, count: int, at_once: int) -> None:
+def short_connections(server: Running, target: int, count: int, at_once: int, name: bytes) -> None:
     """Raises BenchError if one of them went wrong."""
     left = [count]
-    clients = [Client(server, target, left) for _ in range(at_once)]
+    clients = [Client(server, target, left, name) for _ in range(at_once)]
     with selectors.DefaultSelector() as selector:
         busy = sum(client.begin(selector) for client in clients)
         while busy:
@@ -387,13 +389,18 @@ def fifty_at_once(options: Options) -> Figures:
     return _short(options, 50, options.connections)
 
 
-def _short(options: Options, at_once: int, count: int) -> Figures:
+def fifty_by_name(options: Options) -> Figures:
+    """As browsers ask: the proxy looks the name up (here in /etc/hosts)."""
+    return _short(options, 50, options.connections, b"localhost")
+
+
+def _short(options: Options, at_once: int, count: int, name: bytes = b"") -> Figures:
     with ShortTarget() as target:
 
         def run(server: Running) -> float:
-            short_connections(server, target, 200, at_once)  # warm, and checked
+            short_connections(server, target, 200, at_once, name)  # warm, and checked
             before = cpu_of(server)
-            short_connections(server, target, count, at_once)
+            short_connections(server, target, count, at_once, name)
             return (cpu_of(server) - before) / count * 1e6
 
         return _in_turn(options, target, run)
@@ -455,6 +462,7 @@ def idle_tunnels(options: Options, number: int = 10_000) -> None:
 SCENARIOS = {
     "sequential": ("Short connections, one after another (1 kB): CPU us a connection", one_after_another),
     "short": ("Short connections, 50 at once (1 kB): CPU us a connection", fifty_at_once),
+    "names": ("The same, with the name of the destination", fifty_by_name),
     "bulk": ("Bulk data through one tunnel: CPU s a GiB", bulk),
 }
 

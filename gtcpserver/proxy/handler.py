@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from greenlet import GreenletExit
@@ -18,7 +19,7 @@ from .http_fields import Forwarded, unique_pseudonym
 from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
-from .socks_session import serve_socks4, serve_socks5
+from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
 
 Speaks = Literal["mixed", "socks", "http"]
 
@@ -90,14 +91,10 @@ class ProxyHandler:
                     visitor.record.result, visitor.record.detail = "bad_request", f"TLS: {error}"
                     return
             visitor.show_certificate(conn.tls)
-            protocol = self._find_protocol(conn, visitor)
-            is_http = protocol == "http"
-            if protocol == "socks5":
-                serve_socks5(conn, visitor)
-            elif protocol == "socks4":
-                serve_socks4(conn, visitor)
-            elif is_http:
-                HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded).serve()
+            serve = self._negotiate(conn, visitor)
+            is_http = visitor.record.protocol == "http"
+            if serve is not None:
+                serve()
         except GreenletExit:
             visitor.record.result = "stopped"
             raise
@@ -105,7 +102,7 @@ class ProxyHandler:
             if visitor.record.result == "failed":
                 visitor.record.result, visitor.record.detail = "reset", error.strerror or str(error)
         finally:
-            # An HTTP session writes a line for each request.
+            # An HTTP session writes a line for each request by itself.
             if not is_http:
                 self._write(visitor.record)
 
@@ -121,30 +118,40 @@ class ProxyHandler:
         self.counters[record.result] += 1
         record.write(self._log_style, self._redact)
 
-    def _find_protocol(self, conn: Connection, visitor: Visitor) -> Protocol | None:
+    def _negotiate(self, conn: Connection, visitor: Visitor) -> Callable[[], None] | None:
+        """Hear what the client wants, in one time for all of it; None: nothing that it will get."""
         record = visitor.record
         try:
             with conn.deadline(self.gate.timeouts.negotiate):
-                protocol = self._first_bytes(conn)
+                protocol, data = self._first_bytes(conn)
+                if self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
+                    raise ProtocolError(f"the client speaks {protocol}, this listener does not")
+                if protocol == "http":
+                    record.protocol = "http"
+                    conn.unread(data)
+                    return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded).serve
+                negotiate = negotiate_socks5 if protocol == "socks5" else negotiate_socks4
+                serve = negotiate(conn, visitor, data)
+                if serve is not None:
+                    record.note_negotiated()
+                return serve
         except ProtocolError as error:
             record.result, record.detail = "bad_request", str(error)
-            return None
+            if error.reply:
+                conn.sendall(error.reply)
+        except ClientLeft:
+            record.result, record.detail = "bad_request", "the client left"
         except DeadlineExceeded:
             record.result = "negotiation_timeout"
-            return None
-        if protocol is None:
-            record.result, record.detail = "bad_request", "the client left"
-        elif self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
-            record.result, record.detail = "bad_request", f"the client speaks {protocol}, this listener does not"
-            return None
-        return protocol
+        return None
 
-    def _first_bytes(self, conn: Connection) -> Protocol | None:
+    def _first_bytes(self, conn: Connection) -> tuple[Protocol, bytes]:
         data = b""
-        while (protocol := sniff(data)) is None:
+        while True:
             more = conn.recv(READ_AHEAD)
             if not more:
-                return None
+                raise ClientLeft
             data += more
-        conn.unread(data)
-        return protocol
+            protocol = sniff(data)
+            if protocol is not None:
+                return protocol, data

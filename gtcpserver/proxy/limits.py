@@ -80,6 +80,7 @@ class LimitKeeper:
         self._clients = ClientLimits(
             connections=self.limits.client_connections, new_per_second=self.limits.new_per_second
         )
+        self._limits_clients = bool(self.limits.client_connections or self.limits.new_per_second)
         self.connections = 0
         self._users: Counter[str] = Counter()
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
@@ -92,7 +93,7 @@ class LimitKeeper:
         """
         if self.limits.connections is not None and self.connections >= self.limits.connections:
             return "connections"
-        refusal = self._clients.enter(address)
+        refusal = self._clients.enter(address) if self._limits_clients else None
         if refusal is not None:
             return "client_connections" if refusal == "client_connections" else "new_per_second"
         self.connections += 1
@@ -101,7 +102,8 @@ class LimitKeeper:
     def leave(self, address: Any) -> None:
         """A client that was let in has gone."""
         self.connections -= 1
-        self._clients.leave(address)
+        if self._limits_clients:
+            self._clients.leave(address)
 
     def enter_user(self, user: str) -> str:
         """A client is this user. As `enter`."""

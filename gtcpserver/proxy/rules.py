@@ -110,7 +110,7 @@ class DestinationRule:
     destinations: Destinations
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RuleMatch:
     """Who asks, by what, and for which port: what rules compare before they look at the destination itself.
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from .errors import BadTarget, ProtocolError
@@ -33,6 +34,9 @@ class Command(IntEnum):
     CONNECT = 1
     BIND = 2
     UDP_ASSOCIATE = 3
+
+
+_COMMANDS = {int(command): command for command in Command}
 
 
 class AddressType(IntEnum):
@@ -63,7 +67,7 @@ class Credentials:
     password: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     command: Command
     target: Target
@@ -117,10 +121,9 @@ def parse_request(data: bytes) -> tuple[Request, int] | None:
     if found is None:
         return None
     host, port, end = found
-    try:
-        command = Command(data[1])
-    except ValueError:
-        raise ProtocolError(f"unknown command {data[1]}", reply(Reply.COMMAND_NOT_SUPPORTED)) from None
+    command = _COMMANDS.get(data[1])
+    if command is None:
+        raise ProtocolError(f"unknown command {data[1]}", reply(Reply.COMMAND_NOT_SUPPORTED))
     try:
         target = make_target(host, port, least_port=1 if command is Command.CONNECT else 0)
     except BadTarget as error:
@@ -151,10 +154,15 @@ def _parse_address(data: bytes, at: int) -> tuple[str, int, int] | None:
         return None
     raw = data[start : start + size]
     try:
-        host = raw.decode() if kind == AddressType.NAME else str(ip_address(raw))
+        host = raw.decode() if kind == AddressType.NAME else _text_of(raw)
     except UnicodeDecodeError:
         raise ProtocolError("the host name is not UTF-8", reply(Reply.GENERAL_FAILURE)) from None
     return host, int.from_bytes(data[end - 2 : end], "big"), end
+
+
+@lru_cache(maxsize=4096)
+def _text_of(packed: bytes) -> str:
+    return str(ip_address(packed))
 
 
 # -- to the client -----------------------------------------------------------------------------------------------------

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import ip_address
+from functools import partial
 from typing import TypeVar
 
+from ..balancer import as_ip
 from ..connection import READ_AHEAD, Connection
-from ..errors import DeadlineExceeded
 from ..transfer import relay
 from . import socks4, socks5
-from .errors import ProtocolError
 from .gate import Denied, Visitor
 from .record import Result
 from .socks5 import Command, Method, Reply
 from .socks_bind import Answer, ipv4_only, serve_bind
 from .socks_udp import serve_udp
-from .target import IPAddress, Target, unmapped
+from .target import IPAddress, Target
 
 Message = TypeVar("Message")
 
@@ -28,9 +27,9 @@ class ClientLeft(Exception):
 class _Reader:
     """Messages from a connection, whatever the pieces they come in."""
 
-    def __init__(self, conn: Connection) -> None:
+    def __init__(self, conn: Connection, data: bytes) -> None:
         self._conn = conn
-        self._data = b""
+        self._data = data
 
     def read(self, parse: Callable[[bytes], tuple[Message, int] | None]) -> Message:
         """The next message.
@@ -49,31 +48,49 @@ class _Reader:
 
     def give_back(self) -> None:
         """What came behind the last message is for the destination."""
-        self._conn.unread(self._data)
-        self._data = b""
+        if self._data:
+            self._conn.unread(self._data)
+            self._data = b""
 
 
-def serve_socks5(conn: Connection, visitor: Visitor) -> None:
-    """Serve a client that speaks SOCKS5 (RFC 1928)."""
+def negotiate_socks5(conn: Connection, visitor: Visitor, data: bytes) -> Callable[[], None] | None:
+    """Hear what a client wants that speaks SOCKS5 (RFC 1928).
+
+    Args:
+        data: what has come already.
+
+    Returns:
+        What serves it; None: it will not be served, and has been told.
+
+    Raises:
+        ProtocolError, ClientLeft, DeadlineExceeded, OSError.
+    """
     visitor.record.protocol = "socks5"
-    reader = _Reader(conn)
-    request = _negotiate(conn, visitor, lambda: _negotiate_socks5(conn, visitor, reader))
+    reader = _Reader(conn, data)
+    request = _negotiate_socks5(conn, visitor, reader)
     if request is None:
-        return
-    visitor.record.command = request.command.name
+        return None
     reader.give_back()
-    if request.command is Command.UDP_ASSOCIATE:
-        serve_udp(conn, visitor, request.target)
-        return
-    if request.command is Command.BIND:
-        _bind(
-            conn,
-            visitor,
-            request.target,
-            lambda granted, address: socks5.reply(Reply.SUCCEEDED if granted else Reply.GENERAL_FAILURE, address),
-        )
-        return
-    _connect(conn, visitor, request.target, socks5.reply, Reply.SUCCEEDED, _reply5)
+    visitor.record.command = request.command.name
+    return partial(_SERVE[request.command], conn, visitor, request.target)
+
+
+def _serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
+    serve_udp(conn, visitor, target)
+
+
+def _serve_bind(conn: Connection, visitor: Visitor, target: Target) -> None:
+    def answer(granted: bool, address: tuple[IPAddress, int] | None) -> bytes:
+        return socks5.reply(Reply.SUCCEEDED if granted else Reply.GENERAL_FAILURE, address)
+
+    _bind(conn, visitor, target, answer)
+
+
+def _serve_connect(conn: Connection, visitor: Visitor, target: Target) -> None:
+    _connect(conn, visitor, target, socks5.reply, Reply.SUCCEEDED, _reply5)
+
+
+_SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UDP_ASSOCIATE: _serve_udp}
 
 
 def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> socks5.Request | None:
@@ -95,54 +112,36 @@ def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> so
     return reader.read(socks5.parse_request)
 
 
-def serve_socks4(conn: Connection, visitor: Visitor) -> None:
-    """Serve a client that speaks SOCKS4 or SOCKS4a."""
-    visitor.record.protocol = "socks4"
-    reader = _Reader(conn)
-    request = _negotiate(conn, visitor, lambda: reader.read(socks4.parse_request))
-    if request is None:
-        return
+def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callable[[], None] | None:
+    """Hear what a client wants that speaks SOCKS4 or SOCKS4a; as `negotiate_socks5`."""
     record = visitor.record
+    record.protocol = "socks4"
+    reader = _Reader(conn, data)
+    request = reader.read(socks4.parse_request)
     record.protocol = "socks4a" if request.is_4a else "socks4"
     record.command = request.command.name
     if not visitor.admitted:
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
-    elif visitor.needs_password:
+        return None
+    if visitor.needs_password:
         # A user id is a claim, not a proof.
         record.result, record.detail = "authentication_failed", "SOCKS4 has no password"
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
-    elif request.command is socks4.Command.BIND:
-        reader.give_back()
-        _bind(
-            conn,
-            visitor,
-            request.target,
-            lambda granted, address: _socks4_reply(socks4.Reply.GRANTED if granted else socks4.Reply.REJECTED, address),
-        )
-    else:
-        reader.give_back()
-        _connect(conn, visitor, request.target, _socks4_reply, socks4.Reply.GRANTED, lambda _: socks4.Reply.REJECTED)
+        return None
+    reader.give_back()
+    serve = _serve_bind4 if request.command is socks4.Command.BIND else _serve_connect4
+    return partial(serve, conn, visitor, request.target)
 
 
-def _negotiate(conn: Connection, visitor: Visitor, negotiate: Callable[[], Message | None]) -> Message | None:
-    """What the client wants; None if it will not get it, and has been told."""
-    record = visitor.record
-    try:
-        with conn.deadline(visitor.gate.timeouts.negotiate):
-            found = negotiate()
-    except ProtocolError as error:
-        record.result, record.detail = "bad_request", str(error)
-        if error.reply:
-            conn.sendall(error.reply)
-        return None
-    except ClientLeft:
-        record.result, record.detail = "bad_request", "the client left"
-        return None
-    except DeadlineExceeded:
-        record.result = "negotiation_timeout"
-        return None
-    record.note_negotiated()
-    return found
+def _serve_bind4(conn: Connection, visitor: Visitor, target: Target) -> None:
+    def answer(granted: bool, address: tuple[IPAddress, int] | None) -> bytes:
+        return _socks4_reply(socks4.Reply.GRANTED if granted else socks4.Reply.REJECTED, address)
+
+    _bind(conn, visitor, target, answer)
+
+
+def _serve_connect4(conn: Connection, visitor: Visitor, target: Target) -> None:
+    _connect(conn, visitor, target, _socks4_reply, socks4.Reply.GRANTED, lambda _: socks4.Reply.REJECTED)
 
 
 def _bind(conn: Connection, visitor: Visitor, target: Target, answer: Answer) -> None:
@@ -206,5 +205,5 @@ def _socks4_reply(code: socks4.Reply, bound: tuple[IPAddress, int] | None = None
 
 
 def _bound_address(upstream: Connection) -> tuple[IPAddress, int]:
-    host, port = upstream.getsockname()[:2]
-    return unmapped(ip_address(host)), port
+    host, port = upstream._sock.getsockname()[:2]
+    return as_ip(host), port

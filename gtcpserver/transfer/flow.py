@@ -100,6 +100,8 @@ class Flow:
 
     def stop(self) -> None:
         """Let go of the sockets. What was read but not written is lost."""
+        if self.done:
+            return
         self.done = True
         self.source.stop_reading(self.readable)
         self.sink.stop_writing(self.writable)

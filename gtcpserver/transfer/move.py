@@ -40,15 +40,19 @@ class Move:
     ) -> None:
         check_seconds("idle_timeout", idle_timeout)
         check_seconds("lifetime", lifetime)
-        plain = [is_plain(sock) for sock in sockets]  # both are checked before anything is lent
-        self._ends: dict[Any, End] | None = {sock: End(sock) for sock in sockets} if all(plain) else None
+        a, b = sockets
+        a_is_plain, b_is_plain = is_plain(a), is_plain(b)  # both are checked before anything is lent
+        self._ends: dict[Any, End] | None = None
+        if a_is_plain and b_is_plain:
+            end = End(a)
+            self._ends = {a: end, b: end if a is b else End(b)}
         self._sockets = sockets
         self._buffered = False
         hub = get_hub()
         self._loop = hub.loop
         self._waiter = Waiter(hub)
         self._idle_timeout = idle_timeout
-        self._deadline = min(deadline_of(sock) for sock in sockets)
+        self._deadline = min(deadline_of(a), deadline_of(b))
         self._lives_until = inf if lifetime is None else monotonic() + lifetime
         self._timer: Any = None
         self.finished = False

@@ -190,7 +190,8 @@ class _Relay(Move):
             self._reason, self._broken = reason, error
 
     def _finish_if_done(self) -> None:
-        if all(flow.done for flow in self.flows):
+        there, back = self.flows
+        if there.done and back.done:
             self.finish()
 
 
