@@ -355,7 +355,7 @@ class Visitor:
     def _dial(self, addresses: Sequence[IPAddress], port: int, for_request: bool) -> tuple[Connection, IPAddress]:
         addresses = [ip for ip in addresses if self._can_leave_to(ip)]
         if not addresses:
-            raise OSError(errno.EADDRNOTAVAIL, "no address of the families in external")
+            raise OSError(errno.ENETUNREACH, "no address of the families in external")
         return dial(
             addresses,
             port,
@@ -423,6 +423,8 @@ def result_of(error: OSError) -> Result:
         return "refused"
     if isinstance(error, UpstreamError) and error.errno in (errno.EACCES, errno.EIO):
         return "upstream_failed"
-    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL):
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "no_port"
+    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN):
         return "unreachable"
     return "failed"

@@ -33,6 +33,7 @@ Result = Literal[
     "refused",
     "unreachable",
     "connect_timeout",
+    "no_port",  # all of ours to this destination are in use, or we have no address of its kind
     "failed",
     "stopped",
 ]
