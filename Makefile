@@ -30,6 +30,7 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.transfers
+	$(BIN)/python -m loadtests.proxies
 	$(BIN)/python -m loadtests.workers
 
 # Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
