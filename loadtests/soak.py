@@ -4,8 +4,9 @@
     python -m loadtests.soak --run-time 4h --users 200 --workers 2 --out loadtests/results/soak
 
 Clients reset connections, half-close them, are slow, leave answers unread, send nonsense; with --workers the server is
-reloaded again and again. Meanwhile all other answers are checked. At the end: soak.json, soak.png and soak.svg in
---out, and exit status 1 if memory, descriptors or greenlets grew beyond a bound, or anything failed without a cause.
+reloaded again and again. Meanwhile all other answers are checked. At the end: soak.json, soak.png, soak.svg and
+server.log in --out, and exit status 1 if memory, descriptors or greenlets grew beyond a bound, or anything failed
+without a cause.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ class Watch:
         self._times: list[float] = []  # of the requests since the last look, ms; locust's own are rounded to whole ones
         self._environment = Environment(user_classes=[SoakUser], events=Events())
         self._environment.events.request.add_listener(lambda response_time, **_: self._times.append(response_time))
-        self._servers = LocalServers(self._folder.name)
+        self._servers = LocalServers(str(options.out))
         SoakUser.watch = self
 
     def reloading(self) -> bool:
@@ -317,7 +318,7 @@ class Watch:
         log = self._servers.log_of("server").splitlines()
         bad = [line for line in log if any(level in line for level in BAD_LEVELS)]
         if bad:
-            self.soak.errors.append(f"{len(bad)} errors in the server's log, first: {bad[0][:200]}")
+            self.soak.errors.append(f"{len(bad)} errors in the server's log, server.log, first: {bad[0][:200]}")
 
     # -- figures -----------------------------------------------------------------------------------------------------
 
@@ -410,9 +411,17 @@ def machine() -> dict[str, str]:
     }
 
 
+_told = -60.0
+
+
 def progress(text: str) -> None:
+    """One line that changes on a terminal, a line a minute elsewhere; "" ends it."""
+    global _told
     if sys.stderr.isatty():
         print(f"\r{text:110}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)
+    elif text and time.monotonic() - _told >= 60:
+        _told = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

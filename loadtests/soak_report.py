@@ -97,7 +97,7 @@ class Soak:
             if figures["failures"]:
                 faults.append(f"{name}: {figures['failures']:g} of {figures['count']:g} failed")
         if self.counters.get("handler_errors"):
-            faults.append(f"{self.counters['handler_errors']} exceptions in handlers; the server's log has them")
+            faults.append(f"{self.counters['handler_errors']} exceptions in handlers; server.log has them")
         for name, unit in (("memory", " MiB"), ("descriptors", ""), ("greenlets", "")):
             allowed = getattr(self.limits, name)
             grown = self.growth(name)
