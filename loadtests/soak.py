@@ -211,7 +211,7 @@ class Watch:
         self.over = Event()
         self._folder = tempfile.TemporaryDirectory(prefix="gtcpserver-soak-")
         self._reports: dict[int, dict[str, Any]] = {}
-        self._last_reload = -AFTERMATH
+        self._last_reload = float("-inf")
         self._began = 0.0
         self._every = max(0.2, options.run_time / SAMPLES)
         self._times: list[float] = []  # of the requests since the last look, ms; locust's own are rounded to whole ones

@@ -4,7 +4,7 @@ Each function that begins with `case_` is a test. The process reads their names,
 line: null, or the traceback.
 """
 
-from locust import User, task  # isort: skip (first: it replaces what others import)
+from locust import User, constant, task  # isort: skip (first: it replaces what others import)
 from locust.env import Environment  # isort: skip
 
 import argparse
@@ -218,6 +218,38 @@ def case_a_user_that_is_stopped_closes_its_connection_and_reports_nothing():
     assert not environment.stats.errors
 
 
+def case_a_user_that_is_stopped_between_tasks_closes_its_connection():
+    asked, gone = Event(), Event()
+
+    def handler(conn):
+        conn.recv_exactly(1)
+        asked.set()
+        assert conn.recv(1) == b""
+        gone.set()
+
+    class SomeUser(TcpUser):
+        wait_time = constant(1000)
+
+        @task
+        def some(self):
+            users.append(self)
+            self.client.send(b"x")
+
+        def on_stop(self):
+            """Without a call of the base class's."""
+
+    users = []
+    server = Server("127.0.0.1:0", handler)
+    server.start()
+    SomeUser.host = server.address
+    runner = Environment(user_classes=[SomeUser], events=Events()).create_local_runner()
+    runner.start(1, 1)
+    assert asked.wait(SOON)
+    runner.quit()
+    assert gone.wait(SOON)  # while users holds the user: not by the garbage collector
+    server.halt()
+
+
 # -- receiving ---------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +263,7 @@ def drip(data, pause=0.0):
 
 
 def case_receives_messages_however_they_are_cut():
-    for handler in (drip(b"one\r\ntwo\r\nthree!four"), lambda conn: conn.sendall(b"one\r\ntwo\r\nthree!four")):
+    for handler in (drip(b"one\r\ntwo\r\nthree!four", 0.002), lambda conn: conn.sendall(b"one\r\ntwo\r\nthree!four")):
         with user_of(handler) as (user, _):
             client = user.client
             assert client.receive_until(b"\r\n") == b"one\r\n"
@@ -240,6 +272,20 @@ def case_receives_messages_however_they_are_cut():
             assert client.receive_exactly(5) == b"hree!"
             assert client.receive_exactly(0) == b""
             assert client.receive_to_end() == b"four"
+
+
+def case_what_was_kept_of_a_connection_ends_with_it():
+    def lines(conn):
+        conn.sendall(b"one\ntwo\n")
+        conn.recv(1)
+
+    with user_of(lines) as (user, _):
+        assert user.client.receive_until() == b"one\n"
+        user.client.close()
+        assert user.client.receive_until() == b"one\n"
+        with raises(RequestFailed), user.client.request("ping"):
+            raise AssertionError
+        assert user.client.receive_until() == b"one\n"
 
 
 def case_receives_more_than_the_kernel_holds():
@@ -412,6 +458,28 @@ def case_a_greeting_that_fails_closes_the_connection():
     assert reported.names() == ["connect", "log in"]
 
 
+def case_a_fault_of_on_connect_leaves_no_connection_behind():
+    def on_connect(self):
+        raise ZeroDivisionError
+
+    with user_of(echo, on_connect=on_connect) as (user, reported):
+        for _ in range(2):
+            with raises(ZeroDivisionError):
+                user.client.send(b"x")
+            assert user.client.socket is None
+    assert reported.names() == ["connect", "connect"]
+
+
+def case_a_failure_of_a_part_is_one_of_the_whole():
+    def on_connect(self):
+        with self.client.request("log in") as request:
+            request.failure("not let in")
+
+    with user_of(echo, on_connect=on_connect) as (user, reported), user.client.request("all", connect=True):
+        pass
+    assert [(event["name"], str(event["exception"])) for event in reported] == [("all", "not let in")]
+
+
 def case_prepare_socket_comes_before_connect():
     seen = []
 
@@ -494,7 +562,7 @@ def case_a_user_without_a_host_is_told():
 
 def certificates(folder):
     authority = trustme.CA()
-    issued = authority.issue_cert("localhost", "127.0.0.1")
+    issued = authority.issue_cert("localhost")
     issued.private_key_and_cert_chain_pem.write_to_path(f"{folder}/server.pem")
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -525,6 +593,15 @@ def case_a_certificate_that_nobody_vouches_for_is_a_failure():
                 user.client.send(b"x")
             assert user.client.socket is None
     assert reported.failed() == ["TLS handshake"]
+
+
+def case_a_certificate_of_another_name_is_a_failure():
+    with tempfile.TemporaryDirectory() as folder:
+        server_side, trusting = certificates(folder)
+        with user_of(echo, tls=server_side) as (user, _):
+            user.tls = trusting
+            with raises(RequestFailed, "certificate is not valid for '127.0.0.1'"):
+                user.client.send(b"x")
 
 
 def case_a_server_that_does_not_shake_hands_runs_into_the_time_out():

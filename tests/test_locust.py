@@ -116,8 +116,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("locust")
     port = free_port()
     done = locust(
-        *("--headless", "--start-servers", "-u", 24, "-r", 24, "-t", "2s", "--storm-every", 0.5, "--fail-ratio", 0),
-        *("--html", folder / "report.html", "--json-file", folder / "stats", "--processes", 2),
+        # Two of the rarest users, and enough tasks that none is left out by chance.
+        *("--headless", "--start-servers", "-u", 30, "-r", 30, "-t", "2s", "--pace", 50, "--fail-ratio", 0),
+        *("--html", folder / "report.html", "--json-file", folder / "stats", "--processes", 2, "--storm-every", 0.5),
         *("--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port),
     )
     return done, folder
