@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test check bench sslyze clean
+.PHONY: help serve test check bench load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers: 20 minutes; needs wrk, haproxy and nginx'
+	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
@@ -32,6 +33,9 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.transfers
 	$(BIN)/python -m loadtests.proxies
 	$(BIN)/python -m loadtests.workers
+
+load: $(VENV)/load.stamp
+	$(BIN)/locust -f loadtests/locustfile.py --start-servers
 
 # Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
 $(BIN)/python:
@@ -53,6 +57,10 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
 	@command -v wrk >/dev/null || { echo 'make bench needs wrk: apt-get install wrk' >&2; exit 1; }
 	$(INSTALL) '.[bench]'
+	@touch $@
+
+$(VENV)/load.stamp: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[load]'
 	@touch $@
 
 # An environment of its own: it wants an older cryptography than the tests.
