@@ -1,12 +1,16 @@
 """Benchmarks against peers: what a request costs the server, in CPU microseconds.
 
-    python -m loadtests.bench                     # everything, a quarter of an hour
-    python -m loadtests.bench --quick             # under 2 minutes, noisier
-    python -m loadtests.bench --scenario keepalive --rounds 7
+    python -m loadtests.bench                        # everything, 20 minutes
+    python -m loadtests.bench --quick                # under 2 minutes, noisier
+    python -m loadtests.bench --scenario keepalive --rounds 7 --clients 1000
+    python -m loadtests.bench --original             # the eight tests of the Go original, 1,000 clients
+    python -m loadtests.bench --server 'mine=./my-server --port {port}'
 
 The server runs on one CPU, wrk on another. Servers take turns within a round, in random order; figures are medians over
 the rounds, and a ratio is the median of the ratios within the rounds, since a machine's speed changes from minute to
 minute. CPU a request does not depend on whether the client or the server was the limit.
+
+Results go to loadtests/results: JSON (for loadtests/compare.py), a Markdown table, and plots.
 """
 
 from __future__ import annotations
@@ -17,162 +21,154 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from .measure import CLIENT_CPU, SERVER_CPU, BenchError, Run, answer_of, idle_memory, load, need_wrk, serving
-
-PYTHON = sys.executable
-OURS = "gtcpserver"
-
-#: name -> command, to which the scenario's options are added.
-SERVERS = {
-    # The same work as the peers' handlers do; in the next row the wait between requests is marked as well.
-    OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
-    "gtcpserver, idle()": [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
-    "gtcpserver StreamServer": [PYTHON, "loadtests/peers/gtcpserver_stream.py"],
-    "gevent StreamServer": [PYTHON, "loadtests/peers/gevent_stream.py"],
-    "gevent StreamServer, Pool": [PYTHON, "loadtests/peers/gevent_stream.py", "--pool", "10000"],
-    "asyncio streams": [PYTHON, "loadtests/peers/asyncio_streams.py"],
-    "asyncio Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py"],
-    "uvloop streams": [PYTHON, "loadtests/peers/asyncio_streams.py", "--uvloop"],
-    "uvloop Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py", "--uvloop"],
-    "threads": [PYTHON, "loadtests/peers/threads_socketserver.py"],
-}
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A load, and with whom we compare ourselves in it."""
-
-    title: str
-    options: tuple[str, ...] = ()
-    servers: tuple[str, ...] = tuple(SERVERS)
-    against: tuple[str, ...] = ("gevent StreamServer", "uvloop Protocol")
-    clients: int = 100
-    tls: bool = False
-
-
-NOT_POOL = tuple(name for name in SERVERS if "Pool" not in name)
-
-SCENARIOS = {
-    "keepalive": Scenario("Keep-alive, 1 kB, 100 connections", servers=NOT_POOL),
-    "keepalive-timeout": Scenario(
-        "Keep-alive, 1 kB, 100 connections, 30 s idle time-out", ("--timeout", "30"), servers=NOT_POOL
-    ),
-    "new-connection": Scenario(
-        "A new connection for each request, 1 kB, 100 clients",
-        ("--no-keepalive",),
-        against=("gevent StreamServer, Pool", "uvloop Protocol"),
-    ),
-    "tls-keepalive": Scenario("TLS 1.3, keep-alive, 1 kB, 100 connections", servers=NOT_POOL, tls=True),
-    "tls-new-connection": Scenario(
-        "TLS 1.3, a new connection for each request", ("--no-keepalive",), servers=NOT_POOL, tls=True
-    ),
-}
-
-IDLE_CONNECTIONS = 10_000
-IDLE_SERVERS = (
-    OURS,
-    "gtcpserver, idle()",
-    "gtcpserver StreamServer",
-    "gevent StreamServer",
-    "gevent StreamServer, Pool",
-    "uvloop Protocol",
+from .measure import (
+    CLIENT_CPU,
+    ROOT,
+    SERVER_CPU,
+    BenchError,
+    answer_of,
+    crowd,
+    first_bytes,
+    idle_memory,
+    load,
+    need_wrk,
 )
+from .results import Result
+from .scenarios import ORIGINAL, OTHER_SERVERS, OTHERS, SCENARIOS, Scenario
+from .servers import OURS, SERVERS, WORKERS, add_server, installed, serving
+from .tables import simple_table, table
+
+RESULTS = ROOT / "loadtests" / "results"
+IDLE_CONNECTIONS = 10_000
 
 
-@dataclass
-class Result:
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-
-    def median(self, server: str, figure: str) -> float:
-        return float(statistics.median(getattr(run, figure) for run in self.runs[server]))
-
-    def spread(self, server: str) -> float:
-        """Half of the range of the CPU figures, relative to the median."""
-        figures = [run.cpu for run in self.runs[server]]
-        return (max(figures) - min(figures)) / 2 / statistics.median(figures)
-
-    def ratio(self, server: str, peer: str) -> float:
-        pairs = zip(self.runs[server], self.runs[peer], strict=True)
-        return statistics.median(a.cpu / b.cpu for a, b in pairs)
+# -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def measure(scenario: Scenario, names: list[str], rounds: int, seconds: int, tls: list[str]) -> Result:
+def measure(
+    scenario: Scenario,
+    clients: int,
+    names: Sequence[str],
+    rounds: int,
+    seconds: int,
+    tls: Sequence[str],
+    progress: Progress,
+) -> Result:
     """Run all servers in turn, ``rounds`` times."""
     result = Result({name: [] for name in names})
-    extra = [*scenario.options, *(tls if scenario.tls else [])]
-    check_answers(names, extra, scenario.tls)
+    options = [*scenario.options, *(tls if scenario.tls else [])]
+    check_answers(names, options, scenario.tls, scenario.answers_differ)
     for number in range(rounds):
-        for name in random.sample(names, len(names)):
-            with serving([*SERVERS[name], *extra]) as server:
-                load(server, 1, scenario.clients, scenario.tls)  # warm-up
-                result.runs[name].append(load(server, seconds, scenario.clients, scenario.tls))
-            progress(f"{scenario.title}: round {number + 1} of {rounds}, {name}")
-    progress("")
+        for name in progress.random.sample(list(names), len(names)):
+            progress.show(f"{scenario.named(clients)}: round {number + 1} of {rounds}, {name}")
+            with serving(name, options) as server:
+                cpus = WORKERS if "workers" in name else 1
+                if seconds > 1:
+                    load(server, 1, clients, scenario.tls)  # warm-up
+                result.runs[name].append(load(server, seconds, clients, scenario.tls, cpus=cpus))
+            progress.step()
     return result
 
 
-def check_answers(names: list[str], extra: list[str], tls: bool) -> None:
+def check_answers(names: Sequence[str], options: Sequence[str], tls: bool, only_lengths: bool = False) -> None:
     """Whoever answers less, or encrypts more weakly, is not comparable.
 
     Raises:
-        BenchError: the servers do not all answer the same bytes.
+        BenchError: the servers do not all answer the same bytes (or as many).
     """
-    answers = {}
+    answers: dict[str, bytes] = {}
     for name in names:
-        with serving([*SERVERS[name], *extra]) as server:
+        with serving(name, options) as server:
             answers[name] = answer_of(server, tls)
-    if len(set(answers.values())) > 1:
+    seen: set[Any] = {len(answer) if only_lengths else answer for answer in answers.values()}
+    if len(seen) > 1:
         listed = "".join(f"\n{name}: {answer[:200]!r}" for name, answer in answers.items())
         raise BenchError(f"the servers do not answer the same:{listed}")
 
 
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:110}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)
+def measure_other(which: str, names: Sequence[str], quick: bool, progress: Progress) -> dict[str, list[float]]:
+    """One of OTHERS: figures of each server."""
+    rows: dict[str, list[float]] = {}
+    for name in names:
+        progress.show(f"{which}: {name}")
+        with serving(name) as server:
+            if which == "idle":
+                rows[name] = [idle_memory(server, 500 if quick else IDLE_CONNECTIONS)]
+            elif which == "first-byte":
+                times = first_bytes(server, 100 if quick else 1000, 200 if quick else 2000)
+                rows[name] = [times[len(times) // 2], times[len(times) * 99 // 100], times[-1]]
+            else:
+                rows[name] = [crowd(server, 200 if quick else 3000)]
+        progress.step()
+    return rows
 
 
-def table(scenario: Scenario, result: Result) -> str:
-    peers = [peer for peer in scenario.against if peer in result.runs]
-    lines = [
-        f"### {scenario.title}",
-        "",
-        "| server | user | system | CPU us a request | spread | requests/s | p50 ms | p99 ms | errors |"
-        + "".join(f" of {peer} |" for peer in peers),
-        "| --- |" + " ---: |" * (8 + len(peers)),
-    ]
-    for name, runs in sorted(result.runs.items(), key=lambda item: result.median(item[0], "cpu")):
-        lines.append(
-            f"| {name} | {result.median(name, 'user'):.1f} | {result.median(name, 'system'):.1f} "
-            f"| {result.median(name, 'cpu'):.1f} | ±{result.spread(name):.0%} | {result.median(name, 'rate'):,.0f} "
-            f"| {result.median(name, 'p50'):.2f} | {result.median(name, 'p99'):.2f} | {sum(r.errors for r in runs)} |"
-            + "".join(f" {result.ratio(name, peer):.2f} |" for peer in peers)
-        )
-    return "\n".join(lines) + "\n"
+def other_table(which: str, rows: dict[str, list[float]], quick: bool) -> str:
+    titles = {
+        "idle": (f"Memory of {500 if quick else IDLE_CONNECTIONS:,} idle keep-alive connections", ["KiB each"]),
+        "first-byte": (
+            f"First byte on a new connection beside {100 if quick else 1000:,} idle ones",
+            ["p50 ms", "p99 ms", "longest ms"],
+        ),
+        "crowd": (f"{200 if quick else 3000:,} clients at once, just after the start", ["connections answered/s"]),
+    }
+    return simple_table(*titles[which], rows)
 
 
-def machine() -> dict[str, str]:
+# -- around it ---------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line that tells how far it is, on a terminal."""
+
+    def __init__(self, steps: int, seed: int) -> None:
+        self.random = random.Random(seed)
+        self._steps = max(1, steps)
+        self._done = 0
+        self._began = time.monotonic()
+
+    def show(self, text: str) -> None:
+        if sys.stderr.isatty():
+            share = self._done / self._steps
+            filled = round(share * 20)
+            spent = time.monotonic() - self._began
+            left = f"{spent / share - spent:4.0f} s left" if share else ""
+            line = f"[{'=' * filled}{' ' * (20 - filled)}] {share:4.0%} {left} {text}"
+            print(f"\r\x1b[K{line[:110]}", end="", file=sys.stderr, flush=True)
+
+    def step(self) -> None:
+        self._done += 1
+
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def machine(seed: int) -> dict[str, str]:
     """What was measured on what."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),
     )
-    versions = {name: _version(name) for name in ("gevent", "greenlet", "uvloop", "gtcpserver")}
+    packages = ("gtcpserver", "gevent", "greenlet", "uvloop", "trio", "twisted")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": f"{os.cpu_count()} x {cpu}",
         "kernel": platform.release(),
         "load average": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
-        **versions,
+        **{name: _version(name) for name in packages},
+        "seed": str(seed),
     }
 
 
@@ -194,66 +190,138 @@ def make_certificate(folder: str) -> list[str]:
     return ["--tls-cert", cert, "--tls-key", key]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _server(text: str) -> str:
+    """--server: the name of a known one, or NAME=COMMAND."""
+    if text in SERVERS:
+        return text
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"must be NAME=COMMAND or one of {', '.join(SERVERS)}, got {text!r}")
+    try:
+        return add_server(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _clients(text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers from 1, as 100,1000, got {text!r}")
+    return numbers
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="Benchmarks against peers.")
-    parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, "idle"], help="default: all")
-    parser.add_argument("--server", action="append", choices=list(SERVERS), help="default: all")
+    parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, *OTHERS], help="default: all")
+    parser.add_argument("--original", action="store_true", help="the eight tests of the Go original")
+    parser.add_argument(
+        "--server", action="append", type=_server, metavar="NAME[=COMMAND]", help="only these, and ours; default: all"
+    )
+    parser.add_argument("--clients", type=_clients, metavar="N,N", help="default: 100; with --original: 1000")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each run")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 1 s, against the two main peers")
-    parser.add_argument("--json", metavar="FILE", help="where to write the results")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 rounds of 1 s without warm-up, against the two main peers"
+    )
+    parser.add_argument("--seed", type=int, default=None, help="of the order of the servers")
+    parser.add_argument("--json", metavar="FILE", help="where to write the results; default: loadtests/results")
+    parser.add_argument("--no-plots", action="store_true", help="only JSON and tables")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds < 1:
         parser.error("--rounds must be 1 or more and --seconds 1 or more")
-    chosen = options.scenario or [*SCENARIOS, "idle"]
-    if chosen != ["idle"]:
+    if options.quick:
+        options.rounds, options.seconds = 2, 1
+    options.chosen = options.scenario or (ORIGINAL if options.original else [*SCENARIOS, *OTHERS])
+    options.clients = options.clients or ([1000] if options.original else [100])
+    options.seed = options.seed if options.seed is not None else random.randrange(1_000_000)
+    return options
+
+
+def servers_of(options: argparse.Namespace, scenario: Scenario | None) -> list[str]:
+    """Who takes part: those that were named, and ourselves; or those of the scenario."""
+    if options.server:
+        return installed([OURS, *options.server])
+    if scenario is None:
+        return installed((OURS, OTHER_SERVERS[-2]) if options.quick else OTHER_SERVERS)
+    return installed((OURS, *scenario.against) if options.quick else scenario.servers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    loads = [name for name in options.chosen if name in SCENARIOS]
+    if loads:
         need_wrk()
-    rounds, seconds = (2, 1) if options.quick else (options.rounds, options.seconds)
     if SERVER_CPU == CLIENT_CPU:
         print("only one CPU: server and client share it, the figures are rough", file=sys.stderr)
-    if _version("uvloop") == "missing":
-        print('uvloop is missing, its rows are left out: pip install ".[bench]"', file=sys.stderr)
-    facts = machine()
-    output: dict[str, object] = {"machine": facts}
+    missing = [name for name in SERVERS if name not in installed(list(SERVERS))]
+    if missing:
+        print(f'left out, not installed: {", ".join(missing)}: pip install ".[bench]"', file=sys.stderr)
+    facts = machine(options.seed)
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+    output: dict[str, Any] = {"machine": facts, "scenarios": {}, "others": {}}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            certificate = (
-                make_certificate(folder) if any(key in SCENARIOS and SCENARIOS[key].tls for key in chosen) else []
-            )
-            for key in chosen:
-                if key == "idle":
-                    output[key] = idle(installed(options.server or IDLE_SERVERS))
-                else:
-                    scenario = SCENARIOS[key]
-                    quick = (OURS, *scenario.against)
-                    names = installed(options.server or (quick if options.quick else scenario.servers))
-                    result = measure(scenario, names, rounds, seconds, certificate)
-                    print(table(scenario, result), flush=True)
-                    output[key] = {name: [asdict(run) for run in runs] for name, runs in result.runs.items()}
-                if options.json:
-                    # After each scenario, so that a fault in a later one loses nothing.
-                    Path(options.json).write_text(json.dumps(output, indent=1))
+        run_all(options, loads, output)
     except (BenchError, OSError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
+        print(f"\npython -m loadtests.bench: {problem}", file=sys.stderr)
         return 1
     return 0
 
 
-def installed(names: Sequence[str]) -> list[str]:
-    """Those that can run here, each once."""
-    return [name for name in dict.fromkeys(names) if "uvloop" not in name or _version("uvloop") != "missing"]
+def run_all(options: argparse.Namespace, loads: list[str], output: dict[str, Any]) -> None:
+    others = [name for name in options.chosen if name in OTHERS]
+    runs = sum(len(servers_of(options, SCENARIOS[name])) for name in loads) * options.rounds * len(options.clients)
+    progress = Progress(runs + len(others) * len(servers_of(options, None)), options.seed)
+    if options.json:
+        file = Path(options.json)
+    else:
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    tables = []
+
+    def note(text: str) -> None:
+        progress.clear()
+        print(text, flush=True)
+        tables.append(text)
+        # After each, so that a fault in a later one loses nothing.
+        file.write_text(json.dumps(output, indent=1))
+        file.with_suffix(".md").write_text("\n".join(tables))
+
+    with tempfile.TemporaryDirectory() as folder:
+        certificate = make_certificate(folder) if any(SCENARIOS[name].tls for name in loads) else []
+        for clients in options.clients:
+            for name in loads:
+                _run_one(options, name, clients, certificate, output, note, progress)
+    for name in others:
+        rows = measure_other(name, servers_of(options, None), options.quick, progress)
+        output["others"][name] = rows
+        note(other_table(name, rows, options.quick))
+    if not options.no_plots:
+        from .plots import plot
+
+        for path in plot(output, file.with_suffix("")):
+            print(path)
+    print(file)
 
 
-def idle(names: list[str]) -> dict[str, float]:
-    print(f"### Memory of {IDLE_CONNECTIONS:,} idle keep-alive connections\n\n| server | KiB each |\n| --- | ---: |")
-    figures = {}
-    for name in names:
-        with serving(SERVERS[name]) as server:
-            figures[name] = idle_memory(server, IDLE_CONNECTIONS)
-        print(f"| {name} | {figures[name]:.2f} |", flush=True)
-    print()
-    return figures
+def _run_one(
+    options: argparse.Namespace,
+    name: str,
+    clients: int,
+    certificate: list[str],
+    output: dict[str, Any],
+    note: Callable[[str], None],
+    progress: Progress,
+) -> None:
+    scenario = SCENARIOS[name]
+    names = servers_of(options, scenario)
+    result = measure(scenario, clients, names, options.rounds, options.seconds, certificate, progress)
+    output["scenarios"][f"{name}/{clients}"] = {
+        "title": scenario.named(clients),
+        "runs": {server: [asdict(run) for run in runs] for server, runs in result.runs.items()},
+    }
+    note(table(scenario, clients, result))
 
 
 if __name__ == "__main__":

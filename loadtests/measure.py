@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import resource
-import select
+import selectors
+import signal
 import socket
 import ssl
 import subprocess
@@ -37,7 +39,7 @@ class Run:
     Attributes:
         user, system: server CPU us a request.
         rate: requests a second.
-        p50, p99: latency, ms.
+        p50, p99, p999: latency, ms.
         errors: requests that failed.
         busy: share of its CPU that the server used; below 0.9 the client was the limit.
     """
@@ -47,6 +49,7 @@ class Run:
     rate: float
     p50: float
     p99: float
+    p999: float
     errors: int
     busy: float
 
@@ -57,44 +60,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Listening:
+    """A server that runs; `pid` is its session as well."""
+
     pid: int
     host: str
     port: int
 
 
-@contextmanager
-def serving(command: list[str]) -> Iterator[Listening]:
-    """Run a server pinned to its CPU; it must print "listening on HOST:PORT".
-
-    Raises:
-        BenchError: it says something else, or nothing in START_TIMEOUT.
-    """
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare(SERVER_CPU),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
-        line = process.stdout.readline() if ready else "nothing said"
-        found = re.search(r"listening on (.*):(\d+)", line)
-        if found is None:
-            raise BenchError(f"{' '.join(command)} did not start: {line!r}")
-        yield Listening(process.pid, found[1], int(found[2]))
-    finally:
-        process.kill()
-        process.wait()
+def read_address(line: str) -> tuple[str, int] | None:
+    """Of "listening on HOST:PORT"."""
+    found = re.search(r"listening on (.*):(\d+)", line)
+    return None if found is None else (found[1], int(found[2]))
 
 
-def prepare(cpu: int) -> Callable[[], None]:
-    """What a child process does first: stay on one CPU, and allow itself as many descriptors as it may."""
+def prepare(cpus: int | set[int]) -> Callable[[], None]:
+    """What a child process does first: stay on its CPUs, and allow itself as many descriptors as it may."""
 
     def prepare() -> None:
-        os.sched_setaffinity(0, {cpu})
+        os.sched_setaffinity(0, {cpus} if isinstance(cpus, int) else cpus)
         allow_descriptors()
 
     return prepare
@@ -108,9 +91,44 @@ def allow_descriptors() -> int:
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
-    """User and system time of a process; /proc/PID/stat, proc(5)."""
+    """User and system time of a process and its children that have ended; /proc/PID/stat, proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) / TICK, int(fields[12]) / TICK
+    user, system, of_children_user, of_children_system = map(int, fields[11:15])
+    return (user + of_children_user) / TICK, (system + of_children_system) / TICK
+
+
+def processes(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                fields = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session:
+                found.append(int(name))
+    return found
+
+
+def cpu_of_session(session: int) -> tuple[float, float]:
+    """User and system time of all processes of a session."""
+    times = []
+    for pid in processes(session):
+        try:
+            times.append(cpu_seconds(pid))
+        except OSError:
+            continue  # it has just ended, and is in its parent's account
+    return sum(user for user, _ in times), sum(system for _, system in times)
+
+
+def kill_all(session: int) -> None:
+    """End all processes of a session."""
+    for pid in processes(session):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def memory_kib(pid: int) -> int:
@@ -120,19 +138,23 @@ def memory_kib(pid: int) -> int:
     return int(found[1])
 
 
-def load(server: Listening, seconds: int, clients: int, tls: bool = False, path: str = "/") -> Run:
-    """Let wrk load the server and read both accounts."""
+def load(server: Listening, seconds: int, clients: int, tls: bool = False, path: str = "/", cpus: int = 1) -> Run:
+    """Let wrk load the server and read both accounts.
+
+    Args:
+        cpus: that the server may use.
+    """
     scheme = "https" if tls else "http"
     url = f"{scheme}://{server.host}:{server.port}{path}"
-    before, began = cpu_seconds(server.pid), time.monotonic()
+    before, began = cpu_of_session(server.pid), time.monotonic()
     done = subprocess.run(
-        ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", url],
+        ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--timeout", "10", "-s", str(REPORT_SCRIPT), url],
         capture_output=True,
         text=True,
         check=False,
         preexec_fn=prepare(CLIENT_CPU),
     )
-    after, ended = cpu_seconds(server.pid), time.monotonic()
+    after, ended = cpu_of_session(server.pid), time.monotonic()
     report = read_report(done.stdout)
     if not report.requests:
         raise BenchError(f"wrk measured nothing: {done.stdout}{done.stderr}")
@@ -143,9 +165,13 @@ def load(server: Listening, seconds: int, clients: int, tls: bool = False, path:
         rate=report.requests / (ended - began),
         p50=report.p50,
         p99=report.p99,
+        p999=report.p999,
         errors=report.errors,
-        busy=used / (ended - began),
+        busy=used / (ended - began) / cpus,
     )
+
+
+REPORT_SCRIPT = ROOT / "loadtests" / "report.lua"
 
 
 @dataclass(frozen=True)
@@ -155,25 +181,21 @@ class Report:
     requests: int
     p50: float
     p99: float
+    p999: float
     errors: int
 
 
 def read_report(text: str) -> Report:
-    """Read wrk's output; 0 for what it does not say."""
-    total = re.search(r"(\d+) requests in", text)
-    failed = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
-    not_200 = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    """Read what report.lua has written; 0 where nothing was."""
+    found = re.search(r"^JSON (.*)$", text, re.MULTILINE)
+    said = json.loads(found[1]) if found else {}
     return Report(
-        requests=int(total[1]) if total else 0,
-        p50=_milliseconds(text, "50%"),
-        p99=_milliseconds(text, "99%"),
-        errors=sum(map(int, failed.groups() if failed else ())) + (int(not_200[1]) if not_200 else 0),
+        requests=said.get("requests", 0),
+        p50=said.get("p50", 0) / 1000,
+        p99=said.get("p99", 0) / 1000,
+        p999=said.get("p999", 0) / 1000,
+        errors=sum(said.get(kind, 0) for kind in ("connect", "read", "write", "status", "timeout")),
     )
-
-
-def _milliseconds(text: str, percentile: str) -> float:
-    found = re.search(rf"^ +{percentile} +([\d.]+)(us|ms|s|m) *$", text, re.MULTILINE)
-    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}[found[2]] if found else 0.0
 
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -204,29 +226,88 @@ def answer_of(server: Listening, tls: bool = False) -> bytes:
 
 def idle_memory(server: Listening, connections: int) -> float:
     """KiB of server memory for each of many idle keep-alive connections which were served one request."""
+    answer_of(server)
+    time.sleep(0.5)
+    before = memory_kib(server.pid)
+    with idle_connections(server, connections):
+        time.sleep(0.5)
+        return (memory_kib(server.pid) - before) / connections
+
+
+@contextmanager
+def idle_connections(server: Listening, connections: int) -> Iterator[None]:
+    """So many keep-alive connections that have been served one request."""
     limit = allow_descriptors()
     if limit < connections + 100:
         raise BenchError(
             f"{connections} connections need {connections + 100} descriptors, the limit is {limit}: ulimit -n"
         )
-    answer_of(server)
-    time.sleep(0.5)
-    before = memory_kib(server.pid)
     socks = []
     try:
         for number in range(connections):
-            sock = socket.socket()
-            # Many source addresses: ports that were used a minute ago are still in TIME-WAIT.
-            sock.bind((f"127.0.{random.randrange(256)}.{2 + number % 250}", 0))
-            sock.connect((server.host, server.port))
-            socks.append(sock)
+            socks.append(_connect(server, number))
         for sock in socks:
             sock.sendall(REQUEST)
         for sock in socks:
             if not sock.recv(65536):
                 raise BenchError("the server closed an idle connection")
-        time.sleep(0.5)
-        return (memory_kib(server.pid) - before) / connections
+        yield
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def _connect(server: Listening, number: int) -> socket.socket:
+    sock = socket.socket()
+    # Many source addresses: ports that were used a minute ago are still in TIME-WAIT.
+    sock.bind((f"127.0.{random.randrange(256)}.{2 + number % 250}", 0))
+    sock.connect((server.host, server.port))
+    return sock
+
+
+def first_bytes(server: Listening, beside: int, times: int) -> list[float]:
+    """Milliseconds until the first byte of an answer came, each on a new connection, beside so many idle ones."""
+    found = []
+    with idle_connections(server, beside):
+        for number in range(times):
+            began = time.perf_counter()
+            with _connect(server, number) as sock:
+                sock.sendall(REQUEST)
+                if not sock.recv(1):
+                    raise BenchError("the server closed without an answer")
+                found.append((time.perf_counter() - began) * 1000)
+    return sorted(found)
+
+
+def crowd(server: Listening, number: int) -> float:
+    """Connections a second of a crowd that comes all at once to a server that has just started, up to the answers."""
+    allow_descriptors()
+    socks = [socket.socket() for _ in range(number)]
+    try:
+        began = time.perf_counter()
+        for place, sock in enumerate(socks):
+            sock.bind((f"127.0.{random.randrange(256)}.{2 + place % 250}", 0))
+            sock.setblocking(False)
+            sock.connect_ex((server.host, server.port))
+        left = set(socks)
+        with selectors.DefaultSelector() as selector:
+            for sock in socks:
+                selector.register(sock, selectors.EVENT_WRITE)
+            while left:
+                ready = selector.select(20)
+                if not ready:
+                    raise BenchError(f"{len(left)} of {number} connections were not answered in 20 seconds")
+                for key, events in ready:
+                    sock = key.fileobj  # type: ignore[assignment]
+                    if events & selectors.EVENT_WRITE:
+                        sock.send(REQUEST)
+                        selector.modify(sock, selectors.EVENT_READ)
+                    else:
+                        if not sock.recv(65536):
+                            raise BenchError("the server closed without an answer")
+                        selector.unregister(sock)
+                        left.discard(sock)
+        return number / (time.perf_counter() - began)
     finally:
         for sock in socks:
             sock.close()

@@ -15,7 +15,6 @@ import os
 import random
 import selectors
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -33,15 +32,17 @@ from .measure import (
     ROOT,
     SERVER_CPU,
     START_TIMEOUT,
-    TICK,
     BenchError,
     allow_descriptors,
+    cpu_of_session,
+    kill_all,
     memory_kib,
     prepare,
+    processes,
 )
-from .transfers import CHUNK, GIB, HAPROXY, OURS, Figures, Target, discard, free_port, table
+from .servers import OURS, PYTHON, free_port
+from .transfers import CHUNK, GIB, HAPROXY, Figures, Target, discard, table
 
-PYTHON = sys.executable
 ANSWER = b"HTTP/1.0 200 OK\r\nContent-Length: 1024\r\n\r\n" + b"x" * 1024
 REQUEST = b"GET / HTTP/1.0\r\n\r\n"
 
@@ -189,34 +190,18 @@ def running(proxy: Proxy, target: int, folder: str) -> Iterator[Running]:
         time.sleep(0.3)  # danted listens before its children are there
         yield Running(proxy.speaks, port, process.pid)
     finally:
-        for pid, _ in _processes(process.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        kill_all(process.pid)
         process.wait()
-
-
-def _processes(session: int) -> Iterator[tuple[int, list[str]]]:
-    """Number and fields (from the third on; proc(5)) of each process of a session."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                fields = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session:
-                yield int(name), fields
 
 
 def cpu_of(server: Running) -> float:
     """Seconds of all processes, and of their children that have ended."""
-    return sum(sum(map(int, fields[11:15])) for _, fields in _processes(server.session)) / TICK
+    return sum(cpu_of_session(server.session))
 
 
 def memory_of(server: Running) -> int:
     """KiB of all processes."""
-    return sum(memory_kib(pid) for pid, _ in _processes(server.session))
+    return sum(memory_kib(pid) for pid in processes(server.session))
 
 
 # -- a client ----------------------------------------------------------------------------------------------------------

@@ -40,9 +40,8 @@ from .measure import (
     need_wrk,
     prepare,
 )
+from .servers import OURS, PYTHON, free_port
 
-PYTHON = sys.executable
-OURS = "gtcpserver"
 GIB = 1 << 30
 CHUNK = 1 << 20
 MEDIUM, SMALL = 64 << 20, 16 << 10
@@ -73,11 +72,6 @@ http {{
     server {{ listen 127.0.0.1:{port}; root {root}; }}
 }}
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextmanager

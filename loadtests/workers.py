@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .measure import START_TIMEOUT, BenchError, cpu_seconds, need_wrk, read_report
+from .measure import REPORT_SCRIPT, START_TIMEOUT, BenchError, cpu_seconds, need_wrk, read_report
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def serving(workers: int) -> Iterator[tuple[int, list[int]]]:
 def run(workers: int, seconds: int) -> tuple[float, float, float]:
     """(requests a second, CPU us a request of all workers, the client's share of all CPUs)."""
     with serving(workers) as (port, pids):
-        command = ["wrk", "-t1", "-c64", f"http://127.0.0.1:{port}/"]
+        command = ["wrk", "-t1", "-c64", "-s", str(REPORT_SCRIPT), f"http://127.0.0.1:{port}/"]
         subprocess.run([*command, "-d1"], capture_output=True, check=True)
         before, began = sum(sum(cpu_seconds(pid)) for pid in pids), time.monotonic()
         client_before = os.times()

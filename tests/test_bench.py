@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, measure, transfers, workers  # noqa: E402
+from loadtests import bench, compare, measure, plots, servers, transfers, workers  # noqa: E402
+from loadtests.results import Result  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
 
-# What wrk prints; it fills up one-letter units with a space.
+# What report.lua prints behind wrk's own words.
 REPORT = """Running 1s test @ http://127.0.0.1:39263/
-  1 threads and 100 connections
-  Thread Stats   Avg      Stdev     Max   +/- Stdev
-    Latency     1.02ms  214.55us   9.60ms   99.00%
-    Req/Sec    98.66k     2.42k  101.27k    90.00%
-  Latency Distribution
-     50%  880.00us
-     75%    1.07ms
-     90%    1.14ms
-     99%    1.52s{space}
-  98174 requests in 1.00s, 104.46MB read
 Requests/sec:  98148.84
-Transfer/sec:    104.43MB
-""".format(space=" ")
+JSON {"requests": 98174, "duration": 1000, "p50": 880, "p99": 1520000, "p999": 1600000, "connect": 1, "read": 20, \
+"write": 300, "status": 50000, "timeout": 4000}
+"""
 
 
 def run_bench(*options, **environment):
@@ -48,32 +39,32 @@ def run_bench(*options, **environment):
     )
 
 
-def skip_without_uvloop(name):
-    if "uvloop" in name and find_spec("uvloop") is None:
-        pytest.skip("uvloop is missing")
+def skip_without_its_package(name):
+    if not servers.installed([name]):
+        pytest.skip(f"{servers.NEEDS[name]} is missing")
 
 
-@pytest.mark.parametrize("name", [name for name in bench.SERVERS if name != bench.OURS])
+@pytest.mark.parametrize("name", [name for name in servers.SERVERS if name != servers.OURS])
 @pytest.mark.parametrize("option", ["--keepalive", "--no-keepalive"])
 def test_peers_answer_the_same_bytes_as_we_do(name, option):
-    skip_without_uvloop(name)
-    bench.check_answers([bench.OURS, name], [option, "--timeout", "30"], tls=False)
+    skip_without_its_package(name)
+    bench.check_answers([servers.OURS, name], [option, "--timeout", "30"], tls=False)
 
 
-@pytest.mark.parametrize("name", [name for name in bench.SERVERS if name != bench.OURS])
+@pytest.mark.parametrize("name", [name for name in servers.SERVERS if name != servers.OURS])
 def test_peers_agree_on_the_same_tls_and_answer_the_same(name, tmp_path):
-    skip_without_uvloop(name)
+    skip_without_its_package(name)
     if shutil.which("openssl") is None:
         pytest.skip("openssl is missing")
-    bench.check_answers([bench.OURS, name], bench.make_certificate(str(tmp_path)), tls=True)
+    bench.check_answers([servers.OURS, name], bench.make_certificate(str(tmp_path)), tls=True)
 
 
-@pytest.mark.parametrize("name", list(bench.SERVERS))
+@pytest.mark.parametrize("name", list(servers.SERVERS))
 def test_servers_answer_pipelined_requests_and_close_when_asked(name):
-    skip_without_uvloop(name)
+    skip_without_its_package(name)
     last = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
     with (
-        measure.serving([*bench.SERVERS[name], "--size", "5"]) as server,
+        servers.serving(name, ["--size", "5"]) as server,
         socket.create_connection((server.host, server.port), timeout=15) as sock,
         sock.makefile("rb") as file,
     ):
@@ -85,11 +76,11 @@ def test_servers_answer_pipelined_requests_and_close_when_asked(name):
     assert (answers.count(b"Connection: keep-alive"), answers.count(b"Connection: close")) == (2, 1)
 
 
-@pytest.mark.parametrize("name", list(bench.SERVERS))
+@pytest.mark.parametrize("name", list(servers.SERVERS))
 def test_idle_timeout_closes_a_silent_connection(name):
-    skip_without_uvloop(name)
+    skip_without_its_package(name)
     with (
-        measure.serving([*bench.SERVERS[name], "--timeout", "0.05"]) as server,
+        servers.serving(name, ["--timeout", "0.05"]) as server,
         socket.create_connection((server.host, server.port), timeout=15) as sock,
     ):
         try:
@@ -99,40 +90,56 @@ def test_idle_timeout_closes_a_silent_connection(name):
 
 
 def test_an_unequal_answer_is_an_error(monkeypatch):
-    command = bench.SERVERS["asyncio Protocol"]
-    monkeypatch.setitem(bench.SERVERS, "smaller", [*command, "--size", "10"])
-    with pytest.raises(bench.BenchError, match=r"do not answer the same:\nasyncio Protocol.*\nsmaller"):
+    command = servers.SERVERS["asyncio Protocol"]
+    monkeypatch.setitem(servers.SERVERS, "smaller", [*command, "--size", "10"])
+    with pytest.raises(measure.BenchError, match=r"do not answer the same:\nasyncio Protocol.*\nsmaller"):
         bench.check_answers(["asyncio Protocol", "smaller"], [], tls=False)
 
 
-def test_a_server_that_does_not_start_is_an_error():
-    command = [sys.executable, "-c", "print('no')"]
-    with pytest.raises(measure.BenchError, match="did not start: 'no"), measure.serving(command):
+@pytest.mark.parametrize("command", ["-c print('no')", "-c import(time).sleep(0) {port}"])
+def test_a_server_that_does_not_start_is_an_error(monkeypatch, command):
+    monkeypatch.setitem(servers.SERVERS, "bad", [sys.executable, *command.split(" ", 1)])
+    with pytest.raises(measure.BenchError, match="did not start"), servers.serving("bad"):
         pass
 
 
+def test_a_server_of_the_users_own(monkeypatch):
+    monkeypatch.setattr(servers, "SERVERS", dict(servers.SERVERS))
+    words = f"{sys.executable} examples/http_server.py --listen 127.0.0.1:{{port}} {{options}} --no-idle"
+    assert servers.add_server(f"mine={words}") == "mine"
+    bench.check_answers([servers.OURS, "mine"], ["--size", "10"], tls=False)
+    for text in ("mine", "=x", "mine="):
+        with pytest.raises(ValueError, match="must be NAME=COMMAND"):
+            servers.add_server(text)
+
+
+@pytest.mark.parametrize("name", [name for name in servers.SERVERS if name != servers.OURS])
+def test_peers_encrypt_and_sleep_as_we_do(name):
+    skip_without_its_package(name)
+    bench.check_answers([servers.OURS, name], ["--aes128", "--sleep", "1"], tls=False, only_lengths=True)
+
+
 def test_reads_what_wrk_says():
-    assert measure.read_report(REPORT) == measure.Report(requests=98174, p50=0.88, p99=1520.0, errors=0)
+    assert measure.read_report(REPORT) == measure.Report(98174, p50=0.88, p99=1520.0, p999=1600.0, errors=54321)
+    assert measure.read_report("wrk: what?").requests == 0
 
 
-def test_counts_all_errors_wrk_says():
-    errors = "  Socket errors: connect 1, read 20, write 300, timeout 4000\n  Non-2xx or 3xx responses: 50000\n"
-    assert measure.read_report(REPORT + errors).errors == 54321
+def run(cpu):
+    return measure.Run(user=cpu, system=0.0, rate=1.0, p50=1.0, p99=1.0, p999=1.0, errors=0, busy=1.0)
 
 
 def test_ratio_is_the_median_of_the_ratios_within_the_rounds():
-    def run(cpu):
-        return measure.Run(user=cpu, system=0.0, rate=1.0, p50=1.0, p99=1.0, errors=0, busy=1.0)
-
     # The machine was slow in the last round: medians of each alone would say 20 / 10.
-    result = bench.Result({"a": [run(10), run(20), run(40)], "b": [run(10), run(10), run(80)]})
-    assert result.ratio("a", "b") == 1.0
+    result = Result({"a": [run(10), run(20), run(40)], "b": [run(10), run(10), run(80)]})
+    assert result.ratio("a", "b").median == 1.0
+    assert str(result.ratio("a", "b")) == "1.00 (noise)"
+    assert str(Result({"a": [run(1), run(2)], "b": [run(2), run(5)]}).ratio("a", "b")) == "0.45"
     assert result.median("a", "cpu") == 20
     assert result.spread("a") == 0.75
 
 
 def test_idle_memory_counts_what_connections_take():
-    with measure.serving(bench.SERVERS[bench.OURS]) as server:
+    with servers.serving(servers.OURS) as server:
         assert 1 < measure.idle_memory(server, 300) < 100
 
 
@@ -148,17 +155,19 @@ def test_a_run_prints_a_table_and_writes_json(tmp_path):
     assert len(rows) == 2
     results = json.loads(file.read_text())
     assert {"date", "cpu", "kernel", "python", "gevent", "uvloop"} <= set(results["machine"])
-    assert set(results["keepalive"]) == set(chosen)
-    for (run,) in results["keepalive"].values():
+    assert (tmp_path / "results.md").read_text().startswith("### Keep-alive, 1 kB, 100 connections (test 2 of the Go")
+    runs = results["scenarios"]["keepalive/100"]["runs"]
+    assert set(runs) == set(chosen)
+    for (run,) in runs.values():
         assert run["user"] + run["system"] > 0
         assert run["rate"] > 0
-        assert run["p99"] >= run["p50"] > 0
+        assert run["p999"] >= run["p99"] >= run["p50"] > 0
         assert run["errors"] == 0
 
 
 @needs_wrk
 def test_a_new_connection_for_each_request_has_no_errors():
-    with measure.serving([*bench.SERVERS[bench.OURS], "--no-keepalive"]) as server:
+    with servers.serving(servers.OURS, ["--no-keepalive"]) as server:
         run = measure.load(server, 1, clients=10)
     assert run.errors == 0
     assert run.rate > 0
@@ -170,13 +179,62 @@ def test_missing_wrk_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr == "the benchmarks need wrk: apt-get install wrk\n"
 
 
-def test_missing_uvloop_leaves_its_rows_out(monkeypatch):
-    monkeypatch.setattr(bench, "_version", lambda package: "missing")
-    assert not [name for name in bench.installed(bench.SERVERS) if "uvloop" in name]
-    assert bench.OURS in bench.installed(bench.SERVERS)
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setattr(servers, "find_spec", lambda package: None)
+    there = servers.installed(list(servers.SERVERS))
+    assert servers.OURS in there
+    assert not set(servers.NEEDS) & set(there)
 
 
-@pytest.mark.parametrize("options", [["--rounds", "0"], ["--seconds", "x"], ["--scenario", "none"]], ids=" ".join)
+def write_results(path, **servers_):
+    runs = {name: [vars(run(figure)) for figure in figures] for name, figures in servers_.items()}
+    path.write_text(json.dumps({"scenarios": {"keepalive/100": {"title": "Keep-alive", "runs": runs}}}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("now", "peers_now", "status", "verdict"),
+    [
+        ([10, 10, 10], [20, 20, 20], 0, "noise"),
+        ([13, 13, 13], [20, 20, 20], 1, "dearer"),
+        ([13, 13, 13], [26, 26, 26], 0, "noise"),  # the machine was slower
+        ([7, 7, 7], [20, 20, 20], 0, "cheaper"),
+        ([8, 12, 16], [20, 20, 20], 0, "noise"),  # nobody knows
+    ],
+)
+def test_compare_finds_a_regression_beyond_the_noise(tmp_path, capsys, now, peers_now, status, verdict):
+    old = write_results(tmp_path / "old", gtcpserver=[10, 10, 10], peer=[20, 20, 20])
+    new = write_results(tmp_path / "new", gtcpserver=now, peer=peers_now)
+    assert compare.main([old, new]) == status
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"| {verdict} |")
+
+
+def test_compare_says_what_it_cannot_compare(tmp_path, capsys):
+    (tmp_path / "x").write_text("no")
+    for arguments in ([], ["/no/such", "/no/such"], [str(tmp_path / "x")] * 2):
+        assert compare.main(arguments) == 2
+        assert capsys.readouterr().err.startswith(("usage: ", "python -m loadtests.compare: cannot compare"))
+
+
+def test_plots_are_made_for_light_and_dark_pages(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = write_results(tmp_path / "results.json", gtcpserver=[10, 11], peer=[20, 25])
+    assert plots.main([results, str(tmp_path / "plot")]) == 0
+    assert (tmp_path / "plot-light.png").read_bytes().startswith(b"\x89PNG")
+    assert "gtcpserver" in (tmp_path / "plot-dark.svg").read_text()
+
+
+def test_first_bytes_and_a_crowd():
+    with servers.serving(servers.OURS) as server:
+        assert measure.crowd(server, 100) > 10
+        assert len(measure.first_bytes(server, beside=20, times=10)) == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--rounds", "0"], ["--seconds", "x"], ["--scenario", "none"], ["--server", "nobody"], ["--clients", "0"]],
+    ids=" ".join,
+)
 def test_a_wrong_option_is_exit_code_2(options):
     done = run_bench(*options)
     assert done.returncode == 2

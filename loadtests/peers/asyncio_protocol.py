@@ -3,11 +3,12 @@
 import asyncio
 from typing import Any
 
-from loadtests.peers.common import END_OF_HEAD, announce, host_and_port, options, response, tls_context
+from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
 
 given = options("asyncio Protocol", uvloop={"action": "store_true"})
 keepalive = given.keepalive
-kept, closing = response(b"x" * given.size, True), response(b"x" * given.size, False)
+answer = answer_maker(given)
+sleep = given.sleep / 1000
 timeout = given.timeout
 
 
@@ -42,11 +43,20 @@ class Http(asyncio.Protocol):
                 self.transport.close()
                 return
             keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
-            self.write(kept if keep else closing)
+            if sleep:
+                asyncio.get_running_loop().call_later(sleep, self.answer, keep)
+            else:
+                self.write(answer(keep))
+                if not keep:
+                    self.transport.close()
             if not keep:
-                self.transport.close()
                 return
         self.data = rest
+
+    def answer(self, keep: bool) -> None:
+        self.write(answer(keep))
+        if not keep:
+            self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         if timeout is not None:

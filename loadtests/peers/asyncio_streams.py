@@ -2,10 +2,10 @@
 
 import asyncio
 
-from loadtests.peers.common import END_OF_HEAD, announce, host_and_port, options, response, tls_context
+from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
 
 given = options("asyncio streams", uvloop={"action": "store_true"})
-kept, closing = response(b"x" * given.size, True), response(b"x" * given.size, False)
+answer = answer_maker(given)
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -31,7 +31,9 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 return
             keep = given.keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
             head = b""
-            writer.write(kept if keep else closing)
+            if given.sleep:
+                await asyncio.sleep(given.sleep / 1000)
+            writer.write(answer(keep))
             await writer.drain()
             if not keep:
                 return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ def options(description: str, **extra: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--keepalive", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--timeout", type=float)
+    parser.add_argument("--sleep", type=float, default=0.0, metavar="MS")
+    parser.add_argument("--aes128", action="store_true")
     parser.add_argument("--tls-cert")
     parser.add_argument("--tls-key")
     for name, settings in extra.items():
@@ -40,9 +44,27 @@ def tls_context(given: argparse.Namespace, module: Any = ssl) -> Any:
     return context
 
 
-def blocking_handler(size: int, keepalive: bool, timeout: float | None) -> Callable[[Any], None]:
+def answer_maker(given: argparse.Namespace) -> Callable[[bool], bytes]:
+    """What is answered; ``keep``: the connection stays open after it."""
+    body = b"x" * given.size
+    if not given.aes128:
+        return {keep: response(body, keep) for keep in (False, True)}.__getitem__
+    return lambda keep: response(encrypt(body), keep)
+
+
+def encrypt(content: bytes) -> bytes:
+    """AES-128 in CBC mode with PKCS #7 padding (RFC 5652 section 6.3), as examples/http_server.py does it."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    vector = os.urandom(16)
+    encryptor = Cipher(algorithms.AES128(b"0123456789abcdef"), modes.CBC(vector)).encryptor()
+    padding = 16 - len(content) % 16
+    return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
+
+
+def blocking_handler(given: argparse.Namespace, wait: Callable[[float], Any] = time.sleep) -> Callable[[Any], None]:
     """The handler of the blocking peers: statement for statement what examples/http_server.py does."""
-    kept, closing = response(b"x" * size, True), response(b"x" * size, False)
+    answer, keepalive, timeout, sleep = answer_maker(given), given.keepalive, given.timeout, given.sleep / 1000
 
     def handle(sock: Any) -> None:
         if timeout is not None:
@@ -68,7 +90,9 @@ def blocking_handler(size: int, keepalive: bool, timeout: float | None) -> Calla
                     return
                 keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
                 head = b""
-                sock.sendall(kept if keep else closing)
+                if sleep:
+                    wait(sleep)
+                sock.sendall(answer(keep))
                 if not keep:
                     return
         except OSError:

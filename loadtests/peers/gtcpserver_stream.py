@@ -1,13 +1,13 @@
 """gevent_stream.py with one import changed: gtcpserver's StreamServer."""
 
-from gevent import get_hub, ssl
+from gevent import get_hub, sleep, ssl
 from gevent.pool import Pool
 
 from gtcpserver import StreamServer
 from loadtests.peers.common import announce, blocking_handler, host_and_port, options, tls_context
 
 given = options("gtcpserver StreamServer", pool={"type": int})
-handle = blocking_handler(given.size, given.keepalive, given.timeout)
+handle = blocking_handler(given, sleep)
 context = tls_context(given, ssl)
 server = StreamServer(
     host_and_port(given.listen),

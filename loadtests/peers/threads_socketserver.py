@@ -6,7 +6,7 @@ from typing import Any
 from loadtests.peers.common import announce, blocking_handler, host_and_port, options, tls_context
 
 given = options("socketserver.ThreadingTCPServer")
-handle = blocking_handler(given.size, given.keepalive, given.timeout)
+handle = blocking_handler(given)
 context = tls_context(given)
 
 

@@ -1,0 +1,128 @@
+"""The servers that are compared, and how they are started: each says "listening on HOST:PORT", or is told its port.
+
+All of them know the same options: --listen HOST:PORT, --size BYTES, --no-keepalive, --sleep MS, --aes128, --timeout
+SECONDS, --tls-cert FILE, --tls-key FILE; and give the same answer.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from .measure import CPUS, ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, kill_all, prepare, read_address
+
+PYTHON = sys.executable
+OURS = "gtcpserver"
+
+#: Worker processes of the row with several: all CPUs but the client's.
+WORKERS = len(CPUS) - 1
+
+#: name -> command, to which the scenario's options are added.
+SERVERS: dict[str, list[str]] = {
+    # The same work as the peers' handlers do; in the next row the wait between requests is marked as well.
+    OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
+    "gtcpserver, idle()": [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
+    "gtcpserver StreamServer": [PYTHON, "loadtests/peers/gtcpserver_stream.py"],
+    "gevent StreamServer": [PYTHON, "loadtests/peers/gevent_stream.py"],
+    "gevent StreamServer, Pool": [PYTHON, "loadtests/peers/gevent_stream.py", "--pool", "10000"],
+    "asyncio streams": [PYTHON, "loadtests/peers/asyncio_streams.py"],
+    "asyncio Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py"],
+    "uvloop streams": [PYTHON, "loadtests/peers/asyncio_streams.py", "--uvloop"],
+    "uvloop Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py", "--uvloop"],
+    "Twisted": [PYTHON, "loadtests/peers/twisted_protocol.py"],
+    "trio": [PYTHON, "loadtests/peers/trio_streams.py"],
+    "threads": [PYTHON, "loadtests/peers/threads_socketserver.py"],
+}
+if WORKERS > 1:
+    SERVERS[f"gtcpserver, {WORKERS} workers"] = [*SERVERS[OURS], "--workers", str(WORKERS)]
+
+#: What a server needs besides the standard library and gevent.
+NEEDS = {"uvloop streams": "uvloop", "uvloop Protocol": "uvloop", "Twisted": "twisted", "trio": "trio"}
+
+
+def add_server(text: str) -> str:
+    """Take a "NAME=COMMAND" of the user's; returns the name.
+
+    "{port}" in the command is replaced by a free port, and the server is ready when it accepts there; otherwise it must
+    say "listening on HOST:PORT". The scenario's options are put behind it, or in the place of "{options}".
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    name, equals, command = text.partition("=")
+    if not equals or not name.strip() or not command.strip():
+        raise ValueError(f"must be NAME=COMMAND, got {text!r}")
+    SERVERS[name.strip()] = shlex.split(command)
+    return name.strip()
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """Those that can run here, each once."""
+    return [name for name in dict.fromkeys(names) if name not in NEEDS or find_spec(NEEDS[name]) is not None]
+
+
+@contextmanager
+def serving(name: str, options: Sequence[str] = ()) -> Iterator[Listening]:
+    """Run a server, pinned to its CPU.
+
+    Raises:
+        BenchError: it does not start.
+    """
+    command = SERVERS[name]
+    port = free_port() if any("{port}" in word for word in command) else 0
+    words = [word.replace("{port}", str(port)) for word in command]
+    if "{options}" in words:
+        place = words.index("{options}")
+        words[place : place + 1] = options
+    else:
+        words += options
+    cpus = set(CPUS[:-1]) if "workers" in name and WORKERS > 1 else {SERVER_CPU}
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare(cpus),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    try:
+        if port:
+            _wait_for(process, port)
+            yield Listening(process.pid, "127.0.0.1", port)
+            return
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
+        line = process.stdout.readline() if ready else "nothing said"
+        found = read_address(line)
+        if found is None:
+            raise BenchError(f"{name} did not start: {line!r}")
+        yield Listening(process.pid, *found)
+    finally:
+        kill_all(process.pid)
+        process.wait()
+
+
+def _wait_for(process: subprocess.Popen[str], port: int) -> None:
+    give_up = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > give_up:
+                raise BenchError(f"{process.args!r} did not start: nobody listens on port {port}") from None
+            time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
