@@ -237,7 +237,7 @@ def test_requirement_21_the_smuggling_corpus_is_refused_and_nothing_of_it_is_for
     assert recorder.heard == []
 
 
-# -- bodies that turn out to be bad when the request is on its way -------------------------------------------------------
+# -- bodies that turn out to be bad when the request is on its way -----------------------------------------------------
 
 BAD_CHUNKS = [
     b"5\nhello\r\n0\r\n\r\n",
@@ -283,7 +283,7 @@ def test_requirement_21_a_body_in_bad_chunks_never_ends_for_the_origin(proxy, re
             assert time.monotonic() < give_up
             time.sleep(0.001)
 
-    for number, bad in enumerate(BAD_CHUNKS):
+    for number, bad in enumerate(BAD_CHUNKS):  # noqa: B007 - the_head_is_there() looks at it
         body = bad + SMUGGLED % url
         pieces = [head, the_head_is_there, body] if when == "later" else [head + body]
         assert in_thread(exchange, proxy.address, *pieces) == (400, b""), bad
@@ -321,19 +321,23 @@ def test_requirement_21_extensions_and_paddings_are_not_forwarded(proxy, recorde
     assert body in (b"a\r\nhelloworld\r\n0\r\nX-T: 1\r\n\r\n", b"5\r\nhello\r\n5\r\nworld\r\n0\r\nX-T: 1\r\n\r\n")
 
 
-# -- whatever is forwarded is read by the origin as it was by the proxy ---------------------------------------------------
+# -- whatever is forwarded is read by the origin as it was by the proxy ------------------------------------------------
 
 LINES = st.sampled_from(
-    [b"Host: x", b"A: b", b"Content-Length: 0", b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Connection: x"]
-    + [b"Connection: close", b"Connection: content-length, transfer-encoding, host", b"TE: trailers, chunked"]
-    + [b"Expect: 100-continue", b"Upgrade: h2c", b"Connection: upgrade", b"Trailer: Content-Length", b"Via: 1.1 x"]
-    + [b"Proxy-Connection: transfer-encoding", b"Keep-Alive: 5", b"Content-Length: 00", b"Content-Length:5 "]
-    + [*DISGUISES, *LENGTHS]
+    [
+        *(b"Host: x", b"A: b", b"Content-Length: 0", b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+        *(b"Connection: x", b"Connection: close", b"Connection: content-length, transfer-encoding, host"),
+        *(b"TE: trailers, chunked", b"Expect: 100-continue", b"Upgrade: h2c", b"Connection: upgrade"),
+        *(b"Trailer: Content-Length", b"Via: 1.1 x", b"Proxy-Connection: transfer-encoding", b"Keep-Alive: 5"),
+        *(b"Content-Length: 00", b"Content-Length:5 ", *DISGUISES, *LENGTHS),
+    ]
 )
 METHODS = st.sampled_from([b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS", b"DELETE", b"PURGE", b"get", b"TRACE"])
 BODIES = st.sampled_from(
-    [b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n", b"0\r\n\r\n", b"0\r\nA: b\r\n\r\n", b"5\r\nhel", b"\r\n", b"0"]
-    + [b"5;x\r\nhello\r\n0\r\nTransfer-Encoding: chunked\r\nContent-Length: 40\r\n\r\n", *BAD_CHUNKS[:12]]
+    [
+        *(b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n", b"0\r\n\r\n", b"0\r\nA: b\r\n\r\n", b"5\r\nhel", b"\r\n", b"0"),
+        *(b"5;x\r\nhello\r\n0\r\nTransfer-Encoding: chunked\r\nContent-Length: 40\r\n\r\n", *BAD_CHUNKS[:12]),
+    ]
 )
 REQUESTS = st.tuples(METHODS, st.sampled_from([b"1.1", b"1.1", b"1.1", b"1.0"]), st.lists(LINES, max_size=4), BODIES)
 
@@ -394,8 +398,8 @@ def answers(port, data):
 
 
 def test_requirement_21_the_origin_reads_what_the_proxy_has_read(in_thread):
-    """Several requests on one connection, of dangerous parts in any order: the origin gets those that the proxy believes
-    to have forwarded, each once, in their order, and no other."""
+    """Several requests on one connection, of dangerous parts in any order: the origin gets those that the proxy
+    believes to have forwarded, each once, in their order, and no other."""
     judge, records = Judge(), []
     with Server("127.0.0.1:0", judge) as origin, Server("127.0.0.1:0", lambda conn: serve_http(conn, records)) as proxy:
 
@@ -421,7 +425,7 @@ def test_requirement_21_the_origin_reads_what_the_proxy_has_read(in_thread):
         smuggle()
 
 
-# -- and by nginx, too ---------------------------------------------------------------------------------------------------
+# -- and by nginx, too -------------------------------------------------------------------------------------------------
 
 #: What the proxy takes, and others may stumble over.
 TAKEN = [
@@ -502,7 +506,7 @@ def test_requirement_21_nginx_reads_what_the_proxy_has_read(proxy, records, ngin
     assert [words[1:] for words in found] == [[path, "200", "127.0.0.1"] for path in expected]
 
 
-# -- answers -------------------------------------------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "none"])
@@ -533,7 +537,7 @@ def test_what_an_origin_sends_behind_its_answer_is_nobodys_answer(proxy, serve, 
     assert b"forged" not in got
 
 
-# -- and no head takes long ----------------------------------------------------------------------------------------------
+# -- and no head takes long --------------------------------------------------------------------------------------------
 
 LONG = 60_000
 
