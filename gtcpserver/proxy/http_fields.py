@@ -38,6 +38,9 @@ NOT_IN_TRAILERS = frozenset(
 #: How origins are told for whom a request is made. Off unless asked for: a proxy should not tell.
 Forwarded = Literal["off", "x-forwarded-for", "forwarded"]
 
+#: As in SOCKS, where a length octet is the limit. Each attempt is a line in the log.
+LONGEST_USER = 255
+
 CHALLENGE = (b"Proxy-Authenticate", b'Basic realm="proxy", charset="UTF-8"')
 
 
@@ -130,4 +133,4 @@ def basic_credentials(head: Head) -> tuple[bytes, bytes] | None:
         user, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
     except binascii.Error:
         return None
-    return (user, password) if colon else None
+    return (user, password) if colon and len(user) <= LONGEST_USER else None

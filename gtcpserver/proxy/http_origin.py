@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from .upstream import Upstream
 
 #: What an origin may have in its head. curl: 300 KiB, nginx as a proxy: 4 or 8 KiB, Chromium: 256 KiB.
 LONGEST_ANSWER_HEAD = 256 * 1024
+
+# Lines of answers may end with LF alone (RFC 9112 section 2.2).
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_FOLD = re.compile(rb"\r?\n[ \t]+")
+_TO_TIDY = (b"\n ", b"\n\t", b":  ", b": \t", b":\t")
+_SPACES_BEFORE_VALUE = re.compile(rb"^([^:\n]*:)[ \t]+", re.MULTILINE)
 
 #: Idle origin connections of one client. Browsers keep a connection to a proxy for a host, libraries one for all.
 MOST_IDLE = 4
@@ -70,6 +77,7 @@ class Origin:
             request = _for_proxy(request, self.key[0], self.forwarding)
         self._method = request.method
         self._heard = False
+        self._behind = b""
         # h11 reads the heads of the answers to one request; the bodies, which it never sees, are ours.
         self._reader = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_ANSWER_HEAD)
         head = self._reader.send(request) or b""
@@ -85,22 +93,33 @@ class Origin:
             OriginFailed: it closed, or this is no answer.
             TimeoutError: it says nothing.
         """
-        while True:
-            try:
-                event: Any = self._reader.next_event()
-            except h11.RemoteProtocolError as error:
-                raise OriginFailed(f"not an HTTP answer: {error}") from None
-            if isinstance(event, h11.InformationalResponse | h11.Response):
-                break
-            data = self._more(body)
-            if not data:
-                raise OriginFailed("closed without an answer", mute=not self._heard)
-            self._heard = True
-            self._reader.receive_data(data)
+        head = self._next_head(body)
+        try:
+            self._reader.receive_data(_tidied(head))
+            event: Any = self._reader.next_event()
+        except h11.RemoteProtocolError as error:
+            raise OriginFailed(f"not an HTTP answer: {error}") from None
         answer = _read_answer(event, self._method)
         if answer.status >= 200 or answer.status == 101:
-            self.connection.unread(self._reader.trailing_data[0])
+            self.connection.unread(self._behind)
         return answer
+
+    def _next_head(self, body: RequestBody) -> bytes:
+        """The bytes of the next head. What came behind them is kept."""
+        data, searched = self._behind, 0
+        while (end := _END_OF_HEAD.search(data, searched)) is None:
+            if data and data[0] <= 0x20:  # such as an alert of TLS: more will not come
+                raise OriginFailed("not an HTTP answer")
+            if len(data) > LONGEST_ANSWER_HEAD:
+                raise OriginFailed(f"its head is longer than {LONGEST_ANSWER_HEAD} bytes")
+            searched = max(0, len(data) - 2)
+            more = self._more(body)
+            if not more:
+                raise OriginFailed("closed without an answer", mute=not self._heard)
+            self._heard = True
+            data += more
+        self._behind = data[end.end() :]
+        return data[: end.end()]
 
     def _more(self, body: RequestBody) -> bytes:
         while True:
@@ -162,6 +181,18 @@ def _for_proxy(request: h11.Request, target: Target, proxy: Upstream) -> h11.Req
 def _authority(target: Target) -> bytes:
     text = str(target)
     return (text.removesuffix(":80")).encode()
+
+
+def _tidied(head: bytes) -> bytes:
+    """A head without folded lines (RFC 9112 section 5.2), and with one space before each value.
+
+    A line of h11's pattern that does not match takes a time that grows with the square of the spaces before its value:
+    minutes, for as many as a head may have.
+    """
+    if not any(odd in head for odd in _TO_TIDY):  # the answer of most servers: 0.5 us
+        return head
+    line, end, fields = head.partition(b"\n")
+    return line + end + _SPACES_BEFORE_VALUE.sub(rb"\1 ", _FOLD.sub(b" ", fields))
 
 
 def _read_answer(event: Any, method: bytes) -> Answer:

@@ -86,6 +86,7 @@ class HttpSession:
             self._answer_error(None, None, error)
         finally:
             self._write(record)
+            del error  # it holds what was read, by its traceback, and this frame: a cycle
         return None
 
     def _read_head(self, data: bytes) -> bytes:

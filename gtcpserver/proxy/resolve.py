@@ -2,7 +2,8 @@
 
 Look-ups are the system's own (getaddrinfo(3)), so that /etc/hosts, search domains and whatever else the operator has
 set up count. They run in native threads of their own: gevent's default pool has 10 for everything, and names whose
-server does not answer (5 s and more each) fill it at once. Clients that ask for the same name share one look-up.
+server does not answer (5 s and more each) fill it at once. Clients that ask for the same name share one look-up, and
+names that nobody waits for any more are not looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
 from typing import Any, Literal, get_args
 
+import gevent
 from gevent import monkey
+from gevent.event import Event
+from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
 from ..errors import ConfigError
@@ -44,13 +48,24 @@ class _Answer:
     until: float
 
 
+class _Question:
+    """A name that is being looked up, or will be when a thread is free."""
+
+    __slots__ = ("answer", "answered", "waiting")
+
+    def __init__(self) -> None:
+        self.answer: _Answer | None = None
+        self.answered = Event()
+        self.waiting = 0  # clients
+
+
 class Resolver:
     """Finds the addresses of names.
 
     Args:
         family: "any" interleaves IPv6 and IPv4, IPv6 first (RFC 8305 section 4); "prefer-ipv4" the other way round;
             "ipv4" and "ipv6" know no others.
-        timeout: seconds a client waits for a look-up; the look-up goes on and serves the next one.
+        timeout: seconds a client waits for a look-up; one that is under way goes on and serves the next client.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -63,7 +78,8 @@ class Resolver:
         self._family = family
         self._timeout = timeout
         self._known: OrderedDict[str, _Answer] = OrderedDict()
-        self._under_way: dict[str, Any] = {}
+        self._under_way: dict[str, _Question] = {}
+        self._free = Semaphore(THREADS)
         self._threads: ThreadPool | None = None
 
     def resolve(self, name: str) -> tuple[IPAddress, ...]:
@@ -83,36 +99,46 @@ class Resolver:
         return answer.found
 
     def _ask(self, name: str) -> _Answer:
-        asked = self._under_way.get(name)
-        if asked is None:
-            if self._threads is None:
-                self._threads = ThreadPool(THREADS)
-            asked = self._under_way[name] = self._threads.spawn(_look_up, name)
-            asked.rawlink(lambda result: self._note(name, result))
-        asked.wait(self._timeout)
-        if not asked.ready():
+        question = self._under_way.get(name)
+        if question is None:
+            question = self._under_way[name] = _Question()
+            gevent.spawn(self._find, name, question)
+        question.waiting += 1
+        try:
+            question.answered.wait(self._timeout)
+        finally:
+            question.waiting -= 1
+        if question.answer is None:
             raise TimeoutError(f"no answer about {name} within {self._timeout:g} seconds")
-        return self._answer(asked)
+        return question.answer
 
-    def _note(self, name: str, result: Any) -> None:
-        self._under_way.pop(name, None)
-        self._known[name] = self._answer(result)
-        self._known.move_to_end(name)
-        while len(self._known) > MOST_NAMES:
-            self._known.popitem(last=False)
+    def _find(self, name: str, question: _Question) -> None:
+        try:
+            with self._free:
+                if question.waiting:
+                    question.answer = self._look_up(name)
+                    self._known[name] = question.answer
+                    self._known.move_to_end(name)
+                    while len(self._known) > MOST_NAMES:
+                        self._known.popitem(last=False)
+        finally:
+            del self._under_way[name]
+            question.answered.set()
 
-    def _answer(self, result: Any) -> _Answer:
-        now = monotonic()
-        if isinstance(result.exception, socket.gaierror):
-            return _Answer((), result.exception, now + KEEP_FAILURE)
-        if result.exception is not None:  # UnicodeError: no name that DNS has
-            error = socket.gaierror(socket.EAI_NONAME, str(result.exception))
-            return _Answer((), error, now + KEEP_FAILURE)
-        found = in_order(result.value, self._family)
-        if not found:
-            none = socket.gaierror(socket.EAI_NONAME, f"no {self._family} address")
-            return _Answer((), none, now + KEEP_FAILURE)
-        return _Answer(found, None, now + KEEP)
+    def _look_up(self, name: str) -> _Answer:
+        if self._threads is None:
+            self._threads = ThreadPool(THREADS)
+        error = None
+        found: tuple[IPAddress, ...] = ()
+        try:
+            found = in_order(self._threads.spawn(_look_up, name).get(), self._family)
+        except socket.gaierror as failure:
+            error = failure
+        except Exception as failure:  # UnicodeError: no name that DNS has; or there is no other thread to be had
+            error = socket.gaierror(socket.EAI_NONAME, str(failure))
+        if not found and error is None:
+            error = socket.gaierror(socket.EAI_NONAME, f"no {self._family} address")
+        return _Answer(found, error, monotonic() + (KEEP_FAILURE if error else KEEP))
 
     def close(self) -> None:
         """End the threads, when the look-ups under way have ended."""

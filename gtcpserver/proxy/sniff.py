@@ -7,13 +7,11 @@ from typing import Literal
 
 from . import socks4, socks5
 from .errors import ProtocolError
+from .http_messages import LONGEST_METHOD
 
 Protocol = Literal["socks4", "socks5", "http"]
 
 TLS_HANDSHAKE = 0x16  # RFC 8446 section 5.1
-
-#: Longer than every method there is (RFC 9110 section 16.1 and the IANA registry: 17 for UPDATEREDIRECTREF).
-LONGEST_METHOD = 32
 
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 

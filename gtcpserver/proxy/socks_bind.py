@@ -12,7 +12,7 @@ import gevent.select
 import gevent.socket
 
 from ..connection import Connection
-from .gate import Denied, Visitor
+from .gate import Denied, Visitor, result_of
 from .target import IPAddress, Target, unmapped
 
 #: Strangers may connect first, and are turned away. After so many it is an attack.
@@ -44,6 +44,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         conn.sendall(answer(False, None))
         return None
     try:
+        visitor._check_limits()
         # Any port: rules for ports are about what clients connect to.
         expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip))
         listening = _listen(conn, visitor, expected[0])
@@ -52,7 +53,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         conn.sendall(answer(False, None))
         return None
     except OSError as error:
-        record.detail = error.strerror or str(error)
+        record.result, record.detail = result_of(error), error.strerror or str(error)
         conn.sendall(answer(False, None))
         return None
     with listening:

@@ -14,7 +14,7 @@ from ..connection import Connection
 from ..errors import DeadlineExceeded
 from . import socks5
 from .errors import ProtocolError
-from .gate import Visitor
+from .gate import Visitor, result_of
 from .socks5 import Reply
 from .target import IPAddress, Target, unmapped
 
@@ -36,9 +36,10 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
     record = visitor.record
     local = ip_address(conn.getsockname()[0].split("%")[0])
     try:
+        visitor._check_limits()
         association = _Association(visitor, local, target.port)
     except OSError as error:
-        record.detail = error.strerror or str(error)
+        record.result, record.detail = result_of(error), error.strerror or str(error)
         conn.sendall(socks5.reply(Reply.GENERAL_FAILURE))
         return
     try:

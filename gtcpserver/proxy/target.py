@@ -76,21 +76,21 @@ def parse_authority(text: str, default_port: int | None = None) -> Target:
     if text.startswith("["):
         host, closed, rest = text[1:].partition("]")
         if not closed or (rest and not rest.startswith(":")):
-            raise BadTarget(f"expected [IPv6]:port, got {text!r}")
+            raise BadTarget(f"expected [IPv6]:port, got {_shown(text)}")
         if ":" not in host or "%" in host or _plain_address(host) is None:
-            raise BadTarget(f"expected an IPv6 address in brackets, got {host!r}")
+            raise BadTarget(f"expected an IPv6 address in brackets, got {_shown(host)}")
         port_text = rest[1:] if rest else None
     else:
         host, colon, port_text_ = text.partition(":")
         port_text = port_text_ if colon else None
         if port_text is not None and ":" in port_text:
-            raise BadTarget(f"an IPv6 address needs brackets: [{text}]:port")
+            raise BadTarget("an IPv6 address needs brackets, as in [::1]:80")
     if not port_text:
         if default_port is None:
-            raise BadTarget(f"expected host:port, got {text!r}")
+            raise BadTarget(f"expected host:port, got {_shown(text)}")
         return make_target(host, default_port)
     if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5):
-        raise BadTarget(f"port must be 1 to 65535, got {port_text!r}")
+        raise BadTarget(f"port must be 1 to 65535, got {_shown(port_text)}")
     return make_target(host, int(port_text))
 
 
@@ -103,13 +103,13 @@ def parse_address(text: str) -> IPAddress | None:
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
         if ":" not in text:
-            raise BadTarget(f"expected an IPv6 address in brackets, got {text!r}")
+            raise BadTarget(f"expected an IPv6 address in brackets, got {_shown(text)}")
     if "%" in text:
         raise BadTarget("an address with a zone means nothing to the proxy")
     if ":" in text:
         found = _plain_address(text)
         if found is None:
-            raise BadTarget(f"not an IPv6 address: {text!r}")
+            raise BadTarget(f"not an IPv6 address: {_shown(text)}")
         return found
     return _ipv4_of_any_spelling(text)
 
@@ -136,10 +136,10 @@ def _ipv4_of_any_spelling(text: str) -> IPv4Address | None:
             else:
                 values.append(int(part, 8 if len(part) > 1 and part[0] == "0" else 10))
         except ValueError:
-            raise BadTarget(f"not an IPv4 address: {text!r}") from None  # 08, 09
+            raise BadTarget(f"not an IPv4 address: {_shown(text)}") from None  # 08, 09
     *front, last = values
     if any(value > 255 for value in front) or last >= 256 ** (5 - len(values)):
-        raise BadTarget(f"not an IPv4 address: {text!r}")
+        raise BadTarget(f"not an IPv4 address: {_shown(text)}")
     number = last
     for place, value in enumerate(front):
         number |= value << (24 - 8 * place)
