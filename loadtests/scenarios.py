@@ -47,18 +47,16 @@ SCENARIOS = {
         "Keep-alive, 1 kB, {clients} connections, 30 s idle time-out", options=("--timeout", "30")
     ),
     "new-connection": Scenario(
-        "A new connection for each request, 1 kB, {clients} clients",
+        "New connections, 1 kB, {clients} clients",
         "1",
         NEW,
         servers=EVERYBODY,
         against=(GEVENT_POOL, UVLOOP),
     ),
     "tls-keepalive": Scenario("TLS 1.3, keep-alive, 1 kB, {clients} connections", "2.1", tls=True),
-    "tls-new-connection": Scenario(
-        "TLS 1.3, a new connection for each request, {clients} clients", "1.1", NEW, tls=True
-    ),
+    "tls-new-connection": Scenario("TLS 1.3, new connections, 1 kB, {clients} clients", "1.1", NEW, tls=True),
     "aes-new-connection": Scenario(
-        "AES-128-CBC, a new connection for each request, 1 kB, {clients} clients",
+        "AES-128-CBC, new connections, 1 kB, {clients} clients",
         "3",
         (*NEW, "--aes128"),
         answers_differ=True,
@@ -69,7 +67,7 @@ SCENARIOS = {
     "sleep": Scenario(
         "1 ms of sleep, keep-alive, 128 bytes, {clients} connections", "5", ("--size", "128", "--sleep", "1")
     ),
-    "16k": Scenario("A new connection for each request, 16 kB, {clients} clients", "6", (*NEW, "--size", "16384")),
+    "16k": Scenario("New connections, 16 kB, {clients} clients", "6", (*NEW, "--size", "16384")),
 }
 
 #: The original's, in its order.

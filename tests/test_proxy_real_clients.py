@@ -162,9 +162,11 @@ def test_ssh(proxy, in_thread, tmp_path, kind):
 
 @needs("dnsmasq")
 def test_a_dns_query_over_udp_associate(proxy, connect, in_thread):
-    with socket.socket(type=socket.SOCK_DGRAM) as free:
+    # It listens on both, and not where connections are in TIME-WAIT.
+    with socket.socket() as free, socket.socket(type=socket.SOCK_DGRAM) as too:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+        too.bind(("127.0.0.1", port))
     command = [
         "dnsmasq",
         "--keep-in-foreground",
