@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import gevent
 
-from gtcpserver import Connection, GtcpServerError, Server, TLSConfig
+from gtcpserver import Connection, GtcpServerError, Server, TLSConfig, run
+from gtcpserver.supervisor.worker import Worker
 
 #: A request head longer than this is refused (node.js allows 16 KiB, Apache 8 KiB a line).
 LONGEST_HEAD = 64 * 1024
@@ -112,6 +113,12 @@ def encrypt(content: bytes) -> bytes:
     return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
 
 
+def announce(worker: Worker) -> None:
+    """Each worker says it, since nobody knows which one will be the first."""
+    assert worker.server is not None
+    print(f"listening on {worker.server.address}", flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line: what is wrong is not lost below a screen of usage."""
@@ -133,6 +140,7 @@ def main() -> int:
     parser.add_argument("--tls-cert", metavar="FILE")
     parser.add_argument("--tls-key", metavar="FILE")
     parser.add_argument("--accept-loops", type=int, default=1, metavar="N")
+    parser.add_argument("--workers", type=int, metavar="N", help="worker processes")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="idle time-out")
     options = parser.parse_args()
     if options.size < 0:
@@ -155,17 +163,13 @@ def main() -> int:
 
                 certfile, keyfile = self_signed()
             tls = TLSConfig(certfile, keyfile)
-        server = Server(
-            options.listen,
-            http_handler(
-                answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha),
-                options.keepalive,
-                options.idle,
-            ),
-            accept_loops=options.accept_loops,
-            timeout=options.timeout,
-            tls=tls,
-        )
+        make = answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha)
+        handler = http_handler(make, options.keepalive, options.idle)
+        if options.workers is not None:
+            settings = {"timeout": options.timeout, "tls": tls, "worker_start": announce}
+            run(handler, options.listen, workers=options.workers, **settings)
+            return 0
+        server = Server(options.listen, handler, accept_loops=options.accept_loops, timeout=options.timeout, tls=tls)
         server.start()
     except GtcpServerError as mistake:
         parser.error(str(mistake))

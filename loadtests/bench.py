@@ -36,6 +36,8 @@ from .measure import (
     ROOT,
     SERVER_CPU,
     BenchError,
+    Listening,
+    NoAnswer,
     answer_of,
     crowd,
     first_bytes,
@@ -69,15 +71,26 @@ def measure(
     options = [*scenario.options, *(tls if scenario.tls else [])]
     check_answers(names, options, scenario.tls, scenario.answers_differ)
     for number in range(rounds):
-        for name in progress.random.sample(list(names), len(names)):
+        for name in progress.random.sample(list(result.runs), len(result.runs)):
             progress.show(f"{scenario.named(clients)}: round {number + 1} of {rounds}, {name}")
-            with serving(name, options) as server:
-                cpus = WORKERS if "workers" in name else 1
-                if seconds > 1:
-                    load(server, 1, clients, scenario.tls)  # warm-up
-                result.runs[name].append(load(server, seconds, clients, scenario.tls, cpus=cpus))
+            try:
+                with serving(name, options) as server:
+                    cpus = WORKERS if "workers" in name else 1
+                    warm_up(server, seconds, clients, scenario.tls)
+                    result.runs[name].append(load(server, seconds, clients, scenario.tls, cpus=cpus))
+            except NoAnswer as problem:
+                result.failed[name] = str(problem)
+                del result.runs[name]
             progress.step()
     return result
+
+
+def warm_up(server: Listening, seconds: int, clients: int, tls: bool) -> None:
+    if seconds > 1:
+        try:
+            load(server, 1, clients, tls)
+        except NoAnswer:
+            pass  # a thousand TLS handshakes take longer
 
 
 def check_answers(names: Sequence[str], options: Sequence[str], tls: bool, only_lengths: bool = False) -> None:

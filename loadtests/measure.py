@@ -32,6 +32,10 @@ class BenchError(Exception):
     """A measurement that cannot be made; the message says why."""
 
 
+class NoAnswer(BenchError):
+    """Not one request was answered while it was measured."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of one server.
@@ -157,7 +161,7 @@ def load(server: Listening, seconds: int, clients: int, tls: bool = False, path:
     after, ended = cpu_of_session(server.pid), time.monotonic()
     report = read_report(done.stdout)
     if not report.requests:
-        raise BenchError(f"wrk measured nothing: {done.stdout}{done.stderr}")
+        raise NoAnswer(f"no answer to {clients} clients within {seconds} s {done.stderr}".strip())
     used = sum(after) - sum(before)
     return Run(
         user=(after[0] - before[0]) / report.requests * 1e6,

@@ -15,9 +15,10 @@ BUSY = 0.9
 
 @dataclass
 class Result:
-    """The runs of each server, in the order of the rounds."""
+    """The runs of each server, in the order of the rounds; and why others have none."""
 
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def median(self, server: str, figure: str) -> float:
         return float(statistics.median(getattr(run, figure) for run in self.runs[server]))

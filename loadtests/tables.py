@@ -31,6 +31,7 @@ def table(scenario: Scenario, clients: int, result: Result) -> str:
             *(str(result.ratio(name, peer)) if peer != name else "" for peer in peers),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{name}: {why}." for name, why in result.failed.items()]
     return "\n".join(lines) + "\n"
 
 

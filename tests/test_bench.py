@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, compare, measure, plots, servers, transfers, workers  # noqa: E402
+from loadtests import bench, compare, measure, options, plots, publish, scenarios, servers, tables, transfers, workers  # noqa: E402
 from loadtests.results import Result  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
@@ -101,6 +102,18 @@ def test_a_server_that_does_not_start_is_an_error(monkeypatch, command):
     monkeypatch.setitem(servers.SERVERS, "bad", [sys.executable, *command.split(" ", 1)])
     with pytest.raises(measure.BenchError, match="did not start"), servers.serving("bad"):
         pass
+
+
+@needs_wrk
+def test_a_server_that_answers_nothing_is_named_and_left_out(monkeypatch):
+    def load(server, *_args, **_options):
+        raise measure.NoAnswer("no answer to 10 clients within 1 s")
+
+    monkeypatch.setattr(bench, "load", load)
+    scenario = scenarios.SCENARIOS["keepalive"]
+    found = bench.measure(scenario, 10, [servers.OURS], 2, 1, [], bench.Progress(1, 0))
+    assert (found.runs, found.failed) == ({}, {servers.OURS: "no answer to 10 clients within 1 s"})
+    assert tables.table(scenario, 10, found).endswith("gtcpserver: no answer to 10 clients within 1 s.\n")
 
 
 def test_a_server_of_the_users_own(monkeypatch):
@@ -266,3 +279,36 @@ def test_transfers_name_what_is_missing(monkeypatch, capsys):
 def test_two_workers_are_measured_against_one(capsys):
     assert workers.main(["--rounds", "1", "--seconds", "1"]) == 0
     assert "two workers: " in capsys.readouterr().out
+
+
+def test_the_effect_of_options_is_measured(monkeypatch, capsys):
+    title = next(iter(options.VARIANTS))
+    handler, clients, variants = options.VARIANTS[title]
+    few = {name: variants[name] for name in ("default", "--defer-accept 1")}
+    monkeypatch.setattr(options, "VARIANTS", {title: (handler, clients, few)})
+    if shutil.which("wrk") is None:
+        pytest.skip("wrk is missing")
+    assert options.main(["--rounds", "1", "--seconds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^\| --defer-accept 1 \| \d+\.\d \|", said, re.MULTILINE)
+    assert "### TCP Fast Open" in said
+
+
+def test_results_are_put_between_the_marks_of_a_page():
+    page = "a\n<!-- results -->\nold\n<!-- end of results -->\nb\n"
+    once = publish.put(page, "results", "new\\1")
+    assert once == "a\n<!-- results -->\nnew\\1\n<!-- end of results -->\nb\n"
+    assert publish.put(once, "results", "new\\1") == once
+    with pytest.raises(ValueError, match="has no marks for options"):
+        publish.put(page, "options", "x")
+    for mark in ("results", "options"):
+        assert publish.put(publish.PAGE.read_text(), mark, "x")
+
+
+def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
+    name = "gtcpserver, 2 workers"
+    monkeypatch.setitem(servers.SERVERS, name, [*servers.SERVERS[servers.OURS], "--workers", "2"])
+    bench.check_answers([servers.OURS, name], [], tls=False)
+    with servers.serving(name) as server:
+        assert len(measure.processes(server.pid)) == 3
+        assert sum(measure.cpu_of_session(server.pid)) > 0

@@ -362,6 +362,40 @@ def test_each_request_has_one_line_in_the_log(proxy, serve, connect, in_thread, 
     assert [line["protocol"] for line in lines(4)] == ["http", "http", "http", "socks5"]
 
 
+def test_the_proxy_is_not_reached_through_itself_by_another_address(serve, connect, in_thread):
+    rules = [parse_destination_rule("allow any"), parse_destination_rule("allow loopback")]
+    own = own_address()
+    rules.append(parse_destination_rule(f"allow {own}"))
+    gate = Gate(client_rules=ANYBODY, destination_rules=rules)
+    server = serve(ProxyHandler(gate), "0.0.0.0:0")
+    origin = serve(echo, "0.0.0.0:0")
+    with socket.create_connection(("127.0.0.1", server.port), SOON) as client:
+        assert in_thread(reply, client, socks(server.port, own)) == 2
+    with socket.create_connection(("127.0.0.1", server.port), SOON) as client:
+        assert in_thread(reply, client, socks(origin.port, own)) == 0
+
+
+def own_address():
+    """One of this host's that is not loopback."""
+    with socket.socket(type=socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this host has no address but loopback")
+        return probe.getsockname()[0]
+
+
+def test_a_head_that_drips_has_the_time_of_one_negotiation(proxy, connect, in_thread):
+    from gtcpserver.proxy.gate import Timeouts
+
+    client = connect(proxy(timeouts=Timeouts(negotiate=0.4)))
+    began = time.monotonic()
+    gevent.sleep(0.3)
+    client.sendall(b"G")
+    assert in_thread(client.recv, 100).startswith(b"HTTP/1.1 408 ")
+    assert time.monotonic() - began < 0.6
+
+
 # -- the system --------------------------------------------------------------------------------------------------------
 
 EXHAUSTED = """

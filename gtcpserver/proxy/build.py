@@ -102,8 +102,7 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
 
 def _own_ports(config: ProxyConfig) -> frozenset[int]:
     listening = [parse_address(listener.listen) for listener in _listeners(config)]
-    ports = frozenset(address.port for address in listening if address.kind == "tcp")
-    return frozenset() if 0 in ports else ports  # 0: the system will choose
+    return frozenset(address.port for address in listening if address.kind == "tcp")
 
 
 def make_limits(config: ProxyConfig) -> Limits:

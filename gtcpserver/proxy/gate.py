@@ -18,7 +18,7 @@ from ..balancer import as_ip
 from ..connection import Connection
 from ..errors import GtcpServerError
 from ..tls import ConnectionTLS
-from .dial import dial
+from .dial import dial, is_of_this_host
 from .limits import LimitKeeper
 from .record import AccessRecord, Result
 from .resolve import Resolver
@@ -89,7 +89,8 @@ class Gate:
         upstreams: other proxies, by name.
         upstream_rules: which of them leads where; see `upstream`.
         limits: keeps them, for all listeners that are given it.
-        own_ports: of all listeners of this proxy, or none of them: who is sent there, on this host, comes back.
+        own_ports: of all listeners of this proxy, 0 for one that the system has chosen: who is sent there, on this
+            host, comes back.
         external: the addresses to connect from, one of each family (destinations of the other family are then out of
             reach); or how they are found.
         fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
@@ -266,12 +267,13 @@ class Visitor:
 
     def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
         own_ports = self.gate.own_ports
-        if own_ports and port not in own_ports:
-            return False
-        own_ip, own_port = self.own or (None, 0)
-        return (port == own_port or port in self.gate.own_ports) and (
-            ip == own_ip or ip.is_loopback or ip.is_unspecified
-        )
+        if port not in own_ports:
+            if own_ports and 0 not in own_ports:
+                return False
+            if self.own is None or port != self.own[1]:
+                return False
+        own = self.own
+        return (own is not None and ip == own[0]) or ip.is_loopback or ip.is_unspecified or is_of_this_host(ip)
 
     def allowed_addresses(self, target: Target) -> list[IPAddress]:
         """Those addresses of a target that the client may reach, in the order in which they should be tried.
@@ -326,7 +328,7 @@ class Visitor:
         record.asked = str(target)
         forwarding: Upstream | None = None
         try:
-            self._check_limits()
+            self.check_limits()
             upstream = self.upstream_to(target)
             if upstream is None:
                 connection, ip = self._dial(self.allowed_addresses(target), target.port, for_request)
@@ -344,7 +346,8 @@ class Visitor:
         record.note_opened()
         return connection, forwarding
 
-    def _check_limits(self) -> None:
+    def check_limits(self) -> None:
+        """Count it for its user. Raises LimitReached."""
         user = self.record.user
         if user is not None and user not in self.entered_users:
             exceeded = self.gate.limits.enter_user(user)

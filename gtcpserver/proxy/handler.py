@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from time import monotonic
 from typing import Literal, get_args
 
 from greenlet import GreenletExit
@@ -120,16 +121,17 @@ class ProxyHandler:
 
     def _negotiate(self, conn: Connection, visitor: Visitor) -> Callable[[], None] | None:
         """Hear what the client wants, in one time for all of it; None: nothing that it will get."""
-        record = visitor.record
+        record, seconds = visitor.record, self.gate.timeouts.negotiate
+        until = monotonic() + seconds
         try:
-            with conn.deadline(self.gate.timeouts.negotiate):
+            with conn.deadline(seconds):
                 protocol, data = self._first_bytes(conn)
                 if self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
                     raise ProtocolError(f"the client speaks {protocol}, this listener does not")
                 if protocol == "http":
                     record.protocol = "http"
                     conn.unread(data)
-                    return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded).serve
+                    return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded, until).serve
                 negotiate = negotiate_socks5 if protocol == "socks5" else negotiate_socks4
                 serve = negotiate(conn, visitor, data)
                 if serve is not None:

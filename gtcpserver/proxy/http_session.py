@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from time import monotonic
 
 from greenlet import GreenletExit
 
@@ -26,6 +27,7 @@ class HttpSession:
         pseudonym: the name of this proxy in Via.
         write: called with the record of each request, when it is done.
         forwarded: whether and how origins are told the client's address.
+        first_until: monotonic time by which the head of the first request must have come; None: it has its own time.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class HttpSession:
         pseudonym: bytes,
         write: Callable[[AccessRecord], object],
         forwarded: Forwarded = "off",
+        first_until: float | None = None,
     ) -> None:
         self._conn = conn
         self._visitor = visitor
         self._pseudonym = pseudonym
         self._write = write
+        self._first_until = first_until
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
         self._known: tuple[bytes, str | None] | None = None  # a Proxy-Authorization that was right, and whose it is
 
@@ -71,7 +75,7 @@ class HttpSession:
             return None
         record = visitor.record = _from_now_on(visitor.record)
         try:
-            with conn.deadline(visitor.gate.timeouts.negotiate):
+            with conn.deadline(self._time_for_head()):
                 raw = self._read_head(data)
             head = check_head(raw)
         except DeadlineExceeded:
@@ -88,6 +92,13 @@ class HttpSession:
             self._write(record)
             del error  # it holds what was read, by its traceback, and this frame: a cycle
         return None
+
+    def _time_for_head(self) -> float:
+        seconds = self._visitor.gate.timeouts.negotiate
+        if self._first_until is not None:
+            seconds = max(0.001, min(seconds, self._first_until - monotonic()))
+            self._first_until = None
+        return seconds
 
     def _read_head(self, data: bytes) -> bytes:
         """The head that begins with `data`. What comes behind it is given back."""

@@ -44,7 +44,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         conn.sendall(answer(False, None))
         return None
     try:
-        visitor._check_limits()
+        visitor.check_limits()
         # Any port: rules for ports are about what clients connect to.
         expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip))
         listening = _listen(conn, visitor, expected[0])

@@ -36,7 +36,7 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
     record = visitor.record
     local = ip_address(conn.getsockname()[0].split("%")[0])
     try:
-        visitor._check_limits()
+        visitor.check_limits()
         association = _Association(visitor, local, target.port)
     except OSError as error:
         record.result, record.detail = result_of(error), error.strerror or str(error)
