@@ -15,6 +15,7 @@ from .errors import (
     StartTLSError,
     TruncatedStream,
 )
+from .existing import from_socketserver, from_wsgi
 from .listener import ListenConfig
 from .pool import HandlerPool
 from .server import Server, State, run
@@ -50,6 +51,8 @@ __all__ = [
     "TruncatedStream",
     "__version__",
     "connect",
+    "from_socketserver",
+    "from_wsgi",
     "parse_address",
     "pipe",
     "relay",

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import socketserver
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,17 +18,21 @@ from typing import Any
 import click
 
 from gtcpserver.cli.commands import RunError
+from gtcpserver.existing import from_socketserver, from_wsgi
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
-    """Loads a handler and checks that it can be called with a connection.
+    """Loads a handler and checks that it can be called with a connection; or a handler class made for socketserver.
 
     Raises:
         click.UsageError: there is no such module, file or attribute, or it is no handler.
         RunError: the module raised an exception of its own.
     """
+    found = load_object(reference, parameter)
+    if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
+        return from_socketserver(found)
     handler = load_callable(reference, parameter, 1)
     if inspect.iscoroutinefunction(handler):
         raise _wrong(parameter, f"{reference} is async; a handler is a plain function that blocks")
@@ -36,8 +41,14 @@ def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[
     return handler
 
 
-def load_callable(reference: str, parameter: str, arguments: int) -> Callable[..., Any]:
-    """Loads a function and checks that it takes so many positional arguments. Raises as `load_handler`."""
+def load_wsgi(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
+    """Loads a WSGI application, and makes a handler of it. Raises as `load_handler`."""
+    return from_wsgi(load_callable(reference, parameter, 2, "two arguments, the environment and start_response"))
+
+
+def load_callable(reference: str, parameter: str, arguments: int, wanted: str = "") -> Callable[..., Any]:
+    """Loads a function and checks that it takes so many positional arguments, which are `wanted`. Raises as
+    `load_handler`."""
     found: Callable[..., Any] = load_object(reference, parameter)
     if not callable(found):
         raise _wrong(parameter, f"{reference} is not callable, it is {_a(type(found).__name__)}")
@@ -48,8 +59,8 @@ def load_callable(reference: str, parameter: str, arguments: int) -> Callable[..
     try:
         signature.bind(*[None] * arguments)
     except TypeError:
-        wanted = "one argument, the connection" if arguments == 1 else "two arguments, the connection and the exception"
-        raise _wrong(parameter, f"{reference} must take {wanted}; it takes {signature}") from None
+        usual = "one argument, the connection" if arguments == 1 else "two arguments, the connection and the exception"
+        raise _wrong(parameter, f"{reference} must take {wanted or usual}; it takes {signature}") from None
     return found
 
 

@@ -12,7 +12,7 @@ import click
 import gevent
 
 from gtcpserver.cli.commands import EPILOG, RunError
-from gtcpserver.cli.loading import load_handler
+from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
     OrNone,
     make_listen_config,
@@ -83,18 +83,20 @@ def process_options(command: Command) -> Command:
 
 @click.command(epilog=EPILOG)
 @click.argument("handler", metavar="MODULE:HANDLER")
+@click.option("--wsgi", is_flag=True, help="MODULE:HANDLER is a WSGI application.")
 @server_options
 @supervisor_options
 @monkey_patch_option
 @process_options
 @click.pass_context
-def serve(context: click.Context, /, handler: str, **_options: Any) -> None:
+def serve(context: click.Context, /, handler: str, wsgi: bool, **_options: Any) -> None:
     """Serve every connection with a function of yours: handler(conn).
 
     MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. The current directory is searched
-    for modules first.
+    for modules first. It may also be a handler class made for the standard library's socketserver, such as
+    http.server:SimpleHTTPRequestHandler, or, with --wsgi, a WSGI application.
     """
-    serve_with(context, lambda: load_handler(handler))
+    serve_with(context, lambda: load_wsgi(handler) if wsgi else load_handler(handler))
 
 
 @click.command(epilog=EPILOG)
