@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, list[str]]]] = {
             "--defer-accept 1": ["--defer-accept", "1"],
             "--accept-loops 4": ["--accept-loops", "4"],
             "--backlog 16": ["--backlog", "16"],
-            "--no-no-delay": ["--no-no-delay"],
+            "--delay": ["--delay"],
             "--no-keepalive": ["--no-keepalive"],
             "--linger 0": ["--linger", "0"],
             "--pool none": ["--pool", "none"],
@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, list[str]]]] = {
         {
             "default": [],
             "--timeout 30": ["--timeout", "30"],
-            "--no-no-delay": ["--no-no-delay"],
+            "--delay": ["--delay"],
             "--min-rate 1": ["--min-rate", "1"],
         },
     ),

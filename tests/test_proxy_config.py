@@ -250,4 +250,4 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
             assert in_thread(reply, port) == 2
         finally:
             process.terminate()
-            process.communicate()
+            in_thread(process.communicate)  # the origin, which is here, must see the end of its connections
