@@ -233,8 +233,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--server", action="append", type=_server, metavar="NAME[=COMMAND]", help="only these, and ours; default: all"
     )
     parser.add_argument("--clients", type=_clients, metavar="N,N", help="default: 100; with --original: 1000")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=3, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=2, help="of each run")
     parser.add_argument(
         "--quick", action="store_true", help="2 rounds of 1 s without warm-up, against the two main peers"
     )
