@@ -151,7 +151,10 @@ class SoakUser(TcpUser):
     def nonsense(self) -> None:
         with self.client.request("nonsense", connect=True):
             self.client.send(random.choice([b"PUT x 1\n", b"SET x -1\n", b"\x00" * 50 + b"\n", b"GET " + b"x" * 300]))
-            if not self.client.receive_to_end().startswith(b"ERROR "):
+            answer = self.client.receive_to_end()
+            if not answer and self.watch.reloading():
+                self.watch.soak.tolerated += 1  # some of it is half a line, and that is no request
+            elif not answer.startswith(b"ERROR "):
                 raise AssertionError("nonsense is not answered by ERROR")
 
     # -- faults of clients, of which the server must only recover ------------------------------------------------------
