@@ -11,6 +11,7 @@ import logging
 import math
 from typing import Any
 
+import gevent
 from locust import events
 from locust.runners import WorkerRunner
 
@@ -42,6 +43,13 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number of requests, 0 or more, got {text!r}")
     return int(text)
+
+
+@events.init.add_listener
+def look_at_the_clock(environment: Any, **_: Any) -> None:
+    """The event loop's idea of the time is as old as its last turn, before all the imports: without this, locust's
+    ``--run-time`` begins back then, and a short run may end before its first request."""
+    gevent.get_hub().loop.update_now()
 
 
 @events.init_command_line_parser.add_listener

@@ -201,7 +201,7 @@ def test_criteria_decide_about_the_exit_status(criteria, status, says):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen: nobody else can either
         where = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = locust("--headless", "--echo-server", where, "-u", 2, "-r", 9, "-t", "1s", *criteria)
+        done = locust("--headless", "--echo-server", where, "-u", 2, "-r", 9, "-t", "4s", *criteria)
     assert (done.returncode, says in done.stderr) == (status, True), done.stderr
     assert "ConnectionRefusedError" in done.stdout + done.stderr
 
