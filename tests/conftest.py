@@ -4,6 +4,7 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 `in_thread(sock.recv, 100)` does that in a native thread.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -47,6 +48,44 @@ def spawn_thread(_threads):
 def in_thread(_threads):
     """`in_thread(function, *args)` runs it in a native thread while the event loop goes on, and returns its value."""
     return lambda function, *args: _threads.spawn(function, *args).get(timeout=SOON)
+
+
+def free_port():
+    """A TCP port of 127.0.0.1 on which nobody listens, for programs that must be told theirs."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for_port(port, process):
+    """Wait until a program listens. It blocks: not for servers in this process."""
+    give_up = time.monotonic() + SOON
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            assert process.poll() is None, f"{process.args} has ended"
+            assert time.monotonic() < give_up, f"{process.args} does not listen"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def access_records(caplog):
+    """`access_records(n)` waits for n lines of the access log, and returns all there are."""
+    caplog.set_level(logging.INFO, "gtcpserver.access")
+
+    def found(number):
+        records = [record for record in caplog.records if record.name == "gtcpserver.access"]
+        return records if len(records) >= number else None
+
+    return lambda number=1: wait_until(lambda: found(number))
+
+
+@pytest.fixture
+def lines(access_records):
+    """`lines(n)`: the same, each as a dict of its fields."""
+    return lambda number=1: [record.access for record in access_records(number)]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(__file__).with_name("locust_cases.py")
@@ -63,12 +64,6 @@ def locust(*options, locustfile=LOCUSTFILE, folder=ROOT):
         text=True,
         timeout=28,
     )
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def end(process):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SOON
+from conftest import SOON, free_port
 from test_proxy_passwords import QUICK
 from test_server import echo
 
@@ -135,9 +135,7 @@ def test_two_listeners_on_one_port(in_thread):
             make_proxy(parse_config(f'[[listener]]\nlisten = "{first}"\n[[listener]]\nlisten = "{second}"'))
     import socket
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     listeners = [f'[[listener]]\nlisten = "{host}:{port}"\n' for host in ("127.0.0.1", "127.0.0.2")]
     made = make_proxy(parse_config(listeners[0] + 'speaks = "socks"\n' + listeners[1] + 'speaks = "http"\n'))
 

@@ -2,20 +2,18 @@
 
 import hashlib
 import http.client
-import logging
 import os
 import shutil
 import socket
 import ssl
 import subprocess
-import time
 import urllib.request
 from contextlib import suppress
 
 import gevent
 import pytest
 import trustme
-from conftest import SOON, wait_until
+from conftest import SOON, wait_for_port
 from hypothesis import given
 from hypothesis import strategies as st
 from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, read
@@ -43,18 +41,6 @@ def proxy(serve):
         return serve(ProxyHandler(gate, pseudonym="gtcpserver"))
 
     return start
-
-
-@pytest.fixture
-def lines(caplog):
-    """`lines(n)` waits for n access lines, and returns each as a dict."""
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number):
-        found = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-        return found if len(found) >= number else None
-
-    return lambda number=1: wait_until(lambda: wait(number))
 
 
 @pytest.fixture
@@ -475,14 +461,7 @@ def nginx(tmp_path):
     os.chmod(tmp_path, 0o755)
     (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, port=port))
     process = subprocess.Popen(["nginx", "-c", f"{tmp_path}/nginx.conf", "-e", f"{tmp_path}/log"])
-    give_up = time.monotonic() + SOON
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        except OSError:
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
+    wait_for_port(port, process)
     yield port
     process.kill()
     process.wait()

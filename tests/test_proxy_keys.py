@@ -1,7 +1,6 @@
 """Every key of the proxy's configuration acts: a file with it, a real proxy, and what is different."""
 
 import json
-import logging
 import os
 import re
 import socket
@@ -58,20 +57,6 @@ def proxy(tmp_path):
     yield start
     for server in servers:
         server.halt()
-
-
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
 
 
 @pytest.fixture
@@ -164,7 +149,7 @@ def test_an_address_family_that_external_does_not_have_is_out_of_reach(proxy, co
     "auth.certificate_users",
 )
 @pytest.mark.parametrize("required", ["required", "optional"])
-def test_clients_are_known_by_their_certificates(proxy, connect, in_thread, origin, tmp_path, lines, required):
+def test_clients_are_known_by_their_certificates(proxy, connect, in_thread, origin, tmp_path, access_records, required):
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca")
     own = authority.issue_cert("localhost")
@@ -200,11 +185,11 @@ def test_clients_are_known_by_their_certificates(proxy, connect, in_thread, orig
     assert in_thread(ask, "Bob", by_http) == b"403"
     without = in_thread(ask, None, by_http)
     assert without == (b"403" if required == "optional" else "refused")
-    assert lines(2)[0].access["user"] == lines(2)[1].access["user"] == "Ada"
+    assert access_records(2)[0].access["user"] == access_records(2)[1].access["user"] == "Ada"
 
 
 @about("listener.proxy_protocol", "listener.proxy_protocol_timeout")
-def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, origin, lines):
+def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, origin, access_records):
     from ipaddress import ip_address
 
     server = proxy(
@@ -216,7 +201,7 @@ def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, 
     client.sendall(header)
     assert in_thread(reply, client, socks(origin.port)) == 0
     client.close()
-    assert lines()[0].access["client"] == "192.0.2.7"
+    assert access_records()[0].access["client"] == "192.0.2.7"
     stranger = ProxyHeader((ip_address("198.51.100.7"), 1), (ip_address("192.0.2.1"), 2)).to_bytes()
     client = connect(server)
     client.sendall(stranger)
@@ -226,7 +211,7 @@ def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, 
         client = connect(server)
         assert in_thread(reply, client, socks(origin.port)) is None
         raise OSError
-    results = [record.access["result"] for record in lines(4)]
+    results = [record.access["result"] for record in access_records(4)]
     assert sorted(results) == ["client_denied", "ok", "proxy_header", "proxy_header"]
     assert server.stats().handler_counters["proxy_header"] == 2
 
@@ -258,7 +243,7 @@ for line in sys.stdin:
 
 
 @about("auth.command", "auth.processes", "auth.timeout", "auth.remember", "timeouts.authenticate")
-def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, lines):
+def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, access_records):
     (tmp_path / "helper.py").write_text(COMMAND)
     asked = tmp_path / "asked"
     command = json.dumps([sys.executable, str(tmp_path / "helper.py"), str(asked)])
@@ -273,7 +258,7 @@ def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, 
     assert len(questions()) == 2  # nothing is remembered
     assert len({line.split()[0] for line in questions()}) == 1  # one process
     assert in_thread(reply, connect(server), socks(origin.port, user=b"slow")) is None
-    assert lines(1)[-1].access["result"] == "authentication_failed"
+    assert access_records(1)[-1].access["result"] == "authentication_failed"
     pid = int(questions()[0].split()[0])
     server.stop(5)
     with pytest.raises(ProcessLookupError):
@@ -285,26 +270,26 @@ def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, 
     assert len(questions()) == 1
     server = proxy(options + "[timeouts]\nauthenticate = 0.2", rules=WITH_AUTH)
     assert in_thread(reply, connect(server), socks(origin.port, user=b"slow")) is None
-    wait_until(lambda: lines()[-1].access["result"] == "authentication_timeout")
+    wait_until(lambda: access_records()[-1].access["result"] == "authentication_timeout")
 
 
 # -- time-outs ---------------------------------------------------------------------------------------------------------
 
 
-def ends_as(result, lines, number=1):
-    wait_until(lambda: lines(number)[-1].access["result"] == result)
+def ends_as(result, access_records, number=1):
+    wait_until(lambda: access_records(number)[-1].access["result"] == result)
 
 
 @about("timeouts.negotiate")
-def test_requirement_31_negotiate(proxy, connect, in_thread, lines):
+def test_requirement_31_negotiate(proxy, connect, in_thread, access_records):
     client = connect(proxy("[timeouts]\nnegotiate = 0.1"))
     client.sendall(b"\x05")
     assert in_thread(client.recv, 1) == b""
-    ends_as("negotiation_timeout", lines)
+    ends_as("negotiation_timeout", access_records)
 
 
 @about("timeouts.connect")
-def test_requirement_31_connect(proxy, connect, in_thread, lines):
+def test_requirement_31_connect(proxy, connect, in_thread, access_records):
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -317,12 +302,12 @@ def test_requirement_31_connect(proxy, connect, in_thread, lines):
         assert in_thread(reply, client, socks(full.getsockname()[1])) == 4
         for sock in waiting:
             sock.close()
-    ends_as("connect_timeout", lines)
+    ends_as("connect_timeout", access_records)
 
 
 @about("timeouts.idle", "timeouts.half_closed", "timeouts.lifetime")
 @pytest.mark.parametrize("which", ["idle", "half_closed", "lifetime"])
-def test_requirement_31_tunnels(proxy, connect, in_thread, serve, lines, which):
+def test_requirement_31_tunnels(proxy, connect, in_thread, serve, access_records, which):
     origin = serve(lambda conn: gevent.sleep(SOON))
     server = proxy(f"[timeouts]\n{which} = 0.1")
     client = connect(server)
@@ -330,12 +315,12 @@ def test_requirement_31_tunnels(proxy, connect, in_thread, serve, lines, which):
     if which == "half_closed":
         client.shutdown(socket.SHUT_WR)
     assert in_thread(client.recv, 1) == b""
-    ends_as(which, lines)
+    ends_as(which, access_records)
     wait_until(lambda: server.stats().handler_counters == {which: 1})
 
 
 @about("timeouts.answer", "timeouts.keep_alive")
-def test_requirement_31_http(proxy, connect, in_thread, serve, lines):
+def test_requirement_31_http(proxy, connect, in_thread, serve, access_records):
     def answer(conn):
         head = conn.recv_until(b"\r\n\r\n")
         if b"slow" in head:
@@ -355,7 +340,7 @@ def test_requirement_31_http(proxy, connect, in_thread, serve, lines):
 
 @about("limits.connections", "limits.client_connections", "limits.user_connections", "limits.new_per_second")
 @pytest.mark.parametrize("which", ["connections", "client_connections", "new_per_second"])
-def test_requirement_34_connections(proxy, connect, in_thread, origin, lines, which):
+def test_requirement_34_connections(proxy, connect, in_thread, origin, access_records, which):
     server = proxy(f"[limits]\n{which} = {2 if which != 'new_per_second' else 2.0}")
     first, second = connect(server), connect(server)
     assert in_thread(reply, first, socks(origin.port)) == 0
@@ -363,15 +348,15 @@ def test_requirement_34_connections(proxy, connect, in_thread, origin, lines, wh
     assert in_thread(reply, connect(server), socks(origin.port)) is None
     answer = in_thread(http, connect(server), b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: x\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 503 ")
-    assert {record.access["result"] for record in lines(2)} == {"limit"}
-    assert {record.access["detail"] for record in lines(2)} == {which}
+    assert {record.access["result"] for record in access_records(2)} == {"limit"}
+    assert {record.access["detail"] for record in access_records(2)} == {which}
     if which != "new_per_second":
         first.close()
-        wait_until(lambda: len(lines(3)) == 3)
+        wait_until(lambda: len(access_records(3)) == 3)
         assert in_thread(reply, connect(server), socks(origin.port)) == 0
 
 
-def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin, lines):
+def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin, access_records):
     text = f'[auth.staff]\nusers = {{ ada = "{QUICK}", bob = "{QUICK}" }}\n[limits]\nuser_connections = 1'
     server = proxy(text, rules=WITH_AUTH)
     first = connect(server)
@@ -381,13 +366,13 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     head = b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic YWRhOnB3\r\n\r\n" % origin.port
     assert in_thread(http, connect(server), head).startswith(b"HTTP/1.1 429 ")
     first.close()
-    wait_until(lambda: len(lines(3)) == 3)
+    wait_until(lambda: len(access_records(3)) == 3)
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
 
 
 @about("limits.rate", "limits.user_rate")
 @pytest.mark.parametrize("which", ["rate", "user_rate"])
-def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, lines, which):
+def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, access_records, which):
     size = 40_000
 
     def send(conn):
@@ -416,7 +401,7 @@ def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, lines, 
 
     in_thread(by_socks)
     in_thread(by_http)
-    for record in lines(2):
+    for record in access_records(2):
         # The first quarter of a second's worth, or 16 KiB, is for nothing; the last piece was read without a rest.
         assert record.access["duration"] >= (size - 16384 - 16384) / 60_000 * 0.9
 
@@ -425,7 +410,7 @@ def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, lines, 
 
 
 @about("upstream.url", "upstream.through", "upstream.resolve", "rules.upstreams")
-def test_a_chain_of_three(proxy, connect, in_thread, origin, lines):
+def test_a_chain_of_three(proxy, connect, in_thread, origin, access_records):
     last = proxy(
         f'[auth.staff]\nusers = {{ ada = "{QUICK}" }}\n',
         rules='[rules]\nclients = ["allow from any to any with auth staff"]\ndestinations = ["allow loopback"]',
@@ -442,19 +427,19 @@ def test_a_chain_of_three(proxy, connect, in_thread, origin, lines):
     client.sendall(b"hello")
     assert in_thread(read, client, 5) == b"hello"
     client.close()
-    seen = [record.access for record in lines(3)]
+    seen = [record.access for record in access_records(3)]
     assert {one["asked"] for one in seen} == {f"localhost:{origin.port}", last.address}
     assert [one["user"] for one in seen if one["upstream"] is None and one["asked"] != last.address] == ["ada"]
     assert [one["upstream"] for one in seen if one["upstream"]] == ["last"]
     client = connect(first)
     assert in_thread(reply, client, socks(origin.port)) == 0  # directly
     client.close()
-    assert lines(4)[3].access["upstream"] is None
+    assert access_records(4)[3].access["upstream"] is None
 
 
 @about("upstream.send_proxy")
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, lines, version):
+def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, access_records, version):
     last = proxy(listener='proxy_protocol = ["127.0.0.1"]')
     first = proxy(
         f'[upstream.last]\nurl = "socks5://{last.address}"\nsend_proxy = "{version}"\n',
@@ -465,7 +450,7 @@ def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, li
         client.bind(("127.0.0.5", 0))
         client.connect(("127.0.0.1", first.port))
         assert in_thread(reply, client, socks(origin.port)) == 0
-    assert [line.access["client"] for line in lines(2)] == ["127.0.0.5"] * 2
+    assert [line.access["client"] for line in access_records(2)] == ["127.0.0.5"] * 2
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -511,12 +496,12 @@ def test_what_origins_are_told(proxy, connect, in_thread, serve, how, field):
 
 
 @about("log.style", "log.redact")
-def test_the_log(proxy, connect, in_thread, origin, lines):
+def test_the_log(proxy, connect, in_thread, origin, access_records):
     for style in ("text", "json"):
         client = connect(proxy(f'[log]\nstyle = "{style}"\nredact = true'))
         assert in_thread(reply, client, socks(origin.port)) == 0
         client.close()
-    text, as_json = (record.getMessage() for record in lines(2))
+    text, as_json = (record.getMessage() for record in access_records(2))
     assert f":{origin.port}" not in text + as_json
     assert text.startswith("client=127.0.0.1 listener=default protocol=socks5 command=CONNECT")
     assert json.loads(as_json)["asked"] == "-"

@@ -40,20 +40,6 @@ def proxy(serve):
     return start
 
 
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
-
-
 # -- moproxy -----------------------------------------------------------------------------------------------------------
 
 

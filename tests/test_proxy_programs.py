@@ -8,12 +8,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import trustme
-from conftest import SOON
+from conftest import SOON, free_port, wait_for_port
 from test_proxy_keys import read, reply, socks
 from test_proxy_real_clients import needs
 from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, bind_request, named_address
@@ -192,22 +191,12 @@ def vsftpd():
         os.chmod(folder, 0o755)
         shutil.chown(folder / "root" / "up", "ftp")
         (folder / "root" / "file").write_bytes(CONTENT)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         configuration = VSFTPD.format(port=port, folder=folder / "root", empty=folder / "empty")
         (folder / "conf").write_text(configuration.lstrip())
         process = subprocess.Popen(["vsftpd", folder / "conf"], stderr=subprocess.PIPE)
         try:
-            give_up = time.monotonic() + SOON
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port)).close()
-                    break
-                except OSError:
-                    assert process.poll() is None
-                    assert time.monotonic() < give_up
-                    time.sleep(0.01)
+            wait_for_port(port, process)
             yield port, folder / "root"
         finally:
             process.kill()

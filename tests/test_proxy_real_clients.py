@@ -19,7 +19,7 @@ from pathlib import Path
 import gevent
 import pytest
 import trustme
-from conftest import SOON, wait_until
+from conftest import SOON, free_port, wait_for_port, wait_until
 from test_proxy_keys import http, read, reply, socks
 from test_proxy_passwords import QUICK
 from test_server import echo
@@ -45,20 +45,6 @@ def proxy(serve):
         return serve(ProxyHandler(Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})))
 
     return start
-
-
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
 
 
 def run(*command, **options):
@@ -126,22 +112,12 @@ PasswordAuthentication no
 def test_ssh(proxy, in_thread, tmp_path, kind):
     for name in ("host", "user"):
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "config").write_text(SSHD.format(folder=tmp_path, port=port))
     os.makedirs("/run/sshd", exist_ok=True)
     sshd = subprocess.Popen([shutil.which("sshd"), "-D", "-e", "-f", tmp_path / "config"], stderr=subprocess.DEVNULL)
     try:
-        give_up = time.monotonic() + SOON
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                assert sshd.poll() is None
-                assert time.monotonic() < give_up
-                time.sleep(0.02)
+        wait_for_port(port, sshd)
         server = proxy()
         through = f"ncat --proxy {server.address} --proxy-type {kind} %h %p"
         command = ["ssh", "-F", "none", "-i", tmp_path / "user", "-p", str(port), "-o", f"ProxyCommand={through}"]

@@ -1,13 +1,11 @@
 """Clients that drip, and others that do not answer, keep nobody out and do not stay for ever."""
 
-import logging
 import socket
 import ssl
 import threading
 import time
 
 import gevent
-import pytest
 import trustme
 from conftest import SOON, wait_until
 from test_proxy_keys import read, reply, socks
@@ -20,20 +18,6 @@ from gtcpserver.proxy import resolve
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import THREADS, Resolver
-
-
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
 
 
 def gate(**options):

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import h11
 import pytest
-from conftest import SOON, wait_until
+from conftest import SOON, wait_for_port, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_proxy_socks import ANYBODY, ANYWHERE
@@ -470,15 +470,7 @@ def nginx(tmp_path):
     os.chmod(tmp_path, 0o755)
     (tmp_path / "conf").write_text(NGINX.format(folder=tmp_path, port=port))
     process = subprocess.Popen(["nginx", "-c", f"{tmp_path}/conf", "-e", f"{tmp_path}/error"])
-    give_up = time.monotonic() + SOON
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
+    wait_for_port(port, process)
     yield port, tmp_path / "access"
     process.kill()
     process.wait()

@@ -1,6 +1,5 @@
 """SOCKS clients, through a real server to real destinations."""
 
-import logging
 import shutil
 import socket
 import struct
@@ -36,18 +35,6 @@ def proxy(serve):
         return serve(ProxyHandler(gate))
 
     return start
-
-
-@pytest.fixture
-def lines(caplog):
-    """`lines(n)` waits for n access lines, and returns each as a dict."""
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number):
-        found = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-        return found if len(found) >= number else None
-
-    return lambda number=1: wait_until(lambda: wait(number))
 
 
 @pytest.fixture

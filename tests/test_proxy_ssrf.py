@@ -1,6 +1,5 @@
 """Nobody is led inside: whatever a client calls a place, and whatever a name server says of it."""
 
-import logging
 import socket
 import struct
 from http.client import parse_headers
@@ -8,7 +7,7 @@ from ipaddress import ip_address
 
 import gevent.socket
 import pytest
-from conftest import SOON, wait_until
+from conftest import SOON
 from test_proxy_keys import http, read, reply, socks
 from test_proxy_target import LOOPBACK_SPELLINGS, METADATA_SPELLINGS
 from test_server import echo
@@ -43,20 +42,6 @@ def proxy(serve):
         return serve(ProxyHandler(Gate(**options)))
 
     return start
-
-
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
 
 
 class Names:
