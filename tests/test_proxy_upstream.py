@@ -1,6 +1,5 @@
 """Upstreams: through other proxies, real ones and such as misbehave."""
 
-import logging
 import os
 import shutil
 import socket
@@ -12,7 +11,7 @@ from ipaddress import ip_address
 
 import gevent
 import pytest
-from conftest import SOON, wait_until
+from conftest import SOON, free_port, wait_until
 from test_proxy_keys import http, read, reply, socks
 from test_server import echo
 
@@ -20,6 +19,7 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.proxy.errors import RuleError
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
+from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import RuleMatch, decide_destination, parse_client_rule, parse_destination_rule
 from gtcpserver.proxy.target import make_target
 from gtcpserver.proxy.upstream import DIRECT, choose_upstream, parse_upstream, parse_upstream_rule
@@ -42,20 +42,6 @@ def proxy_by(serve):
         return serve(ProxyHandler(gate))
 
     return start
-
-
-@pytest.fixture
-def lines(caplog):
-    caplog.set_level(logging.INFO, "gtcpserver.access")
-
-    def wait(number=1):
-        def found():
-            records = [record.access for record in caplog.records if record.name == "gtcpserver.access"]
-            return records if len(records) >= number else None
-
-        return wait_until(found)
-
-    return wait
 
 
 # -- rules and urls ----------------------------------------------------------------------------------------------------
@@ -223,11 +209,41 @@ def test_requests_are_forwarded_to_an_http_proxy_and_not_tunnelled(proxy_by, ser
     assert [line["result"] for line in lines(3)] == ["ok", "ok", "upstream_failed"]
 
 
+@pytest.mark.parametrize(
+    ("resolve", "head"), [("here", b"CONNECT 127.0.0.1:81 "), ("there", b"GET http://localhost:81/ ")]
+)
+def test_requirement_15_the_address_that_was_checked_is_the_one_another_proxy_gets(
+    proxy_by, serve, connect, in_thread, resolve, head
+):
+    heads = []
+
+    def other(conn):
+        heads.append(conn.recv_until(b"\r\n\r\n"))
+
+    server = proxy_by(
+        parse_upstream("up", f"http://{serve(other).address}", resolve=resolve), resolver=Resolver("ipv4")
+    )
+    in_thread(http, connect(server), b"GET http://localhost:81/ HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert heads[0].startswith(head)
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "http"])
+def test_another_proxy_that_is_down_is_not_taken_for_the_destination(proxy_by, connect, in_thread, lines, scheme):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        server = proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{nobody.getsockname()[1]}"))
+        assert in_thread(reply, connect(server), socks(80)) == 1
+        answer = in_thread(http, connect(server), b"GET http://127.0.0.1/ HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 502 ")
+    assert b"next proxy" in answer
+    for line in lines(2):
+        assert (line["result"], line["upstream"]) == ("upstream_failed", "up")
+        assert line["detail"] == "upstream up cannot be reached: Connection refused"
+
+
 @pytest.mark.skipif(shutil.which("tinyproxy") is None, reason="tinyproxy is not installed")
 def test_by_way_of_tinyproxy(proxy_by, serve, connect, in_thread, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "conf").write_text(f"Port {port}\nListen 127.0.0.1\nTimeout 10\nAllow 127.0.0.1\n")
     process = subprocess.Popen(["tinyproxy", "-d", "-c", str(tmp_path / "conf")], stdout=subprocess.DEVNULL)
     try:

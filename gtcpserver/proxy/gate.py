@@ -24,7 +24,7 @@ from .record import AccessRecord, Result
 from .resolve import Resolver
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
 from .target import IPAddress, Target
-from .upstream import Upstream, UpstreamError, UpstreamRule, choose_upstream
+from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
 
 
 class Denied(GtcpServerError):
@@ -335,7 +335,9 @@ class Visitor:
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
             else:
                 record.upstream = upstream.name
-                forwarding = upstream if for_request and upstream.scheme == "http" else None
+                # It may look a name up again, and find another address than the one that was checked.
+                finds_the_same = upstream.resolve == "there" or target.ip is not None
+                forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
                 connection = self._go_through(upstream, target, forwarding is not None)
         except Denied as error:
             record.result, record.detail = "destination_denied", str(error)
@@ -387,8 +389,8 @@ class Visitor:
             for number, one in enumerate(targets, 1):
                 try:
                     connection = upstream.connect(one, dial_first, self.conn)
-                except UpstreamError:
-                    if number == len(targets):
+                except UpstreamError as error:
+                    if number == len(targets) or isinstance(error, UpstreamUnreachable):
                         raise
                 else:
                     self.record.connected = str(one)

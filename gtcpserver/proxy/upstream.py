@@ -39,6 +39,10 @@ class UpstreamError(OSError):
     """The other proxy does not lead there; `errno` says why, as if it were our own connection."""
 
 
+class UpstreamUnreachable(UpstreamError):
+    """The other proxy itself cannot be reached: another address of the destination makes no difference."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
     """Another proxy.
@@ -77,7 +81,7 @@ class Upstream:
             client: for whom.
 
         Raises:
-            UpstreamError: a proxy on the way says no. Other OSErrors: it cannot be reached.
+            UpstreamError: a proxy on the way says no, or the first one cannot be reached. Other OSErrors: it broke off.
         """
         connection = self.reach(dial, client)
         try:
@@ -93,11 +97,20 @@ class Upstream:
     def reach(self, dial: Callable[[Target], Connection], client: Connection) -> Connection:
         """A connection to this proxy itself."""
         if self.through is None:
-            connection = dial(self.target)
+            try:
+                connection = dial(self.target)
+            except OSError as error:
+                # Not with its number: it is no news of the destination that the proxy refuses.
+                why = error.strerror or str(error)
+                raise UpstreamUnreachable(errno.EIO, f"upstream {self.name} cannot be reached: {why}") from None
         else:
             connection = self.through.connect(self.target, dial, client)
         if self.send_proxy is not None:
-            connection.sendall(header_of(client, self.send_proxy).to_bytes())
+            try:
+                connection.sendall(header_of(client, self.send_proxy).to_bytes())
+            except BaseException:
+                connection.close()
+                raise
         return connection
 
     def _ask(self, connection: Connection, target: Target) -> None:
