@@ -107,11 +107,9 @@ class ClientLimits:
         if self._connections is None or not isinstance(address, tuple):
             return
         key = client_key(as_ip(address[0]))
-        left = self._open[key] - 1
-        if left:
+        left = self._open.pop(key, 0) - 1
+        if left > 0:
             self._open[key] = left
-        else:
-            del self._open[key]
 
 
 def client_key(ip: IPv4Address | IPv6Address) -> ClientKey:

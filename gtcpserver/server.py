@@ -13,9 +13,9 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Literal
 
 import gevent
@@ -59,6 +59,10 @@ OnFull = Literal["wait", "reject", "close_idle"]
 QUEUE_WAIT_EVERY = 64
 
 DEFAULT_STOP_TIMEOUT = 30.0
+
+#: Seconds from accept that a connection which has not sent a byte is not idle for a stop: its first request is on its
+#: way, and to close now would lose it. A round trip around the world takes 0.3 s.
+FIRST_REQUEST = 1.0
 
 
 class State(Enum):
@@ -586,12 +590,29 @@ class Server:
 
     def _became_idle(self, connection: Connection) -> None:
         if self.state is not State.SERVING:
-            connection._end_idle()
+            if self._time_for_first_request(connection) > 0:
+                self._end_idle_at_stop(connection)
+            else:
+                connection._end_idle()
         else:
             self._idle_wanted = False
             if self._lobby is not None and self._lobby.waiting:
                 get_hub().loop.run_callback(self._serve_waiting)
             get_hub().loop.run_callback(self._wake_accept_loops)
+
+    def _end_idle_at_stop(self, connection: Connection) -> None:
+        left = self._time_for_first_request(connection)
+        if left > 0 and not self._hurry.is_set():
+            gevent.spawn_later(left, self._end_if_idle, connection)
+        else:
+            get_hub().loop.run_callback(self._end_if_idle, connection)
+
+    @staticmethod
+    def _time_for_first_request(connection: Connection) -> float:
+        """Seconds that a connection still has to send its first byte; 0: it has sent some, or had its time."""
+        if connection.bytes_received:
+            return 0.0
+        return max(0.0, connection.started_at + FIRST_REQUEST - time())
 
     def _end_if_idle(self, connection: Connection) -> None:
         if connection._idle and connection._idle.active and not connection._closed:
@@ -737,7 +758,7 @@ class Server:
             self.stopping_event.set()
             # Idle ones end now, the others when they become idle.
             for connection in self._idle_connections():
-                get_hub().loop.run_callback(self._end_if_idle, connection)
+                self._end_idle_at_stop(connection)
             if drain:
                 with self._closing_loops:
                     self._drain_and_close(self._acceptors)
@@ -786,6 +807,7 @@ class Server:
                 connection = self._lobby.waiting.popleft()
                 cut.append(describe(connection, None))
                 connection.close()
+                self._lobby.left(connection)
                 self._note_if_nobody_is_connected()
             self._lobby.end_all()
         return cut + end_handlers(self._connections, self._nobody_connected)
@@ -831,7 +853,7 @@ class Server:
             queue_wait_max=counters.queue_wait_max,
             handlers=self.pool.places.taken,
             pool_size=self.pool.size,
-            handler_counters=dict(getattr(self.handler, "counters", None) or {}),
+            handler_counters=_counters_of(self.handler),
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
         )
 
@@ -855,6 +877,14 @@ class _SignalWaker:
         self._watcher.close()
         for fd in self._pipe:
             os.close(fd)
+
+
+def _counters_of(handler: Any) -> dict[str, int]:
+    counters = getattr(handler, "counters", None)
+    # Whoever's attribute has that name by chance means something else.
+    if not isinstance(counters, Mapping):
+        return {}
+    return {name: value for name, value in counters.items() if isinstance(name, str) and type(value) is int}
 
 
 def _peer_has_gone(error: BaseException) -> bool:

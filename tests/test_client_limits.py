@@ -3,6 +3,7 @@
 import socket
 from ipaddress import ip_address
 
+import gevent
 import pytest
 from conftest import wait_until
 from test_server import echo
@@ -80,6 +81,19 @@ def test_the_client_is_whom_the_balancer_names(serve, in_thread):
         with come_as("2001:db8::ffff:1") as neighbour, come_as("2001:db8:0:1::1") as other:
             assert not is_served(neighbour, in_thread)  # of the same /64
             assert is_served(other, in_thread)
+
+
+def test_limits_that_servers_share_survive_a_stop_of_one(serve, connect):
+    limits = ClientLimits(connections=2)
+    server = serve(
+        lambda conn: gevent.sleep(10), client_limits=limits, pool=1, proxy_protocol=ProxyProtocol("127.0.0.1")
+    )
+    here = ip_address("127.0.0.1")
+    for _ in range(2):
+        connect(server).sendall(ProxyHeader((here, 1), (here, 2)).to_bytes())
+    wait_until(lambda: len(server._lobby.waiting) == 1)
+    server.stop(0.05)
+    assert limits._open == {}
 
 
 def test_new_connections_a_second(clock):

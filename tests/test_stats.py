@@ -177,3 +177,17 @@ def test_accept_errors_are_counted_once_before_and_after_the_stop(serve, monkeyp
     assert server.stats().accept_errors == 2
     assert server.stop() == StopReport(1, 0)
     assert server.stats().accept_errors == 2
+
+
+@pytest.mark.parametrize("counters", [5, [1], {1: 2}, {"a": "b"}, dict])
+def test_an_attribute_that_only_has_the_name_is_no_counter(serve, counters):
+    class Handler:
+        def __call__(self, conn):
+            pass
+
+    handler = Handler()
+    handler.counters = counters
+    server = serve(handler)
+    assert server.stats().handler_counters == {}
+    handler.counters = {"seen": 3}
+    assert server.stats().handler_counters == {"seen": 3}

@@ -15,6 +15,7 @@ from gevent.event import Event
 from test_server import ask, echo, idle_echo
 
 from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport, draining
+from gtcpserver import server as server_module
 
 LONG = 3600.0
 
@@ -764,3 +765,64 @@ def test_a_stop_that_leaves_listening_leaves_the_queue_to_whoever_has_the_socket
             second = Server(held.dup(), lambda conn: conn.sendall(b"second"))
             with second:
                 assert client.recv(100) == b"second"
+
+
+# -- the first request -------------------------------------------------------------------------------------------------
+
+
+def test_a_request_on_its_way_over_a_new_connection_is_served_by_a_stop(serve, connect, in_thread):
+    server = serve(idle_echo)
+    client = connect(server)
+    wait_until(lambda: server.stats().idle == 1)
+    stopping = gevent.spawn(server.stop, SOON)
+    wait_until(lambda: server.listening_ended.is_set())
+    client.sendall(b"hello")
+    assert in_thread(client.recv, 10) == b"hello"
+    assert in_thread(client.recv, 10) == b""  # now it is idle, and has had its request
+    assert stopping.get(timeout=SOON).ended == 0
+
+
+def test_a_connection_that_comes_with_the_stop_has_time_for_its_request_too(serve, connect, in_thread):
+    begin = Event()
+
+    def handle(conn):
+        begin.wait()  # it becomes idle only when the stop is under way
+        idle_echo(conn)
+
+    server = serve(handle)
+    client = connect(server)
+    wait_until(lambda: server.active_connections == 1)
+    stopping = gevent.spawn(server.stop, SOON)
+    wait_until(lambda: server.listening_ended.is_set())
+    begin.set()
+    gevent.sleep(0)
+    client.sendall(b"hello")
+    assert in_thread(client.recv, 10) == b"hello"
+    assert stopping.get(timeout=SOON).ended == 0
+
+
+def test_silent_connections_hold_up_a_stop_for_the_time_of_a_first_request_only(serve, connect, monkeypatch):
+    monkeypatch.setattr(server_module, "FIRST_REQUEST", 0.2)
+    server = serve(idle_echo)
+    clients = [connect(server) for _ in range(3)]
+    wait_until(lambda: server.stats().idle == len(clients))
+    began = time.monotonic()
+    assert server.stop(SOON).ended == 0
+    assert time.monotonic() - began < SOON / 3
+    assert server.stats().idle_closed == len(clients)
+
+
+def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connect, in_thread):
+    seen = []
+
+    def handle(conn):
+        conn.started_at -= 60
+        seen.append(conn)
+        idle_echo(conn)
+
+    server = serve(handle)
+    client = connect(server)
+    wait_until(lambda: server.stats().idle == 1)
+    ended = gevent.spawn(server.stop, SOON)
+    assert in_thread(client.recv, 10) == b""
+    ended.get(timeout=SOON)
