@@ -18,7 +18,6 @@ from typing import NoReturn
 import gevent
 
 from gtcpserver import Connection, GtcpServerError, Server, TLSConfig, run
-from gtcpserver.supervisor.worker import Worker
 
 #: A request head longer than this is refused (node.js allows 16 KiB, Apache 8 KiB a line).
 LONGEST_HEAD = 64 * 1024
@@ -113,12 +112,6 @@ def encrypt(content: bytes) -> bytes:
     return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
 
 
-def announce(worker: Worker) -> None:
-    """Each worker says it, since nobody knows which one will be the first."""
-    assert worker.server is not None
-    print(f"listening on {worker.server.address}", flush=True)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line: what is wrong is not lost below a screen of usage."""
@@ -166,8 +159,8 @@ def main() -> int:
         make = answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha)
         handler = http_handler(make, options.keepalive, options.idle)
         if options.workers is not None:
-            settings = {"timeout": options.timeout, "tls": tls, "worker_start": announce}
-            run(handler, options.listen, workers=options.workers, **settings)
+            # It logs where it listens, when all workers are ready.
+            run(handler, options.listen, workers=options.workers, timeout=options.timeout, tls=tls)
             return 0
         server = Server(options.listen, handler, accept_loops=options.accept_loops, timeout=options.timeout, tls=tls)
         server.start()

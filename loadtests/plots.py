@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .measure import BenchError
 from .results import Result, load_result
 
 LIGHT = {"ink": "#1f2328", "faint": "#d0d7de", "ours": "#0969da", "others": "#afb8c1", "page": "#ffffff"}
@@ -18,9 +19,15 @@ DARK = {"ink": "#e6edf3", "faint": "#30363d", "ours": "#4493f8", "others": "#6e7
 
 
 def plot(output: dict[str, Any], base: Path) -> list[Path]:
-    """Draw the loads of a run of loadtests.bench; returns the files, of which there are four."""
-    import matplotlib
+    """Draw the loads of a run of loadtests.bench; returns the files, of which there are four.
 
+    Raises:
+        BenchError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise BenchError("plots need matplotlib: pip install '.[bench]'") from None
     matplotlib.use("Agg")
     results = {item["title"]: load_result(item["runs"]) for item in output["scenarios"].values() if item["runs"]}
     if not results:
@@ -104,6 +111,9 @@ def main(arguments: list[str]) -> int:
         output = json.loads(Path(arguments[0]).read_text())
         for path in plot(output, Path(arguments[1])):
             print(path)
+    except BenchError as error:
+        print(f"python -m loadtests.plots: {error}", file=sys.stderr)
+        return 2
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"python -m loadtests.plots: {arguments[0]} cannot be read: {error}", file=sys.stderr)
         return 2

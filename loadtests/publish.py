@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from .measure import ROOT
+from .measure import ROOT, BenchError
 from .plots import plot
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             page = put(page, "options", Path(arguments[1]).read_text())
         PLOTS.mkdir(exist_ok=True)
         plot(output, PLOTS / "bench")
-    except (OSError, ValueError, KeyError) as error:
+    except (BenchError, OSError, ValueError, KeyError) as error:
         print(f"python -m loadtests.publish: {error}", file=sys.stderr)
         return 2
     PAGE.write_text(page)

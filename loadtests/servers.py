@@ -89,7 +89,9 @@ def serving(name: str, options: Sequence[str] = ()) -> Iterator[Listening]:
         words,
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        text=True,
+        # Where there are worker processes, their master says it, in the log, when all are ready.
+        stderr=subprocess.STDOUT if "--workers" in words else None,
+        bufsize=0,
         preexec_fn=prepare(cpus),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
@@ -99,19 +101,28 @@ def serving(name: str, options: Sequence[str] = ()) -> Iterator[Listening]:
             _wait_for(process, port)
             yield Listening(process.pid, "127.0.0.1", port)
             return
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
-        line = process.stdout.readline() if ready else "nothing said"
-        found = read_address(line)
-        if found is None:
-            raise BenchError(f"{name} did not start: {line!r}")
-        yield Listening(process.pid, *found)
+        yield Listening(process.pid, *_address_said_by(process, name))
     finally:
         kill_all(process.pid)
         process.wait()
 
 
-def _wait_for(process: subprocess.Popen[str], port: int) -> None:
+def _address_said_by(process: subprocess.Popen[bytes], name: str) -> tuple[str, int]:
+    assert process.stdout is not None
+    give_up = time.monotonic() + START_TIMEOUT
+    said = "nothing said"
+    while select.select([process.stdout], [], [], max(0.0, give_up - time.monotonic()))[0]:
+        line = process.stdout.readline().decode(errors="replace")
+        if not line:
+            break
+        said = line
+        found = read_address(line)
+        if found is not None:
+            return found
+    raise BenchError(f"{name} did not start: {said!r}")
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
     give_up = time.monotonic() + START_TIMEOUT
     while True:
         try:

@@ -104,6 +104,22 @@ def test_a_server_that_does_not_start_is_an_error(monkeypatch, command):
         pass
 
 
+ENDLESS = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as listening:
+    print("listening on 127.0.0.1:%d" % listening.getsockname()[1], flush=True)
+    sock, _ = listening.accept()
+    while True:
+        sock.sendall(bytes(65536))
+"""
+
+
+def test_an_answer_that_does_not_end_is_an_error(monkeypatch):
+    monkeypatch.setitem(servers.SERVERS, "endless", [sys.executable, "-c", ENDLESS])
+    with pytest.raises(measure.BenchError, match="the answer does not end"):
+        bench.check_answers(["endless"], [], tls=False)
+
+
 @needs_wrk
 def test_a_server_that_answers_nothing_is_named_and_left_out(monkeypatch):
     def load(server, *_args, **_options):
@@ -227,6 +243,13 @@ def test_compare_says_what_it_cannot_compare(tmp_path, capsys):
     for arguments in ([], ["/no/such", "/no/such"], [str(tmp_path / "x")] * 2):
         assert compare.main(arguments) == 2
         assert capsys.readouterr().err.startswith(("usage: ", "python -m loadtests.compare: cannot compare"))
+
+
+def test_without_matplotlib_there_are_no_plots_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    results = write_results(tmp_path / "results.json", gtcpserver=[10, 11], peer=[20, 25])
+    assert plots.main([results, str(tmp_path / "plot")]) == 2
+    assert capsys.readouterr().err == "python -m loadtests.plots: plots need matplotlib: pip install '.[bench]'\n"
 
 
 def test_plots_are_made_for_light_and_dark_pages(tmp_path):
