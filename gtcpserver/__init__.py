@@ -1,6 +1,7 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
 from .acceptor import Acceptor, StreamServer
+from .adapters import from_socketserver, from_wsgi
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
 from .client_limits import ClientLimits
@@ -15,7 +16,6 @@ from .errors import (
     StartTLSError,
     TruncatedStream,
 )
-from .existing import from_socketserver, from_wsgi
 from .listener import ListenConfig
 from .pool import HandlerPool
 from .server import Server, State, run

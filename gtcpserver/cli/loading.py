@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
+from gtcpserver.adapters import from_socketserver, from_wsgi
 from gtcpserver.cli.commands import RunError
-from gtcpserver.existing import from_socketserver, from_wsgi
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -24,7 +24,7 @@ import trustme
 from conftest import SOON, wait_until
 
 from gtcpserver import ConfigError, TLSConfig
-from gtcpserver.existing import from_socketserver, from_wsgi
+from gtcpserver.adapters import from_socketserver, from_wsgi
 
 
 class Upper(socketserver.StreamRequestHandler):
