@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-Handler = Callable[[Any], Any]
+#: One for a subclass of Connection, or for any socket, will do as well: to type checkers Connection has a base class
+#: without types (gevent's), so that it may be anything.
+Handler = Callable[[Connection], Any]
 OnFull = Literal["wait", "reject", "close_idle"]
 
 #: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
@@ -136,9 +138,9 @@ class Server:
         client_limits: ClientLimits | None = None,
         connection_class: type[Connection] = Connection,
         context: Any = None,
-        on_connect: Callable[[Any], Any] | None = None,
-        on_disconnect: Callable[[Any], Any] | None = None,
-        on_error: Callable[[Any, BaseException], Any] | None = None,
+        on_connect: Callable[[Connection], Any] | None = None,
+        on_disconnect: Callable[[Connection], Any] | None = None,
+        on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
         for name, value in (("handler", handler),):
             if not callable(value):
@@ -418,7 +420,8 @@ class Server:
             return
         if self.on_full == "reject" and not self._has_room() and self.state is State.SERVING:
             counters.rejected += 1
-            self.lingerer.take(connection._sock) or connection.close()
+            if not self.lingerer.take(connection._sock):
+                connection.close()
             return
         counters.accepted = number = counters.accepted + 1
         if not number % QUEUE_WAIT_EVERY:
