@@ -2,11 +2,13 @@
 
 import http.client
 import os
+import re
 import socket
 import ssl
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import gevent
 import pytest
@@ -244,11 +246,15 @@ def test_fixtures(gtcp_serve, gtcp_connect, gtcp_tls, gtcp_in_thread):
     assert gtcp_in_thread(blocking) == b"x"
 
 
+#: pytest without the plugins that this environment has for other tests, half a second of imports.
+ONLY_OURS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "pytest_gtcpserver"}
+
+
 def run_pytest(folder, source, **environment):
     (folder / "test_it.py").write_text(textwrap.dedent(source))
     environment |= {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "test_it.py")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=folder, env=environment)
 
 
 def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_whose_handler_raised(tmp_path):
@@ -277,6 +283,7 @@ def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_wh
     assert "3 passed, 1 error" in done.stdout
 
 
+@pytest.mark.timeout(60)
 def test_all_of_it_works_in_a_patched_program(tmp_path):
     done = run_pytest(
         tmp_path,
@@ -317,8 +324,16 @@ def test_all_of_it_works_in_a_patched_program(tmp_path):
             report = check_faults(echo, [(b"x", b"x")], leave_out=["unread answers"])
             assert report.ok, report
         """,
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-        PYTEST_PLUGINS="pytest_gtcpserver",
+        **ONLY_OURS,
     )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+
+
+@pytest.mark.timeout(60)
+def test_the_examples_of_the_documentation(tmp_path):
+    text = (Path(__file__).resolve().parent.parent / "docs" / "testing.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    done = run_pytest(tmp_path, "\n".join(blocks), **ONLY_OURS)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout

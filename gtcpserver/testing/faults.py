@@ -32,8 +32,10 @@ STALLED = 6
 #: What is sent to a handler which does not read it, or which reads without end, bytes.
 FLOOD = 16 << 20
 
-#: Nothing of it was taken for so long: the handler does not read, seconds.
+#: Nothing of it was taken for so long: the handler does not read, seconds. And no flood takes longer than the second:
+#: a handler that answers a million small requests has shown enough.
 NOT_TAKEN = 0.15
+LONGEST_FLOOD = 1.0
 
 
 class Player:
@@ -266,8 +268,9 @@ def _flood(client: Client, piece: bytes, size: int) -> int:
     """Send without reading, until enough is sent or nothing more is taken; how much it was."""
     sent = 0
     client.settimeout(NOT_TAKEN)
+    give_up = monotonic() + LONGEST_FLOOD
     try:
-        while sent < size:
+        while sent < size and monotonic() < give_up:
             client.sendall(piece)
             sent += len(piece)
     except OSError:
