@@ -41,6 +41,10 @@ KEEP_FAILURE = 5.0
 MOST_NAMES = 10_000
 
 
+class ResolveTimeout(TimeoutError):
+    """A name server did not answer in time."""
+
+
 @dataclass(slots=True)
 class _Answer:
     found: tuple[IPAddress, ...]
@@ -87,7 +91,7 @@ class Resolver:
 
         Raises:
             socket.gaierror: there are none, or the name server failed.
-            TimeoutError: no answer in time.
+            ResolveTimeout: no answer in time.
         """
         answer = self._known.get(name)
         if answer is not None and answer.until > monotonic():
@@ -109,7 +113,7 @@ class Resolver:
         finally:
             question.waiting -= 1
         if question.answer is None:
-            raise TimeoutError(f"no answer about {name} within {self._timeout:g} seconds")
+            raise ResolveTimeout(f"no answer about {name} within {self._timeout:g} seconds")
         return question.answer
 
     def _find(self, name: str, question: _Question) -> None:
