@@ -14,7 +14,7 @@ from gtcpserver import ConfigError
 from gtcpserver.proxy import dial as dial_module
 from gtcpserver.proxy import resolve as resolve_module
 from gtcpserver.proxy.dial import dial
-from gtcpserver.proxy.resolve import THREADS, Resolver, ResolveTimeout, in_order
+from gtcpserver.proxy.resolve import THREADS, THREADS_OF_A_DOMAIN, Resolver, ResolveTimeout, in_order
 
 LOCAL = ip_address("127.0.0.1")
 
@@ -88,6 +88,28 @@ def test_requirement_33_slow_names_hold_up_nobody_else(names, resolver):
     assert not any(greenlet.ready() for greenlet in waiting)
     names[2].set()
     gevent.joinall(waiting)
+
+
+def test_requirement_33_the_name_server_of_one_domain_holds_up_no_other_names(names, resolver):
+    known, asked, slow = names
+    known["www.fast.example"] = ["192.0.2.3"]
+    one = resolver()
+    # Longer names have these last labels in common.
+    waiting = [gevent.spawn(one.resolve, f"slow{number}.a.b.example") for number in range(THREADS + 100)]
+    wait_until(lambda: len(asked) == THREADS_OF_A_DOMAIN)
+    assert one.resolve("www.fast.example") == (ip_address("192.0.2.3"),)
+    assert len(asked) == THREADS_OF_A_DOMAIN + 1
+    slow.set()
+    gevent.joinall(waiting)
+    assert not one._domains
+
+
+def test_names_that_are_not_known_print_nothing(resolver, capfd):
+    with pytest.raises(socket.gaierror):
+        resolver().resolve("no-such-host.invalid")
+    with pytest.raises(socket.gaierror):
+        resolver().resolve("x" * 64 + ".invalid")  # no label is as long
+    assert capfd.readouterr() == ("", "")
 
 
 def test_clients_that_ask_for_the_same_name_share_a_look_up(names, resolver):
