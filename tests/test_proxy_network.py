@@ -83,8 +83,8 @@ NETWORK = """
 """
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("nsenter") is None,
-    reason="needs root, ip(8) and nsenter(1)",
+    os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "sysctl", "unshare"))),
+    reason="needs root, ip(8), nsenter(1), sysctl(8) and unshare(1)",
 )
 
 

@@ -147,6 +147,9 @@ def _connect(
             raise OSError(TTL_EXPIRED, "TTL expired in transit")
         if error:
             raise OSError(error, os.strerror(error))  # which makes a ConnectionRefusedError of ECONNREFUSED
+        if family == socket.AF_INET6:
+            # With it what a router says would end a connection that is established, and may get over it (RFC 5461).
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 0)
     except DeadlineExceeded:
         connection.close()
         raise TimeoutError(f"not connected within {timeout:g} seconds") from None
