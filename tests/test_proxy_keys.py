@@ -19,7 +19,7 @@ from conftest import SOON, wait_until
 from test_proxy_passwords import QUICK
 from test_server import echo
 
-from gtcpserver import Server
+from gtcpserver import ConfigError, Server
 from gtcpserver.proxy import settings
 from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.record import Result
@@ -110,7 +110,7 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     )
     server = proxy(rules=rules, listener='name = "a"\nspeaks = "socks"')
     assert in_thread(reply, connect(server), socks(origin.port)) == 0
-    assert in_thread(http, connect(server), b"GET / HTTP/1.1\r\n\r\n") == b""
+    assert in_thread(http, connect(server), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") == b""
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
@@ -122,7 +122,7 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
         ('["127.0.0.8", "::1"]', "127.0.0.8"),
         ('"same"', "127.0.0.7"),
         ('"system"', "127.0.0.1"),
-        ('"auto"', "127.0.0.1"),  # 127.0.0.7 is not public
+        ('"auto"', "127.0.0.1"),  # not from 127.0.0.7: see test_proxy_network.py
     ],
 )
 def test_from_where_destinations_are_connected(proxy, in_thread, serve, external, expected):
@@ -213,6 +213,8 @@ def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, 
         raise OSError
     results = [record.access["result"] for record in access_records(4)]
     assert sorted(results) == ["client_denied", "ok", "proxy_header", "proxy_header"]
+    clients = {record.access["client"] for record in access_records(4) if record.access["result"] == "proxy_header"}
+    assert clients == {"127.0.0.1"}  # the balancer
     assert server.stats().handler_counters["proxy_header"] == 2
 
 
@@ -368,6 +370,23 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     first.close()
     wait_until(lambda: len(access_records(3)) == 3)
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
+
+
+@about("limits.request_body")
+@pytest.mark.parametrize(
+    ("framing", "status"),
+    [("Content-Length: 11", b"413"), ("Transfer-Encoding: chunked", b"411"), ("Content-Length: 10", b"200")],
+)
+def test_bodies_of_requests_have_a_limit(proxy, connect, in_thread, serve, framing, status):
+    def answer(conn):
+        conn.recv_until(b"\r\n\r\n")
+        conn.recv_exactly(10)
+        conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    client = connect(proxy("[limits]\nrequest_body = 10"))
+    client.sendall(f"PUT http://127.0.0.1:{serve(answer).port}/ HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
+    client.sendall(b"x" * 10)
+    assert in_thread(read, client, 12)[9:] == status
 
 
 @about("limits.rate", "limits.user_rate")
@@ -561,8 +580,10 @@ def test_the_top(proxy, connect, in_thread, serve):
     assert bound(proxy()) == b"\x7f\0\0\1"
     assert bound(proxy(top="show_bound_address = false")) == bytes(4)
     assert proxy(top="fast_open = true").handler._only.gate.fast_open
-    rules = '[rules]\nclients = ["allow any"]\n'
-    proxy(top="allow_open = true", listener='listen = "0.0.0.0:0"'.replace("listen", "name"), rules=rules)
+    everywhere = '[[listener]]\nlisten = "0.0.0.0:0"\n[rules]\nclients = ["allow any"]\n'
+    with pytest.raises(ConfigError, match="opens the proxy to everybody"):
+        make_proxy(parse_config(everywhere))
+    make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
 def keys(table, prefix=""):

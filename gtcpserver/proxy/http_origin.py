@@ -59,16 +59,24 @@ class Origin:
         connected: its address, for the record.
         patience: seconds in which it may say nothing.
         forwarding: the proxy that the connection leads to, and that forwards requests; None: it leads to the origin.
+        upstream: the name of the proxy on the way, for the record; "": none.
     """
 
     def __init__(
-        self, key: Key, connection: Connection, connected: str, patience: float, forwarding: Upstream | None = None
+        self,
+        key: Key,
+        connection: Connection,
+        connected: str,
+        patience: float,
+        forwarding: Upstream | None = None,
+        upstream: str = "",
     ) -> None:
         self.key = key
         self.connection = connection
         self.connected = connected
         self.patience = patience
         self.forwarding = forwarding
+        self.upstream = upstream
         connection.settimeout(patience)
 
     def ask(self, request: h11.Request, body: RequestBody) -> None:
@@ -258,6 +266,7 @@ def open_connection(visitor: Visitor, target: Target, for_request: bool = False)
     except OSError as error:
         status, message = {
             "unresolved": (502, "The host name of the destination is not known."),
+            "resolve_timeout": (504, "The host name of the destination could not be looked up in time."),
             "connect_timeout": (504, "The destination did not answer in time."),
             "refused": (502, "The destination refused the connection."),
             "unreachable": (502, "The destination cannot be reached."),
