@@ -161,7 +161,13 @@ def spins_and_lets_others_run(conn):
         gevent.sleep(0)
 
 
-def spins_without_a_wait(conn):
+def computes_at_the_end(conn):
+    lines(conn)
+    while True:
+        pass
+
+
+def spins_whatever_happens(conn):
     while True:
         try:
             conn.sendall(conn.recv(1000))
@@ -232,17 +238,15 @@ def ends_the_process(conn):
             "conversation",
             r"^- one segment: expected what matches b't.o..n' after b'two.n', ",
         ),
-        (spins_at_the_end, "blocked", r"here:\n.* in spins_at_the_end$"),
+        # The event loop runs on if the connection has waited before: each read at its end goes round once.
+        (spins_at_the_end, ("blocked", "endless handler"), r" in spins_at_the_end$"),
         (
             spins_and_lets_others_run,
             "endless handler",
             r"3 handlers run on 1.0 s after their clients have gone:\n(.*\n)*.* in spins_and_lets_others_run$",
         ),
-        (
-            spins_without_a_wait,
-            "blocked",
-            r"the event loop stands still, for all clients, here:\n.*test_check_faults.py",
-        ),
+        (spins_whatever_happens, ("blocked", "endless handler"), r" in spins_whatever_happens$"),
+        (computes_at_the_end, "blocked", r"stands still, for all clients, here:\n.* in computes_at_the_end$"),
         (swallows_its_end, "endless handler", r"^- end: 4 handlers do not end when a stop tells them to"),
         (waits_for_what_never_comes, "endless handler", r"in waits_for_what_never_comes$"),
         (holds_a_lock_after_a_reset, "not served", r"a good client is not served"),
@@ -254,7 +258,7 @@ def ends_the_process(conn):
 def test_a_bad_handler_is_found_out(handler, kind, says):
     report = check_faults(handler, LINES, **QUICK)
     assert not report.ok
-    assert kind in found(report)
+    assert found(report) & ({kind} if isinstance(kind, str) else set(kind))
     assert re.search(says, str(report), re.MULTILINE)
 
 
@@ -273,6 +277,13 @@ def test_a_conversation_that_does_not_work_is_told_and_nothing_is_played():
     report = check_faults(lines, [(b"one\n", b"two\n")], **QUICK)
     assert [problem.text for problem in report.problems] == [r"expected b'two\n' after b'one\n', got b'one\n'"]
     assert report.played == ()
+
+
+def test_clients_that_get_no_tls_are_told():
+    with certificates() as made:
+        report = check_faults(lines, LINES, client_tls=made.client, patience=0.2)
+    assert [problem.kind for problem in report.problems] == ["conversation"], report
+    assert "as given: the connection failed: " in str(report)
 
 
 def test_an_error_is_told_once():
@@ -331,7 +342,7 @@ def test_a_lock_that_was_waited_for_in_the_test_works_in_the_other_process():
     waiting.join()
     shared.release()
     # A client that says nothing keeps the others out, until its time is over.
-    report = check_faults(handler, [(b"x", b"x")], timeout=0.02)
+    report = check_faults(handler, [(b"x", b"x")], timeout=0.1, leave_out=["many connections"])
     assert report.ok, report
 
 
@@ -342,7 +353,7 @@ def test_it_leaves_nothing_in_the_test_s_process():
     check_faults(lines, LINES)
     before = state()
     check_faults(lines, LINES)
-    check_faults(spins_without_a_wait, LINES, **QUICK)
+    check_faults(computes_at_the_end, LINES, **QUICK)
     wait_until(lambda: state() == before)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""What a type checker tells a user: tests/typing/program.py, in `mypy --strict`."""
+"""What a type checker tells a user: tests/typed/program.py, in `mypy --strict`."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ROOT / "tests" / "typing" / "program.py"
+PROGRAM = ROOT / "tests" / "typed" / "program.py"
 
 PUBLIC = [
     "gtcpserver",

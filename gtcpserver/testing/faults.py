@@ -69,7 +69,6 @@ class Player:
         self.found = found
         self._client_options = client_options
         self._clients: list[Client] = []
-        self.encrypted = client_options.get("tls") is not None
 
     def connect(self, *, raw: bool = False, **options: Any) -> Client:
         """A client; ``leave`` closes it.
@@ -124,15 +123,16 @@ def play_as_given(player: Player) -> None:
 
 
 def send_in_one_segment(player: Player) -> None:
-    client = player.connect()
     with player.expecting():
+        client = player.connect()
         client.sendall(player.conversation.sent)
         player.conversation.expect_all(client)
 
 
 def send_byte_by_byte(player: Player) -> None:
-    client, single = player.connect(), MOST_SINGLE_BYTES
+    single = MOST_SINGLE_BYTES
     with player.expecting():
+        client = player.connect()
         for data, expected in player.conversation.turns:
             pieces = [data[place : place + 1] for place in range(min(single, len(data)))]
             single -= len(pieces)
@@ -146,8 +146,8 @@ def send_byte_by_byte(player: Player) -> None:
 
 
 def half_close(player: Player) -> None:
-    client = player.connect()
     with player.expecting():
+        client = player.connect()
         client.sendall(player.conversation.sent)
         client.half_close()
         player.conversation.expect_all(client)
