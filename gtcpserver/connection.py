@@ -30,10 +30,11 @@ from .transfer.sendfile import sendfile
 if TYPE_CHECKING:
     from io import BufferedReader, BufferedRWPair, BufferedWriter, TextIOWrapper
     from types import TracebackType
-    from typing import Literal, TypeAlias, TypeVar, overload
+    from typing import Literal, TypeVar, overload
+
+    from typing_extensions import Buffer  # which type checkers have
 
     ConnectionT = TypeVar("ConnectionT", bound="Connection")
-    Buffer: TypeAlias = bytes | bytearray | memoryview
 
     from .proxy_protocol import ProxyHeader
     from .server import Server

@@ -9,6 +9,7 @@ import re
 import socket
 import socketserver
 import ssl
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -114,6 +115,7 @@ def handle(conn: Connection) -> None:
         with conn.deadline(5):
             conn.sendall(line.upper())
             conn.sendall(memoryview(line), socket.MSG_MORE)
+            conn.sendall(array("i", [1, 2, 3]))
             reveal_type(conn.send(bytearray(line)))  # revealed: int
     except EarlyEOF as early:
         reveal_type(early.partial)  # revealed: bytes
