@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections.abc import Iterable
 from time import monotonic
 from types import CodeType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gevent._tracer import GreenletTracer  # what gevent's monitor thread counts with; chains to one that is there
 from gevent.hub import Hub, get_hub
@@ -39,6 +40,9 @@ LOOKS = 5
 
 STILL_BLOCKED = 10
 """What blocks for so many thresholds is reported while it lasts, too: it may never end."""
+
+MOST_LOOKS = 200
+"""Remembered of one that blocks; by then it has been reported."""
 
 _start_thread = get_original("_thread", "start_new_thread")
 _native_lock = get_original("_thread", "allocate_lock")
@@ -112,11 +116,14 @@ class BlockDetector:
         _start_thread(self._watch, (hub.thread_ident, self._end))
 
     def stop(self) -> None:
-        """Watch no longer. The counters stay."""
+        """Watch no longer. The counters stay; servers' stats show them no more."""
+        global _latest
         if self._timer is not None:
             self._timer.close()
             self._timer = None
             self._tracer.kill()
+            if _latest is self:
+                _latest = None
             self._end.release()
 
     def __enter__(self) -> BlockDetector:
@@ -149,16 +156,16 @@ class BlockDetector:
                 continue
             before, switches = switches, tracer.greenlet_switch_counter
             stack = _stack_of(thread)
-            if stack and holder is not None and switches == before and holder.look(stack):
+            if stack and holder is not None and switches == before and holder.look(stack, now):
                 pass
             else:
                 if holder is not None:
                     self._count(holder, looked)
                 # Who stands here came after the last look, or, if that was in time, before the timer was due.
                 since = max(looked, due)
-                holder = (
-                    _Holder(stack, since if self._is_one(switches - before, now - since) else now) if stack else None
-                )
+                if not self._is_one(switches - before, now - since):
+                    since = now
+                holder = _Holder(stack, since, now) if stack else None
             looked = now
             if holder is not None and not holder.told and now - holder.since >= STILL_BLOCKED * self.threshold:
                 holder.told = True
@@ -180,7 +187,8 @@ class BlockDetector:
             self._log(holder, seconds)
 
     def _log(self, holder: _Holder, seconds: float, more: str = "") -> None:
-        place = holder.place
+        stack = holder.stack()
+        place = stack[-1]
         left_out = self._faults.allow((place.code, more))
         if left_out is None:
             return
@@ -189,20 +197,28 @@ class BlockDetector:
         if log.isEnabledFor(logging.WARNING):
             where = place.code.co_filename, place.line
             extra = {"blocked_seconds": round(seconds, 3)}
-            stack = holder.format_stack()
             log.handle(
                 log.makeRecord(
-                    log.name, logging.WARNING, *where, message, (), None, place.code.co_name, extra, sinfo=stack
+                    log.name,
+                    logging.WARNING,
+                    *where,
+                    message,
+                    (),
+                    None,
+                    place.code.co_name,
+                    extra,
+                    sinfo=format_stack(stack),
                 )
             )
 
 
+#: Runs now; of several in several threads, the last one.
 _latest: BlockDetector | None = None
 
 
 def blocked_so_far() -> tuple[int, float]:
-    """How often and for how many seconds something has blocked the event loop, as the process's last BlockDetector has
-    counted; (0, 0.0) if there is none."""
+    """How often, and for how many seconds, something has blocked the event loop since the BlockDetector that runs was
+    started; (0, 0.0) if none runs."""
     return (_latest.blocked, _latest.blocked_seconds) if _latest is not None else (0, 0.0)
 
 
@@ -214,34 +230,56 @@ class _Holder:
         told: that it blocks has been logged while it lasts.
     """
 
-    def __init__(self, stack: list[Place], since: float) -> None:
+    def __init__(self, stack: list[Place], since: float, now: float) -> None:
         self.since = since
         self.told = False
-        self._stack = stack  # as it was last seen
-        self._common = len(stack)  # frames that were the same each time
+        self._looks: list[tuple[list[Place], float]] = [(stack, now - since)]
+        self._looked = now
 
-    def look(self, stack: list[Place]) -> bool:
+    def look(self, stack: list[Place], now: float) -> bool:
         """It was seen again. False: that is another callback of the loop."""
-        same = 0
-        for before, now in zip(self._stack[: self._common], stack, strict=False):
-            if before.code is not now.code:
-                break
-            same += 1
-            if before.instruction != now.instruction:  # it has gone on, within this frame
-                break
-        if same:
-            self._stack, self._common = stack, same
-        return same > 0
+        if stack[0].code is not self._looks[-1][0][0].code:
+            return False
+        if len(self._looks) < MOST_LOOKS:
+            self._looks.append((stack, now - self._looked))
+        self._looked = now
+        return True
 
-    @property
-    def place(self) -> Place:
-        """The innermost frame that it was in all the time."""
-        return self._stack[self._common - 1]
+    def stack(self) -> list[Place]:
+        """Where it was, outermost first, down to the innermost frame that it was in for more than half of the time.
 
-    def format_stack(self) -> str:
-        # With the words that Python's tracebacks have: editors find the lines by them.
-        frames = [traceback.FrameSummary(p.code.co_filename, p.line, p.code.co_name) for p in self._stack]
-        return "Stack (most recent call last):\n" + "".join(traceback.format_list(frames)).rstrip()
+        The last look often finds it behind what has taken the time: there it first lets go of the interpreter.
+        """
+        found: list[Place] = []
+        looks = self._looks
+        half = sum(seconds for _, seconds in looks) / 2
+        while looks := [(stack, seconds) for stack, seconds in looks if len(stack) > len(found)]:
+            depth = len(found)
+            code, seconds = _longest((stack[depth].code, seconds) for stack, seconds in looks)
+            if seconds < half:
+                break
+            looks = [(stack, seconds) for stack, seconds in looks if stack[depth].code is code]
+            place, _ = _longest((stack[depth], seconds) for stack, seconds in looks)
+            looks = [(stack, seconds) for stack, seconds in looks if stack[depth] == place]
+            found.append(place)
+        return found
+
+
+Seen = TypeVar("Seen")
+
+
+def _longest(times: Iterable[tuple[Seen, float]]) -> tuple[Seen, float]:
+    """The one with most seconds, all of its together."""
+    sums: dict[Seen, float] = {}
+    for seen, seconds in times:
+        sums[seen] = sums.get(seen, 0.0) + seconds
+    return max(sums.items(), key=lambda item: item[1])
+
+
+def format_stack(stack: list[Place]) -> str:
+    # With the words that Python's tracebacks have: editors find the lines by them.
+    frames = [traceback.FrameSummary(place.code.co_filename, place.line, place.code.co_name) for place in stack]
+    return "Stack (most recent call last):\n" + "".join(traceback.format_list(frames)).rstrip()
 
 
 def _stack_of(thread: int) -> list[Place]:
