@@ -79,7 +79,7 @@ def queue(run, tmp_path):
         return found
 
     with connecting(connect_to, process) as found:
-        found.url = f"unix://{path}"
+        found.url, found.process = f"unix://{path}", process
         yield found
 
 
@@ -101,9 +101,11 @@ def test_a_queue_that_is_empty_and_a_redis_that_goes_away_are_told(start, connec
     client = connect(example)
     client.send("PUT one", "PUT two", "TAKE", "TAKE", "TAKE")
     assert [client.read() for _ in range(5)] == ["QUEUED 1", "QUEUED 2", "TOOK one", "TOOK two", "NONE"]
-    queue.shutdown(nosave=True)
+    queue.process.kill()
+    queue.process.wait()
     client.send("PUT three")
     assert client.read().startswith("ERROR ")
+    client.close()
     example.stop()
 
 
@@ -130,7 +132,7 @@ def database(run, tmp_path):
 def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, database):  # noqa: F811
     connection, path = database
     example = start("database.py", env={"MY_CNF": path}, POOL_SIZE=1, ANSWER_TIMEOUT=1)
-    client = connect(example)
+    earlier = client = connect(example)
     client.send("ADD hello", "ADD it's \u00fc; DROP TABLE notes", "GET 2", "GET 1", "GET 3", "GET x")
     assert [client.read() for _ in range(5)] == [
         "ADDED 1",
@@ -140,7 +142,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
         "NONE",
     ]
     assert client.read() == "ERROR expected ADD text or GET number"
-    client = connect(example)
+    busy = client = connect(example)
     with connection.cursor() as cursor:
         cursor.execute("LOCK TABLES notes WRITE")
         client.send("GET 1")
@@ -149,6 +151,8 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
     client = connect(example)
     client.send("GET 2")
     assert client.read() == "NOTE it's \u00fc; DROP TABLE notes"
+    earlier.close()
+    busy.close()
     example.stop()
 
 
@@ -263,6 +267,7 @@ def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):  # noqa: F8
     assert clients[0].read() == "200 200000 bytes"
     assert clients[0].read().startswith("404 ")
     assert clients[0].read() == "ERROR expected a path that begins with a slash, got 'page'"
+    clients[0].close()
     example.stop()
 
 
@@ -271,6 +276,7 @@ def test_a_web_server_that_is_missing_is_told_to_clients(start, connect):  # noq
     client = connect(example)
     client.send("/")
     assert "Connection refused" in client.read()
+    client.close()
     example.stop()
 
 
