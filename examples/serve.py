@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import gevent
 
-from gtcpserver import GtcpServerError, Server
+from gtcpserver import GtcpServerError, Server, parse_address
 
 DEFAULT_ADDRESS = "127.0.0.1:5000"
 
@@ -27,7 +27,8 @@ def start(handler: Callable[[Any], Any], prepare: Callable[[], None] | None = No
     if len(arguments) > 1:
         end(2, f"expected one ADDRESS at most, got {' '.join(arguments)}")
     try:
-        server = Server(arguments[0] if arguments else DEFAULT_ADDRESS, handler, **options)
+        address = parse_address(arguments[0] if arguments else DEFAULT_ADDRESS)
+        server = Server(address, handler, **options)
         if prepare is not None:
             prepare()
         server.start()
