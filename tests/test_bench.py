@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import (
+from loadtests import (  # noqa: E402
     adapters,
     bench,
     compare,
@@ -28,7 +28,7 @@ from loadtests import (
     tables,
     transfers,
     workers,
-)  # noqa: E402
+)
 from loadtests.results import Result  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
