@@ -4,9 +4,11 @@ That they overlap is counted by the servers: how many handlers wait there at one
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -284,3 +286,13 @@ def test_all_of_them_are_told_of_in_the_docs():
     text = Path(__file__).resolve().parent.parent.joinpath("docs", "blocking.md").read_text()
     for name in ("redis_queue.py", "database.py", "requests_client.py", "cpu_work.py", "blocking_code.py"):
         assert name in text
+
+
+def test_the_code_in_the_docs_runs():
+    text = Path(__file__).resolve().parent.parent.joinpath("docs", "blocking.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    program = "\n".join(f"exec({block!r}, {{}})" for block in blocks)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SOON)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"\d+ times, [\d.]+ seconds\n", done.stdout)
