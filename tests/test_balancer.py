@@ -344,7 +344,8 @@ def test_nginx_as_the_balancer(nginx, serve, connect, in_thread):
         pytest.skip("nginx has no stream module (libnginx-mod-stream)")
     server = serve(who, proxy_protocol=HERE)
     port = free_port()
-    stream = f"stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass {server.address}; proxy_protocol on; proxy_half_close on; }} }}"
+    options = "proxy_protocol on; proxy_half_close on;"
+    stream = f"stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass {server.address}; {options} }} }}"
     in_thread(nginx, stream, f"load_module {module};")
     client = connect(f"127.0.0.1:{port}")
     name = client.getsockname()[1]
