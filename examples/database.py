@@ -96,7 +96,10 @@ if __name__ == "__main__":
 
     def make_table() -> None:
         try:
-            pool.ask("CREATE TABLE IF NOT EXISTS notes (id INTEGER AUTO_INCREMENT PRIMARY KEY, text VARCHAR(1024))")
+            pool.ask(
+                "CREATE TABLE IF NOT EXISTS notes "
+                "(id INTEGER AUTO_INCREMENT PRIMARY KEY, text VARCHAR(1024)) CHARACTER SET utf8mb4"
+            )
         except pymysql.Error as problem:
             end(1, f"no database as in {MY_CNF}: {problem.args[-1]}")
 

@@ -279,7 +279,7 @@ def _longest(times: Iterable[tuple[Seen, float]]) -> tuple[Seen, float]:
 def format_stack(stack: list[Place]) -> str:
     # With the words that Python's tracebacks have: editors find the lines by them.
     frames = [traceback.FrameSummary(place.code.co_filename, place.line, place.code.co_name) for place in stack]
-    return "Stack (most recent call last):\n" + "".join(traceback.format_list(frames)).rstrip()
+    return "Stack (most recent call last):\n" + "".join(traceback.StackSummary.from_list(frames).format()).rstrip()
 
 
 def _stack_of(thread: int) -> list[Place]:

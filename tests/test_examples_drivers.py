@@ -135,7 +135,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
     connection, path = database
     example = start("database.py", env={"MY_CNF": path}, POOL_SIZE=1, ANSWER_TIMEOUT=1)
     earlier = client = connect(example)
-    client.send("ADD hello", "ADD it's \u00fc; DROP TABLE notes", "GET 2", "GET 1", "GET 3", "GET x")
+    client.send("ADD hello", "ADD it's \u00fc \U0001f600; DROP TABLE notes", "GET 2", "GET 1", "GET 3", "GET x")
     assert [client.read() for _ in range(5)] == [
         "ADDED 1",
         "ADDED 2",
