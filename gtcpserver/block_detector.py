@@ -36,7 +36,7 @@ SHORTEST_THRESHOLD = 0.01
 """Threads of Python take turns every 5 ms (sys.setswitchinterval): looks cannot follow each other closer than that."""
 
 LOOKS = 5
-"""Looks in the time of the threshold. What blocks for a fifth longer than that is always found."""
+"""Looks in the time of the threshold. What blocks for half as long again is always found, and never less than it."""
 
 STILL_BLOCKED = 10
 """What blocks for so many thresholds is reported while it lasts, too: it may never end."""
@@ -152,7 +152,7 @@ class BlockDetector:
                     holder = None
                 seen = looked, switches = beat
             due = seen[0] + self._interval
-            if now - due < self._interval:
+            if now - due < self._interval / 4:  # timers are late for a moment
                 continue
             before, switches = switches, tracer.greenlet_switch_counter
             stack = _stack_of(thread)

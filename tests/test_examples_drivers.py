@@ -139,7 +139,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
     assert [client.read() for _ in range(5)] == [
         "ADDED 1",
         "ADDED 2",
-        "NOTE it's \u00fc; DROP TABLE notes",
+        "NOTE it's \u00fc \U0001f600; DROP TABLE notes",
         "NOTE hello",
         "NONE",
     ]
@@ -152,7 +152,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
         cursor.execute("UNLOCK TABLES")
     client = connect(example)
     client.send("GET 2")
-    assert client.read() == "NOTE it's \u00fc; DROP TABLE notes"
+    assert client.read() == "NOTE it's \u00fc \U0001f600; DROP TABLE notes"
     earlier.close()
     busy.close()
     example.stop()
