@@ -31,7 +31,7 @@ def hold_the_interpreter():
     # One call into C, which gives no other thread a turn.
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
-        sum(range(5_000_000))
+        sum(range(3_000_000))
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_what_blocks_is_counted_and_named(serve, connect, in_thread, detector, r
     server = serve(work(function))
     began = time.monotonic()
     in_thread(ask, connect(server))
-    wait_until(reports)
+    wait_until(lambda: detector.blocked)
     took = time.monotonic() - began
-    (record,) = reports()
+    record = reports()[-1]  # on a slow machine there is one while it lasts, too
     lines, first = inspect.getsourcelines(function)
     assert record.pathname == __file__
     assert record.funcName == function.__name__
