@@ -16,6 +16,7 @@ from typing import Any
 from gtcpserver import (
     Acceptor,
     Address,
+    BlockDetector,
     ClientLimits,
     ConfigError,
     Connection,
@@ -241,7 +242,8 @@ def main() -> None:
     address: Address = parse_address("127.0.0.1:5000")
     reveal_type(address.port)  # revealed: int
     try:
-        run(handle, "127.0.0.1:5000", pool=10)
+        with BlockDetector(0.1):
+            run(handle, "127.0.0.1:5000", pool=10)
         run("app:handle", bind="0.0.0.0:5000", workers="auto")
     except GtcpServerError as error:
         print(__version__, error)
