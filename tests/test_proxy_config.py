@@ -204,7 +204,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert run("hash-password", "--password", "x")[1].startswith("$argon2id$")
 
 
-def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
+@pytest.mark.parametrize("workers", [True, False])
+def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path, workers):
     import socket
 
     target = serve(echo)
@@ -220,9 +221,9 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
                 data += sock.recv(100)
             return data[3]
 
-    with subprocess.Popen(
-        [*COMMAND, "--config", str(path), "--workers", "1"], stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [*COMMAND, "--config", str(path), *(["--workers", "1"] if workers else [])]
+    failed, done = ("reload . failed", "reload . is done") if workers else ("nothing has changed", "were read again")
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
 
             def wait_for(pattern):
@@ -235,16 +236,16 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
             assert in_thread(reply, port) == 0
             path.write_text("broken")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload 1 failed")
+            in_thread(wait_for, failed)
             assert in_thread(reply, port) == 0
             path.write_text(text % "any")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload . is done")
+            in_thread(wait_for, done)
             assert in_thread(reply, port) == 2
             # Sockets stay as they are.
             path.write_text(text.replace("127.0.0.1:0", "127.0.0.1:1") % "loopback")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload . failed.*the listeners were 127.0.0.1:0 and are now 127.0.0.1:1")
+            in_thread(wait_for, f"{failed}.*the listeners were 127.0.0.1:0 and are now 127.0.0.1:1")
             assert in_thread(reply, port) == 2
         finally:
             process.terminate()

@@ -93,7 +93,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         log_to_file(now.access_log)
         return now.handler
 
-    serve_with(context, load)
+    serve_with(context, load, reads_files=config is not None)
 
 
 def _listed(proxy: Proxy) -> str:

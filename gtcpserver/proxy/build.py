@@ -307,13 +307,27 @@ class _Dispatcher:
         self.counters: Counter[str] = Counter()
         for handler in handlers.values():
             handler.counters = self.counters
+        self._serving = 0
+        self._retired = False
 
     def server_stopped(self) -> None:
         for handler in self._handlers.values():
             handler.server_stopped()
 
+    def retire(self) -> None:
+        """Another one serves new connections: when the last of ours has ended, end what was started for them."""
+        self._retired = True
+        if not self._serving:
+            self.server_stopped()
+
     def __call__(self, conn: Any) -> None:
-        (self._only or self._handler_of(conn.server_address))(conn)
+        self._serving += 1
+        try:
+            (self._only or self._handler_of(conn.server_address))(conn)
+        finally:
+            self._serving -= 1
+            if self._retired and not self._serving:
+                self.server_stopped()
 
     def _handler_of(self, name: Any) -> ProxyHandler:
         handlers = self._handlers
