@@ -97,7 +97,7 @@ class AccessLog:
 
     def end(self, connection: Connection) -> dict[str, Any]:
         """It is about to be closed: the fields of its line, which :meth:`write` takes. Never waits, nor raises."""
-        return self._fields(connection, self._open.pop(connection, None) or _End(""))
+        return self._fields(connection, self._open.pop(connection, _End("")))
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Write a line."""
@@ -300,9 +300,14 @@ class AccessFile(NonBlockingHandler):
 class _FileFormatter(logging.Formatter):
     """A line: the time, unless it is in it."""
 
+    _json = False
+
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        if message.startswith("{"):
-            return message
         access = record.__dict__.get("access")
-        return f"{access['time'] if access is not None else utc(record.created)} {message}"
+        if access is not None:
+            self._json = message.startswith("{")
+            return message if self._json else f"{access['time']} {message}"
+        # A notice of dropped lines, or a line of another kind.
+        time = utc(record.created)
+        return json.dumps({"time": time, "message": message}) if self._json else f"{time} {message}"

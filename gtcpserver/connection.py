@@ -42,7 +42,18 @@ _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_proxied", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = (
+    "_idle",
+    "_log_fields",
+    "_proxied",
+    "_stream",
+    "client_address",
+    "context",
+    "recv",
+    "sendall",
+    "server",
+    "started_at",
+)
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -68,6 +79,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
+    _log_fields: dict[str, Any]
     client_address: Any
     context: Any
     server: Server | None
@@ -133,6 +145,19 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         elif source is not None:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What the handler adds to this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
+
+        Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
+        """
+        try:
+            fields: dict[str, Any] = self._log_fields
+        except AttributeError:
+            # Made for those that use it alone, as for _proxied.
+            fields = self._log_fields = {}
+        return fields
 
     @property
     def bytes_received(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from gtcpserver.access_log import log_to_file
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options
 from gtcpserver.cli.serve import process_options, serve_with
@@ -14,7 +15,6 @@ from gtcpserver.errors import ConfigError
 try:
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.passwords import hash_password
-    from gtcpserver.proxy.record import log_to_file
     from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None

@@ -208,6 +208,8 @@ class _Life:
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
         self.worker.server = server
+        if server.access_log is not None:
+            server.access_log.worker = job.number
         if job.predecessor:
             self.call_hook("worker_error", job.predecessor)
         if server.state is not State.NEW:
