@@ -14,14 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from time import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .address import format_sockaddr
+from .connection import Connection, log_fields_of
 from .errors import ConfigError
 from .logs import FaultLimiter, NonBlockingHandler
-
-if TYPE_CHECKING:
-    from .connection import Connection
 
 log = logging.getLogger("gtcpserver.access")
 _problems = logging.getLogger("gtcpserver")
@@ -125,7 +123,7 @@ class AccessLog:
             "duration": round(max(0.0, time() - connection.started_at), 4),
             "worker": self.worker,
         }
-        for name, value in added_fields(connection).items():
+        for name, value in log_fields_of(connection).items():
             # Ours are what they are, whatever a handler, or a client through it, calls its own.
             fields.setdefault(str(name), value)
         return fields
@@ -138,15 +136,6 @@ class _End:
     server: str
     result: Result = "ok"
     detail: str = ""
-
-
-def added_fields(connection: Connection) -> Mapping[str, Any]:
-    """What the handler has put into `Connection.log_fields`."""
-    try:
-        fields: Mapping[str, Any] = connection._log_fields
-    except AttributeError:
-        return {}
-    return fields
 
 
 def printed(address: Any) -> str:

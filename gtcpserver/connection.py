@@ -79,7 +79,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
-    _log_fields: dict[str, Any]
+    _log_fields: Any
+    _proxied: Any
     client_address: Any
     context: Any
     server: Server | None
@@ -130,7 +131,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _behind_balancer(self) -> tuple[ProxyHeader, Any] | None:
         # Set for those connections alone: a slot that is set for all costs each of them.
         try:
-            proxied: tuple[ProxyHeader, Any] = self._proxied
+            proxied: tuple[ProxyHeader, Any] = _get_proxied(self)
         except AttributeError:
             return None
         return proxied
@@ -153,7 +154,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
         """
         try:
-            fields: dict[str, Any] = self._log_fields
+            fields: dict[str, Any] = _get_log_fields(self)
         except AttributeError:
             # Made for those that use it alone, as for _proxied.
             fields = self._log_fields = {}
@@ -525,6 +526,18 @@ _CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 # The slots' own descriptors.
 _set_recv = Connection.recv.__set__
 _set_sendall = Connection.sendall.__set__
+# A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
+_get_proxied = Connection._proxied.__get__
+_get_log_fields = Connection._log_fields.__get__
+
+
+def log_fields_of(connection: Connection) -> dict[str, Any]:
+    """What is in its :attr:`Connection.log_fields`, without making any."""
+    try:
+        fields: dict[str, Any] = _get_log_fields(connection)
+    except AttributeError:
+        return {}
+    return fields
 
 
 class Deadline:

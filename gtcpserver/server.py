@@ -25,10 +25,10 @@ from gevent.lock import Semaphore
 from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
-from .access_log import AccessLog, Result, added_fields
+from .access_log import AccessLog, Result
 from .balancer import ProxyProtocol
 from .client_limits import ClientLimits
-from .connection import Connection, Idle
+from .connection import Connection, Idle, log_fields_of
 from .errors import ConfigError, DeadlineExceeded, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
 from .linger import Linger
 from .listener import (
@@ -952,7 +952,7 @@ _RESULTS: tuple[tuple[type[BaseException], Result], ...] = (
 
 def _fields(connection: Connection, error: BaseException) -> dict[str, Any]:
     """What a log record carries beside its text, for logs in JSON."""
-    fields = {"client": peer(connection), "error": type(error).__name__, **added_fields(connection)}
+    fields = {"client": peer(connection), "error": type(error).__name__, **log_fields_of(connection)}
     # `extra` must not have the names of a record's own attributes.
     return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
 

@@ -10,6 +10,7 @@ from gtcpserver.access_log import log_to_file
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options
 from gtcpserver.cli.serve import process_options, serve_with
+from gtcpserver.cli.settings import SettingsGroup, obey_environment
 from gtcpserver.errors import ConfigError
 
 try:
@@ -35,8 +36,13 @@ def with_worker_user(command: Any) -> Any:
     return command
 
 
-@click.group(invoke_without_command=True, epilog=EPILOG)
-@click.option("--config", metavar="FILE", help="TOML file with everything; read again at SIGHUP with --workers.")
+@click.group(cls=SettingsGroup, invoke_without_command=True, epilog=EPILOG)
+@click.option(
+    "--config",
+    envvar="GTCPSERVER_CONFIG",
+    metavar="FILE",
+    help="TOML file with everything; read again at SIGHUP.",
+)
 @click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
 @click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
 @click.option("--http", metavar="ADDRESS", multiple=True, help="Listen for HTTP.")
@@ -55,7 +61,9 @@ def with_worker_user(command: Any) -> Any:
 )
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
 @click.option("--redact", is_flag=True, help="Leave out of the access log where clients go.")
-@click.option("--access-log", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @server_options_but_bind
 @with_worker_user
 @supervisor_options
@@ -94,6 +102,16 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         return now.handler
 
     serve_with(context, load, reads_files=config is not None)
+
+
+# What is about clients and where they go has a file of its own; the rest is as of every server.
+obey_environment(
+    proxy,
+    but=(
+        *("config", "mixed", "socks", "http", "users", "htpasswd", "allow_client", "allow_destination"),
+        *("deny_destination", "allow_open", "upstream", "external", "redact", "access_log_style"),
+    ),
+)
 
 
 def _listed(proxy: Proxy) -> str:
@@ -137,7 +155,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         ),
         auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},
         upstream={UPSTREAM: UpstreamTable(url=options["upstream"])} if options["upstream"] else {},
-        log=LogTable(style=options["access_log"], redact=options["redact"]),
+        log=LogTable(style=options["access_log_style"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
 

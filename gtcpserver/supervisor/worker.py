@@ -173,7 +173,7 @@ class _Life:
         self.call_hook("worker_stop")
         gevent.killall([beats, drained])
         for cut in report.cut:
-            log.warning("cut %s", cut)
+            log.warning("cut %s", cut, extra={"client": cut.peer})
         fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
         if fatal:
             self.call_hook("worker_error", fatal)
