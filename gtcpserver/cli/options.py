@@ -506,7 +506,7 @@ def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:
                 if name not in options:
                     break  # told when it is made in earnest
                 # When one is gone, another that goes with it is wrong without being a mistake.
-                if not alone or (message.startswith("must ") and "together" not in message):
+                if not alone or ("must " in message and "together" not in message):
                     yield names[name], message.lstrip()
                 alone = True
                 del options[name]

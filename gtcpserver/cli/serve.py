@@ -77,8 +77,20 @@ def process_options(command: Command) -> Command:
             show_default=True,
             help="After start-up take what is there out of the garbage collector's work, and collect less often.",
         ),
-        click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True),
-        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True),
+        click.option(
+            "--log-level",
+            type=click.Choice(LOG_LEVELS),
+            default="info",
+            show_default=True,
+            help="The least that is logged.",
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            help="How messages are logged.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
