@@ -187,12 +187,20 @@ def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> 
     if not log.isEnabledFor(logging.INFO):
         return
     if style == "json":
-        log.info("%s", json.dumps(fields, default=str), extra={"access": fields})
+        try:
+            line = json.dumps(fields, default=str)
+        except (TypeError, ValueError):  # a handler's own field has keys that JSON has not, or refers to itself
+            line = json.dumps({name: _as_json(value) for name, value in fields.items()})
+        log.info("%s", line, extra={"access": fields})
         return
     words = (
         f"{quoted(name)}={quoted(value)}" for name, value in fields.items() if name != "time" and value is not None
     )
     log.info("%s", " ".join(words), extra={"access": fields})
+
+
+def _as_json(value: object) -> object:
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def quoted(value: object) -> str:

@@ -224,6 +224,15 @@ def test_a_handler_adds_fields_and_cannot_change_ours(serve, connect, in_thread,
     assert record.getMessage().endswith(r' user="ada\" result=ok\nx" later=5')
 
 
+def test_a_field_that_json_has_not_is_printed(serve, connect, in_thread, access_records):
+    def handler(conn):
+        conn.log_fields.update(pairs={(1, 2): 3}, path=Path("/x"))
+
+    talk(in_thread, connect(serve(handler, access_log="json")))
+    line = json.loads(access_records(1)[0].getMessage())
+    assert (line["pairs"], line["path"], line["bytes_sent"]) == ("{(1, 2): 3}", "/x", 0)
+
+
 def test_a_handlers_fields_are_in_the_record_of_its_failure(serve, connect, in_thread, caplog):
     def handler(conn):
         conn.log_fields.update(user="ada", name="a record has that itself")

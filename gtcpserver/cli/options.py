@@ -410,7 +410,7 @@ def make_server(
     """Makes the Server that was asked for. Raises click.UsageError and RunError.
 
     Args:
-        load: load the user's objects; without, only the other options are tried.
+        load: load the user's objects and open the access log; without, only the other options are tried.
     """
     options = {name: context.params[name] for name, _, _ in SERVER_OPTIONS if was_given(context, name)}
     for name, arguments, _text in OBJECT_OPTIONS:
@@ -441,7 +441,7 @@ def make_server(
         options["client_limits"] = explained(
             lambda: ClientLimits(**limits), "client_", {name for name, _, _ in CLIENT_OPTIONS}
         )
-    if (access_log := _make_access_log(context)) is not None:
+    if load and (access_log := _make_access_log(context)) is not None:
         options["access_log"] = access_log
     asked = context.params["bind"]
     bind = list(asked) if isinstance(asked, tuple) else [asked]
