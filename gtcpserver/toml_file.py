@@ -84,6 +84,8 @@ class Lines:
                 self._tables[name.rpartition("[")[0]] += 1
             elif self._tables[name]:
                 name = f"{name}[{self._tables[name] - 1}]"
+            # [a.b] is where a is, too, if nothing before it was.
+            self._found.setdefault(name.rpartition("[")[0] if name.endswith("]") else name, line)
             said = value
         self._found.setdefault(name, line)
         return name

@@ -28,7 +28,10 @@ from ..errors import ConfigError
 from ..toml_file import Lines, parse_text, read_text
 from .build import (
     Proxy,
+    check_certificates,
     check_closed,
+    check_names,
+    check_places,
     check_seconds,
     close_authenticator,
     make_authenticator,
@@ -42,6 +45,7 @@ from .build import (
     make_upstream,
     make_upstream_rule,
 )
+from .http_fields import check_pseudonym
 from .resolve import Resolver
 from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, UpstreamTable
 
@@ -121,11 +125,15 @@ def _mistake_of_form(error: msgspec.ValidationError, name: str, text: str) -> st
 
 
 def _mistakes_of_meaning(config: ProxyConfig, text: str) -> Iterator[str]:
+    told = set()
     for keys, check, quoted in _checks(config):
         try:
             check()
         except (ConfigError, ValueError) as error:
-            yield f"{_line_of_quoted(text, quoted) or _line_of(text, keys)}: {error}"
+            if str(error) in told:  # by a check of one thing, before those of several
+                continue
+            told.add(str(error))
+            yield f"{_line_of_quoted(text, quoted) or _line_of(text, keys)}: {error} (at {keys})"
 
 
 def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], str]]:
@@ -141,8 +149,9 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         ("destinations", make_destination_rule),
         ("upstreams", make_upstream_rule),
     ):
-        for text in getattr(config.rules, key):
+        for text in getattr(config.rules, key) or ():
             yield f"rules.{key}", lambda make=make, text=text: make(config, text), text  # type: ignore[misc]
+    # What the others refer to comes first: they may take it for granted.
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]
     for name in config.upstream:
@@ -152,6 +161,10 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         seconds = getattr(config.timeouts, name)
         yield f"timeouts.{name}", lambda name=name, s=seconds: check_seconds(name, s), ""  # type: ignore[misc]
     yield "resolver.timeout", lambda: Resolver(config.resolver.family, config.resolver.timeout), ""
+    yield "http.pseudonym", lambda: check_pseudonym(config.http.pseudonym), ""
+    yield "listener", lambda: check_names(config), ""
+    yield "listener", lambda: check_places(config), ""
+    yield "rules.clients", lambda: check_certificates(config), ""
     yield "rules.clients", lambda: check_closed(config), ""
 
 
