@@ -125,9 +125,15 @@ def read_settings_again(context: click.Context) -> None:
     if certificate and context.params["tls_self_signed"]:
         _use_certificate(context, certificate)
     worker = current_worker()
-    if changed and (worker is None or worker.number == 0):
-        keys = ", ".join(changed)
-        log.warning("%s: %s changed: that takes an upgrade (SIGUSR2) or a restart", context.obj.path, keys)
+    if worker is not None and worker.number != 0:
+        return  # one of them says it for all
+    for key in changed:
+        if key == "workers":
+            takes = "gtcpserver ctl scale, or a restart"  # an upgrade keeps the number that there is
+        else:
+            # What an upgrade takes over is a socket as it is.
+            takes = "a restart" if key.startswith("listen.") else "an upgrade (SIGUSR2) or a restart"
+        log.warning("%s: %s changed: that takes %s", context.obj.path, key, takes)
 
 
 def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:
