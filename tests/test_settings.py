@@ -175,6 +175,13 @@ def test_the_proxy_obeys_the_environment_for_what_is_not_its_own(start) -> None:
     assert any("there is no setting GTCPSERVER_MIXED" in line for line in proxy.lines)
 
 
+def test_the_proxys_own_file_may_be_named_by_the_environment(start, run, folder) -> None:
+    pytest.importorskip("msgspec")
+    (folder / "proxy.toml").write_text('[[listener]]\nlisten = "127.0.0.1:0"\n')
+    assert start("proxy", GTCPSERVER_CONFIG="proxy.toml").ask(b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert run("proxy", "check", "proxy.toml", GTCPSERVER_CONFIG="no.toml").returncode == 0
+
+
 def test_a_variable_that_is_no_setting_is_a_warning(start) -> None:
     server = start(
         "echo", GTCPSERVER_BIND="127.0.0.1:0", GTCPSERVER_POOLL="3", GTCPSERVER_TARGETS="x", GTCPSERVER_CONTROL="y"
@@ -335,6 +342,7 @@ def test_a_reload_reads_the_file_again(start, folder) -> None:
     file.write_text(changed + 'handler = "app:reverse"\npool = 6\n')
     server.process.send_signal(signal.SIGHUP)
     server.wait_for(r"reload \d+ is done")
+    server.wait_for(r"worker 0 .* has left")
     assert {line.partition("app.toml: ")[2] for line in server.lines if "changed: that takes" in line} == {
         "listen.backlog changed: that takes a restart",
         "workers changed: that takes gtcpserver ctl scale, or a restart",

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -431,7 +431,7 @@ def make_server(
             "TLS: a self-signed certificate for localhost was made, which clients cannot trust; only for trying"
         )
     if tls:
-        options["tls"] = make_tls_config(tls)
+        options["tls"] = maketls_config(tls)
     if (balancers := _make_proxy_protocol(context)) is not None:
         options["proxy_protocol"] = balancers
     limits = {
@@ -466,50 +466,16 @@ def _make_proxy_protocol(context: click.Context) -> ProxyProtocol | None:
         raise click.UsageError(f"{flag(of_balancers(name))}: {message}") from None
 
 
-def make_tls_config(options: dict[str, Any]) -> TLSConfig:
+def maketls_config(options: dict[str, Any]) -> TLSConfig:
     if "certfile" not in options:
         raise click.UsageError(f"{flag('tls_' + next(iter(options)))}: needs --tls-certfile")
-    return explained(lambda: _tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
+    return explained(lambda: tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
 
 
-def _tls_config(**options: Any) -> TLSConfig:
+def tls_config(**options: Any) -> TLSConfig:
+    """TLSConfig of what the options give, who have certificates as (name, certfile, keyfile)."""
     options["sni"] = {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}
     return TLSConfig(**options)
-
-
-def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:
-    """The values that the library does not take, all of them, as (parameter, what is wrong with it)."""
-    server: Callable[..., Any] = lambda **options: Server("127.0.0.1:0", lambda _connection: None, **options)  # noqa: E731
-    groups: list[tuple[Callable[..., Any], dict[str, str]]] = [
-        (server, {name: name for name, _, _ in SERVER_OPTIONS}),
-        (ListenConfig, {name: name for name, _, _ in LISTEN_OPTIONS}),
-        (_tls_config, {name: f"tls_{name}" for name, _, _ in TLS_OPTIONS}),
-        (ClientLimits, {name: f"client_{name}" for name, _, _ in CLIENT_OPTIONS}),
-        (ProxyProtocol, {name: of_balancers(name) for name, _, _ in BALANCER_OPTIONS}),
-        (SupervisorConfig, {name: name for name, _, _ in SUPERVISOR_OPTIONS}),
-    ]
-    needs = {_tls_config: "certfile", ProxyProtocol: "trusted", SupervisorConfig: "workers"}
-    for make, names in groups:
-        options = {
-            name: context.params[parameter]
-            for name, parameter in names.items()
-            if parameter in context.params and was_given(context, parameter)
-        }
-        alone = False
-        while options and needs.get(make, next(iter(options))) in options:
-            try:
-                make(**options)
-                break
-            except ConfigError as error:
-                name, _, message = str(error).partition(" ")
-                name = name.rstrip(":")
-                if name not in options:
-                    break  # told when it is made in earnest
-                # When one is gone, another that goes with it is wrong without being a mistake.
-                if not alone or ("must " in message and "together" not in message):
-                    yield names[name], message.lstrip()
-                alone = True
-                del options[name]
 
 
 def was_given(context: click.Context, name: str) -> bool:

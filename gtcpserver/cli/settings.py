@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from gtcpserver.cli.commands import COMMANDS, RunError, describe, load_command
+from gtcpserver.cli.mistakes import mistakes
 from gtcpserver.cli.options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
@@ -28,7 +29,6 @@ from gtcpserver.cli.options import (
     OrNone,
     ServerNameType,
     WorkersType,
-    mistakes,
     of_balancers,
 )
 from gtcpserver.errors import ConfigError
@@ -74,12 +74,8 @@ class Settings:
     at_start: dict[str, Any] = field(default_factory=dict)
 
 
-class SettingsCommand(click.Command):
-    """A command whose options are settings, too. It must have :func:`config_option`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        obey_environment(self)
+class _Telling(click.Command):
+    """Tells a mistake in a value by where the value is from."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         context.obj = settings = Settings(list(args))
@@ -101,23 +97,16 @@ class SettingsCommand(click.Command):
             raise click.UsageError(told(context, describe(error)), context) from None
 
 
-class SettingsGroup(click.Group):
-    """The same for a command with subcommands, which has a file of another kind."""
+class SettingsCommand(_Telling):
+    """A command whose options are settings, too. It must have :func:`config_option`."""
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        context.obj = Settings(list(args))
-        try:
-            return super().parse_args(context, args)
-        except click.MissingParameter:
-            raise
-        except click.BadParameter as error:
-            raise click.UsageError(told(context, describe(error)), context) from None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        obey_environment(self)
 
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except click.UsageError as error:
-            raise click.UsageError(told(context, describe(error)), context) from None
+
+class SettingsGroup(_Telling, click.Group):
+    """The same for a command with subcommands, which has a file of another kind. It says itself what it obeys."""
 
 
 def config_option(command: Any) -> Any:
