@@ -26,6 +26,9 @@ _problems = logging.getLogger("gtcpserver")
 
 Style = Literal["text", "json"]
 
+#: Characters of ``detail``. An exception may quote what the client has sent, and many of them would fill the disk.
+MOST_DETAIL = 300
+
 #: What a file is made with: addresses of clients are not for every user of the machine.
 FILE_MODE = 0o640
 
@@ -91,7 +94,7 @@ class AccessLog:
         """How it ends; the first word counts."""
         end = self._open.get(connection)
         if end is not None and end.result == "ok":
-            end.result, end.detail = result, detail
+            end.result, end.detail = result, detail[:MOST_DETAIL]
 
     def end(self, connection: Connection) -> dict[str, Any]:
         """It is about to be closed: the fields of its line, which :meth:`write` takes. Never waits, nor raises."""

@@ -26,7 +26,7 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
-from gtcpserver.cli.settings import SettingsCommand, config_option, unknown_variables
+from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, unknown_variables
 from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
 from gtcpserver.errors import ConfigError
@@ -167,7 +167,7 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]],
         sys.path.insert(0, os.getcwd())
     server = make_server(context, load(), listen)
     if not sys.stdin.isatty():  # otherwise the signal says that the terminal has gone, and so shall we
-        obey_hangup(server, load if reads_files else None, context.obj.path)
+        obey_hangup(server, load if reads_files else None, file_of(context))
     serve_until_stopped(context, server)
 
 

@@ -354,16 +354,16 @@ FIXED = frozenset(
 )
 
 
-def reads_a_file(context: click.Context) -> bool:
-    """Whether there is a file that a reload reads again."""
-    return isinstance(context.obj, Settings) and context.obj.path is not None
+def file_of(context: click.Context) -> str | None:
+    """The file with the settings, which a reload reads again."""
+    return context.obj.path if isinstance(context.obj, Settings) else None
 
 
 def made_anew(context: click.Context, make: Callable[[], Any]) -> Callable[[], Any]:
     """What gives the handler that `make` makes of the settings: made now, so that mistakes are told at once, and anew
     in each worker that reads the settings again."""
     first = make()
-    return make if reads_a_file(context) else lambda: first
+    return make if file_of(context) is not None else lambda: first
 
 
 def read_again(context: click.Context, fixed: Collection[str]) -> list[str]:

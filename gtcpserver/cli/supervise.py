@@ -26,7 +26,7 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
-from gtcpserver.cli.settings import FIXED, read_again, reads_a_file, told, unknown_variables
+from gtcpserver.cli.settings import FIXED, file_of, read_again, told, unknown_variables
 from gtcpserver.errors import ConfigError
 from gtcpserver.server import Server
 from gtcpserver.supervisor import (
@@ -86,7 +86,7 @@ def supervise(
         _find_modules()
 
         def make() -> tuple[Server, Hooks]:
-            if reads_a_file(context):
+            if file_of(context) is not None:
                 read_settings_again(context)
             context.params["bind"] = tuple(sockets)
             server = make_server(context, loaded[0] if loaded else load(), listen)
@@ -144,7 +144,7 @@ def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:
     except click.ClickException as error:
         raise CannotStart(told(context, describe(error)), status=2) from None
     except ConfigError as error:
-        raise CannotStart(str(error), status=2) from None
+        raise CannotStart("; ".join(str(error).splitlines()), status=2) from None
 
 
 def _find_modules() -> None:
