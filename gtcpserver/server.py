@@ -931,7 +931,11 @@ def _counters_of(handler: Any) -> dict[str, int]:
 
 def _result_of(error: BaseException, connection: Connection) -> tuple[Result, str]:
     """What the access log calls an exception that has left a handler, and what it says of it."""
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = type(error).__name__
+    try:
+        said += f": {error}" if str(error) else ""
+    except Exception:  # an exception of the handler's own whose text raises another
+        pass
     if _peer_has_gone(error) or error is connection._stream.fault:
         return "reset", said
     for kind, result in _RESULTS:
@@ -952,7 +956,7 @@ _RESULTS: tuple[tuple[type[BaseException], Result], ...] = (
 
 def _fields(connection: Connection, error: BaseException) -> dict[str, Any]:
     """What a log record carries beside its text, for logs in JSON."""
-    fields = {"client": peer(connection), "error": type(error).__name__, **log_fields_of(connection)}
+    fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
     # `extra` must not have the names of a record's own attributes.
     return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
 

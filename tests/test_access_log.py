@@ -92,6 +92,15 @@ def fail(conn):
     raise ZeroDivisionError("of\nthe client's" + "x" * 5000)
 
 
+class Untellable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def fail_without_a_text(conn):
+    raise Untellable
+
+
 def close_itself(conn):
     conn.close()
 
@@ -103,6 +112,7 @@ def close_itself(conn):
         (limit, {}, "limit", "LimitExceeded: no b'\\n' within 3 bytes"),
         (fail, {}, "error", "ZeroDivisionError: of\nthe client's"),
         (fail, {"on_error": lambda conn, error: None}, "error", "ZeroDivisionError"),
+        (fail_without_a_text, {}, "error", "Untellable"),
         (close_itself, {}, "ok", None),
         (echo, {"on_connect": lambda conn: False}, "refused", None),
         (echo, {"on_disconnect": fail}, "error", "ZeroDivisionError"),
@@ -236,7 +246,7 @@ def test_a_field_that_json_has_not_is_printed(serve, connect, in_thread, access_
 
 def test_a_handlers_fields_are_in_the_record_of_its_failure(serve, connect, in_thread, caplog):
     def handler(conn):
-        conn.log_fields.update(user="ada", name="a record has that itself")
+        conn.log_fields.update(user="ada", error="not ours", name="a record has that itself")
         raise KeyError("x")
 
     client = connect(serve(handler))

@@ -431,7 +431,7 @@ def make_server(
             "TLS: a self-signed certificate for localhost was made, which clients cannot trust; only for trying"
         )
     if tls:
-        options["tls"] = maketls_config(tls)
+        options["tls"] = make_tls_config(tls)
     if (balancers := _make_proxy_protocol(context)) is not None:
         options["proxy_protocol"] = balancers
     limits = {
@@ -466,7 +466,7 @@ def _make_proxy_protocol(context: click.Context) -> ProxyProtocol | None:
         raise click.UsageError(f"{flag(of_balancers(name))}: {message}") from None
 
 
-def maketls_config(options: dict[str, Any]) -> TLSConfig:
+def make_tls_config(options: dict[str, Any]) -> TLSConfig:
     if "certfile" not in options:
         raise click.UsageError(f"{flag('tls_' + next(iter(options)))}: needs --tls-certfile")
     return explained(lambda: tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
