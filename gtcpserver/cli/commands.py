@@ -61,6 +61,16 @@ class CommandTable(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return load_command(name) if name in COMMANDS else None
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in COMMANDS:
+            try:
+                rows.append((name, load_command(name).get_short_help_str(formatter.width - 16)))
+            except RunError as error:  # a library is missing, which is no matter to the others
+                rows.append((name, error.message))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
         # click's own imports every command for its help, and fails where a library is missing.
         names = [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
