@@ -33,6 +33,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.transfers
 	$(BIN)/python -m loadtests.proxies
 	$(BIN)/python -m loadtests.workers
+	$(BIN)/python -m loadtests.adapters
 
 load: $(VENV)/load.stamp
 	$(BIN)/locust -f loadtests/locustfile.py --start-servers

@@ -5,6 +5,7 @@ from .access_log import AccessLog
 from .adapters import from_socketserver, from_wsgi
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
+from .block_detector import BlockDetector
 from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
@@ -30,6 +31,7 @@ __all__ = [
     "Acceptor",
     "AccessLog",
     "Address",
+    "BlockDetector",
     "ClientLimits",
     "ConfigError",
     "Connection",
