@@ -78,7 +78,7 @@ class Server:
     """A TCP server: each connection runs ``handler(connection)`` in a greenlet of its own, then it is closed.
 
     Args:
-        address: where to listen: "127.0.0.1:5000", "[::1]:443", "*:80" (IPv4 and IPv6), "name:80",
+        address: where to listen: "127.0.0.1:5000", "[::1]:443", ``"*:80"`` (IPv4 and IPv6), "name:80",
             "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
