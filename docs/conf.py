@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
 ]
 
 PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:examples|loadtests|tests)/[^)]*)\)")
 
 
 def setup(app: Sphinx) -> None:
@@ -62,7 +62,10 @@ def as_the_theme_wants(app: Sphinx, docname: str, source: list[str]) -> None:
             for theme, file in (("light", light), ("dark", dark))
         )
 
-    source[0] = OUTSIDE.sub(r"`\1`" if "`" not in source[0] else r"\1", PICTURE.sub(images, source[0]))
+    def path(match: re.Match[str]) -> str:
+        return f"`{match[2]}`" if match[1] in match[2] else f"{match[1]} (`{match[2]}`)"
+
+    source[0] = OUTSIDE.sub(path, PICTURE.sub(images, source[0]))
 
 
 def public_names() -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ MARK = re.compile(r"<!--\s*(not run|needs|file|continues|checked by|restart|fail
 
 #: Where an address names a port. Each page gets free ones in their place, since tests run side by side.
 PORT = re.compile(r"""(?<=127\.0\.0\.1[: ])\d{2,5}\b|(?<="127\.0\.0\.1",\ )\d{2,5}\b|(?<=["\ ]\*:)\d{2,5}\b
-    |(?<=localhost:)\d{2,5}\b|(?<=0\.0\.0\.0:)\d{2,5}\b|(?<=-p\ )\d{4,5}\b""", re.VERBOSE)  # fmt: skip
+    |(?<=localhost[: ])\d{2,5}\b|(?<=0\.0\.0\.0:)\d{2,5}\b|(?<=-p\ )\d{4,5}\b""", re.VERBOSE)  # fmt: skip
 
 
 @dataclass
