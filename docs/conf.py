@@ -40,7 +40,8 @@ nitpicky = True
 # Types of Python, gevent and others: their documentation is on the network, and what is inside of ours is not public.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
-    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet|proxy\.(gate|record|rules|target))\.\w+"),
+    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(gate|record|rules|target)\.\w+"),
 ]
 
 PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')

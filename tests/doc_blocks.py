@@ -3,8 +3,8 @@
 | block | what is done with it |
 | --- | --- |
 | python | run as a script; one that serves for ever is connected to, and must end with status 0 after SIGTERM |
-| console | what is behind `$ ` is run by bash, and its output must be what follows; `...` stands for anything. Servers stay until the end of the page |
-| sh, or no language | each line is checked: options of gtcpserver by its own command line, targets of make, extras of pip |
+| console | what is behind `$ ` is run by bash; its output must be what follows (`...`: anything). Servers stay up |
+| sh, or no language | each line is checked: options of gtcpserver by its own parser, targets of make, extras of pip |
 | json | parsed |
 | text | output and pictures, no code |
 | anything else | must be marked |
@@ -33,7 +33,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-MARK = re.compile(r"<!--\s*(not run|needs|file|continues|checked by|restart|fails|then)\s*(?::\s*(.*?))?\s*-->", re.DOTALL)
+MARK = re.compile(
+    r"<!--\s*(not run|needs|file|continues|checked by|restart|fails|then)\s*(?::\s*(.*?))?\s*-->", re.DOTALL
+)
 
 #: Where an address names a port. Each page gets free ones in their place, since tests run side by side.
 PORT = re.compile(r"""(?<=127\.0\.0\.1[: ])\d{2,5}\b|(?<="127\.0\.0\.1",\ )\d{2,5}\b|(?<=["\ ]\*:)\d{2,5}\b

@@ -416,8 +416,18 @@ def test_output_that_differs_is_told(tmp_path, certificates):
         test_blocks_of_page_do_what_it_says(path, Place(tmp_path / "place", certificates, {}))
 
 
-@pytest.mark.parametrize("line", ["gtcpserver serve --no-such x:y", "gtcpserver ctl frobnicate", "pip install '.[no]'",
-                                  "make nothing", "rm -rf /", "locust --no-such", "python -m loadtests.bench --slow"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gtcpserver serve --no-such x:y",
+        "gtcpserver ctl frobnicate",
+        "pip install '.[no]'",
+        "make nothing",
+        "rm -rf /",
+        "locust --no-such",
+        "python -m loadtests.bench --slow",
+    ],
+)
 def test_a_command_that_cannot_be_is_told(tmp_path, line):
     block = Block(tmp_path / "page.md", 1, "sh", line)
     with pytest.raises((AssertionError, pytest.fail.Exception), match=r"page\.md"):
