@@ -189,7 +189,7 @@ class Server:
         self.on_error = on_error
         self.connection_class = connection_class
         self.state = State.NEW
-        #: Set when a stop begins: handlers with work of their own wait on it.
+        #: Set when a stop begins. Handlers with work of their own wait on it.
         self.stopping_event = Event()
         #: Set when the listening sockets are drained and closed; handlers may run on.
         self.listening_ended = Event()
@@ -333,7 +333,7 @@ class Server:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the server listens, one entry an address, with the real ports: ("127.0.0.1:5000",)."""
+        """Where the server listens, one entry an address, with the real ports, as ("127.0.0.1:5000",)."""
         seen = dict.fromkeys(listener.address for group in self._groups for listener in group)
         return tuple(seen)
 
