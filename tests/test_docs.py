@@ -198,10 +198,15 @@ def wait_until_listening(process, log, ports, block):
         assert time.monotonic() < give_up, f"{block} does not listen on one of {ports}:\n{read(log)}"
         for port in ports:
             try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                return
+                client = socket.create_connection(("127.0.0.1", port), SOON)
             except OSError:
                 time.sleep(0.02)
+                continue
+            with client:
+                # It listens before it serves, and before it has handlers for signals: wait until it has taken notice.
+                client.shutdown(socket.SHUT_WR)
+                client.recv(1)
+            return
 
 
 def run_console(place, block):
