@@ -19,6 +19,7 @@ copyright = "the authors of gtcpserver, MIT licence"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+smartquotes = False  # b"" is code
 highlight_language = "none"  # a block says its language
 
 myst_heading_anchors = 3

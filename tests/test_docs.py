@@ -171,6 +171,7 @@ def write_file(place, block, later):
     name = block.marks["file"]
     (place.folder / name).write_text(block.code)
     stem = name.removesuffix(".py")
+    assert f"`{name}`" in block.path.read_text(), f"{block}: the reader is not told that this is {name}"
     assert any(re.search(rf"\b{re.escape(stem)}\b", other.code) for other in later), f"{block}: {name} is never used"
 
 
