@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import SOON, free_port
+from conftest import SOON
 from doc_blocks import (
     PORT,
     Block,
@@ -38,6 +39,8 @@ BIN = Path(sys.executable).parent
 
 SERVES = re.compile(r"gtcpserver (serve|echo|files|forward|proxy)\b(?! (check|hash-password))|.*&$", re.DOTALL)
 SERVES_IN_PYTHON = re.compile(r"\bserve_forever\(|\brun\(\s*[\w\"]")
+
+RUN = ("console", "python")
 
 #: Programs from Debian that console blocks use.
 PROGRAMS = ("curl", "haproxy", "ncat", "openssl", "redis-benchmark", "redis-cli")
@@ -118,10 +121,23 @@ def read(log):
     return Path(log.name).read_text(errors="replace")
 
 
+def lasting_port():
+    """A port that stays free while servers of a page come and go: below those that the kernel gives to others."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randint(first // 2, first - 1)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 @pytest.fixture
 def place(request, tmp_path, certificates):
     path = request.node.callspec.params["path"]
-    ports = {port: free_port() for port in sorted(find_ports(path.read_text()))}
+    ports = {port: lasting_port() for port in sorted(find_ports(path.read_text()))}
     place = Place(tmp_path, certificates, ports)
     yield place
     place.kill()
@@ -162,9 +178,6 @@ def test_blocks_of_page_do_what_it_says(path, place):
     place.stop()
     if left_out:
         pytest.skip(f"all of the page was run but {', '.join(left_out)}")
-
-
-RUN = ("console", "python")
 
 
 def write_file(place, block, later):
