@@ -3,10 +3,11 @@
 | block | what is done with it |
 | --- | --- |
 | python | run as a script; one that serves for ever is connected to, and must end with status 0 after SIGTERM |
+| python with functions `test_...` | run by pytest |
 | console | what is behind `$ ` is run by bash; its output must be what follows (`...`: anything). Servers stay up |
 | sh, or no language | each line is checked: options of gtcpserver by its own parser, targets of make, extras of pip |
 | json | parsed |
-| text | output and pictures, no code |
+| text, or indented | output and pictures, no code |
 | anything else | must be marked |
 
 A comment right before a block:
@@ -14,6 +15,7 @@ A comment right before a block:
     <!-- not run: WHY -->               python and others: left alone. sh: only programs that are not ours are
     <!-- needs: MODULE -->              left out where this module is not installed
     <!-- file: NAME -->                 written to a file, which a later block of the page uses
+    <!-- given: CODE -->                python: is run before it, but not shown
     <!-- continues -->                  python: goes on where the last block of Python ended
     <!-- checked by: COMMAND {file} --> the command, which is given the block as a file, must end with status 0
     <!-- restart -->                    console: servers that run are stopped first
@@ -34,7 +36,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 MARK = re.compile(
-    r"<!--\s*(not run|needs|file|continues|checked by|restart|fails|then)\s*(?::\s*(.*?))?\s*-->", re.DOTALL
+    r"<!--\s*(not run|needs|file|given|continues|checked by|restart|fails|then)\s*(?::\s*(.*?))?\s*-->", re.DOTALL
 )
 
 #: Where an address names a port. Each page gets free ones in their place, since tests run side by side.

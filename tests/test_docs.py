@@ -83,7 +83,7 @@ class Place:
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'loadtests'}",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "loadtests"))),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -164,7 +164,8 @@ def test_blocks_of_page_do_what_it_says(path, place):
             (place.folder / "block").write_text(block.code)
             run_command(place, block, marks["checked by"].format(file="block"), None)
         elif block.language == "python" and "not run" not in marks:
-            code = block.code + "\n" + replace_ports(marks.get("then", ""), place.ports) + "\n"
+            hidden = [replace_ports(marks.get(mark, ""), place.ports) for mark in ("given", "then")]
+            code = f"{hidden[0]}\n{block.code}\n{hidden[1]}\n"
             script = script + code if "continues" in marks else code
             run_python(place, block, script)
         elif block.language in ("", "sh", "bash", "shell"):
@@ -173,7 +174,7 @@ def test_blocks_of_page_do_what_it_says(path, place):
             run_console(place, block)
         elif block.language == "json":
             json.loads(block.code)
-        elif block.language != "text" and not marks.get("not run"):
+        elif block.language not in ("text", "indented") and not marks.get("not run"):
             pytest.fail(f"{block} is neither run nor marked: see tests/doc_blocks.py")
     place.stop()
     if left_out:
@@ -191,7 +192,8 @@ def write_file(place, block, later):
 def run_python(place, block, code):
     source = place.folder / f"block-{block.line}.py"
     source.write_text("from doc_helpers import talk\n" + code)
-    process, log = place.start([sys.executable, source])
+    tests = re.search(r"^def test_", code, re.MULTILINE)
+    process, log = place.start([sys.executable, *(("-m", "pytest", "-q", "--rootdir=.") if tests else ()), source])
     if SERVES_IN_PYTHON.search(code):
         wait_until_listening(process, log, [int(port) for port in PORT.findall(code)], block)
         process.send_signal(signal.SIGTERM)
@@ -419,6 +421,15 @@ def test_a_block_in_an_unknown_language_is_told(tmp_path, certificates):
     (tmp_path / "place").mkdir()
     with pytest.raises(pytest.fail.Exception, match="neither run nor marked"):
         test_blocks_of_page_do_what_it_says(path, Place(tmp_path / "place", certificates, {}))
+
+
+def test_tests_in_a_block_are_run_with_what_is_given(tmp_path, certificates):
+    block = "<!-- given: x = 1 -->\n```python\ndef test_it():\n    assert x == %d\n```\n"
+    (tmp_path / "place").mkdir()
+    place = Place(tmp_path / "place", certificates, {})
+    test_blocks_of_page_do_what_it_says(page(tmp_path, block % 1), place)
+    with pytest.raises(AssertionError, match="1 failed"):
+        test_blocks_of_page_do_what_it_says(page(tmp_path, block % 2), place)
 
 
 def test_a_block_that_fails_is_told(tmp_path, certificates):
