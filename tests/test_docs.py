@@ -32,13 +32,14 @@ from doc_blocks import (
 
 import gtcpserver
 from gtcpserver.cli import commands
+from gtcpserver.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
 BIN = Path(sys.executable).parent
 
 SERVES = re.compile(r"gtcpserver (serve|echo|files|forward|proxy)\b(?! (check|hash-password))|.*&$", re.DOTALL)
-SERVES_IN_PYTHON = re.compile(r"\bserve_forever\(|\brun\(\s*[\w\"]")
+SERVES_IN_PYTHON = re.compile(r"^[^#\n]*\b(serve_forever\(|run\(\s*[\w\"])", re.MULTILINE)
 
 RUN = ("console", "python")
 
@@ -83,7 +84,9 @@ class Place:
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "loadtests"))),
+            "PYTHONPATH": os.pathsep.join(
+                map(str, (ROOT, *(ROOT / name for name in ("tests", "loadtests", "examples"))))
+            ),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -324,6 +327,9 @@ def check_gtcpserver(block, words):
         return  # --help, --version
     except click.ClickException as error:
         pytest.fail(f"{block}: {shlex.join(words)}: {error.format_message()}")
+    except ConfigError as error:
+        # A command may be shown before the file that it reads.
+        assert "No such file" in str(error), f"{block}: {shlex.join(words)}: {error}"
 
 
 def check_make(block, words):
