@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import pytest
@@ -293,23 +294,28 @@ def run_command(place, block, command, output, fails=False):
 def check_commands(block):
     for line in command_lines(block.code):
         words = shlex.split(line, comments=True)
-        for command in split(words):
+        for environment, command in split(words):
             check = CHECKS.get(Path(command[0]).name)
             if check is not None:
-                check(block, command)
+                with patch.dict(os.environ, environment):
+                    check(block, command)
             elif not block.marks.get("not run"):
                 pytest.fail(f"{block}: {line!r} is neither run nor marked: see tests/doc_blocks.py")
 
 
 def split(words):
-    """At pipes and lists; without environment variables before a command."""
-    commands = [[]]
+    """At pipes and lists; the variables before each command, and its words."""
+    commands = [({}, [])]
     for word in words:
+        environment, command = commands[-1]
         if word in ("|", "&&", "||", ";", "&"):
-            commands.append([])
-        elif commands[-1] or not re.match(r"[A-Z_]+=", word):
-            commands[-1].append(word)
-    return [command for command in commands if command]
+            commands.append(({}, []))
+        elif not command and re.match(r"[A-Z_]+=", word):
+            name, _, value = word.partition("=")
+            environment[name] = value
+        else:
+            command.append(word)
+    return [command for command in commands if command[1]]
 
 
 def check_gtcpserver(block, words):
