@@ -36,6 +36,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.transfers
 	$(BIN)/python -m loadtests.proxies
 	$(BIN)/python -m loadtests.workers
+	$(BIN)/python -m loadtests.adapters
 
 # -W: a link or anchor that leads nowhere, or a page that no table of contents has, is an error. All pages each time
 # (-E -a): one that has not changed may link to one that has.

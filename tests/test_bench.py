@@ -15,7 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, compare, measure, options, plots, publish, scenarios, servers, tables, transfers, workers  # noqa: E402
+from loadtests import (  # noqa: E402
+    adapters,
+    bench,
+    compare,
+    measure,
+    options,
+    plots,
+    publish,
+    scenarios,
+    servers,
+    tables,
+    transfers,
+    workers,
+)
 from loadtests.results import Result  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
@@ -335,3 +348,13 @@ def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
     with servers.serving(name) as server:
         assert len(measure.processes(server.pid)) == 3
         assert sum(measure.cpu_of_session(server.pid)) > 0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "threads", "from_wsgi", "pywsgi", "wsgiref"])
+def test_existing_code_answers_the_same_on_each_server(monkeypatch, kind):
+    command = [servers.PYTHON, "loadtests/peers/existing.py", kind]
+    monkeypatch.setitem(servers.SERVERS, kind, command)
+    with servers.serving(kind) as server:
+        answer = measure.answer_of(server)
+    assert answer.startswith(b"HTTP/1.")
+    assert answer.endswith(b"\r\n\r\n" + adapters.BODY)
