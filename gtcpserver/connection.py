@@ -118,7 +118,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     @property
     def peer_address(self) -> Any:
-        """Who is at the other end of the socket: the client, or the balancer it came by."""
+        """Who is at the other end of the socket, the client or the balancer it came by."""
         proxied = self._behind_balancer()
         return self.client_address if proxied is None else proxied[1]
 

@@ -80,7 +80,7 @@ class Server:
     """A TCP server: each connection runs ``handler(connection)`` in a greenlet of its own, then it is closed.
 
     Args:
-        address: where to listen: "127.0.0.1:5000", "[::1]:443", "*:80" (IPv4 and IPv6), "name:80",
+        address: where to listen: "127.0.0.1:5000", "[::1]:443", ``"*:80"`` (IPv4 and IPv6), "name:80",
             "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
@@ -196,7 +196,7 @@ class Server:
         self.on_error = on_error
         self.connection_class = connection_class
         self.state = State.NEW
-        #: Set when a stop begins: handlers with work of their own wait on it.
+        #: Set when a stop begins. Handlers with work of their own wait on it.
         self.stopping_event = Event()
         #: Set when the listening sockets are drained and closed; handlers may run on.
         self.listening_ended = Event()
@@ -347,7 +347,7 @@ class Server:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the server listens, one entry an address, with the real ports: ("127.0.0.1:5000",)."""
+        """Where the server listens, one entry an address, with the real ports, as ("127.0.0.1:5000",)."""
         seen = dict.fromkeys(listener.address for group in self._groups for listener in group)
         return tuple(seen)
 
