@@ -1,12 +1,13 @@
 # `make serve` and `make test` set up all they need in .venv: a Python 3.10 or newer with pip is enough.
 PYTHON ?= python3
 ADDRESS ?= 127.0.0.1:5000
+DOCS_ADDRESS ?= 127.0.0.1:8000
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test matrix core check bench load sslyze clean
+.PHONY: help serve test matrix core check bench docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
@@ -14,6 +15,8 @@ help:
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers, which take long; needs wrk, haproxy and nginx'
+	@echo 'make docs    the documentation as HTML, in docs/_build/html'
+	@echo 'make docs-serve   the same, served on http://127.0.0.1:8000 (DOCS_ADDRESS=...)'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
@@ -56,6 +59,14 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m loadtests.workers
 	$(BIN)/python -m loadtests.adapters
 
+# -W: a link or anchor that leads nowhere, or a page that no table of contents has, is an error. All pages each time
+# (-E -a): one that has not changed may link to one that has.
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -M html docs docs/_build -E -a -W --keep-going -n -q
+
+docs-serve: docs
+	exec $(BIN)/gtcpserver files docs/_build/html --bind '$(DOCS_ADDRESS)'
+
 load: $(VENV)/load.stamp
 	$(BIN)/locust -f loadtests/locustfile.py --start-servers
 
@@ -81,6 +92,10 @@ $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[bench]'
 	@touch $@
 
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[docs]'
+	@touch $@
+
 $(VENV)/load.stamp: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[load]'
 	@touch $@
@@ -94,5 +109,5 @@ $(VENV)-sslyze/stamp: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
 from .acceptor import Acceptor, StreamServer
+from .access_log import AccessLog
 from .adapters import from_socketserver, from_wsgi
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Acceptor",
+    "AccessLog",
     "Address",
     "BlockDetector",
     "ClientLimits",

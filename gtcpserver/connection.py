@@ -48,7 +48,18 @@ _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_proxied", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = (
+    "_idle",
+    "_log_fields",
+    "_proxied",
+    "_stream",
+    "client_address",
+    "context",
+    "recv",
+    "sendall",
+    "server",
+    "started_at",
+)
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -74,6 +85,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
+    _log_fields: Any
+    _proxied: Any
     client_address: Any
     context: Any
     server: Server | None
@@ -150,7 +163,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     @property
     def peer_address(self) -> Any:
-        """Who is at the other end of the socket: the client, or the balancer it came by."""
+        """Who is at the other end of the socket, the client or the balancer it came by."""
         proxied = self._behind_balancer()
         return self.client_address if proxied is None else proxied[1]
 
@@ -163,7 +176,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _behind_balancer(self) -> tuple[ProxyHeader, Any] | None:
         # Set for those connections alone: a slot that is set for all costs each of them.
         try:
-            proxied: tuple[ProxyHeader, Any] = self._proxied
+            proxied: tuple[ProxyHeader, Any] = _get_proxied(self)
         except AttributeError:
             return None
         return proxied
@@ -178,6 +191,19 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         elif source is not None:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What the handler adds to this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
+
+        Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
+        """
+        try:
+            fields: dict[str, Any] = _get_log_fields(self)
+        except AttributeError:
+            # Made for those that use it alone, as for _proxied.
+            fields = self._log_fields = {}
+        return fields
 
     @property
     def bytes_received(self) -> int:
@@ -545,6 +571,18 @@ _CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 # The slots' own descriptors.
 _set_recv = cast(Any, Connection.recv).__set__
 _set_sendall = cast(Any, Connection.sendall).__set__
+# A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
+_get_proxied = Connection._proxied.__get__
+_get_log_fields = Connection._log_fields.__get__
+
+
+def log_fields_of(connection: Connection) -> dict[str, Any]:
+    """What is in its :attr:`Connection.log_fields`, without making any."""
+    try:
+        fields: dict[str, Any] = _get_log_fields(connection)
+    except AttributeError:
+        return {}
+    return fields
 
 
 class Deadline:

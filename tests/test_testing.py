@@ -2,13 +2,11 @@
 
 import http.client
 import os
-import re
 import socket
 import ssl
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import gevent
 import pytest
@@ -326,14 +324,5 @@ def test_all_of_it_works_in_a_patched_program(tmp_path):
         """,
         **ONLY_OURS,
     )
-    assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
-
-
-@pytest.mark.timeout(60)
-def test_the_examples_of_the_documentation(tmp_path):
-    text = (Path(__file__).resolve().parent.parent / "docs" / "testing.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    done = run_pytest(tmp_path, "\n".join(blocks), **ONLY_OURS)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout

@@ -15,6 +15,7 @@ from typing import Any
 
 from gtcpserver import (
     Acceptor,
+    AccessLog,
     Address,
     BlockDetector,
     ClientLimits,
@@ -123,6 +124,7 @@ def handle(conn: Connection) -> None:
     except (DeadlineExceeded, LimitExceeded, TruncatedStream) as error:
         print(error)
     conn.unread(b"x")
+    conn.log_fields["user"] = "ada"
     conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sent: int = conn.sendfile("/etc/hostname") + conn.recv_to_file("/dev/null", count=10)
     print(conn.client_address, conn.server_address, conn.peer_address, conn.context, sent)
@@ -214,6 +216,7 @@ def main() -> None:
         proxy_protocol=ProxyProtocol(["10.0.0.0/8"]),
         client_limits=ClientLimits(connections=50, new_per_second=20, deny=["192.0.2.0/24"]),
         context={"a": 1},
+        access_log=AccessLog("json", "/var/log/access.json"),
         on_connect=admit,
         on_disconnect=lambda conn: print(conn.bytes_sent),
         on_error=failed,
