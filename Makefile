@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test check bench load sslyze clean
+.PHONY: help serve test check bench bench-programs load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make check   lint, format and types'
-	@echo 'make bench   the benchmarks against peers, which take long; needs wrk, haproxy and nginx'
+	@echo 'make bench   the benchmarks against peers, which take hours; as root it installs wrk, haproxy and nginx'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
@@ -28,11 +28,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp
-	$(BIN)/python -m loadtests.bench
-	$(BIN)/python -m loadtests.transfers
-	$(BIN)/python -m loadtests.proxies
-	$(BIN)/python -m loadtests.workers
+# All of them, even where one fails.
+bench: bench-programs $(VENV)/bench.stamp
+	@status=0; for name in bench transfers proxies workers options; do \
+	    $(BIN)/python -m loadtests.$$name || status=$$?; \
+	done; exit $$status
+
+bench-programs:
+	@$(PYTHON) -m loadtests.machine
 
 load: $(VENV)/load.stamp
 	$(BIN)/locust -f loadtests/locustfile.py --start-servers
@@ -55,7 +58,6 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
-	@command -v wrk >/dev/null || { echo 'make bench needs wrk: apt-get install wrk' >&2; exit 1; }
 	$(INSTALL) '.[bench]'
 	@touch $@
 

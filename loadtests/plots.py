@@ -66,11 +66,11 @@ def plot(output: dict[str, Any], base: Path) -> list[Path]:
     for bars, suffix in ((tests, ""), (rest, "-more")):
         drawn = [each for each in bars if each.series]
         for style, colors in (("light", LIGHT), ("dark", DARK)) if drawn else ():
-            files += [_draw(drawn, colors, base.with_name(f"{base.name}{suffix}-{style}.{kind}")) for kind in KINDS]
+            files += _draw(drawn, colors, [base.with_name(f"{base.name}{suffix}-{style}.{kind}") for kind in KINDS])
     return files
 
 
-def _draw(bars: list[Bars], colors: dict[str, str], path: Path) -> Path:
+def _draw(bars: list[Bars], colors: dict[str, str], paths: list[Path]) -> list[Path]:
     from matplotlib import pyplot
 
     columns = 2 if len(bars) > 1 else 1
@@ -81,7 +81,7 @@ def _draw(bars: list[Bars], colors: dict[str, str], path: Path) -> Path:
             "font.family": "DejaVu Sans",
             "font.size": 9,
             "svg.fonttype": "path",  # who looks at it may lack the font
-            "svg.hashsalt": "gtcpserver",  # the same figures, the same file
+            "svg.hashsalt": "gtcpserver",
             "text.color": colors["ink"],
             "axes.labelcolor": colors["ink"],
             "xtick.color": colors["ink"],
@@ -103,11 +103,12 @@ def _draw(bars: list[Bars], colors: dict[str, str], path: Path) -> Path:
                     _bars(axis, pair[place], colors)
                 else:
                     axis.set_visible(False)
-        figure.savefig(
-            path, dpi=130, facecolor=colors["page"], metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None  # the same figures, the same file
+            figure.savefig(path, dpi=130, facecolor=colors["page"], metadata=metadata)
+            figure.set_layout_engine("none")  # once is enough
         pyplot.close(figure)
-    return path
+    return paths
 
 
 def _bars(axis: Any, bars: Bars, colors: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from .plots import plot
 from .results import Figures, Result, load_figures, load_result, significant
 from .scenarios import GEVENT, GEVENT_POOL, UVLOOP
 from .servers import OURS
+from .workers import words
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -135,8 +136,16 @@ def _proxies(found: dict[str, Result | Figures]) -> list[str]:
     return lines
 
 
+def _workers(found: dict[str, Result | Figures]) -> list[str]:
+    figures = found["workers"]
+    assert isinstance(figures, Figures)
+    client = figures.median(list(figures.runs)[-1])[2]
+    work = f"a handler that computes for 0.15 ms, so that the load generator had {client:.0%} of the CPUs"
+    return [f"{words(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.workers`.)"]
+
+
 #: Program -> what of it is in README.md.
-IN_README = {"bench": _bench, "transfers": _transfers, "proxies": _proxies}
+IN_README = {"bench": _bench, "transfers": _transfers, "proxies": _proxies, "workers": _workers}
 
 
 def main(arguments: list[str]) -> int:

@@ -127,7 +127,7 @@ def test_timeout_closes_a_silent_connection(start, connect):
 def test_size_is_that_of_the_body(start, connect):
     sock, file = connect(start("--size", "3", "--sleep", "1"))
     sock.sendall(REQUEST)
-    assert read_answer(file)[2] == b"xxx"
+    assert read_answer(file)[2] == b"aaa"
 
 
 def test_sha_puts_the_hash_before_the_body(start, connect):
