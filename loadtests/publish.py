@@ -26,6 +26,11 @@ PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "plots"
 
+MORE = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="plots/bench-more-dark.svg">
+  <img alt="The other figures of each server" src="plots/bench-more-light.svg">
+</picture>"""
+
 #: Rows of the table in README.md: what it says -> the load, and which of gevent's servers.
 FIRST = {
     "keep-alive, 1 kB, 100 connections": ("keepalive/100", GEVENT),
@@ -80,7 +85,8 @@ def of_page(output: dict[str, Any]) -> str:
     """The machine, and all tables."""
     said = {**output["machine"], **output["settings"]}
     line = ", ".join(f"{name} {value}" for name, value in said.items())
-    return "\n\n".join([line, *(found.table() for found in loaded(output).values())])
+    picture = [MORE] if output["program"] == "bench" else []
+    return "\n\n".join([line, *(found.table() for found in loaded(output).values()), *picture])
 
 
 def of_readme(output: dict[str, Any]) -> str:

@@ -379,6 +379,25 @@ def test_make_bench_looks_for_all_programs_before_it_begins(tmp_path):
     assert "loadtests.bench" not in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_missing_programs_are_installed_by_root(tmp_path):
+    log = tmp_path / "log"
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >>{log}\n')  # which does not install them
+    (tmp_path / "apt-get").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtests.machine"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=28,
+    )
+    packages = "haproxy nginx-light openssl wrk"
+    assert log.read_text() == f"-qq update\n-qq install -y --no-install-recommends {packages}\n"
+    assert (done.returncode, done.stdout) == (2, f"installing {packages}\n")
+    assert done.stderr.endswith(f"apt-get install {packages}\n")
+
+
 def test_what_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(servers, "find_spec", lambda package: None)
     there = servers.installed(list(servers.SERVERS))
