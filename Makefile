@@ -12,7 +12,7 @@ help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make check   lint, format and types'
-	@echo 'make bench   the benchmarks against peers, which take hours; as root it installs wrk, haproxy and nginx'
+	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
