@@ -85,28 +85,28 @@ def idle_tunnels(title: str, options: Options) -> Figures:
     """Memory of tunnels in which nothing moves."""
     # danted wants three processes for each thousand of clients; it is not asked for as many.
     some = {name: proxy for name, proxy in options.proxies.items() if name in (OURS, "danted", "microsocks")}
-    holder = Holder()
 
-    def run(server: Running, count: int) -> float:
+    def fill(server: Running, target: int, count: int) -> float:
         with ExitStack() as stack:
             for _ in range(50):
-                through(server, holder.port).close()
+                through(server, target).close()
             time.sleep(0.5)
             before = memory_of(server)
             for _ in range(count):
-                stack.enter_context(through(server, holder.port))
+                stack.enter_context(through(server, target))
             time.sleep(0.5)
             return (memory_of(server) - before) / count
 
-    def of_one(name: str) -> list[float]:
-        with running(some[name], holder.port, options.folder) as server:
-            return [run(server, options.tunnels if name == OURS else min(200, options.tunnels))]
+    def run(name: str) -> list[float]:
+        holder = Holder()
+        try:
+            with running(some[name], holder.port, options.folder) as server:
+                return [fill(server, holder.port, options.tunnels if name == OURS else min(200, options.tunnels))]
+        finally:
+            holder.close()
 
-    try:
-        title = title.format(f"{options.tunnels:,}")
-        found, failed = take_turns(some, options.rounds, of_one, options.progress, title)
-    finally:
-        holder.close()
+    title = title.format(f"{options.tunnels:,}")
+    found, failed = take_turns(some, options.rounds, run, options.progress, title)
     return Figures(title, ["KiB of memory each"], found, failed)
 
 
