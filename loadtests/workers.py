@@ -86,7 +86,7 @@ def words(figures: Figures) -> str:
     one, several = figures.runs
     pairs = list(zip(figures.runs[several], figures.runs[one], strict=True))
     rate, cpu = (Ratio.of(n[column] / one[column] for n, one in pairs) for column in (0, 1))
-    return f"{several}: {rate} times the throughput of one, at {cpu} of its CPU a request."
+    return f"{several.partition(', ')[2]} serve {rate} times the requests of one, at {cpu} of its CPU a request."
 
 
 def main(arguments: list[str] | None = None) -> int:
