@@ -111,7 +111,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
 
 
 def servers_of(options: argparse.Namespace, usual: Sequence[str]) -> list[str]:
-    """Who takes part: ourselves, the peers that were named (None: the usual ones), and the user's own servers."""
+    """Who takes part: ourselves, the peers that were named or else the usual ones, and the user's own servers."""
     given = options.server or []
     own = [name for name in given if name in OWN]
     named = [name for name in given if name not in OWN]

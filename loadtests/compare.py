@@ -114,10 +114,14 @@ def _of_one(kind: str, name: str, old: dict[str, Any], new: dict[str, Any]) -> I
     for title, more_is_better, least, was, now in _figures(before, after):
         both = [server for server in was if server in now]
         change = {server: statistics.median(now[server]) / (statistics.median(was[server]) or 1e-9) for server in both}
-        peers = [change[server] for server in both if not server.startswith("gtcpserver")]
-        machine = statistics.median(peers) if peers else 1.0
+        peers = [server for server in both if not server.startswith("gtcpserver")]
+        machine = statistics.median(change[peer] for peer in peers) if peers else 1.0
+        # Several peers tell by their differences how well they know the machine's change, one by its rounds.
+        of_peers = spread([change[peer] for peer in peers]) if peers else 0.0
+        if len(peers) == 1:
+            of_peers = noise_between(was[peers[0]], now[peers[0]], least)
         for server in [server for server in ours if server in both]:
-            noise = max(noise_between(was[server], now[server], least), spread(peers) if peers else 0.0)
+            noise = max(noise_between(was[server], now[server], least), of_peers)
             yield Change(name, server, title, change[server] / (machine or 1.0), noise, more_is_better)
 
 
