@@ -4,6 +4,7 @@ from .acceptor import Acceptor, StreamServer
 from .adapters import from_socketserver, from_wsgi
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
+from .block_detector import BlockDetector
 from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Acceptor",
     "Address",
+    "BlockDetector",
     "ClientLimits",
     "ConfigError",
     "Connection",

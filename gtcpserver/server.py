@@ -26,6 +26,7 @@ from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
 from .balancer import ProxyProtocol
+from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
 from .errors import ConfigError, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
@@ -826,6 +827,7 @@ class Server:
         counters = self._counters
         connections = list(self._connections)
         samples = counters.queue_wait_samples
+        blocked, blocked_seconds = blocked_so_far()
         return ServerStats(
             accepted=counters.accepted,
             active=len(connections),
@@ -855,6 +857,8 @@ class Server:
             pool_size=self.pool.size,
             handler_counters=_counters_of(self.handler),
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
+            blocked=blocked,
+            blocked_seconds=blocked_seconds,
         )
 
 

@@ -111,12 +111,13 @@ class Figures:
         return [name for name in self.runs if not name.startswith(OURS)]
 
     def table(self) -> str:
-        compared = [f"{OURS} of it"] if self.peers and OURS in self.runs else []
+        ours = next((name for name in self.runs if name.startswith(OURS)), "")
+        compared = [f"{OURS} of it"] if self.peers and ours else []
         lines = [_row(["server", self.columns[0], "spread", *self.columns[1:], *compared])]
         lines.append("| --- |" + " ---: |" * (len(self.columns) + 1 + len(compared)))
         for name in self.runs:
             first, *more = (significant(figure) for figure in self.median(name))
-            ratio = [str(self.ratio(OURS, name)) if name != OURS else ""] if compared else []
+            ratio = [str(self.ratio(ours, name)) if name != ours else ""] if compared else []
             lines.append(_row([name, first, f"±{spread(self.first(name)):.0%}", *more, *ratio]))
         return _page(self.title, lines if self.runs else [], self.failed)
 

@@ -17,6 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
 from loadtests import (  # noqa: E402
+    adapters,
     answers,
     bench,
     compare,
@@ -664,7 +665,7 @@ def test_results_are_put_between_the_marks_of_a_page():
     assert publish.put(once, "bench", "new\\1") == once
     with pytest.raises(ValueError, match="has no marks for options"):
         publish.put(page, "options", "x")
-    for mark in ("bench", "transfers", "proxies", "workers", "options"):
+    for mark in ("bench", "transfers", "proxies", "workers", "adapters", "options"):
         assert publish.put(publish.PAGE.read_text(), mark, "x")
     for mark in publish.IN_README:
         assert publish.put(publish.README.read_text(), mark, "x")
@@ -724,3 +725,12 @@ def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
     with servers.serving(name) as server:
         assert len(measure.processes(server.pid)) == 3
         assert sum(measure.cpu_of_session(server.pid)) > 0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "threads", "from_wsgi", "pywsgi", "wsgiref"])
+def test_existing_code_answers_the_same_on_each_server(monkeypatch, kind):
+    command = [servers.PYTHON, "loadtests/peers/existing.py", kind]
+    monkeypatch.setitem(servers.SERVERS, kind, command)
+    with servers.serving(kind) as server:
+        answer = answers.answer_of(server)
+    assert (answer.status, answer.body, answer.kept) == (200, adapters.BODY, kind != "wsgiref")

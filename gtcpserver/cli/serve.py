@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 import gevent
 
+from gtcpserver.block_detector import DEFAULT_THRESHOLD, SHORTEST_THRESHOLD, BlockDetector
 from gtcpserver.cli.commands import EPILOG, RunError, describe
 from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
@@ -36,6 +37,21 @@ from gtcpserver.supervisor import systemd
 log = logging.getLogger("gtcpserver")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class ThresholdType(OrNone):
+    """Of the block detector. Its option may stand alone, but then what follows is taken for its value."""
+
+    def __init__(self) -> None:
+        super().__init__(float, SHORTEST_THRESHOLD)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return super().convert(value, parameter, context)
+        except click.BadParameter as error:
+            hint = f"; without a number the option must come last, or as --block-detector={DEFAULT_THRESHOLD}"
+            self.fail(error.message + hint, parameter, context)
+
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -74,6 +90,16 @@ def process_options(command: Command) -> Command:
             default=True,
             show_default=True,
             help="After start-up take what is there out of the garbage collector's work, and collect less often.",
+        ),
+        click.option(
+            "--block-detector",
+            type=ThresholdType(),
+            is_flag=False,
+            flag_value=f"{DEFAULT_THRESHOLD:g}",
+            default=None,
+            metavar="[SECONDS]",
+            help="Log with its stack, and count, what blocks the event loop for longer than so many seconds"
+            f"  [default: off; alone at the end of the line: {DEFAULT_THRESHOLD:g}]",
         ),
         click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True),
         click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True),
@@ -197,6 +223,8 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         systemd.notify("READY=1")
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
+        if context.params["block_detector"]:
+            helpers.append(gevent.spawn(BlockDetector(context.params["block_detector"]).start))
         report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None

@@ -12,6 +12,7 @@ import click
 import gevent
 
 from gtcpserver.address import Address
+from gtcpserver.block_detector import BlockDetector
 from gtcpserver.cli.commands import RunError, describe
 from gtcpserver.cli.loading import load_callable
 from gtcpserver.cli.options import (
@@ -78,6 +79,9 @@ def supervise(
         server, hooks = _told_to_the_master(make)
         if context.params["stats_interval"]:
             gevent.spawn(log_stats, server, context.params["stats_interval"])
+        if context.params["block_detector"]:
+            # When the loop runs: to import the program and start takes its time.
+            gevent.spawn(BlockDetector(context.params["block_detector"]).start)
         return server, hooks
 
     program = Program(
