@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test check bench bench-programs docs docs-serve load sslyze clean
+.PHONY: help serve test matrix core check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
+	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
@@ -25,6 +26,26 @@ serve: $(VENV)/serve.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 3
+
+# What depends on the interpreter and on gevent's greenlets most.
+CORE := $(addprefix tests/test_,$(addsuffix .py,server connection stop pool tls relay acceptor supervisor proxy_socks \
+    cli testing check_faults))
+
+# Each in an environment of its own, .venv-3.X.
+matrix:
+	@failed=; \
+	for minor in 10 11 12 13 14 15; do \
+	    for python in python3.$$minor $(HOME)/.pyenv/versions/3.$$minor.*/bin/python; do \
+	        "$$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, $$minor))" 2>/dev/null || continue; \
+	        echo "== $$("$$python" -V)"; \
+	        $(MAKE) --no-print-directory PYTHON="$$python" VENV=.venv-3.$$minor core || failed="$$failed 3.$$minor"; \
+	        continue 2; \
+	    done; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+core: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -n 2 $(CORE)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -89,5 +110,5 @@ $(VENV)-sslyze/stamp: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-sslyze build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ import os
 import socket as _stdlib_socket
 from socket import getdefaulttimeout
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent.socket
 from gevent._socket3 import _closedsocket
@@ -28,7 +28,13 @@ from .transfer.recv_to_file import recv_to_file
 from .transfer.sendfile import sendfile
 
 if TYPE_CHECKING:
+    from io import BufferedReader, BufferedRWPair, BufferedWriter, TextIOWrapper
     from types import TracebackType
+    from typing import Literal, TypeVar, overload
+
+    from typing_extensions import Buffer  # which type checkers have
+
+    ConnectionT = TypeVar("ConnectionT", bound="Connection")
 
     from .proxy_protocol import ProxyHeader
     from .server import Server
@@ -85,6 +91,45 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     context: Any
     server: Server | None
     started_at: float
+
+    if TYPE_CHECKING:
+        # gevent's class has no types: these are the standard library's, for what handlers call most. The first two are
+        # slots, which _begin fills.
+        def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
+        def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
+        def close(self) -> None: ...
+        def detach(self) -> int: ...
+        def fileno(self) -> int: ...
+        def getpeername(self) -> Any: ...
+        def getsockname(self) -> Any: ...
+        @overload
+        def getsockopt(self, level: int, option: int, /) -> int: ...
+        @overload
+        def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+        def getsockopt(self, *arguments: int) -> int | bytes: ...
+        def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None: ...
+        def setblocking(self, flag: bool) -> None: ...
+        @overload
+        def makefile(self, mode: Literal["rb", "br"], buffering: int | None = None) -> BufferedReader: ...
+        @overload
+        def makefile(self, mode: Literal["wb", "bw"], buffering: int | None = None) -> BufferedWriter: ...
+        @overload
+        def makefile(self, mode: Literal["rwb"], buffering: int | None = None) -> BufferedRWPair: ...
+        @overload
+        def makefile(
+            self,
+            mode: Literal["r", "w", "rw"] = "r",
+            buffering: int | None = None,
+            *,
+            encoding: str | None = None,
+            errors: str | None = None,
+            newline: str | None = None,
+        ) -> TextIOWrapper: ...
+        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any: ...
+        def __enter__(self: ConnectionT) -> ConnectionT: ...
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None, /
+        ) -> None: ...
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
@@ -524,11 +569,11 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 _CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 # The slots' own descriptors.
-_set_recv = Connection.recv.__set__
-_set_sendall = Connection.sendall.__set__
+_set_recv = cast(Any, Connection.recv).__set__
+_set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
-_get_proxied = Connection._proxied.__get__
-_get_log_fields = Connection._log_fields.__get__
+_get_proxied = cast(Any, Connection._proxied).__get__
+_get_log_fields = cast(Any, Connection._log_fields).__get__
 
 
 def log_fields_of(connection: Connection) -> dict[str, Any]:

@@ -54,7 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-Handler = Callable[[Any], Any]
+#: One for a subclass of Connection, or for any socket, will do as well: to type checkers Connection has a base class
+#: without types (gevent's), so that it may be anything.
+Handler = Callable[[Connection], Any]
 OnFull = Literal["wait", "reject", "close_idle"]
 
 #: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
@@ -141,9 +143,9 @@ class Server:
         connection_class: type[Connection] = Connection,
         context: Any = None,
         access_log: AccessLog | Literal["text", "json"] | None = None,
-        on_connect: Callable[[Any], Any] | None = None,
-        on_disconnect: Callable[[Any], Any] | None = None,
-        on_error: Callable[[Any, BaseException], Any] | None = None,
+        on_connect: Callable[[Connection], Any] | None = None,
+        on_disconnect: Callable[[Connection], Any] | None = None,
+        on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
         for name, value in (("handler", handler),):
             if not callable(value):
@@ -444,7 +446,8 @@ class Server:
             if self.access_log is not None:
                 connection.client_address = address
                 self.access_log.write_unserved(connection, "rejected")
-            self.lingerer.take(connection._sock) or connection.close()
+            if not self.lingerer.take(connection._sock):
+                connection.close()
             return
         counters.accepted = number = counters.accepted + 1
         if not number % QUEUE_WAIT_EVERY:
