@@ -7,14 +7,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
+<<<<<<< HEAD
 .PHONY: help serve test matrix core check bench docs docs-serve load sslyze clean
+=======
+.PHONY: help serve test matrix core check bench bench-programs docs docs-serve load sslyze clean
+>>>>>>> main
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make check   lint, format and types'
-	@echo 'make bench   the benchmarks against peers, which take long; needs wrk, haproxy and nginx'
+	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
 	@echo 'make docs-serve   the same, served on http://127.0.0.1:8000 (DOCS_ADDRESS=...)'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
@@ -52,12 +56,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp
-	$(BIN)/python -m loadtests.bench
-	$(BIN)/python -m loadtests.transfers
-	$(BIN)/python -m loadtests.proxies
-	$(BIN)/python -m loadtests.workers
-	$(BIN)/python -m loadtests.adapters
+# All of them, even where one fails.
+bench: bench-programs $(VENV)/bench.stamp
+	@status=0; for name in bench transfers proxies workers adapters options; do \
+	    $(BIN)/python -m loadtests.$$name || status=$$?; \
+	done; exit $$status
+
+bench-programs:
+	@$(PYTHON) -m loadtests.machine
 
 # -W: a link or anchor that leads nowhere, or a page that no table of contents has, is an error. All pages each time
 # (-E -a): one that has not changed may link to one that has.
@@ -88,7 +94,6 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
-	@command -v wrk >/dev/null || { echo 'make bench needs wrk: apt-get install wrk' >&2; exit 1; }
 	$(INSTALL) '.[bench]'
 	@touch $@
 

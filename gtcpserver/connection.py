@@ -572,8 +572,8 @@ _CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 _set_recv = cast(Any, Connection.recv).__set__
 _set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
-_get_proxied = Connection._proxied.__get__
-_get_log_fields = Connection._log_fields.__get__
+_get_proxied = cast(Any, Connection._proxied).__get__
+_get_log_fields = cast(Any, Connection._log_fields).__get__
 
 
 def log_fields_of(connection: Connection) -> dict[str, Any]:

@@ -233,6 +233,7 @@ class Server:
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
+        self._signalled_early = 0
         self._started_at = 0.0
         self._serve_bound = self._serve  # one bound method for all connections: 64 bytes each
         #: What writes a line when a connection has ended, or None.
@@ -301,8 +302,6 @@ class Server:
             OSError: as :meth:`start`, or the listening socket was lost.
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
-        if self.state is State.NEW:
-            self.start()
         restore: list[tuple[int, Any]] = []
         waker = None
         if threading.current_thread() is threading.main_thread():
@@ -315,10 +314,16 @@ class Server:
             waker = _SignalWaker()
             restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            self._stopped.wait()
-        except BaseException:
-            self.halt()
-            raise
+            # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
+            if self.state is State.NEW:
+                self.start()
+                if self._signalled_early:
+                    self._stop_by_signal(self._signalled_early, stop_timeout)
+            try:
+                self._stopped.wait()
+            except BaseException:
+                self.halt()
+                raise
         finally:
             for number, before in restore:
                 signal.signal(number, before)
@@ -331,7 +336,11 @@ class Server:
 
     def _stop_by_signal(self, number: int, stop_timeout: float | None) -> None:
         name = signal.Signals(number).name
-        if self.state is State.STOPPING:
+        if self.state is State.NEW:  # it waits for the address of a name
+            if self._signalled_early:
+                os._exit(128 + number)
+            self._signalled_early = number
+        elif self.state is State.STOPPING:
             log.warning("%s again: ending %d handlers now", name, len(self._connections))
             gevent.spawn(self.halt)
         elif self.state is State.SERVING:

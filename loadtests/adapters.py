@@ -1,6 +1,6 @@
 """Existing code on our server and on its own: CPU, latency and memory, with many clients.
 
-    python -m loadtests.adapters [--clients N] [--rounds N] [--seconds N]
+    python -m loadtests.adapters [--clients N] [--rounds N] [--seconds N] [--publish]
 
 One socketserver handler class runs on socketserver.ThreadingTCPServer and by from_socketserver; one WSGI application on
 wsgiref's server with threads, on gevent.pywsgi.WSGIServer and by from_wsgi (loadtests/peers/existing.py). They take
@@ -11,15 +11,18 @@ connections'.
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import sys
-from collections.abc import Sequence
 
-from .measure import BenchError, Run, answer_of, idle_memory, load, need_wrk
+from .answers import answer_of
+from .idle import idle_memory
+from .machine import need
+from .measure import CLIENT_CPU, BenchError, Run, load, warm_up
+from .results import Figures, Result
 from .servers import PYTHON, SERVERS, serving
-from .tables import simple_table
+from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
 
-#: Of the tables: a title, and name -> KIND of peers/existing.py. Ours is the first, and the ratios are its.
+#: Of the tables: a title, and name -> KIND of peers/existing.py. Ours is the first.
 GROUPS = {
     "A socketserver.StreamRequestHandler, keep-alive": {
         "gtcpserver, from_socketserver": "adapter",
@@ -31,67 +34,57 @@ GROUPS = {
         "wsgiref with threads": "wsgiref",
     },
 }
-COLUMNS = ["user us", "system us", "CPU us a request", "of ours", "requests/s", "p50 ms", "p99 ms", "p99.9 ms"]
-COLUMNS += ["errors", "KiB a connection"]
 
-#: Bytes of the body that all must answer with.
+#: Of the body that all must answer with.
 BODY = b"x" * 1024
 
 
-def measure(kinds: dict[str, str], clients: int, rounds: int, seconds: int) -> dict[str, list[float]]:
-    """Rows of the table.
-
-    Raises:
-        BenchError: a server does not start, or answers something else.
-    """
+def measure(title: str, clients: int, rounds: int, seconds: int, progress: Progress) -> tuple[Result, Figures]:
+    """One of GROUPS under load, and the memory of its idle connections."""
+    kinds = GROUPS[title]
     for name, kind in kinds.items():
         SERVERS[name] = [PYTHON, "loadtests/peers/existing.py", kind]
-    runs: dict[str, list[Run]] = {name: [] for name in kinds}
-    memory: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(rounds):
-        # In turn, and the other way round in every second round: what else the machine does falls on all.
-        for name in list(kinds)[:: -1 if number % 2 else 1]:
-            with serving(name) as server:
-                if not answer_of(server).endswith(b"\r\n\r\n" + BODY):
-                    raise BenchError(f"{name} does not answer as the others do")
-                load(server, 1, clients)
-                runs[name].append(load(server, seconds, clients))
-            if kinds[name] != "wsgiref":  # keeps none
-                with serving(name) as server:
-                    memory[name].append(idle_memory(server, clients))
-    ours = runs[next(iter(kinds))]
-    return {name: _row(of_name, ours, memory[name]) for name, of_name in runs.items()}
 
+    def run(name: str) -> Run:
+        with serving(name) as server:
+            answer = answer_of(server)
+            if (answer.status, answer.body) != (200, BODY):
+                raise BenchError(f"{name} does not answer as the others do: {answer}")
+            warm_up(server, clients)
+            return load(server, seconds, clients)
 
-def _row(runs: Sequence[Run], ours: Sequence[Run], memory: Sequence[float]) -> list[float]:
-    figures = {name: statistics.median(getattr(run, name) for run in runs) for name in Run.__dataclass_fields__}
-    cpu = statistics.median(run.cpu for run in runs)
-    ratio = statistics.median(run.cpu / own.cpu for run, own in zip(runs, ours, strict=True))
-    return [
-        *(figures["user"], figures["system"], cpu, ratio),
-        *(figures[name] for name in ("rate", "p50", "p99", "p999")),
-        float(sum(run.errors for run in runs)),
-        statistics.median(memory) if memory else 0.0,
-    ]
+    def memory(name: str) -> list[float]:
+        with serving(name) as server:
+            return [idle_memory(server, clients)]
+
+    title = f"{title}, 1 kB, {clients:,} clients"
+    loaded = Result(title, *take_turns(kinds, rounds, run, progress, title), against=list(kinds)[1:])
+    keeping = [name for name in kinds if kinds[name] != "wsgiref"]
+    title = f"{title}: memory of idle connections"
+    return loaded, Figures(title, ["KiB each"], *take_turns(keeping, rounds, memory, progress, title))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.adapters", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--clients", type=positive, default=1000, help="default: %(default)s")
+    add_arguments(parser, rounds=3)
+    parser.add_argument("--seconds", type=positive, default=5, help="of each run; default: %(default)s")
     options = parser.parse_args(arguments)
-    if min(options.clients, options.rounds, options.seconds) < 1:
-        parser.error("--clients, --rounds and --seconds must be 1 or more")
-    need_wrk()
+    need("workers")
+    os.sched_setaffinity(0, {CLIENT_CPU})
+    settings = {name: getattr(options, name) for name in ("clients", "rounds", "seconds")}
+    steps = sum(2 * len(kinds) for kinds in GROUPS.values()) * options.rounds
     try:
+        recording = Recording("adapters", settings, options.json, seed_of(options), steps)
         for title, kinds in GROUPS.items():
-            rows = measure(kinds, options.clients, options.rounds, options.seconds)
-            print(simple_table(f"{title}, 1 kB, {options.clients:,} clients", COLUMNS, rows), flush=True)
+            loaded, memory = measure(title, options.clients, options.rounds, options.seconds, recording.progress)
+            key = next(iter(kinds.values()))
+            recording.load(f"{key}/{options.clients}", loaded)
+            recording.figures(f"{key}, idle", memory)
+        return recording.end(options.publish)
     except (BenchError, OSError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
