@@ -7,11 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-<<<<<<< HEAD
-.PHONY: help serve test matrix core check bench docs docs-serve load sslyze clean
-=======
 .PHONY: help serve test matrix core check bench bench-programs docs docs-serve load sslyze clean
->>>>>>> main
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
