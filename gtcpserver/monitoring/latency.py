@@ -76,27 +76,40 @@ class TimedIdle(PlacelessIdle):
         self._began = 0.0
         self._times = 1
 
+    # The bodies are those of PlacelessIdle, where it has to do no more than that: to call it costs as much as its work.
+
     def __enter__(self) -> None:
         if self._began:
             self.end_of_request()
-        PlacelessIdle.__enter__(self)
+        self.active = True
+        server = self._server
+        places = server.places
+        places.taken -= 1
+        if places.links:
+            places.tell()
+        if server._idle_wanted:
+            server._became_idle(self.connection)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        stream = self._stream
+        if stream.ending or stream.at_eof or kind is not None:  # no request has come
+            PlacelessIdle.__exit__(self, kind, error, where)
+            return
         latency = self._latency
         if latency.left:
             latency.left -= 1
-            PlacelessIdle.__exit__(self, kind, error, where)
-            return
-        stream = self._stream
-        is_request = not (stream.at_eof or stream.ending or kind is not None)
-        now = monotonic()
-        PlacelessIdle.__exit__(self, kind, error, where)
-        if is_request:
-            self._began = now
+        else:
+            self._began = monotonic()
             self._times = every = latency.every
             latency.left = every - 1
+        places = self._server.places
+        if places.taken < places.size and not places.links:
+            self.active = False
+            places.taken += 1
+        else:
+            PlacelessIdle.__exit__(self, kind, error, where)
 
     def end_of_request(self) -> None:
         """The request is answered, or its connection ends. Does nothing where none was being measured."""
