@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -88,17 +87,17 @@ def get(in_thread):
 
 @pytest.fixture
 def value(get):
-    """`value(monitor, name, **labels)` of a metric."""
+    """`value(monitor, metric, **labels)`: one number."""
 
-    def of(monitor, name, **labels):
+    def of(monitor, metric, **labels):
         body = get(monitor, "/metrics")[2].decode()
         found = [
             sample.value
             for family in parse(body)
             for sample in family.samples
-            if sample.name == name and sample.labels == labels
+            if sample.name == metric and sample.labels == labels
         ]
-        assert len(found) == 1, (name, labels, body)
+        assert len(found) == 1, (metric, labels, body)
         return found[0]
 
     return of
@@ -113,11 +112,11 @@ def ask(in_thread, client, data=b"x"):
 
 
 def test_metrics_count_what_clients_have_done(watched, connect, in_thread, value):
-    _, monitor = watched(pool=7)
-    client = connect(monitor_of := _.address)
+    server, monitor = watched(pool=7)
+    client = connect(server)
     assert ask(in_thread, client, b"four") == b"four"
     for word in (b"fault", b"fault", b"much"):
-        assert ask(in_thread, connect(monitor_of), word) == b""
+        assert ask(in_thread, connect(server), word) == b""
     wait_until(lambda: value(monitor, "gtcpserver_connections_active") == 1)
     assert value(monitor, "gtcpserver_connections_accepted_total") == 4
     assert value(monitor, "gtcpserver_connections_idle") == 1
@@ -152,7 +151,8 @@ def test_promtool_has_nothing_to_say(watched, get):
 
 def test_what_a_handler_counts_is_a_metric_whatever_its_name(watched, value):
     class Counting:
-        counters = {"tunnels": 3, 'a "b"\\\n\ud800': 4}
+        def __init__(self):
+            self.counters = {"tunnels": 3, 'a "b"\\\n\ud800': 4}
 
         def __call__(self, conn):
             pass
@@ -470,7 +470,9 @@ def test_large_requests_are_refused(watched, connect, in_thread, get):
     assert get(monitor, "/metrics")[0] == 200
 
 
-@pytest.mark.parametrize("junk", [b"\0\xff\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01"])
+@pytest.mark.parametrize(
+    "junk", [b"\0\xff\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01"]
+)
 def test_junk_harms_nobody(watched, connect, in_thread, get, junk):
     _, monitor = watched()
     client = connect(monitor.address)
@@ -494,7 +496,7 @@ def test_a_port_alone_is_on_loopback(given, where):
 
 @pytest.mark.parametrize("given", ["127.0.0.1", "http://x:1/", "1.2.3:4", None, 70000, True, "127.0.0.1:99999"])
 def test_addresses_that_cannot_work(given):
-    with pytest.raises(ConfigError, match="^metrics must be an address"):
+    with pytest.raises(ConfigError, match=r"^metrics must be an address"):
         Monitor(Server("127.0.0.1:0", idle_echo), given)
 
 
@@ -551,7 +553,9 @@ def test_without_prometheus_client_the_error_names_the_extra():
         from gtcpserver.cli.commands import run
         sys.exit(run(["echo", "--bind", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]))
     """
-    done = subprocess.run([sys.executable, "-c", "\n".join(map(str.strip, source.split("\n")))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(map(str.strip, source.split("\n")))], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "pip install 'gtcpserver[metrics]'" in done.stderr
 
