@@ -15,7 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import bench, compare, measure, options, plots, publish, scenarios, servers, tables, transfers, workers  # noqa: E402
+from loadtests import (  # noqa: E402
+    bench,
+    compare,
+    measure,
+    monitoring,
+    options,
+    plots,
+    publish,
+    scenarios,
+    servers,
+    tables,
+    transfers,
+    workers,
+)
 from loadtests.results import Result  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
@@ -299,6 +312,11 @@ def test_transfers_name_what_is_missing(monkeypatch, capsys):
 
 
 @needs_wrk
+def test_a_monitor_is_measured_against_none(capsys):
+    assert monitoring.main(["--rounds", "1", "--seconds", "1", "--clients", "10"]) == 0
+    assert "with metrics: " in capsys.readouterr().out
+
+
 def test_two_workers_are_measured_against_one(capsys):
     assert workers.main(["--rounds", "1", "--seconds", "1"]) == 0
     assert "two workers: " in capsys.readouterr().out
