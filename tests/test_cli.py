@@ -518,3 +518,21 @@ def test_a_self_signed_certificate_is_made_for_a_first_try_and_said_so(tmp_path:
     done = subprocess.run(both, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2
     assert "--tls-self-signed" in done.stderr
+
+
+def test_sighup_reads_certificates_again_and_says_what_it_cannot_do(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    server = start("echo", "--bind", "127.0.0.1:0")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP: to read the program again takes worker processes")
+    authority = trustme.CA()
+    own = authority.issue_cert("localhost")
+    own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
+    server = start("echo", "--bind", "127.0.0.1:0", "--tls-cert", str(tmp_path / "cert.pem"))
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP: files were read again")
+    (tmp_path / "cert.pem").write_text("broken")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("SIGHUP: nothing has changed: ")
+    assert server.process.poll() is None

@@ -74,6 +74,23 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ('[log]\nstyle = "xml"', "line 2: Invalid enum value 'xml'"),
         ('[[listener]]\nlisten = "0.0.0.0:1"\n[rules]\nclients = ["allow any"]', "line 4: 'allow any' opens the proxy"),
         ("[[listener]\n", "proxy.toml: "),
+        ('[auth.staff.users]\n\nada = "plain"', "line 1: a password must be a hash"),
+        ('[auth]\nstaff = { users = { ada = "plain" } }', "line 2: a password must be a hash"),
+        ('auth.staff.htpasswd = "/no/such"', "line 1: cannot read /no/such"),
+        ('[[listener]]\n\nname = "any"', "line 1: the name of a listener must be a word"),
+        ("[auth.default]\ncertificate = true", "a listener and an authenticator must not have the same name"),
+        ('[[listener]]\nlisten = "*:1"\n[[listener]]\nlisten = "localhost:1"', "must not have the same address"),
+        ('\n[http]\npseudonym = "a b"', "line 3: pseudonym must be a word, as a host has for a name, got 'a b'"),
+        (
+            '[auth.c]\ncertificate = true\n[rules]\nclients = ["allow from any to default with auth c"]',
+            "line 4: the listener 'default' needs tls_client_ca",
+        ),
+        ('[rules]\nclients = ["allow any"]\n[[listener]]\nlisten = "fd:3"', "line 2: 'allow any' opens the proxy"),
+        (
+            '[rules]\nclients = ["allow any"]\n[[listener]]\nlisten = "unix:/x"\nproxy_protocol = ["unix"]',
+            "line 2: 'allow any' opens the proxy",
+        ),
+        ('[[listener]]\nlisten = "nowhere"', "(at listener[0].listen)"),
     ],
 )
 def test_mistakes_are_told_with_line_and_field(text, message):
@@ -204,7 +221,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert run("hash-password", "--password", "x")[1].startswith("$argon2id$")
 
 
-def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
+@pytest.mark.parametrize("workers", [True, False])
+def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path, workers):
     import socket
 
     target = serve(echo)
@@ -220,9 +238,9 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
                 data += sock.recv(100)
             return data[3]
 
-    with subprocess.Popen(
-        [*COMMAND, "--config", str(path), "--workers", "1"], stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [*COMMAND, "--config", str(path), *(["--workers", "1"] if workers else [])]
+    failed, done = ("reload . failed", "reload . is done") if workers else ("nothing has changed", "were read again")
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
 
             def wait_for(pattern):
@@ -235,17 +253,71 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path):
             assert in_thread(reply, port) == 0
             path.write_text("broken")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload 1 failed")
+            in_thread(wait_for, failed)
             assert in_thread(reply, port) == 0
             path.write_text(text % "any")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload . is done")
+            in_thread(wait_for, done)
             assert in_thread(reply, port) == 2
             # Sockets stay as they are.
             path.write_text(text.replace("127.0.0.1:0", "127.0.0.1:1") % "loopback")
             process.send_signal(signal.SIGHUP)
-            in_thread(wait_for, "reload . failed.*the listeners were 127.0.0.1:0 and are now 127.0.0.1:1")
+            in_thread(wait_for, f"{failed}.*the listeners were 127.0.0.1:0 and are now 127.0.0.1:1")
             assert in_thread(reply, port) == 2
         finally:
             process.terminate()
             in_thread(process.communicate)  # the origin, which is here, must see the end of its connections
+
+
+def test_a_list_without_rules_allows_nothing():
+    made = make_proxy(parse_config("[rules]\nclients = []\ndestinations = []"))
+    gate = made.handler._only.gate
+    assert (gate.client_rules, gate.destination_rules) == ([], [])
+    gate = make_proxy(parse_config("")).handler._only.gate
+    assert [rule.text for rule in gate.client_rules] == ["allow 127.0.0.0/8", "allow ::1"]
+    assert [rule.text for rule in gate.destination_rules] == ["allow any"]
+
+
+def test_rules_about_a_listener_of_this_host_do_not_open_another_one():
+    two = '[[listener]]\nname = "here"\n[[listener]]\nname = "there"\nlisten = "0.0.0.0:1"\n[rules]\nclients = ["%s"]'
+    make_proxy(parse_config(two % "allow from any to here"))
+    for rule in ("allow from any to there", "allow any"):
+        with pytest.raises(ConfigError, match="opens the proxy to everybody"):
+            parse_config(two % rule)
+    # Rules may name the listener that is there without a word about it.
+    make_proxy(parse_config('[rules]\nclients = ["allow from any to default"]'))
+
+
+def test_allow_open_by_itself_serves_everybody(in_thread):
+    import socket
+
+    command = [*COMMAND, "--mixed", "0.0.0.0:0", "--allow-open", "--allow-destination", "any"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r"listening on 0\.0\.0\.0:(\d+)", in_thread(process.stderr.readline))[1])
+            with socket.create_connection(("127.0.0.1", port), SOON) as client:
+                client.sendall(b"\x05\x01\x00")
+                assert in_thread(client.recv, 2) == b"\x05\x00"
+        finally:
+            process.terminate()
+    for option in (["--allow-open"], ["--access-log", "json"], ["--redact"]):
+        status, said = run("--config", "x", *option)
+        assert status == 2
+        assert said.endswith(f"{option[0]}: cannot be used together with --config")
+
+
+def test_sockets_from_systemd_may_be_public(tmp_path):
+    """What a unit file says is not in ours, so that a rule for everybody is refused."""
+    (tmp_path / "proxy.toml").write_text('[rules]\nclients = ["allow any"]')
+    code = (
+        "import os, sys; os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1'}; "
+        "os.execv(sys.executable, sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *COMMAND, "--config", str(tmp_path / "proxy.toml")],
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+    )
+    assert done.returncode == 2
+    assert "'allow any' opens the proxy to everybody" in done.stderr

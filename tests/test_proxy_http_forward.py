@@ -398,7 +398,7 @@ def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(proxy, o
 def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(proxy, client, serve, framing, how):
     got = []
     target = serve(lambda conn: got.append(everything(conn)))
-    visitor = client(proxy(timeouts=Timeouts(keep_alive=0.2)))
+    visitor = client(proxy(timeouts=Timeouts(answer=0.2)))
     visitor.send(f"PUT http://127.0.0.1:{target.port}/ HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n")
     wait_until(lambda: target.active_connections)
     visitor.send("3\r\nabc\r\n")
@@ -422,7 +422,7 @@ def test_requirement_21_a_bad_chunk_behind_good_ones_resets_the_origin(proxy, cl
         f"POST http://127.0.0.1:{target.port}/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
     )
     wait_until(lambda: target.active_connections)
-    visitor.send("3\nabc\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n")
+    visitor.send("3\nabc\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
     assert visitor.answer()[0] == 400
     assert visitor.read() == b""
     wait_until(lambda: got and records)
@@ -629,3 +629,74 @@ def test_an_embedded_proxy_is_a_few_lines(serve, origin, client):
     )
     server = serve(ProxyHandler(gate, "http"))
     assert client(server).get(f"{origin(OK).url}/")[::2] == (200, b"hello")
+
+
+# -- the stages of a connection, one after another ---------------------------------------------------------------------
+
+
+def test_requirement_31_the_pause_between_requests_is_no_limit_of_their_bodies(proxy, origin, client):
+    target = origin(lambda conn, head: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + conn.recv_exactly(3))
+    visitor = client(proxy(timeouts=Timeouts(keep_alive=0.05)))
+    visitor.send(f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+    gevent.sleep(0.2)
+    visitor.send("abc")
+    assert visitor.answer()[0] == 200
+
+
+def test_requirement_31_a_client_that_stops_in_its_head_is_told_and_logged(proxy, client, records):
+    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    visitor.send("GET http://x/ HT")
+    assert visitor.answer()[0] == 408
+    wait_until(lambda: [record.result for record in records] == ["negotiation_timeout"])
+
+
+def test_a_reset_within_a_head_is_logged(proxy, client, records):
+    visitor = client(proxy())
+    visitor.send("GET http://x/ HT")
+    gevent.sleep(0.05)
+    visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    visitor.file.close()
+    visitor.sock.close()
+    wait_until(lambda: [record.result for record in records] == ["reset"])
+
+
+def test_requirement_31_a_mute_origin_has_a_counter_of_its_own(proxy, origin, client, records):
+    pause = Event()
+    target = origin(lambda conn, head: pause.wait() and b"")
+    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    assert visitor.get(target.url + "/")[0] == 504
+    pause.set()
+    wait_until(lambda: [record.result for record in records] == ["answer_timeout"])
+
+
+def test_requirement_27_a_password_is_asked_for_with_each_request(serve, connect, in_thread, origin):
+    class Knows:
+        right = True
+
+        def check(self, user, password, client):
+            return self.right
+
+    target, knows = origin(lambda conn, head: b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), Knows()
+    rules = [parse_client_rule("allow from any to any with auth staff")]
+    server = serve(
+        ProxyHandler(Gate(client_rules=rules, destination_rules=ANYWHERE, authenticators={"staff": knows}), "http")
+    )
+    client = connect(server)
+    request = f"GET {target.url}/ HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic YWRhOnB3\r\n\r\n".encode()
+
+    def ask():
+        client.sendall(request)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += client.recv(1000)
+        return answer[9:12]
+
+    assert in_thread(ask) == b"200"
+    knows.right = False
+    assert in_thread(ask) == b"407"
+
+
+def test_a_request_needs_a_host(proxy, client):
+    visitor = client(proxy())
+    visitor.send("GET http://x/ HTTP/1.1\r\n\r\n")
+    assert visitor.answer()[0] == 400

@@ -19,7 +19,7 @@ from conftest import SOON, wait_until
 from test_proxy_passwords import QUICK
 from test_server import echo
 
-from gtcpserver import Server
+from gtcpserver import ConfigError, Server
 from gtcpserver.proxy import settings
 from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.record import Result
@@ -110,7 +110,7 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     )
     server = proxy(rules=rules, listener='name = "a"\nspeaks = "socks"')
     assert in_thread(reply, connect(server), socks(origin.port)) == 0
-    assert in_thread(http, connect(server), b"GET / HTTP/1.1\r\n\r\n") == b""
+    assert in_thread(http, connect(server), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") == b""
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
@@ -370,6 +370,23 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
 
 
+@about("limits.request_body")
+@pytest.mark.parametrize(
+    ("framing", "status"),
+    [("Content-Length: 11", b"413"), ("Transfer-Encoding: chunked", b"411"), ("Content-Length: 10", b"200")],
+)
+def test_bodies_of_requests_have_a_limit(proxy, connect, in_thread, serve, framing, status):
+    def answer(conn):
+        conn.recv_until(b"\r\n\r\n")
+        conn.recv_exactly(10)
+        conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    client = connect(proxy("[limits]\nrequest_body = 10"))
+    client.sendall(f"PUT http://127.0.0.1:{serve(answer).port}/ HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
+    client.sendall(b"x" * 10)
+    assert in_thread(read, client, 12)[9:] == status
+
+
 @about("limits.rate", "limits.user_rate")
 @pytest.mark.parametrize("which", ["rate", "user_rate"])
 def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, access_records, which):
@@ -561,8 +578,10 @@ def test_the_top(proxy, connect, in_thread, serve):
     assert bound(proxy()) == b"\x7f\0\0\1"
     assert bound(proxy(top="show_bound_address = false")) == bytes(4)
     assert proxy(top="fast_open = true").handler._only.gate.fast_open
-    rules = '[rules]\nclients = ["allow any"]\n'
-    proxy(top="allow_open = true", listener='listen = "0.0.0.0:0"'.replace("listen", "name"), rules=rules)
+    everywhere = '[[listener]]\nlisten = "0.0.0.0:0"\n[rules]\nclients = ["allow any"]\n'
+    with pytest.raises(ConfigError, match="opens the proxy to everybody"):
+        make_proxy(parse_config(everywhere))
+    make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
 def keys(table, prefix=""):

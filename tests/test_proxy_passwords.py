@@ -95,17 +95,29 @@ def test_addresses_that_fail_too_often_are_not_asked_any_more(users, hashed, mon
 
 def test_failures_are_delayed_counted_by_network_and_bounded(monkeypatch):
     failures = Failures()
-    assert [failures.note(CLIENT) for _ in range(3)] == [0.5, 1.0, 1.5]
-    assert max(failures.note(CLIENT) for _ in range(20)) == 5.0
-    failures.forget(CLIENT)
-    assert failures.note(CLIENT) == 0.5
-    failures.note(ip_address("2001:db8::1"))
-    assert failures.note(ip_address("2001:db8::ffff")) == 1.0
-    assert failures.note(ip_address("2001:db8:0:1::1")) == 0.5
+    assert [failures.note(CLIENT, b"ada") for _ in range(3)] == [0.5, 1.0, 1.5]
+    assert max(failures.note(CLIENT, b"ada") for _ in range(20)) == 5.0
+    failures.forget(CLIENT, b"ada")
+    assert failures.note(CLIENT, b"ada") == 0.5
+    failures.note(ip_address("2001:db8::1"), b"ada")
+    assert failures.note(ip_address("2001:db8::ffff"), b"ada") == 1.0
+    assert failures.note(ip_address("2001:db8:0:1::1"), b"ada") == 0.5
     monkeypatch.setattr(passwords, "MOST_ADDRESSES", 3)
     for number in range(10):
-        failures.note(ip_address(f"198.51.100.{number}"))
+        failures.note(ip_address(f"198.51.100.{number}"), b"ada")
     assert len(failures._known) <= 4
+
+
+def test_who_has_an_account_cannot_guess_other_passwords_for_that():
+    failures = Failures()
+    for _ in range(passwords.MOST_FAILURES):
+        assert failures.may_try(CLIENT)
+        failures.note(CLIENT, b"bob")
+        failures.forget(CLIENT, b"ada")  # was right for this one
+    assert not failures.may_try(CLIENT)
+    failures.forget(CLIENT, b"bob")
+    assert failures.may_try(CLIENT)
+    assert not failures._known
 
 
 def test_htpasswd_files(tmp_path):

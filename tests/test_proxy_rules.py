@@ -199,3 +199,11 @@ def test_requirement_14_rules_may_be_written_in_ipv4_mapped_form():
     assert not reach(["deny ::ffff:8.8.8.8", "allow any"], "8.8.8.8")
     assert reach(["allow from ::ffff:192.0.2.0/120 to any"], "8.8.8.8")
     assert not client(["deny ::ffff:192.0.2.7", "allow any"]).allowed
+
+
+def test_names_with_spaces_are_quoted():
+    rule = parse_destination_rule('allow from any user "Ada Lovelace" to any')
+    assert rule.user == "Ada Lovelace"
+    for text in ("allow from any user Ada Lovelace to any", 'allow from any user "Ada to any', 'allow "any" "more"'):
+        with pytest.raises(RuleError):
+            parse_destination_rule(text)

@@ -481,7 +481,7 @@ def test_requirement_21_nginx_reads_what_the_proxy_has_read(proxy, records, ngin
     for number, (method, lines, body) in enumerate(TAKEN):
         head = b"%b http://127.0.0.1:%d/%d HTTP/1.1\r\nHost: y\r\n" % (method, port, number)
         data = head + b"".join(line + b"\r\n" for line in lines) + b"\r\n" + body
-        data += b"GET http://127.0.0.1:%d/%d/behind HTTP/1.1\r\n\r\n" % (port, number)
+        data += b"GET http://127.0.0.1:%d/%d/behind HTTP/1.1\r\nHost: x\r\n\r\n" % (port, number)
         in_thread(answers, proxy.port, data)
     wait_until(lambda: proxy.active_connections == 0)
     believed = [(record.command, record.result) for record in records]
@@ -574,7 +574,7 @@ def test_requirement_30_no_answer_keeps_the_event_loop_busy(proxy, serve, in_thr
         conn.recv_until(b"\r\n\r\n")
         conn.sendall(b"HTTP/1.1 200 OK\r\n" + field + b"\r\nContent-Length: 0\r\n\r\n")
 
-    request = b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nConnection: close\r\n\r\n" % serve(answer).port
+    request = b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % serve(answer).port
     began = time.process_time()
     assert in_thread(answers, proxy.port, request).startswith((b"HTTP/1.1 502", b"HTTP/1.1 200"))
     assert time.process_time() - began < 1
@@ -587,7 +587,7 @@ def test_folded_lines_of_an_answer_are_unfolded(proxy, serve, in_thread):
         conn.recv_until(b"\r\n\r\n")
         conn.sendall(b"HTTP/1.1 200 OK\r\nA: b\r\n  c\r\n\td\r\nB: \t  e:   f\r\nC:\r\nContent-Length:  5\r\n\r\nhello")
 
-    request = b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nConnection: close\r\n\r\n" % serve(answer).port
+    request = b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % serve(answer).port
     head, _, body = in_thread(answers, proxy.port, request).partition(b"\r\n\r\n")
     assert body == b"hello"
     fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])

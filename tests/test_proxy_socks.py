@@ -188,7 +188,7 @@ def test_clients_that_no_rule_lets_in(proxy, connect, in_thread, lines):
 
 
 @pytest.mark.parametrize(
-    "junk", [b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x00", b"\x05\x00", b"\x05\x01", b"\x04\x01\0"]
+    "junk", [b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00", b"\x05\x00", b"\x05\x01", b"\x04\x01\0"]
 )
 def test_clients_that_speak_something_else_or_leave(proxy, connect, in_thread, lines, junk):
     client = connect(proxy())

@@ -288,9 +288,9 @@ def test_requirement_15_of_several_addresses_only_those_that_are_allowed_are_tri
     for name in ("both.example", "other.example"):
         assert in_thread(reply, connect(server), socks(target.port, name)) == 0
     assert in_thread(reply, connect(server), socks(target.port, "gone.example")) == 5
-    assert in_thread(http, connect(server), b"GET http://gone.example:%d/ HTTP/1.1\r\n\r\n" % target.port).startswith(
-        b"HTTP/1.1 502"
-    )
+    assert in_thread(
+        http, connect(server), b"GET http://gone.example:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % target.port
+    ).startswith(b"HTTP/1.1 502")
     assert target.accepted_connections == 2
 
 

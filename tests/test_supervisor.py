@@ -104,6 +104,47 @@ def test_handlers_that_do_not_finish_in_time_are_cut_and_told(start: Start) -> N
     assert "app.py" in master.log()
 
 
+def test_a_reload_cuts_no_connection_however_short_the_time_for_a_stop_is(start: Start) -> None:
+    master = start("--workers", "1", "--stop-timeout", "0.1")
+    with master.connect() as client:
+        client.sendall(b"sleep 1\n")
+        master.wait_until_active(1)
+        assert "error" not in master.ask("reload")
+        assert client.makefile("rb").readline().split()[1] == b"last"
+    master.settled(1)
+    assert master.stop() == 0
+    assert re.search(r"stopped: \d+ connections finished, 0 cut", master.log())
+
+
+def test_connections_of_a_replaced_worker_end_within_the_retire_timeout(start: Start) -> None:
+    master = start("--workers", "1", "--retire-timeout", "0.1", "--stop-timeout", "none")
+    with master.connect() as client:
+        client.sendall(b"sleep 60\n")
+        master.wait_until_active(1)
+        master.ask("reload")
+        assert client.recv(1) == b""
+    master.settled(1)
+
+
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_a_stop_gives_connections_of_replaced_workers_no_longer_than_others(start: Start, upgraded: bool) -> None:
+    master = start("--workers", "1", "--stop-timeout", "0.1")
+    with master.connect() as client:
+        client.sendall(b"sleep 60\n")
+        master.wait_until_active(1)
+        old = master.pid
+        assert "error" not in master.ask("upgrade" if upgraded else "reload")
+        if upgraded:
+            # The service manager tells all processes of a service to stop, the old master too.
+            os.kill(old, signal.SIGTERM)
+            assert client.recv(1) == b""
+            master.pid = master.ask("status")["pid"]
+            assert master.pid != old
+        assert master.stop() == 0
+        assert client.recv(1) == b""
+    assert "1 cut" in master.log()
+
+
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT], [signal.SIGQUIT]])
 def test_a_second_sigterm_and_sigint_and_sigquit_end_everything_at_once(start: Start, numbers: list[int]) -> None:
     master = start("--workers", "2", "--graceful-timeout", "none")

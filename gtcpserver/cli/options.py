@@ -257,6 +257,7 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("workers", WorkersType(), "Worker processes; auto: one for each CPU. Not given: a single process."),
     ("preload", bool, "Import the program once, in the master: less memory, but a reload does not read it again."),
     ("worker_timeout", NUMBER, "Seconds a worker's event loop may be blocked until it is replaced."),
+    ("retire_timeout", NUMBER, "Seconds connections get when their worker was replaced (reload, upgrade, recycling)."),
     ("drain_delay", float, "Seconds between 'not ready' and the end of accepting at a stop, for load balancers."),
     ("recycle_after", WHOLE, "Replace a worker when it has accepted so many connections."),
     ("recycle_jitter", WHOLE, "Up to so many more, at random; none: a tenth of --recycle-after."),

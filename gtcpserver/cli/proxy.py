@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from gtcpserver.cli.commands import EPILOG, RunError
-from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options
+from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options, was_given
 from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.errors import ConfigError
+from gtcpserver.supervisor import systemd
 
 try:
+    from gtcpserver.proxy.build import check_closed
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.passwords import hash_password
     from gtcpserver.proxy.record import log_to_file
@@ -71,14 +73,18 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     given = {name: options[name] for name in ("mixed", "socks", "http", "users", "htpasswd") if options[name]}
     given |= {
         name: options[name]
-        for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external", "redact")
+        for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external")
         if options[name]
     }
+    given |= {name: True for name in ("redact", "allow_open", "access_log") if was_given(context, name)}
     if config is not None and given:
         raise click.UsageError(
             f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
         )
     made = _load(config, options)
+    if systemd.promises_sockets():
+        # In place of ours, and who can reach those is not known.
+        check_closed(_config(config, options), elsewhere=True)
     context.params["bind"] = tuple(made.addresses)
 
     def load() -> Any:
@@ -93,7 +99,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         log_to_file(now.access_log)
         return now.handler
 
-    serve_with(context, load)
+    serve_with(context, load, reads_files=config is not None)
 
 
 def _listed(proxy: Proxy) -> str:
@@ -101,7 +107,11 @@ def _listed(proxy: Proxy) -> str:
 
 
 def _load(path: str | None, options: dict[str, Any]) -> Proxy:
-    return make_proxy(read_config(path) if path is not None else _from_options(options))
+    return make_proxy(_config(path, options))
+
+
+def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
+    return read_config(path) if path is not None else _from_options(options)
 
 
 def _from_options(options: dict[str, Any]) -> ProxyConfig:
@@ -126,13 +136,15 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
     clients = [f"allow from {network} to any{with_auth}" for network in options["allow_client"]]
     if has_users and not clients:
         clients = [f"allow from {network} to any{with_auth}" for network in ("127.0.0.0/8", "::1")]
+    if options["allow_open"] and not clients:
+        clients = ["allow any"]
     destinations = [f"deny {what}" for what in options["deny_destination"]]
     destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
     return ProxyConfig(
         listener=listeners,
         rules=RulesTable(
-            clients=clients,
-            destinations=destinations,
+            clients=clients or None,
+            destinations=destinations or None,
             upstreams=[f"through {UPSTREAM} any"] if options["upstream"] else [],
         ),
         auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},

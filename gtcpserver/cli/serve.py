@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import click
 import gevent
 
-from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.cli.commands import EPILOG, RunError, describe
 from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
     OrNone,
@@ -27,6 +28,7 @@ from gtcpserver.cli.options import (
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
 from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
+from gtcpserver.errors import ConfigError
 from gtcpserver.logs import configure_logging
 from gtcpserver.monitoring import Monitor
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
@@ -126,8 +128,13 @@ def send_back(conn: Connection) -> None:
         conn.sendall(data)
 
 
-def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]]) -> None:
-    """Serves with the handler that `load` gives, in this process or, with --workers, in others."""
+def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]], reads_files: bool = False) -> None:
+    """Serves with the handler that `load` gives, in this process or, with --workers, in others.
+
+    Args:
+        reads_files: the handler comes of files, and not of code: at SIGHUP `load` makes another one, also in a single
+            process. The old one's ``retire()`` is called then, and it serves the connections that it has.
+    """
     fds = systemd.take_listen_fds()
     if fds:
         given = context.params["bind"] if was_given(context, "bind") else ()
@@ -142,7 +149,36 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]])
     listen = make_listen_config(context)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    serve_until_stopped(context, make_server(context, load(), listen))
+    server = make_server(context, load(), listen)
+    if not sys.stdin.isatty():  # otherwise the signal says that the terminal has gone, and so shall we
+        obey_hangup(server, load if reads_files else None)
+    serve_until_stopped(context, server)
+
+
+def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None) -> None:
+    """From now on SIGHUP reads again what a single process can: the handler's files, and certificates."""
+
+    def read_again() -> None:
+        try:
+            new = load() if load is not None else None
+            if server.tls is not None:
+                server.reload_tls()
+            if new is not None:
+                old, server.handler = server.handler, new
+                old.retire()  # type: ignore[attr-defined]
+        except (ConfigError, click.ClickException) as error:
+            message = describe(error) if isinstance(error, click.ClickException) else str(error)
+            log.error("SIGHUP: nothing has changed: %s", message)
+        except Exception:
+            log.exception("SIGHUP: nothing has changed")
+        else:
+            if load is not None or server.tls is not None:
+                log.info("SIGHUP: files were read again")
+            else:
+                log.warning("SIGHUP: to read the program again takes worker processes (--workers 1); nothing was done")
+
+    loop = gevent.get_hub().loop
+    signal.signal(signal.SIGHUP, lambda _number, _frame: loop.run_callback(gevent.spawn, read_again))
 
 
 def prepare(context: click.Context) -> None:

@@ -119,14 +119,14 @@ class RememberingAuthenticator:
                 # passwords: a thousand guesses sent at once are no more than ten.
                 if question.waiting and any(map(self._failures.may_try, question.clients)):
                     question.right = self.verify(user, password)
-                    self._note(digest, question)
+                    self._note(digest, question, user)
         except Exception as error:
             self.complain(type(error).__name__, f"cannot authenticate: {type(error).__name__}: {error}")
         finally:
             del self._questions[digest]
             question.answered.set()
 
-    def _note(self, digest: bytes, question: _Question) -> None:
+    def _note(self, digest: bytes, question: _Question, user: bytes) -> None:
         if question.right:
             if self._remember > 0:
                 self._right[digest] = time.monotonic() + self._remember
@@ -134,10 +134,10 @@ class RememberingAuthenticator:
                 if len(self._right) > MOST_REMEMBERED:
                     self._right.popitem(last=False)
             for client in question.clients:
-                self._failures.forget(client)
+                self._failures.forget(client, user)
         elif question.right is False:
             # Once for each address, however many of its connections have tried this password at the same time.
-            question.delays = {client: self._failures.note(client) for client in question.clients}
+            question.delays = {client: self._failures.note(client, user) for client in question.clients}
 
     def forget(self) -> None:
         """Believe no password any more without asking; answers that are under way are not remembered either."""

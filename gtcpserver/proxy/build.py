@@ -25,8 +25,6 @@ from .limits import LimitKeeper, Limits
 from .resolve import Resolver
 from .rules import ClientRule, DestinationRule, parse_client_rule, parse_destination_rule
 from .settings import (
-    DEFAULT_CLIENTS,
-    DEFAULT_DESTINATIONS,
     AuthTable,
     LimitsTable,
     ListenerTable,
@@ -121,12 +119,12 @@ def check_seconds(name: str, value: float | None) -> None:
 
 
 def make_client_rules(config: ProxyConfig) -> list[ClientRule]:
-    return [make_client_rule(config, text) for text in config.rules.clients or DEFAULT_CLIENTS]
+    return [make_client_rule(config, text) for text in config.rules.client_rules]
 
 
 def make_client_rule(config: ProxyConfig, text: str) -> ClientRule:
     rule = parse_client_rule(text)
-    if rule.listener is not None and rule.listener not in {listener.name for listener in config.listener}:
+    if rule.listener is not None and rule.listener not in {listener.name for listener in _listeners(config)}:
         raise ConfigError(f"there is no listener {rule.listener!r}, in {rule.text!r}")
     if rule.auth is not None and rule.auth not in config.auth:
         raise ConfigError(f"there is no authenticator {rule.auth!r}, in {rule.text!r}")
@@ -134,7 +132,7 @@ def make_client_rule(config: ProxyConfig, text: str) -> ClientRule:
 
 
 def make_destination_rules(config: ProxyConfig) -> list[DestinationRule]:
-    return [make_destination_rule(config, text) for text in config.rules.destinations or DEFAULT_DESTINATIONS]
+    return [make_destination_rule(config, text) for text in config.rules.destination_rules]
 
 
 def make_destination_rule(config: ProxyConfig, text: str) -> DestinationRule:
@@ -156,7 +154,7 @@ def make_upstream_rule(config: ProxyConfig, text: str) -> UpstreamRule:
 
 
 def _check_via(config: ProxyConfig, via: str | None, text: str) -> None:
-    if via is not None and via not in {listener.name for listener in config.listener} | set(config.auth):
+    if via is not None and via not in {listener.name for listener in _listeners(config)} | set(config.auth):
         raise ConfigError(f"there is no listener or authenticator {via!r}, in {text!r}")
 
 
@@ -193,13 +191,50 @@ def make_authenticator(table: AuthTable) -> Authenticator:
     return HashedUsers(users, table.htpasswd, remember=table.remember)
 
 
-def check_closed(config: ProxyConfig) -> None:
-    """An open proxy is found within hours, and used for what its owner is then asked about."""
-    if config.allow_open or all(map(_is_local, _listeners(config))):
+def check_names(config: ProxyConfig) -> None:
+    """Rules must be able to tell listeners and authenticators apart."""
+    # Several listeners may have one name: rules are then about all of them.
+    for name in (listener.name for listener in _listeners(config)):
+        if name == "any" or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+            raise ConfigError(f'the name of a listener must be a word, and not "any", got {name!r}')
+        if name in config.auth:
+            raise ConfigError(f"a listener and an authenticator must not have the same name, got {name!r}")
+
+
+def check_places(config: ProxyConfig) -> None:
+    """No two listeners on one address."""
+    seen = set()
+    for listener in _listeners(config):
+        place = _place(parse_address(listener.listen))
+        if place in seen:
+            raise ConfigError(f"two listeners must not have the same address, got {listener.listen!r} twice")
+        seen.add(place)
+
+
+def check_certificates(config: ProxyConfig) -> None:
+    """Whoever is asked for a certificate must be able to show one."""
+    asked = {listener.name for listener in _listeners(config) if listener.tls_client_ca is not None}
+    for rule in make_client_rules(config):
+        if rule.auth is not None and config.auth[rule.auth].certificate:
+            if rule.listener is not None and rule.listener not in asked:
+                raise ConfigError(f"the listener {rule.listener!r} needs tls_client_ca, for {rule.text!r}")
+            if not asked:
+                raise ConfigError(f"a listener needs tls_client_ca, for {rule.text!r}")
+
+
+def check_closed(config: ProxyConfig, elsewhere: bool = False) -> None:
+    """An open proxy is found within hours, and used for what its owner is then asked about.
+
+    Args:
+        elsewhere: it listens on other sockets than those of the configuration, which may be public.
+    """
+    if config.allow_open:
         return
+    reachable = {listener.name for listener in _listeners(config) if elsewhere or not _is_local(listener)}
     for rule in make_client_rules(config):
         everybody = rule.clients is None or rule.clients.prefixlen == 0
-        if everybody and rule.action == "allow" and rule.auth is None:
+        concerned = bool(reachable) if rule.listener is None else rule.listener in reachable
+        if concerned and everybody and rule.action == "allow" and rule.auth is None:
             raise ConfigError(
                 f'{rule.text!r} opens the proxy to everybody who can reach it: name networks, add "with auth NAME", '
                 "or say allow_open = true"
@@ -208,7 +243,9 @@ def check_closed(config: ProxyConfig) -> None:
 
 def _is_local(listener: ListenerTable) -> bool:
     address = parse_address(listener.listen)
-    if address.kind != "tcp":
+    if listener.proxy_protocol or address.kind == "fd":
+        return False  # whom balancers name may be anybody; what a descriptor listens on is not known yet
+    if address.kind == "unix":
         return True
     try:
         return unmapped(ip_address(address.host)).is_loopback
@@ -241,6 +278,9 @@ class Proxy:
 def make_proxy(config: ProxyConfig) -> Proxy:
     """Make a proxy. Raises ConfigError."""
     check_closed(config)
+    check_names(config)
+    check_places(config)
+    check_certificates(config)
     for name in TimeoutsTable.__struct_fields__:
         check_seconds(name, getattr(config.timeouts, name))
     authenticators = {name: make_authenticator(table) for name, table in config.auth.items()}
@@ -268,10 +308,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             show_bound_address=config.show_bound_address,
         )
         addresses.append(address)
-        place = _place(address)
-        if place in handlers:
-            raise ConfigError(f"two listeners must not have the same address, got {listener.listen!r} twice")
-        handlers[place] = ProxyHandler(
+        handlers[_place(address)] = ProxyHandler(
             gate,
             listener.speaks,
             tls=make_tls(listener),
@@ -307,13 +344,27 @@ class _Dispatcher:
         self.counters: Counter[str] = Counter()
         for handler in handlers.values():
             handler.counters = self.counters
+        self._serving = 0
+        self._retired = False
 
     def server_stopped(self) -> None:
         for handler in self._handlers.values():
             handler.server_stopped()
 
+    def retire(self) -> None:
+        """Another one serves new connections: when the last of ours has ended, end what was started for them."""
+        self._retired = True
+        if not self._serving:
+            self.server_stopped()
+
     def __call__(self, conn: Any) -> None:
-        (self._only or self._handler_of(conn.server_address))(conn)
+        self._serving += 1
+        try:
+            (self._only or self._handler_of(conn.server_address))(conn)
+        finally:
+            self._serving -= 1
+            if self._retired and not self._serving:
+                self.server_stopped()
 
     def _handler_of(self, name: Any) -> ProxyHandler:
         handlers = self._handlers

@@ -28,7 +28,10 @@ from ..address import parse_address
 from ..errors import ConfigError
 from .build import (
     Proxy,
+    check_certificates,
     check_closed,
+    check_names,
+    check_places,
     check_seconds,
     close_authenticator,
     make_authenticator,
@@ -42,6 +45,7 @@ from .build import (
     make_upstream,
     make_upstream_rule,
 )
+from .http_fields import check_pseudonym
 from .resolve import Resolver
 from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, UpstreamTable
 
@@ -136,11 +140,15 @@ def _mistake_of_form(error: msgspec.ValidationError, name: str, text: str) -> st
 
 
 def _mistakes_of_meaning(config: ProxyConfig, text: str) -> Iterator[str]:
+    told = set()
     for keys, check, quoted in _checks(config):
         try:
             check()
         except (ConfigError, ValueError) as error:
-            yield f"{_line_of_quoted(text, quoted) or _line_of(text, keys)}: {error}"
+            if str(error) in told:  # by a check of one thing, before those of several
+                continue
+            told.add(str(error))
+            yield f"{_line_of_quoted(text, quoted) or _line_of(text, keys)}: {error} (at {keys})"
 
 
 def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], str]]:
@@ -156,8 +164,9 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         ("destinations", make_destination_rule),
         ("upstreams", make_upstream_rule),
     ):
-        for text in getattr(config.rules, key):
+        for text in getattr(config.rules, key) or ():
             yield f"rules.{key}", lambda make=make, text=text: make(config, text), text  # type: ignore[misc]
+    # What the others refer to comes first: they may take it for granted.
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]
     for name in config.upstream:
@@ -167,6 +176,10 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         seconds = getattr(config.timeouts, name)
         yield f"timeouts.{name}", lambda name=name, s=seconds: check_seconds(name, s), ""  # type: ignore[misc]
     yield "resolver.timeout", lambda: Resolver(config.resolver.family, config.resolver.timeout), ""
+    yield "http.pseudonym", lambda: check_pseudonym(config.http.pseudonym), ""
+    yield "listener", lambda: check_names(config), ""
+    yield "listener", lambda: check_places(config), ""
+    yield "rules.clients", lambda: check_certificates(config), ""
     yield "rules.clients", lambda: check_closed(config), ""
 
 
@@ -202,4 +215,20 @@ def _line_of(text: str, keys: str) -> str:
                 return f" line {number}"
         elif current == table and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
             return f" line {number}"
+    return _line_where_it_appears(text, keys)
+
+
+def _line_where_it_appears(text: str, keys: str) -> str:
+    """The same for tables written inline, with dots, or as [the.name.of.one.inside]: the first line with which the text
+    has the key. Reads the beginning of the text once for each of its lines."""
+    lines = text.splitlines()
+    path = [part for part in re.split(r"[.\[\]]+", keys) if part]
+    for number in range(1, len(lines) + 1):
+        try:
+            found: Any = tomllib.loads("\n".join(lines[:number]))
+            for part in path:
+                found = found[int(part) if isinstance(found, list) else part]
+        except (tomllib.TOMLDecodeError, LookupError, TypeError, ValueError):
+            continue
+        return f" line {number}"
     return ""

@@ -58,7 +58,7 @@ class Timeouts:
         idle: in which nothing moves through a tunnel; None: for ever.
         half_closed: the same, when one side of a tunnel has ended; None: as before.
         lifetime: of a tunnel, whatever moves; None: for ever.
-        answer: until an HTTP origin's answer begins, and then between its pieces.
+        answer: until an HTTP origin's answer begins; also in which nothing of an answer or of a request's body moves.
         keep_alive: between two HTTP requests.
     """
 

@@ -16,13 +16,19 @@ from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
 from .gate import Gate, Visitor
-from .http_fields import Forwarded, unique_pseudonym
+from .http_fields import Forwarded, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
 
 Speaks = Literal["mixed", "socks", "http"]
+
+#: Seconds that a client which may not come in gets to say what it speaks, so that it is refused in that protocol.
+TIME_OF_REFUSED = 1.0
+
+#: So many of them at once; further ones are reset. Each holds a descriptor, and may come as fast as it likes.
+MOST_REFUSED = 100
 
 
 class ProxyHandler:
@@ -59,11 +65,13 @@ class ProxyHandler:
         self.gate = gate
         self._speaks = speaks
         self._tls = None if tls is None else Credentials(tls)
+        check_pseudonym(pseudonym)
         self._pseudonym = (pseudonym or unique_pseudonym()).encode()
         self._forwarded: Forwarded = forwarded
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
         self._balancers = proxy_protocol
+        self._refused = 0
         self.counters: Counter[str] = Counter()
 
     def __call__(self, conn: Connection) -> None:
@@ -77,10 +85,25 @@ class ProxyHandler:
                 self._write(record)
                 return
         visitor = self.gate.admit(conn)
+        if not visitor.admitted:
+            self._refuse(conn, visitor)
+            return
         try:
             self._serve(conn, visitor)
         finally:
             visitor.leave()
+
+    def _refuse(self, conn: Connection, visitor: Visitor) -> None:
+        """Tell it in its own words, if it is quick; a TLS handshake is too much for that."""
+        if self._tls is not None or self._refused >= MOST_REFUSED:
+            conn.abort()
+            self._write(visitor.record)
+            return
+        self._refused += 1
+        try:
+            self._serve(conn, visitor)
+        finally:
+            self._refused -= 1
 
     def _serve(self, conn: Connection, visitor: Visitor) -> None:
         is_http = False
@@ -89,7 +112,7 @@ class ProxyHandler:
                 try:
                     conn.start_tls(self._tls)
                 except OSError as error:
-                    visitor.record.result, visitor.record.detail = "bad_request", f"TLS: {error}"
+                    visitor.record.result, visitor.record.detail = "tls_failed", error.strerror or str(error)
                     return
             visitor.show_certificate(conn.tls)
             serve = self._negotiate(conn, visitor)
@@ -122,6 +145,8 @@ class ProxyHandler:
     def _negotiate(self, conn: Connection, visitor: Visitor) -> Callable[[], None] | None:
         """Hear what the client wants, in one time for all of it; None: nothing that it will get."""
         record, seconds = visitor.record, self.gate.timeouts.negotiate
+        if not visitor.admitted:
+            seconds = min(seconds, TIME_OF_REFUSED)
         until = monotonic() + seconds
         try:
             with conn.deadline(seconds):
@@ -142,9 +167,11 @@ class ProxyHandler:
             if error.reply:
                 conn.sendall(error.reply)
         except ClientLeft:
-            record.result, record.detail = "bad_request", "the client left"
+            if visitor.admitted:
+                record.result, record.detail = "bad_request", "the client left"
         except DeadlineExceeded:
-            record.result = "negotiation_timeout"
+            if visitor.admitted:  # otherwise it is known already how it ends
+                record.result = "negotiation_timeout"
         return None
 
     def _first_bytes(self, conn: Connection) -> tuple[Protocol, bytes]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address
 from typing import Literal
 
+from ..errors import ConfigError
 from .http_messages import Head, Header, HttpError, options_of
 from .target import IPAddress
 
@@ -79,6 +80,12 @@ def check_loop(head: Head, pseudonym: bytes) -> None:
     for value in head.values(b"via"):
         if any(hop.split()[1:2] == [pseudonym] for hop in value.split(b",")):
             raise HttpError(508, "The request has come back to this proxy.")
+
+
+def check_pseudonym(name: str | None) -> None:
+    """Raises ConfigError for one that would not be read as one (RFC 9110 section 7.6.3)."""
+    if name is not None and not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(:[0-9]+)?", name):
+        raise ConfigError(f"pseudonym must be a word, as a host has for a name, got {name!r}")
 
 
 def unique_pseudonym() -> str:

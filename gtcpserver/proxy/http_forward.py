@@ -127,7 +127,7 @@ class Forwarder:
                 raise HttpError(502, message, keep=True) from None
             except TimeoutError:
                 origin.close()
-                record.detail = "no answer in time"
+                record.result, record.detail = "answer_timeout", "no answer in time"
                 raise HttpError(504, "The destination did not answer in time.", keep=True) from None
             except BaseException:
                 origin.close()
@@ -140,11 +140,11 @@ class Forwarder:
         key = (target, record.user)
         origin = self._origins.take(key)
         if origin is not None:
-            record.asked, record.connected = str(target), origin.connected
+            record.asked, record.connected, record.upstream = str(target), origin.connected, origin.upstream
             return origin, True
         connection, forwarding = open_connection(self._visitor, target, for_request=True)
         patience = self._visitor.gate.timeouts.answer
-        return Origin(key, connection, record.connected, patience, forwarding), False
+        return Origin(key, connection, record.connected, patience, forwarding, record.upstream), False
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""

@@ -167,6 +167,8 @@ def _check_framing(head: Head) -> None:
         raise HttpError(400, "Content-Length must be a number.")
     if len(head.values(b"host")) > 1:
         raise HttpError(400, "A request cannot have several Host fields.")
+    if head.version == b"1.1" and not head.values(b"host"):  # RFC 9112 section 3.2
+        raise HttpError(400, "A request needs a Host field.")
     if head.method in (b"CONNECT", b"TRACE") and head.has_body:
         # RFC 9110 sections 9.3.6 and 9.3.8. The bytes would be the body for one reader, and the tunnel's for another.
         raise HttpError(400, f"{head.method.decode()} cannot have a body.")

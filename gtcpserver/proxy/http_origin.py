@@ -59,16 +59,24 @@ class Origin:
         connected: its address, for the record.
         patience: seconds in which it may say nothing.
         forwarding: the proxy that the connection leads to, and that forwards requests; None: it leads to the origin.
+        upstream: the name of the proxy on the way, for the record; "": none.
     """
 
     def __init__(
-        self, key: Key, connection: Connection, connected: str, patience: float, forwarding: Upstream | None = None
+        self,
+        key: Key,
+        connection: Connection,
+        connected: str,
+        patience: float,
+        forwarding: Upstream | None = None,
+        upstream: str = "",
     ) -> None:
         self.key = key
         self.connection = connection
         self.connected = connected
         self.patience = patience
         self.forwarding = forwarding
+        self.upstream = upstream
         connection.settimeout(patience)
 
     def ask(self, request: h11.Request, body: RequestBody) -> None:

@@ -9,7 +9,6 @@ from time import monotonic
 from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
-from ..errors import DeadlineExceeded
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody
 from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
@@ -45,11 +44,9 @@ class HttpSession:
         self._write = write
         self._first_until = first_until
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
-        self._known: tuple[bytes, str | None] | None = None  # a Proxy-Authorization that was right, and whose it is
 
     def serve(self) -> None:
         """Serve requests until the connection ends."""
-        self._conn.settimeout(self._visitor.gate.timeouts.keep_alive)
         try:
             while (head := self._next_head()) is not None:
                 record = self._visitor.record
@@ -69,19 +66,26 @@ class HttpSession:
     def _next_head(self) -> Head | None:
         """The head of the next request; None when there is none, or it was answered already."""
         conn, visitor = self._conn, self._visitor
+        timeouts = visitor.gate.timeouts
+        conn.settimeout(timeouts.keep_alive)
         with conn.idle():
             data = conn.recv(READ_AHEAD)
         if not data:
             return None
+        conn.settimeout(timeouts.answer)
         record = visitor.record = _from_now_on(visitor.record)
         try:
             with conn.deadline(self._time_for_head()):
                 raw = self._read_head(data)
             head = check_head(raw)
-        except DeadlineExceeded:
+        except TimeoutError:
             record.result, error = "negotiation_timeout", HttpError(408, "The request took too long.")
         except HttpError as found:
             record.result, error = "bad_request", found
+        except ConnectionError as gone:
+            record.protocol, record.result, record.detail = "http", "reset", gone.strerror or str(gone)
+            self._write(record)
+            raise
         else:
             record.note_negotiated()
             return head
@@ -116,9 +120,10 @@ class HttpSession:
     def _serve_one(self, head: Head) -> bool:
         """Serve a request; False if the connection ends with it."""
         record = self._visitor.record
-        body = RequestBody(self._conn, head, self._visitor.gate.timeouts.keep_alive)
+        body = RequestBody(self._conn, head, self._visitor.gate.timeouts.answer)
         try:
             self._check_client(head)
+            self._check_size(head)
             body.pace = self._visitor.pace  # known when the user is
             check_loop(head, self._pseudonym)
             if head.method == b"CONNECT":
@@ -151,16 +156,21 @@ class HttpSession:
             raise HttpError(403, "You may not use this proxy.")
         if not visitor.needs_password:
             return
-        given = b"".join(head.values(b"proxy-authorization"))
-        if self._known is not None and given == self._known[0]:
-            visitor.record.user = self._known[1]
-            return
+        # Each request: the authenticator remembers for as long as it may.
         credentials = basic_credentials(head)
         if credentials is None or not visitor.authenticate(*credentials):
             if visitor.record.result == "failed":
                 visitor.record.result = "authentication_failed"
             raise HttpError(407, "This proxy needs your name and password.", [CHALLENGE], keep=True)
-        self._known = given, visitor.record.user
+
+    def _check_size(self, head: Head) -> None:
+        most = self._visitor.gate.limits.limits.request_body
+        if most is None:
+            return
+        if head.is_chunked:
+            raise HttpError(411, "This proxy wants to know the length of a request's body before it comes.")
+        if head.length > most:
+            raise HttpError(413, f"The body of a request must have at most {most} bytes here.")
 
     def _connect(self, head: Head) -> None:
         with open_connection(self._visitor, connect_target(head))[0] as upstream:

@@ -31,6 +31,7 @@ class Limits:
         new_per_second: connections that one client may open in a second.
         rate: bytes a second of one connection, both directions together.
         user_rate: bytes a second of all connections of one user.
+        request_body: bytes that the body of an HTTP request may have; those that come in chunks are then refused.
 
     Raises:
         ConfigError: one of them cannot be.
@@ -42,12 +43,14 @@ class Limits:
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
+    request_body: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("connections", "client_connections", "user_connections"):
             check_whole_number(name, getattr(self, name), least=1, none="for no limit")
         for name in ("new_per_second", "rate", "user_rate"):
             check_number(name, getattr(self, name), above=0, none="for no limit")
+        check_whole_number("request_body", self.request_body, least=0, none="for no limit")
 
 
 class TokenBucket:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from ipaddress import IPv6Address, IPv6Network
 from time import monotonic
 from typing import Any
@@ -127,26 +127,35 @@ class Failures:
     """What each address has got wrong; an IPv6 client is its /64, which it has for itself."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Any, tuple[int, float]] = OrderedDict()
+        self._known: OrderedDict[Any, tuple[Counter[bytes], float]] = OrderedDict()
 
     def may_try(self, client: IPAddress) -> bool:
         """False while an address has failed too often."""
-        count, last = self._known.get(_network(client), (0, 0.0))
-        return count < MOST_FAILURES or monotonic() - last > WINDOW
+        wrong, last = self._known.get(_network(client), _NOTHING)
+        return wrong.total() < MOST_FAILURES or monotonic() - last > WINDOW
 
-    def note(self, client: IPAddress) -> float:
+    def note(self, client: IPAddress, user: bytes) -> float:
         """Note a failure; returns the seconds that its answer has to wait."""
         network = _network(client)
-        count, last = self._known.pop(network, (0, 0.0))
-        count = 1 if monotonic() - last > WINDOW else count + 1
-        self._known[network] = (count, monotonic())
+        wrong, last = self._known.pop(network, _NOTHING)
+        if wrong is _NOTHING[0] or monotonic() - last > WINDOW:
+            wrong = Counter()
+        wrong[user] += 1
+        self._known[network] = (wrong, monotonic())
         if len(self._known) > MOST_ADDRESSES:
             self._known.popitem(last=False)
-        return float(min(LONGEST_DELAY, FIRST_DELAY * count))
+        return float(min(LONGEST_DELAY, FIRST_DELAY * wrong.total()))
 
-    def forget(self, client: IPAddress) -> None:
-        """It was right."""
-        self._known.pop(_network(client), None)
+    def forget(self, client: IPAddress, user: bytes) -> None:
+        """It was right for this user: who has an account must not guess another one's password for that."""
+        network = _network(client)
+        wrong, _ = self._known.get(network, _NOTHING)
+        wrong.pop(user, None)
+        if not wrong:
+            self._known.pop(network, None)
+
+
+_NOTHING: tuple[Counter[bytes], float] = (Counter(), 0.0)
 
 
 def _network(client: IPAddress) -> Any:

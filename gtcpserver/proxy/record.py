@@ -25,6 +25,7 @@ Result = Literal[
     "authentication_failed",
     "authentication_timeout",
     "proxy_header",  # none came from a balancer, or a bad one
+    "tls_failed",  # the client's TLS handshake
     "bad_request",  # the client broke the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections
@@ -33,6 +34,7 @@ Result = Literal[
     "refused",
     "unreachable",
     "connect_timeout",
+    "answer_timeout",  # an HTTP origin said nothing in time
     "no_port",  # all of ours to this destination are in use, or we have no address of its kind
     "failed",
     "stopped",

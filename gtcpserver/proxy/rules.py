@@ -155,12 +155,19 @@ class Decision:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+_WORD = re.compile(r'"([^"]+)"(?!\S)|(\S+)')
+
+
 class _Words:
-    """The words of a rule, taken from the left."""
+    """The words of a rule, taken from the left. One in double quotes may have spaces."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._words = text.split()
+        self._words: list[str] = []
+        for quoted, word in _WORD.findall(text):
+            if '"' in word:
+                raise RuleError(f"a quote without its partner, {word!r} in {text!r}")
+            self._words.append(quoted or word)
 
     def peek(self) -> str | None:
         return self._words[0] if self._words else None

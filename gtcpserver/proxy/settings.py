@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -52,11 +53,19 @@ class ListenerTable(_Table):
 
 
 class RulesTable(_Table):
-    """Rules, as `rules` and `upstream` read them."""
+    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing."""
 
-    clients: list[str] = []
-    destinations: list[str] = []
+    clients: list[str] | None = None
+    destinations: list[str] | None = None
     upstreams: list[str] = []
+
+    @property
+    def client_rules(self) -> Sequence[str]:
+        return DEFAULT_CLIENTS if self.clients is None else self.clients
+
+    @property
+    def destination_rules(self) -> Sequence[str]:
+        return DEFAULT_DESTINATIONS if self.destinations is None else self.destinations
 
 
 class AuthTable(_Table):
@@ -108,6 +117,7 @@ class LimitsTable(_Table):
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
+    request_body: int | None = None
 
 
 class TimeoutsTable(_Table):

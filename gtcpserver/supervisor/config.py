@@ -30,7 +30,9 @@ class SupervisorConfig:
             with the same code; only an upgrade (USR2) reads it again.
         worker_timeout: seconds for which a worker's event loop may be blocked before its stacks are logged and it is
             replaced. None: for ever.
-        graceful_timeout: seconds that connections get to finish when their worker leaves. None: for ever.
+        graceful_timeout: seconds that connections get to finish at a stop. None: for ever.
+        retire_timeout: the same when another worker has taken their worker's place, at a reload, an upgrade, recycling
+            or fewer workers. None: for ever, as nothing waits for them.
         drain_delay: seconds between "not ready" and the end of accepting at a stop: the time in which load balancers
             notice.
         recycle_after: replace a worker that has accepted so many connections. None: never.
@@ -55,6 +57,7 @@ class SupervisorConfig:
     preload: bool = False
     worker_timeout: float | None = DEFAULT_WORKER_TIMEOUT
     graceful_timeout: float | None = DEFAULT_STOP_TIMEOUT
+    retire_timeout: float | None = None
     drain_delay: float = 0.0
     recycle_after: int | None = None
     recycle_jitter: int | None = None
@@ -78,6 +81,7 @@ class SupervisorConfig:
         # Shorter than a second: the beats by which a blocked loop is noticed come every quarter of one.
         check_number("worker_timeout", self.worker_timeout, least=1, none="for no limit")
         check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait for ever")
+        check_number("retire_timeout", self.retire_timeout, least=0, none="to wait for ever")
         check_number("drain_delay", self.drain_delay, least=0)
         check_whole_number("recycle_after", self.recycle_after, least=1, none="for never")
         check_whole_number("recycle_jitter", self.recycle_jitter, least=0, none="for a tenth of recycle_after")

@@ -62,6 +62,7 @@ class Fleet:
         up: every slot has had a ready worker once: the first start is complete.
         first_failure: why it cannot be completed.
         stopping: no worker is replaced any more.
+        ending: the end is waited for, also that of workers whose place was taken.
         restarts: workers started in place of ones that died.
     """
 
@@ -85,6 +86,7 @@ class Fleet:
         self.up = False
         self.first_failure: Failure | None = None
         self.stopping = False
+        self.ending = False
         self.restarts = 0
         self.finished = 0
         self.ended = 0
@@ -218,9 +220,15 @@ class Fleet:
         self._take_out(slot, worker)
         slot.gone_on.append(worker)
         worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
-        timeout = self.config.graceful_timeout
+        timeout = self.config.graceful_timeout if self.ending else self.config.retire_timeout
         worker.channel.send(kind, timeout=timeout, all=self.stopping)
-        worker.kill_at = None if timeout is None else monotonic() + timeout + KILL_MARGIN
+        self._kill_after(worker, timeout)
+
+    @staticmethod
+    def _kill_after(worker: WorkerProcess, timeout: float | None) -> None:
+        if timeout is not None:
+            kill_at = monotonic() + timeout + KILL_MARGIN
+            worker.kill_at = kill_at if worker.kill_at is None else min(worker.kill_at, kill_at)
 
     @staticmethod
     def _take_out(slot: Slot, worker: WorkerProcess) -> None:
@@ -426,6 +434,7 @@ class Fleet:
         self._end_operations("the master stops")
         if not leave:
             self.sockets.mute_shared()
+            self.hasten()
         for slot in self.slots.values():
             for worker in (slot.current, slot.next):
                 if worker is not None:
@@ -434,6 +443,17 @@ class Fleet:
             self.sockets.close(keep_paths=True)
         else:
             self.close_drained()
+
+    def hasten(self) -> None:
+        """A stop: those whose place was taken have no longer than the others from now on."""
+        if self.ending:
+            return
+        self.ending = True
+        timeout = self.config.graceful_timeout
+        for slot in self.slots.values():
+            for worker in slot.gone_on:
+                worker.channel.send("hasten", timeout=timeout)
+                self._kill_after(worker, timeout)
 
     def halt(self) -> None:
         """Ends everything now."""

@@ -415,7 +415,10 @@ class Master:
             return
         for number in numbers:
             name = signal.Signals(number).name
-            if number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
+            if number == signal.SIGTERM and self._left_to is not None and not self.fleet.ending:
+                log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
+                self.fleet.hasten()
+            elif number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
                 self.halt(name)
             elif number == signal.SIGTERM:
                 self.begin_stop(name)

@@ -15,6 +15,7 @@
 | --- | --- |
 | retire | a successor serves the same sockets: leave them, finish the connections within `timeout` seconds |
 | stop | drain the slot's sockets for good, and with `all` those that workers share; finish within `timeout` |
+| hasten | it is leaving: within `timeout` seconds, from now on |
 | halt | end every connection now |
 | unready | a stop is near: tell balancers so, but go on |
 | report | send a beat with stats |
@@ -37,7 +38,7 @@ MAX_TEXT = 48 * 1024
 LEAST_TEXT = 1024  # what is left of a text at least
 
 WORKER_KINDS = frozenset({"ready", "failed", "beat", "retire", "dumped", "connections", "drained", "stopped"})
-MASTER_KINDS = frozenset({"retire", "stop", "halt", "unready", "report", "connections", "reopen"})
+MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen"})
 HANDOVER_KINDS = frozenset({"ready", "failed"})
 
 

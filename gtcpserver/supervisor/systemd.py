@@ -18,6 +18,11 @@ _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
+def promises_sockets() -> bool:
+    """Whether `take_listen_fds` has not been called and would find some."""
+    return os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
 def take_listen_fds() -> list[int]:
     """Descriptors that systemd has opened for this process; the second call finds none.
 

@@ -325,6 +325,10 @@ class _Life:
         elif message.kind == "halt":
             self.worker.ready = False
             gevent.spawn(server.halt)
+        elif message.kind == "hasten":
+            timeout = message.seconds("timeout")
+            if timeout is not None:
+                gevent.spawn_later(timeout, server.halt)
         elif message.kind == "retire":
             self.worker.ready = False
             gevent.spawn(self.stop, message.seconds("timeout"), ())
