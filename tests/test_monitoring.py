@@ -142,6 +142,15 @@ def test_openmetrics_where_the_client_asks_for_it(watched, get):
     assert get(monitor, "/metrics")[1]["Content-Type"].startswith("text/plain")
 
 
+@pytest.mark.parametrize("version", ["x", "1.x", "", "9" * 5000, "1.0.0;escaping=x", "\xe9"])
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_any_accept_header_has_an_answer(watched, get, kind, version):
+    _, monitor = watched()
+    status, _, body = get(monitor, "/metrics", "GET", {"Accept": f"{kind};version={version}"})
+    assert status == 200
+    assert b"gtcpserver_build_info" in body
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: it is in Debian's prometheus")
 def test_promtool_has_nothing_to_say(watched, get):
     _, monitor = watched()

@@ -105,6 +105,19 @@ def test_metrics_of_all_workers_and_of_each(start):
     assert status["stats"]["accepted"] == 12
 
 
+def test_run_with_workers_and_metrics(tmp_path, python):
+    (tmp_path / "app.py").write_text(APP)
+    source = "from gtcpserver import run\nrun('app:handler', '127.0.0.1:0', workers=1, metrics=0)"
+    process = python(source, cwd=tmp_path)
+    log = ""
+    while "listening on" not in log:
+        log += process.stderr.readline().decode()
+    address = re.search(r"metrics and status page on http://(127.0.0.1:\d+)/", log)[1]
+    wait_until(lambda: fetch(address, "/readyz") == (200, "ready\n"))
+    process.terminate()
+    assert process.wait(SOON) == 0
+
+
 def test_counters_survive_workers_that_are_killed_and_those_that_are_replaced(start):
     master = start()
     address = address_of(master)

@@ -76,6 +76,13 @@ class Collected:
 
 def encode(status: Mapping[str, Any], version: str, accept: str) -> tuple[bytes, str]:
     """The metrics as text, and its content type: OpenMetrics where the Accept header asks for it."""
+    try:
+        return _encode(status, version, accept)
+    except (ValueError, TypeError):  # it names a version that is none
+        return _encode(status, version, "")
+
+
+def _encode(status: Mapping[str, Any], version: str, accept: str) -> tuple[bytes, str]:
     encoder, content_type = choose_encoder(accept)
     return encoder(Collected(status, version)), content_type
 

@@ -11,6 +11,7 @@ from types import FrameType
 import gevent.socket
 
 from gtcpserver.address import Address
+from gtcpserver.monitoring import web  # noqa: F401 as long as this is who may read all of the installation
 from gtcpserver.monitoring.from_master import FromMaster
 from gtcpserver.monitoring.monitor import make_pages
 from gtcpserver.supervisor.config import SupervisorConfig

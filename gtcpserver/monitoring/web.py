@@ -62,14 +62,16 @@ class Web:
         self._version = version
         self._for_this_host = for_this_host
         self._status = Fresh(source.status)
-        self._connections = Fresh(source.connections)
+        self._stats = Fresh(lambda: _json({"version": version, **self._status.get()}))
+        self._connections = Fresh(lambda: _json(source.connections()))
+        self._encoded: tuple[Any, str, Answer] | None = None
         self._paths: dict[str, Callable[[str], Answer]] = {
             "/": lambda _: ("200 OK", "text/html; charset=utf-8", PAGE),
             "/metrics": self._metrics,
             "/healthz": self._healthz,
             "/readyz": self._readyz,
-            "/stats": lambda _: ("200 OK", JSON, _json({"version": self._version, **self._status.get()})),
-            "/connections": lambda _: ("200 OK", JSON, _json(self._connections.get())),
+            "/stats": lambda _: ("200 OK", JSON, self._stats.get()),
+            "/connections": lambda _: ("200 OK", JSON, self._connections.get()),
         }
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -95,8 +97,12 @@ class Web:
             return "503 Service Unavailable", TEXT, f"{error}\n".encode()
 
     def _metrics(self, accept: str) -> Answer:
-        body, kind = metrics.encode(self._status.get(), self._version, accept)
-        return "200 OK", kind, body
+        status = self._status.get()
+        last = self._encoded
+        if last is None or last[0] is not status or last[1] != accept:
+            body, kind = metrics.encode(status, self._version, accept)
+            self._encoded = last = (status, accept, ("200 OK", kind, body))
+        return last[2]
 
     def _healthz(self, _accept: str) -> Answer:
         health = self._source.health()
