@@ -60,6 +60,27 @@ def test_pysocks(where, origin, in_thread):
     assert in_thread(fetch).endswith(CONTENT)
 
 
+@pytest.mark.parametrize("scheme", ["socks4", "socks5", "socks5h", "http"])
+def test_python_socks(where, origin, in_thread, scheme):
+    sync, python_socks = pytest.importorskip("python_socks.sync"), pytest.importorskip("python_socks")
+
+    def fetch():
+        proxy = sync.Proxy.from_url(f"{scheme.removesuffix('h')}://{where}", rdns=scheme.endswith("h"))
+        with proxy.connect("localhost", int(origin.split(":")[2].split("/")[0]), timeout=SOON) as sock:
+            sock.sendall(b"GET /file HTTP/1.0\r\n\r\n")
+            data = b""
+            while more := sock.recv(65536):
+                data += more
+        return data
+
+    if scheme == "socks4" and "@" in where:
+        # It sends the name as the user id, which proves nothing.
+        with pytest.raises(python_socks.ProxyError, match="rejected"):
+            in_thread(fetch)
+    else:
+        assert in_thread(fetch).endswith(CONTENT)
+
+
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h", "http"])
 def test_requests(where, origin, in_thread, scheme):
     requests = pytest.importorskip("requests")

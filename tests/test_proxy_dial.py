@@ -8,12 +8,13 @@ from ipaddress import ip_address
 
 import gevent
 import pytest
+from conftest import wait_until
 
 from gtcpserver import ConfigError
 from gtcpserver.proxy import dial as dial_module
 from gtcpserver.proxy import resolve as resolve_module
 from gtcpserver.proxy.dial import dial
-from gtcpserver.proxy.resolve import THREADS, Resolver, in_order
+from gtcpserver.proxy.resolve import THREADS, THREADS_OF_A_DOMAIN, Resolver, ResolveTimeout, in_order
 
 LOCAL = ip_address("127.0.0.1")
 
@@ -89,6 +90,28 @@ def test_requirement_33_slow_names_hold_up_nobody_else(names, resolver):
     gevent.joinall(waiting)
 
 
+def test_requirement_33_the_name_server_of_one_domain_holds_up_no_other_names(names, resolver):
+    known, asked, slow = names
+    known["www.fast.example"] = ["192.0.2.3"]
+    one = resolver()
+    # Longer names have these last labels in common.
+    waiting = [gevent.spawn(one.resolve, f"slow{number}.a.b.example") for number in range(THREADS + 100)]
+    wait_until(lambda: len(asked) == THREADS_OF_A_DOMAIN)
+    assert one.resolve("www.fast.example") == (ip_address("192.0.2.3"),)
+    assert len(asked) == THREADS_OF_A_DOMAIN + 1
+    slow.set()
+    gevent.joinall(waiting)
+    assert not one._domains
+
+
+def test_names_that_are_not_known_print_nothing(resolver, capfd):
+    with pytest.raises(socket.gaierror):
+        resolver().resolve("no-such-host.invalid")
+    with pytest.raises(socket.gaierror):
+        resolver().resolve("x" * 64 + ".invalid")  # no label is as long
+    assert capfd.readouterr() == ("", "")
+
+
 def test_clients_that_ask_for_the_same_name_share_a_look_up(names, resolver):
     known, asked, slow = names
     known["slow.example"] = ["192.0.2.5"]
@@ -105,7 +128,7 @@ def test_a_client_waits_no_longer_than_its_time_but_the_answer_serves_the_next(n
     known, asked, slow = names
     known["slow.example"] = ["192.0.2.5"]
     one = resolver(timeout=0.05)
-    with pytest.raises(TimeoutError, match=r"no answer about slow.example within 0.05 seconds"):
+    with pytest.raises(ResolveTimeout, match=r"no answer about slow.example within 0.05 seconds"):
         one.resolve("slow.example")
     slow.set()
     while one._under_way:
@@ -159,8 +182,25 @@ def test_connects_with_the_options_of_a_proxy():
         with connection:
             assert ip == LOCAL
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert sock.accept()[1][0] == "127.0.0.9"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_requirement_38_a_destination_is_probed_as_clients_are(host, serve, connect):
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+    options += [(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]
+    seen = []
+
+    def look(conn):
+        seen.append([conn.getsockopt(*option) for option in options])
+
+    server = serve(look, f"[{host}]:0" if ":" in host else f"{host}:0")
+    connection, _ = dial([ip_address(host)], server.port, timeout=5)
+    with connection:
+        wait_until(lambda: seen)
+        assert [connection.getsockopt(*option) for option in options] == seen[0] == [1, 60, 15, 4]
+        if ":" in host:  # what a router says must not end it
+            assert connection.getsockopt(socket.IPPROTO_IPV6, dial_module.IPV6_RECVERR) == 0
 
 
 def test_the_next_address_is_tried_when_one_refuses_and_the_first_error_is_told():

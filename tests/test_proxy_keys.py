@@ -122,7 +122,7 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
         ('["127.0.0.8", "::1"]', "127.0.0.8"),
         ('"same"', "127.0.0.7"),
         ('"system"', "127.0.0.1"),
-        ('"auto"', "127.0.0.1"),  # 127.0.0.7 is not public
+        ('"auto"', "127.0.0.1"),  # not from 127.0.0.7: see test_proxy_network.py
     ],
 )
 def test_from_where_destinations_are_connected(proxy, in_thread, serve, external, expected):
@@ -213,6 +213,8 @@ def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, 
         raise OSError
     results = [record.access["result"] for record in access_records(4)]
     assert sorted(results) == ["client_denied", "ok", "proxy_header", "proxy_header"]
+    clients = {record.access["client"] for record in access_records(4) if record.access["result"] == "proxy_header"}
+    assert clients == {"127.0.0.1"}  # the balancer
     assert server.stats().handler_counters["proxy_header"] == 2
 
 

@@ -20,7 +20,7 @@ from gtcpserver.proxy import handler, resolve
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
-from gtcpserver.proxy.resolve import THREADS, Resolver
+from gtcpserver.proxy.resolve import Resolver
 
 
 def gate(**options):
@@ -109,7 +109,7 @@ def test_requirement_31_balancers_that_do_not_say_who_is_there(serve, connect, i
 def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, connect, in_thread, monkeypatch):
     """As many of them as there are threads for look-ups, and more: addresses and names that are known go on, each
     client waits as long as it should, and then other names have their turn."""
-    answered, asked = threading.Event(), []
+    answered, asked, threads = threading.Event(), [], 32
 
     def getaddrinfo(name, *_):
         asked.append(name)
@@ -118,14 +118,15 @@ def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, con
         return [(0, 0, 0, "", ("127.0.0.1", 0))]
 
     monkeypatch.setattr(resolve, "_getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(resolve, "THREADS", threads)
     resolver = Resolver(timeout=0.5)
     origin, server = serve(echo), serve(ProxyHandler(gate(resolver=resolver)))
     try:
         assert in_thread(reply, connect(server), socks(origin.port, "known.example")) == 0
-        slow = [connect(server) for _ in range(3 * THREADS)]
+        slow = [connect(server) for _ in range(3 * threads)]
         for number, client in enumerate(slow):
             client.sendall(socks(origin.port, f"slow{number}.example"))
-        wait_until(lambda: len(resolver._under_way) == 3 * THREADS)
+        wait_until(lambda: len(resolver._under_way) == 3 * threads)
         began = time.monotonic()
         assert in_thread(reply, connect(server), socks(origin.port, "known.example")) == 0
         assert in_thread(reply, connect(server), socks(origin.port, "127.0.0.1")) == 0
@@ -138,7 +139,7 @@ def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, con
     wait_until(lambda: not resolver._under_way)
     assert in_thread(reply, connect(server), socks(origin.port, "other.example")) == 0
     # Nobody waited any more for those that had not begun: they were not looked up.
-    assert len(asked) == THREADS + 2
+    assert len(asked) == threads + 2
 
 
 def test_requirement_30_a_tunnel_whose_one_side_does_not_read_holds_little(serve, connect, in_thread, spawn_thread):

@@ -13,6 +13,7 @@ from test_server import echo
 
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
+from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 
 ANYBODY = [parse_client_rule("allow any")]
@@ -187,6 +188,53 @@ def test_clients_that_no_rule_lets_in(proxy, connect, in_thread, lines):
     assert [line["detail"] for line in lines(2)] == ["deny 127.0.0.0/8"] * 2
 
 
+def test_the_user_id_of_socks4_is_noted_as_what_it_is(proxy, origin, connect, in_thread, lines, access_records):
+    server = proxy()
+    for user in (b"ada\xff =\n", b""):
+        client = connect(server)
+        client.sendall(connect_request("127.0.0.1", origin.port, 4)[:8] + user + b"\0")
+        assert in_thread(read, client, 8)[:2] == b"\0\x5a"
+        client.close()
+    assert [(line["user"], line["claimed"]) for line in lines(2)] == [(None, "ada\\xff =\n"), (None, None)]
+    first, second = [record.getMessage() for record in access_records(2)]
+    assert ' claimed="ada\\\\xff =\\n" ' in first
+    assert "claimed" not in second
+
+
+def test_the_line_says_what_took_the_time(proxy, origin, connect, in_thread, access_records):
+    class Late(OnePassword):
+        def check(self, user, password, client):
+            gevent.sleep(0.02)
+            return super().check(user, password, client)
+
+    class LateNames(Resolver):
+        def resolve(self, name):
+            gevent.sleep(0.02)
+            return super().resolve(name)
+
+    names = LateNames()
+    server = proxy(
+        client_rules=[parse_client_rule("allow from any to any with auth staff")],
+        authenticators={"staff": Late()},
+        resolver=names,
+    )
+    client = connect(server)
+    client.sendall(b"\x05\x01\x02\x01\x03Ada\x02pw" + connect_request("localhost", origin.port))
+    assert in_thread(read, client, 14)[4:6] == b"\x05\x00"
+    client.close()
+    (record,) = access_records()
+    line = record.access
+    assert 0.02 <= line["authenticated"] <= line["negotiated"]
+    assert 0.02 <= line["resolved"] <= line["opened"]
+    client = connect(proxy())
+    client.sendall(b"\x05\x01\x00" + connect_request("127.0.0.1", origin.port))
+    in_thread(read, client, 12)
+    client.close()
+    last = access_records(2)[1].getMessage()  # of what there was not, nothing is said
+    assert "authenticated" not in last
+    assert "resolved" not in last
+
+
 @pytest.mark.parametrize(
     "junk", [b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00", b"\x05\x00", b"\x05\x01", b"\x04\x01\0"]
 )
@@ -301,7 +349,7 @@ def test_requirement_12_bind_ends_in_time_and_with_the_control_connection(proxy,
 def test_requirement_12_rules_hold_for_bind(proxy, connect, in_thread, lines):
     client = connect(proxy())
     client.sendall(b"\x05\x01\x00" + bind_request("10.0.0.1"))
-    assert in_thread(read, client, 100)[2:4] == b"\x05\x01"
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
     assert lines()[0]["result"] == "destination_denied"
 
 

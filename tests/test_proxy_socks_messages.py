@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtcpserver.proxy import socks4, socks5
-from gtcpserver.proxy.errors import ProtocolError
+from gtcpserver.proxy.errors import TTL_EXPIRED, ProtocolError
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.socks5 import Command, Method, Reply
 
@@ -79,6 +79,7 @@ def test_requirement_06_unknown_commands_and_address_types_get_a_whole_reply():
         (OSError(errno.EHOSTUNREACH, ""), Reply.HOST_UNREACHABLE),
         (OSError(errno.ENETUNREACH, ""), Reply.NETWORK_UNREACHABLE),
         (socket.gaierror(socket.EAI_NONAME, ""), Reply.HOST_UNREACHABLE),
+        (OSError(TTL_EXPIRED, ""), Reply.TTL_EXPIRED),
         (TimeoutError("not connected"), Reply.HOST_UNREACHABLE),
         (TimeoutError(errno.ETIMEDOUT, ""), Reply.HOST_UNREACHABLE),
         (PermissionError(errno.EPERM, ""), Reply.NOT_ALLOWED),

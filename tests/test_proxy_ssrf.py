@@ -381,7 +381,7 @@ def test_requirement_12_nobody_inside_is_waited_for(proxy, connect, in_thread, l
     client = connect(server)
     name = host.encode()
     client.sendall(b"\x05\x01\x00\x05\x02\x00\x03" + bytes([len(name)]) + name + b"\0\0")
-    assert in_thread(read, client, 100)[2:4] == b"\x05\x01"
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
     assert lines()[0]["result"] == "destination_denied"
 
 

@@ -278,7 +278,7 @@ def test_bind_and_udp_are_not_led_past_the_other_proxy(proxy_by, serve, connect,
     server = proxy_by(parse_upstream("up", f"socks5://{serve(echo).address}"))
     client = connect(server)
     client.sendall(b"\x05\x01\x00\x05\x02\x00\x01\x7f\0\0\x01\0\x50")
-    assert in_thread(read, client, 4)[2:] == b"\x05\x01"
+    assert in_thread(read, client, 4)[2:] == b"\x05\x02"
     client = connect(server)
     client.sendall(b"\x05\x01\x00\x05\x03\x00\x01\0\0\0\0\0\0")
     said = in_thread(read, client, 12)

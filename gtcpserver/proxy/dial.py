@@ -14,14 +14,30 @@ from gevent.queue import SimpleQueue
 
 from ..connection import Connection
 from ..errors import DeadlineExceeded
+from ..listen_config import ListenConfig
+from .errors import TTL_EXPIRED
 from .target import IPAddress
 
 #: Seconds until the next address is tried beside the one that has not answered yet (RFC 8305 section 5: 250 ms).
 STAGGER = 0.25
 
-# linux/in.h; Python's socket module does not have it.
+# linux/in.h, in6.h, tcp.h and errqueue.h; Python's socket module does not have them.
 IP_BIND_ADDRESS_NO_PORT = 24
+IPV6_RECVERR = 25
 TCP_FASTOPEN_CONNECT = 30
+SO_EE_ORIGIN_ICMP = 2
+SO_EE_ORIGIN_ICMP6 = 3
+
+#: Of struct sock_extended_err (ip(7)): who says it, and of which type that is: ICMP's and ICMPv6's "time exceeded".
+_TIME_EXCEEDED = (bytes((SO_EE_ORIGIN_ICMP, 11)), bytes((SO_EE_ORIGIN_ICMP6, 3)))
+
+# A destination whose host has vanished is noticed as soon as a client whose host has.
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ListenConfig.keepalive_idle),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ListenConfig.keepalive_interval),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ListenConfig.keepalive_count),
+)
 
 
 def dial(
@@ -44,11 +60,12 @@ def dial(
             Fast Open): whether it accepts is known only then.
 
     Returns:
-        The connection, with TCP_NODELAY and keep-alive, and the address it leads to. The caller closes it.
+        The connection, with TCP_NODELAY and the keep-alive of clients (ListenConfig), and the address it leads to. The
+        caller closes it.
 
     Raises:
         TimeoutError: not connected in time.
-        OSError: of the first address that failed.
+        OSError: of the first address that failed; `errors.TTL_EXPIRED` where a router has said so.
     """
 
     def connect(ip: IPAddress) -> Connection:
@@ -108,11 +125,14 @@ def _connect(
     try:
         connection.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(sock)
         if source is not None:
             # The port is chosen when the destination is known: 28,000 connections to each, and not in all (ip(7)).
             sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((str(source), 0))
+        if family == socket.AF_INET6:
+            # Without it the system forgets what routers have said; of IPv4 it keeps it in any case.
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
         if fast_open:
             sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
         error = sock.connect_ex((socket.inet_ntop(family, ip.packed), port))  # str(ip) takes 1 us longer
@@ -123,8 +143,13 @@ def _connect(
                 with connection.deadline(timeout):
                     connection._stream.wait_writable()
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error == errno.EHOSTUNREACH and _has_expired(sock):
+            raise OSError(TTL_EXPIRED, "TTL expired in transit")
         if error:
             raise OSError(error, os.strerror(error))  # which makes a ConnectionRefusedError of ECONNREFUSED
+        if family == socket.AF_INET6:
+            # With it what a router says would end a connection that is established, and may get over it (RFC 5461).
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 0)
     except DeadlineExceeded:
         connection.close()
         raise TimeoutError(f"not connected within {timeout:g} seconds") from None
@@ -134,12 +159,32 @@ def _connect(
     return connection
 
 
-def is_of_this_host(ip: IPAddress) -> bool:
-    """Whether an address is one of ours: the way to it then begins there. 20 us."""
+def keep_alive(sock: Any) -> None:
+    """Have a connection probed as those of clients are; one that a listening socket accepts is as that is."""
+    for level, option, value in _KEEP_ALIVE:
+        sock.setsockopt(level, option, value)
+
+
+def _has_expired(sock: Any) -> bool:
+    """Whether it was ICMP's "time exceeded" that has ended an attempt to connect (ip(7), IP_RECVERR)."""
+    try:
+        messages = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)[1]
+    except OSError:
+        return False  # the system has found it out by itself
+    return any(data[4:6] in _TIME_EXCEEDED for _, _, data in messages)
+
+
+def way_out(ip: IPAddress) -> IPAddress:
+    """The address from which the system connects to another one. 20 us. Raises OSError: there is no way to it."""
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((str(ip), 9))  # sends nothing
-        except OSError:
-            return False
-        return bool(ip_address(probe.getsockname()[0].partition("%")[0]) == ip)
+        probe.connect((str(ip), 9))  # of a UDP socket it sends nothing
+        return ip_address(probe.getsockname()[0].partition("%")[0])
+
+
+def is_of_this_host(ip: IPAddress) -> bool:
+    """Whether an address is one of ours: the way to it then begins there."""
+    try:
+        return way_out(ip) == ip
+    except OSError:
+        return False

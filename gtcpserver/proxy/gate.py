@@ -10,6 +10,7 @@ import errno
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Literal, Protocol
 
 import gevent
@@ -19,10 +20,12 @@ from ..connection import Connection
 from ..errors import GtcpServerError
 from ..tls import ConnectionTLS
 from .dial import dial, is_of_this_host
+from .errors import TTL_EXPIRED
 from .limits import LimitKeeper
 from .record import AccessRecord, Result
-from .resolve import Resolver
+from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
+from .source import is_better_source
 from .target import IPAddress, Target
 from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
 
@@ -72,9 +75,9 @@ class Timeouts:
     keep_alive: float = 300.0
 
 
-#: From which address destinations are connected. "auto": from the one the client has connected to, if that is a public
-#: one, so that a host with several answers from the one that was asked; "same": from that one in any case; "system": as
-#: the routes say.
+#: From which address destinations are connected. "auto": from the one the client has connected to, so that a host with
+#: several answers from the one that was asked, if it is public or is on the interface by which the destination is
+#: reached; "same": from that one in any case; "system": as the routes say.
 External = Literal["auto", "same", "system"]
 
 
@@ -118,8 +121,7 @@ class Gate:
     def admit(self, conn: Connection) -> Visitor:
         """A client has connected; `Visitor.leave` must be called at its end."""
         address: Any = conn.client_address
-        # Who comes by a unix socket is on this host.
-        host = address[0] if isinstance(address, tuple) else _THIS_HOST
+        host = host_of(address)
         known = self._clients.get(host)
         if known is None:
             client = as_ip(host)
@@ -138,7 +140,10 @@ class Gate:
         return visitor
 
 
-_THIS_HOST = "127.0.0.1"
+def host_of(address: Any) -> str:
+    """The host in an address as ``accept`` names it. Who comes by a unix socket is on this one."""
+    return address[0] if isinstance(address, tuple) else "127.0.0.1"
+
 
 #: What a gate remembers of clients and of destinations, each.
 MOST_REMEMBERED = 4096
@@ -223,8 +228,10 @@ class Visitor:
         authenticator = self.gate.authenticators[self.auth]
         name = user.decode("utf-8", "backslashreplace")
         right = None
+        began = monotonic()
         with gevent.Timeout(self.gate.timeouts.authenticate, False):
             right = authenticator.check(user, password, self.client)
+        self.record.authenticated = monotonic() - began
         if not right:
             self.record.result = "authentication_failed" if right is False else "authentication_timeout"
             self.record.detail = f"user {name}"
@@ -275,36 +282,59 @@ class Visitor:
         own = self.own
         return (own is not None and ip == own[0]) or ip.is_loopback or ip.is_unspecified or is_of_this_host(ip)
 
-    def allowed_addresses(self, target: Target) -> list[IPAddress]:
+    def allowed_addresses(self, target: Target, found: Sequence[IPAddress] | None = None) -> list[IPAddress]:
         """Those addresses of a target that the client may reach, in the order in which they should be tried.
+
+        Args:
+            found: all of them; None: they have not been looked up yet.
 
         Raises:
             Denied: none of them.
             OSError: the name cannot be resolved.
         """
-        decisions = [(ip, self.decide(target, ip)) for ip in self._addresses(target)]
+        if found is None:
+            found = self.addresses_of(target)
+        decisions = [(ip, self.decide(target, ip)) for ip in found]
         allowed = [ip for ip, decision in decisions if decision.allowed]
         if not allowed:
             raise Denied(decisions[0][1].rule)
         return allowed
 
-    def _addresses(self, target: Target) -> Sequence[IPAddress]:
-        return (target.ip,) if target.ip is not None else self.gate.resolver.resolve(target.host)
+    def addresses_of(self, target: Target) -> Sequence[IPAddress]:
+        """All addresses of a target, allowed or not. Raises OSError: the name cannot be resolved."""
+        if target.ip is not None:
+            return (target.ip,)
+        began = monotonic()
+        try:
+            return self.gate.resolver.resolve(target.host)
+        finally:
+            self.record.resolved = (self.record.resolved or 0.0) + monotonic() - began
 
-    def upstream_to(self, target: Target) -> Upstream | None:
-        """The proxy that leads there; None: the way is direct."""
+    def upstream_to(self, target: Target) -> tuple[Upstream | None, Sequence[IPAddress] | None]:
+        """The proxy that leads there, and the addresses of the target if the rules have asked for them.
+
+        Returns:
+            (None: the way is direct; None: they have not been looked up.) Who goes on takes these addresses: another
+            look-up may find others, to which another way leads.
+
+        Raises:
+            OSError: a rule asks for the addresses, and they cannot be looked up. Which way is the right one is not
+                known then, and to guess may show the name to those who must not see it.
+        """
         gate = self.gate
         if not gate.upstream_rules:
-            return None
+            return None, None
+        found: Sequence[IPAddress] | None = None
 
         def addresses() -> Sequence[IPAddress]:
-            try:
-                return self._addresses(target)
-            except OSError:
-                return ()
+            nonlocal found
+            if found is None:
+                found = self.addresses_of(target)
+            return found
 
         name = None if target.ip is not None else target.host
-        return gate.upstreams.get(choose_upstream(gate.upstream_rules, self._match(target), name, addresses))
+        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses)
+        return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:
         """Connect to a target. The addresses that were checked are the ones connected to.
@@ -329,16 +359,16 @@ class Visitor:
         forwarding: Upstream | None = None
         try:
             self.check_limits()
-            upstream = self.upstream_to(target)
+            upstream, found = self.upstream_to(target)
             if upstream is None:
-                connection, ip = self._dial(self.allowed_addresses(target), target.port, for_request)
+                connection, ip = self._dial(self.allowed_addresses(target, found), target.port, for_request)
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
             else:
                 record.upstream = upstream.name
                 # It may look a name up again, and find another address than the one that was checked.
                 finds_the_same = upstream.resolve == "there" or target.ip is not None
                 forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
-                connection = self._go_through(upstream, target, forwarding is not None)
+                connection = self._go_through(upstream, target, found, forwarding is not None)
         except Denied as error:
             record.result, record.detail = "destination_denied", str(error)
             raise
@@ -358,50 +388,60 @@ class Visitor:
             self.entered_users.add(user)
 
     def _dial(self, addresses: Sequence[IPAddress], port: int, for_request: bool) -> tuple[Connection, IPAddress]:
-        addresses = [ip for ip in addresses if self._can_leave_to(ip)]
-        if not addresses:
-            raise OSError(errno.ENETUNREACH, "no address of the families in external")
         return dial(
-            addresses,
+            self.in_reach(addresses),
             port,
             timeout=self.gate.timeouts.connect,
             source=self.source_to,
             fast_open=self.gate.fast_open and for_request,
         )
 
-    def _go_through(self, upstream: Upstream, target: Target, only_to_it: bool) -> Connection:
+    def _go_through(
+        self, upstream: Upstream, target: Target, found: Sequence[IPAddress] | None, only_to_it: bool
+    ) -> Connection:
         if upstream.resolve == "there" and target.ip is None:
             decision = self.decide(target, None)
             if not decision.allowed:
                 raise Denied(decision.rule)
             targets = [target]
         else:
-            targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target)]
+            targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target, found)]
 
         def dial_first(proxy: Target) -> Connection:
-            found = self._addresses(proxy)
-            return self._dial(found, proxy.port, False)[0]
+            return self._dial(self.addresses_of(proxy), proxy.port, False)[0]
 
         seconds = self.gate.timeouts.connect
-        with gevent.Timeout(seconds, TimeoutError(f"not connected within {seconds:g} seconds")):
-            if only_to_it:
+        if only_to_it:
+            with gevent.Timeout(seconds, _not_connected(seconds)):
                 return upstream.reach(dial_first, self.conn)
-            for number, one in enumerate(targets, 1):
-                try:
+        until = monotonic() + seconds
+        for left in range(len(targets), 0, -1):
+            one = targets[-left]
+            # Each has its share of what is left, so that one that does not answer leaves time for the others.
+            share = max(0.0, until - monotonic()) / left
+            try:
+                with gevent.Timeout(share, _not_connected(seconds)):
                     connection = upstream.connect(one, dial_first, self.conn)
-                except UpstreamError as error:
-                    if number == len(targets) or isinstance(error, UpstreamUnreachable):
-                        raise
-                else:
-                    self.record.connected = str(one)
-                    return connection
+            except (UpstreamError, TimeoutError) as error:
+                if left == 1 or isinstance(error, UpstreamUnreachable):
+                    raise
+            else:
+                self.record.connected = str(one)
+                return connection
         raise AssertionError("a target is left")  # pragma: no cover
 
     # -- from which address ------------------------------------------------------------------------------------------
 
-    def _can_leave_to(self, ip: IPAddress) -> bool:
+    def in_reach(self, addresses: Sequence[IPAddress]) -> Sequence[IPAddress]:
+        """Those that can be reached from the addresses in `external`. Raises OSError: none."""
         external = self.gate.external
-        return isinstance(external, str) or any(own.version == ip.version for own in external)
+        if isinstance(external, str):
+            return addresses
+        versions = {own.version for own in external}
+        reached = [ip for ip in addresses if ip.version in versions]
+        if not reached:
+            raise OSError(errno.ENETUNREACH, "no address of the families in external")
+        return reached
 
     def source_to(self, ip: IPAddress) -> IPAddress | None:
         """The address from which it is connected to another one; None: the system's choice."""
@@ -413,7 +453,11 @@ class Visitor:
         own = found[0]
         if own.version != ip.version or own.is_unspecified:
             return None
-        return own if external == "same" or own.is_global else None
+        return own if external == "same" or own.is_global or is_better_source(own, ip) else None
+
+
+def _not_connected(seconds: float) -> TimeoutError:
+    return TimeoutError(f"not connected within {seconds:g} seconds")
 
 
 def result_of(error: OSError) -> Result:
@@ -422,6 +466,8 @@ def result_of(error: OSError) -> Result:
         return "limit"
     if isinstance(error, socket.gaierror):
         return "unresolved"
+    if isinstance(error, ResolveTimeout):
+        return "resolve_timeout"
     if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
         return "connect_timeout"
     if error.errno == errno.ECONNREFUSED:
@@ -430,6 +476,6 @@ def result_of(error: OSError) -> Result:
         return "upstream_failed"
     if error.errno == errno.EADDRNOTAVAIL:
         return "no_port"
-    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN):
+    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, TTL_EXPIRED):
         return "unreachable"
     return "failed"

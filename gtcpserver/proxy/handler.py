@@ -9,13 +9,13 @@ from typing import Literal, get_args
 
 from greenlet import GreenletExit
 
-from ..balancer import ProxyProtocol, read_proxy_header
+from ..balancer import ProxyProtocol, as_ip, read_proxy_header
 from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError, DeadlineExceeded
 from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
-from .gate import Gate, Visitor
+from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
 from .record import AccessRecord
@@ -80,7 +80,7 @@ class ProxyHandler:
             try:
                 read_proxy_header(conn, self._balancers)
             except (ProxyProtocolError, OSError) as error:
-                record = AccessRecord(str(conn.peer_address), self.gate.listener)
+                record = AccessRecord(str(as_ip(host_of(conn.peer_address))), self.gate.listener)
                 record.result, record.detail = "proxy_header", str(error)
                 self._write(record)
                 return

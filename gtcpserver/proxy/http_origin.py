@@ -266,6 +266,7 @@ def open_connection(visitor: Visitor, target: Target, for_request: bool = False)
     except OSError as error:
         status, message = {
             "unresolved": (502, "The host name of the destination is not known."),
+            "resolve_timeout": (504, "The host name of the destination could not be looked up in time."),
             "connect_timeout": (504, "The destination did not answer in time."),
             "refused": (502, "The destination refused the connection."),
             "unreachable": (502, "The destination cannot be reached."),

@@ -31,6 +31,7 @@ Result = Literal[
     "limit",  # too many connections
     "upstream_failed",  # the other proxy does not want us, or cannot be understood
     "unresolved",
+    "resolve_timeout",  # no answer of the name server in time
     "refused",
     "unreachable",
     "connect_timeout",
@@ -50,6 +51,7 @@ class AccessRecord:
         listener: name of the listener.
         protocol: "socks4", "socks4a", "socks5" or "http"; "" until it is known.
         user: who the client is, if it has said so and was believed.
+        claimed: the user id of SOCKS4: who the client says it is, and nobody asks whether it is.
         command: "CONNECT", "BIND", "UDP", or a method of HTTP.
         asked: destination as the client named it, in its canonical form.
         connected: the address that was connected to.
@@ -58,12 +60,15 @@ class AccessRecord:
         detail: in words: the rule, the error.
         sent, received: bytes from the client to the destination, and back.
         negotiated, opened: seconds until the client had said what it wants, and from there until it was connected.
+        authenticated: seconds of `negotiated` that an authenticator took; None: none was asked.
+        resolved: seconds that looking names up took, of `opened` but for UDP; None: no name was looked up.
     """
 
     client: str
     listener: str
     protocol: str = ""
     user: str | None = None
+    claimed: str | None = None
     command: str = ""
     asked: str = ""
     connected: str = ""
@@ -74,6 +79,8 @@ class AccessRecord:
     received: int = 0
     negotiated: float = 0.0
     opened: float = 0.0
+    authenticated: float | None = None
+    resolved: float | None = None
     began_at: float = field(default_factory=time)
     _began: float = field(default_factory=monotonic)
 
@@ -94,6 +101,7 @@ class AccessRecord:
             "listener": self.listener,
             "protocol": self.protocol or None,
             "user": self.user,
+            "claimed": self.claimed,
             "command": self.command or None,
             "asked": hidden or self.asked or None,
             "connected": hidden or self.connected or None,
@@ -103,7 +111,9 @@ class AccessRecord:
             "sent": self.sent,
             "received": self.received,
             "negotiated": round(self.negotiated, 4),
+            "authenticated": None if self.authenticated is None else round(self.authenticated, 4),
             "opened": round(self.opened, 4),
+            "resolved": None if self.resolved is None else round(self.resolved, 4),
             "duration": round(monotonic() - self._began, 4),
         }
 

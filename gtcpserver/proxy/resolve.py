@@ -2,15 +2,17 @@
 
 Look-ups are the system's own (getaddrinfo(3)), so that /etc/hosts, search domains and whatever else the operator has
 set up count. They run in native threads of their own: gevent's default pool has 10 for everything, and names whose
-server does not answer (5 s and more each) fill it at once. Clients that ask for the same name share one look-up, and
-names that nobody waits for any more are not looked up.
+server does not answer (5 s and more each) fill it at once. The names of one domain may have some of the threads only,
+so that its server holds up nobody else. Clients that ask for the same name share one look-up, and names that nobody
+waits for any more are not looked up. loadtests/resolvers.py measures it; docs/proxy.md has the figures.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
@@ -30,8 +32,11 @@ Family = Literal["any", "ipv4", "ipv6", "prefer-ipv4"]
 
 _getaddrinfo: Any = monkey.get_original("socket", "getaddrinfo")
 
-#: Look-ups at once. A thread costs some 100 KiB; names that are not cached are few even in a busy proxy.
-THREADS = 32
+#: Look-ups at once. Threads are made when they are needed, and cost 25 KiB and more each.
+THREADS = 256
+
+#: Of them for names that have their last two labels in common: one name server that does not answer, as a rule.
+THREADS_OF_A_DOMAIN = 32
 
 #: getaddrinfo does not tell how long an answer holds. So long we believe it, seconds: what browsers do (Chromium: 60).
 KEEP = 60.0
@@ -39,6 +44,10 @@ KEEP_FAILURE = 5.0
 
 #: Names remembered; beyond it the one longest not asked for is forgotten. 200 bytes each.
 MOST_NAMES = 10_000
+
+
+class ResolveTimeout(TimeoutError):
+    """A name server did not answer in time."""
 
 
 @dataclass(slots=True)
@@ -57,6 +66,16 @@ class _Question:
         self.answer: _Answer | None = None
         self.answered = Event()
         self.waiting = 0  # clients
+
+
+class _Domain:
+    """Names under way that have their last two labels in common."""
+
+    __slots__ = ("free", "names")
+
+    def __init__(self) -> None:
+        self.free = Semaphore(THREADS_OF_A_DOMAIN)
+        self.names = 0
 
 
 class Resolver:
@@ -80,6 +99,7 @@ class Resolver:
         self._known: OrderedDict[str, _Answer] = OrderedDict()
         self._under_way: dict[str, _Question] = {}
         self._free = Semaphore(THREADS)
+        self._domains: dict[str, _Domain] = {}
         self._threads: ThreadPool | None = None
 
     def resolve(self, name: str) -> tuple[IPAddress, ...]:
@@ -87,7 +107,7 @@ class Resolver:
 
         Raises:
             socket.gaierror: there are none, or the name server failed.
-            TimeoutError: no answer in time.
+            ResolveTimeout: no answer in time.
         """
         answer = self._known.get(name)
         if answer is not None and answer.until > monotonic():
@@ -95,7 +115,7 @@ class Resolver:
         else:
             answer = self._ask(name)
         if answer.error is not None:
-            raise answer.error
+            raise answer.error.with_traceback(None)  # it is raised again and again, and would keep every frame
         return answer.found
 
     def _ask(self, name: str) -> _Answer:
@@ -109,12 +129,12 @@ class Resolver:
         finally:
             question.waiting -= 1
         if question.answer is None:
-            raise TimeoutError(f"no answer about {name} within {self._timeout:g} seconds")
+            raise ResolveTimeout(f"no answer about {name} within {self._timeout:g} seconds")
         return question.answer
 
     def _find(self, name: str, question: _Question) -> None:
         try:
-            with self._free:
+            with self._place(name):
                 if question.waiting:
                     question.answer = self._look_up(name)
                     self._known[name] = question.answer
@@ -125,17 +145,34 @@ class Resolver:
             del self._under_way[name]
             question.answered.set()
 
+    @contextmanager
+    def _place(self, name: str) -> Iterator[None]:
+        """Within it, a thread is free for this name."""
+        key = ".".join(name.rstrip(".").rsplit(".", 2)[-2:])
+        domain = self._domains.setdefault(key, _Domain())
+        domain.names += 1
+        try:
+            # In this order: what waits for its domain keeps no place from the others.
+            with domain.free, self._free:
+                yield
+        finally:
+            domain.names -= 1
+            if not domain.names:
+                del self._domains[key]
+
     def _look_up(self, name: str) -> _Answer:
         if self._threads is None:
             self._threads = ThreadPool(THREADS)
         error = None
         found: tuple[IPAddress, ...] = ()
         try:
-            found = in_order(self._threads.spawn(_look_up, name).get(), self._family)
-        except socket.gaierror as failure:
-            error = failure
-        except Exception as failure:  # UnicodeError: no name that DNS has; or there is no other thread to be had
-            error = socket.gaierror(socket.EAI_NONAME, str(failure))
+            answer = self._threads.spawn(_look_up, name).get()
+        except Exception as failure:  # there is no other thread to be had
+            answer = socket.gaierror(socket.EAI_AGAIN, str(failure))
+        if isinstance(answer, socket.gaierror):
+            error = answer
+        else:
+            found = in_order(answer, self._family)
         if not found and error is None:
             error = socket.gaierror(socket.EAI_NONAME, f"no {self._family} address")
         return _Answer(found, error, monotonic() + (KEEP_FAILURE if error else KEEP))
@@ -147,12 +184,15 @@ class Resolver:
             self._threads = None
 
 
-def _look_up(name: str) -> list[IPAddress]:
-    # In a native thread.
-    return [
-        ip_address(sockaddr[0].split("%")[0])
-        for _, _, _, _, sockaddr in _getaddrinfo(name, None, 0, socket.SOCK_STREAM)
-    ]
+def _look_up(name: str) -> list[IPAddress] | socket.gaierror:
+    # In a native thread. What is raised there gevent prints, with a traceback: each name that does not exist.
+    try:
+        found = _getaddrinfo(name, None, 0, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        return error.with_traceback(None)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS has
+        return socket.gaierror(socket.EAI_NONAME, str(error))
+    return [ip_address(sockaddr[0].split("%")[0]) for _, _, _, _, sockaddr in found]
 
 
 def in_order(found: Sequence[IPAddress], family: Family) -> tuple[IPAddress, ...]:

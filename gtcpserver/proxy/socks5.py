@@ -15,7 +15,7 @@ from enum import IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from .errors import BadTarget, ProtocolError
+from .errors import TTL_EXPIRED, BadTarget, ProtocolError
 from .target import IPAddress, Target, make_target
 
 VERSION = 5
@@ -258,7 +258,9 @@ _REPLY_OF_ERRNO = {
     errno.EAFNOSUPPORT: Reply.NETWORK_UNREACHABLE,
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
     errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
+    # RFC 1928 has no reply for a time-out. Not TTL_EXPIRED: that is what a router has said.
     errno.ETIMEDOUT: Reply.HOST_UNREACHABLE,
+    TTL_EXPIRED: Reply.TTL_EXPIRED,
     errno.EACCES: Reply.NOT_ALLOWED,  # a firewall of ours
     errno.EPERM: Reply.NOT_ALLOWED,
 }

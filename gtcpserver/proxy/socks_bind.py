@@ -5,25 +5,36 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from time import monotonic
 from typing import Any
 
-import gevent.select
+import gevent
 import gevent.socket
+from gevent.event import Event
+from greenlet import GreenletExit
 
-from ..connection import Connection
+from ..connection import READ_AHEAD, Connection
+from .dial import keep_alive, way_out
 from .gate import Denied, Visitor, result_of
 from .target import IPAddress, Target, unmapped
 
 #: Strangers may connect first, and are turned away. After so many it is an attack.
 MOST_STRANGERS = 16
 
-Answer = Callable[[bool, tuple[IPAddress, int] | None], bytes]
-"""The protocol's reply: granted or not, and which address it names."""
+#: What a client may send before anybody has come. Behind it nothing is read, and its end not seen, until somebody has.
+MOST_EARLY = 64 * 1024
+
+Peer = tuple[IPAddress, int]
+
+Answer = Callable[[Exception | None, Peer | None], bytes]
+"""The protocol's reply: why it is not granted (None: it is), and which address it names."""
 
 
 class NobodyCame(OSError):
-    """The destination did not connect in time, or the client has left."""
+    """The destination did not connect in time, or strangers did instead."""
+
+
+class ClientLeft(OSError):
+    """The client did not wait for the destination."""
 
 
 def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answer) -> Connection | None:
@@ -39,51 +50,49 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     """
     record = visitor.record
     record.asked = str(target)
-    if visitor.upstream_to(target) is not None:
-        record.result, record.detail = "destination_denied", "the other proxy is not asked for BIND"
-        conn.sendall(answer(False, None))
-        return None
     try:
         visitor.check_limits()
+        upstream, found = visitor.upstream_to(target)
+        if upstream is not None:
+            raise Denied("the other proxy is not asked for BIND")
         # Any port: rules for ports are about what clients connect to.
-        expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip))
-        listening = _listen(conn, visitor, expected[0])
+        expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip), found)
+        with _listen(visitor, visitor.in_reach(expected)[0]) as listening:
+            host, port = listening.getsockname()[:2]
+            conn.sendall(answer(None, (unmapped(ip_address(host)), port)))
+            connection, peer = _wait_for(conn, listening, set(expected), visitor.gate.timeouts.connect)
     except Denied as error:
         record.result, record.detail = "destination_denied", str(error)
-        conn.sendall(answer(False, None))
+        conn.sendall(answer(error, None))
+        return None
+    except ClientLeft as error:
+        record.result, record.detail = "failed", str(error)
         return None
     except OSError as error:
-        record.result, record.detail = result_of(error), error.strerror or str(error)
-        conn.sendall(answer(False, None))
+        record.result = "connect_timeout" if isinstance(error, NobodyCame) else result_of(error)
+        record.detail = error.strerror or str(error)
+        conn.sendall(answer(error, None))
         return None
-    with listening:
-        host, port = listening.getsockname()[:2]
-        conn.sendall(answer(True, (unmapped(ip_address(host)), port)))
-        try:
-            connection = _wait_for(conn, listening, set(expected), visitor.gate.timeouts.connect)
-        except NobodyCame as error:
-            record.result, record.detail = "connect_timeout", str(error)
-            conn.sendall(answer(False, None))
-            return None
-    peer = connection.getpeername()
-    ip = unmapped(ip_address(peer[0]))
-    record.connected = str(Target(str(ip), peer[1], ip))
+    record.connected = str(Target(str(peer[0]), peer[1], peer[0]))
     record.note_opened()
-    conn.sendall(answer(True, (ip, peer[1])))
+    try:
+        conn.sendall(answer(None, peer))
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def _listen(conn: Connection, visitor: Visitor, peer: IPAddress) -> Any:
+def _listen(visitor: Visitor, peer: IPAddress) -> Any:
     """A listening socket on the address from which the proxy would connect to the peer."""
-    family = socket.AF_INET6 if isinstance(peer, IPv6Address) else socket.AF_INET
-    source = visitor.source_to(peer)
-    if source is None:
-        # connect(2) of a UDP socket sends nothing, and shows which address the route would use.
-        with gevent.socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(peer), 1))
-            source = ip_address(probe.getsockname()[0])
-    listening = gevent.socket.socket(family, socket.SOCK_STREAM)
+    source = visitor.source_to(peer) or way_out(peer)
+    listening = gevent.socket.socket(
+        socket.AF_INET6 if isinstance(peer, IPv6Address) else socket.AF_INET, socket.SOCK_STREAM
+    )
     try:
+        # What is accepted has the options of the listening socket.
+        keep_alive(listening)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listening.bind((str(source), 0))
         listening.listen(MOST_STRANGERS)
     except BaseException:
@@ -92,34 +101,73 @@ def _listen(conn: Connection, visitor: Visitor, peer: IPAddress) -> Any:
     return listening
 
 
-def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeout: float) -> Connection:
-    until = monotonic() + timeout
-    # Whether an encrypted connection has ended cannot be seen without reading from it.
-    watched = [listening, conn] if conn.tls is None else [listening]
-    for _ in range(MOST_STRANGERS):
-        while True:
-            ready, _, _ = gevent.select.select(watched, [], [], max(0.0, until - monotonic()))
-            if not ready:
-                raise NobodyCame(f"nobody connected within {timeout:g} seconds")
-            if listening in ready:
-                break
-            try:
-                if not conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    raise NobodyCame("the client left")
-            except BlockingIOError:
-                continue
-            # It sends already; its end will be noticed when somebody has come, or the time is over.
-            watched = [listening]
-        accepted, peer = listening.accept()
-        if unmapped(ip_address(peer[0].split("%")[0])) in expected:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            family = accepted.family
-            return Connection(family, socket.SOCK_STREAM, 0, accepted.detach())
-        accepted.close()
-    raise NobodyCame("only strangers connected")
+def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeout: float) -> tuple[Connection, Peer]:
+    """The first connection of somebody who is expected.
+
+    Raises:
+        NobodyCame, ClientLeft. OSError: it cannot be accepted.
+    """
+    early: list[bytes] = []
+    coming = gevent.spawn(_accept, listening, expected)
+    leaving = gevent.spawn(_read_early, conn, early)
+    try:
+        gevent.wait([coming, leaving], timeout, count=1)
+    except BaseException:
+        coming.kill()
+        if isinstance(coming.value, tuple):
+            coming.value[0].close()
+        raise
+    finally:
+        # Until they have ended: what comes now is the relay's.
+        gevent.killall([coming, leaving])
+        conn.unread(b"".join(early))
+    came: tuple[Connection, Peer] | BaseException = coming.value
+    if isinstance(came, tuple):
+        return came
+    if isinstance(came, OSError):
+        raise came
+    if isinstance(leaving.value, GreenletExit):  # it would have read on
+        raise NobodyCame(f"nobody connected within {timeout:g} seconds")
+    raise ClientLeft("the client left")
 
 
-def ipv4_only(address: tuple[IPAddress, int] | None) -> tuple[IPv4Address, int] | None:
+def _accept(listening: Any, expected: set[IPAddress]) -> tuple[Connection, Peer] | OSError:
+    # An error is returned and not raised: gevent would print it.
+    try:
+        for _ in range(MOST_STRANGERS):
+            accepted, address = listening.accept()
+            # Not getpeername(): who resets at once has no name any more.
+            ip = unmapped(ip_address(address[0].partition("%")[0]))
+            if ip in expected:
+                family = accepted.family
+                return Connection(family, socket.SOCK_STREAM, 0, accepted.detach()), (ip, address[1])
+            accepted.close()
+    except OSError as error:
+        return error
+    return NobodyCame("only strangers connected")
+
+
+def _read_early(conn: Connection, early: list[bytes]) -> None:
+    """Read what a client sends before anybody has come; returns when it has left.
+
+    Over TLS, and behind bytes that wait to be read, an end is seen only by reading.
+    """
+    room = MOST_EARLY
+    while room > 0:
+        try:
+            data = conn.recv(min(room, READ_AHEAD))
+        except TimeoutError:
+            continue  # the server's, for clients that are idle: this one waits
+        except OSError:
+            return
+        if not data:
+            return
+        early.append(data)
+        room -= len(data)
+    Event().wait()
+
+
+def ipv4_only(address: Peer | None) -> tuple[IPv4Address, int] | None:
     """What SOCKS4 can name of an address."""
     if address is None or not isinstance(address[0], IPv4Address):
         return None

@@ -80,8 +80,8 @@ def _serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
 
 
 def _serve_bind(conn: Connection, visitor: Visitor, target: Target) -> None:
-    def answer(granted: bool, address: tuple[IPAddress, int] | None) -> bytes:
-        return socks5.reply(Reply.SUCCEEDED if granted else Reply.GENERAL_FAILURE, address)
+    def answer(error: Exception | None, address: tuple[IPAddress, int] | None) -> bytes:
+        return socks5.reply(Reply.SUCCEEDED if error is None else _reply5(error), address)
 
     _bind(conn, visitor, target, answer)
 
@@ -120,6 +120,7 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
     request = reader.read(socks4.parse_request)
     record.protocol = "socks4a" if request.is_4a else "socks4"
     record.command = request.command.name
+    record.claimed = request.user.decode("utf-8", "backslashreplace") or None
     if not visitor.admitted:
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
         return None
@@ -134,8 +135,8 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
 
 
 def _serve_bind4(conn: Connection, visitor: Visitor, target: Target) -> None:
-    def answer(granted: bool, address: tuple[IPAddress, int] | None) -> bytes:
-        return _socks4_reply(socks4.Reply.GRANTED if granted else socks4.Reply.REJECTED, address)
+    def answer(error: Exception | None, address: tuple[IPAddress, int] | None) -> bytes:
+        return _socks4_reply(socks4.Reply.GRANTED if error is None else socks4.Reply.REJECTED, address)
 
     _bind(conn, visitor, target, answer)
 

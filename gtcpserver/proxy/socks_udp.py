@@ -34,13 +34,18 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
             datagram. The address is always that of its TCP connection.
     """
     record = visitor.record
-    local = ip_address(conn.getsockname()[0].split("%")[0])
+    own = visitor.own
+    if own is None:
+        # A unix socket: no address from which the client's datagrams would have to come.
+        record.result, record.detail = "bad_request", "UDP ASSOCIATE by a unix socket"
+        conn.sendall(socks5.reply(Reply.COMMAND_NOT_SUPPORTED))
+        return
     try:
         visitor.check_limits()
-        association = _Association(visitor, local, target.port)
+        association = _Association(visitor, own[0], target.port)
     except OSError as error:
         record.result, record.detail = result_of(error), error.strerror or str(error)
-        conn.sendall(socks5.reply(Reply.GENERAL_FAILURE))
+        conn.sendall(socks5.reply(socks5.reply_of(error)))
         return
     try:
         conn.sendall(socks5.reply(Reply.SUCCEEDED, association.address))
@@ -75,16 +80,16 @@ def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Associat
 
 
 class _Association:
-    """The sockets of one client: one towards it, one for each family towards the destinations."""
+    """The sockets of one client: one towards it, one towards destinations for each address of ours."""
 
     def __init__(self, visitor: Visitor, local: IPAddress, port: int) -> None:
         self._visitor = visitor
         self._pace = visitor.pace
         self._client: Any = None  # (host, port, ...) of the client's datagrams, when it is known
         self._client_port = port
-        self._peers: OrderedDict[Peer, None] = OrderedDict()
+        self._peers: OrderedDict[Peer, Any] = OrderedDict()  # and the socket by which each is reached
         self._inner = _udp_socket(local)
-        self._outer: dict[int, Any] = {}
+        self._outer: dict[IPAddress, Any] = {}
         self._greenlets: list[Any] = []
 
     @property
@@ -126,20 +131,24 @@ class _Association:
 
     def _send(self, datagram: socks5.Datagram) -> None:
         visitor, target = self._visitor, datagram.target
-        if visitor.upstream_to(target) is not None:
+        upstream, found = visitor.upstream_to(target)
+        if upstream is not None:
             return  # it must not be known there where we are, and the other proxy has no datagrams
-        found = (target.ip,) if target.ip is not None else visitor.gate.resolver.resolve(target.host)
+        found = visitor.in_reach(visitor.addresses_of(target) if found is None else found)
         ip = next((one for one in found if visitor.decide(target, one).allowed), None)
         if ip is None:
             return
         visitor.record.asked = visitor.record.asked or str(target)
         visitor.record.connected = visitor.record.connected or str(Target(str(ip), target.port, ip))
         peer = (ip, target.port)
-        self._peers[peer] = None
-        self._peers.move_to_end(peer)
-        if len(self._peers) > MOST_PEERS:
-            self._peers.popitem(last=False)
-        self._outer_socket(ip).sendto(datagram.data, (str(ip), target.port))
+        outer = self._peers.get(peer)
+        if outer is None:
+            outer = self._peers[peer] = self._outer_socket(ip)
+            if len(self._peers) > MOST_PEERS:
+                self._peers.popitem(last=False)
+        else:
+            self._peers.move_to_end(peer)
+        outer.sendto(datagram.data, (str(ip), target.port))
         visitor.record.sent += len(datagram.data)
         self._rest(len(datagram.data))
 
@@ -151,10 +160,10 @@ class _Association:
     # -- from destinations -------------------------------------------------------------------------------------------
 
     def _outer_socket(self, ip: IPAddress) -> Any:
-        sock = self._outer.get(ip.version)
+        source = self._visitor.source_to(ip) or ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
+        sock = self._outer.get(source)
         if sock is None:
-            source = self._visitor.source_to(ip) or ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
-            sock = self._outer[ip.version] = _udp_socket(source)
+            sock = self._outer[source] = _udp_socket(source)
             self._greenlets.append(gevent.spawn(self._read_from_peers, sock))
         return sock
 

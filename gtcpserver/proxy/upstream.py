@@ -16,18 +16,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from ..balancer import ProxyVersion, header_of
 from ..connection import Connection
 from ..errors import ConfigError, EarlyEOF, LimitExceeded
 from . import socks5
-from .errors import BadTarget
+from .errors import TTL_EXPIRED, BadTarget
 from .rules import DestinationRule, RuleMatch, parse_way
 from .target import IPAddress, Target, parse_authority
 
 Scheme = Literal["socks5", "http"]
 Resolve = Literal["here", "there"]
+
+_SCHEMES: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
 
 DIRECT = "direct"
 
@@ -81,30 +83,33 @@ class Upstream:
             client: for whom.
 
         Raises:
-            UpstreamError: a proxy on the way says no, or the first one cannot be reached. Other OSErrors: it broke off.
+            UpstreamError: the proxy says no, or breaks off.
+            UpstreamUnreachable: it, or one before it, cannot be reached.
+            TimeoutError: what the caller's time-out raises.
         """
         connection = self.reach(dial, client)
         try:
             self._ask(connection, target)
-        except (EarlyEOF, LimitExceeded) as error:
+        except (EarlyEOF, LimitExceeded, ConnectionError) as error:
             connection.close()
-            raise UpstreamError(errno.EIO, f"upstream {self.name}: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise UpstreamError(errno.EIO, f"upstream {self.name}: {why}") from None
         except BaseException:
             connection.close()
             raise
         return connection
 
     def reach(self, dial: Callable[[Target], Connection], client: Connection) -> Connection:
-        """A connection to this proxy itself."""
-        if self.through is None:
-            try:
+        """A connection to this proxy itself. Raises UpstreamUnreachable."""
+        try:
+            if self.through is None:
                 connection = dial(self.target)
-            except OSError as error:
-                # Not with its number: it is no news of the destination that the proxy refuses.
-                why = error.strerror or str(error)
-                raise UpstreamUnreachable(errno.EIO, f"upstream {self.name} cannot be reached: {why}") from None
-        else:
-            connection = self.through.connect(self.target, dial, client)
+            else:
+                connection = self.through.connect(self.target, dial, client)
+        except OSError as error:
+            # Not with its number: it is no news of the destination that the proxy, or one before it, refuses.
+            why = error.strerror or str(error)
+            raise UpstreamUnreachable(errno.EIO, f"upstream {self.name} cannot be reached: {why}") from None
         if self.send_proxy is not None:
             try:
                 connection.sendall(header_of(client, self.send_proxy).to_bytes())
@@ -174,7 +179,7 @@ _ERRNO_OF_REPLY: dict[int, int] = {
     socks5.Reply.NETWORK_UNREACHABLE: errno.ENETUNREACH,
     socks5.Reply.HOST_UNREACHABLE: errno.EHOSTUNREACH,
     socks5.Reply.CONNECTION_REFUSED: errno.ECONNREFUSED,
-    socks5.Reply.TTL_EXPIRED: errno.EHOSTUNREACH,
+    socks5.Reply.TTL_EXPIRED: TTL_EXPIRED,
 }
 
 _ERRNO_OF_STATUS = {403: errno.EACCES, 502: errno.EHOSTUNREACH, 503: errno.EHOSTUNREACH, 504: errno.ETIMEDOUT}
@@ -208,20 +213,22 @@ def parse_upstream(
         ConfigError: it is no such thing.
     """
     expected = f"the url of upstream {name!r} must be socks5://[user:password@]host:port or http://..."
+    # Not by urlsplit: it ends a password at its first "/", "?" or "#", and then the rest is in the message. What is
+    # before the last "@" is the user's.
+    given, _, rest = url.partition("://")
+    userinfo, _, where = rest.rpartition("@")
+    scheme = _SCHEMES.get(given.lower())
+    if scheme is None:
+        raise ConfigError(f"{expected}, got {_without_password(url)!r}")
     try:
-        parts = urlsplit(url)
-        authority = parts.netloc.rpartition("@")[2]
-        if parts.scheme not in get_args(Scheme) or parts.path not in ("", "/") or parts.query or parts.fragment:
-            raise ConfigError(f"{expected}, got {_without_password(url)!r}")
-        target = parse_authority(authority)
-    except (BadTarget, ValueError) as error:
+        target = parse_authority(where.removesuffix("/"))
+    except BadTarget as error:
         raise ConfigError(f"{expected}, got {_without_password(url)!r} ({error})") from None
-    user, password = unquote_to_bytes(parts.username or ""), unquote_to_bytes(parts.password or "")
+    user, _, password = map(unquote_to_bytes, userinfo.partition(":"))
     if bool(user) != bool(password):
         raise ConfigError(f"{expected}: a user and a password, or none of them")
-    if parts.scheme == "socks5" and not max(len(user), len(password)) <= 255:
+    if scheme == "socks5" and not max(len(user), len(password)) <= 255:
         raise ConfigError(f"{expected}: SOCKS5 has users and passwords of 255 bytes at most")
-    scheme: Scheme = "http" if parts.scheme == "http" else "socks5"
     return Upstream(
         name=name,
         scheme=scheme,
@@ -235,7 +242,11 @@ def parse_upstream(
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", url)
+    before, at, where = url.rpartition("@")
+    if not at:
+        return url
+    scheme = before.partition("://")[0]
+    return f"{scheme}://...@{where}" if scheme.isalnum() else f"...@{where}"
 
 
 @dataclass(frozen=True, slots=True)

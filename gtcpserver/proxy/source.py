@@ -1,0 +1,76 @@
+"""From which address to connect, on a host that has several."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import struct
+from collections import Counter
+from ipaddress import IPv4Address, IPv6Address
+from time import monotonic
+
+from .dial import way_out
+from .target import IPAddress
+
+SIOCGIFCONF = 0x8912  # linux/sockios.h
+_IFREQ = struct.Struct("16s4x4s16x")  # netdevice(7): a name, and a sockaddr_in in a union of 24 bytes
+
+#: Seconds for which the addresses of this host are believed to stay what they are: to list them takes 30 us and more.
+KEEP = 5.0
+
+_known: tuple[float, dict[IPAddress, str]] = (0.0, {})
+
+
+def is_better_source(own: IPAddress, destination: IPAddress) -> bool:
+    """Whether a connection is better made from the own address that a client has chosen than from the system's choice.
+
+    It is if the destination is reached by the interface that has this address and others, as where a cloud maps each
+    private address of an interface to a public one. From the address of another interface, of a VPN or the inner side
+    of a gateway, the packets would leave by the same way, and no answer would find back.
+    """
+    choices = _choices()
+    interface = choices.get(own)
+    if interface is None:
+        return False
+    try:
+        return choices.get(way_out(destination)) == interface
+    except OSError:
+        return False  # no way: connecting will say so
+
+
+def _choices() -> dict[IPAddress, str]:
+    """The interface of each address beside which it has others of the same family; as it was some seconds ago."""
+    global _known
+    if _known[0] < monotonic():
+        found = {ip: name for ip, name in _ipv4() + _ipv6() if not (ip.is_loopback or ip.is_link_local)}
+        beside = Counter((name, ip.version) for ip, name in found.items())
+        _known = (monotonic() + KEEP, {ip: name for ip, name in found.items() if beside[name, ip.version] > 1})
+    return _known[1]
+
+
+def _ipv4() -> list[tuple[IPAddress, str]]:
+    # netdevice(7). The second and further addresses may have labels, "eth0:1".
+    size = 64 * _IFREQ.size
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        while True:
+            room = array.array("B", bytes(size))
+            answer = fcntl.ioctl(any_socket, SIOCGIFCONF, struct.pack("iP", size, room.buffer_info()[0]))
+            used = struct.unpack("iP", answer)[0]
+            if used < size:
+                break
+            size *= 2  # they may not all have had room
+    return [
+        (IPv4Address(packed), name.partition(b"\0")[0].decode().partition(":")[0])
+        for name, packed in _IFREQ.iter_unpack(room[:used].tobytes())
+    ]
+
+
+def _ipv6() -> list[tuple[IPAddress, str]]:
+    # proc(5): address, index, prefix length, scope, flags, name.
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as lines:
+            words = [line.split() for line in lines]
+    except OSError:
+        return []  # no IPv6 here
+    return [(IPv6Address(int(line[0], 16)), line[5]) for line in words]
