@@ -255,6 +255,19 @@ def test_the_rate_decides_what_is_measured():
     assert latency.every == 1
 
 
+@given(st.lists(st.floats(0, 1e6), max_size=50), st.integers(1, 20))
+def test_each_request_is_in_the_bucket_whose_bound_it_does_not_exceed(times, weight):
+    latency = Latency()
+    for seconds in times:
+        latency.add(seconds, weight)
+    snapshot = latency.snapshot()
+    assert snapshot.pop("sum") == pytest.approx(weight * sum(times))
+    counted = 0
+    for name, count in snapshot.items():
+        counted += count
+        assert counted == weight * sum(seconds <= float(name) for seconds in times)
+
+
 def test_a_full_pool_is_shared_fairly_by_connections_that_are_timed(watched, connect, in_thread):
     entered = Event()
     go_on = Event()

@@ -14,7 +14,7 @@ MOST = 500
 """Rows of the table, over all workers. More is nothing that somebody reads; the page and the packets stay small."""
 
 AT_ONCE = 50
-"""Rows that are made without a pause: 20 us each, in which the event loop does nothing else."""
+"""Rows that are made without a pause: 10 us each, in which the event loop does nothing else."""
 
 
 def table_of(server: Server, most: int = MOST) -> list[dict[str, Any]]:
