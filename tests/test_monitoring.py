@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlencode
 
 import gevent
 import pytest
-from conftest import SOON, wait_until
+from conftest import SOON, free_port, wait_until
 from gevent.event import Event
 from hypothesis import given
 from hypothesis import strategies as st
@@ -612,6 +613,54 @@ def test_the_dashboard_asks_for_metrics_that_exist(names):
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is missing")
+def test_prometheus_scrapes_it_and_answers_what_the_dashboard_asks(watched, connect, in_thread, tmp_path):
+    server, monitor = watched()
+    assert ask(in_thread, connect(server)) == b"x"
+    (tmp_path / "prometheus.yml").write_text(
+        "scrape_configs:\n  - job_name: app\n    scrape_interval: 500ms\n    scrape_timeout: 500ms\n"
+        f"    static_configs:\n      - targets: ['{monitor.address}']\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}"]
+    process = subprocess.Popen(
+        [*command, "--storage.tsdb.path=data"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def query(text):
+        try:
+            body = in_thread(fetch, address, "/api/v1/query?" + urlencode({"query": text}))[2]
+        except OSError:
+            assert process.poll() is None
+            return []
+        answer = json.loads(body) if body.startswith(b"{") else {"status": "starting"}
+        if answer["status"] == "starting":
+            return []
+        assert answer["status"] == "success", (text, answer)
+        return answer["data"]["result"]
+
+    try:
+        # Two scrapes, so that there are rates.
+        wait_until(lambda: query("sum_over_time(up[1m]) >= 3"))
+        dashboard = json.loads((ROOT / "examples/deployment/grafana/gtcpserver.json").read_text())
+        empty = set()
+        for panel in dashboard["panels"]:
+            for target in panel["targets"]:
+                text = target["expr"]
+                for name, stands_for in VARIABLES.items():
+                    text = text.replace(name, stands_for)
+                if not query(text):
+                    empty.add(panel["title"])
+        # These have labels only once there is something to count, and a quotient of nothing.
+        assert empty <= {"Errors by kind", "Failed handshakes by kind", "What the handler counts"}
+    finally:
+        process.kill()
+        process.wait()
+
+
+VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "1m", "$__range": "1m"}
 
 
 def test_the_documentation_has_every_metric_and_no_other(names):
