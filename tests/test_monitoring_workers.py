@@ -17,6 +17,7 @@ from supervised import APP, SOON, Master, alive, children, wait_until
 from gtcpserver.monitoring import from_master
 from gtcpserver.monitoring.from_master import FromMaster
 from gtcpserver.monitoring.source import Health, SourceError
+from gtcpserver.supervisor import control
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -72,7 +73,7 @@ class Polling:
     def __init__(self, address, path):
         self.answers = []
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(address, path))
+        self._thread = threading.Thread(target=self._run, args=(address, path), daemon=True)
         self._thread.start()
 
     def _run(self, address, path):
@@ -114,6 +115,30 @@ def test_run_with_workers_and_metrics(tmp_path, python):
         log += process.stderr.readline().decode()
     address = re.search(r"metrics and status page on http://(127.0.0.1:\d+)/", log)[1]
     wait_until(lambda: fetch(address, "/readyz") == (200, "ready\n"))
+    process.terminate()
+    assert process.wait(SOON) == 0
+
+
+def test_a_monitor_that_stands_still_is_replaced(tmp_path, python):
+    (tmp_path / "app.py").write_text(APP)
+    source = """
+        from gtcpserver import run
+        from gtcpserver.supervisor import monitor
+
+        monitor.SILENCE_SECONDS = 2.5
+        run("app:handler", "127.0.0.1:0", workers=1, metrics=0, control="ctl")
+    """
+    process = python(source, cwd=tmp_path)
+    log = ""
+    while "listening on" not in log:
+        log += process.stderr.readline().decode()
+    address = re.search(r"metrics and status page on http://(127.0.0.1:\d+)/", log)[1]
+    assert fetch(address, "/healthz")[0] == 200
+    workers = {one["pid"] for one in control.ask(str(tmp_path / "ctl"), {"command": "status"})["workers"]}
+    (monitor,) = children(process.pid).keys() - workers
+    os.kill(monitor, signal.SIGSTOP)
+    assert fetch(address, "/metrics")[0] == 200  # by the next one, when its time has come
+    assert not alive(monitor)
     process.terminate()
     assert process.wait(SOON) == 0
 

@@ -25,11 +25,13 @@ class FromMaster:
         line: a connected socket.
 
     Attributes:
+        knows: set when the master has said how it is.
         ended: set when the master is gone, or wants this process to go.
     """
 
     def __init__(self, line: Any) -> None:
         self._line = line
+        self.knows = Event()
         self.ended = Event()
         self._health = Health(True, False, "starting")
         self._heard_at = monotonic()
@@ -80,6 +82,8 @@ class FromMaster:
         for what, value in said.items():
             if what == "health":
                 self._health = Health(True, value["ready"] is True, str(value["word"]))
+                self.knows.set()
+                self.say("well")  # this process is not blocked
             elif what == "leave":
                 self.ended.set()
             elif (result := self._waiting.pop(what, None)) is not None:

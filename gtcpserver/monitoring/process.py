@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from types import FrameType
 
+import gevent
 import gevent.socket
 
 from gtcpserver.address import Address
@@ -61,6 +62,8 @@ def run_monitor(job: Job) -> int:
         log_in_worker(job.log_style)
     source = FromMaster(gevent.socket.socket(fileno=job.line.detach()))
     pages = make_pages(source, job.address, job.sockets)
+    # Those who wait already are not told that it starts, where it does not.
+    gevent.wait([source.knows, source.ended], count=1)
     pages.start()
     source.say("started")
     source.ended.wait()

@@ -41,6 +41,11 @@ _waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "wai
 HEALTH_SECONDS = 1.0
 """How often the monitor hears that the master is well, besides every change at once."""
 
+SILENCE_SECONDS = 10.0
+"""A monitor that has not answered for so long is blocked, or stopped: it is killed, and another one started."""
+
+START_SECONDS = 60.0  # the same for one that starts; it imports a few libraries
+
 TABLE_SECONDS = 1.0
 """How long workers get to send their connections; a blocked one is named instead."""
 
@@ -81,6 +86,8 @@ class MonitorProcess:
         self._said: Any = None
         self._say_at = 0.0
         self._started_at = 0.0
+        self._heard_at = 0.0
+        self._looked_at = 0.0
         self._not_before = 0.0
         self._failures = 0
         self._kill_at: float | None = None
@@ -101,17 +108,24 @@ class MonitorProcess:
         """Called a few times a second, and after every event."""
         if self._pid and self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
+        if now - self._looked_at > 2 * HEALTH_SECONDS:
+            self._heard_at = now  # it was this process that stood still
+        self._looked_at = now
         if self._line is None:
             if not (self._pid or self._for_good) and now >= self._not_before and self._may_start():
                 self._start()
             return
-        health = self._health()
+        # Its last answers are of the time before: where another master goes on, the service does not drain.
+        health = self._said if self._for_good else self._health()
         if health != self._said or now >= self._say_at:
             # One that does not read is told the changes alone: no more than there are.
             if health != self._said or not self._outbox:
                 self._send({"health": health})
             self._said, self._say_at = health, now + HEALTH_SECONDS
         self._look_after_table(now)
+        if self._kill_at is None and now - self._heard_at > (START_SECONDS if self.starting else SILENCE_SECONDS):
+            log.error("the monitor (pid %d) has said nothing for %.0f s: killing it", self._pid, now - self._heard_at)
+            self._kill_at = now
 
     def _may_start(self) -> bool:
         fleet = self._master.fleet
@@ -160,7 +174,7 @@ class MonitorProcess:
         self._inbox = self._outbox = b""
         self._said = None
         self._told_to_leave = False
-        self._started_at = now
+        self._started_at = self._heard_at = now
         self.starting = True
 
     def _put_off(self, now: float, what: str) -> None:
@@ -260,6 +274,7 @@ class MonitorProcess:
         if not data or len(self._inbox) > MAX_REQUEST:
             self._hang_up()
             return
+        self._heard_at = monotonic()
         *lines, self._inbox = self._inbox.split(b"\n")
         for one in lines:
             self._answer(one)
