@@ -1034,6 +1034,7 @@ def run(
     *,
     bind: Any = None,
     workers: int | Literal["auto"] | None = None,
+    metrics: str | int | None = None,
     **options: Any,
 ) -> StopReport:
     """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``.
@@ -1044,6 +1045,8 @@ def run(
         bind: the same, as the command line calls it.
         workers: serve with so many worker processes ("auto": one for each CPU). A handler given by its name is imported
             by each worker, so that a reload (SIGHUP) finds new code.
+        metrics: where metrics, health checks and a status page are served over HTTP, such as "127.0.0.1:9100"; a port
+            alone is on 127.0.0.1. None: nowhere.
         **options: as :class:`Server`; with workers, the fields of ``SupervisorConfig`` and the hooks worker_start,
             worker_stop and worker_error as well.
 
@@ -1052,10 +1055,15 @@ def run(
         gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
     """
     # They stand on this module: worker processes are not loaded by those who have none.
+    from .monitoring import Monitor
     from .supervisor.api import load_name, run_workers
 
     if bind is not None:
         address = bind
     if workers is not None:
-        return run_workers(handler, address, workers=workers, **options)
-    return Server(address, load_name(handler), **options).serve_forever()
+        return run_workers(handler, address, workers=workers, metrics=metrics, **options)
+    server = Server(address, load_name(handler), **options)
+    if metrics is None:
+        return server.serve_forever()
+    with Monitor(server, metrics):
+        return server.serve_forever()

@@ -124,9 +124,10 @@ def _shut(connection: Connection) -> None:
 def _where(frame: Any) -> tuple[str, ...]:
     """The frames of a handler that waits, without this library's, outermost first."""
     own = os.path.dirname(__file__)
-    stack = traceback.extract_stack(frame) if frame is not None else []
+    # Not extract_stack, which looks into the source files for each of them.
+    calls = [] if frame is None else [(one.f_code, line) for one, line in traceback.walk_stack(frame)]
     return tuple(
-        f"{os.path.basename(entry.filename)}:{entry.lineno} in {entry.name}"
-        for entry in stack
-        if os.path.dirname(entry.filename) != own
+        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"
+        for code, line in reversed(calls)
+        if os.path.dirname(code.co_filename) != own
     )

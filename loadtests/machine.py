@@ -22,7 +22,12 @@ PACKAGES = ("gtcpserver", "gevent", "greenlet", "uvloop", "trio", "twisted", "cr
 DEBIAN = {"haproxy": "haproxy", "nginx": "nginx-light", "openssl": "openssl", "wrk": "wrk"}
 
 #: Programs by what needs them.
-NEEDED = {"bench": ("openssl", "wrk"), "transfers": ("haproxy", "nginx", "wrk"), "workers": ("wrk",)}
+NEEDED = {
+    "bench": ("openssl", "wrk"),
+    "transfers": ("haproxy", "nginx", "wrk"),
+    "workers": ("wrk",),
+    "monitoring": ("wrk",),
+}
 
 
 def machine(seed: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from loadtests import (  # noqa: E402
     idle,
     machine,
     measure,
+    monitoring,
     options,
     plots,
     proxies,
@@ -546,6 +547,12 @@ def test_transfers_are_measured_against_real_peers(tmp_path):
         assert len(figures["runs"]) >= 2
         assert all(round_[0] > 0 for rounds in figures["runs"].values() for round_ in rounds)
     assert output["machine"]["commit"]
+
+
+@needs_wrk
+def test_a_monitor_is_measured_against_none(tmp_path):
+    output = run_module("monitoring", tmp_path / "found.json", "--rounds", "1", "--seconds", "2", "--clients", "10")
+    assert list(output["figures"]["monitoring"]["runs"]) == list(monitoring.WAYS)
 
 
 @needs_wrk

@@ -358,7 +358,8 @@ def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
             raise click.UsageError(f"{flag(name)}: cannot be used together with --workers: {instead}")
     options = {name: context.params[name] for name, _, _ in SUPERVISOR_OPTIONS if name in names}
     options["graceful_timeout"] = context.params["stop_timeout"]
-    fields = {name for name, _, _ in SUPERVISOR_OPTIONS}
+    options["metrics"] = context.params["metrics"]
+    fields = {"metrics", *(name for name, _, _ in SUPERVISOR_OPTIONS)}
     return explained(lambda: SupervisorConfig(**options), fields=fields)
 
 

@@ -18,6 +18,7 @@ from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
     OrNone,
     access_log_options,
+    explained,
     make_listen_config,
     make_server,
     make_supervisor_config,
@@ -32,6 +33,7 @@ from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
 from gtcpserver.errors import ConfigError
 from gtcpserver.logs import configure_logging
+from gtcpserver.monitoring import Monitor
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
 from gtcpserver.stats import StopReport
 from gtcpserver.supervisor import systemd
@@ -79,6 +81,11 @@ def process_options(command: Command) -> Command:
             default=DEFAULT_STOP_TIMEOUT,
             show_default=True,
             help="Seconds handlers get to finish at SIGTERM or SIGINT; none: for ever. A second signal ends them.",
+        ),
+        click.option(
+            "--metrics",
+            metavar="ADDRESS",
+            help="Serve metrics, health checks and a status page there over HTTP; a port alone is on 127.0.0.1.",
         ),
         click.option(
             "--stats-interval",
@@ -241,7 +248,11 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         RunError: the address cannot be had, or the listening socket was lost.
         ConfigError: the address is none this system can listen on.
     """
+    monitor = make_monitor(context, server)
     try:
+        # First: a server that has begun to serve would lose its clients where this fails.
+        if monitor is not None:
+            monitor.start()
         server.start()
         if context.params["freeze_gc"]:
             freeze_garbage_collector()
@@ -256,9 +267,17 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
+    finally:
+        if monitor is not None:
+            monitor.stop()
     systemd.notify("STOPPING=1")
     gevent.killall(helpers)
     log_report(report)
+
+
+def make_monitor(context: click.Context, server: Server) -> Monitor | None:
+    address = context.params["metrics"]
+    return None if address is None else explained(lambda: Monitor(server, address), fields=("metrics",))
 
 
 def log_listening(server: Server) -> None:

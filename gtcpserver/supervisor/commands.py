@@ -71,10 +71,14 @@ class Commands:
         for reply in due:
             reply(self.status())
 
-    def status(self) -> dict[str, Any]:
-        """The state of master, workers and counters."""
+    def status(self, *, in_full: bool = False) -> dict[str, Any]:
+        """The state of master, workers and counters; `in_full` with all counters of each worker."""
         master, fleet = self._master, self._master.fleet
-        workers = [describe(slot, worker) for _, slot in sorted(fleet.slots.items()) for worker in slot.workers()]
+        workers = [
+            describe(slot, worker) | ({"stats": worker.stats} if in_full else {})
+            for _, slot in sorted(fleet.slots.items())
+            for worker in slot.workers()
+        ]
         return {
             "state": master.state.value,
             "ready": master.ready,

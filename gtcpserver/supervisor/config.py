@@ -9,6 +9,7 @@ import pwd
 from dataclasses import dataclass
 
 from gtcpserver.errors import ConfigError
+from gtcpserver.monitoring.monitor import check_metrics_address
 from gtcpserver.options import check_number, check_whole_number
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT
 
@@ -45,6 +46,8 @@ class SupervisorConfig:
         umask: the processes' file mode creation mask, such as 0o027.
         control: path of the control socket (mode 600); see `gtcpserver ctl`.
         log_file: standard error goes there; opened again at USR1.
+        metrics: where metrics, health checks and the status page are served, by a process of their own; a port alone
+            is on 127.0.0.1. None: nowhere.
 
     Raises:
         ConfigError: a value that cannot work; the message names it.
@@ -66,6 +69,7 @@ class SupervisorConfig:
     umask: int | None = None
     control: str | None = None
     log_file: str | None = None
+    metrics: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.workers != "auto":
@@ -88,6 +92,8 @@ class SupervisorConfig:
             path = getattr(self, name)
             if path is not None and (not path or "\0" in path):
                 raise ConfigError(f"{name} must be a path, got {path!r}")
+        if self.metrics is not None:
+            check_metrics_address(self.metrics)
         if self.user is not None or self.group is not None:
             uid, gid, _ = self.identity()
             if os.geteuid() != 0 and (uid != os.geteuid() or gid != os.getegid()):

@@ -97,6 +97,8 @@ class Fleet:
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
         self.care = Care(self)
+        #: Whether another child of the master was just forked, which has all sockets for a moment.
+        self.another_starts: Callable[[], bool] = lambda: False
 
     def active(self) -> list[Slot]:
         """The slots that are to stay."""
@@ -180,6 +182,9 @@ class Fleet:
             worker.wants_to_retire = message.text("why") or "asks for it"
         elif message.kind == "dumped":
             worker.dumped = True
+        elif message.kind == "connections":
+            table = message.fields.get("table")
+            worker.table = table if isinstance(table, list) else []
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":
@@ -383,7 +388,7 @@ class Fleet:
     def _close_empty_slots(self) -> None:
         # A worker that has just been forked holds the sockets of all slots for a moment; the kernel takes a member out
         # of its group when the last of them is closed.
-        if any(worker.state is WorkerState.STARTING for worker in self.workers.values()):
+        if self.another_starts() or any(worker.state is WorkerState.STARTING for worker in self.workers.values()):
             return
         for slot in [slot for slot in self.slots.values() if slot.closing and not slot.workers()]:
             lost = self.sockets.remove_slot(slot.number)

@@ -37,6 +37,7 @@ from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
 from gtcpserver.supervisor.control import ControlSocket
 from gtcpserver.supervisor.fleet import Failure, Fleet
 from gtcpserver.supervisor.log_files import STDERR, log_in_master, open_log_file, write_stderr_to
+from gtcpserver.supervisor.monitor import MonitorProcess
 from gtcpserver.supervisor.pid_file import PidFile
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.reload import Done
@@ -95,6 +96,7 @@ class Master:
         self._left_to: int | None = None  # the new master that has everything now
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
+        self._monitor: MonitorProcess | None = None
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
         self._pipe = (-1, -1)
         self._stop_at: float | None = None
@@ -115,6 +117,14 @@ class Master:
     @property
     def stopping(self) -> bool:
         return self.state not in (MasterState.STARTING, MasterState.SERVING)
+
+    @property
+    def owns_metrics(self) -> bool:
+        """Whether its monitor is the one to answer, and not that of the master before or after this one."""
+        return not self._not_ours()
+
+    def status_for_monitor(self) -> dict[str, Any]:
+        return self._commands.status(in_full=True)
 
     def run(self, listen_fds: int = 0) -> Fleet:
         """Starts, serves until it is told to stop, and returns what the fleet has counted.
@@ -160,6 +170,11 @@ class Master:
         sockets.open(self.program.addresses, slots, handover.sockets if handover is not None else ())
         self.addresses = sockets.addresses
         self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots)
+        try:
+            self._open_monitor()
+        except BaseException:
+            sockets.close(keep_paths=self._not_ours())
+            raise
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         before = [(number, _signal(number, _noted_in_the_pipe)) for number in MASTER_SIGNALS]
@@ -175,6 +190,8 @@ class Master:
             sockets.close(keep_paths=self._not_ours())
             if self._control is not None:
                 self._control.close(remove=not self._not_ours())
+            if self._monitor is not None:
+                self._monitor.close(keep_paths=self._not_ours())
             if self._pid_file is not None:
                 self._pid_file.remove()
             signal.set_wakeup_fd(wakeup_before)
@@ -219,7 +236,30 @@ class Master:
         elif path is not None:
             self._control = ControlSocket(path, self._commands.answer)
 
+    def _open_monitor(self) -> None:
+        inherited = self._handover.metrics if self._handover is not None else []
+        if self.config.metrics is None:
+            for one in inherited:
+                os.close(one.fd)
+            return
+        self._monitor = MonitorProcess(self, self.config.metrics, inherited)
+        self.fleet.another_starts = lambda: self._monitor is not None and self._monitor.starting
+
     def _close_in_worker(self) -> None:
+        self._close_in_child()
+        if self._monitor is not None:
+            self._monitor.close_in_child(sockets=True)
+
+    def close_in_monitor(self) -> None:
+        """In a new monitor: closes what is the master's, its own listening sockets excepted."""
+        self._close_in_child()
+        if self._monitor is not None:
+            self._monitor.close_in_child(sockets=False)
+        self.fleet.sockets.close_copies()
+        for worker in self.fleet.workers.values():
+            worker.channel.close()
+
+    def _close_in_child(self) -> None:
         for fd in self._pipe:
             os.close(fd)
         if self._control is not None:
@@ -264,6 +304,10 @@ class Master:
             for client in control.clients:
                 watched[client.fileno()] = client.handle
                 poll.register(client.fileno(), client.events())
+        monitor = self._monitor
+        if monitor is not None and monitor.fileno() >= 0:
+            watched[monitor.fileno()] = monitor.handle
+            poll.register(monitor.fileno(), monitor.events())
         due = min(self.fleet.next_due(), self._stop_at or float("inf")) - monotonic()
         for fd, events in poll.poll(1000 * max(0.0, min(TICK_SECONDS, due))):
             watched[fd](events)
@@ -281,7 +325,8 @@ class Master:
         # As process 1 of a container, orphans are ours to bury too; elsewhere a caller of `run` may have children.
         while os.getpid() == 1 and self._bury(-1):
             pass
-        for pid in (*self.fleet.workers, *self._upgrade.pids()):
+        monitors = self._monitor.pids() if self._monitor is not None else []
+        for pid in (*self.fleet.workers, *self._upgrade.pids(), *monitors):
             self._bury(pid)
 
     def _bury(self, pid: int) -> bool:
@@ -289,9 +334,12 @@ class Master:
             gone, status = _waitpid(pid, os.WNOHANG)
         except ChildProcessError:
             # Somebody else has buried it.
-            gone, status = (pid, 0) if pid in self.fleet.workers else (0, 0)
+            known = pid in self.fleet.workers or (self._monitor is not None and pid in self._monitor.pids())
+            gone, status = (pid, 0) if known else (0, 0)
         if gone and not self.fleet.reap(gone, status):
             self._upgrade.ended(gone, status)
+            if self._monitor is not None:
+                self._monitor.ended(gone, status)
         return bool(gone)
 
     def _look_after(self, now: float) -> None:
@@ -311,9 +359,17 @@ class Master:
         if self.state is MasterState.STOPPING:
             if self._left_to is None and not self._not_ours():
                 fleet.close_drained()
-            if not fleet.workers:
+            if not fleet.workers and self._monitor_has_left():
                 self.state = MasterState.STOPPED
+        if self._monitor is not None:
+            self._monitor.look_after(now)
         self._tell_systemd(now)
+
+    def _monitor_has_left(self) -> bool:
+        # It is the last to go: whoever asks meanwhile is told that this service drains.
+        if self._monitor is not None:
+            self._monitor.leave()
+        return self._monitor is None or self._monitor.gone()
 
     def _serving(self) -> None:
         self.state = MasterState.SERVING
@@ -418,6 +474,8 @@ class Master:
         write_stderr_to(fd)
         for worker in self.fleet.workers.values():
             worker.channel.send("reopen", fd=os.dup(STDERR))
+        if self._monitor is not None:
+            self._monitor.renew()
         log.info("the log file %s was opened again", path)
 
     def begin_upgrade(self, why: str, done: Done) -> None:
@@ -442,11 +500,14 @@ class Master:
             sockets=self.fleet.sockets.handover(),
             control=None if control is None else (control.sock.fileno(), control.path, control.identity),
             listen_fds=self._listen_fds,
+            metrics=self._monitor.handover() if self._monitor is not None else [],
         )
         self._upgrade.begin(handover, self._folder, done)
 
     def _leave_to(self, pid: int) -> None:
         self._left_to = pid
+        if self._monitor is not None:
+            self._monitor.leave()
         # The service manager believes its main process alone.
         systemd.notify(f"MAINPID={pid}")
         self.state = MasterState.STOPPING

@@ -7,6 +7,7 @@
 | beat | its loop runs; `lag` is by how many seconds it was late, `stats` its counters (in some), `rss` its bytes |
 | retire | it wants a successor; `why` |
 | dumped | its stacks are in the log |
+| connections | its table of them |
 | drained | its listening sockets are drained and closed |
 | stopped | all done; `finished`, `ended` connections, last `stats` |
 
@@ -18,6 +19,7 @@
 | halt | end every connection now |
 | unready | a stop is near: tell balancers so, but go on |
 | report | send a beat with stats |
+| connections | send a table of them, as one of `of` workers |
 | reopen | a new log file comes with the packet |
 """
 
@@ -35,8 +37,8 @@ MAX_TEXT = 48 * 1024
 
 LEAST_TEXT = 1024  # what is left of a text at least
 
-WORKER_KINDS = frozenset({"ready", "failed", "beat", "retire", "dumped", "drained", "stopped"})
-MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "reopen"})
+WORKER_KINDS = frozenset({"ready", "failed", "beat", "retire", "dumped", "connections", "drained", "stopped"})
+MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen"})
 HANDOVER_KINDS = frozenset({"ready", "failed"})
 
 

@@ -40,6 +40,7 @@ class WorkerProcess:
         wants_to_retire: why it asks for a successor.
         lagging: its loop is late; it gets no new connections.
         stats: its counters as it last sent them.
+        table: of its connections, if it has answered the last question for it.
         drained: its sockets are drained and closed.
     """
 
@@ -62,6 +63,7 @@ class WorkerProcess:
     beats_in_time: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
     rss: int = 0
+    table: list[dict[str, Any]] | None = None
     reported: bool = False
     drained: bool = False
     ended: bool = False

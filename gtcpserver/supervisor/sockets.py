@@ -184,6 +184,12 @@ class ListeningSockets:
                 if member.slot != slot:
                     member.socket.close()
 
+    def close_copies(self) -> None:
+        """In a process that serves none of them, and must not keep a queue alive."""
+        self.close_all_but(-1)
+        for one in self.shared:
+            one.listener.socket.close()
+
     @property
     def addresses(self) -> list[str]:
         """Where we listen, with the real ports."""

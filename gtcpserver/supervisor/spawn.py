@@ -47,13 +47,14 @@ IGNORED_BY_WORKERS = (
 )
 
 
-def fork_worker(begin: Callable[[], int], close: Callable[[], None]) -> int:
+def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str = "worker") -> int:
     """Forks.
 
     Args:
         begin: the worker's life; returns its exit status. It is called with all signals blocked, and unblocks them
             when it is ready for them.
         close: called first in the child: closes what is the master's alone.
+        role: what the process is called (setproctitle).
 
     Returns:
         The child's process id.
@@ -61,7 +62,7 @@ def fork_worker(begin: Callable[[], int], close: Callable[[], None]) -> int:
     Raises:
         OSError: no more processes, or no memory.
     """
-    return _in_child(lambda: _be_worker(begin, close))
+    return _in_child(lambda: _be_worker(begin, close, role))
 
 
 def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
@@ -104,14 +105,14 @@ def _in_child(what: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _be_worker(begin: Callable[[], int], close: Callable[[], None]) -> int:
+def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -> int:
     atexit._clear()
     for number in MASTER_SIGNALS:
         _signal(number, signal.SIG_IGN if number in IGNORED_BY_WORKERS else signal.SIG_DFL)
     close()
     # The program that was preloaded, or that called `run`, may have made an event loop.
     gevent.reinit()
-    _set_title("worker")
+    _set_title(role)
     status = begin()
     # What the program has registered in this process.
     atexit._run_exitfuncs()

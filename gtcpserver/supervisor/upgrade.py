@@ -52,6 +52,7 @@ class Handover:
         sockets: the listening ones.
         control: descriptor of the control socket, with its path and identity (device, inode); None if there is none.
         listen_fds: how many descriptors came from systemd.
+        metrics: the listening sockets of the monitor.
     """
 
     pid: int
@@ -60,6 +61,7 @@ class Handover:
     sockets: list[Inherited]
     control: tuple[int, str, tuple[int, int] | None] | None
     listen_fds: int
+    metrics: list[Inherited]
 
 
 def take_handover() -> Handover | None:
@@ -73,14 +75,19 @@ def take_handover() -> Handover | None:
         return None
     try:
         fields = json.loads(text)
-        sockets = [Inherited(**{**one, "identity": _pair(one["identity"])}) for one in fields.pop("sockets")]
+        sockets = _inherited(fields.pop("sockets"))
+        metrics = _inherited(fields.pop("metrics", []))
         control = fields.pop("control")
         if control is not None:
             control = (control[0], control[1], _pair(control[2]))
-        handover = Handover(sockets=sockets, control=control, **fields)
+        handover = Handover(sockets=sockets, metrics=metrics, control=control, **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise GtcpServerError(f"cannot take over from the running master: {error}") from None
     return handover
+
+
+def _inherited(described: list[dict[str, Any]]) -> list[Inherited]:
+    return [Inherited(**{**one, "identity": _pair(one["identity"])}) for one in described]
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -117,7 +124,7 @@ class Upgrade:
         """Starts a new master by our own command line, in this folder."""
         ours, theirs = make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
         handover = dataclasses.replace(handover, channel=theirs.fileno())
-        fds = [one.fd for one in handover.sockets] + [handover.channel]
+        fds = [one.fd for one in (*handover.sockets, *handover.metrics)] + [handover.channel]
         if handover.control is not None:
             fds.append(handover.control[0])
 

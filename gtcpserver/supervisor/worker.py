@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import importlib
+import json
 import logging
 import os
 import random
@@ -26,12 +27,14 @@ from gevent import monkey
 from gevent.hub import get_hub
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.monitoring.connection_table import MOST, table_of
+from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.server import Server, State
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.supervisor.dump import format_stacks
 from gtcpserver.supervisor.log_files import LogStyle, log_in_worker, log_with_details, write_stderr_to
-from gtcpserver.supervisor.messages import Message
+from gtcpserver.supervisor.messages import MAX_BYTES, Message
 from gtcpserver.supervisor.privileges import become, die_with_parent
 from gtcpserver.supervisor.sockets import Use
 
@@ -41,6 +44,8 @@ BEAT_SECONDS = 0.25
 """How often a worker says that its loop runs. The master notices a lag within three of them."""
 
 STATS_EVERY = 4  # beats: counters are sent once a second; a worker killed by -9 takes less than that with it
+
+LARGEST_TABLE = MAX_BYTES * 3 // 4  # of the rows of connections, which have to fit into a packet
 
 ORPHAN_SECONDS = 1.0
 """How long connections may go on when the master is gone: nobody could stop or replace this process any more, and it
@@ -150,6 +155,7 @@ class _Life:
         self.channel = job.channel
         self.worker = _current = Worker(job.number, job.generation)
         self.hooks = Hooks()
+        self.watch: Watch | None = None  # where somebody asks for metrics
         self.wants_to_retire = ""
         self.asked_to_retire = False
         self.orphaned = False
@@ -181,7 +187,7 @@ class _Life:
             "stopped",
             finished=report.finished,
             ended=report.ended,
-            stats=dataclasses.asdict(server.stats()),
+            stats=self.stats(server),
             error=fatal,
         )
         self.channel.flush()
@@ -214,6 +220,8 @@ class _Life:
             self.call_hook("worker_error", job.predecessor)
         if server.state is not State.NEW:
             raise CannotStart(f"the server must not be started before its worker starts it, it is {server.state.value}")
+        if job.config.metrics is not None:
+            self.watch = Watch(server)
         server.start()
         if job.settle is not None:
             job.settle()
@@ -262,10 +270,19 @@ class _Life:
     def send_beat(self, lag: float, with_stats: bool) -> None:
         fields: dict[str, Any] = {"lag": round(lag, 4)}
         if with_stats and self.worker.server is not None:
-            fields["stats"] = dataclasses.asdict(self.worker.server.stats())
+            fields["stats"] = self.stats(self.worker.server)
             fields["rss"] = resident_bytes()
         self.channel.flush()
         self.channel.send_if_clear("beat", **fields)
+
+    def stats(self, server: Server) -> dict[str, Any]:
+        return self.watch.stats() if self.watch is not None else dataclasses.asdict(server.stats())
+
+    def send_connections(self, server: Server, workers: int) -> None:
+        rows = table_of(server, max(1, MOST // workers))
+        while len(json.dumps(rows)) > LARGEST_TABLE:
+            rows = rows[: len(rows) // 2]
+        self.channel.send("connections", table=rows)
 
     def look_whether_due(self) -> None:
         server = self.worker.server
@@ -305,6 +322,8 @@ class _Life:
             self.worker.ready = False
         elif message.kind == "report":
             self.send_beat(0.0, with_stats=True)
+        elif message.kind == "connections":
+            gevent.spawn(self.send_connections, server, max(1, int(message.number("of"))))
         elif message.kind == "halt":
             self.worker.ready = False
             gevent.spawn(server.halt)
@@ -368,15 +387,6 @@ def _with_jitter(config: SupervisorConfig) -> int | None:
         return None
     jitter = config.recycle_jitter if config.recycle_jitter is not None else config.recycle_after // 10
     return config.recycle_after + random.randint(0, jitter)
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM (statm in proc(5))."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE
-
-
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def _work_in(folder: str) -> None:

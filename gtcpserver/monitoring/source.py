@@ -1,0 +1,119 @@
+"""Where a monitor gets what it tells: a server of this process (here), or a master (`from_master`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
+
+from gevent.lock import Semaphore
+
+from ..server import Server, State
+from .connection_table import MOST, table_of
+from .watch import Watch, resident_bytes
+
+Status = dict[str, Any]
+
+#: Seconds for which an answer is used again, so that whoever asks all the time costs the server no more than this.
+FRESH_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Health:
+    """What health checks ask for.
+
+    Attributes:
+        alive: the process that accepts connections, or the one that looks after those that do, is at work.
+        ready: connections are wanted.
+        word: "ready", "starting", "draining", or what else is the matter.
+    """
+
+    alive: bool
+    ready: bool
+    word: str
+
+
+class Source(Protocol):
+    """What `web` asks. Each may wait, and raise `SourceError`."""
+
+    def health(self) -> Health: ...
+
+    def status(self) -> Status:
+        """The state, the counters together and of each worker: what `gtcpserver ctl status` prints, and more."""
+
+    def connections(self) -> Status:
+        """{"connections": rows, "total": how many there are, "missing": workers that did not answer}."""
+
+
+class SourceError(Exception):
+    """There is no answer."""
+
+
+class FromServer:
+    """One server in this process, in the words of a master with one worker."""
+
+    def __init__(self, server: Server, watch: Watch) -> None:
+        self._server = server
+        self._watch = watch
+        self._made_at = monotonic()
+
+    def health(self) -> Health:
+        state = self._server.state
+        words = {State.NEW: "starting", State.SERVING: "ready", State.STOPPING: "draining", State.STOPPED: "stopped"}
+        return Health(True, state is State.SERVING, words[state])
+
+    def status(self) -> Status:
+        server, stats = self._server, self._watch.stats()
+        health = self.health()
+        state = "starting" if server.state is State.NEW else server.state.value
+        uptime = round(monotonic() - self._made_at, 3)
+        lag = round(self._watch.lag, 4)
+        worker = {
+            "number": 0,
+            "pid": os.getpid(),
+            "state": "ready" if health.ready else state,
+            "generation": 1,
+            "uptime": uptime,
+            "lag": lag,
+            "rss": resident_bytes(),
+            "accepted": stats["accepted"],
+            "active": stats["active"],
+            "stats": stats,
+        }
+        return {
+            "state": state,
+            "ready": health.ready,
+            "pid": os.getpid(),
+            "uptime": uptime,
+            "addresses": list(server.addresses),
+            "target": 1,
+            "generation": 1,
+            "reloading": False,
+            "restarts": 0,
+            "workers": [worker],
+            "stats": stats,
+        }
+
+    def connections(self) -> Status:
+        rows = table_of(self._server, MOST)
+        return {"connections": rows, "total": self._server.active_connections, "missing": []}
+
+
+class Fresh:
+    """An answer that is made once for all who ask at about the same time."""
+
+    def __init__(self, make: Callable[[], Any], seconds: float = FRESH_SECONDS) -> None:
+        self._make = make
+        self._seconds = seconds
+        self._lock = Semaphore()
+        self._until = 0.0
+        self._value: Any = None
+
+    def get(self) -> Any:
+        with self._lock:
+            if monotonic() >= self._until:
+                self._value = self._make()
+                self._until = monotonic() + self._seconds
+            return self._value

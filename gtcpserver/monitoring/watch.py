@@ -1,0 +1,65 @@
+"""Watch: measures one server from inside of its process, which is what a monitor tells of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from time import monotonic, process_time
+from typing import Any
+
+from gevent.hub import get_hub
+
+from ..server import Server
+from .latency import watch_latency
+
+#: How often it is looked whether the event loop is late, seconds, and how many of these a figure is the worst of.
+LAG_SECONDS = 0.25
+LAGS = 8
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Watch:
+    """Measures latency, CPU and memory of a server and its process, and how late its event loop is.
+
+    It costs a timer four times a second, and what `latency` says. Made in the process that serves; never ends.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._latency = watch_latency(server)
+        self._lags: deque[float] = deque([0.0], LAGS)
+        self._looked_at = monotonic()
+        self._timer = get_hub().loop.timer(LAG_SECONDS, LAG_SECONDS, ref=False)
+        self._timer.start(self._look)
+
+    def _look(self) -> None:
+        now = monotonic()
+        since = now - self._looked_at
+        self._looked_at = now
+        self._lags.append(max(0.0, since - LAG_SECONDS))
+        self._latency.adapt(since)
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the event loop was late, the worst of the last two seconds."""
+        return max(self._lags)
+
+    def stats(self) -> dict[str, Any]:
+        """The server's counters as a dictionary, with "latency" (see `Latency.snapshot`) and "cpu_seconds"."""
+        return {
+            **dataclasses.asdict(self._server.stats()),
+            "latency": self._latency.snapshot(),
+            "cpu_seconds": process_time(),
+        }
+
+    def close(self) -> None:
+        """Stops the timer; the server's connections are measured all the same."""
+        self._timer.close()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM (statm in proc(5))."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE

@@ -1,0 +1,135 @@
+"""What a monitor answers over HTTP, as a WSGI application: metrics, health, JSON, and the status page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import ipaddress
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from . import metrics
+from .source import Fresh, Source, SourceError
+
+PAGE = Path(__file__).with_name("status.html").read_bytes()
+
+TEXT = "text/plain; charset=utf-8"
+JSON = "application/json"
+
+
+def _policy(page: bytes) -> str:
+    """Content-Security-Policy (CSP level 3): the page's own script and style by their hashes, and nothing else."""
+
+    def hashes(tag: bytes) -> str:
+        found = re.findall(b"<" + tag + b">(.*?)</" + tag + b">", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'" for one in found)
+
+    return (
+        f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+HEADERS = [
+    ("Content-Security-Policy", _policy(PAGE)),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-store"),
+    # A connection is for one request: those that wait for another would only fill the few places there are.
+    ("Connection", "close"),
+]
+
+Answer = tuple[str, str, bytes]
+
+
+class Web:
+    """The application.
+
+    Args:
+        source: which is asked.
+        version: of gtcpserver.
+        for_this_host: the address is a loopback one: requests whose Host header has another name are refused. A web
+            site that a browser of this host looks at could have its own name lead here otherwise (DNS rebinding), and
+            read what is meant for this host alone.
+    """
+
+    def __init__(self, source: Source, version: str, *, for_this_host: bool) -> None:
+        self._source = source
+        self._version = version
+        self._for_this_host = for_this_host
+        self._status = Fresh(source.status)
+        self._stats = Fresh(lambda: _json({"version": version, **self._status.get()}))
+        self._connections = Fresh(lambda: _json(source.connections()))
+        self._encoded: tuple[Any, str, Answer] | None = None
+        self._paths: dict[str, Callable[[str], Answer]] = {
+            "/": lambda _: ("200 OK", "text/html; charset=utf-8", PAGE),
+            "/metrics": self._metrics,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/stats": lambda _: ("200 OK", JSON, self._stats.get()),
+            "/connections": lambda _: ("200 OK", JSON, self._connections.get()),
+        }
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        method = environ["REQUEST_METHOD"]
+        headers = list(HEADERS)
+        status, kind, body = self._answer(method, environ)
+        if status.startswith("405"):
+            headers.append(("Allow", "GET, HEAD"))
+        start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(body)))])
+        return [] if method == "HEAD" else [body]
+
+    def _answer(self, method: str, environ: dict[str, Any]) -> Answer:
+        if self._for_this_host and not is_this_host(environ.get("HTTP_HOST", "")):
+            return "421 Misdirected Request", TEXT, b"this address answers to localhost and IP addresses alone\n"
+        answer = self._paths.get(environ["PATH_INFO"])
+        if answer is None:
+            return "404 Not Found", TEXT, f"there are {', '.join(self._paths)}\n".encode()
+        if method not in ("GET", "HEAD"):
+            return "405 Method Not Allowed", TEXT, b"only GET and HEAD\n"
+        try:
+            return answer(environ.get("HTTP_ACCEPT", ""))
+        except SourceError as error:
+            return "503 Service Unavailable", TEXT, f"{error}\n".encode()
+
+    def _metrics(self, accept: str) -> Answer:
+        status = self._status.get()
+        last = self._encoded
+        if last is None or last[0] is not status or last[1] != accept:
+            body, kind = metrics.encode(status, self._version, accept)
+            self._encoded = last = (status, accept, ("200 OK", kind, body))
+        return last[2]
+
+    def _healthz(self, _accept: str) -> Answer:
+        health = self._source.health()
+        return ("200 OK", TEXT, b"ok\n") if health.alive else _unavailable(health.word)
+
+    def _readyz(self, _accept: str) -> Answer:
+        health = self._source.health()
+        return ("200 OK", TEXT, b"ready\n") if health.ready else _unavailable(health.word)
+
+
+def is_this_host(host: str) -> bool:
+    """Whether a Host header names an IP address, localhost, or nothing (as HTTP/1.0 may)."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    name = name.strip("[]").lower().rstrip(".")
+    if name in ("", "localhost") or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _unavailable(word: str) -> Answer:
+    return "503 Service Unavailable", TEXT, f"{word}\n".encode()
+
+
+def _json(value: Any) -> bytes:
+    # ASCII, so whatever characters a client's name has.
+    return json.dumps(value).encode() + b"\n"

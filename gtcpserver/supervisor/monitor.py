@@ -1,0 +1,345 @@
+"""The monitor of a master: a child process that serves metrics, health checks and the status page (`monitoring`).
+
+It is a process of its own because it has to speak HTTP with whoever comes, which takes an event loop, libraries and
+memory, and can be held up: a master has none of these, and forks. A worker cannot serve them either, since it comes and
+goes, and a blocked one should be told of. So the master only answers questions in lines of JSON, one at a time, over a
+pair of sockets, from what the workers' beats have told it anyway; an idle monitor costs it a line a second.
+
+The master keeps the listening sockets, so that a monitor that dies, or that of another master after an upgrade, finds
+the scrapes that wait in their queue. Whatever happens to a monitor, the service goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from gevent import monkey
+
+from gtcpserver.listener import ListenConfig
+from gtcpserver.monitoring.monitor import check_metrics_address, url_of
+from gtcpserver.supervisor.slots import WorkerProcess, WorkerState, describe_status
+from gtcpserver.supervisor.sockets import Inherited, ListeningSockets
+from gtcpserver.supervisor.spawn import fork_worker
+
+if TYPE_CHECKING:
+    from gtcpserver.supervisor.master import Master
+
+log = logging.getLogger("gtcpserver")
+
+_socketpair: Callable[..., tuple[socket.socket, socket.socket]] = monkey.get_original("socket", "socketpair")
+_waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
+
+HEALTH_SECONDS = 1.0
+"""How often the monitor hears that the master is well, besides every change at once."""
+
+SILENCE_SECONDS = 10.0
+"""A monitor that has not answered for so long is blocked, or stopped: it is killed, and another one started."""
+
+START_SECONDS = 60.0  # the same for one that starts; it imports a few libraries
+
+TABLE_SECONDS = 1.0
+"""How long workers get to send their connections; a blocked one is named instead."""
+
+LEAVE_SECONDS = 2.0  # for a monitor to finish its answers, of which it gives itself one; then it is killed
+
+FIRST_BACK_OFF = 0.5  # seconds until one that died soon is started again; then twice as long, up to
+LONGEST_BACK_OFF = 30.0
+SHORT_LIFE = 10.0
+
+MAX_REQUEST = 4096  # bytes of a line from the monitor
+
+
+class MonitorProcess:
+    """The master's side.
+
+    Args:
+        master: whose state is told.
+        address: where metrics are to be served.
+        inherited: the listening sockets of the last master.
+
+    Raises:
+        ConfigError, OSError: the address cannot be had.
+    """
+
+    def __init__(self, master: Master, address: str | int, inherited: Sequence[Inherited]) -> None:
+        self._master = master
+        self._address = check_metrics_address(address)
+        # Not a group of SO_REUSEPORT: one process has the address, and a second master by mistake is told so.
+        self._sockets = ListeningSockets(ListenConfig(reuse_port=False))
+        try:
+            self._sockets.open([self._address], [0], inherited)
+        except OSError as error:
+            raise OSError(error.errno, f"metrics: {error.strerror or error}") from None
+        self._pid = 0
+        self._line: socket.socket | None = None
+        self._inbox = b""
+        self._outbox = b""
+        self._said: Any = None
+        self._say_at = 0.0
+        self._started_at = 0.0
+        self._heard_at = 0.0
+        self._looked_at = 0.0
+        self._not_before = 0.0
+        self._failures = 0
+        self._kill_at: float | None = None
+        self._told_to_leave = self._for_good = False
+        self._asked: dict[int, WorkerProcess] = {}
+        self._table_until: float | None = None
+        #: It was forked and holds, for a moment, the service's listening sockets too.
+        self.starting = False
+        log.info("metrics and status page on %s", ", ".join(map(url_of, self._sockets.addresses)))
+
+    def handover(self) -> list[Inherited]:
+        """What the next master needs to know."""
+        return self._sockets.handover()
+
+    # -- its life ----------------------------------------------------------------------------------------------------
+
+    def look_after(self, now: float) -> None:
+        """Called a few times a second, and after every event."""
+        if self._pid and self._kill_at is not None and now >= self._kill_at:
+            self._signal(signal.SIGKILL)
+        if now - self._looked_at > 2 * HEALTH_SECONDS:
+            self._heard_at = now  # it was this process that stood still
+        self._looked_at = now
+        if self._line is None:
+            if not (self._pid or self._for_good) and now >= self._not_before and self._may_start():
+                self._start()
+            return
+        # Its last answers are of the time before: where another master goes on, the service does not drain.
+        health = self._said if self._for_good else self._health()
+        if health != self._said or now >= self._say_at:
+            # One that does not read is told the changes alone: no more than there are.
+            if health != self._said or not self._outbox:
+                self._send({"health": health})
+            self._said, self._say_at = health, now + HEALTH_SECONDS
+        self._look_after_table(now)
+        if self._kill_at is None and now - self._heard_at > (START_SECONDS if self.starting else SILENCE_SECONDS):
+            log.error("the monitor (pid %d) has said nothing for %.0f s: killing it", self._pid, now - self._heard_at)
+            self._kill_at = now
+
+    def _may_start(self) -> bool:
+        fleet = self._master.fleet
+        # The kernel takes a socket out of its group when the last process has closed it.
+        return not any(slot.closing for slot in fleet.slots.values()) and self._master.owns_metrics
+
+    def _health(self) -> dict[str, Any]:
+        master = self._master
+        if master.ready:
+            return {"ready": True, "word": "ready"}
+        word = "draining" if master.stopping else master.state.value
+        return {"ready": False, "word": "no worker is ready" if word == "serving" else word}
+
+    def _start(self) -> None:
+        now = monotonic()
+        try:
+            ours, theirs = _socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            self._put_off(now, f"cannot start the monitor: {error.strerror}")
+            return
+        master = self._master
+
+        def close() -> None:
+            ours.close()
+            master.close_in_monitor()
+
+        def begin() -> int:
+            # Imported there alone: this process stays small.
+            process = importlib.import_module("gtcpserver.monitoring.process")
+            sockets = [one.listener.socket for one in self._sockets.shared]
+            job = process.Job(self._address, sockets, theirs, master.config, master.program.log_style, master_pid)
+            status: int = process.run_monitor(job)
+            return status
+
+        master_pid = os.getpid()
+        try:
+            self._pid = fork_worker(begin, close, "monitor")
+        except OSError as error:
+            ours.close()
+            self._put_off(now, f"cannot start the monitor: {error.strerror}")
+            return
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self._line = ours
+        self._inbox = self._outbox = b""
+        self._said = None
+        self._told_to_leave = False
+        self._started_at = self._heard_at = now
+        self.starting = True
+
+    def _put_off(self, now: float, what: str) -> None:
+        delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**self._failures)
+        self._failures += 1
+        self._not_before = now + delay
+        log.error("%s; trying again in %.1f s. The service goes on.", what, delay)
+
+    def pids(self) -> list[int]:
+        return [self._pid] if self._pid else []
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child process has ended."""
+        if pid != self._pid:
+            return
+        now = monotonic()
+        self._pid = 0
+        self._kill_at = None
+        self._hang_up()
+        if self._told_to_leave:
+            return
+        what = f"the monitor (pid {pid}) {describe_status(status)}"
+        if now - self._started_at < SHORT_LIFE:
+            self._put_off(now, what)
+        else:
+            self._failures = 0
+            log.error("%s; starting another", what)
+
+    def renew(self) -> None:
+        """Has another process take its place: the log file is another one."""
+        if self._pid and not self._told_to_leave:
+            self._told_to_leave = True
+            self._kill_at = monotonic() + LEAVE_SECONDS
+            self._send({"leave": True})
+
+    def leave(self) -> None:
+        """It finishes its answers and ends, for good. What its sockets have queued is for the next master's."""
+        if not self._for_good:
+            self._for_good = True
+            self.renew()
+
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        return not self._pid
+
+    def close(self, *, keep_paths: bool) -> None:
+        """Ends it at once if it is there still, and closes everything."""
+        if self._pid:
+            self._signal(signal.SIGKILL)
+            try:
+                _waitpid(self._pid, 0)
+            except ChildProcessError:
+                pass  # somebody else has buried it
+            self._pid = 0
+        self._hang_up()
+        self._sockets.close(keep_paths=keep_paths)
+
+    def close_in_child(self, *, sockets: bool) -> None:
+        """In a process that was forked: what is not for it."""
+        self._hang_up()
+        if sockets:
+            for one in self._sockets.shared:
+                one.listener.socket.close()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.kill(self._pid, number)
+        except ProcessLookupError:
+            pass
+
+    # -- the line ----------------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """To be polled; -1 if there is nothing."""
+        return -1 if self._line is None else self._line.fileno()
+
+    def events(self) -> int:
+        return select.POLLIN | (select.POLLOUT if self._outbox else 0)
+
+    def handle(self, events: int) -> None:
+        """The line is ready."""
+        if self._line is None:
+            return
+        if events & select.POLLOUT:
+            self._flush()
+        if self._line is not None and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            self._receive(self._line)
+
+    def _receive(self, line: socket.socket) -> None:
+        try:
+            data = line.recv(MAX_REQUEST)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._inbox += data
+        if not data or len(self._inbox) > MAX_REQUEST:
+            self._hang_up()
+            return
+        self._heard_at = monotonic()
+        *lines, self._inbox = self._inbox.split(b"\n")
+        for one in lines:
+            self._answer(one)
+
+    def _answer(self, request: bytes) -> None:
+        if request == b"started":
+            self.starting = False
+        elif request == b"status":
+            self._send({"status": self._master.status_for_monitor()})
+        elif request == b"connections":
+            self._ask_for_table()
+
+    def _send(self, fields: dict[str, Any]) -> None:
+        self._outbox += json.dumps(fields).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._line is None:
+            return
+        try:
+            while self._outbox:
+                self._outbox = self._outbox[self._line.send(self._outbox) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.starting = False
+        self._table_until = None
+        self._outbox = b""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+            # It ends when it notices; one that does not is killed.
+            if self._pid and self._kill_at is None:
+                self._kill_at = monotonic() + LEAVE_SECONDS
+
+    # -- the table of connections ------------------------------------------------------------------------------------
+
+    def _ask_for_table(self) -> None:
+        workers = [one for one in self._master.fleet.workers.values() if one.state is not WorkerState.STARTING]
+        self._asked = {worker.pid: worker for worker in workers}
+        self._table_until = monotonic() + TABLE_SECONDS
+        for worker in workers:
+            worker.table = None
+            worker.channel.send("connections", of=len(workers))
+
+    def _look_after_table(self, now: float) -> None:
+        if self._table_until is None:
+            return
+        running = self._master.fleet.workers
+        asked = [worker for pid, worker in self._asked.items() if pid in running]
+        if now < self._table_until and any(worker.table is None for worker in asked):
+            return
+        rows = [{**row, "worker": worker.slot} for worker in asked for row in worker.table or []]
+        rows.sort(key=lambda row: row.get("age", 0), reverse=True)
+        self._table_until = None
+        self._asked = {}
+        self._send(
+            {
+                "connections": {
+                    "connections": rows,
+                    "total": sum(worker.stats.get("active", 0) for worker in running.values()),
+                    "missing": sorted(worker.slot for worker in asked if worker.table is None),
+                }
+            }
+        )
