@@ -363,7 +363,9 @@ def check_python(block, words):
     shared = [ROOT / "loadtests" / name for name in ("measure.py", "turns.py")]
     known = "".join(path.read_text() for path in (source, *shared))
     for option in (word.partition("=")[0] for word in given if word.startswith("--")):
-        assert f'"{option}"' in known, f"{block}: {source.name} has no option {option}"
+        # "--no-x" is made of "--x" (argparse.BooleanOptionalAction).
+        names = {f'"{option}"', f'"--{option.removeprefix("--no-")}"'}
+        assert any(name in known for name in names), f"{block}: {source.name} has no option {option}"
 
 
 def check_locust(block, words):
