@@ -1,18 +1,22 @@
 # `make serve` and `make test` set up all they need in .venv: a Python 3.10 or newer with pip is enough.
 PYTHON ?= python3
 ADDRESS ?= 127.0.0.1:5000
+DOCS_ADDRESS ?= 127.0.0.1:8000
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test check bench load sslyze clean
+.PHONY: help serve test matrix core check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
+	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make check   lint, format and types'
-	@echo 'make bench   the benchmarks against peers, which take long; needs wrk, haproxy and nginx'
+	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
+	@echo 'make docs    the documentation as HTML, in docs/_build/html'
+	@echo 'make docs-serve   the same, served on http://127.0.0.1:8000 (DOCS_ADDRESS=...)'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make clean   remove .venv and everything else that can be made again'
@@ -23,16 +27,47 @@ serve: $(VENV)/serve.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 3
 
+# What depends on the interpreter and on gevent's greenlets most.
+CORE := $(addprefix tests/test_,$(addsuffix .py,server connection stop pool tls relay acceptor supervisor proxy_socks \
+    cli testing check_faults))
+
+# Each in an environment of its own, .venv-3.X.
+matrix:
+	@failed=; \
+	for minor in 10 11 12 13 14 15; do \
+	    for python in python3.$$minor $(HOME)/.pyenv/versions/3.$$minor.*/bin/python; do \
+	        "$$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, $$minor))" 2>/dev/null || continue; \
+	        echo "== $$("$$python" -V)"; \
+	        $(MAKE) --no-print-directory PYTHON="$$python" VENV=.venv-3.$$minor core || failed="$$failed 3.$$minor"; \
+	        continue 2; \
+	    done; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+core: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -n 2 $(CORE)
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp
-	$(BIN)/python -m loadtests.bench
-	$(BIN)/python -m loadtests.transfers
-	$(BIN)/python -m loadtests.proxies
-	$(BIN)/python -m loadtests.workers
+# All of them, even where one fails.
+bench: bench-programs $(VENV)/bench.stamp
+	@status=0; for name in bench transfers proxies workers adapters options; do \
+	    $(BIN)/python -m loadtests.$$name || status=$$?; \
+	done; exit $$status
+
+bench-programs:
+	@$(PYTHON) -m loadtests.machine
+
+# -W: a link or anchor that leads nowhere, or a page that no table of contents has, is an error. All pages each time
+# (-E -a): one that has not changed may link to one that has.
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -M html docs docs/_build -E -a -W --keep-going -n -q
+
+docs-serve: docs
+	exec $(BIN)/gtcpserver files docs/_build/html --bind '$(DOCS_ADDRESS)'
 
 load: $(VENV)/load.stamp
 	$(BIN)/locust -f loadtests/locustfile.py --start-servers
@@ -55,8 +90,11 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
-	@command -v wrk >/dev/null || { echo 'make bench needs wrk: apt-get install wrk' >&2; exit 1; }
 	$(INSTALL) '.[bench]'
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 $(VENV)/load.stamp: pyproject.toml | $(BIN)/python
@@ -72,5 +110,5 @@ $(VENV)-sslyze/stamp: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-sslyze build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

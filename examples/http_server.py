@@ -83,7 +83,7 @@ def error(status: str) -> bytes:
 
 def answer_maker(size: int, sleep: float, aes128: bool, sha: bool) -> Callable[[bool], bytes]:
     """What is done for each request."""
-    body = b"x" * size
+    body = b"a" * size
     ready = {keep: response(body, keep) for keep in (False, True)}
     if not (sleep or aes128 or sha):
         return ready.__getitem__
@@ -107,7 +107,7 @@ def encrypt(content: bytes) -> bytes:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     vector = os.urandom(16)
-    encryptor = Cipher(algorithms.AES128(b"0123456789abcdef"), modes.CBC(vector)).encryptor()
+    encryptor = Cipher(algorithms.AES128(b"0123456789ABCDEF"), modes.CBC(vector)).encryptor()
     padding = 16 - len(content) % 16  # PKCS #7, RFC 5652 section 6.3
     return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
 

@@ -8,13 +8,17 @@ from typing import Any, NoReturn
 
 import gevent
 
-from gtcpserver import GtcpServerError, Server
+from gtcpserver import GtcpServerError, Server, parse_address
 
 DEFAULT_ADDRESS = "127.0.0.1:5000"
 
 
-def start(handler: Callable[[Any], Any], **options: Any) -> Server:
-    """A server on the address that the command line names. Ends the program where that cannot be."""
+def start(handler: Callable[[Any], Any], prepare: Callable[[], None] | None = None, **options: Any) -> Server:
+    """A server on the address that the command line names. Ends the program where that cannot be.
+
+    Args:
+        prepare: called first, but after a mistake in the command line was told.
+    """
     program, *arguments = sys.argv
     if arguments in (["-h"], ["--help"]):
         print(f"usage: python {program} [ADDRESS]    (default {DEFAULT_ADDRESS})")
@@ -23,7 +27,10 @@ def start(handler: Callable[[Any], Any], **options: Any) -> Server:
     if len(arguments) > 1:
         end(2, f"expected one ADDRESS at most, got {' '.join(arguments)}")
     try:
-        server = Server(arguments[0] if arguments else DEFAULT_ADDRESS, handler, **options)
+        address = parse_address(arguments[0] if arguments else DEFAULT_ADDRESS)
+        server = Server(address, handler, **options)
+        if prepare is not None:
+            prepare()
         server.start()
     except GtcpServerError as mistake:
         end(2, str(mistake))

@@ -1,9 +1,11 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
 from .acceptor import Acceptor, StreamServer
+from .access_log import AccessLog
 from .adapters import from_socketserver, from_wsgi
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
+from .block_detector import BlockDetector
 from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
@@ -27,7 +29,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Acceptor",
+    "AccessLog",
     "Address",
+    "BlockDetector",
     "ClientLimits",
     "ConfigError",
     "Connection",

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from .errors import ConfigError, DeadlineExceeded
 from .lane import Step
 from .options import check_number
-from .proxy_protocol import LONGEST_V2, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, parse_header
+from .proxy_protocol import LONGEST_V2, TLS, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, parse_header
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .tls import ConnectionTLS
 
 IPNetwork = IPv4Network | IPv6Network
 
@@ -157,7 +158,8 @@ def header_of(connection: Connection, version: ProxyVersion) -> ProxyHeader:
     """The header that tells somebody behind us whose connection this is.
 
     What a balancer before us has said goes on; otherwise it is the client's address and the one it has connected to,
-    with what is known of its TLS (version 2: server name and ALPN). Clients by a unix socket have none: UNKNOWN.
+    with what is known of its TLS (version 2: server name, ALPN, version, cipher, and the common name of the client's
+    certificate, which haproxy calls ``send-proxy-v2-ssl-cn``). Clients by a unix socket have none: UNKNOWN.
     """
     number: Literal[1, 2] = 1 if version == "v1" else 2
     told = connection.proxy_header
@@ -166,16 +168,33 @@ def header_of(connection: Connection, version: ProxyVersion) -> ProxyHeader:
     source, destination = connection.client_address, connection.server_address
     if not isinstance(source, tuple) or not isinstance(destination, tuple):
         return ProxyHeader(transport=Transport.UNSPECIFIED, version=number)
-    tlvs = []
-    tls = connection.tls
-    if tls is not None and number == 2:
-        if tls.server_name:
-            tlvs.append(TLV(Type.AUTHORITY, tls.server_name.encode()))
-        if tls.alpn:
-            tlvs.append(TLV(Type.ALPN, tls.alpn.encode()))
+    tlvs = _tlvs_of(connection.tls) if connection.tls is not None and number == 2 else ()
     return ProxyHeader(
-        (as_ip(source[0]), source[1]), (as_ip(destination[0]), destination[1]), version=number, tlvs=tuple(tlvs)
+        (as_ip(source[0]), source[1]), (as_ip(destination[0]), destination[1]), version=number, tlvs=tlvs
     )
+
+
+def _tlvs_of(tls: ConnectionTLS) -> tuple[TLV, ...]:
+    """What is known of a client's TLS (sections 2.2.1, 2.2.2 and 2.2.6)."""
+    tlvs = []
+    if tls.server_name:
+        tlvs.append(TLV(Type.AUTHORITY, tls.server_name.encode()))
+    if tls.alpn:
+        tlvs.append(TLV(Type.ALPN, tls.alpn.encode()))
+    about = []
+    if tls.version:
+        about.append(TLV(Type.SSL_VERSION, tls.version.encode()))
+    if tls.cipher is not None:
+        about.append(TLV(Type.SSL_CIPHER, tls.cipher.name.encode()))
+    client, verify = 1, 1  # "non-zero otherwise", which is also where there is no certificate
+    certificate = tls.peer_certificate  # checked: the handshake would have failed
+    if certificate is not None:
+        client, verify = client | (4 if tls.session_reused else 6), 0
+        names = (value for name in certificate.get("subject", ()) for key, value in name if key == "commonName")
+        if common_name := next(names, None):
+            about.append(TLV(Type.SSL_CN, common_name.encode()))
+    tlvs.append(TLS(client, verify, tuple(about)).to_tlv())
+    return tuple(tlvs)
 
 
 def check_version(name: str, version: str | None) -> None:

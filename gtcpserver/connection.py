@@ -11,7 +11,7 @@ import os
 import socket as _stdlib_socket
 from socket import getdefaulttimeout
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent.socket
 from gevent._socket3 import _closedsocket
@@ -28,7 +28,13 @@ from .transfer.recv_to_file import recv_to_file
 from .transfer.sendfile import sendfile
 
 if TYPE_CHECKING:
+    from io import BufferedReader, BufferedRWPair, BufferedWriter, TextIOWrapper
     from types import TracebackType
+    from typing import Literal, TypeVar, overload
+
+    from typing_extensions import Buffer  # which type checkers have
+
+    ConnectionT = TypeVar("ConnectionT", bound="Connection")
 
     from .proxy_protocol import ProxyHeader
     from .server import Server
@@ -42,7 +48,18 @@ _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
-_SLOTS = ("_idle", "_proxied", "_stream", "client_address", "context", "recv", "sendall", "server", "started_at")
+_SLOTS = (
+    "_idle",
+    "_log_fields",
+    "_proxied",
+    "_stream",
+    "client_address",
+    "context",
+    "recv",
+    "sendall",
+    "server",
+    "started_at",
+)
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -68,10 +85,51 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
+    _log_fields: Any
+    _proxied: Any
     client_address: Any
     context: Any
     server: Server | None
     started_at: float
+
+    if TYPE_CHECKING:
+        # gevent's class has no types: these are the standard library's, for what handlers call most. The first two are
+        # slots, which _begin fills.
+        def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
+        def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
+        def close(self) -> None: ...
+        def detach(self) -> int: ...
+        def fileno(self) -> int: ...
+        def getpeername(self) -> Any: ...
+        def getsockname(self) -> Any: ...
+        @overload
+        def getsockopt(self, level: int, option: int, /) -> int: ...
+        @overload
+        def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+        def getsockopt(self, *arguments: int) -> int | bytes: ...
+        def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None: ...
+        def setblocking(self, flag: bool) -> None: ...
+        @overload
+        def makefile(self, mode: Literal["rb", "br"], buffering: int | None = None) -> BufferedReader: ...
+        @overload
+        def makefile(self, mode: Literal["wb", "bw"], buffering: int | None = None) -> BufferedWriter: ...
+        @overload
+        def makefile(self, mode: Literal["rwb"], buffering: int | None = None) -> BufferedRWPair: ...
+        @overload
+        def makefile(
+            self,
+            mode: Literal["r", "w", "rw"] = "r",
+            buffering: int | None = None,
+            *,
+            encoding: str | None = None,
+            errors: str | None = None,
+            newline: str | None = None,
+        ) -> TextIOWrapper: ...
+        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any: ...
+        def __enter__(self: ConnectionT) -> ConnectionT: ...
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None, /
+        ) -> None: ...
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
@@ -105,7 +163,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     @property
     def peer_address(self) -> Any:
-        """Who is at the other end of the socket: the client, or the balancer it came by."""
+        """Who is at the other end of the socket, the client or the balancer it came by."""
         proxied = self._behind_balancer()
         return self.client_address if proxied is None else proxied[1]
 
@@ -118,7 +176,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _behind_balancer(self) -> tuple[ProxyHeader, Any] | None:
         # Set for those connections alone: a slot that is set for all costs each of them.
         try:
-            proxied: tuple[ProxyHeader, Any] = self._proxied
+            proxied: tuple[ProxyHeader, Any] = _get_proxied(self)
         except AttributeError:
             return None
         return proxied
@@ -133,6 +191,19 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         elif source is not None:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What the handler adds to this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
+
+        Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
+        """
+        try:
+            fields: dict[str, Any] = _get_log_fields(self)
+        except AttributeError:
+            # Made for those that use it alone, as for _proxied.
+            fields = self._log_fields = {}
+        return fields
 
     @property
     def bytes_received(self) -> int:
@@ -498,8 +569,20 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 _CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 # The slots' own descriptors.
-_set_recv = Connection.recv.__set__
-_set_sendall = Connection.sendall.__set__
+_set_recv = cast(Any, Connection.recv).__set__
+_set_sendall = cast(Any, Connection.sendall).__set__
+# A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
+_get_proxied = cast(Any, Connection._proxied).__get__
+_get_log_fields = cast(Any, Connection._log_fields).__get__
+
+
+def log_fields_of(connection: Connection) -> dict[str, Any]:
+    """What is in its :attr:`Connection.log_fields`, without making any."""
+    try:
+        fields: dict[str, Any] = _get_log_fields(connection)
+    except AttributeError:
+        return {}
+    return fields
 
 
 class Deadline:

@@ -31,6 +31,7 @@ class Lobby:
         ready: called in the hub when somebody has begun to wait in :attr:`waiting`.
         empty: called in the hub when somebody has left without being served.
         failures: counts by kind who failed.
+        unserved: called with a connection that is about to be closed unserved, what the access log calls it, and why.
 
     Attributes:
         waiting: connections that only want for a place, in their order.
@@ -45,11 +46,13 @@ class Lobby:
         ready: Callable[[Connection], Any],
         empty: Callable[[], Any],
         failures: Counter[str],
+        unserved: Callable[[Connection, Any, str], Any] | None = None,
     ) -> None:
         self._balancers = balancers
         self._limits = limits
         self._ready = ready
         self._empty = empty
+        self._unserved = unserved
         self.waiting: deque[Connection] = deque()
         self.failed = 0
         self._headers: Lane | None = None
@@ -95,9 +98,12 @@ class Lobby:
             self._header_done(connection)
 
     def _header_done(self, connection: Connection) -> None:
-        if self._limits is not None and self._limits.enter(connection.client_address) is not None:
+        refusal = self._limits.enter(connection.client_address) if self._limits is not None else None
+        if refusal is not None:
             # Reset, as a port that nobody listens on would: no state is kept for it.
             self.failed += 1
+            if self._unserved is not None:
+                self._unserved(connection, refusal, "")
             connection.abort()
             self._empty()
             return
@@ -107,13 +113,18 @@ class Lobby:
             self._ready(connection)
 
     def _header_failed(self, connection: Connection, kind: str) -> None:
+        self._fail(connection, "proxy_header", kind)
+
+    def _fail(self, connection: Connection, result: str, kind: str) -> None:
         self.failed += 1
+        if self._unserved is not None:
+            self._unserved(connection, result, kind)
         connection.close()
         self._empty()
 
     def _handshake_failed(self, connection: Connection, kind: str) -> None:
         self.left(connection)
-        self._header_failed(connection, kind)
+        self._fail(connection, "handshake_failed", kind)
 
     def left(self, connection: Connection) -> None:
         """A connection that was let in has ended."""

@@ -250,7 +250,7 @@ class JsonFormatter(logging.Formatter):
         if details:
             fields["exception"] = details
         for name, value in record.__dict__.items():
-            if name not in _RECORD_FIELDS and name not in fields:
+            if name not in RECORD_FIELDS and name not in fields:
                 fields[name] = value
         return json.dumps(fields, default=str)
 
@@ -347,9 +347,7 @@ def also(suppressed: int) -> str:
 
 
 # A record's own attributes; whatever else it carries came by `extra`.
-_RECORD_FIELDS = frozenset(
-    (*logging.LogRecord("", 0, "", 0, "", None, None).__dict__, "message", "asctime", "taskName")
-)
+RECORD_FIELDS = frozenset((*logging.LogRecord("", 0, "", 0, "", None, None).__dict__, "message", "asctime", "taskName"))
 
 # C0 and C1 controls, DEL, and the Unicode line ends and direction marks that make a line look like something else.
 _UNSAFE = {

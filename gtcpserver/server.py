@@ -25,10 +25,12 @@ from gevent.lock import Semaphore
 from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
+from .access_log import AccessLog, Result
 from .balancer import ProxyProtocol
+from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
-from .connection import Connection, Idle
-from .errors import ConfigError, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
+from .connection import Connection, Idle, log_fields_of
+from .errors import ConfigError, DeadlineExceeded, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
 from .linger import Linger
 from .listener import (
     ListenConfig,
@@ -38,7 +40,7 @@ from .listener import (
     steer,
 )
 from .lobby import Lobby
-from .logs import FaultLimiter, fault_key
+from .logs import RECORD_FIELDS, FaultLimiter, fault_key
 from .options import check_number, check_whole_number
 from .overseer import HandlerTimedOut, Overseer, TooSlow
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
@@ -52,7 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-Handler = Callable[[Any], Any]
+#: One for a subclass of Connection, or for any socket, will do as well: to type checkers Connection has a base class
+#: without types (gevent's), so that it may be anything.
+Handler = Callable[[Connection], Any]
 OnFull = Literal["wait", "reject", "close_idle"]
 
 #: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
@@ -78,7 +82,7 @@ class Server:
     """A TCP server: each connection runs ``handler(connection)`` in a greenlet of its own, then it is closed.
 
     Args:
-        address: where to listen: "127.0.0.1:5000", "[::1]:443", "*:80" (IPv4 and IPv6), "name:80",
+        address: where to listen: "127.0.0.1:5000", "[::1]:443", ``"*:80"`` (IPv4 and IPv6), "name:80",
             "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
@@ -107,6 +111,8 @@ class Server:
             it; 0 closes at once.
         connection_class: a subclass of Connection for the handler to get.
         context: anything; each connection has it as ``connection.context``.
+        access_log: write a line when a connection has ended: "text", "json", or an :class:`AccessLog` for a file. None:
+            no lines, and no cost.
         on_connect: called first in the connection's greenlet; if it returns False the connection is closed unserved.
         on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
         on_error: called with (connection, exception) for every exception that left the handler, instead of the log.
@@ -136,9 +142,10 @@ class Server:
         client_limits: ClientLimits | None = None,
         connection_class: type[Connection] = Connection,
         context: Any = None,
-        on_connect: Callable[[Any], Any] | None = None,
-        on_disconnect: Callable[[Any], Any] | None = None,
-        on_error: Callable[[Any, BaseException], Any] | None = None,
+        access_log: AccessLog | Literal["text", "json"] | None = None,
+        on_connect: Callable[[Connection], Any] | None = None,
+        on_disconnect: Callable[[Connection], Any] | None = None,
+        on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
         for name, value in (("handler", handler),):
             if not callable(value):
@@ -174,6 +181,8 @@ class Server:
             raise ConfigError(f"client_limits must be a ClientLimits, got {client_limits!r}")
         if listen is not None and not isinstance(listen, ListenConfig):
             raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
+        if access_log is not None and not isinstance(access_log, AccessLog):
+            access_log = AccessLog(access_log)
         self.handler = handler
         self.pool = pool
         self.places = pool.places  # looked at once a request
@@ -189,7 +198,7 @@ class Server:
         self.on_error = on_error
         self.connection_class = connection_class
         self.state = State.NEW
-        #: Set when a stop begins: handlers with work of their own wait on it.
+        #: Set when a stop begins. Handlers with work of their own wait on it.
         self.stopping_event = Event()
         #: Set when the listening sockets are drained and closed; handlers may run on.
         self.listening_ended = Event()
@@ -218,13 +227,21 @@ class Server:
                 self._serve_from_lobby,
                 self._note_if_nobody_is_connected,
                 self._counters.handshake_failures,
+                access_log.write_unserved if access_log is not None else None,
             )
         self.lingerer = Linger(linger)
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
+        self._signalled_early = 0
         self._started_at = 0.0
         self._serve_bound = self._serve  # one bound method for all connections: 64 bytes each
+        #: What writes a line when a connection has ended, or None.
+        self.access_log = access_log
+        if access_log is not None:
+            # In the place of the others, so that it costs nothing where there is none.
+            self._serve_bound = self._serve_and_log
+            self._forget = self._forget_and_log  # type: ignore[method-assign]
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -285,8 +302,6 @@ class Server:
             OSError: as :meth:`start`, or the listening socket was lost.
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
-        if self.state is State.NEW:
-            self.start()
         restore: list[tuple[int, Any]] = []
         waker = None
         if threading.current_thread() is threading.main_thread():
@@ -299,10 +314,16 @@ class Server:
             waker = _SignalWaker()
             restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            self._stopped.wait()
-        except BaseException:
-            self.halt()
-            raise
+            # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
+            if self.state is State.NEW:
+                self.start()
+                if self._signalled_early:
+                    self._stop_by_signal(self._signalled_early, stop_timeout)
+            try:
+                self._stopped.wait()
+            except BaseException:
+                self.halt()
+                raise
         finally:
             for number, before in restore:
                 signal.signal(number, before)
@@ -315,7 +336,11 @@ class Server:
 
     def _stop_by_signal(self, number: int, stop_timeout: float | None) -> None:
         name = signal.Signals(number).name
-        if self.state is State.STOPPING:
+        if self.state is State.NEW:  # it waits for the address of a name
+            if self._signalled_early:
+                os._exit(128 + number)
+            self._signalled_early = number
+        elif self.state is State.STOPPING:
             log.warning("%s again: ending %d handlers now", name, len(self._connections))
             gevent.spawn(self.halt)
         elif self.state is State.SERVING:
@@ -333,7 +358,7 @@ class Server:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the server listens, one entry an address, with the real ports: ("127.0.0.1:5000",)."""
+        """Where the server listens, one entry an address, with the real ports, as ("127.0.0.1:5000",)."""
         seen = dict.fromkeys(listener.address for group in self._groups for listener in group)
         return tuple(seen)
 
@@ -418,7 +443,11 @@ class Server:
             return
         if self.on_full == "reject" and not self._has_room() and self.state is State.SERVING:
             counters.rejected += 1
-            self.lingerer.take(connection._sock) or connection.close()
+            if self.access_log is not None:
+                connection.client_address = address
+                self.access_log.write_unserved(connection, "rejected")
+            if not self.lingerer.take(connection._sock):
+                connection.close()
             return
         counters.accepted = number = counters.accepted + 1
         if not number % QUEUE_WAIT_EVERY:
@@ -509,6 +538,7 @@ class Server:
                     self.handler(connection)
                 else:
                     self._counters.refused += 1
+                    self._note_end(connection, "refused")
             except BaseException as error:
                 self._handler_raised(connection, error)
             try:
@@ -543,11 +573,31 @@ class Server:
                 get_hub().loop.run_callback(self._serve_waiting)
             self._wake_accept_loops()
 
+    def _serve_and_log(self, connection: Connection) -> None:
+        """:meth:`_serve`, with an access log."""
+        assert self.access_log is not None
+        self.access_log.begin(connection)
+        self._serve(connection)
+
+    def _forget_and_log(self, connection: Connection) -> None:
+        access_log = self.access_log
+        assert access_log is not None
+        fields = access_log.end(connection)
+        Server._forget(self, connection)
+        access_log.write(fields)
+
+    def _note_end(self, connection: Connection, result: Result, detail: str = "") -> None:
+        if self.access_log is not None:
+            self.access_log.note(connection, result, detail)
+
     def _handler_raised(self, connection: Connection, error: BaseException) -> None:
         """Count what left the handler; print it only if it is a fault of the handler."""
         counters = self._counters
         if isinstance(error, GreenletExit):
+            self._note_end(connection, "stopped" if self.stopping else "killed")
             return
+        if self.access_log is not None:
+            self.access_log.note(connection, *_result_of(error, connection))
         if gone := _peer_has_gone(error) or error is connection._stream.fault:
             counters.resets += 1
         elif isinstance(error, LimitExceeded):
@@ -570,12 +620,13 @@ class Server:
                 error, gone = own, _peer_has_gone(own)
         if gone or isinstance(error, (TimeoutError, LimitExceeded)):
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: %s", peer(connection), error or type(error).__name__)
+                log.debug("%s: %s", peer(connection), error or type(error).__name__, extra=_fields(connection, error))
             return
         left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
         if left_out is not None:
             also = f" ({left_out} more of these were not printed)" if left_out else ""
-            log.error("handler for %s failed%s", peer(connection), also, exc_info=error)
+            fields = _fields(connection, error) | {"left_out": left_out}
+            log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
 
     # -- idle connections --------------------------------------------------------------------------------------------
 
@@ -801,11 +852,15 @@ class Server:
             connection = self._held.popleft()
             self._counters.accepted += 1
             cut.append(describe(connection, None))
+            if self.access_log is not None:
+                self.access_log.write_unserved(connection, "stopped")
             connection._sock.close()
         if self._lobby is not None:
             while self._lobby.waiting:
                 connection = self._lobby.waiting.popleft()
                 cut.append(describe(connection, None))
+                if self.access_log is not None:
+                    self.access_log.write_unserved(connection, "stopped")
                 connection.close()
                 self._lobby.left(connection)
                 self._note_if_nobody_is_connected()
@@ -826,6 +881,7 @@ class Server:
         counters = self._counters
         connections = list(self._connections)
         samples = counters.queue_wait_samples
+        blocked, blocked_seconds = blocked_so_far()
         return ServerStats(
             accepted=counters.accepted,
             active=len(connections),
@@ -855,6 +911,8 @@ class Server:
             pool_size=self.pool.size,
             handler_counters=_counters_of(self.handler),
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
+            blocked=blocked,
+            blocked_seconds=blocked_seconds,
         )
 
 
@@ -885,6 +943,38 @@ def _counters_of(handler: Any) -> dict[str, int]:
     if not isinstance(counters, Mapping):
         return {}
     return {name: value for name, value in counters.items() if isinstance(name, str) and type(value) is int}
+
+
+def _result_of(error: BaseException, connection: Connection) -> tuple[Result, str]:
+    """What the access log calls an exception that has left a handler, and what it says of it."""
+    said = type(error).__name__
+    try:
+        said += f": {error}" if str(error) else ""
+    except Exception:  # an exception of the handler's own whose text raises another
+        pass
+    if _peer_has_gone(error) or error is connection._stream.fault:
+        return "reset", said
+    for kind, result in _RESULTS:
+        if isinstance(error, kind):
+            return result, said
+    return "error", said
+
+
+# The first that fits: those above are kinds of those below.
+_RESULTS: tuple[tuple[type[BaseException], Result], ...] = (
+    (LimitExceeded, "limit"),
+    (HandlerTimedOut, "handler_timeout"),
+    (TooSlow, "slow"),
+    (DeadlineExceeded, "deadline"),
+    (TimeoutError, "timeout"),
+)
+
+
+def _fields(connection: Connection, error: BaseException) -> dict[str, Any]:
+    """What a log record carries beside its text, for logs in JSON."""
+    fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
+    # `extra` must not have the names of a record's own attributes.
+    return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
 
 
 def _peer_has_gone(error: BaseException) -> bool:

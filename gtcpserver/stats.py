@@ -61,6 +61,9 @@ class ServerStats:
         slow_clients: handlers ended because of ``min_rate``.
         idle_closed: idle connections closed to make room, or at a stop.
         accept_errors: failed accepts.
+        blocked: how often something has blocked the event loop, of all servers in this process; counted while a
+            :class:`BlockDetector` runs.
+        blocked_seconds: for how long, all together.
         bytes_received: bytes read from clients.
         bytes_sent: bytes written to clients.
         queue_wait_samples: accepted connections whose waiting time was measured (one in 64).
@@ -101,6 +104,8 @@ class ServerStats:
     pool_size: int | None
     uptime: float
     handler_counters: dict[str, int] = field(default_factory=dict)
+    blocked: int = 0
+    blocked_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import ipaddress
 import random
 import socket
-import struct
 import sys
 import time
 from typing import Any
@@ -25,8 +23,10 @@ import pass_criteria  # noqa: F401 (adds options)
 import shapes
 from local_servers import LocalServers, StartError, start_all
 from locust import FastHttpUser, User, events, tag, task
+from locust.exception import StopTest
 from locust.runners import WorkerRunner
 from tcp_user import Address, TcpUser, insecure_context
+from tunnels import connect_request, http_url, socks5_request
 
 #: Servers that users need -> what speaks the protocol here.
 SERVERS = {
@@ -43,6 +43,14 @@ SERVERS = {
 def address(text: str) -> str:
     try:
         Address.parse(text)
+    except ValueError as mistake:
+        raise argparse.ArgumentTypeError(str(mistake)) from None
+    return text
+
+
+def http_address(text: str) -> str:
+    try:
+        http_url(address(text))
     except ValueError as mistake:
         raise argparse.ArgumentTypeError(str(mistake)) from None
     return text
@@ -70,7 +78,7 @@ def add_options(parser: Any) -> None:
         flag = "--" + option.replace("_", "-")
         parser.add_argument(
             flag,
-            type=address,
+            type=http_address if option == "http_server" else address,
             metavar="ADDRESS",
             env_var=f"LOCUST_{option.upper()}",
             help=f"Of a server such as {what}; users whose server is not given take no part",
@@ -332,7 +340,10 @@ class HttpUser(Paced, FastHttpUser):
     weight = 2
 
     def url(self, host: str) -> str:
-        return host if "://" in host else f"http://{host}"
+        try:
+            return http_url(host)
+        except ValueError as mistake:
+            raise StopTest(str(mistake)) from None
 
     @task
     def get(self) -> None:
@@ -386,11 +397,7 @@ class Socks5User(TunnelUser):
         client.send(b"\x05\x01\x00")
         chosen = client.receive_exactly(2)
         assert chosen == b"\x05\x00", f"the proxy chose the method {chosen.hex()}"
-        try:
-            where = b"\x01" + ipaddress.IPv4Address(target.host).packed
-        except ValueError:
-            where = b"\x03" + bytes([len(target.host)]) + target.host.encode("idna")
-        client.send(b"\x05\x01\x00" + where + struct.pack(">H", target.port))
+        client.send(socks5_request(target.host, target.port))
         head = client.receive_exactly(4)
         assert head[:2] == b"\x05\x00", f"the proxy refuses with {head[1]}"
         client.receive_exactly({1: 4, 4: 16}[head[3]] + 2)  # where it connects from
@@ -402,8 +409,7 @@ class HttpTunnelUser(TunnelUser):
     request_type = "CONNECT"
 
     def on_connect(self) -> None:
-        target = b"%b:%d" % (self.target.host.encode("idna"), self.target.port)
-        self.client.send(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, target))
+        self.client.send(connect_request(self.target.host, self.target.port))
         head = self.client.receive_until(b"\r\n\r\n")
         status = head.split(b"\r\n", 1)[0]
         assert status.split(b" ")[1:2] == [b"200"], f"the proxy refuses with {status.decode()!r}"

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import resource
-import selectors
 import signal
-import socket
-import ssl
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +39,8 @@ class Run:
         rate: requests a second.
         p50, p99, p999: latency, ms.
         errors: requests that failed.
-        busy: share of its CPU that the server used; below 0.9 the client was the limit.
+        busy: share of its CPUs that the server used.
+        client: share of its CPU that wrk used, which has one thread.
     """
 
     user: float
@@ -56,6 +51,7 @@ class Run:
     p999: float
     errors: int
     busy: float
+    client: float
 
     @property
     def cpu(self) -> float:
@@ -142,37 +138,68 @@ def memory_kib(pid: int) -> int:
     return int(found[1])
 
 
+def wrk(server: Listening, seconds: int, clients: int, tls: bool = False, path: str = "/") -> list[str]:
+    """wrk's command: one thread, and its words as report.lua has them."""
+    url = f"{'https' if tls else 'http'}://{server.host}:{server.port}{path}"
+    return ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--timeout", "10", "-s", str(REPORT_SCRIPT), url]
+
+
 def load(server: Listening, seconds: int, clients: int, tls: bool = False, path: str = "/", cpus: int = 1) -> Run:
     """Let wrk load the server and read both accounts.
 
     Args:
         cpus: that the server may use.
+
+    Raises:
+        NoAnswer: not one request was answered.
+        BenchError: the server is no session of its own, or has ended.
     """
-    scheme = "https" if tls else "http"
-    url = f"{scheme}://{server.host}:{server.port}{path}"
     before, began = cpu_of_session(server.pid), time.monotonic()
-    done = subprocess.run(
-        ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--timeout", "10", "-s", str(REPORT_SCRIPT), url],
-        capture_output=True,
+    with subprocess.Popen(
+        wrk(server, seconds, clients, tls, path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
         preexec_fn=prepare(CLIENT_CPU),
-    )
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     after, ended = cpu_of_session(server.pid), time.monotonic()
-    report = read_report(done.stdout)
+    report = read_report(said)
     if not report.requests:
-        raise NoAnswer(f"no answer to {clients} clients within {seconds} s {done.stderr}".strip())
-    used = sum(after) - sum(before)
+        why = next((line for line in said.splitlines() if line.startswith("unable")), "")
+        raise NoAnswer(f"no answer to {clients} clients within {seconds} s {why}".strip())
+    took = ended - began
+    if sum(after) <= sum(before):
+        raise BenchError(f"no CPU time in the account of the server's session {server.pid}")
     return Run(
         user=(after[0] - before[0]) / report.requests * 1e6,
         system=(after[1] - before[1]) / report.requests * 1e6,
-        rate=report.requests / (ended - began),
+        rate=report.requests / took,
         p50=report.p50,
         p99=report.p99,
         p999=report.p999,
         errors=report.errors,
-        busy=used / (ended - began) / cpus,
+        busy=(sum(after) - sum(before)) / took / cpus,
+        client=(usage.ru_utime + usage.ru_stime) / took,
     )
+
+
+def warm_up(server: Listening, clients: int, tls: bool = False) -> None:
+    """Some requests on as many connections as are measured then, which is not counted."""
+    seconds = 0.4 + clients / (1500 if tls else 5000)
+    with subprocess.Popen(
+        wrk(server, 60, clients, tls),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=prepare(CLIENT_CPU),
+    ) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it ends as if its time were over
 
 
 REPORT_SCRIPT = ROOT / "loadtests" / "report.lua"
@@ -200,133 +227,3 @@ def read_report(text: str) -> Report:
         p999=said.get("p999", 0) / 1000,
         errors=sum(said.get(kind, 0) for kind in ("connect", "read", "write", "status", "timeout")),
     )
-
-
-#: An answer of a server that is compared, bytes; the scenarios' longest has 16 kB.
-LONGEST_ANSWER = 1 << 20
-
-REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-def answer_of(server: Listening, tls: bool = False) -> bytes:
-    """One answer, for the check that all servers send the same; with TLS, behind the version and cipher agreed on."""
-    sock = socket.create_connection((server.host, server.port), timeout=10)
-    agreed = b""
-    if tls:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        sock = context.wrap_socket(sock)
-        agreed = repr(sock.cipher()).encode() + b" "
-    with sock:
-        sock.sendall(REQUEST)
-        answer = b""
-        give_up = time.monotonic() + 10
-        while True:
-            if len(answer) > LONGEST_ANSWER or time.monotonic() > give_up:
-                raise BenchError(f"the answer does not end, it begins {answer[:100]!r}")
-            head, found, body = answer.partition(b"\r\n\r\n")
-            length = re.search(rb"Content-Length: (\d+)", head)
-            if found and length and len(body) >= int(length[1]):
-                return agreed + answer
-            more = sock.recv(65536)
-            if not more:
-                raise BenchError(f"the server closed after {answer!r}")
-            answer += more
-
-
-def idle_memory(server: Listening, connections: int) -> float:
-    """KiB of server memory for each of many idle keep-alive connections which were served one request."""
-    answer_of(server)
-    time.sleep(0.5)
-    before = memory_kib(server.pid)
-    with idle_connections(server, connections):
-        time.sleep(0.5)
-        return (memory_kib(server.pid) - before) / connections
-
-
-@contextmanager
-def idle_connections(server: Listening, connections: int) -> Iterator[None]:
-    """So many keep-alive connections that have been served one request."""
-    limit = allow_descriptors()
-    if limit < connections + 100:
-        raise BenchError(
-            f"{connections} connections need {connections + 100} descriptors, the limit is {limit}: ulimit -n"
-        )
-    socks = []
-    try:
-        for number in range(connections):
-            socks.append(_connect(server, number))
-        for sock in socks:
-            sock.sendall(REQUEST)
-        for sock in socks:
-            if not sock.recv(65536):
-                raise BenchError("the server closed an idle connection")
-        yield
-    finally:
-        for sock in socks:
-            sock.close()
-
-
-def _connect(server: Listening, number: int) -> socket.socket:
-    sock = socket.socket()
-    # Many source addresses: ports that were used a minute ago are still in TIME-WAIT.
-    sock.bind((f"127.0.{random.randrange(256)}.{2 + number % 250}", 0))
-    sock.connect((server.host, server.port))
-    return sock
-
-
-def first_bytes(server: Listening, beside: int, times: int) -> list[float]:
-    """Milliseconds until the first byte of an answer came, each on a new connection, beside so many idle ones."""
-    found = []
-    with idle_connections(server, beside):
-        for number in range(times):
-            began = time.perf_counter()
-            with _connect(server, number) as sock:
-                sock.sendall(REQUEST)
-                if not sock.recv(1):
-                    raise BenchError("the server closed without an answer")
-                found.append((time.perf_counter() - began) * 1000)
-    return sorted(found)
-
-
-def crowd(server: Listening, number: int) -> float:
-    """Connections a second of a crowd that comes all at once to a server that has just started, up to the answers."""
-    allow_descriptors()
-    socks = [socket.socket() for _ in range(number)]
-    try:
-        began = time.perf_counter()
-        for place, sock in enumerate(socks):
-            sock.bind((f"127.0.{random.randrange(256)}.{2 + place % 250}", 0))
-            sock.setblocking(False)
-            sock.connect_ex((server.host, server.port))
-        left = set(socks)
-        with selectors.DefaultSelector() as selector:
-            for sock in socks:
-                selector.register(sock, selectors.EVENT_WRITE)
-            while left:
-                ready = selector.select(20)
-                if not ready:
-                    raise BenchError(f"{len(left)} of {number} connections were not answered in 20 seconds")
-                for key, events in ready:
-                    sock = key.fileobj  # type: ignore[assignment]
-                    if events & selectors.EVENT_WRITE:
-                        sock.send(REQUEST)
-                        selector.modify(sock, selectors.EVENT_READ)
-                    else:
-                        if not sock.recv(65536):
-                            raise BenchError("the server closed without an answer")
-                        selector.unregister(sock)
-                        left.discard(sock)
-        return number / (time.perf_counter() - began)
-    finally:
-        for sock in socks:
-            sock.close()
-
-
-def need_wrk() -> None:
-    """Exit unless wrk is there."""
-    try:
-        subprocess.run(["wrk", "-v"], capture_output=True, check=False)
-    except FileNotFoundError:
-        print("the benchmarks need wrk: apt-get install wrk", file=sys.stderr)
-        sys.exit(2)

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .machine import need
 from .measure import (
     CLIENT_CPU,
     REPORT_SCRIPT,
@@ -27,7 +28,6 @@ from .measure import (
     START_TIMEOUT,
     BenchError,
     cpu_seconds,
-    need_wrk,
     prepare,
     read_report,
 )
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.rounds, options.seconds, options.clients) < 1:
         parser.error("--rounds, --seconds and --clients must be 1 or more")
-    need_wrk()
+    need("monitoring")
     found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     try:
         for number in range(options.rounds):

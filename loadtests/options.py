@@ -1,40 +1,30 @@
 """What the options of the listening sockets, and worker processes, do here.
 
-    python -m loadtests.options [--rounds N] [--seconds N]
+    python -m loadtests.options [--rounds N] [--seconds N] [--publish]
 
-Each is measured in turn with the default. TCP Fast Open needs root: it is tried in a network namespace of its own with
-5 ms of delay each way, where the system allows it.
+Each is measured in turn with the default. TCP Fast Open is tried on a link with a delay of 5 ms each way, which needs
+root.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import random
 import re
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .measure import (
-    CPUS,
-    ROOT,
-    SERVER_CPU,
-    START_TIMEOUT,
-    BenchError,
-    Listening,
-    Run,
-    kill_all,
-    load,
-    need_wrk,
-    prepare,
-)
-from .results import Result
+from . import fast_open as fast_open_link
+from .machine import need
+from .measure import CPUS, ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, Run, kill_all, load, prepare, warm_up
+from .results import Figures, Result
 from .servers import PYTHON
+from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
 
 EACH, KEPT = "loadtests/peers/served.py:each", "loadtests/peers/served.py:kept"
 
@@ -106,103 +96,60 @@ def serving(handler: str, options: Sequence[str], cpus: set[int]) -> Iterator[Li
         process.wait()
 
 
-def measure(title: str, rounds: int, seconds: int) -> Result:
+def measure(title: str, rounds: int, seconds: int, progress: Progress) -> Result:
     handler, clients, variants = VARIANTS[title]
     cpus = set(CPUS) if "Workers" in title else {SERVER_CPU}
-    result = Result({name: [] for name in variants})
-    for _ in range(rounds):
-        for name in random.sample(list(variants), len(variants)):
-            with serving(handler, variants[name], cpus) as server:
-                run: Run = load(server, seconds, clients, cpus=len(cpus))
-                result.runs[name].append(run)
-    return result
+
+    def run(name: str) -> Run:
+        with serving(handler, variants[name], cpus) as server:
+            warm_up(server, clients)
+            return load(server, seconds, clients, cpus=len(cpus))
+
+    found, failed = take_turns(variants, rounds, run, progress, title)
+    return Result(title, found, failed, against=[next(iter(variants))], what="option")
 
 
-def table(title: str, result: Result) -> str:
-    base = next(iter(result.runs))
-    lines = [f"### {title}", "", f"| option | CPU us a request | spread | requests/s | p50 ms | p99 ms | of {base} |"]
-    lines.append("| --- |" + " ---: |" * 6)
-    for name in result.runs:
-        figures = [f"{result.median(name, 'cpu'):.1f}", f"±{result.spread(name):.0%}"]
-        figures += [f"{result.median(name, 'rate'):,.0f}", *(f"{result.median(name, p):.2f}" for p in ("p50", "p99"))]
-        lines.append(f"| {name} | {' | '.join(figures)} | {result.ratio(name, base) if name != base else ''} |")
-    return "\n".join(lines) + "\n"
-
-
-FAST_OPEN = """
-    import socket, statistics, sys, threading, time
-    from gtcpserver import ListenConfig, Server
-
-    MSG_FASTOPEN = 0x20000000
-    ROUNDS = 40
-
-    def answer(conn):
-        conn.recv(1000)
-        conn.sendall(b"x")
-
-    def ask(port, fast):
-        began = time.perf_counter()
-        with socket.socket() as sock:
-            if fast:
-                sock.sendto(b"GET", MSG_FASTOPEN, ("127.0.0.1", port))
-            else:
-                sock.connect(("127.0.0.1", port))
-                sock.sendall(b"GET")
-            sock.recv(1)
-        return (time.perf_counter() - began) * 1000
-
-    def client(port):
-        for fast in (False, True):
-            ask(port, fast)  # which gets the cookie
-            print(statistics.median(ask(port, fast) for _ in range(ROUNDS)))
-
-    server = Server("127.0.0.1:0", answer, listen=ListenConfig(fast_open=64))
-    server.start()
-    from gevent.threadpool import ThreadPool
-    ThreadPool(1).apply(client, (server.port,))
-"""
-
-
-def fast_open() -> str:
-    """Time to the answer with and without TCP Fast Open."""
-    title = "### TCP Fast Open: ms until the answer to one request on a new connection\n"
-    setup = "ip link set lo up && sysctl -qw net.ipv4.tcp_fastopen=3"
-    delay = "tc qdisc add dev lo root netem delay 5ms 2>/dev/null && echo 5 || echo 0"
-    command = ["unshare", "--net", "sh", "-c", f'{setup} && ({delay}) && exec "$0" -c "$1"', PYTHON]
-    try:
-        done = subprocess.run(
-            [*command, textwrap.dedent(FAST_OPEN)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        milliseconds, without, with_it = map(float, done.stdout.split())
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return f"{title}\n(left out: no network namespace: {error})\n"
-    rows = f"| {without:.3f} | {with_it:.3f} |"
-    return f"{title}\n| without, {milliseconds:g} ms each way | with --fast-open 64 |\n| ---: | ---: |\n{rows}\n" + (
-        "" if milliseconds else "\n(This kernel has no netem, so nothing delays the packets.)\n"
+def fast_open(rounds: int) -> Figures:
+    """Time to the answer with and without TCP Fast Open; see loadtests.fast_open."""
+    figures = Figures(
+        f"TCP Fast Open, {fast_open_link.DELAY * 1000:g} ms each way: until the answer on a new connection",
+        ["ms", "of the connections, counted by the kernel as opened so"],
     )
+    done = subprocess.run(
+        [PYTHON, "-m", "loadtests.fast_open", "--rounds", str(rounds)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode:
+        figures.failed["TCP Fast Open"] = done.stderr.strip().rpartition("\n")[2]
+        return figures
+    found = json.loads(done.stdout)
+    figures.runs = {"default": found["without"], "--fast-open 64": found["with"]}
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.options", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=3)
+    add_arguments(parser, rounds=9)
+    parser.add_argument("--seconds", type=positive, default=2, help="of each run; default: %(default)s")
     given = parser.parse_args(arguments)
-    if given.rounds < 1 or given.seconds < 1:
-        parser.error("--rounds and --seconds must be 1 or more")
-    need_wrk()
+    need("workers")
+    steps = sum(len(variants) for _, _, variants in VARIANTS.values()) * given.rounds
     try:
+        settings = {"rounds": given.rounds, "seconds": given.seconds}
+        recording = Recording("options", settings, given.json, seed_of(given), steps)
         for title in VARIANTS:
-            print(table(title, measure(title, given.rounds, given.seconds)), flush=True)
-        print(fast_open())
+            recording.load(title, measure(title, given.rounds, given.seconds, recording.progress))
+        recording.progress.show("TCP Fast Open")
+        recording.figures("fast-open", fast_open(given.rounds))
+        return recording.end(given.publish)
     except (BenchError, OSError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

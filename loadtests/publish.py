@@ -1,8 +1,9 @@
-"""Put results into the documentation: tables between the marks in docs/performance.md, and the plots.
+"""Put results into the documentation: tables between the marks of docs/performance.md and README.md, and the plots.
 
-    python -m loadtests.publish RESULTS.json [OPTIONS.md]
+    python -m loadtests.publish RESULTS.json...
 
-RESULTS.json is what loadtests.bench has written, OPTIONS.md what loadtests.options has printed.
+Each is what a benchmark has written: loadtests.bench, transfers, proxies, workers, adapters or options. All of them do
+this by themselves with --publish.
 """
 
 from __future__ import annotations
@@ -10,42 +11,158 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .measure import ROOT, BenchError
 from .plots import plot
+from .results import Figures, Result, load_figures, load_result, significant
+from .scenarios import GEVENT, GEVENT_POOL, UVLOOP
+from .servers import OURS
+from .workers import words
 
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "plots"
+
+MORE = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="plots/bench-more-dark.svg">
+  <img alt="The other figures of each server" src="plots/bench-more-light.svg">
+</picture>"""
+
+#: Rows of the table in README.md: what it says -> the load, and which of gevent's servers.
+FIRST = {
+    "keep-alive, 1 kB, 100 connections": ("keepalive/100", GEVENT),
+    "the same, with a 30 s idle time-out": ("keepalive-timeout/100", GEVENT),
+    "a new connection for each request (gevent with a Pool)": ("new-connection/100", GEVENT_POOL),
+    "TLS 1.3, keep-alive": ("tls-keepalive/100", GEVENT),
+    "TLS 1.3, a new connection for each request": ("tls-new-connection/100", GEVENT),
+}
+
+
+def publish_all(paths: Iterable[Path]) -> None:
+    """Put these results into the pages.
+
+    Raises:
+        BenchError: a file cannot be read, or is not what a benchmark writes.
+    """
+    for path in paths:
+        try:
+            output = json.loads(path.read_text())
+            program = output["program"]
+            page = put(PAGE.read_text(), program, of_page(output))
+            readme = put(README.read_text(), program, of_readme(output)) if program in IN_README else ""
+            if program == "bench":
+                PLOTS.mkdir(exist_ok=True)
+                plot(output, PLOTS / "bench")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BenchError(f"{path} cannot be published: {error!r}") from error
+        PAGE.write_text(page)
+        print(f"published in {PAGE}", flush=True)
+        if readme:
+            README.write_text(readme)
+            print(f"published in {README}", flush=True)
 
 
 def put(page: str, mark: str, text: str) -> str:
     """The page with this text between the marks. Raises ValueError if it has none."""
     begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
     if begin not in page or end not in page:
-        raise ValueError(f"{PAGE} has no marks for {mark}")
+        raise ValueError(f"the page has no marks for {mark}")
     return re.sub(
         re.escape(begin) + ".*?" + re.escape(end), lambda _: begin + text.strip() + "\n" + end, page, flags=re.S
     )
 
 
+def loaded(output: dict[str, Any]) -> dict[str, Result | Figures]:
+    """All that a benchmark has found, by name."""
+    found: dict[str, Result | Figures] = {name: load_result(item) for name, item in output["scenarios"].items()}
+    return found | {name: load_figures(item) for name, item in output["figures"].items()}
+
+
+def of_page(output: dict[str, Any]) -> str:
+    """The machine, and all tables."""
+    said = {**output["machine"], **output["settings"]}
+    line = ", ".join(f"{name} {value}" for name, value in said.items())
+    picture = [MORE] if output["program"] == "bench" else []
+    return "\n\n".join([line, *(found.table() for found in loaded(output).values()), *picture])
+
+
+def of_readme(output: dict[str, Any]) -> str:
+    found = loaded(output)
+    lines = IN_README[output["program"]](found)
+    machine = output["machine"]
+    what = f"{machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}, gevent {machine['gevent']}"
+    if output["program"] == "bench":
+        what += f", uvloop {machine['uvloop']}"
+    rounds = output["settings"]["rounds"]
+    when = f"load average before it {machine['load average']}, {machine['date'][:10]}; medians of {rounds} rounds"
+    return "\n".join([*lines, "", f"({what}; {when}.)"])
+
+
+def _bench(found: dict[str, Result | Figures]) -> list[str]:
+    lines = [
+        "| CPU µs a request (user + system) | gtcpserver | gevent StreamServer | uvloop Protocol "
+        "| of gevent | of uvloop |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for title, (name, gevent) in FIRST.items():
+        result = found[name]
+        assert isinstance(result, Result)
+        figures = [significant(result.median(server, "cpu")) for server in (OURS, gevent, UVLOOP)]
+        ratios = [str(result.ratio(OURS, peer)) for peer in (gevent, UVLOOP)]
+        lines.append(f"| {title} | {' | '.join(figures + ratios)} |")
+    idle = found["idle"]
+    assert isinstance(idle, Figures)
+    figures = [significant(idle.median(server)[0]) for server in (OURS, GEVENT, UVLOOP)]
+    ratios = [str(idle.ratio(OURS, peer)) for peer in (GEVENT, UVLOOP)]
+    title = idle.title[0].lower() + idle.title[1:]
+    return [*lines, f"| {title}, {idle.columns[0]} | {' | '.join(figures + ratios)} |"]
+
+
+def _transfers(found: dict[str, Result | Figures]) -> list[str]:
+    lines = ["| | gtcpserver | peer | of the peer |", "| --- | ---: | ---: | ---: |"]
+    for figures in found.values():
+        if isinstance(figures, Figures):
+            for peer in figures.peers:
+                medians = [significant(figures.median(name)[0]) for name in (OURS, peer)]
+                what = f"{figures.title}, {figures.columns[0]}: {peer}"
+                lines.append(f"| {what} | {' | '.join(medians)} | {figures.ratio(OURS, peer)} |")
+    return lines
+
+
+def _proxies(found: dict[str, Result | Figures]) -> list[str]:
+    tables = [figures for figures in found.values() if isinstance(figures, Figures)]
+    titles = [f"{figures.title}, {figures.columns[0]}" for figures in tables]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(tables)]
+    for name in dict.fromkeys(name for figures in tables for name in figures.runs):
+        cells = [significant(figures.median(name)[0]) if name in figures.runs else "" for figures in tables]
+        lines.append(f"| {f'**{name}**' if name == OURS else name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _workers(found: dict[str, Result | Figures]) -> list[str]:
+    figures = found["workers"]
+    assert isinstance(figures, Figures)
+    client = figures.median(list(figures.runs)[-1])[2]
+    work = f"a handler that computes for 0.15 ms, so that the load generator had {client:.0%} of the CPUs"
+    return [f"{words(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.workers`.)"]
+
+
+#: Program -> what of it is in README.md.
+IN_README = {"bench": _bench, "transfers": _transfers, "proxies": _proxies, "workers": _workers}
+
+
 def main(arguments: list[str]) -> int:
-    if not 1 <= len(arguments) <= 2:
-        print("usage: python -m loadtests.publish RESULTS.json [OPTIONS.md]", file=sys.stderr)
+    if not arguments:
+        print("usage: python -m loadtests.publish RESULTS.json...", file=sys.stderr)
         return 2
     try:
-        results = Path(arguments[0])
-        output = json.loads(results.read_text())
-        facts = ", ".join(f"{name} {value}" for name, value in output["machine"].items())
-        page = put(PAGE.read_text(), "results", f"{facts}\n\n{results.with_suffix('.md').read_text()}")
-        if len(arguments) > 1:
-            page = put(page, "options", Path(arguments[1]).read_text())
-        PLOTS.mkdir(exist_ok=True)
-        plot(output, PLOTS / "bench")
-    except (BenchError, OSError, ValueError, KeyError) as error:
-        print(f"python -m loadtests.publish: {error}", file=sys.stderr)
+        publish_all(map(Path, arguments))
+    except BenchError as problem:
+        print(f"python -m loadtests.publish: {problem}", file=sys.stderr)
         return 2
-    PAGE.write_text(page)
     return 0
 
 

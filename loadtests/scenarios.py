@@ -1,4 +1,4 @@
-"""The loads: the eight tests of the Go original, and ours."""
+"""The loads: the eight tests of the Go original, and ours; and which of them are published."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from .servers import OURS, SERVERS
 GEVENT, GEVENT_POOL, UVLOOP = "gevent StreamServer", "gevent StreamServer, Pool", "uvloop Protocol"
 
 EVERYBODY = tuple(SERVERS)
-#: One connection a handler: a limit of them is no difference.
-NOT_POOL = tuple(name for name in SERVERS if "Pool" not in name)
 
 
 @dataclass(frozen=True)
@@ -24,19 +22,18 @@ class Scenario:
         servers: that take part.
         against: those that a ratio is computed with.
         tls: encrypted.
-        answers_differ: by more than their bytes (a random vector): their lengths are compared.
     """
 
     title: str
     test: str = ""
     options: tuple[str, ...] = ()
-    servers: tuple[str, ...] = NOT_POOL
+    servers: tuple[str, ...] = EVERYBODY
     against: tuple[str, ...] = (GEVENT, UVLOOP)
     tls: bool = False
-    answers_differ: bool = False
 
     def named(self, clients: int) -> str:
-        return self.title.format(clients=f"{clients:,}")
+        test = f" (test {self.test} of the Go original)" if self.test else ""
+        return self.title.format(clients=f"{clients:,}") + test
 
 
 NEW = ("--no-keepalive",)
@@ -50,7 +47,6 @@ SCENARIOS = {
         "New connections, 1 kB, {clients} clients",
         "1",
         NEW,
-        servers=EVERYBODY,
         against=(GEVENT_POOL, UVLOOP),
     ),
     "tls-keepalive": Scenario("TLS 1.3, keep-alive, 1 kB, {clients} connections", "2.1", tls=True),
@@ -59,11 +55,8 @@ SCENARIOS = {
         "AES-128-CBC, new connections, 1 kB, {clients} clients",
         "3",
         (*NEW, "--aes128"),
-        answers_differ=True,
     ),
-    "aes-keepalive": Scenario(
-        "AES-128-CBC, keep-alive, 1 kB, {clients} connections", "4", ("--aes128",), answers_differ=True
-    ),
+    "aes-keepalive": Scenario("AES-128-CBC, keep-alive, 1 kB, {clients} connections", "4", ("--aes128",)),
     "sleep": Scenario(
         "1 ms of sleep, keep-alive, 128 bytes, {clients} connections", "5", ("--size", "128", "--sleep", "1")
     ),
@@ -73,6 +66,19 @@ SCENARIOS = {
 #: The original's, in its order.
 ORIGINAL = [name for name, scenario in sorted(SCENARIOS.items(), key=lambda item: item[1].test) if scenario.test]
 
-#: Those without wrk: memory of idle connections, the first byte beside them, a crowd at the start.
+#: Without wrk: memory of idle connections, the first byte beside them, a crowd at the start.
 OTHERS = ("idle", "first-byte", "crowd")
 OTHER_SERVERS = (OURS, "gtcpserver, idle()", "gtcpserver StreamServer", GEVENT, GEVENT_POOL, UVLOOP)
+
+MAIN = (OURS, GEVENT, GEVENT_POOL, UVLOOP)
+
+#: Clients -> what `bench --publish` measures with so many, and whom: (scenario, servers). It must be done in 25
+#: minutes: all of the original's tests with its number of clients, but those with TLS, where the handshakes alone
+#: would take most of a run; with fewer clients all again, and the main peers.
+PUBLISHED: dict[int, list[tuple[str, tuple[str, ...]]]] = {
+    100: [
+        *((name, EVERYBODY) for name in ORIGINAL if SCENARIOS[name].tls),
+        *((name, MAIN) for name in SCENARIOS if not SCENARIOS[name].tls),
+    ],
+    1000: [(name, EVERYBODY) for name in ORIGINAL if not SCENARIOS[name].tls],
+}

@@ -11,175 +11,41 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import random
-import shutil
 import socket
-import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from .measure import (
-    CLIENT_CPU,
-    ROOT,
-    SERVER_CPU,
-    START_TIMEOUT,
-    BenchError,
-    Listening,
-    allow_descriptors,
-    cpu_seconds,
-    load,
-    memory_kib,
-    need_wrk,
-    prepare,
-)
+from .machine import need
+from .measure import CLIENT_CPU, BenchError, Listening, allow_descriptors, cpu_seconds, load, memory_kib
+from .results import Figures
 from .servers import OURS, PYTHON, free_port
+from .transfer_peers import CHUNK, FILE_SERVERS, GIB, MEDIUM, RELAYS, SMALL, Target, discard, running
+from .turns import Recording, add_arguments, seed_of, take_turns
 
-GIB = 1 << 30
-CHUNK = 1 << 20
-MEDIUM, SMALL = 64 << 20, 16 << 10
+#: (servers, run, title) -> what each of them found, and why others have nothing; as turns.take_turns.
+Turns = Callable[[Mapping[str, Any], Callable[[str], list[float]], str], Figures]
 
-HAPROXY = """
-global
-    nbthread 1
-    maxconn 5000
-defaults
-    mode tcp
-    option splice-request
-    option splice-response
-    timeout connect 5s
-    timeout client 60s
-    timeout server 60s
-listen relay
-    bind 127.0.0.1:{port}
-    server target 127.0.0.1:{target}
-"""
-
-NGINX = """
-daemon off; master_process off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log; user root;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000000;
-    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
-    uwsgi_temp_path {folder}; scgi_temp_path {folder};
-    server {{ listen 127.0.0.1:{port}; root {root}; }}
-}}
-"""
+GIB_UNIT, REQUEST_UNIT = "CPU s a GiB", "CPU µs a request"
 
 
-@contextmanager
-def running(command: list[str], port: int, cpu: int = SERVER_CPU) -> Iterator[Listening]:
-    """Run a server that listens on a port it was told."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=prepare(cpu),
-    )
-    try:
-        give_up = time.monotonic() + START_TIMEOUT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > give_up:
-                    process.kill()
-                    said = process.communicate()[1].decode().strip()
-                    raise BenchError(f"{' '.join(command)} did not start: {said}") from None
-                time.sleep(0.02)
-        # Nobody must be stopped by a full pipe of messages.
-        threading.Thread(target=process.communicate, daemon=True).start()
-        yield Listening(process.pid, "127.0.0.1", port)
-    finally:
-        process.kill()
-        process.wait()
-
-
-class Target:
-    """Behind the relays: sends as many bytes as the first 8 bytes it gets say."""
-
-    def __init__(self) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
-        self.port = int(self._listening.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            sock, _ = self._listening.accept()
-            threading.Thread(target=self._send, args=(sock,), daemon=True).start()
-
-    def _send(self, sock: socket.socket) -> None:
-        data = memoryview(bytes(CHUNK))
-        with sock:
-            try:
-                left = struct.unpack("!Q", sock.recv(8, socket.MSG_WAITALL))[0]
-                while left:
-                    left -= sock.send(data[: min(left, CHUNK)])
-            except (OSError, struct.error):
-                return
-
-
-def discard(sock: socket.socket, count: int) -> None:
-    """Read and throw away, without the cost of copying (MSG_TRUNC, tcp(7))."""
-    room = bytearray(CHUNK)
-    while count:
-        got = sock.recv_into(room, min(count, CHUNK), socket.MSG_TRUNC)
-        if not got:
-            raise BenchError(f"the connection ended {count} bytes early")
-        count -= got
-
-
-Relay = Callable[[int, int, str], list[str]]
-
-
-def _haproxy(port: int, target: int, folder: str) -> list[str]:
-    config = Path(folder, f"haproxy-{port}.cfg")
-    config.write_text(HAPROXY.format(port=port, target=target))
-    return ["haproxy", "-db", "-f", str(config)]
-
-
-RELAYS: dict[str, Relay] = {
-    OURS: lambda port, target, _: [PYTHON, "-m", "gtcpserver", "forward", f"127.0.0.1:{port}", f"127.0.0.1:{target}"],
-    "haproxy, splice forced": _haproxy,
-    "recv/sendall on gevent": lambda port, target, _: [PYTHON, "loadtests/peers/copy_relay.py", str(port), str(target)],
-}
-
-
-def _nginx(port: int, root: str, folder: str) -> list[str]:
-    config = Path(folder, f"nginx-{port}.conf")
-    config.write_text(NGINX.format(port=port, root=root, folder=folder))
-    return ["nginx", "-c", str(config), "-e", f"{folder}/error.log"]
-
-
-FILE_SERVERS: dict[str, Callable[[int, str, str], list[str]]] = {
-    OURS: lambda port, root, _: [PYTHON, "-m", "gtcpserver", "files", root, "--bind", f"127.0.0.1:{port}"],
-    "nginx, sendfile on": _nginx,
-}
-
-
-# -- scenarios: name -> figures of each server, one a round ------------------------------------------------------------
-
-Figures = dict[str, list[float]]
-
-
-def relay_bulk(rounds: int, gib: float, folder: str) -> Figures:
+def relay_bulk(title: str, turns: Turns, gib: float, folder: str) -> Figures:
     target = Target()
     count = int(gib * GIB)
 
-    def run(server: Listening) -> float:
-        return _cpu_a_gib(server, count, lambda: _ask_for(server.port, count))
+    def run(name: str) -> list[float]:
+        port = free_port()
+        with running(RELAYS[name](port, target.port, folder), port) as server:
+            return [_cpu_a_gib(server, count, lambda: _ask_for(port, count))]
 
-    return _in_turn(RELAYS, rounds, lambda make, port: make(port, target.port, folder), run)
+    return turns(RELAYS, run, title)
 
 
 def _ask_for(port: int, count: int) -> None:
@@ -188,45 +54,56 @@ def _ask_for(port: int, count: int) -> None:
         discard(sock, count)
 
 
-def relay_small(rounds: int, gib: float, folder: str) -> Figures:
-    port = free_port()
-    command = [PYTHON, "examples/http_server.py", "--no-idle", "--listen", f"127.0.0.1:{port}"]
-    with running(command, port, CLIENT_CPU):
-        return _in_turn(
-            RELAYS, rounds, lambda make, own: make(own, port, folder), lambda server: load(server, 3, 100).cpu
-        )
+def relay_small(title: str, turns: Turns, gib: float, folder: str) -> Figures:
+    target = free_port()
+    command = [PYTHON, "examples/http_server.py", "--no-idle", "--listen", f"127.0.0.1:{target}"]
+
+    def run(name: str) -> list[float]:
+        port = free_port()
+        with running(RELAYS[name](port, target, folder), port) as server:
+            return [load(server, 3, 100).cpu]
+
+    with running(command, target, CLIENT_CPU):
+        return turns(RELAYS, run, title)
 
 
-def files_large(rounds: int, gib: float, folder: str) -> Figures:
+def files_large(title: str, turns: Turns, gib: float, folder: str) -> Figures:
     root = _files(folder)
     count = max(1, int(gib * GIB) // MEDIUM)
 
-    def fetch(port: int) -> None:
-        with socket.create_connection(("127.0.0.1", port), 60) as sock:
-            for _ in range(count):
-                sock.sendall(b"GET /medium HTTP/1.1\r\nHost: x\r\n\r\n")
-                head = b""
-                while not head.endswith(b"\r\n\r\n"):
-                    head += sock.recv(1)
-                if f"Content-Length: {MEDIUM}".encode() not in head:
-                    raise BenchError(f"the file came otherwise: {head!r}")
-                discard(sock, MEDIUM)
+    def run(name: str) -> list[float]:
+        port = free_port()
+        with running(FILE_SERVERS[name](port, root, folder), port) as server:
+            _fetch(port, 1)  # warm
+            return [_cpu_a_gib(server, count * MEDIUM, lambda: _fetch(port, count))]
 
-    def run(server: Listening) -> float:
-        fetch(server.port)  # warm
-        return _cpu_a_gib(server, count * MEDIUM, lambda: fetch(server.port))
-
-    return _in_turn(FILE_SERVERS, rounds, lambda make, port: make(port, root, folder), run)
+    return turns(FILE_SERVERS, run, title)
 
 
-def files_small(rounds: int, gib: float, folder: str) -> Figures:
+def _fetch(port: int, count: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 60) as sock:
+        for _ in range(count):
+            sock.sendall(b"GET /medium HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                more = sock.recv(1)
+                if not more:
+                    raise BenchError(f"the connection ended after {head!r}")
+                head += more
+            if f"Content-Length: {MEDIUM}".encode() not in head:
+                raise BenchError(f"the file came otherwise: {head!r}")
+            discard(sock, MEDIUM)
+
+
+def files_small(title: str, turns: Turns, gib: float, folder: str) -> Figures:
     root = _files(folder)
-    return _in_turn(
-        FILE_SERVERS,
-        rounds,
-        lambda make, port: make(port, root, folder),
-        lambda server: load(server, 3, 100, path="/small").cpu,
-    )
+
+    def run(name: str) -> list[float]:
+        port = free_port()
+        with running(FILE_SERVERS[name](port, root, folder), port) as server:
+            return [load(server, 3, 100, path="/small").cpu]
+
+    return turns(FILE_SERVERS, run, title)
 
 
 def _files(folder: str) -> str:
@@ -239,39 +116,25 @@ def _files(folder: str) -> str:
     return str(root)
 
 
-def _in_turn(
-    servers: dict[str, Callable[..., list[str]]],
-    rounds: int,
-    command: Callable[[Callable[..., list[str]], int], list[str]],
-    run: Callable[[Listening], float],
-) -> Figures:
-    found: Figures = {name: [] for name in servers}
-    for _ in range(rounds):
-        for name in random.sample(list(servers), len(servers)):
-            port = free_port()
-            with running(command(servers[name], port), port) as server:
-                found[name].append(run(server))
-    return found
-
-
 def _cpu_a_gib(server: Listening, count: int, move: Callable[[], None]) -> float:
     before = sum(cpu_seconds(server.pid))
     move()
     return (sum(cpu_seconds(server.pid)) - before) / (count / GIB)
 
 
+#: name -> (title, unit, what measures it)
 SCENARIOS = {
-    "relay-bulk": ("Relay of bulk data, one connection: CPU s a GiB", relay_bulk),
-    "relay-small": ("Relay of 1 kB requests and answers, 100 keep-alive connections: CPU us a request", relay_small),
-    "files-large": ("64 MiB files: CPU s a GiB", files_large),
-    "files-small": ("16 kB files, 100 keep-alive connections: CPU us a request", files_small),
+    "relay-bulk": ("Relay of bulk data, one connection", GIB_UNIT, relay_bulk),
+    "relay-small": ("Relay of 1 kB requests and answers, 100 keep-alive connections", REQUEST_UNIT, relay_small),
+    "files-large": ("64 MiB files", GIB_UNIT, files_large),
+    "files-small": ("16 kB files, 100 keep-alive connections", REQUEST_UNIT, files_small),
 }
 
 
-# -- what is no comparison ---------------------------------------------------------------------------------------------
+# -- what is no comparison: once, of our own server alone --------------------------------------------------------------
 
 
-def slow_relays(folder: str, number: int = 1000) -> None:
+def slow_relays(folder: str, number: int = 1000) -> Figures:
     """Memory of relays whose clients do not read."""
     allow_descriptors()
     target = Target()
@@ -282,15 +145,14 @@ def slow_relays(folder: str, number: int = 1000) -> None:
         for _ in range(number):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
             sock.sendall(struct.pack("!Q", GIB))
-        seen = -1
+        seen = -1.0
         while seen != (now := memory_kib(server.pid) + _in_pipes(server.pid)):
             seen = now
             time.sleep(2)
         after, piped = memory_kib(server.pid), _in_pipes(server.pid)
-        print(
-            f"### {number:,} relays whose clients do not read\n\n{(after - before) / number:.1f} KiB of memory each, "
-            f"and {piped / number:.1f} KiB each in pipes ({piped / 1024:.0f} MiB in all)\n"
-        )
+    figures = [(after - before) / number, piped / number]
+    title = f"{number:,} relays whose clients do not read"
+    return Figures(title, ["KiB of memory each", "KiB in pipes each"], {OURS: [figures]})
 
 
 def _in_pipes(pid: int) -> float:
@@ -310,7 +172,7 @@ def _in_pipes(pid: int) -> float:
     return total / 2 / 1024  # each pipe was seen by both of its ends
 
 
-def cold_file(folder: str) -> None:
+def cold_file(folder: str) -> Figures:
     """What other connections see while a file comes from the disk."""
     root = Path(_files(folder))
     big = root / "big"
@@ -321,8 +183,7 @@ def cold_file(folder: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     port = free_port()
-    print("### Small requests while a 1 GiB file is sent\n\n| file | took s | p50 ms | p99 ms | longest ms |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    found = Figures("Small requests while a 1 GiB file is sent", ["p50 ms", "p99 ms", "longest ms", "the file took s"])
     with running(FILE_SERVERS[OURS](port, str(root), folder), port):
         for state in ("in memory", "on disk"):
             with open(big, "rb") as file:
@@ -333,12 +194,9 @@ def cold_file(folder: str) -> None:
                         pass
             took, waits = _ask_meanwhile(port)
             waits.sort()
-            print(
-                f"| {state} | {took:.2f} | {waits[len(waits) // 2]:.2f} | {waits[len(waits) * 99 // 100]:.2f} "
-                f"| {waits[-1]:.2f} |",
-                flush=True,
-            )
-    print()
+            figures = [waits[len(waits) // 2], waits[len(waits) * 99 // 100], waits[-1], took]
+            found.runs[f"{OURS}, the file is {state}"] = [figures]
+    return found
 
 
 def _ask_meanwhile(port: int) -> tuple[float, list[float]]:
@@ -372,47 +230,38 @@ def _ask_meanwhile(port: int) -> tuple[float, list[float]]:
 OTHERS = {"slow-relays": slow_relays, "cold-file": cold_file}
 
 
-def table(title: str, found: Figures) -> str:
-    peers = [name for name in found if name != OURS]
-    lines = [f"### {title}", "", "| server | median | spread | ours of it |", "| --- | ---: | ---: | ---: |"]
-    for name, figures in found.items():
-        middle = statistics.median(figures)
-        spread = (max(figures) - min(figures)) / 2 / middle
-        ratio = "" if name not in peers else f"{_ratio(found[OURS], figures):.2f}"
-        lines.append(f"| {name} | {middle:.3f} | ±{spread:.0%} | {ratio} |")
-    return "\n".join(lines) + "\n"
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.transfers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, *OTHERS], help="default: all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gib", type=float, default=2.0, help="moved in each run of bulk data")
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--gib", type=float, default=2.0, help="moved in each run of bulk data; default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or not 0 < options.gib <= 1024:
-        parser.error("--rounds must be 1 or more and --gib more than 0")
-    need_wrk()
-    for program in ("haproxy", "nginx"):
-        if not shutil.which(program):
-            print(f"these benchmarks need {program}: apt-get install {program}", file=sys.stderr)
-            return 2
+    if not 0 < options.gib <= 1024:
+        parser.error(f"--gib must be more than 0, and 1024 at most, got {options.gib}")
+    need("transfers")
     os.sched_setaffinity(0, {CLIENT_CPU})
+    chosen = options.scenario or [*SCENARIOS, *OTHERS]
+    steps = sum(len(RELAYS if "relay" in name else FILE_SERVERS) for name in chosen if name in SCENARIOS)
+    settings = {"rounds": options.rounds, "GiB": options.gib}
     try:
+        recording = Recording("transfers", settings, options.json, seed_of(options), steps * options.rounds)
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
-            for name in options.scenario or [*SCENARIOS, *OTHERS]:
-                if name in SCENARIOS:
-                    title, scenario = SCENARIOS[name]
-                    print(table(title, scenario(options.rounds, options.gib, folder)), flush=True)
-                else:
-                    OTHERS[name](folder)
+            for name in chosen:
+                if name in OTHERS:
+                    recording.progress.show(name)
+                    recording.figures(name, OTHERS[name](folder))
+                    continue
+                title, unit, measure = SCENARIOS[name]
+
+                def turns(servers: Mapping[str, Any], run: Callable[[str], list[float]], title: str) -> Figures:
+                    found, failed = take_turns(servers, options.rounds, run, recording.progress, title)
+                    return Figures(title, [unit], found, failed)  # noqa: B023 (called within this turn)
+
+                recording.figures(name, measure(title, turns, options.gib, folder))
+        return recording.end(options.publish)
     except (BenchError, OSError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Two worker processes against one: throughput, and CPU a request.
+"""Worker processes against one: throughput, and CPU a request.
 
-    python -m loadtests.workers [--rounds N] [--seconds N]
+    python -m loadtests.workers [--workers N] [--rounds N] [--seconds N]
 
-The handler computes for 0.15 ms a request, so that the load generator, which shares the CPUs with two workers, needs a
-few per cent of them; its share is printed. One worker and two take turns.
+The handler computes for 0.15 ms a request, so that the load generator, which shares the CPUs with the workers, needs a
+few per cent of them; its share is shown. One worker and N take turns.
 """
 
 from __future__ import annotations
@@ -11,93 +11,114 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import statistics
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from .measure import REPORT_SCRIPT, START_TIMEOUT, BenchError, cpu_seconds, need_wrk, read_report
+from .machine import need
+from .measure import CPUS, ROOT, START_TIMEOUT, BenchError, Listening, cpu_of_session, kill_all, read_report, wrk
+from .results import Figures, Ratio
+from .servers import OURS, PYTHON
+from .turns import Recording, add_arguments, positive, seed_of, take_turns
+
+COLUMNS = ["requests/s", "CPU µs a request", "the client's share of the CPUs"]
 
 
 @contextmanager
-def serving(workers: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields the port and the process ids of the workers."""
-    command = [sys.executable, "-m", "gtcpserver", "serve", "loadtests/peers/heavy.py:handle", "--bind", "127.0.0.1:0"]
+def serving(workers: int) -> Iterator[Listening]:
+    """The server, when all of its workers are ready."""
+    command = [PYTHON, "-m", "gtcpserver", "serve", "loadtests/peers/heavy.py:handle", "--bind", "127.0.0.1:0"]
     process = subprocess.Popen(
         [*command, "--workers", str(workers)],
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         assert process.stderr is not None
-        pids: list[int] = []
         give_up = time.monotonic() + START_TIMEOUT
         for line in process.stderr:
-            if found := re.search(r"worker \d+ \(pid (\d+)\) is ready", line):
-                pids.append(int(found[1]))
-            elif found := re.search(r"listening on .*:(\d+) ", line):
-                yield int(found[1]), pids
+            if found := re.search(r"listening on .*:(\d+) ", line):
+                # What it logs later are a few lines, which a pipe has room for.
+                yield Listening(process.pid, "127.0.0.1", int(found[1]))
                 return
             if time.monotonic() > give_up:
                 break
         raise BenchError("the server did not start")
     finally:
-        process.terminate()
+        kill_all(process.pid)
         process.communicate()
 
 
-def run(workers: int, seconds: int) -> tuple[float, float, float]:
-    """(requests a second, CPU us a request of all workers, the client's share of all CPUs)."""
-    with serving(workers) as (port, pids):
-        command = ["wrk", "-t1", "-c64", "-s", str(REPORT_SCRIPT), f"http://127.0.0.1:{port}/"]
-        subprocess.run([*command, "-d1"], capture_output=True, check=True)
-        before, began = sum(sum(cpu_seconds(pid)) for pid in pids), time.monotonic()
-        client_before = os.times()
-        done = subprocess.run([*command, f"-d{seconds}"], capture_output=True, text=True, check=True)
-        used = sum(sum(cpu_seconds(pid)) for pid in pids) - before
+def run(workers: int, seconds: int) -> list[float]:
+    """The figures of COLUMNS."""
+    with serving(workers) as server:
+        # The kernel spreads connections over workers by chance: few would make one of them idle.
+        subprocess.run(wrk(server, 1, 64 * workers), capture_output=True, check=True)
+        before, began = sum(cpu_of_session(server.pid)), time.monotonic()
+        client = _client_seconds()
+        done = subprocess.run(wrk(server, seconds, 64 * workers), capture_output=True, text=True, check=True)
+        client = _client_seconds() - client
         took = time.monotonic() - began
-        client_after = os.times()
+        used = sum(cpu_of_session(server.pid)) - before
     report = read_report(done.stdout)
     if not report.requests or report.errors:
-        raise BenchError(f"wrk: {done.stdout}")
-    client = (
-        client_after.children_user
-        - client_before.children_user
-        + client_after.children_system
-        - client_before.children_system
-    )
-    return report.requests / took, used / report.requests * 1e6, client / took / (os.cpu_count() or 1)
+        raise BenchError(f"wrk: {done.stdout.strip()}")
+    return [report.requests / took, used / report.requests * 1e6, client / took / len(CPUS)]
+
+
+def _client_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def named(workers: int) -> str:
+    return f"{OURS}, {workers} worker{'s' if workers > 1 else ''}"
+
+
+def words(figures: Figures) -> str:
+    """What N workers are to one."""
+    one, several = figures.runs
+    pairs = list(zip(figures.runs[several], figures.runs[one], strict=True))
+    rate, cpu = (Ratio.of(n[column] / one[column] for n, one in pairs) for column in (0, 1))
+    return f"{several.partition(', ')[2]} serve {rate} times the requests of one, at {cpu} of its CPU a request."
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.workers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=max(2, len(CPUS)),
+        help="against one; default: one for each CPU, %(default)s",
+    )
+    add_arguments(parser, rounds=5)
+    parser.add_argument("--seconds", type=positive, default=3, help="of each run; default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.seconds < 1:
-        parser.error("--rounds and --seconds must be 1 or more")
-    need_wrk()
-    found: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
+    if options.workers < 2:
+        parser.error(f"--workers must be 2 or more, to be measured against one, got {options.workers}")
+    need("workers")
+    counts = {named(number): number for number in (1, options.workers)}
+    settings = {"rounds": options.rounds, "seconds": options.seconds}
+    title = f"{options.workers} workers on {len(CPUS)} CPUs, which the client shares: 0.15 ms of work a request"
     try:
-        for number in range(options.rounds):
-            for workers in (1, 2) if number % 2 else (2, 1):
-                found[workers].append(run(workers, options.seconds))
+        recording = Recording("workers", settings, options.json, seed_of(options), 2 * options.rounds)
+        found, failed = take_turns(
+            counts, options.rounds, lambda name: run(counts[name], options.seconds), recording.progress, title
+        )
+        figures = Figures(title, COLUMNS, found, failed, more_is_better=True)
+        recording.figures("workers", figures)
+        if not failed:
+            print(words(figures))
+        return recording.end(options.publish)
     except (BenchError, OSError, subprocess.CalledProcessError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    print("| workers | requests/s | CPU us a request | the client's share of the CPUs |\n| ---: | ---: | ---: | ---: |")
-    for workers, runs in found.items():
-        rate, cpu, client = (statistics.median(figures) for figures in zip(*runs, strict=True))
-        print(f"| {workers} | {rate:,.0f} | {cpu:.1f} | {client:.0%} |")
-    pairs = list(zip(found[2], found[1], strict=True))
-    rate = statistics.median(two[0] / one[0] for two, one in pairs)
-    cpu = statistics.median(two[1] / one[1] for two, one in pairs)
-    print(f"\ntwo workers: {rate:.2f} of the throughput of one, {cpu:.2f} of its CPU a request")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,16 @@ import time
 import gevent
 import pytest
 from gevent.threadpool import ThreadPool
+from hypothesis import HealthCheck, settings
 
 from gtcpserver import Server
+
+# The same examples each time, and no judgement of how long a busy machine takes for them. To look further:
+# HYPOTHESIS_PROFILE=default.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
 SOON = 15.0

@@ -30,8 +30,10 @@ from locust.exception import RescheduleTask, ResponseError, StopTest, StopUser
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "loadtests")]
 
+import locustfile  # noqa: E402
 import pass_criteria  # noqa: E402
 import shapes  # noqa: E402
+import tunnels  # noqa: E402
 from tcp_user import Address, ClosedByServer, Reconnect, RequestFailed, TcpUser, insecure_context  # noqa: E402
 
 from gtcpserver import Server, TLSConfig  # noqa: E402
@@ -642,6 +644,88 @@ def case_what_came_before_a_handshake_is_not_taken_for_encrypted():
         with raises(RequestFailed, "before the TLS handshake"):
             user.client.start_tls()
     assert reported.failed() == ["TLS handshake"]
+
+
+# -- proxies -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tunnel_user(user_class, proxy, target):
+    """A user of the locustfile that goes through a proxy with this handler, and what it reports."""
+    environment = Environment(events=Events())
+    reported = Reported()
+    environment.events.request.add_listener(lambda **event: reported.append(event))
+    server = Server("127.0.0.1:0", proxy)
+    server.start()
+    environment.parsed_options = argparse.Namespace(
+        proxy_server=server.address, target=target, echo_server=None, size=16, pace=1.0
+    )
+    user = user_class(environment)
+    try:
+        yield user, reported
+    finally:
+        user.client.close()
+        server.halt()
+
+
+def case_socks5_destinations_are_addresses_or_encoded_names():
+    for target, where in [
+        ("127.0.0.1:7", b"\x01\x7f\x00\x00\x01\x00\x07"),
+        ("[2001:db8::1]:7", b"\x04\x20\x01\x0d\xb8" + bytes(11) + b"\x01\x00\x07"),
+        ("example.org:7", b"\x03\x0bexample.org\x00\x07"),
+        ("b\xfccher.example:7", b"\x03\x15xn--bcher-kva.example\x00\x07"),
+    ]:
+        asked = []
+
+        def proxy(conn, where=where, asked=asked):
+            assert conn.recv_exactly(3) == b"\x05\x01\x00"
+            conn.sendall(b"\x05\x00")
+            asked.append(conn.recv_exactly(3 + len(where)))
+            conn.sendall(b"\x05\x00\x00\x04" + bytes(18))  # as from an IPv6 address
+            echo(conn)
+
+        with tunnel_user(locustfile.Socks5User, proxy, target) as (user, reported):
+            user.tunnel()
+            assert reported.names() == ["SOCKS5 tunnel"] + ["echo through SOCKS5"] * 5, target
+            assert reported.failed() == []
+            assert asked == [b"\x05\x01\x00" + where], target
+
+
+def case_connect_destinations_are_authorities():
+    for target, authority in [
+        ("127.0.0.1:7", b"127.0.0.1:7"),
+        ("[2001:db8::1]:7", b"[2001:db8::1]:7"),
+        ("b\xfccher.example:7", b"xn--bcher-kva.example:7"),
+    ]:
+        asked = []
+
+        def proxy(conn, asked=asked):
+            asked.append(bytes(conn.recv_until(b"\r\n\r\n", 4096)))
+            conn.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            echo(conn)
+
+        with tunnel_user(locustfile.HttpTunnelUser, proxy, target) as (user, reported):
+            user.tunnel()
+            assert reported.failed() == []
+            assert asked == [b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (authority, authority)]
+
+
+def case_no_destination_for_a_proxy():
+    for host in ("a" * 300, "x." * 140 + "example"):
+        with raises(ValueError):
+            tunnels.socks5_request(host, 1)
+
+
+def case_urls_of_http_users():
+    for text, url in [
+        ("localhost:80", "http://localhost:80"),
+        ("tcp://localhost:80", "http://localhost:80"),
+        ("tls://[::1]:443", "https://[::1]:443"),
+        ("https://example.org", "https://example.org"),
+    ]:
+        assert tunnels.http_url(text) == url
+    with raises(ValueError, "HTTP users need HOST:PORT, got 'unix:/x'"):
+        tunnels.http_url("unix:/x")
 
 
 # -- shapes and criteria -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Handlers written for the standard library's socketserver, and WSGI applications, unchanged on our server."""
 
+import gc
 import http.client
 import http.server
 import logging
@@ -14,7 +15,10 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
+import wsgiref.simple_server
 import xmlrpc.client
+from wsgiref.simple_server import WSGIRequestHandler
 from wsgiref.validate import validator
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
@@ -23,7 +27,7 @@ import pytest
 import trustme
 from conftest import SOON, wait_until
 
-from gtcpserver import ConfigError, TLSConfig
+from gtcpserver import ConfigError, ListenConfig, TLSConfig
 from gtcpserver.adapters import from_socketserver, from_wsgi
 
 
@@ -158,6 +162,113 @@ def test_a_receiver_of_log_records(serve, in_thread):
     assert seen == [f"message {number}" for number in range(10)]
 
 
+def test_wsgirefs_handler(serve, in_thread):
+    holder = wsgiref.simple_server.WSGIServer(("", 0), WSGIRequestHandler, bind_and_activate=False)
+    holder.server_close()
+    holder.server_name, holder.server_port = "example.com", 80
+    holder.setup_environ()
+    holder.set_app(validator(hello))
+    server = serve(from_socketserver(WSGIRequestHandler, holder))
+    ((status, headers, body),) = in_thread(ask, server.port, [("GET", "/", None)])
+    assert (status, body) == (200, b"hello")
+    assert headers["Server"].startswith("WSGIServer/")
+
+
+@pytest.mark.parametrize("own_server", [False, True])
+def test_a_handler_may_shut_its_server_down(serve, connect, in_thread, own_server):
+    class Last(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.server.shutdown()
+            self.wfile.write(b"bye")
+
+    holder = None
+    if own_server:
+        holder = socketserver.ThreadingTCPServer(("", 0), Last, bind_and_activate=False)
+        holder.server_close()
+    server = serve(from_socketserver(Last, holder))
+    client = connect(server)
+    assert in_thread(converse, client, b"x\n") == b"bye"
+    server.wait_stopped()
+    assert (server.stop().ended, server.stats().handler_errors) == (0, 0)
+
+
+def test_a_socket_that_is_detached_is_the_handlers(serve, connect, in_thread):
+    taken = []
+
+    class Keep(socketserver.StreamRequestHandler):
+        def handle(self):
+            taken.append(self.request.detach())
+
+    server = serve(from_socketserver(Keep))
+    client = connect(server)
+    wait_until(lambda: taken)
+    wait_until(lambda: server.active_connections == 0)
+    with socket.socket(fileno=taken[0]) as sock:
+        sock.setblocking(True)
+        in_thread(sock.sendall, b"still there")
+        assert in_thread(client.recv, 100) == b"still there"
+    assert in_thread(client.recv, 100) == b""
+    assert server.stats().handler_errors == 0
+
+
+def test_what_setup_does_to_the_socket_holds(serve, connect, in_thread):
+    seen = []
+
+    class Sets(socketserver.StreamRequestHandler):
+        disable_nagle_algorithm = True
+        wbufsize = -1  # flushed by finish()
+
+        def setup(self):
+            super().setup()
+            self.request.settimeout(0.1)
+
+        def handle(self):
+            seen.append(self.request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            self.wfile.write(b"wait")
+            try:
+                self.rfile.read(1)
+            except TimeoutError:
+                seen.append("time-out")
+
+    server = serve(from_socketserver(Sets), listen=ListenConfig(no_delay=False))
+    assert in_thread(connect(server).recv, 10) == b"wait"
+    assert seen == [1, "time-out"]
+
+
+def test_nothing_is_left_of_handlers_when_connections_have_ended(serve, connect, in_thread):
+    instances = weakref.WeakSet()
+
+    class Counted(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self):
+            super().setup()
+            instances.add(self)
+
+        def do_GET(self):
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = serve(from_socketserver(Counted))
+    gc.collect()
+    gc.disable()  # it would hide a cycle
+    try:
+        for _ in range(20):
+            client = connect(server)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert in_thread(client.recv, 1000).startswith(b"HTTP/1.1 204")
+            client.close()
+        wait_until(lambda: server.active_connections == 0)
+        assert server.accepted_connections == 20
+        wait_until(lambda: not instances, 2)
+    finally:
+        gc.enable()
+
+
 def test_what_goes_wrong_in_a_handler_is_logged_as_ever(serve, connect, in_thread, caplog):
     class Broken(socketserver.StreamRequestHandler):
         def handle(self):
@@ -173,6 +284,20 @@ def test_what_goes_wrong_in_a_handler_is_logged_as_ever(serve, connect, in_threa
 def test_what_is_no_handler_class(wrong):
     with pytest.raises(ConfigError, match=r"handler_class must be a subclass of socketserver\.Base"):
         from_socketserver(wrong)
+
+
+def test_classes_for_udp_and_server_classes_are_told():
+    class Datagram(socketserver.DatagramRequestHandler):
+        pass
+
+    with pytest.raises(ConfigError, match="must be made for TCP, got Datagram: a DatagramRequestHandler is for UDP"):
+        from_socketserver(Datagram)
+    server = socketserver.UDPServer(("", 0), Upper, bind_and_activate=False)
+    server.server_close()
+    with pytest.raises(ConfigError, match=r"server must be made for TCP, got <socketserver\.UDPServer"):
+        from_socketserver(Upper, server)
+    with pytest.raises(ConfigError, match="must be a handler class, got the server class HTTPServer"):
+        from_socketserver(http.server.HTTPServer)
 
 
 # -- WSGI --------------------------------------------------------------------------------------------------------------
@@ -336,3 +461,34 @@ def test_the_command_says_what_is_no_application(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=SOON)
     assert done.returncode == 2
     assert "app.py:one must take two arguments, the environment and start_response; it takes (x)" in done.stderr
+
+
+@pytest.mark.parametrize("reference", ["socketserver:DatagramRequestHandler", "http.server:HTTPServer"])
+def test_the_command_says_what_it_cannot_serve(reference):
+    command = [sys.executable, "-m", "gtcpserver", "serve", reference]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SOON)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gtcpserver: MODULE:HANDLER: must be ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_http_servers_lines_cannot_stop_it_when_nobody_reads_them(in_thread, tmp_path):
+    """A pipe is full after 64 KiB: http.server itself writes to stderr, and waits."""
+    command = [sys.executable, "-m", "gtcpserver", "serve", "http.server:SimpleHTTPRequestHandler"]
+    with subprocess.Popen([*command, "--bind", "127.0.0.1:0"], stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        try:
+
+            def use():
+                said = b""
+                while not (found := re.search(rb"listening on 127\.0\.0\.1:(\d+)", said)):
+                    said += os.read(process.stderr.fileno(), 4096)
+                for _ in range(30):
+                    # 4 kB in the log each
+                    assert ask(int(found[1]), [("GET", "/" + "x" * 4000, None)])[0][0] == 404
+                said = os.read(process.stderr.fileno(), 8192)
+                assert re.search(rb'INFO gtcpserver\.http: 127\.0\.0\.1 "GET /xxx', said)
+
+            in_thread(use)
+        finally:
+            process.terminate()
+            in_thread(process.communicate)

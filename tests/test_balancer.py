@@ -1,20 +1,22 @@
 """Behind a balancer: the PROXY header in front of a connection, from trusted networks alone."""
 
+import os
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 from ipaddress import ip_address
+from pathlib import Path
 
 import gevent
 import pytest
 import trustme
-from conftest import SOON, wait_until
+from conftest import SOON, free_port, wait_for_port, wait_until
 
 from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.forwarder import Forwarder
-from gtcpserver.proxy_protocol import LONGEST_V2, ProxyHeader, Transport
+from gtcpserver.proxy_protocol import LONGEST_V2, ProxyHeader, Transport, Type
 
 CLIENT = (ip_address("192.0.2.7"), 1234), (ip_address("198.51.100.1"), 443)
 V1 = ProxyHeader(*CLIENT, version=1).to_bytes()
@@ -263,24 +265,112 @@ def test_a_forwarder_names_its_clients(serve, connect, in_thread, version):
     assert in_thread(converse, client, b"hello") == f"127.0.0.1 {port} 127.0.0.1 True\nhello".encode()
 
 
-def test_a_forwarder_tells_what_the_client_asked_for(serve, connect, in_thread, tmp_path):
+@pytest.mark.parametrize("certificate", [False, True])
+def test_a_forwarder_tells_what_it_knows_of_the_clients_tls(certificate, serve, connect, in_thread, tmp_path):
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "x")
+    authority.cert_pem.write_to_path(tmp_path / "ca")
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     trust.set_alpn_protocols(["h2"])
-    seen = []
+    if certificate:
+        authority.issue_cert("ada@example.com", common_name="Ada").configure_cert(trust)
+    seen, agreed = [], []
     target = serve(lambda conn: seen.append(conn.proxy_header), proxy_protocol=HERE)
-    tls = TLSConfig(tmp_path / "x", alpn=("h2",))
+    tls = TLSConfig(tmp_path / "x", alpn=("h2",), client_auth="optional", client_ca=tmp_path / "ca")
     server = serve(Forwarder([target.address], send_proxy="v2"), tls=tls)
 
     def ask():
         with trust.wrap_socket(connect(server), server_hostname="localhost") as encrypted:
             assert encrypted.recv(1) == b""
+            agreed.append((encrypted.version(), encrypted.cipher()[0]))
 
     in_thread(ask)
     assert (seen[0].authority, seen[0].alpn) == ("localhost", b"h2")
     assert seen[0].destination == (ip_address("127.0.0.1"), server.port)
+    told = seen[0].tls
+    assert [(told.text(Type.SSL_VERSION), told.text(Type.SSL_CIPHER))] == agreed
+    assert (told.has_certificate, told.text(Type.SSL_CN)) == (certificate, "Ada" if certificate else None)
+
+
+NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log {folder}/log; {modules}
+events {{ }}
+http {{
+    access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    server {{
+        listen 127.0.0.1:{port} proxy_protocol;
+        return 200 "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port";
+    }}
+}}
+{stream}
+"""
+
+
+@pytest.fixture
+def nginx(tmp_path):
+    """`nginx(stream="...")` starts one whose HTTP port wants the PROXY protocol, and returns that port."""
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed")
+    processes = []
+
+    def start(stream="", modules=""):
+        port = free_port()
+        user = "user root; " if os.getuid() == 0 else ""
+        text = NGINX.format(folder=tmp_path, port=port, stream=stream, modules=user + modules)
+        (tmp_path / "conf").write_text(text)
+        processes.append(subprocess.Popen(["nginx", "-c", f"{tmp_path}/conf", "-e", f"{tmp_path}/log"]))
+        wait_for_port(port, processes[0])
+        return port
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_nginx_understands_a_forwarder(nginx, serve, connect, in_thread, version):
+    server = serve(Forwarder([f"127.0.0.1:{nginx()}"], send_proxy=version))
+    client = connect(server)
+    answer = in_thread(converse, client, b"GET / HTTP/1.0\r\n\r\n")
+    assert answer.endswith(f"\r\n\r\n127.0.0.1 {client.getsockname()[1]} {server.port}".encode())
+
+
+def test_nginx_as_the_balancer(nginx, serve, connect, in_thread):
+    module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+    if not module.exists():
+        pytest.skip("nginx has no stream module (libnginx-mod-stream)")
+    server = serve(who, proxy_protocol=HERE)
+    port = free_port()
+    options = "proxy_protocol on; proxy_half_close on;"
+    stream = f"stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass {server.address}; {options} }} }}"
+    in_thread(nginx, stream, f"load_module {module};")
+    client = connect(f"127.0.0.1:{port}")
+    name = client.getsockname()[1]
+    assert in_thread(converse, client, b"hello") == f"127.0.0.1 {name} 127.0.0.1 True\nhello".encode()
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
+def test_haproxys_health_checks_are_its_own(serve, in_thread, tmp_path):
+    """They are LOCAL: the client is haproxy itself, and its header is no fault."""
+    seen = []
+    server = serve(lambda conn: seen.append((conn.proxy_header, conn.client_address)), proxy_protocol=HERE)
+    (tmp_path / "cfg").write_text(
+        "defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n  timeout check 5s\n"
+        f"listen x\n  bind 127.0.0.1:{free_port()}\n  option tcp-check\n  tcp-check connect send-proxy\n"
+        f"  server a {server.address} send-proxy-v2 check inter 100ms\n"
+    )
+    haproxy = subprocess.Popen(["haproxy", "-db", "-f", str(tmp_path / "cfg")], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(seen) >= 2)
+    finally:
+        haproxy.kill()
+        haproxy.wait()
+    assert all(header.local and header.source is None for header, _ in seen)
+    assert {address[0] for _, address in seen} == {"127.0.0.1"}
+    assert server.stats().handshake_failures == {}
 
 
 def test_clients_by_a_unix_socket_are_unknown(serve, connect, in_thread, tmp_path):

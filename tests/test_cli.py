@@ -186,7 +186,7 @@ def test_without_click_one_line_says_what_to_install() -> None:
 
 def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
     server = set(inspect.signature(Server).parameters)
-    server -= {"address", "handler", "listen", "tls", "proxy_protocol", "client_limits"}
+    server -= {"address", "handler", "listen", "tls", "proxy_protocol", "client_limits", "access_log"}
     assert {name for name, _, _ in (*SERVER_OPTIONS, *OBJECT_OPTIONS)} == server
     assert {name for name, _, _ in LISTEN_OPTIONS} == {field.name for field in dataclasses.fields(ListenConfig)}
     assert {name for name, _, _ in BALANCER_OPTIONS} == {field.name for field in dataclasses.fields(ProxyProtocol)}
@@ -371,7 +371,8 @@ def test_garbage_collector_is_frozen_unless_told_otherwise(
     (folder / "frozen.py").write_text(
         "import gc\n"
         "def handler(conn):\n"
-        "    conn.sendall(f'{gc.get_freeze_count() > 0} {gc.get_threshold()[0]}\\n'.encode())\n"
+        # CPython 3.12 begins with 375.
+        "    conn.sendall(f'{gc.get_freeze_count() > 1000} {gc.get_threshold()[0]}\\n'.encode())\n"
     )
     answer = start("serve", "frozen:handler", "--bind", "127.0.0.1:0", option).ask()
     assert answer.startswith(b"True 10000" if frozen else b"False ")

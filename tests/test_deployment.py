@@ -1,5 +1,6 @@
 """The deployment examples, with the programs they are for."""
 
+import json
 import os
 import re
 import shutil
@@ -155,3 +156,63 @@ def test_systemd_understands_the_unit_files(tmp_path):
         units.append(str(tmp_path / path.name))
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=SOON)
     assert "Unknown" not in done.stderr
+
+
+CONTAINER = DEPLOYMENT / "container"
+
+
+def instruction(name):
+    """The JSON array behind an instruction of the Containerfile."""
+    (line,) = (line for line in (CONTAINER / "Containerfile").read_text().splitlines() if line.startswith(name))
+    return json.loads(line[line.index("[") :])
+
+
+def test_the_containerfile_copies_what_is_there_and_is_not_root():
+    text = (CONTAINER / "Containerfile").read_text()
+    copied = [path for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for path in line.split()]
+    assert "gtcpserver" in copied
+    assert all((ROOT / path).exists() for path in copied)
+    assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
+    assert re.search(r"^STOPSIGNAL SIGTERM$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+@pytest.mark.parametrize("workers", [True, False])
+def test_the_container_s_process_1_is_healthy_serves_and_stops_at_its_stop_signal(tmp_path, workers):
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let root make a PID namespace")
+    # As it stands there, but for where it listens and where its control socket is.
+    here = {"0.0.0.0:5000": "127.0.0.1:0", "/run/app/control": str(tmp_path / "control"), "auto": "2"}
+    program = [sys.executable, "-m", "gtcpserver"]
+    entry = [here.get(word, word) for word in instruction("ENTRYPOINT")[1:]]
+    environment = {**os.environ, "GTCPSERVER_CONTROL": str(tmp_path / "control")}
+    if not workers:
+        del environment["GTCPSERVER_CONTROL"]
+        for option in ("--workers", "--control"):
+            at = entry.index(option)
+            del entry[at : at + 2]
+    healthy = [*program, *instruction("HEALTHCHECK")[1:]]
+    process = subprocess.Popen(
+        [*unshare, *program, *entry], cwd=CONTAINER, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        while not (found := re.search(r"listening on 127.0.0.1:(\d+) \(pid 1\b", line := process.stderr.readline())):
+            assert line, "it did not start"
+        if workers:
+            assert subprocess.run(healthy, env=environment, capture_output=True).returncode == 0
+        with socket.create_connection(("127.0.0.1", int(found[1])), SOON) as sock:
+            sock.sendall(b"hello\n")
+            assert sock.recv(100) == b"hello\n"
+            (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGTERM)
+            assert sock.recv(100) == b""
+        _, log = process.communicate(timeout=SOON)
+        assert process.returncode == 0, log
+        assert "0 cut" in log
+        if workers:
+            assert subprocess.run(healthy, env=environment, capture_output=True).returncode == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = Path(__file__).resolve().parent.parent / "examples" / "http_server.py"
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-BODY = b"x" * 1024
+BODY = b"a" * 1024
 
 
 @pytest.fixture
@@ -127,13 +127,13 @@ def test_timeout_closes_a_silent_connection(start, connect):
 def test_size_is_that_of_the_body(start, connect):
     sock, file = connect(start("--size", "3", "--sleep", "1"))
     sock.sendall(REQUEST)
-    assert read_answer(file)[2] == b"xxx"
+    assert read_answer(file)[2] == b"aaa"
 
 
 def test_sha_puts_the_hash_before_the_body(start, connect):
     sock, file = connect(start("--sha", "--size", "10"))
     sock.sendall(REQUEST)
-    content = b"x" * 10
+    content = b"a" * 10
     assert read_answer(file)[2] == hashlib.sha256(content).hexdigest().encode() + content
 
 
@@ -147,8 +147,8 @@ def test_aes128_encrypts_each_body_with_a_new_vector(start, connect):
     assert bodies[0] != bodies[1]
     for body in bodies:
         vector, encrypted = body[:16], body[16:]
-        cipher = ciphers.Cipher(ciphers.algorithms.AES128(b"0123456789abcdef"), ciphers.modes.CBC(vector))
-        assert cipher.decryptor().update(encrypted) == b"x" * 10 + b"\x06" * 6
+        cipher = ciphers.Cipher(ciphers.algorithms.AES128(b"0123456789ABCDEF"), ciphers.modes.CBC(vector))
+        assert cipher.decryptor().update(encrypted) == b"a" * 10 + b"\x06" * 6
 
 
 def test_tls_answers_the_same(start):

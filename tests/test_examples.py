@@ -27,8 +27,10 @@ NAMES = sorted(
     if "from serve import" in path.read_text()
     if "serve_tls" not in path.name + path.read_text()
 )
+# Those that start by themselves; the others need a program of another's: test_examples_drivers.py.
+ALONE = [name for name in NAMES if name not in ("database.py", "redis_queue.py")]
 # Those that answer by themselves; the forwarder needs somebody behind it: test_examples_files.py.
-ANSWERING = [name for name in NAMES if name != "port_forwarder.py"]
+ANSWERING = [name for name in ALONE if name != "port_forwarder.py"]
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
 SOON = 20.0
@@ -71,7 +73,7 @@ def start() -> Iterator[Start]:
     """``start("echo.py")`` runs it on a free port; keywords replace constants of it. It is stopped after the test."""
     examples: list[Example] = []
 
-    def run(name: str, address: str = "127.0.0.1:0", **constants: object) -> Example:
+    def run(name: str, address: str = "127.0.0.1:0", env: dict[str, str] | None = None, **constants: object) -> Example:
         command = [sys.executable, str(EXAMPLES / name), address]
         if constants:
             given = [f"{constant}={value!r}" for constant, value in constants.items()]
@@ -81,7 +83,7 @@ def start() -> Iterator[Start]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES)},
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES), **(env or {})},
         )
         example = Example(process, None)
         examples.append(example)
@@ -199,7 +201,7 @@ def test_help_tells_what_it_is(name: str) -> None:
     assert f"python examples/{name}" in done.stdout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_signal_right_after_it_listens_is_a_graceful_stop(start: Start, name: str) -> None:
     start(name).stop()
 
@@ -228,9 +230,9 @@ def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) 
     example.stop()  # and nothing was printed: no fault of the handler's
 
 
-def run_example(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_example(name: str, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False, env={**os.environ, **env})
 
 
 # -- echo.py -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """TcpUser, the locustfile, and locust as a user runs it. All in other processes: locust replaces parts of the standard
 library when it is imported. What TcpUser does in detail is in locust_cases.py."""
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -173,6 +176,7 @@ def running(pid):
         (["-H", "nonsense", "EchoUser"], 'host of EchoUser must be "HOST:PORT"'),
         (["--proxy-server", "127.0.0.1:1", "Socks5User"], "Socks5User needs --target"),
         (["--echo-server", "a:b"], 'argument --echo-server: must be "HOST:PORT"'),
+        (["--http-server", "unix:/x"], "argument --http-server: HTTP users need HOST:PORT, got 'unix:/x'"),
         (["--fail-ratio", "2"], "argument --fail-ratio: must be a share such as 0.01 or \"1%\", got '2'"),
         (["--size", "x"], "argument --size: must be 1 to 1048576 bytes, got 'x'"),
     ],
@@ -201,17 +205,40 @@ def test_criteria_decide_about_the_exit_status(criteria, status, says):
     assert "ConnectionRefusedError" in done.stdout + done.stderr
 
 
-def test_a_shape_decides_how_many_users_there_are(tmp_path):
-    done = locust(
-        *("--headless", "--start-servers", "-u", 10, "-r", 100, "-t", "2s", "--shape", "steps", "EchoUser"),
-        *("--fail-ratio", 0, "-L", "DEBUG"),
-    )
-    assert done.returncode == 0, done.stderr
-    steps = re.findall(r"Shape test updating to (\d+) users", done.stderr)
-    assert len(steps) >= 2
-    assert steps[0] == "2"
-    assert sorted(map(int, steps)) == list(map(int, steps))
-    assert "Shape test completed" in done.stderr
+def at_once(*runs):
+    """Several runs of locust, side by side."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(lambda options: locust(*options), runs))
+
+
+def test_a_shape_decides_how_many_users_there_are():
+    common = ("--headless", "--start-servers", "-u", 10, "-r", 100, "-t", "5s", "--fail-ratio", 0, "-L", "DEBUG")
+    for name, done in zip(
+        ("steps", "spikes", "soak"),
+        at_once(*((*common, "--shape", name, "EchoUser") for name in ("steps", "spikes", "soak"))),
+        strict=True,
+    ):
+        assert done.returncode == 0, done.stderr
+        assert "Shape test completed" in done.stderr
+        users = [int(count) for count in re.findall(r"Shape test updating to (\d+) users", done.stderr)]
+        assert len(users) >= 2, name
+        if name == "steps":
+            assert users[0] == 2
+            assert sorted(users) == users
+        elif name == "spikes":
+            assert set(users) == {1, 10}
+        else:
+            assert users[0] < 10
+            assert max(users) == 10
+
+
+def test_a_slow_request_does_not_pass():
+    common = ("--headless", "--start-servers", "-u", 2, "-r", 2, "-t", "3s", "SlowUser", "--fail-ratio", 0)
+    slow, passed = at_once((*common, "--max-p99", 1), (*common, "--max-p99", 60_000))
+    assert slow.returncode == 1
+    assert re.search(r"not passed: 99 % of LINE SET and GET, slowly within \d+.* ms, allowed: 1 ms", slow.stderr)
+    assert passed.returncode == 0, passed.stderr
+    assert re.search(r"passed: \d+ requests, 0.00 % failed", passed.stderr)
 
 
 # A locustfile of a user's own, beside a copy of tcp_user.py: who did a request is in its name.
@@ -271,6 +298,76 @@ def test_several_processes_and_a_locustfile_beside_a_copy(serve, in_thread, tmp_
     assert all(requests.values())
 
 
+def test_the_example_of_the_documentation_runs(serve, in_thread, tmp_path):
+    def store(conn):
+        assert conn.recv_until(b"\n", 100) == b"HELLO\n"
+        conn.sendall(b"WELCOME\n")
+        for answer in itertools.cycle((b"NONE\n", b"VALUE 3\nabc\n")):
+            if not conn.recv(100):
+                return
+            conn.sendall(answer)
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/load-testing.md").read_text(), re.DOTALL)
+    shutil.copy(ROOT / "loadtests/tcp_user.py", tmp_path)
+    (tmp_path / "locustfile.py").write_text(block)
+    options = ("--headless", "-u", 2, "-r", 9, "-t", "2s", "--json-file", tmp_path / "stats")
+    server = serve(store)
+    done = in_thread(lambda: locust(*options, "-H", server.address, locustfile=LOCUST, folder=tmp_path))
+    assert done.returncode == 0, done.stderr
+    requests = {entry["name"]: entry["num_requests"] for entry in json.loads((tmp_path / "stats.json").read_text())}
+    assert requests.keys() == {"connect", "log in", "GET"}
+    assert requests["log in"] == 2
+    assert requests["GET"] >= 2
+
+
+@contextmanager
+def web_interface(*options):
+    """locust with its web interface: the process, and what asks it."""
+    port = free_port()
+    process = subprocess.Popen(
+        [*LOCUSTFILE, "--start-servers", "--web-host", "127.0.0.1", "--web-port", str(port), *options],
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ask(path, **form):
+        data = urllib.parse.urlencode(form, doseq=True).encode() or None
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=SOON) as answer:
+            return answer.read()
+
+    def wait(condition):
+        give_up = time.monotonic() + SOON
+        while True:
+            try:
+                if condition():
+                    return
+            except OSError:
+                assert process.poll() is None, "locust has ended"
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+
+    try:
+        wait(lambda: ask("/"))
+        yield f"http://127.0.0.1:{port}", ask, wait
+    finally:
+        end(process)
+
+
+def test_the_class_picker_chooses_users_and_a_shape():
+    with web_interface("--class-picker", "-t", "60s") as (_, ask, wait):
+        page = ask("/").decode()
+        assert all(name in page for name in ("EchoUser", "Socks5User", "Steps", "Spikes", "Soak"))
+        chosen = {"user_classes": ["EchoUser", "LineUser"], "shape_class": "Steps"}
+        assert json.loads(ask("/swarm", user_count=10, spawn_rate=10, **chosen))["success"] is True
+        wait(lambda: json.loads(ask("/stats/requests"))["user_count"] == 2)  # the first step
+        wait(lambda: json.loads(ask("/stats/requests"))["stats"][-1]["num_requests"] > 5)
+        shown = json.loads(ask("/stats/requests"))
+        assert shown["errors"] == []
+        assert {entry["name"] for entry in shown["stats"]} <= {"connect", "echo", "GET", "SET", "Aggregated"}
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 
@@ -298,34 +395,7 @@ def test_the_html_report_shows_every_name(run, tmp_path):
 
 @needs_chromium
 def test_the_web_interface_starts_a_test_and_shows_it(tmp_path):
-    port = free_port()
-    process = subprocess.Popen(
-        [*LOCUSTFILE, "--start-servers", "--web-host", "127.0.0.1", "--web-port", str(port)],
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-
-    def ask(path, **form):
-        data = urllib.parse.urlencode(form).encode() or None
-        with urllib.request.urlopen(url + path, data, timeout=SOON) as answer:
-            return answer.read()
-
-    def wait(condition):
-        give_up = time.monotonic() + SOON
-        while True:
-            try:
-                if condition():
-                    return
-            except OSError:
-                assert process.poll() is None, "locust has ended"
-            assert time.monotonic() < give_up
-            time.sleep(0.05)
-
-    try:
-        wait(lambda: ask("/"))
+    with web_interface() as (url, ask, wait):
         page = browse(url, tmp_path)
         assert "Start new load test" in page
         assert 'name="pace"' in page  # what this locustfile adds
@@ -338,5 +408,3 @@ def test_the_web_interface_starts_a_test_and_shows_it(tmp_path):
         assert shown["errors"] == []
         sizes = {entry["name"]: entry["avg_content_length"] for entry in shown["stats"]}
         assert sizes["echo"] == 64
-    finally:
-        end(process)

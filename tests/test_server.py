@@ -805,6 +805,36 @@ def test_second_signal_ends_handlers_at_once(python, connect, in_thread, numbers
     assert output.decode().split("\n") == ["0 1", "handlers restored", ""]
 
 
+SIGNAL_AT_START = """
+    import os, signal, sys
+    import gtcpserver, gtcpserver.server as module
+
+    real = module.open_listeners
+
+    def open_and_signal(*arguments):
+        found = []
+        if sys.argv[1] != "before":
+            found = real(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if sys.argv[1] == "before":
+            module.gevent.sleep(0.01)  # as if a name were looked up
+            found = real(*arguments)
+        return found
+
+    module.open_listeners = open_and_signal
+    server = gtcpserver.Server("127.0.0.1:0", lambda conn: None)
+    print(server.serve_forever(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_around_the_moment_it_begins_to_listen_is_a_graceful_stop(python, in_thread, when):
+    process = python(SIGNAL_AT_START, when)
+    output, _ = in_thread(process.communicate)
+    assert process.returncode == 0
+    assert output == b"StopReport(finished=0, ended=0, cut=())\n"
+
+
 # -- a listening socket that is lost ---------------------------------------------------------------------------------
 
 

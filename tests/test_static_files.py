@@ -468,7 +468,7 @@ def test_mistakes_are_named(options, message):
 
 
 def test_the_command(in_thread, www):
-    command = [sys.executable, "-m", "gtcpserver", "files", str(www), "--bind", "127.0.0.1:0", "--access-log"]
+    command = [sys.executable, "-m", "gtcpserver", "files", str(www), "--bind", "127.0.0.1:0", "--log-requests"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             port = int(re.search(r"listening on 127\.0\.0\.1:(\d+)", in_thread(process.stderr.readline))[1])

@@ -588,14 +588,15 @@ def test_close_notify_is_sent(serve, tls, tls_client, in_thread, version):
     in_thread(client.unwrap)
 
 
-def test_an_end_without_close_notify_is_quiet(serve, tls, tls_client, quiet):
+def test_an_end_without_close_notify_is_quiet(serve, shared, tls_client, quiet):
     seen = []
 
     def handle(conn):
         seen.append(conn.recv(10))
         seen.append(conn.recv(10))
 
-    server = serve(handle, tls=tls)
+    # Tickets that the client has not read make a reset of its close.
+    server = serve(handle, tls=TLSConfig(*shared.server, session_tickets=0))
     client = tls_client(server)
     client.sendall(b"hello")
     socket.socket(fileno=client.detach()).close()
@@ -614,7 +615,7 @@ def test_an_end_without_close_notify_is_reported_if_asked_for(serve, shared, tls
             seen.append(error)
             raise
 
-    server = serve(handle, tls=TLSConfig(*shared.server, report_truncation=True))
+    server = serve(handle, tls=TLSConfig(*shared.server, report_truncation=True, session_tickets=0))
     client = tls_client(server)
     client.sendall(b"hello")
     socket.socket(fileno=client.detach()).close()

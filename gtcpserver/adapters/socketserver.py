@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import socketserver
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from weakref import WeakSet
+
+import gevent
 
 from ..connection import Connection
 from ..errors import ConfigError
+from ..logs import NonBlockingHandler
+
+log = logging.getLogger("gtcpserver.http")
 
 
 class SocketServerHandler:
     """Serves each connection with an instance of a ``socketserver`` handler class; see :func:`from_socketserver`."""
 
     def __init__(self, handler_class: type[socketserver.BaseRequestHandler], server: Any = None) -> None:
-        if not (isinstance(handler_class, type) and issubclass(handler_class, socketserver.BaseRequestHandler)):
-            raise ConfigError(
-                f"handler_class must be a subclass of socketserver.BaseRequestHandler, got {handler_class!r}"
-            )
+        _check(handler_class, server)
         self.handler_class = handler_class
         self._class = _with_idle(handler_class) if issubclass(handler_class, BaseHTTPRequestHandler) else handler_class
         self._server = server
+        self._running: WeakSet[Any] = WeakSet()
+        if isinstance(server, socketserver.BaseServer) and type(server).shutdown is socketserver.BaseServer.shutdown:
+            # Its own waits for a serve_forever() that does not run.
+            server.shutdown = self._stop_servers  # type: ignore[method-assign]
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
-        server: Any = self._server if self._server is not None else _Standin(self.handler_class, conn)
+        server = self._server
+        if server is None:
+            server = _Standin(self.handler_class, conn)
+        else:
+            self._running.add(conn.server)
         # It does everything in its constructor: setup(), handle(), finish().
         self._class(conn, conn.client_address, server)
 
+    def _stop_servers(self) -> None:
+        for server in list(self._running):
+            gevent.spawn(server.stop)
+
+
+def _check(handler_class: Any, server: Any) -> None:
+    if isinstance(handler_class, type) and issubclass(handler_class, socketserver.BaseServer):
+        raise ConfigError(
+            f"handler_class must be a handler class, got the server class {handler_class.__name__}: its "
+            "work is done by ours"
+        )
+    if not (isinstance(handler_class, type) and issubclass(handler_class, socketserver.BaseRequestHandler)):
+        raise ConfigError(f"handler_class must be a subclass of socketserver.BaseRequestHandler, got {handler_class!r}")
+    if issubclass(handler_class, socketserver.DatagramRequestHandler):
+        raise ConfigError(
+            f"handler_class must be made for TCP, got {handler_class.__name__}: a DatagramRequestHandler is for UDP"
+        )
+    if getattr(server, "socket_type", None) == socket.SOCK_DGRAM:
+        raise ConfigError(f"server must be made for TCP, got {server!r}, which is for UDP")
+
 
 class _Standin:
-    """What handlers ask their ``server`` for: its address, mostly."""
+    """What handlers ask their ``server`` for: its address, mostly, and its end."""
 
     def __init__(self, handler_class: type[Any], conn: Connection) -> None:
         self.RequestHandlerClass = handler_class
@@ -41,9 +74,18 @@ class _Standin:
         self.server_name: str = address[0] if is_tcp else str(address)
         self.server_port: int = address[1] if is_tcp else 0
 
+    def shutdown(self) -> None:
+        """Begin a stop. It returns at once: this handler is one of those that the stop waits for."""
+        server = self.socket.server
+        assert server is not None
+        gevent.spawn(server.stop)
+
 
 def _with_idle(handler_class: type[Any]) -> type[Any]:
-    """The same, but that it tells when it waits for the next request: a stop may close the connection then."""
+    """The same, but that it tells when it waits for the next request: a stop may close the connection then. And where
+    our log never waits for its reader, its lines go there, and not to stderr, which may.
+    """
+    has_own_log = handler_class.log_message is not BaseHTTPRequestHandler.log_message
 
     class Handler(handler_class):  # type: ignore[misc]
         def handle_one_request(self) -> None:
@@ -59,9 +101,19 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
                     return
             super().handle_one_request()
 
+        def log_message(self, format: str, *args: Any) -> None:
+            if has_own_log or not _log_never_waits():
+                super().log_message(format, *args)
+            else:
+                log.info("%s " + format, self.address_string(), *args)
+
     Handler.__name__, Handler.__qualname__ = handler_class.__name__, handler_class.__qualname__
     Handler.__module__ = handler_class.__module__
     return Handler
+
+
+def _log_never_waits() -> bool:
+    return any(isinstance(handler, NonBlockingHandler) for handler in logging.getLogger().handlers)
 
 
 def from_socketserver(
@@ -74,11 +126,15 @@ def from_socketserver(
             ``http.server.SimpleHTTPRequestHandler``.
         server: what instances get as ``self.server``; None: an object with ``server_address``, ``server_name``,
             ``server_port`` and ``RequestHandlerClass``. Handlers that want more of it, as those of ``xmlrpc.server``,
-            get theirs: ``SimpleXMLRPCServer(("", 0), bind_and_activate=False)``, with its functions registered.
+            get theirs: ``SimpleXMLRPCServer(("", 0), bind_and_activate=False)``, with its functions registered. It is
+            only what they ask: none of its own methods (``process_request``, ``verify_request``) is called.
 
     Its ``timeout`` holds (seconds in which nothing moves). Exceptions go where those of any handler go.
+    ``self.server.shutdown()`` begins a stop of the :class:`Server` (in a worker process, of that one) and returns.
+    Lines that ``http.server`` would write to stderr go to the logger "gtcpserver.http" where ``configure_logging`` was
+    called, as ``gtcpserver serve`` does.
 
     Raises:
-        ConfigError: it is no such class.
+        ConfigError: it is no such class, or one for UDP.
     """
     return SocketServerHandler(handler_class, server)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # The commands that run a user's blocking code, which has to wait on gevent's loop.
 MONKEY_PATCHED = ("serve", "echo")
@@ -30,10 +31,38 @@ def main() -> None:
     sys.exit(run(arguments))
 
 
-def wants_monkey_patch(arguments: Sequence[str]) -> bool:
-    """Reads --monkey-patch/--no-monkey-patch ahead of click, which must be imported after the patch."""
+def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Reads --monkey-patch/--no-monkey-patch ahead of click, which must be imported after the patch; where it is not
+    given, the environment and the file with the settings (gtcpserver.cli.settings)."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     if command not in MONKEY_PATCHED or "--help" in arguments:
         return False
     flags = [argument for argument in arguments if argument in ("--monkey-patch", "--no-monkey-patch")]
-    return not flags or flags[-1] == "--monkey-patch"
+    if flags:
+        return flags[-1] == "--monkey-patch"
+    said = environment.get("GTCPSERVER_MONKEY_PATCH", "").strip().lower()
+    if said:
+        return said not in ("0", "false", "f", "no", "n", "off")  # click's words
+    path = environment.get("GTCPSERVER_CONFIG", "")
+    for place, argument in enumerate(arguments):
+        if argument == "--config" and place + 1 < len(arguments):
+            path = arguments[place + 1]
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+    return not path or _read_monkey_patch(path)
+
+
+def _read_monkey_patch(path: str) -> bool:
+    # Whatever is wrong with the file is told later.
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+        if b"monkey_patch" not in text:
+            return True
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        return tomllib.loads(text.decode()).get("monkey_patch") is not False
+    except (OSError, ValueError, ModuleNotFoundError):
+        return True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 import gevent
+from click.shell_completion import CompletionItem
 
 from gtcpserver.errors import ConfigError
 
@@ -23,6 +24,8 @@ COMMANDS = {
     "proxy": "gtcpserver.cli.proxy:proxy",
     "check": "gtcpserver.cli.check:check",
     "ctl": "gtcpserver.cli.ctl:ctl",
+    "config": "gtcpserver.cli.config:config",
+    "completion": "gtcpserver.cli.completion:completion",
 }
 
 EPILOG = """Exit status: 0 stopped or done; 1 failed at work (address in use, an exception in the handler's module);
@@ -44,26 +47,44 @@ class RunError(click.ClickException):
         self.details = details
 
 
+def load_command(name: str) -> click.Command:
+    """Imports a command. Raises RunError: a library that it needs is missing."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
 class CommandTable(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return load_command(name) if name in COMMANDS else None
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in COMMANDS:
+            try:
+                rows.append((name, load_command(name).get_short_help_str(formatter.width - 16)))
+            except RunError as error:  # a library is missing, which is no matter to the others
+                rows.append((name, error.message))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        # click's own imports every command for its help, and fails where a library is missing.
+        names = [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        if not arguments:
+        if not arguments and not context.resilient_parsing:
             raise click.UsageError(f"missing command; there are {', '.join(COMMANDS)} (see gtcpserver --help)")
         return super().parse_args(context, arguments)
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if arguments[0] not in COMMANDS:
+        if arguments[0] not in COMMANDS and not context.resilient_parsing:
             raise click.UsageError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
         return super().resolve_command(context, arguments)
 
@@ -97,7 +118,8 @@ def run(arguments: Sequence[str]) -> int:
         complain(describe(error))
         return error.exit_code
     except ConfigError as error:
-        complain(str(error))
+        for line in str(error).splitlines():
+            complain(line)
         return 2
     except click.Abort:
         return 130

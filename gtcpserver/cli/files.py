@@ -7,14 +7,15 @@ from typing import Any
 import click
 
 from gtcpserver.cli.commands import EPILOG
-from gtcpserver.cli.options import explained, server_options, supervisor_options
+from gtcpserver.cli.options import access_log_options, explained, server_options, supervisor_options
 from gtcpserver.cli.serve import process_options, serve_with
+from gtcpserver.cli.settings import SettingsCommand, config_option, made_anew
 from gtcpserver.static_files import StaticFiles
 
 FIELDS = ("index", "cache_control")
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=SettingsCommand, epilog=EPILOG)
 @click.argument("directory", default=".")
 @click.option(
     "--index", default="index.html", show_default=True, metavar="NAME", help="The file that stands for its directory."
@@ -29,28 +30,34 @@ FIELDS = ("index", "cache_control")
     help="Follow symbolic links that lead out of the directory.  [default: no-follow-symlinks]",
 )
 @click.option("--cache-control", metavar="VALUE", help='Cache-Control header for files, such as "max-age=3600".')
-@click.option("--access-log/--no-access-log", default=False, help="Log each request.  [default: no-access-log]")
+@click.option("--log-requests/--no-log-requests", default=False, help="Log each request.  [default: no-log-requests]")
+@config_option
 @server_options
 @supervisor_options
 @process_options
+@access_log_options
 @click.pass_context
-def files(
-    context: click.Context,
-    /,
+def files(context: click.Context, /, **_options: Any) -> None:
+    """Serve the files of DIRECTORY (here, if none is given) over HTTP.
+
+    GET and HEAD, with ranges and conditions. Files are sent by sendfile(2). Nothing outside of the directory is served.
+    """
+    serve_with(context, made_anew(context, lambda: make_handler(**context.params)))
+
+
+def make_handler(
+    *,
     directory: str,
     index: str,
     listing: bool,
     hidden: bool,
     follow_symlinks: bool,
     cache_control: str | None,
-    access_log: bool,
+    log_requests: bool,
     **_options: Any,
-) -> None:
-    """Serve the files of DIRECTORY (here, if none is given) over HTTP.
-
-    GET and HEAD, with ranges and conditions. Files are sent by sendfile(2). Nothing outside of the directory is served.
-    """
-    handler = explained(
+) -> StaticFiles:
+    """Makes the handler that was asked for. Raises click.UsageError."""
+    return explained(
         lambda: StaticFiles(
             directory,
             index=index,
@@ -58,8 +65,7 @@ def files(
             hidden=hidden,
             follow_symlinks=follow_symlinks,
             cache_control=cache_control,
-            access_log=access_log,
+            log_requests=log_requests,
         ),
         fields=FIELDS,
     )
-    serve_with(context, lambda: handler)

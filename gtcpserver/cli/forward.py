@@ -12,17 +12,19 @@ from gtcpserver.cli.commands import EPILOG
 from gtcpserver.cli.options import (
     AddressType,
     OrNone,
+    access_log_options,
     explained,
     server_options_but_bind,
     supervisor_options,
 )
 from gtcpserver.cli.serve import process_options, serve_with
+from gtcpserver.cli.settings import SettingsCommand, config_option, made_anew
 from gtcpserver.forwarder import Forwarder
 
 FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=SettingsCommand, epilog=EPILOG)
 @click.argument("bind", metavar="LISTEN", type=AddressType())
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True)
 @click.option(
@@ -57,13 +59,25 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
     type=click.Path(exists=True, dir_okay=False),
     help="PEM file with the authorities that may have signed a target's certificate.  [default: the system's]",
 )
+@config_option
 @server_options_but_bind
 @supervisor_options
 @process_options
+@access_log_options
 @click.pass_context
-def forward(
-    context: click.Context,
-    /,
+def forward(context: click.Context, /, **_options: Any) -> None:
+    """Forward every connection on LISTEN to the first TARGET that accepts it.
+
+    Large flows are moved by splice(2), without passing through the program. A target that fails is put aside for a
+    while; a client for whom there is none is reset.
+    """
+    load = made_anew(context, lambda: make_forwarder(**context.params))
+    context.params["bind"] = (context.params["bind"],)  # as --bind gives it, to which systemd's sockets are added
+    serve_with(context, load)
+
+
+def make_forwarder(
+    *,
     targets: tuple[str, ...],
     balance: Any,
     connect_timeout: float,
@@ -72,12 +86,8 @@ def forward(
     target_tls: bool,
     target_cafile: str | None,
     **_options: Any,
-) -> None:
-    """Forward every connection on LISTEN to the first TARGET that accepts it.
-
-    Large flows are moved by splice(2), without passing through the program. A target that fails is put aside for a
-    while; a client for whom there is none is reset.
-    """
+) -> Forwarder:
+    """Makes the handler that was asked for. Raises click.UsageError."""
     if target_cafile and not target_tls:
         raise click.UsageError("--target-cafile: needs --target-tls")
     nameless = [target for target in targets if target.startswith("unix:")]
@@ -98,7 +108,7 @@ def forward(
                 raise click.UsageError(
                     f"--target-cafile: no certificate can be read from {target_cafile}: {error}"
                 ) from None
-    forwarder = explained(
+    return explained(
         lambda: Forwarder(
             targets,
             balance=balance,
@@ -109,5 +119,3 @@ def forward(
         ),
         fields=FIELDS,
     )
-    context.params["bind"] = (context.params["bind"],)  # as --bind gives it, to which systemd's sockets are added
-    serve_with(context, lambda: forwarder)

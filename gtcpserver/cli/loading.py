@@ -19,6 +19,7 @@ import click
 
 from gtcpserver.adapters import from_socketserver, from_wsgi
 from gtcpserver.cli.commands import RunError
+from gtcpserver.errors import ConfigError
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -31,8 +32,11 @@ def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[
         RunError: the module raised an exception of its own.
     """
     found = load_object(reference, parameter)
-    if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
-        return from_socketserver(found)
+    if isinstance(found, type) and issubclass(found, (socketserver.BaseRequestHandler, socketserver.BaseServer)):
+        try:
+            return from_socketserver(found)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise _wrong(parameter, str(error).removeprefix("handler_class ")) from None
     handler = load_callable(reference, parameter, 1)
     if inspect.iscoroutinefunction(handler):
         raise _wrong(parameter, f"{reference} is async; a handler is a plain function that blocks")

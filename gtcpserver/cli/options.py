@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from gtcpserver.access_log import AccessLog
 from gtcpserver.address import Address, parse_address
 from gtcpserver.balancer import ProxyProtocol
 from gtcpserver.cli.loading import load_callable, load_object
@@ -51,19 +52,19 @@ class OrNone(ParamType):
 
     def __init__(self, number: type[int] | type[float], least: float | None = None) -> None:
         self.name = "integer|none" if number is int else "number|none"
-        self._number = number
-        self._least = least
+        self.number = number
+        self.least = least
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         if isinstance(value, str) and value.lower() == "none":
             return None
         try:
-            number = self._number(value)
+            number = self.number(value)
         except ValueError:
-            kind = "a whole number" if self._number is int else "a number"
+            kind = "a whole number" if self.number is int else "a number"
             self.fail(f'must be {kind} or "none", got {value!r}', parameter, context)
-        if self._least is not None and not self._least <= number < math.inf:
-            self.fail(f'must be {self._least:g} or more or "none", got {value!r}', parameter, context)
+        if self.least is not None and not self.least <= number < math.inf:
+            self.fail(f'must be {self.least:g} or more or "none", got {value!r}', parameter, context)
         return number
 
 
@@ -321,7 +322,7 @@ def server_options_but_bind(command: Command) -> Command:
         command = _option(f"client_{name}", kind, text, limits[name])(command)
     balancers = {field.name: field.default for field in dataclasses.fields(ProxyProtocol)}
     for name, kind, text in reversed(BALANCER_OPTIONS):
-        command = _option(_of_balancers(name), kind, text, balancers[name])(command)
+        command = _option(of_balancers(name), kind, text, balancers[name])(command)
     for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
         command = _option(name, kind, text, defaults[name])(command)
     for name, _arguments, text in reversed(OBJECT_OPTIONS):
@@ -343,6 +344,8 @@ def supervisor_options(command: Command) -> Command:
 def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
     """Makes the SupervisorConfig that was asked for; None without --workers. Raises click.UsageError."""
     names = [name for name, _, _ in (*SUPERVISOR_OPTIONS, *HOOK_OPTIONS) if was_given(context, name)]
+    if context.get_parameter_source("control") is ParameterSource.ENVIRONMENT and "workers" not in names:
+        names.remove("control")  # GTCPSERVER_CONTROL is for gtcpserver ctl as well
     if "workers" not in names:
         if names:
             raise click.UsageError(f"{flag(names[0])}: needs --workers; --workers 1 is a master with one worker")
@@ -364,17 +367,55 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# Two parameters of AccessLog, and on the command line of Server.
+ACCESS_LOG_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    (
+        "access_log",
+        click.Choice(["text", "json"]),
+        "Write a line when a connection has ended.  [default: none, or text with --access-log-file]",
+    ),
+    (
+        "access_log_file",
+        str,
+        "Append these lines to this file, which is opened anew when it was renamed.  [default: the log]",
+    ),
+)
+
+
+def access_log_options(command: Command) -> Command:
+    """Adds the options of the access log to a command that has no other."""
+    for name, kind, text in reversed(ACCESS_LOG_OPTIONS):
+        command = _option(name, kind, text, None)(command)
+    return command
+
+
+def _make_access_log(context: click.Context) -> AccessLog | None:
+    style, path = context.params.get("access_log"), context.params.get("access_log_file")
+    if style is None and path is None:
+        return None
+    try:
+        return AccessLog(style or "text", path)
+    except ConfigError as error:
+        raise click.UsageError(f"--access-log-file: {error}") from None
+
+
 def make_listen_config(context: click.Context) -> ListenConfig:
     """Makes the ListenConfig that was asked for. Raises click.UsageError."""
     options = {name: context.params[name] for name, _, _ in LISTEN_OPTIONS if was_given(context, name)}
     return explained(lambda: ListenConfig(**options))
 
 
-def make_server(context: click.Context, handler: Callable[[Any], Any], listen: ListenConfig) -> Server:
-    """Makes the Server that was asked for, with the user's objects loaded. Raises click.UsageError and RunError."""
+def make_server(
+    context: click.Context, handler: Callable[[Any], Any], listen: ListenConfig, *, load: bool = True
+) -> Server:
+    """Makes the Server that was asked for. Raises click.UsageError and RunError.
+
+    Args:
+        load: load the user's objects and open the access log; without, only the other options are tried.
+    """
     options = {name: context.params[name] for name, _, _ in SERVER_OPTIONS if was_given(context, name)}
     for name, arguments, _text in OBJECT_OPTIONS:
-        if was_given(context, name):
+        if load and was_given(context, name):
             reference = context.params[name]
             options[name] = (
                 load_object(reference, flag(name))
@@ -401,39 +442,46 @@ def make_server(context: click.Context, handler: Callable[[Any], Any], listen: L
         options["client_limits"] = explained(
             lambda: ClientLimits(**limits), "client_", {name for name, _, _ in CLIENT_OPTIONS}
         )
+    if load and (access_log := _make_access_log(context)) is not None:
+        options["access_log"] = access_log
     asked = context.params["bind"]
     bind = list(asked) if isinstance(asked, tuple) else [asked]
     return explained(lambda: Server(bind, handler, listen=listen, **options))
 
 
-def _of_balancers(name: str) -> str:
+def of_balancers(name: str) -> str:
     return "proxy_protocol" if name == "trusted" else f"proxy_protocol_{name}"
 
 
 def _make_proxy_protocol(context: click.Context) -> ProxyProtocol | None:
-    names = [name for name, _, _ in BALANCER_OPTIONS if was_given(context, _of_balancers(name))]
+    names = [name for name, _, _ in BALANCER_OPTIONS if was_given(context, of_balancers(name))]
     if not names:
         return None
     if "trusted" not in names:
-        raise click.UsageError(f"{flag(_of_balancers(names[0]))}: needs --proxy-protocol")
-    options = {name: context.params[_of_balancers(name)] for name in names}
+        raise click.UsageError(f"{flag(of_balancers(names[0]))}: needs --proxy-protocol")
+    options = {name: context.params[of_balancers(name)] for name in names}
     try:
         return ProxyProtocol(**options)
     except ConfigError as error:
         name, _, message = str(error).partition(" ")
-        raise click.UsageError(f"{flag(_of_balancers(name))}: {message}") from None
+        raise click.UsageError(f"{flag(of_balancers(name))}: {message}") from None
 
 
 def make_tls_config(options: dict[str, Any]) -> TLSConfig:
     if "certfile" not in options:
         raise click.UsageError(f"{flag('tls_' + next(iter(options)))}: needs --tls-certfile")
+    return explained(lambda: tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
+
+
+def tls_config(**options: Any) -> TLSConfig:
+    """TLSConfig of what the options give, who have certificates as (name, certfile, keyfile)."""
     options["sni"] = {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}
-    return explained(lambda: TLSConfig(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
+    return TLSConfig(**options)
 
 
 def was_given(context: click.Context, name: str) -> bool:
-    # What was not given is not passed on: Server and ListenConfig alone know the defaults.
-    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+    # What was not given is not passed on: Server and ListenConfig alone know the defaults. DEFAULT_MAP is the file.
+    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
 Made = TypeVar("Made")

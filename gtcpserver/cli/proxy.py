@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from gtcpserver.access_log import log_to_file
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options, was_given
 from gtcpserver.cli.serve import process_options, serve_with
+from gtcpserver.cli.settings import SettingsGroup, obey_environment
 from gtcpserver.errors import ConfigError
 from gtcpserver.supervisor import systemd
 
@@ -16,7 +18,6 @@ try:
     from gtcpserver.proxy.build import check_closed
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.passwords import hash_password
-    from gtcpserver.proxy.record import log_to_file
     from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
@@ -26,7 +27,7 @@ USERS = "users"
 
 #: The upstream of --upstream.
 UPSTREAM = "upstream"
-FLAGS = {"users": "--user"}
+FLAGS = {"users": "--user", "access_log_style": "--access-log"}
 
 
 def with_worker_user(command: Any) -> Any:
@@ -37,8 +38,13 @@ def with_worker_user(command: Any) -> Any:
     return command
 
 
-@click.group(invoke_without_command=True, epilog=EPILOG)
-@click.option("--config", metavar="FILE", help="TOML file with everything; read again at SIGHUP with --workers.")
+@click.group(cls=SettingsGroup, invoke_without_command=True, epilog=EPILOG)
+@click.option(
+    "--config",
+    envvar="GTCPSERVER_CONFIG",
+    metavar="FILE",
+    help="TOML file with everything; read again at SIGHUP.",
+)
 @click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
 @click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
 @click.option("--http", metavar="ADDRESS", multiple=True, help="Listen for HTTP.")
@@ -57,7 +63,9 @@ def with_worker_user(command: Any) -> Any:
 )
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
 @click.option("--redact", is_flag=True, help="Leave out of the access log where clients go.")
-@click.option("--access-log", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
 @server_options_but_bind
 @with_worker_user
 @supervisor_options
@@ -76,7 +84,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external")
         if options[name]
     }
-    given |= {name: True for name in ("redact", "allow_open", "access_log") if was_given(context, name)}
+    given |= {name: True for name in ("redact", "allow_open", "access_log_style") if was_given(context, name)}
     if config is not None and given:
         raise click.UsageError(
             f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
@@ -100,6 +108,16 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         return now.handler
 
     serve_with(context, load, reads_files=config is not None)
+
+
+# What is about clients and where they go has a file of its own; the rest is as of every server.
+obey_environment(
+    proxy,
+    but=(
+        *("config", "mixed", "socks", "http", "users", "htpasswd", "allow_client", "allow_destination"),
+        *("deny_destination", "allow_open", "upstream", "external", "redact", "access_log_style"),
+    ),
+)
 
 
 def _listed(proxy: Proxy) -> str:
@@ -149,7 +167,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         ),
         auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},
         upstream={UPSTREAM: UpstreamTable(url=options["upstream"])} if options["upstream"] else {},
-        log=LogTable(style=options["access_log"], redact=options["redact"]),
+        log=LogTable(style=options["access_log_style"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
 

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import click
 import gevent
 
+from gtcpserver.block_detector import DEFAULT_THRESHOLD, SHORTEST_THRESHOLD, BlockDetector
 from gtcpserver.cli.commands import EPILOG, RunError, describe
 from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
     OrNone,
+    access_log_options,
     explained,
     make_listen_config,
     make_server,
@@ -26,6 +28,7 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, unknown_variables
 from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
 from gtcpserver.errors import ConfigError
@@ -38,6 +41,21 @@ from gtcpserver.supervisor import systemd
 log = logging.getLogger("gtcpserver")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class ThresholdType(OrNone):
+    """Of the block detector. Its option may stand alone, but then what follows is taken for its value."""
+
+    def __init__(self) -> None:
+        super().__init__(float, SHORTEST_THRESHOLD)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return super().convert(value, parameter, context)
+        except click.BadParameter as error:
+            hint = f"; without a number the option must come last, or as --block-detector={DEFAULT_THRESHOLD}"
+            self.fail(error.message + hint, parameter, context)
+
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -82,37 +100,68 @@ def process_options(command: Command) -> Command:
             show_default=True,
             help="After start-up take what is there out of the garbage collector's work, and collect less often.",
         ),
-        click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True),
-        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True),
+        click.option(
+            "--block-detector",
+            type=ThresholdType(),
+            is_flag=False,
+            flag_value=f"{DEFAULT_THRESHOLD:g}",
+            default=None,
+            metavar="[SECONDS]",
+            help="Log with its stack, and count, what blocks the event loop for longer than so many seconds"
+            f"  [default: off; alone at the end of the line: {DEFAULT_THRESHOLD:g}]",
+        ),
+        click.option(
+            "--log-level",
+            type=click.Choice(LOG_LEVELS),
+            default="info",
+            show_default=True,
+            help="The least that is logged.",
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            help="How messages are logged.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
     return command
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=SettingsCommand, epilog=EPILOG)
 @click.argument("handler", metavar="MODULE:HANDLER")
 @click.option("--wsgi", is_flag=True, help="MODULE:HANDLER is a WSGI application.")
+@config_option
 @server_options
 @supervisor_options
 @monkey_patch_option
 @process_options
+@access_log_options
 @click.pass_context
-def serve(context: click.Context, /, handler: str, wsgi: bool, **_options: Any) -> None:
+def serve(context: click.Context, /, **_options: Any) -> None:
     """Serve every connection with a function of yours: handler(conn).
 
     MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. The current directory is searched
     for modules first. It may also be a handler class made for the standard library's socketserver, such as
     http.server:SimpleHTTPRequestHandler, or, with --wsgi, a WSGI application.
     """
-    serve_with(context, lambda: load_wsgi(handler) if wsgi else load_handler(handler))
+
+    def load() -> Callable[[Any], Any]:
+        handler = context.params["handler"]  # now: a reload may have read another one from the file
+        return load_wsgi(handler) if context.params["wsgi"] else load_handler(handler)
+
+    serve_with(context, load)
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=SettingsCommand, epilog=EPILOG)
+@config_option
 @server_options
 @supervisor_options
 @monkey_patch_option
 @process_options
+@access_log_options
 @click.pass_context
 def echo(context: click.Context, /, **_options: Any) -> None:
     """Send every client back what it sends: to try the network, a client or the options."""
@@ -151,12 +200,13 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]],
         sys.path.insert(0, os.getcwd())
     server = make_server(context, load(), listen)
     if not sys.stdin.isatty():  # otherwise the signal says that the terminal has gone, and so shall we
-        obey_hangup(server, load if reads_files else None)
+        obey_hangup(server, load if reads_files else None, file_of(context))
     serve_until_stopped(context, server)
 
 
-def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None) -> None:
-    """From now on SIGHUP reads again what a single process can: the handler's files, and certificates."""
+def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None, settings: str | None = None) -> None:
+    """From now on SIGHUP reads again what a single process can: the handler's files, and certificates; but not the
+    file with the settings."""
 
     def read_again() -> None:
         try:
@@ -172,6 +222,8 @@ def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None)
         except Exception:
             log.exception("SIGHUP: nothing has changed")
         else:
+            if settings is not None:
+                log.warning("SIGHUP: to read %s again takes worker processes (--workers 1)", settings)
             if load is not None or server.tls is not None:
                 log.info("SIGHUP: files were read again")
             else:
@@ -185,6 +237,8 @@ def prepare(context: click.Context) -> None:
     """What a process does to itself before it serves alone."""
     configure_logging(context.params["log_level"], context.params["log_format"])
     raise_descriptor_limit()
+    for line in unknown_variables(context.command):
+        log.warning("%s", line)
 
 
 def serve_until_stopped(context: click.Context, server: Server) -> None:
@@ -208,6 +262,8 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         systemd.notify("READY=1")
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
+        if context.params["block_detector"]:
+            helpers.append(gevent.spawn(BlockDetector(context.params["block_detector"]).start))
         report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
@@ -239,5 +295,5 @@ def log_listening(server: Server) -> None:
 
 def log_report(report: StopReport) -> None:
     for cut in report.cut:
-        log.warning("cut %s", cut)
+        log.warning("cut %s", cut, extra={"client": cut.peer})
     log.info("stopped: %d connections finished, %d cut", report.finished, report.ended)

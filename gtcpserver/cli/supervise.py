@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 import gevent
 
 from gtcpserver.address import Address
+from gtcpserver.block_detector import BlockDetector
 from gtcpserver.cli.commands import RunError, describe
 from gtcpserver.cli.loading import load_callable
 from gtcpserver.cli.options import (
     HOOK_OPTIONS,
+    SUPERVISOR_OPTIONS,
     explained,
     flag,
     make_listen_config,
@@ -24,10 +27,25 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from gtcpserver.cli.settings import FIXED, file_of, read_again, told, unknown_variables
 from gtcpserver.errors import ConfigError
 from gtcpserver.server import Server
-from gtcpserver.supervisor import CannotStart, Hooks, LogStyle, Master, Program, SupervisorConfig, WorkersCannotStart
+from gtcpserver.supervisor import (
+    CannotStart,
+    Hooks,
+    LogStyle,
+    Master,
+    Program,
+    SupervisorConfig,
+    WorkersCannotStart,
+    current_worker,
+)
+from gtcpserver.supervisor.log_files import log_in_master
 from gtcpserver.tls import self_signed
+
+log = logging.getLogger("gtcpserver")
+
+SELF_SIGNED = "gtcpserver.self_signed"
 
 
 class StartError(RunError):
@@ -52,21 +70,26 @@ def supervise(
         RunError: with exit status 3 (2 for a wrong call) where no worker could be started, otherwise 1.
     """
     raise_descriptor_limit()
-    listen = make_listen_config(context)
     style = LogStyle(context.params["log_level"], context.params["log_format"])
+    log_in_master(style)
+    for line in unknown_variables(context.command):
+        log.warning("%s", line)
+    listen = make_listen_config(context)
     if context.params["tls_self_signed"]:
         _make_one_certificate(context)
     loaded: list[Callable[[Any], Any]] = []
 
     def preload() -> None:
         _find_modules()
-        loaded.append(_told_to_the_master(load))
+        loaded.append(_told_to_the_master(load, context))
 
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
         _find_modules()
-        context.params["bind"] = tuple(sockets)
 
         def make() -> tuple[Server, Hooks]:
+            if file_of(context) is not None:
+                read_settings_again(context)
+            context.params["bind"] = tuple(sockets)
             server = make_server(context, loaded[0] if loaded else load(), listen)
             hooks = {
                 name: load_callable(context.params[name], flag(name), arguments)
@@ -75,9 +98,12 @@ def supervise(
             }
             return server, Hooks(**hooks)
 
-        server, hooks = _told_to_the_master(make)
+        server, hooks = _told_to_the_master(make, context)
         if context.params["stats_interval"]:
             gevent.spawn(log_stats, server, context.params["stats_interval"])
+        if context.params["block_detector"]:
+            # When the loop runs: to import the program and start takes its time.
+            gevent.spawn(BlockDetector(context.params["block_detector"]).start)
         return server, hooks
 
     program = Program(
@@ -96,15 +122,33 @@ def supervise(
         raise RunError(f"cannot start: {name_option(error.strerror or str(error))}") from None
 
 
-def _told_to_the_master(make: Callable[[], Any]) -> Any:
+def read_settings_again(context: click.Context) -> None:
+    """Reads the settings' file in a new worker, so that a reload obeys what has changed; and says what cannot."""
+    certificate = {} if context.params["tls_self_signed"] else {**context.meta.get(SELF_SIGNED, {})}
+    changed = read_again(context, FIXED | {name for name, _, _ in SUPERVISOR_OPTIONS})
+    if certificate and context.params["tls_self_signed"]:
+        _use_certificate(context, certificate)
+    worker = current_worker()
+    if worker is not None and worker.number != 0:
+        return  # one of them says it for all
+    for key in changed:
+        if key == "workers":
+            takes = "gtcpserver ctl scale, or a restart"  # an upgrade keeps the number that there is
+        else:
+            # What an upgrade takes over is a socket as it is.
+            takes = "a restart" if key.startswith("listen.") else "an upgrade (SIGUSR2) or a restart"
+        log.warning("%s: %s changed: that takes %s", context.obj.path, key, takes)
+
+
+def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:
     try:
         return make()
     except RunError as error:
         raise CannotStart(error.message, error.details) from None
     except click.ClickException as error:
-        raise CannotStart(describe(error), status=2) from None
+        raise CannotStart(told(context, describe(error)), status=2) from None
     except ConfigError as error:
-        raise CannotStart(str(error), status=2) from None
+        raise CannotStart("; ".join(str(error).splitlines()), status=2) from None
 
 
 def _find_modules() -> None:
@@ -117,14 +161,19 @@ def _make_one_certificate(context: click.Context) -> None:
     if was_given(context, "tls_certfile"):
         raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
     made = explained(self_signed)
-    for name, path in (("tls_certfile", made.certfile), ("tls_keyfile", made.keyfile)):
-        context.params[name] = path
-        context.set_parameter_source(name, click.core.ParameterSource.COMMANDLINE)
-    context.params["tls_self_signed"] = False
+    context.meta[SELF_SIGNED] = {"tls_certfile": made.certfile, "tls_keyfile": made.keyfile}
+    _use_certificate(context, context.meta[SELF_SIGNED])
     click.echo(
         "gtcpserver: a self-signed certificate for localhost was made, which clients cannot trust; only for trying",
         err=True,
     )
+
+
+def _use_certificate(context: click.Context, certificate: Mapping[str, Any]) -> None:
+    for name, path in certificate.items():
+        context.params[name] = path
+        context.set_parameter_source(name, click.core.ParameterSource.COMMANDLINE)
+    context.params["tls_self_signed"] = False
 
 
 def bound_by_systemd(fds: list[int]) -> tuple[Address, ...]:

@@ -18,7 +18,6 @@ Every mistake is told with its line and what was expected, and a key that does n
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ import msgspec
 
 from ..address import parse_address
 from ..errors import ConfigError
+from ..toml_file import Lines, parse_text, read_text
 from .build import (
     Proxy,
     check_certificates,
@@ -49,11 +49,6 @@ from .http_fields import check_pseudonym
 from .resolve import Resolver
 from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, UpstreamTable
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 __all__ = ["Proxy", "ProxyConfig", "make_proxy", "parse_config", "read_config"]
 
 #: So many mistakes are told; whoever has more has taken another file.
@@ -66,22 +61,12 @@ def read_config(path: str) -> ProxyConfig:
     Raises:
         ConfigError: with the file and, in a line for each mistake, the line and what was expected.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} must be UTF-8") from None
-    return parse_config(text, path)
+    return parse_config(read_text(path), path)
 
 
 def parse_config(text: str, path: str = "the configuration") -> ProxyConfig:
     """Read the text of a file; errors as :func:`read_config`."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    data = parse_text(text, path)
     mistakes = list(_mistakes_of_form(data, text))
     if not mistakes:
         config = msgspec.convert(data, ProxyConfig, strict=True)
@@ -197,38 +182,5 @@ def _line_of_quoted(text: str, quoted: str) -> str:
 
 def _line_of(text: str, keys: str) -> str:
     """ " line N" of a key such as "listener[1].port"; "" if it is not found."""
-    *tables, key = keys.split(".")
-    table = ".".join(tables)
-    key = re.sub(r"\[[0-9.]*\]$", "", key)
-    seen: dict[str, int] = {}
-    current = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
-        if header is not None:
-            name = header[2]
-            if header[1] == "[[":
-                current = f"{name}[{seen.get(name, 0)}]"
-                seen[name] = seen.get(name, 0) + 1
-            else:
-                current = name
-            if current == keys or (not table and name == key):
-                return f" line {number}"
-        elif current == table and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
-            return f" line {number}"
-    return _line_where_it_appears(text, keys)
-
-
-def _line_where_it_appears(text: str, keys: str) -> str:
-    """The same for tables written inline, with dots, or as [the.name.of.one.inside]: the first line with which the text
-    has the key. Reads the beginning of the text once for each of its lines."""
-    lines = text.splitlines()
-    path = [part for part in re.split(r"[.\[\]]+", keys) if part]
-    for number in range(1, len(lines) + 1):
-        try:
-            found: Any = tomllib.loads("\n".join(lines[:number]))
-            for part in path:
-                found = found[int(part) if isinstance(found, list) else part]
-        except (tomllib.TOMLDecodeError, LookupError, TypeError, ValueError):
-            continue
-        return f" line {number}"
-    return ""
+    line = Lines(text).of(keys)
+    return "" if line is None else f" line {line}"

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from logging.handlers import WatchedFileHandler
 from time import monotonic, time
 from typing import Literal
 
-from ..errors import ConfigError
-
-log = logging.getLogger("gtcpserver.access")
+from ..access_log import log, utc, write_line
 
 Result = Literal[
     "ok",  # relayed, and both sides ended in order
@@ -96,7 +90,7 @@ class AccessRecord:
         """By name, for JSON. ``redact`` leaves out where the client went."""
         hidden = "-" if redact else None
         return {
-            "time": datetime.fromtimestamp(self.began_at, timezone.utc).isoformat(timespec="milliseconds"),
+            "time": utc(self.began_at),
             "client": self.client,
             "listener": self.listener,
             "protocol": self.protocol or None,
@@ -119,49 +113,4 @@ class AccessRecord:
 
     def write(self, style: Literal["text", "json"] = "text", redact: bool = False) -> None:
         """Write the line to the logger "gtcpserver.access"."""
-        if not log.isEnabledFor(logging.INFO):
-            return
-        fields = self.fields(redact)
-        if style == "json":
-            log.info("%s", json.dumps(fields), extra={"access": fields})
-            return
-        # Names were checked and users are quoted: nothing of the client's can end the line or forge another.
-        words = (f"{name}={_quoted(value)}" for name, value in fields.items() if name != "time" and value is not None)
-        log.info("%s", " ".join(words), extra={"access": fields})
-
-
-def log_to_file(path: str | None) -> None:
-    """From now on append the lines to a file, which is opened anew when it was renamed (logrotate); None: to where all
-    other messages go.
-
-    Raises:
-        ConfigError: it cannot be opened.
-    """
-    handlers: list[logging.Handler] = []
-    if path is not None:
-        try:
-            handlers.append(WatchedFileHandler(path, encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot open the access log {path}: {error.strerror}") from None
-        handlers[0].setFormatter(_FileFormatter())
-    for old in log.handlers[:]:
-        log.removeHandler(old)
-        old.close()
-    for new in handlers:
-        log.addHandler(new)
-    log.propagate = not handlers
-
-
-class _FileFormatter(logging.Formatter):
-    """A line: the time, unless it is in it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if message.startswith("{"):
-            return message
-        return f"{record.__dict__['access']['time']} {message}"
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return text if text.isascii() and text.isprintable() and not set(text) & set(' "=\\') else json.dumps(text)
+        write_line(log, self.fields(redact), style)

@@ -57,7 +57,7 @@ class StaticFiles:
         cache_control: value of a Cache-Control header for files, such as "max-age=3600".
         head_timeout: seconds in which the head of a request must have come, once it has begun.
         idle_timeout: seconds that a connection may be silent; used where the server has no ``timeout``.
-        access_log: write a line for each request to the logger "gtcpserver.access": client, request, status, and the
+        log_requests: write a line for each request to the logger "gtcpserver.access": client, request, status, and the
             bytes of the body that it is to get.
 
     Raises:
@@ -75,7 +75,7 @@ class StaticFiles:
         cache_control: str | None = None,
         head_timeout: float = 30.0,
         idle_timeout: float = 75.0,
-        access_log: bool = False,
+        log_requests: bool = False,
     ) -> None:
         check_number("head_timeout", head_timeout, above=0)
         check_number("idle_timeout", idle_timeout, above=0)
@@ -93,7 +93,7 @@ class StaticFiles:
         self._cache_control = f"Cache-Control: {cache_control}\r\n" if cache_control else ""
         self._head_timeout = head_timeout
         self._idle_timeout = idle_timeout
-        self._access_log = access_log
+        self._log_requests = log_requests
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client until it, a time-out or a stop ends the connection."""
@@ -275,7 +275,7 @@ class StaticFiles:
             f"HTTP/1.1 {_STATUS_LINE[status]}\r\nDate: {_now()}\r\n{head}"
             f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
         ).encode("latin-1")
-        if self._access_log:
+        if self._log_requests:
             self._log(conn, request, status, len(body) or following)
         # MSG_MORE: the head shares its first packet with the file (send(2)). Over TLS there are no flags.
         conn.sendall(start + body if body else start, socket.MSG_MORE if following and conn.tls is None else 0)

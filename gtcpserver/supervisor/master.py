@@ -111,7 +111,7 @@ class Master:
 
     @property
     def ready(self) -> bool:
-        """Whether connections are wanted: what a load balancer asks."""
+        """Whether connections are wanted, that is, what a load balancer asks."""
         return self.state is MasterState.SERVING and any(slot.serves() for slot in self.fleet.slots.values())
 
     @property

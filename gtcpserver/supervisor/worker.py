@@ -179,7 +179,7 @@ class _Life:
         self.call_hook("worker_stop")
         gevent.killall([beats, drained])
         for cut in report.cut:
-            log.warning("cut %s", cut)
+            log.warning("cut %s", cut, extra={"client": cut.peer})
         fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
         if fatal:
             self.call_hook("worker_error", fatal)
@@ -214,6 +214,8 @@ class _Life:
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
         self.worker.server = server
+        if server.access_log is not None:
+            server.access_log.worker = job.number
         if job.predecessor:
             self.call_hook("worker_error", job.predecessor)
         if server.state is not State.NEW:

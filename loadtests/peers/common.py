@@ -46,7 +46,7 @@ def tls_context(given: argparse.Namespace, module: Any = ssl) -> Any:
 
 def answer_maker(given: argparse.Namespace) -> Callable[[bool], bytes]:
     """What is answered; ``keep``: the connection stays open after it."""
-    body = b"x" * given.size
+    body = b"a" * given.size
     if not given.aes128:
         return {keep: response(body, keep) for keep in (False, True)}.__getitem__
     return lambda keep: response(encrypt(body), keep)
@@ -57,7 +57,7 @@ def encrypt(content: bytes) -> bytes:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     vector = os.urandom(16)
-    encryptor = Cipher(algorithms.AES128(b"0123456789abcdef"), modes.CBC(vector)).encryptor()
+    encryptor = Cipher(algorithms.AES128(b"0123456789ABCDEF"), modes.CBC(vector)).encryptor()
     padding = 16 - len(content) % 16
     return vector + encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
 

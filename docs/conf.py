@@ -1,0 +1,92 @@
+"""Sphinx: the Markdown pages beside this file as HTML (`make docs`). It uses no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+import gtcpserver
+
+project = "gtcpserver"
+version = release = gtcpserver.__version__
+copyright = "the authors of gtcpserver, MIT licence"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+smartquotes = False  # b"" is code
+highlight_language = "none"  # a block says its language
+
+myst_heading_anchors = 3
+myst_url_schemes = ("http", "https", "mailto")
+
+html_theme = "furo"
+html_title = f"gtcpserver {release}"
+html_show_sphinx = False
+html_copy_source = False
+
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Raises (from the calls inside)", "Raises")]
+default_role = "code"  # `name` in a docstring
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+
+nitpicky = True
+# Types of Python, gevent and others: their documentation is on the network, and what is inside of ours is not public.
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!gtcpserver\.).*"),
+    ("py:class", r"gtcpserver\.testing\.client\.Result"),  # a type variable
+    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(gate|record|rules|target)\.\w+"),
+]
+
+PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:examples|loadtests|tests)/[^)]*)\)")
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", as_the_theme_wants)
+    app.connect("missing-reference", by_public_name)
+
+
+def as_the_theme_wants(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Pictures follow the theme's own switch between light and dark; links to the repository become plain text."""
+
+    def images(match: re.Match[str]) -> str:
+        dark, text, light = match.groups()
+        return "\n".join(
+            f"```{{image}} {file}\n:alt: {text}\n:class: only-{theme}\n```\n"
+            for theme, file in (("light", light), ("dark", dark))
+        )
+
+    def path(match: re.Match[str]) -> str:
+        return f"`{match[2]}`" if match[1] in match[2] else f"{match[1]} (`{match[2]}`)"
+
+    source[0] = OUTSIDE.sub(path, PICTURE.sub(images, source[0]))
+
+
+def public_names() -> Iterator[tuple[str, str]]:
+    """Where a public class is defined, and the name by which a user imports it."""
+    for name in gtcpserver.__all__:
+        thing = getattr(gtcpserver, name)
+        if hasattr(thing, "__qualname__"):
+            yield f"{thing.__module__}.{thing.__qualname__}", f"gtcpserver.{name}"
+
+
+PUBLIC = dict(public_names())
+
+
+def by_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Any) -> nodes.Element | None:
+    """Types in signatures are named by the module that defines them: find them under their public names."""
+    target = node.get("reftarget", "")
+    public = PUBLIC.get(target)
+    if public is None or node.get("refdomain") != "py":
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], public, node, contnode)

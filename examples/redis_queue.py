@@ -1,0 +1,69 @@
+"""redis-py in a handler: a queue that many clients wait at.
+
+    python examples/redis_queue.py, then: printf 'PUT hello\\nTAKE\\n' | nc -N 127.0.0.1 5000
+
+redis-py is plain Python on sockets, so ``patch_all`` is all it needs: TAKE waits in redis (BLPOP) for a few seconds if
+need be, and holds up nobody. Each that waits has a connection to redis; the pool bounds their number and lets further
+ones wait in turn. REDIS_URL names another redis: redis://host:6379/0, unix:///run/redis/redis.sock. Needs
+``pip install redis``.
+"""
+# ruff: noqa: E402
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import os
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from serve import end, serve
+
+from gtcpserver import Connection, EarlyEOF
+
+URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
+QUEUE = "gtcpserver-example"
+
+#: Connections to redis, and seconds to wait for one of them.
+POOL_SIZE, POOL_TIMEOUT = 100, 10
+
+#: Of one TAKE. A client that has gone is noticed when it has ended.
+LONGEST_WAIT = 5
+
+
+def handle(conn: Connection) -> None:
+    queue: redis.Redis = conn.context
+    while True:
+        try:
+            with conn.idle():
+                command, _, text = conn.recv_until(b"\n", 1024).strip().partition(b" ")
+            match command:
+                case b"PUT" if text:
+                    conn.sendall(b"QUEUED %d\n" % queue.rpush(QUEUE, text))
+                case b"TAKE":
+                    found = queue.blpop([QUEUE], LONGEST_WAIT)
+                    conn.sendall(b"NONE\n" if found is None else b"TOOK " + found[1] + b"\n")
+                case _:
+                    conn.sendall(b"ERROR expected PUT text or TAKE\n")
+                    return
+        except EarlyEOF:
+            return
+        except redis.RedisError as problem:
+            conn.sendall(f"ERROR {problem}\n".encode())
+            return
+
+
+if __name__ == "__main__":
+    # No second attempt: where the answer was lost, redis may have done what was asked, and PUT would queue it twice.
+    once = Retry(NoBackoff(), 0)
+    pool = redis.BlockingConnectionPool.from_url(URL, max_connections=POOL_SIZE, timeout=POOL_TIMEOUT, retry=once)
+    queue = redis.Redis(connection_pool=pool)
+
+    def look_for_redis() -> None:
+        try:
+            queue.ping()
+        except redis.RedisError as problem:
+            end(1, f"no redis at {URL}: {problem}")
+
+    serve(handle, context=queue, prepare=look_for_redis)

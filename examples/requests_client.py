@@ -1,0 +1,63 @@
+"""requests in a handler: pages of a web server behind us, over connections that are kept.
+
+    python examples/requests_client.py, then: printf '/\\n' | nc -N 127.0.0.1 5000
+
+For each path it answers with the status and the size of the page. requests and urllib3 are plain Python on sockets:
+``patch_all`` is all they need. One session for all handlers keeps connections to the web server open; its adapter
+bounds them, and ``pool_block`` lets handlers wait for one instead of opening more. BACKEND names the web server, by
+default http://127.0.0.1:8000. Needs ``pip install requests``.
+"""
+# ruff: noqa: E402
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import os
+
+import requests
+from requests.adapters import HTTPAdapter
+from serve import serve
+
+from gtcpserver import Connection, EarlyEOF
+
+BACKEND = os.environ.get("BACKEND", "http://127.0.0.1:8000").rstrip("/")
+CONNECTIONS = 50
+
+#: Seconds to connect, and in which the next bytes must come.
+TIMEOUT = (3, 10)
+
+
+def handle(conn: Connection) -> None:
+    session: requests.Session = conn.context
+    while True:
+        try:
+            with conn.idle():
+                path = conn.recv_until(b"\n", 2048).decode("ascii").strip()
+            if not path.startswith("/"):
+                raise ValueError(f"expected a path that begins with a slash, got {path!r}")
+            status, size = fetch(session, path)
+            conn.sendall(f"{status} {size} bytes\n".encode())
+        except EarlyEOF:
+            return
+        except (requests.RequestException, ValueError) as problem:
+            conn.sendall(f"ERROR {problem}\n".encode())
+            return
+
+
+def fetch(session: requests.Session, path: str) -> tuple[int, int]:
+    """Status and size of a page, which is never in memory as a whole. Blocks, for this handler only."""
+    # Redirects are not followed: they could lead to another server than ours.
+    with session.get(BACKEND + path, timeout=TIMEOUT, stream=True, allow_redirects=False) as answer:
+        return answer.status_code, sum(map(len, answer.iter_content(65536)))
+
+
+def make_session() -> requests.Session:
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS, pool_block=True))
+    return session
+
+
+if __name__ == "__main__":
+    serve(handle, context=make_session())

@@ -1,0 +1,29 @@
+"""gtcpserver completion: the script that teaches a shell the command's names and options."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+from gtcpserver.cli.commands import EPILOG, RunError, gtcpserver
+
+PROGRAM = "gtcpserver"
+VARIABLE = "_GTCPSERVER_COMPLETE"  # click's name for it, by the program's
+
+
+@click.command(epilog=EPILOG)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script with which a shell completes commands, options and their values.
+
+    \b
+    bash: gtcpserver completion bash > ~/.local/share/bash-completion/completions/gtcpserver
+    zsh:  gtcpserver completion zsh > a folder of $fpath, as _gtcpserver
+    fish: gtcpserver completion fish > ~/.config/fish/completions/gtcpserver.fish
+    """
+    made = get_completion_class(shell)
+    if made is None:
+        raise RunError(f"this version of click knows no {shell}")
+    # The words of the script alone: click's own source() starts bash to ask for its version.
+    script = made(gtcpserver, {}, PROGRAM, VARIABLE)
+    click.echo(script.source_template % script.source_vars())

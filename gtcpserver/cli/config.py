@@ -1,0 +1,160 @@
+"""gtcpserver config: what the settings are and where each is from, and whether a file is good."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import click
+
+from gtcpserver.address import Address
+from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.cli.commands import EPILOG, describe, load_command
+from gtcpserver.cli.options import (
+    BALANCER_OPTIONS,
+    CLIENT_OPTIONS,
+    LISTEN_OPTIONS,
+    SERVER_OPTIONS,
+    SUPERVISOR_OPTIONS,
+    TLS_OPTIONS,
+    OctalType,
+    make_listen_config,
+    make_server,
+    make_supervisor_config,
+    of_balancers,
+)
+from gtcpserver.cli.settings import SECRET, key_of, settings_of, source_of, told, unknown_variables
+from gtcpserver.client_limits import ClientLimits
+from gtcpserver.listen_config import ListenConfig
+from gtcpserver.server import Server
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.tls import TLSConfig
+
+NOT_SHOWN = "(not shown)"
+
+of_command = click.option(
+    "--command",
+    "name",
+    type=click.Choice(["serve", "echo", "forward", "files"]),
+    default="serve",
+    show_default=True,
+    help="Of which command.",
+)
+
+
+@click.group(epilog=EPILOG)
+def config() -> None:
+    """What the settings are, and whether a file with settings is good."""
+
+
+@config.command(epilog=EPILOG, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@of_command
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--config FILE] [OPTIONS OF serve]")
+@click.pass_context
+def show(context: click.Context, name: str, as_json: bool, options: tuple[str, ...]) -> None:
+    """Print every setting with its value, and where that is from.
+
+    It takes what the command itself takes, and looks at the same file and environment. Nothing is started, and no
+    handler is loaded.
+    """
+    of = _read(name, list(options), context)
+    defaults = library_defaults()
+    rows = []
+    for parameter in settings_of(of.command):
+        value = of.params.get(str(parameter.name))
+        source = source_of(of, parameter)
+        if source["source"] == "default" and value in (None, ()):
+            value = defaults.get(str(parameter.name))
+        elif parameter.name in SECRET:
+            value = NOT_SHOWN
+        if isinstance(parameter.type, OctalType) and isinstance(value, int):
+            value = f"{value:o}"
+        rows.append((key_of(parameter), value, source))
+    if as_json:
+        click.echo(json.dumps({key: {"value": _plain(value), **source} for key, value, source in rows}, indent=2))
+    else:
+        cells = [(key, _printed(value), _from(source)) for key, value, source in rows]
+        wide = [max(len(row[column]) for row in cells) for column in range(2)]
+        for key, printed, where in cells:
+            click.echo(f"{key:{wide[0]}}  {printed:{wide[1]}}  {where}")
+    for line in unknown_variables(of.command):
+        click.echo(f"gtcpserver: {line}", err=True)
+
+
+@config.command(epilog=EPILOG)
+@of_command
+@click.argument("file", metavar="FILE")
+@click.pass_context
+def check(context: click.Context, name: str, file: str) -> None:
+    """Say whether a file with settings is good, and what is wrong with it: exit status 2.
+
+    The environment is as it is: what the file leaves open may be there. The handler is not loaded.
+    """
+    of = _read(name, ["--config", file], context)
+    try:
+        if isinstance(of.params["bind"], Address):
+            of.params["bind"] = (of.params["bind"],)
+        make_supervisor_config(of)
+        make_server(of, lambda _connection: None, make_listen_config(of), load=False)
+    except click.UsageError as error:
+        raise click.UsageError(told(of, describe(error))) from None
+    click.echo(f"{file} is good")
+
+
+def _read(name: str, arguments: list[str], parent: click.Context) -> click.Context:
+    """The context of a command as it would be at its start; what it must be given may be missing."""
+    command = copy.copy(load_command(name))
+    command.params = [copy.copy(parameter) for parameter in command.params]
+    for parameter in command.params:
+        parameter.required = False
+    return command.make_context(name, arguments, parent=parent.find_root())
+
+
+def library_defaults() -> dict[str, Any]:
+    """The defaults that Server and the others have, by the names of the options' parameters."""
+    found: dict[str, Any] = {}
+    for owner, options, prefix in (
+        (Server, SERVER_OPTIONS, ""),
+        (ListenConfig, LISTEN_OPTIONS, ""),
+        (TLSConfig, TLS_OPTIONS, "tls_"),
+        (ClientLimits, CLIENT_OPTIONS, "client_"),
+        (SupervisorConfig, SUPERVISOR_OPTIONS, ""),
+    ):
+        found |= {f"{prefix}{name}": _default(owner, name) for name, _, _ in options}
+    found |= {of_balancers(name): _default(ProxyProtocol, name) for name, _, _ in BALANCER_OPTIONS}
+    found["workers"] = None  # a single process
+    return found
+
+
+def _default(owner: Any, name: str) -> Any:
+    if not dataclasses.is_dataclass(owner):
+        return inspect.signature(owner).parameters[name].default
+    default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
+    return None if default is dataclasses.MISSING else default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _printed(value: Any) -> str:
+    plain = _plain(value)
+    if plain is None:
+        return "none"
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _from(source: dict[str, Any]) -> str:
+    if source["source"] == "environment":
+        return f"environment {source['name']}"
+    if source["source"] == "file":
+        return f"{source['path']}:{source['line']}" if source["line"] is not None else str(source["path"])
+    return str(source["source"])

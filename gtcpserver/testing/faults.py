@@ -1,0 +1,314 @@
+"""The faults: what clients do to a server, by accident or on purpose.
+
+Each is a function of a Player, which has the example conversation and makes connections. It does its part and leaves:
+what that has done to the server is judged afterwards (check.py).
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from time import monotonic
+from typing import Any
+
+from .client import Client, connect
+from .conversation import Conversation, WrongAnswer, short
+from .report import Kind
+from .sandbox import Sandbox
+
+#: A long conversation is cut at so many places, evenly spread, ends included.
+MOST_CUTS = 24
+
+#: So many of its first bytes are sent one by one, each when the server has seen the one before; then the rest in as
+#: many pieces.
+MOST_SINGLE_BYTES = 200
+
+#: Clients that stop in the middle, and that say nothing, at once.
+STALLED = 6
+
+#: What is sent to a handler which does not read it, or which reads without end, bytes.
+FLOOD = 16 << 20
+
+#: Nothing of it was taken for so long: the handler does not read, seconds. And no flood takes longer than the second:
+#: a handler that answers a million small requests has shown enough.
+NOT_TAKEN = 0.15
+LONGEST_FLOOD = 1.0
+
+
+class Player:
+    """What the faults are played with.
+
+    Args:
+        sandbox: where the server is.
+        conversation: the example.
+        client_options: of ``connect``.
+        patience: seconds for whatever should happen at once.
+        stall_timeout: seconds after which a client that has stopped loses its connection; None: not looked at.
+        most_memory: bytes that a client may make the server's process grow by.
+        found: called with (kind, text) for what is seen while a fault is played.
+    """
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        conversation: Conversation,
+        client_options: dict[str, Any],
+        patience: float,
+        stall_timeout: float | None,
+        most_memory: int,
+        found: Callable[[Kind, str], None],
+    ) -> None:
+        self.sandbox = sandbox
+        self.conversation = conversation
+        self.patience = patience
+        self.stall_timeout = stall_timeout
+        self.most_memory = most_memory
+        self.found = found
+        self._client_options = client_options
+        self._clients: list[Client] = []
+
+    def connect(self, *, raw: bool = False, **options: Any) -> Client:
+        """A client; ``leave`` closes it.
+
+        Args:
+            raw: without PROXY header and TLS.
+        """
+        usual = {} if raw else self._client_options
+        client = connect(self.sandbox.address, timeout=self.patience, **{**usual, **options})
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._clients.append(client)
+        return client
+
+    def leave(self, end: Callable[[Client], None] = Client.close) -> None:
+        """Close what is still open."""
+        for client in self._clients:
+            try:
+                end(client)
+            except OSError:
+                pass  # a reset of what is closed
+        self._clients.clear()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """A wrong answer within is told."""
+        try:
+            yield
+        except WrongAnswer as wrong:
+            self.found("conversation", str(wrong))
+        except OSError as error:
+            self.found("conversation", f"the connection failed: {error or type(error).__name__}")
+
+    def good_client_is_served(self, while_what: str) -> bool:
+        """Play the conversation; tell if it goes wrong."""
+        try:
+            with self.connect() as client:
+                self.conversation.play(client)
+        except (WrongAnswer, OSError) as error:
+            self.found("not served", f"a good client is not served {while_what}: {error or type(error).__name__}")
+            return False
+        return True
+
+    def cuts(self, most: int = MOST_CUTS) -> list[int]:
+        """Lengths of what is sent before something happens: 0, 1 ... all, in the order of the bytes."""
+        size = len(self.conversation.sent)
+        return sorted({round(i * size / (most - 1)) for i in range(most)}) if size >= most else list(range(size + 1))
+
+
+def play_as_given(player: Player) -> None:
+    with player.expecting():
+        player.conversation.play(player.connect())
+
+
+def send_in_one_segment(player: Player) -> None:
+    with player.expecting():
+        client = player.connect()
+        client.sendall(player.conversation.sent)
+        player.conversation.expect_all(client)
+
+
+def send_byte_by_byte(player: Player) -> None:
+    single = MOST_SINGLE_BYTES
+    with player.expecting():
+        client = player.connect()
+        for data, expected in player.conversation.turns:
+            pieces = [data[place : place + 1] for place in range(min(single, len(data)))]
+            single -= len(pieces)
+            rest = data[len(pieces) :]
+            step = len(rest) // MOST_SINGLE_BYTES + 1
+            pieces += [rest[place : place + step] for place in range(0, len(rest), step)]
+            for piece in pieces:
+                client.sendall(piece)
+                player.sandbox.turn()
+            player.conversation.expect(client, expected, data)
+
+
+def half_close(player: Player) -> None:
+    with player.expecting():
+        client = player.connect()
+        client.sendall(player.conversation.sent)
+        client.half_close()
+        player.conversation.expect_all(client)
+        try:
+            client.recv_all()
+        except TimeoutError:
+            raise WrongAnswer("the connection is not closed after a half-close, when all is answered") from None
+
+
+def cut(player: Player) -> None:
+    for length in player.cuts():
+        with player.connect() as client:
+            client.sendall(player.conversation.sent[:length])
+
+
+def reset(player: Player) -> None:
+    for length in player.cuts():
+        client = player.connect()
+        client.sendall(player.conversation.sent[:length])
+        # The handler has it, and waits for more; or has answered, and nobody has read.
+        player.sandbox.turn()
+        client.reset()
+    # Before the server has accepted it, and when all is said.
+    player.connect(raw=True).reset()
+    client = player.connect()
+    try:
+        player.conversation.play(client)
+    except WrongAnswer:
+        pass  # was told of where it is played as given
+    client.reset()
+
+
+def leave_answers_unread(player: Player) -> None:
+    for end in (Client.reset, Client.close):
+        client = player.connect(receive_buffer=4096)
+        if player.conversation.sent:
+            # Whole conversations one behind the other: more answers than all buffers hold, if the handler goes on.
+            times = max(1, 65536 // len(player.conversation.sent))
+            _flood(client, player.conversation.sent * times, FLOOD)
+        player.sandbox.turn()
+        player.good_client_is_served("while another one does not read")
+        end(client)
+
+
+def say_nothing(player: Player) -> None:
+    silent = [player.connect(raw=True) for _ in range(STALLED)]
+    player.sandbox.turn()
+    player.good_client_is_served(f"while {STALLED} others say nothing")
+    _wait_for_stalled(player, silent, [0] * STALLED)
+
+
+def stall(player: Player) -> None:
+    lengths = player.cuts(STALLED)
+    clients = []
+    for length in lengths:
+        client = player.connect()
+        client.sendall(player.conversation.sent[:length])
+        clients.append(client)
+    player.sandbox.turn()
+    player.good_client_is_served(f"while {len(clients)} others have stopped in the middle")
+    _wait_for_stalled(player, clients, lengths)
+
+
+def speak_tls_to_it(player: Player) -> None:
+    # To a handler without TLS, a hello; to one with it, half a hello and what is none.
+    hello = _client_hello()
+    for data in (hello, hello[:40], hello[:5] + Random(1).randbytes(500), b"GET / HTTP/1.1\r\n\r\n"):
+        for end in (Client.close, Client.reset):
+            client = player.connect(raw=True)
+            try:
+                client.sendall(data)
+            except OSError:
+                pass  # refused already
+            player.sandbox.turn()
+            end(client)
+
+
+def send_rubbish(player: Player) -> None:
+    random = Random(2)
+    for piece in (random.randbytes(65536), b"\xff" * 65536, b"a" * 65536):
+        before = player.sandbox.look(thorough=False).memory
+        client = player.connect()
+        sent = _flood(client, piece, FLOOD)
+        player.sandbox.turn()
+        grown = player.sandbox.look(thorough=False).memory - before
+        if grown > player.most_memory:
+            player.found(
+                "memory",
+                f"one client that sent {sent / (1 << 20):.1f} MiB such as {short(piece[:8])} made memory grow by"
+                f" {grown / (1 << 20):.1f} MiB",
+            )
+        client.reset()
+
+
+def end_the_handlers(player: Player) -> None:
+    for length in player.cuts(4):
+        player.connect().sendall(player.conversation.sent[:length])
+    player.sandbox.turn()
+    standing = player.sandbox.kill_handlers()
+    if standing:
+        player.found(
+            "endless handler",
+            f"{len(standing)} handlers do not end when a stop tells them to (by GreenletExit):\n" + "\n".join(standing),
+        )
+
+
+def _client_hello() -> bytes:
+    outgoing = ssl.MemoryBIO()
+    layer = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    try:
+        layer.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    return outgoing.read()
+
+
+def _flood(client: Client, piece: bytes, size: int) -> int:
+    """Send without reading, until enough is sent or nothing more is taken; how much it was."""
+    sent = 0
+    client.settimeout(NOT_TAKEN)
+    give_up = monotonic() + LONGEST_FLOOD
+    try:
+        while sent < size and monotonic() < give_up:
+            client.sendall(piece)
+            sent += len(piece)
+    except OSError:
+        pass  # not taken, or the handler has closed
+    return sent
+
+
+def _wait_for_stalled(player: Player, clients: Sequence[Client], lengths: Sequence[int]) -> None:
+    if player.stall_timeout is None:
+        return
+    give_up = monotonic() + player.stall_timeout + player.patience
+    size = len(player.conversation.sent)
+    for client, length in zip(clients, lengths, strict=True):
+        client.settimeout(max(0.001, give_up - monotonic()))
+        try:
+            client.recv_all()
+        except TimeoutError:
+            player.found(
+                "stall",
+                f"a client that stopped after {length} of {size} bytes still has its connection"
+                f" {player.stall_timeout + player.patience:.1f} s later",
+            )
+        except OSError:
+            pass  # closed with a reset
+
+
+#: By name, in the order they are played. The last one ends the server.
+FAULTS: dict[str, Callable[[Player], None]] = {
+    "as given": play_as_given,
+    "one segment": send_in_one_segment,
+    "byte by byte": send_byte_by_byte,
+    "half-close": half_close,
+    "cut": cut,
+    "reset": reset,
+    "unread answers": leave_answers_unread,
+    "silence": say_nothing,
+    "stall": stall,
+    "tls": speak_tls_to_it,
+    "rubbish": send_rubbish,
+    "end": end_the_handlers,
+}

@@ -1,0 +1,342 @@
+"""Sandbox: a server in a process of its own, so that a handler which spins, hangs or leaks can be watched and ended.
+
+The process is forked from the test's, so any handler will do: a closure, an object, one that stands in the test itself.
+It gets an event loop of its own. A pair of sockets joins it to the test, for commands, and a file, for the stacks of a
+process that does not answer any more.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import gevent
+import gevent.socket
+from gevent import monkey
+from gevent.hub import Hub, get_hub
+from greenlet import getcurrent, greenlet
+
+from ..connection import Connection
+from ..logs import fault_key
+from ..pool import Worker
+from ..server import Handler, Server
+from ..stopping import describe, peer
+from ..transfer.pipes import PIPES
+
+#: A process that nobody ends (its test was killed, and it computes for ever) is ended by the kernel, CPU seconds.
+MOST_CPU_SECONDS = 120
+
+#: A handler that is told to end may take so long over its ``finally`` blocks, seconds.
+KILL_SECONDS = 0.5
+
+_STACK_SIGNAL = signal.SIGUSR2
+
+
+class Blocked(Exception):
+    """The event loop of the server does not run; the message is where it stands."""
+
+
+class Died(Exception):
+    """The server's process has ended; the message says how."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The server's process at one moment.
+
+    Attributes:
+        accepted: connections since the start.
+        open: connections that a handler has, or that are not closed yet.
+        active: of these, those that a handler has.
+        where: where these handlers stand.
+        descriptors: open in the process.
+        greenlets: alive, without those that wait for work.
+        blocks: pieces of memory that Python has given out.
+        memory: resident set, bytes.
+        errors: of handlers that raised since the last look, each once, as text.
+    """
+
+    accepted: int
+    open: int
+    active: int
+    where: list[str]
+    descriptors: int
+    greenlets: int
+    blocks: int
+    memory: int
+    errors: list[str]
+
+
+class Sandbox:
+    """Starts the server; a ``with`` block ends it.
+
+    Args:
+        handler: as Server.
+        options: as Server.
+        patience: seconds in which a server that runs must answer.
+
+    Raises:
+        ConfigError: as Server.
+    """
+
+    def __init__(self, handler: Handler, options: Mapping[str, Any], patience: float) -> None:
+        Server("127.0.0.1:0", handler, **options)  # a mistake in the options is told here
+        self._patience = patience
+        self._stacks = os.memfd_create("stacks")
+        ours, theirs = _socketpair()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # or both processes would write what it holds
+        # From here to the fork and in the child to the end of the old loop, no other greenlet can run: this one was
+        # just called by the loop, not by an event among others that are pending.
+        gevent.sleep(0)
+        with warnings.catch_warnings():
+            # Of threads (Python 3.12): the child only runs a server, in the thread that has forked.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid: int = monkey.get_original("os", "fork")()
+        if not self.pid:
+            os.close(ours)
+            _run_child(theirs, self._stacks, handler, options)
+        os.close(theirs)
+        self._control = gevent.socket.socket(fileno=ours)
+        self._lines = b""
+        self._status: str | None = None
+        try:
+            self.address: str = self._ask("start", 10 * patience)
+        except BaseException:
+            self.end()
+            raise
+
+    def look(self, thorough: bool = True) -> Look:
+        """How it is now. Raises Blocked or Died.
+
+        Args:
+            thorough: collect garbage and count; otherwise ``greenlets`` and ``blocks`` are 0.
+        """
+        return Look(**self._ask("look" if thorough else "glance"))
+
+    def turn(self) -> None:
+        """Return when the server's event loop has gone round: it has seen what was sent before. Raises as look."""
+        for _ in range(2):
+            self._ask("turn")
+
+    def kill_handlers(self) -> list[str]:
+        """End every handler by GreenletExit, as a stop does; where those stand that have not ended. Raises as look."""
+        standing: list[str] = self._ask("kill", self._patience + KILL_SECONDS)
+        return standing
+
+    def end(self) -> None:
+        """End the process."""
+        if self._status is None:
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._reap()
+        self._control.close()
+        if self._stacks >= 0:
+            os.close(self._stacks)
+            self._stacks = -1
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def _ask(self, command: str, patience: float | None = None) -> Any:
+        self._control.settimeout(self._patience if patience is None else patience)
+        try:
+            self._control.sendall(command.encode() + b"\n")
+            while b"\n" not in self._lines:
+                data = self._control.recv(65536)
+                if not data:
+                    raise Died(self._reap())
+                self._lines += data
+        except TimeoutError:
+            raise Blocked(self._where_it_stands()) from None
+        except ConnectionError:
+            raise Died(self._reap()) from None
+        line, _, self._lines = self._lines.partition(b"\n")
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "failed" in answer:
+            raise Died(f"the server did not start: {answer['failed']}")
+        return answer
+
+    def _where_it_stands(self) -> str:
+        os.kill(self.pid, _STACK_SIGNAL)
+        size = -1
+        for _ in range(50):
+            gevent.sleep(0.01)
+            before, size = size, os.fstat(self._stacks).st_size
+            if size and size == before:
+                break
+        lines = os.pread(self._stacks, 1 << 20, 0).decode(errors="replace").splitlines()
+        own = os.path.dirname(os.path.dirname(__file__))
+        frames = [line.strip() for line in lines if "File " in line]
+        of_user = [frame for frame in frames if own not in frame and "gevent" not in frame]
+        return "\n".join((of_user or frames)[:8]) or "nowhere in Python code"
+
+    def _reap(self) -> str:
+        if self._status is None:
+            try:
+                _, status = monkey.get_original("os", "waitpid")(self.pid, 0)
+            except ChildProcessError:
+                # A monkey-patched program reaps all its children when one of them ends.
+                self._status = "it has ended"
+            else:
+                code = os.waitstatus_to_exitcode(status)
+                how = f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+                self._status = f"it has ended: {how}"
+        return self._status
+
+
+def _socketpair() -> tuple[int, int]:
+    pair = monkey.get_original("socket", "socketpair")()
+    ours, theirs = pair[0].detach(), pair[1].detach()
+    return ours, theirs
+
+
+# -- the child -------------------------------------------------------------------------------------------------------
+
+
+def _run_child(control: int, stacks: int, handler: Handler, options: Mapping[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        _get_own_event_loop()
+        _forget_the_test()
+        faulthandler.register(_STACK_SIGNAL, file=stacks, all_threads=False)
+        resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_SECONDS, MOST_CPU_SECONDS))
+        _Child(gevent.socket.socket(fileno=control), handler, options).run()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Not sys.exit: what the test would do at its end is not this process's to do.
+        os._exit(status)
+
+
+def _get_own_event_loop() -> None:
+    """Leave the parent's event loop with all its greenlets: they run in the parent.
+
+    gevent has no call for it: after a fork, greenlets run on in both processes (gevent's issue 2202).
+    """
+    hub, me = get_hub(), getcurrent()
+    for callback in list(hub.loop._callbacks):
+        callback.stop()
+    # Their threads are in the parent.
+    hub._threadpool = hub._resolver = None
+    if me.parent is not None:
+        me.parent = hub.parent
+    hub.parent = me
+    hub.destroy(destroy_loop=True)
+    # Out of its frame: a lock that has waited on it before looks whether it is dead, and takes the new one then.
+    hub.throw()
+
+
+def _forget_the_test() -> None:
+    # What is there now is not looked at again: counts are of what comes, and fast.
+    gc.collect()
+    gc.freeze()
+    # A test runner collects log records, which would look like a leak.
+    logging.getLogger().handlers[:] = [logging.NullHandler()]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class _Child:
+    """Runs the server, and answers."""
+
+    def __init__(self, control: Any, handler: Handler, options: Mapping[str, Any]) -> None:
+        self._control = control
+        self._errors: list[str] = []
+        self._faults: dict[Any, int] = {}
+        self._counted = 0
+        options = dict(options)
+        self._on_error = options.pop("on_error", None)
+        self._server = Server("127.0.0.1:0", handler, on_error=self._note_error, **options)
+
+    def run(self) -> None:
+        try:
+            self._server.start()
+        except OSError as error:
+            self._answer({"failed": str(error)})
+            return
+        received = b""
+        while data := self._control.recv(1000):
+            received += data
+            while b"\n" in received:
+                command, _, received = received.partition(b"\n")
+                self._answer(getattr(self, f"_{command.decode()}")())
+
+    def _answer(self, answer: Any) -> None:
+        self._control.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _start(self) -> str:
+        return self._server.address
+
+    def _turn(self) -> bool:
+        return True
+
+    def _glance(self) -> dict[str, Any]:
+        return self._look(thorough=False)
+
+    def _look(self, thorough: bool = True) -> dict[str, Any]:
+        PIPES.close_idle()
+        greenlets = 0
+        if thorough:
+            gc.collect()
+            greenlets = sum(_is_running(thing) for thing in gc.get_objects())
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1])
+        stats = self._server.stats()
+        errors, self._errors = self._errors, []
+        return {
+            "accepted": stats.accepted,
+            "active": stats.active,
+            "open": stats.active + stats.lingering + stats.handshaking,
+            "where": [str(describe(*one)) for one in self._server._connections.items()],
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "greenlets": greenlets,
+            "memory": resident * resource.getpagesize(),
+            "errors": errors,
+            "blocks": sys.getallocatedblocks() if thorough else 0,
+        }
+
+    def _kill(self) -> list[str]:
+        connections = self._server._connections
+        asked = list(connections.items())
+        for _, worker in asked:
+            worker.kill(block=False)
+        with gevent.Timeout(KILL_SECONDS, False):
+            while any(connection in connections for connection, _ in asked):
+                gevent.sleep(0.002)
+        return [str(describe(*one)) for one in asked if one[0] in connections]
+
+    def _note_error(self, connection: Connection, error: BaseException) -> None:
+        if self._server._counters.handler_errors > self._counted:
+            self._counted += 1
+            key = fault_key(type(error), error.__traceback__)
+            times = self._faults[key] = self._faults.get(key, 0) + 1
+            if times == 1:
+                stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+                self._errors.append(f"the handler raised for {peer(connection)}:\n{stack}")
+        if self._on_error is not None:
+            self._on_error(connection, error)
+
+
+def _is_running(thing: Any) -> bool:
+    if not isinstance(thing, greenlet) or thing.dead or isinstance(thing, Hub):
+        return False
+    return not isinstance(thing, Worker) or thing._working

@@ -1,0 +1,94 @@
+"""serving: a server for the length of a ``with`` block, which tells what went wrong in its handlers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..connection import Connection
+from ..server import Handler, Server
+
+log = logging.getLogger("gtcpserver.testing")
+
+#: Handlers whose clients have left get so long to end, seconds; then they are ended. It is a handler that waits for
+#: something else that takes this time, at the end of its test.
+STOP_SECONDS = 1.0
+
+
+class HandlerFailed(AssertionError):
+    """A handler raised, or would not end. The first exception is the ``__cause__``, the others are in the log."""
+
+
+class ServerUnderTest(Server):
+    """A Server on a free port of 127.0.0.1 that remembers what its handlers raised.
+
+    Args:
+        handler: as Server.
+        address: as Server.
+        **options: as Server.
+
+    Attributes:
+        errors: the exceptions that were faults of a handler, oldest first. A reset, a time-out or a line that is too
+            long is the client's doing, and not among them (but is counted, see ``stats()``).
+    """
+
+    def __init__(self, handler: Handler, address: Any = "127.0.0.1:0", **options: Any) -> None:
+        self.errors: list[BaseException] = []
+        self._on_error_of_user: Callable[[Any, BaseException], Any] | None = options.pop("on_error", None)
+        super().__init__(address, handler, on_error=self._note_error, **options)
+
+    def _note_error(self, connection: Connection, error: BaseException) -> None:
+        # The server counts first and calls then, with no switch in between.
+        if self._counters.handler_errors > len(self.errors):
+            self.errors.append(error)
+            if self._on_error_of_user is None:
+                log.error("handler for %s failed", connection.client_address, exc_info=error)
+        if self._on_error_of_user is not None:
+            self._on_error_of_user(connection, error)
+
+
+@contextmanager
+def serving(
+    handler: Handler,
+    address: Any = "127.0.0.1:0",
+    *,
+    allow_errors: bool = False,
+    stop_timeout: float = STOP_SECONDS,
+    **options: Any,
+) -> Iterator[ServerUnderTest]:
+    """A server that serves while the ``with`` block runs, whenever that waits.
+
+    It runs in the event loop of this thread: wait by ``connect()``'s clients, ``in_thread()`` or ``gevent.sleep()``, or
+    in a monkey-patched program by whatever you like. A plain socket's ``recv`` would wait for a server that waits for
+    it.
+
+    Args:
+        handler: as Server.
+        address: as Server; a free port by default.
+        allow_errors: do not complain of handlers that raised; they are in ``server.errors``.
+        stop_timeout: seconds for handlers to end at the end of the block; then they are ended by GreenletExit.
+        **options: as Server.
+
+    Raises:
+        HandlerFailed: at the end of the block: a handler raised, or did not end when it was told to.
+        ConfigError, OSError: as Server.
+    """
+    server = ServerUnderTest(handler, address, **options)
+    server.start()
+    try:
+        yield server
+    except BaseException:
+        server.halt()
+        raise
+    report = server.stop(stop_timeout)
+    endless = [str(connection) for connection in report.cut if not connection.ended]
+    if allow_errors:
+        return
+    if endless:
+        raise HandlerFailed(f"{len(endless)} handlers would not end: {'; '.join(endless)}")
+    if server.errors:
+        first, more = server.errors[0], len(server.errors) - 1
+        also = f" ({more} more exceptions)" if more else ""
+        raise HandlerFailed(f"a handler raised {type(first).__name__}: {first}{also}") from first

@@ -1,0 +1,181 @@
+"""The proxies that are compared, and how they are run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .measure import (
+    ROOT,
+    SERVER_CPU,
+    START_TIMEOUT,
+    BenchError,
+    cpu_of_session,
+    kill_all,
+    memory_kib,
+    prepare,
+    processes,
+)
+from .servers import OURS, PYTHON, free_port
+from .transfer_peers import HAPROXY
+
+OURS_FILE = """
+[[listener]]
+listen = "127.0.0.1:{port}"
+[rules]
+destinations = ["allow loopback"]
+"""
+
+DANTED = """
+logoutput: /dev/null
+internal: 127.0.0.1 port = {port}
+external: lo
+clientmethod: none
+socksmethod: none
+user.unprivileged: nobody
+client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
+socks pass {{ from: 127.0.0.0/8 to: 127.0.0.0/8 }}
+"""
+
+TINYPROXY = """
+Port {port}
+Listen 127.0.0.1
+Timeout 60
+MaxClients 20000
+LogLevel Critical
+LogFile "{folder}/tinyproxy.log"
+Allow 127.0.0.0/8
+"""
+
+
+# Its own start asks for an event loop in a way that Python 3.14 and uvloop 0.22 do not know any more.
+PPROXY = """
+import asyncio, {module}
+loop = {module}.new_event_loop()
+asyncio.get_event_loop = lambda: loop
+from pproxy.server import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A server to be measured.
+
+    Attributes:
+        speaks: what its clients say: "socks5", "http" (CONNECT), or "" for a relay to one target.
+        program: that must be installed, or the Python module.
+        command: of (port, the destination's port, folder).
+    """
+
+    speaks: str
+    program: str
+    command: Callable[[int, int, str], list[str]]
+
+    @property
+    def is_there(self) -> bool:
+        if self.program.startswith("-m "):
+            found = subprocess.run([PYTHON, *self.program.split(), "--help"], capture_output=True, check=False)
+            return found.returncode == 0
+        return shutil.which(self.program) is not None
+
+
+def _file(folder: str, name: str, text: str) -> str:
+    path = Path(folder, name)
+    path.write_text(text)
+    return str(path)
+
+
+def _ours(port: int, _target: int, folder: str) -> list[str]:
+    path = _file(folder, f"proxy-{port}.toml", OURS_FILE.format(port=port))
+    return [PYTHON, "-m", "gtcpserver", "proxy", "--config", path, "--log-level", "warning"]
+
+
+def _with_file(template: str, arguments: list[str]) -> Callable[[int, int, str], list[str]]:
+    def command(port: int, target: int, folder: str) -> list[str]:
+        path = _file(folder, f"{arguments[0]}-{port}.conf", template.format(port=port, target=target, folder=folder))
+        return [*arguments, path]
+
+    return command
+
+
+def _pproxy(module: str) -> Callable[[int, int, str], list[str]]:
+    # It takes uvloop where it finds it.
+    hide = "import sys; sys.modules['uvloop'] = None\n" if module == "asyncio" else ""
+    return lambda port, _, __: [PYTHON, "-c", hide + PPROXY.format(module=module), "-l", f"socks5://127.0.0.1:{port}"]
+
+
+PROXIES: dict[str, Proxy] = {
+    OURS: Proxy("socks5", PYTHON, _ours),
+    "danted": Proxy("socks5", "danted", _with_file(DANTED, ["danted", "-f"])),
+    "haproxy, splice forced, to one target": Proxy("", "haproxy", _with_file(HAPROXY, ["haproxy", "-db", "-f"])),
+    "microsocks": Proxy("socks5", "microsocks", lambda port, _, __: ["microsocks", "-i", "127.0.0.1", "-p", str(port)]),
+    "3proxy": Proxy("socks5", "3proxy", lambda port, _, __: ["3proxy", f"socks -i127.0.0.1 -p{port}"]),
+    "pproxy": Proxy("socks5", "-m pproxy", _pproxy("asyncio")),
+    "pproxy on uvloop": Proxy("socks5", "-m pproxy", _pproxy("uvloop")),
+    "proxy.py, HTTP": Proxy(
+        "http",
+        "-m proxy",
+        lambda port, _, __: [
+            *(PYTHON, "-m", "proxy", "--hostname", "127.0.0.1", "--port", str(port)),
+            *("--num-workers", "1", "--num-acceptors", "1", "--log-level", "ERROR"),
+        ],
+    ),
+    f"{OURS}, HTTP": Proxy("http", PYTHON, _ours),
+    "tinyproxy, HTTP": Proxy("http", "tinyproxy", _with_file(TINYPROXY, ["tinyproxy", "-d", "-c"])),
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A proxy that runs; `session` is that of all of its processes."""
+
+    speaks: str
+    port: int
+    session: int
+
+
+@contextmanager
+def running(proxy: Proxy, target: int, folder: str) -> Iterator[Running]:
+    port = free_port()
+    process = subprocess.Popen(
+        proxy.command(port, target, folder),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=prepare(SERVER_CPU),
+        start_new_session=True,
+    )
+    try:
+        give_up = time.monotonic() + START_TIMEOUT
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    raise BenchError(f"{proxy.program} did not start") from None
+                time.sleep(0.05)
+        time.sleep(0.3)  # danted listens before its children are there
+        yield Running(proxy.speaks, port, process.pid)
+    finally:
+        kill_all(process.pid)
+        process.wait()
+
+
+def cpu_of(server: Running) -> float:
+    """Seconds of all processes, and of their children that have ended."""
+    return sum(cpu_of_session(server.session))
+
+
+def memory_of(server: Running) -> int:
+    """KiB of all processes."""
+    return sum(memory_kib(pid) for pid in processes(server.session))
