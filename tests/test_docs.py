@@ -360,7 +360,8 @@ def check_python(block, words):
     else:
         source, given = ROOT / words[1], words[2:]
     assert source.exists(), f"{block}: there is no {source}"
-    known = source.read_text() + (ROOT / "loadtests/measure.py").read_text()
+    shared = [ROOT / "loadtests" / name for name in ("measure.py", "turns.py")]
+    known = "".join(path.read_text() for path in (source, *shared))
     for option in (word.partition("=")[0] for word in given if word.startswith("--")):
         assert f'"{option}"' in known, f"{block}: {source.name} has no option {option}"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -506,44 +505,3 @@ def test_graceful_refuses_too_many_from_one_address(start: Start, connect: Conne
     second.close()
     again.close()
     assert example.stop().endswith("0 cut, 1 refused\n")
-
-
-# -- README.md ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_programs_in_the_readme_run(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) > 5
-    first, *others = blocks
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-    for number, part in enumerate(certificate.cert_chain_pems):
-        part.write_to_path(str(tmp_path / "cert.pem"), append=number > 0)
-    # The programs build on each other, as a reader reads them; all listen on free ports.
-    program = "from gtcpserver import *\ndef handle(conn): pass\n" + re.sub(r":\d{4}\b", ":0", "".join(others))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=SOON, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-c", first.replace("5000", str(port))], cwd=tmp_path)
-    try:
-        assert echo_from(port) == b"hello"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(SOON) == 0
-
-
-def echo_from(port: int) -> bytes:
-    # `run` prints nothing when it listens: try until it does.
-    for _ in range(1000):
-        with socket.socket() as sock:
-            sock.settimeout(SOON)
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                sock.sendall(b"hello")
-                return sock.recv(100)
-        threading.Event().wait(0.02)
-    raise AssertionError("nobody listens")
