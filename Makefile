@@ -54,7 +54,7 @@ check: $(VENV)/dev.stamp
 
 # All of them, even where one fails.
 bench: bench-programs $(VENV)/bench.stamp
-	@status=0; for name in bench transfers proxies workers adapters options; do \
+	@status=0; for name in bench transfers proxies workers adapters monitoring options; do \
 	    $(BIN)/python -m loadtests.$$name || status=$$?; \
 	done; exit $$status
 

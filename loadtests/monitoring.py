@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -22,22 +21,31 @@ from contextlib import contextmanager
 from .machine import need
 from .measure import (
     CLIENT_CPU,
-    REPORT_SCRIPT,
     ROOT,
     SERVER_CPU,
     START_TIMEOUT,
     BenchError,
+    Listening,
     cpu_seconds,
     prepare,
     read_report,
+    wrk,
 )
+from .results import Figures, Ratio
+from .servers import OURS
+from .turns import Recording, add_arguments, positive, seed_of, take_turns
+
+COLUMNS = ["CPU µs a request", "requests/s"]
+
+#: What takes turns -> with metrics.
+WAYS = {OURS: False, f"{OURS}, metrics scraped every second": True}
 
 SCRAPE_SECONDS = 1.0
 
 
 @contextmanager
-def serving(metrics: bool) -> Iterator[tuple[int, int, str]]:
-    """Yields port, process id, and where the metrics are ("" for nowhere)."""
+def serving(metrics: bool) -> Iterator[tuple[Listening, str]]:
+    """Yields the server, and where the metrics are ("" for nowhere)."""
     command = [sys.executable, "-m", "gtcpserver", "serve", "loadtests/peers/idle.py:handle", "--bind", "127.0.0.1:0"]
     more = ["--metrics", "127.0.0.1:0"] if metrics else []
     process = subprocess.Popen(
@@ -51,7 +59,7 @@ def serving(metrics: bool) -> Iterator[tuple[int, int, str]]:
             if found := re.search(r"status page on (http\S+)", line):
                 url = found[1]
             elif found := re.search(r"listening on .*:(\d+) ", line):
-                yield int(found[1]), process.pid, url
+                yield Listening(process.pid, "127.0.0.1", int(found[1])), url
                 return
             if time.monotonic() > give_up:
                 break
@@ -83,52 +91,61 @@ def scraping(url: str) -> Iterator[list[int]]:
             thread.join()
 
 
-def run(metrics: bool, seconds: int, clients: int) -> tuple[float, float]:
-    """(requests a second, CPU us a request)."""
-    with serving(metrics) as (port, pid, url):
-        command = ["wrk", "-t1", f"-c{clients}", "-s", str(REPORT_SCRIPT), f"http://127.0.0.1:{port}/"]
-        on_its_cpu = prepare(CLIENT_CPU)
-        subprocess.run([*command, "-d1"], capture_output=True, check=True, preexec_fn=on_its_cpu)
+def run(metrics: bool, seconds: int, clients: int) -> list[float]:
+    """The figures of COLUMNS."""
+    with serving(metrics) as (server, url):
+        subprocess.run(wrk(server, 1, clients), capture_output=True, check=True, preexec_fn=prepare(CLIENT_CPU))
         with scraping(url) as sizes:
-            before, began = sum(cpu_seconds(pid)), time.monotonic()
+            before, began = sum(cpu_seconds(server.pid)), time.monotonic()
             done = subprocess.run(
-                [*command, f"-d{seconds}"], capture_output=True, text=True, check=True, preexec_fn=on_its_cpu
+                wrk(server, seconds, clients),
+                capture_output=True,
+                text=True,
+                check=True,
+                preexec_fn=prepare(CLIENT_CPU),
             )
-            used, took = sum(cpu_seconds(pid)) - before, time.monotonic() - began
+            used, took = sum(cpu_seconds(server.pid)) - before, time.monotonic() - began
         if url and len(sizes) < seconds // 2:
             raise BenchError(f"{len(sizes)} scrapes in {seconds} s")
     report = read_report(done.stdout)
     if not report.requests or report.errors:
-        raise BenchError(f"wrk: {done.stdout}")
-    return report.requests / took, used / report.requests * 1e6
+        raise BenchError(f"wrk: {done.stdout.strip()}")
+    return [used / report.requests * 1e6, report.requests / took]
+
+
+def words(figures: Figures) -> str:
+    """What metrics cost."""
+    off, on = figures.runs
+    ratio = Ratio.of(with_[0] / without[0] for with_, without in zip(figures.runs[on], figures.runs[off], strict=True))
+    return f"With metrics a request costs {ratio} of its CPU without."
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.monitoring", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=4)
-    parser.add_argument("--clients", type=int, default=100)
+    add_arguments(parser, rounds=9)
+    parser.add_argument("--seconds", type=positive, default=4, help="of each run; default: %(default)s")
+    parser.add_argument("--clients", type=positive, default=100)
     options = parser.parse_args(arguments)
-    if min(options.rounds, options.seconds, options.clients) < 1:
-        parser.error("--rounds, --seconds and --clients must be 1 or more")
     need("monitoring")
-    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    settings = {"rounds": options.rounds, "seconds": options.seconds, "clients": options.clients}
+    title = "Metrics, a handler that does next to nothing"
     try:
-        for number in range(options.rounds):
-            for metrics in (False, True) if number % 2 else (True, False):
-                found[metrics].append(run(metrics, options.seconds, options.clients))
+        recording = Recording("monitoring", settings, options.json, seed_of(options), 2 * options.rounds)
+        found, failed = take_turns(
+            WAYS,
+            options.rounds,
+            lambda name: run(WAYS[name], options.seconds, options.clients),
+            recording.progress,
+            title,
+        )
+        figures = Figures(title, COLUMNS, found, failed)
+        recording.figures("monitoring", figures)
+        if not failed:
+            print(words(figures))
+        return recording.end(options.publish)
     except (BenchError, OSError, subprocess.CalledProcessError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 1
-    print("| metrics | requests/s | CPU us a request |\n| --- | ---: | ---: |")
-    for metrics, runs in found.items():
-        rate, cpu = (statistics.median(figures) for figures in zip(*runs, strict=True))
-        print(f"| {'scraped every second' if metrics else 'off'} | {rate:,.0f} | {cpu:.2f} |")
-    ratios = [on[1] / off[1] for on, off in zip(found[True], found[False], strict=True)]
-    print(
-        f"\nwith metrics: {statistics.median(ratios):.3f} of the CPU a request ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m loadtests.publish RESULTS.json...
 
-Each is what a benchmark has written: loadtests.bench, transfers, proxies, workers, adapters or options. All of them do
-this by themselves with --publish.
+Each is what a benchmark has written: loadtests.bench, transfers, proxies, workers, adapters, monitoring or options. All
+of them do this by themselves with --publish.
 """
 
 from __future__ import annotations

@@ -550,9 +550,9 @@ def test_transfers_are_measured_against_real_peers(tmp_path):
 
 
 @needs_wrk
-def test_a_monitor_is_measured_against_none(capsys):
-    assert monitoring.main(["--rounds", "1", "--seconds", "1", "--clients", "10"]) == 0
-    assert "with metrics: " in capsys.readouterr().out
+def test_a_monitor_is_measured_against_none(tmp_path):
+    output = run_module("monitoring", tmp_path / "found.json", "--rounds", "1", "--seconds", "2", "--clients", "10")
+    assert list(output["figures"]["monitoring"]["runs"]) == list(monitoring.WAYS)
 
 
 @needs_wrk
