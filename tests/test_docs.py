@@ -413,7 +413,8 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.parametrize(
-    "module", ["gtcpserver.tls", "gtcpserver.supervisor", "gtcpserver.adapters", "gtcpserver.testing"]
+    "module",
+    ["gtcpserver.tls", "gtcpserver.supervisor", "gtcpserver.adapters", "gtcpserver.monitoring", "gtcpserver.testing"],
 )
 def test_every_class_and_function_of_a_public_module_is_in_the_reference(module):
     __import__(module)

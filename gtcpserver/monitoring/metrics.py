@@ -37,6 +37,8 @@ COUNTERS = (
     ("handler_errors", "handler_errors", "Handlers that ended with an exception of their own: faults in the program."),
     ("bytes_received", "bytes_received", "Bytes read from clients."),
     ("bytes_sent", "bytes_sent", "Bytes written to clients."),
+    ("loop_blocked", "blocked", "How often something has blocked an event loop; counted by a BlockDetector."),
+    ("loop_blocked_seconds", "blocked_seconds", "For how long, all together."),
     ("cpu_seconds", "cpu_seconds", "CPU time of the processes that serve, user and system."),
 )
 
