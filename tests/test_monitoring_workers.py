@@ -226,7 +226,7 @@ def test_a_monitor_that_dies_is_started_again_and_nobody_who_asks_is_turned_away
 def test_an_upgrade_takes_the_address_along_without_a_lost_scrape(start):
     master = start()
     address = address_of(master)
-    assert fetch(address, "/readyz")[0] == 200
+    wait_until(lambda: fetch(address, "/readyz")[0] == 200)
     ready, scrapes = Polling(address, "/readyz"), Polling(address, "/metrics")
     master.send_signal(signal.SIGUSR2)
     new = int(master.wait_for(r"the new master \(pid (\d+)\) is ready"))
@@ -344,7 +344,7 @@ def test_silent_and_slow_scrapers_do_not_reach_the_master(start):
 def test_sigterm_for_every_process_as_service_managers_send_it(start):
     master = start("--drain-delay", "0.5")
     address = address_of(master)
-    assert fetch(address, "/readyz")[0] == 200
+    wait_until(lambda: fetch(address, "/readyz")[0] == 200)
     os.kill(monitor_of(master), signal.SIGTERM)
     master.send_signal(signal.SIGTERM)
     wait_until(lambda: fetch(address, "/readyz") == (503, "draining\n"), 0.4)

@@ -1,5 +1,6 @@
 """The status page in a real browser: live figures, the table of connections, phone and desktop, light and dark."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -110,7 +111,7 @@ def text_of(element):
 
 def test_the_page_shows_live_figures_and_connections_on_demand(browser, service):
     served = service("--pool", "50")
-    idle, busy = served.connect(EVIL), served.connect()
+    idle, busy = served.connect(f"{EVIL}{os.getpid()}"), served.connect()
     for _ in range(20):
         assert served.ask(idle) == b"hello"
     busy.sendall(b"stay")
@@ -159,7 +160,7 @@ def test_the_page_of_workers_and_a_service_that_ends(browser, service):
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
 def test_it_fits_its_window_and_can_be_read(browser, service, tmp_path, width, height, scheme):
     served = service()
-    served.ask(served.connect("a" * 90))
+    served.ask(served.connect(f"{os.getpid():a>90}")  # abstract names are those of the whole machine)
     browser.show(width, height, scheme)
     browser.open(served.url)
     browser.wait_for(f"{text_of('state')} == 'ready'")
