@@ -160,7 +160,8 @@ def test_the_page_of_workers_and_a_service_that_ends(browser, service):
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
 def test_it_fits_its_window_and_can_be_read(browser, service, tmp_path, width, height, scheme):
     served = service()
-    served.ask(served.connect(f"{os.getpid():a>90}")  # abstract names are those of the whole machine)
+    # Abstract names are those of the whole machine, where tests run side by side.
+    served.ask(served.connect(f"{os.getpid():a>90}"))
     browser.show(width, height, scheme)
     browser.open(served.url)
     browser.wait_for(f"{text_of('state')} == 'ready'")
