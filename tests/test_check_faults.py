@@ -124,7 +124,7 @@ def keeps_an_object(conn):
 
 
 def keeps_a_buffer(conn):
-    kept.append(b"x" * 50_000)
+    kept.append(b"x" * 200_000)  # more in all than what a process that has run for long has free
     lines(conn)
 
 
