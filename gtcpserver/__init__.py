@@ -20,7 +20,8 @@ from .errors import (
 )
 from .listener import ListenConfig
 from .pool import HandlerPool
-from .server import Server, State, run
+from .run import run
+from .server import Server, State
 from .stats import CutConnection, ServerStats, StopReport
 from .tls import ConnectionTLS, TLSConfig
 from .transfer import RelayResult, pipe, relay

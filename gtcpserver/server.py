@@ -5,13 +5,11 @@ Reads in the order things happen: construct, start, admit a connection, serve it
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -29,8 +27,9 @@ from .access_log import AccessLog, Result
 from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
-from .connection import Connection, Idle, log_fields_of
-from .errors import ConfigError, DeadlineExceeded, EarlyEOF, GtcpServerError, LimitExceeded, TruncatedStream
+from .connection import Connection, Idle
+from .errors import ConfigError, GtcpServerError, LimitExceeded
+from .idle import PlacelessIdle
 from .linger import Linger
 from .listener import (
     ListenConfig,
@@ -40,10 +39,12 @@ from .listener import (
     steer,
 )
 from .lobby import Lobby
-from .logs import RECORD_FIELDS, FaultLimiter, fault_key
+from .logs import FaultLimiter, fault_key
 from .options import check_number, check_whole_number
-from .overseer import HandlerTimedOut, Overseer, TooSlow
+from .outcome import COUNTER, outcome_of, peer_has_gone, record_fields
+from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
+from .signals import StopSignals
 from .stats import Counters, CutConnection, ServerStats, StopReport
 from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, describe, drain_and_close, end_handlers, peer
 from .tls import Credentials
@@ -147,9 +148,8 @@ class Server:
         on_disconnect: Callable[[Connection], Any] | None = None,
         on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
-        for name, value in (("handler", handler),):
-            if not callable(value):
-                raise ConfigError(f"{name} must be callable with a connection, got {value!r}")
+        if not callable(handler):
+            raise ConfigError(f"handler must be callable with a connection, got {handler!r}")
         for name, hook in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_error", on_error)):
             if hook is not None and not callable(hook):
                 raise ConfigError(f"{name} must be callable or None, got {hook!r}")
@@ -302,19 +302,8 @@ class Server:
             OSError: as :meth:`start`, or the listening socket was lost.
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
-        restore: list[tuple[int, Any]] = []
-        waker = None
-        if threading.current_thread() is threading.main_thread():
-            loop = get_hub().loop
-
-            def on_signal(number: int, _frame: Any) -> None:
-                # A signal handler runs between any two bytecodes: only note it and let the loop act.
-                loop.run_callback(self._stop_by_signal, number, stop_timeout)
-
-            waker = _SignalWaker()
-            restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
-        try:
-            # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
+        # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
+        with StopSignals(lambda number: self._stop_by_signal(number, stop_timeout)):
             if self.state is State.NEW:
                 self.start()
                 if self._signalled_early:
@@ -324,11 +313,6 @@ class Server:
             except BaseException:
                 self.halt()
                 raise
-        finally:
-            for number, before in restore:
-                signal.signal(number, before)
-            if waker is not None:
-                waker.close()
         if self.fatal_error is not None:
             raise self.fatal_error
         assert self._report is not None
@@ -596,20 +580,10 @@ class Server:
         if isinstance(error, GreenletExit):
             self._note_end(connection, "stopped" if self.stopping else "killed")
             return
-        if self.access_log is not None:
-            self.access_log.note(connection, *_result_of(error, connection))
-        if gone := _peer_has_gone(error) or error is connection._stream.fault:
-            counters.resets += 1
-        elif isinstance(error, LimitExceeded):
-            counters.limits_exceeded += 1
-        elif isinstance(error, HandlerTimedOut):
-            counters.handler_timeouts += 1
-        elif isinstance(error, TooSlow):
-            counters.slow_clients += 1
-        elif isinstance(error, TimeoutError):
-            counters.timeouts += 1
-        else:
-            counters.handler_errors += 1
+        result, said = outcome_of(error, connection)
+        setattr(counters, COUNTER[result], getattr(counters, COUNTER[result]) + 1)
+        self._note_end(connection, result, said)
+        gone = result == "reset"
         if self.on_error is not None:
             try:
                 self.on_error(connection, error)
@@ -617,15 +591,17 @@ class Server:
             except GreenletExit:
                 return
             except BaseException as own:
-                error, gone = own, _peer_has_gone(own)
+                error, gone = own, peer_has_gone(own)
         if gone or isinstance(error, (TimeoutError, LimitExceeded)):
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: %s", peer(connection), error or type(error).__name__, extra=_fields(connection, error))
+                log.debug(
+                    "%s: %s", peer(connection), error or type(error).__name__, extra=record_fields(connection, error)
+                )
             return
         left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
         if left_out is not None:
             also = f" ({left_out} more of these were not printed)" if left_out else ""
-            fields = _fields(connection, error) | {"left_out": left_out}
+            fields = record_fields(connection, error) | {"left_out": left_out}
             log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
 
     # -- idle connections --------------------------------------------------------------------------------------------
@@ -916,154 +892,9 @@ class Server:
         )
 
 
-class _SignalWaker:
-    """Wakes the event loop at a signal, so that Python runs its handler. Only in the main thread.
-
-    gevent looks for signals before it runs its callbacks. One that comes after that and before epoll_wait(2) would be
-    noticed at the next event, which on an idle server may never come (signal.set_wakeup_fd is made for this).
-    """
-
-    def __init__(self) -> None:
-        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._watcher = get_hub().loop.io(self._pipe[0], 1, ref=False)
-        self._watcher.start(os.read, self._pipe[0], 4096)
-
-    def close(self) -> None:
-        signal.set_wakeup_fd(self._before)
-        self._watcher.stop()
-        self._watcher.close()
-        for fd in self._pipe:
-            os.close(fd)
-
-
 def _counters_of(handler: Any) -> dict[str, int]:
     counters = getattr(handler, "counters", None)
     # Whoever's attribute has that name by chance means something else.
     if not isinstance(counters, Mapping):
         return {}
     return {name: value for name, value in counters.items() if isinstance(name, str) and type(value) is int}
-
-
-def _result_of(error: BaseException, connection: Connection) -> tuple[Result, str]:
-    """What the access log calls an exception that has left a handler, and what it says of it."""
-    said = type(error).__name__
-    try:
-        said += f": {error}" if str(error) else ""
-    except Exception:  # an exception of the handler's own whose text raises another
-        pass
-    if _peer_has_gone(error) or error is connection._stream.fault:
-        return "reset", said
-    for kind, result in _RESULTS:
-        if isinstance(error, kind):
-            return result, said
-    return "error", said
-
-
-# The first that fits: those above are kinds of those below.
-_RESULTS: tuple[tuple[type[BaseException], Result], ...] = (
-    (LimitExceeded, "limit"),
-    (HandlerTimedOut, "handler_timeout"),
-    (TooSlow, "slow"),
-    (DeadlineExceeded, "deadline"),
-    (TimeoutError, "timeout"),
-)
-
-
-def _fields(connection: Connection, error: BaseException) -> dict[str, Any]:
-    """What a log record carries beside its text, for logs in JSON."""
-    fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
-    # `extra` must not have the names of a record's own attributes.
-    return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
-
-
-def _peer_has_gone(error: BaseException) -> bool:
-    # The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)).
-    return isinstance(error, (ConnectionError, EarlyEOF, TruncatedStream)) or (
-        isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-    )
-
-
-class PlacelessIdle(Idle):
-    """An idle connection of a server: it holds no place in the pool."""
-
-    # Once a request where a handler uses it, so all it needs is at hand: 0.5 us with the way back.
-    __slots__ = ("_server", "_stream")
-
-    def __init__(self, connection: Connection, server: Server) -> None:
-        super().__init__(connection)
-        self._server = server
-        self._stream = connection._stream
-
-    def __enter__(self) -> None:
-        self.active = True
-        server = self._server
-        places = server.places
-        places.taken -= 1
-        if places.links:
-            places.tell()
-        if server._idle_wanted:
-            server._became_idle(self.connection)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.active = False
-        places = self._server.places
-        stream = self._stream
-        if stream.ending or stream.at_eof or kind is not None:
-            # It ends, for which it must not wait until busy ones have given up a place.
-            self._server._counters.idle_closed += stream.ended
-            stream.ending = False
-            places.taken += 1
-            return
-        if places.taken < places.size and not places.links:
-            places.taken += 1
-            return
-        try:
-            places.acquire()
-        except BaseException:
-            # Killed while it waited for a place: the pool will release one for this worker all the same.
-            places.taken += 1
-            raise
-
-
-def run(
-    handler: Handler | str,
-    address: Any = "127.0.0.1:5000",
-    *,
-    bind: Any = None,
-    workers: int | Literal["auto"] | None = None,
-    metrics: str | int | None = None,
-    **options: Any,
-) -> StopReport:
-    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``.
-
-    Args:
-        handler: called with each connection; or its name, "module:name".
-        address: where to listen, as :class:`Server`.
-        bind: the same, as the command line calls it.
-        workers: serve with so many worker processes ("auto": one for each CPU). A handler given by its name is imported
-            by each worker, so that a reload (SIGHUP) finds new code.
-        metrics: where metrics, health checks and a status page are served over HTTP, such as "127.0.0.1:9100"; a port
-            alone is on 127.0.0.1. None: nowhere.
-        **options: as :class:`Server`; with workers, the fields of ``SupervisorConfig`` and the hooks worker_start,
-            worker_stop and worker_error as well.
-
-    Raises:
-        ConfigError, OSError: as :class:`Server`.
-        gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
-    """
-    # They stand on this module: worker processes are not loaded by those who have none.
-    from .monitoring import Monitor
-    from .supervisor.api import load_name, run_workers
-
-    if bind is not None:
-        address = bind
-    if workers is not None:
-        return run_workers(handler, address, workers=workers, metrics=metrics, **options)
-    server = Server(address, load_name(handler), **options)
-    if metrics is None:
-        return server.serve_forever()
-    with Monitor(server, metrics):
-        return server.serve_forever()

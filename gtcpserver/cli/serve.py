@@ -253,13 +253,12 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         # First: a server that has begun to serve would lose its clients where this fails.
         if monitor is not None:
             monitor.start()
-        server.start()
         if context.params["freeze_gc"]:
-            freeze_garbage_collector()
+            freeze_garbage_collector()  # before, as it takes a while in which a signal would not be a graceful stop yet
+        server.start()
         # They run when serve_forever waits, and a signal is then a graceful stop: whoever reads that we listen may
         # send one at once.
-        helpers = [gevent.spawn(log_listening, server)]
-        systemd.notify("READY=1")
+        helpers = [gevent.spawn(log_listening, server), gevent.spawn(systemd.notify, "READY=1")]
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
         if context.params["block_detector"]:

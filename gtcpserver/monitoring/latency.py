@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from ..connection import Connection, Idle
-from ..server import PlacelessIdle, Server
+from ..idle import PlacelessIdle
+from ..server import Server
 
 #: Upper bounds in seconds. Prometheus's own begin at 5 ms, where most requests of a TCP server have long ended; the
 #: last ones are for handlers whose whole connection counts.

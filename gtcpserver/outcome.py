@@ -1,0 +1,64 @@
+"""Outcome: what an exception that has left a handler is called, in the counters and in the access log."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from .access_log import Result
+from .connection import Connection, log_fields_of
+from .errors import DeadlineExceeded, EarlyEOF, LimitExceeded, TruncatedStream
+from .logs import RECORD_FIELDS
+from .overseer import HandlerTimedOut, TooSlow
+from .stopping import peer
+
+#: Outcome -> the counter of a server that counts it.
+COUNTER: dict[Result, str] = {
+    "reset": "resets",
+    "limit": "limits_exceeded",
+    "handler_timeout": "handler_timeouts",
+    "slow": "slow_clients",
+    "deadline": "timeouts",
+    "timeout": "timeouts",
+    "error": "handler_errors",
+}
+
+
+def outcome_of(error: BaseException, connection: Connection) -> tuple[Result, str]:
+    """Its name, and what it says of itself in one line."""
+    said = type(error).__name__
+    try:
+        said += f": {error}" if str(error) else ""
+    except Exception:  # an exception of the handler's own whose text raises another
+        pass
+    if peer_has_gone(error) or error is connection._stream.fault:
+        return "reset", said
+    for kind, result in _OUTCOMES:
+        if isinstance(error, kind):
+            return result, said
+    return "error", said
+
+
+# The first that fits: those above are kinds of those below.
+_OUTCOMES: tuple[tuple[type[BaseException], Result], ...] = (
+    (LimitExceeded, "limit"),
+    (HandlerTimedOut, "handler_timeout"),
+    (TooSlow, "slow"),
+    (DeadlineExceeded, "deadline"),
+    (TimeoutError, "timeout"),
+)
+
+
+def record_fields(connection: Connection, error: BaseException) -> dict[str, Any]:
+    """What a log record carries beside its text, for logs in JSON."""
+    fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
+    # `extra` must not have the names of a record's own attributes.
+    return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
+
+
+def peer_has_gone(error: BaseException) -> bool:
+    """Whether the client is to blame: it has reset the connection, or left in the midst of a message."""
+    # The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)).
+    return isinstance(error, (ConnectionError, EarlyEOF, TruncatedStream)) or (
+        isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+    )
