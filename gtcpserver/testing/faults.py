@@ -243,8 +243,13 @@ def send_rubbish(player: Player) -> None:
 
 
 def end_the_handlers(player: Player) -> None:
-    for length in player.cuts(4):
+    lengths = player.cuts(4)
+    wanted = player.sandbox.look(thorough=False).accepted + len(lengths)
+    for length in lengths:
         player.connect().sendall(player.conversation.sent[:length])
+    give_up = monotonic() + player.patience
+    while player.sandbox.look(thorough=False).accepted < wanted and monotonic() < give_up:
+        player.sandbox.turn()
     player.sandbox.turn()
     standing = player.sandbox.kill_handlers()
     if standing:
