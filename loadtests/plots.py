@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def _draw(bars: list[Bars], colors: dict[str, str], paths: list[Path]) -> list[P
 
     columns = 2 if len(bars) > 1 else 1
     pairs = [bars[place : place + columns] for place in range(0, len(bars), columns)]
-    heights = [max(len(each.series) for each in pair) * 0.26 + 0.75 for pair in pairs]
+    heights = [max(len(each.series) for each in pair) * 0.26 + 0.95 for pair in pairs]
     with pyplot.rc_context(
         {
             "font.family": "DejaVu Sans",
@@ -122,7 +123,9 @@ def _bars(axis: Any, bars: Bars, colors: dict[str, str]) -> None:
     for place, (figure, more) in enumerate(zip(figures, upper, strict=True)):
         axis.text(figure + more + edge * 0.015, place, significant(figure), va="center", fontsize=8)
     axis.set_xlim(0, edge * 1.14)
-    axis.set_title(bars.title, fontsize=9.5, loc="left", pad=6)
+    what, _, which = bars.title.rstrip(")").partition(" (")  # in two lines: it would not fit into one
+    title = "\n".join([*textwrap.wrap(what, 56), *([which] if which else [])])
+    axis.set_title(title, fontsize=9.5, loc="left", pad=6)
     axis.set_xlabel(bars.unit, fontsize=8)
     axis.set_facecolor(colors["page"])
     axis.xaxis.grid(True, color=colors["faint"], lw=0.6)
