@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
+LET_GO_SECONDS = 5.0
+"""How long old workers may take to stop accepting until a reload counts as done all the same: one may be blocked."""
+
 Done = Callable[[str | None], None]
 """Called when an operation has ended, with None or why it failed."""
 
@@ -21,7 +25,7 @@ class Reload:
     """One reload. The first new worker goes ahead alone: code that cannot start fails once, and not in every slot.
 
     New workers accept as soon as they are ready, beside the old ones, on the same sockets; the old ones are let go when
-    every new one is ready.
+    every new one is ready. It is done when they accept no more: whoever connects then meets the new code.
     """
 
     def __init__(self, fleet: Fleet, done: list[Done]) -> None:
@@ -30,10 +34,15 @@ class Reload:
         self.generation = fleet.generation + 1
         self._slots = fleet.active()
         self._started: dict[int, WorkerProcess] = {}
+        self._leaving: list[WorkerProcess] | None = None
+        self._give_up_at = 0.0
         log.info("reload %d begins: %d workers", self.generation - 1, len(self._slots))
 
     def go_on(self) -> None:
         """Takes the next step if the last one is done."""
+        if self._leaving is not None:
+            self._end_when_they_have_let_go(self._leaving)
+            return
         if not self._started:
             self._start(self._slots[:1])
             return
@@ -43,11 +52,18 @@ class Reload:
             self._start(self._slots[1:])
             return
         fleet = self._fleet
-        fleet.reload = None
         fleet.generation = self.generation
+        self._leaving = [slot.current for slot in self._slots if slot.current is not None]
+        self._give_up_at = monotonic() + LET_GO_SECONDS
         for slot in self._slots:
             slot.failures = 0
             fleet.promote(slot)
+
+    def _end_when_they_have_let_go(self, leaving: list[WorkerProcess]) -> None:
+        running = self._fleet.workers
+        if any(one.pid in running and not one.drained for one in leaving) and monotonic() < self._give_up_at:
+            return
+        self._fleet.reload = None
         log.info("reload %d is done; the old workers finish their connections", self.generation - 1)
         self._tell(None)
 
@@ -65,6 +81,9 @@ class Reload:
         if fleet.reload is not self:
             return
         fleet.reload = None
+        if self._leaving is not None:  # the new ones have their places already
+            self._tell(None)
+            return
         for slot in self._slots:
             worker = slot.next
             # One whose predecessor has died meanwhile is needed.
