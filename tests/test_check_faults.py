@@ -251,7 +251,7 @@ def ends_the_process(conn):
         (waits_for_what_never_comes, "endless handler", r"in waits_for_what_never_comes$"),
         (holds_a_lock_after_a_reset, "not served", r"a good client is not served"),
         (holds_the_whole_process, "blocked", r"in holds_the_whole_process$"),
-        (ends_the_process, "died", r"^- reset: it has ended: exit status 7"),
+        (ends_the_process, "died", r"^- (cut|reset): it has ended: exit status 7"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
