@@ -93,12 +93,12 @@ def test_what_waits_is_not_found_however_long(serve, connect, in_thread, detecto
 
 @pytest.mark.parametrize("detector", [0.2], indirect=True)
 def test_load_is_not_found(serve, connect, detector, reports):
-    """A hundred handlers that compute for 4 ms each, one after another: nobody of them blocks."""
+    """A hundred handlers that compute for 10 ms each, one after another: nobody of them blocks."""
     behind = []
 
     def little():
         began = time.monotonic()
-        while time.monotonic() < began + 0.004:
+        while time.monotonic() < began + 0.01:
             pass
 
     server = serve(work(little))
