@@ -20,16 +20,11 @@ from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, read
 from test_server import echo
 
 from gtcpserver import TLSConfig
+from gtcpserver.http_head import HttpError, check_head, find_end_of_head
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_fields import end_to_end
-from gtcpserver.proxy.http_messages import (
-    HttpError,
-    absolute_target,
-    check_head,
-    connect_target,
-    find_end_of_head,
-)
+from gtcpserver.proxy.http_messages import absolute_target, connect_target
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.static_files import StaticFiles
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gtcpserver.http_head import LONGEST_HEAD, LONGEST_TARGET, MOST_FIELDS, HttpError, check_head, find_end_of_head
 from gtcpserver.proxy.http_chunks import (
     LONGEST_LINE,
     MOST_OVERHEAD,
@@ -28,17 +29,7 @@ from gtcpserver.proxy.http_fields import (
     wanted_upgrade,
     with_client,
 )
-from gtcpserver.proxy.http_messages import (
-    LONGEST_HEAD,
-    LONGEST_TARGET,
-    MOST_FIELDS,
-    HttpError,
-    absolute_target,
-    check_head,
-    connect_target,
-    find_end_of_head,
-    own_answer,
-)
+from gtcpserver.proxy.http_messages import absolute_target, connect_target, own_answer
 
 
 def head_of(*fields, line="GET http://x/ HTTP/1.1"):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_proxy_socks import ANYBODY, ANYWHERE
 
 from gtcpserver import Server
+from gtcpserver.http_head import check_head
 from gtcpserver.proxy.gate import Gate
-from gtcpserver.proxy.http_messages import check_head
 from gtcpserver.proxy.http_session import HttpSession
 
 

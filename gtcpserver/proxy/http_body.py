@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from ..connection import Connection
+from ..http_head import Head, HttpError
 from ..transfer import pipe
 from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from .http_fields import forwarded_trailers
-from .http_messages import Head, HttpError
 
 if TYPE_CHECKING:
     from .http_origin import Answer, Origin

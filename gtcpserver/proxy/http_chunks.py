@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from ..errors import GtcpServerError
-from .http_messages import FIELD, MOST_FIELDS, Header
+from ..http_head import FIELD, MOST_FIELDS, Header
 
 #: A size with its extensions, and a field among the trailers. h11: 16 KiB, nginx: 8 KiB.
 LONGEST_LINE = 8 * 1024

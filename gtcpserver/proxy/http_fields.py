@@ -11,7 +11,7 @@ from ipaddress import IPv6Address
 from typing import Literal
 
 from ..errors import ConfigError
-from .http_messages import Head, Header, HttpError, options_of
+from ..http_head import Head, Header, HttpError, options_of
 from .target import IPAddress
 
 #: Fields that are for the next hop only (RFC 9110 section 7.6.1), and their old relatives.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import h11
 
 from ..connection import Connection
+from ..http_head import Head, Header, HttpError
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, rest, send_answer
 from .http_fields import (
@@ -16,7 +17,7 @@ from .http_fields import (
     with_client,
     with_via,
 )
-from .http_messages import Head, Header, HttpError, absolute_target, head_of_answer, own_answer
+from .http_messages import absolute_target, head_of_answer, own_answer
 from .http_origin import Answer, Origin, Origins, open_connection
 from .socks_session import tunnel
 from .target import Target

@@ -12,9 +12,9 @@ import gevent
 import h11
 
 from ..connection import READ_AHEAD, Connection
+from ..http_head import Header, HttpError, options_of
 from .gate import Denied, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
-from .http_messages import Header, HttpError, options_of
 from .target import Target
 from .upstream import Upstream
 

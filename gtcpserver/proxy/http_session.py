@@ -9,11 +9,12 @@ from time import monotonic
 from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
+from ..http_head import Head, HttpError, check_head, find_end_of_head
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody
 from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
-from .http_messages import Head, HttpError, check_head, connect_target, error_body, find_end_of_head, own_answer
+from .http_messages import connect_target, error_body, own_answer
 from .http_origin import open_connection
 from .record import AccessRecord
 from .socks_session import tunnel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from ..http_head import LONGEST_METHOD
 from . import socks4, socks5
 from .errors import ProtocolError
-from .http_messages import LONGEST_METHOD
 
 Protocol = Literal["socks4", "socks5", "http"]
 
