@@ -39,7 +39,7 @@ from .listener import (
     steer,
 )
 from .lobby import Lobby
-from .logs import FaultLimiter, fault_key
+from .logs import FaultLimiter, also, fault_key
 from .options import check_number, check_whole_number
 from .outcome import COUNTER, outcome_of, peer_has_gone, record_fields
 from .overseer import Overseer
@@ -64,6 +64,9 @@ OnFull = Literal["wait", "reject", "close_idle"]
 QUEUE_WAIT_EVERY = 64
 
 DEFAULT_STOP_TIMEOUT = 30.0
+
+#: Above it a handler's counter is none: Python itself does not print integers of thousands of digits.
+LARGEST_COUNTER = 2**63
 
 #: Seconds from accept that a connection which has not sent a byte is not idle for a stop: its first request is on its
 #: way, and to close now would lose it. A round trip around the world takes 0.3 s.
@@ -893,8 +896,22 @@ class Server:
 
 
 def _counters_of(handler: Any) -> dict[str, int]:
-    counters = getattr(handler, "counters", None)
-    # Whoever's attribute has that name by chance means something else.
-    if not isinstance(counters, Mapping):
+    """Return what a handler counts itself. One that raises counts nothing: the server's own counters are wanted too."""
+    try:
+        counters = getattr(handler, "counters", None)
+        # An unrelated attribute may have that name by chance.
+        if not isinstance(counters, Mapping):
+            return {}
+        return {
+            name: value
+            for name, value in counters.items()
+            if isinstance(name, str) and type(value) is int and abs(value) < LARGEST_COUNTER
+        }
+    except Exception:
+        left_out = _counter_faults.allow("counters")
+        if left_out is not None:
+            log.exception("the handler's counters cannot be read%s", also(left_out))
         return {}
-    return {name: value for name, value in counters.items() if isinstance(name, str) and type(value) is int}
+
+
+_counter_faults = FaultLimiter(burst=1, interval=60.0)

@@ -59,7 +59,18 @@ class Watch:
         self._timer.close()
 
 
+_resident_bytes = 0
+
+
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (statm in proc(5))."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE
+    """Memory of this process that is in RAM (statm in proc(5)).
+
+    Where it cannot be read, as without a descriptor, the figure of the last time; 0 if there was none.
+    """
+    global _resident_bytes
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            _resident_bytes = int(file.read().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        pass
+    return _resident_bytes

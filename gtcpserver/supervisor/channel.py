@@ -3,66 +3,116 @@
 from __future__ import annotations
 
 import _socket
+import errno
+import logging
 import os
 import socket
 import struct
 from collections import deque
+from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from gevent import monkey
 
 from gtcpserver.supervisor.messages import MAX_BYTES, Message, MessageError, decode, encode
 
-# The real one, also in a monkey-patched program: the master has no event loop to wait in.
-_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+log = logging.getLogger("gtcpserver")
 
-MAX_QUEUED = 64
-"""Messages that wait for a reader. A worker whose loop is blocked reads nothing, and is sent a handful at most."""
+# The real ones, also in a monkey-patched program: the master has no event loop to wait in.
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+_sleep = monkey.get_original("time", "sleep")
+
+GONE = frozenset({errno.EPIPE, errno.ECONNRESET})
+"""What says that the other end is closed, besides an end of file. Everything else passes, or is a fault of this end: it
+says nothing of the other."""
+
+MAX_AT_ONCE = 16
+"""Packets read in one go, so that a worker that floods the master keeps it from nobody else. A worker sends ten a
+second."""
+
+LAST_WORDS = 16  # times as many are read of a worker that has ended; its socket's buffer holds fewer
+
+MAX_FDS = 8  # that are taken from a packet, to be closed at once: one is sent
+
+RETRY_SECONDS = 0.01  # between two attempts of `finish`
+
+
+@dataclass(frozen=True)
+class _Packet:
+    kind: str
+    data: bytes
+    fd: int | None
 
 
 class Channel:
-    """One end of a SOCK_SEQPACKET pair (unix(7)); never waits.
+    """One end of a SOCK_SEQPACKET pair (unix(7)); never waits, but for `finish`.
+
+    Args:
+        takes_fds: whether descriptors that come with packets are received. Otherwise the kernel closes them: a worker
+            could fill the master's table with them.
 
     Attributes:
         ended: the other end is closed: its process is gone.
     """
 
-    def __init__(self, sock: socket.socket, kinds: frozenset[str]) -> None:
+    def __init__(self, sock: socket.socket, kinds: frozenset[str], takes_fds: bool = False) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._kinds = kinds
-        self._outbox: deque[tuple[bytes, int | None]] = deque()
+        self._takes_fds = takes_fds
+        self._outbox: deque[_Packet] = deque()
         self.ended = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def send(self, kind: str, fd: int | None = None, **fields: Any) -> None:
-        """Sends, or keeps it for the next `flush`. The descriptor, if any, is the channel's to close."""
-        if len(self._outbox) < MAX_QUEUED:
-            self._outbox.append((encode(kind, **fields), fd))
-        elif fd is not None:
-            os.close(fd)
+        """Send, or keep it for the next `flush`.
+
+        A message of the same kind that still waits is replaced: the newest counts, and a reader that reads nothing
+        costs one message of each kind.
+
+        Args:
+            fd: a descriptor to pass on; it stays open, and the caller's.
+
+        Raises:
+            MessageError: it is too big, or not JSON.
+        """
+        packet = _Packet(kind, encode(kind, **fields), fd)
+        self._outbox = deque(waiting for waiting in self._outbox if waiting.kind != kind)
+        self._outbox.append(packet)
         self.flush()
 
     def flush(self) -> bool:
-        """Sends what is left; False if some of it still has to wait."""
+        """Send what is left; False if some of it still has to wait."""
         while self._outbox:
-            data, fd = self._outbox[0]
+            packet = self._outbox[0]
             try:
-                rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))]
-                self._sock.sendmsg([data], rights)
-            except BlockingIOError:
+                rights = []
+                if packet.fd is not None:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", packet.fd))]
+                self._sock.sendmsg([packet.data], rights)
+            except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    # Above net.core.wmem_default, which somebody has set lower than any message: it can never be sent.
+                    log.error("a %s message of %d bytes is too big for a socket", packet.kind, len(packet.data))
+                elif error.errno not in GONE:
+                    return False  # EAGAIN, ENOBUFS, ENOMEM ...: later
+            self._outbox.popleft()  # it is sent, or nobody is left to read it, which `receive` tells
+        return True
+
+    def finish(self, seconds: float) -> bool:
+        """Send what is left, and wait for room as long as it takes; False if it is not sent after so many seconds."""
+        give_up = monotonic() + seconds
+        while not self.flush():
+            if monotonic() >= give_up:
                 return False
-            except OSError:
-                pass  # its reader is gone, which `receive` tells
-            self._outbox.popleft()
-            if fd is not None:
-                os.close(fd)
+            _sleep(RETRY_SECONDS)
         return True
 
     def send_if_clear(self, kind: str, **fields: Any) -> bool:
-        """Sends now or not at all; False if not. Also in a signal handler."""
+        """Send now or not at all; False if not. Also in a signal handler."""
         if self._outbox:
             return False
         try:
@@ -72,46 +122,76 @@ class Channel:
         return True
 
     def receive(self) -> list[tuple[Message, int | None]]:
-        """What has come, each with the descriptor that came with it. Packets that are no messages are left out."""
+        """Read some of what has come, each with the descriptor that came with it.
+
+        Packets that are no messages are left out.
+
+        Raises:
+            OSError: nothing can be read now (ENOMEM, for one), which says nothing of the other end.
+        """
         found: list[tuple[Message, int | None]] = []
-        while not self.ended:
+        for _ in range(MAX_AT_ONCE):
+            if self.ended:
+                break
+            fds: list[int] = []
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+                data = self._receive_with(fds) if self._takes_fds else self._sock.recv(MAX_BYTES)
             except BlockingIOError:
                 break
-            except OSError:
-                self.ended = True
+            except OSError as error:
+                if error.errno in GONE:
+                    self.ended = True
+                elif not found:
+                    raise
                 break
-            fds = [
-                struct.unpack("=i", content[:4])[0]
-                for level, kind, content in ancillary
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(content) >= 4
-            ]
             if not data:
                 self.ended = True
-                break
-            try:
-                found.append((decode(data, self._kinds), fds[0] if fds else None))
-            except MessageError:
-                for fd in fds:
-                    os.close(fd)
+            else:
+                try:
+                    found.append((decode(data, self._kinds), fds.pop(0) if fds else None))
+                except MessageError:
+                    pass
+            for fd in fds:
+                os.close(fd)
         return found
+
+    def receive_rest(self) -> list[tuple[Message, int | None]]:
+        """Read what a process that has ended has left."""
+        found: list[tuple[Message, int | None]] = []
+        for _ in range(LAST_WORDS):
+            try:
+                more = self.receive()
+            except OSError:
+                break  # they are lost; the process is not there to say it again
+            if not more:
+                break
+            found += more
+        return found
+
+    def _receive_with(self, fds: list[int]) -> bytes:
+        space = socket.CMSG_SPACE(MAX_FDS * 4)
+        data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.extend(struct.unpack(f"={len(content) // 4}i", content[: len(content) // 4 * 4]))
+        return data
 
     def close(self) -> None:
         self.ended = True
-        for _, fd in self._outbox:
-            if fd is not None:
-                os.close(fd)
         self._outbox.clear()
         self._sock.close()
 
 
 def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
-    """Two ends; the first reads messages of `kinds_here`. Close-on-exec, as every descriptor that Python makes."""
+    """Two ends; the first, the master's, reads messages of `kinds_here`, and takes no descriptors.
+
+    Close-on-exec, as every descriptor that Python makes. Raises OSError; nothing stays open.
+    """
+    # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
     here, there = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return (
         Channel(_socket_class(fileno=here.detach()), kinds_here),
-        Channel(_socket_class(fileno=there.detach()), kinds_there),
+        Channel(_socket_class(fileno=there.detach()), kinds_there, takes_fds=True),
     )
 
 

@@ -5,6 +5,8 @@ It is closed to other users twice: by its mode (600), and by asking the kernel w
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +30,12 @@ MAX_REQUEST = 4096  # bytes of a line; a request is a command and a number
 MAX_CLIENTS = 16  # at once; one more, and a silent one is closed
 REQUEST_SECONDS = 5.0  # for a client to send its line
 MODE = 0o600
+
+PAUSE_SECONDS = 0.25
+"""How long nobody is accepted after that has failed. What waits would fail again at once (EMFILE), and make us spin."""
+
+PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM})
+"""Errors of a socket that say nothing of the other end."""
 
 Reply = Callable[[dict[str, Any]], None]
 Answer = Callable[[dict[str, Any], Reply], None]
@@ -64,7 +72,9 @@ class ControlClient:
                 self.close()
         except BlockingIOError:
             pass
-        except OSError:
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
             self.close()
 
     def expire(self, now: float) -> None:
@@ -97,7 +107,8 @@ class ControlClient:
         self.asked = True
         self._keep = bool(fields.get("end"))
         self._outbox = json.dumps(fields).encode() + b"\n"
-        self.handle(select.POLLOUT)
+        with contextlib.suppress(OSError):  # what remains is sent when the socket is ready
+            self.handle(select.POLLOUT)
 
     def _send(self) -> None:
         self._outbox = self._outbox[self._sock.send(self._outbox) :]
@@ -125,6 +136,7 @@ class ControlSocket:
         self.path = os.path.abspath(path) if not path.startswith("@") else path
         self._answer = answer
         self.clients: list[ControlClient] = []
+        self._pause_until = 0.0
         if inherited is not None:
             self.sock = _socket_class(fileno=inherited[0])
             os.set_inheritable(inherited[0], False)
@@ -141,10 +153,18 @@ class ControlSocket:
     def accept(self) -> None:
         """Somebody has connected."""
         try:
-            sock, _ = self.sock.accept()
-        except OSError:
+            # Not socket.accept: in a monkey-patched program its sockets are gevent's, which make an event loop.
+            fd, _ = self.sock._accept()  # type: ignore[attr-defined]
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                self._pause_until = monotonic() + PAUSE_SECONDS
             return
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        sock = _socket_class(fileno=fd)
+        try:
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        except OSError:
+            sock.close()
+            return
         if uid not in (0, os.geteuid()):
             log.warning("a process of user %d was refused on the control socket", uid)
             sock.close()
@@ -154,6 +174,10 @@ class ControlSocket:
             next((client for client in self.clients if not client.asked), self.clients[0]).close()
             self.clients = [client for client in self.clients if not client.closed]
         self.clients.append(ControlClient(sock, self._answer))
+
+    def accepts(self, now: float) -> bool:
+        """Whether to wait for connections."""
+        return now >= self._pause_until
 
     def look_after(self, now: float) -> None:
         for client in self.clients:

@@ -15,8 +15,8 @@ from typing import Any
 from gtcpserver.supervisor.care import Care
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.log_files import log_with_details
-from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS, Message
+from gtcpserver.supervisor.log_files import STDERR, log_with_details
+from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.reload import Done, Reload
 from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState, describe_status
@@ -159,39 +159,38 @@ class Fleet:
     # -- what workers say --------------------------------------------------------------------------------------------
 
     def receive(self, worker: WorkerProcess) -> None:
-        """Reads what a worker has sent."""
-        for message, fd in worker.channel.receive():
-            if fd is not None:
-                os.close(fd)
+        """Reads what a worker has sent. Raises OSError: nothing can be read now."""
+        for message, _ in worker.channel.receive():
             self._hear(worker, message)
 
     def _hear(self, worker: WorkerProcess, message: Message) -> None:
-        if message.kind in ("beat", "stopped") and isinstance(stats := message.fields.get("stats"), dict):
-            worker.stats = stats
-            worker.rss = int(message.number("rss")) or worker.rss
+        if message.kind in ("stats", "stopped"):
+            worker.stats = checked_stats(message.fields.get("stats")) or worker.stats
+            worker.rss = message.count("rss") or worker.rss
             worker.reported = True
         if message.kind == "beat":
-            worker.note_beat(message.number("lag"))
+            worker.note_beat(max(0.0, message.number("lag")))
         elif message.kind == "ready":
             self._is_ready(worker)
         elif message.kind == "failed":
             worker.failure = message.text("error") or "no reason given"
             worker.details = message.text("details")
-            worker.status = int(message.number("status")) or 3
+            worker.status = 2 if message.number("status") == 2 else 3
         elif message.kind == "retire":
             worker.wants_to_retire = message.text("why") or "asks for it"
         elif message.kind == "dumped":
             worker.dumped = True
         elif message.kind == "connections":
-            table = message.fields.get("table")
-            worker.table = table if isinstance(table, list) else []
+            worker.table = checked_table(message.fields.get("table"))
+        elif message.kind == "reopen":
+            worker.channel.send("reopen", fd=STDERR)
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":
             worker.ended = True
             worker.fatal = message.text("error")
-            self.finished += int(message.number("finished"))
-            self.ended += int(message.number("ended"))
+            self.finished += message.count("finished")
+            self.ended += message.count("ended")
 
     def _is_ready(self, worker: WorkerProcess) -> None:
         if worker.state is not WorkerState.STARTING:
@@ -244,9 +243,10 @@ class Fleet:
         worker = self.workers.get(pid)
         if worker is None:
             return False
-        self.receive(worker)  # its last words
-        worker.channel.close()
         del self.workers[pid]
+        for message, _ in worker.channel.receive_rest():
+            self._hear(worker, message)
+        worker.channel.close()
         self.totals.forget_worker(worker.stats)
         slot = self.slots[worker.slot]
         was_next = slot.next is worker
@@ -303,8 +303,9 @@ class Fleet:
         """Does what time has brought, called a few times a second and after every event."""
         for worker in list(self.workers.values()):
             worker.channel.flush()
-            if worker.kill_at is not None and now >= worker.kill_at and worker.state is not WorkerState.KILLED:
-                log.warning("worker %d (pid %d) does not end: killing it", worker.slot, worker.pid)
+            if worker.kill_at is not None and now >= worker.kill_at:
+                if worker.state is not WorkerState.KILLED:
+                    log.warning("worker %d (pid %d) does not end: killing it", worker.slot, worker.pid)
                 worker.kill()
         self.care.look(now)
         if self.stopping:
@@ -329,7 +330,9 @@ class Fleet:
 
     def next_due(self) -> float:
         """When `look_after` has something to do at the latest, but for what comes by events; monotonic."""
-        times = [slot.not_before for slot in self.active() if slot.current is None and slot.next is None]
+        times = []
+        if not self.stopping and self._may_start():
+            times = [slot.not_before for slot in self.active() if slot.current is None and slot.next is None]
         times += [worker.kill_at for worker in self.workers.values() if worker.kill_at is not None]
         times += [worker.silent_at() for worker in self.workers.values() if not worker.lagging]
         return min(times, default=float("inf"))

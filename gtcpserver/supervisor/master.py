@@ -15,13 +15,14 @@ which a fork would share, no locks and nothing else that could wait.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import select
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from time import monotonic
 from typing import Any
@@ -32,6 +33,7 @@ from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.care import TICK_SECONDS
+from gtcpserver.supervisor.channel import RETRY_SECONDS
 from gtcpserver.supervisor.commands import Commands
 from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
 from gtcpserver.supervisor.control import ControlSocket
@@ -45,12 +47,13 @@ from gtcpserver.supervisor.slots import WorkerProcess
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.spawn import MASTER_SIGNALS
 from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
-from gtcpserver.supervisor.worker import CannotStart
+from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart
 
 log = logging.getLogger("gtcpserver")
 
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 _signal: Callable[..., Any] = monkey.get_original("signal", "signal")
+_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
 _waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
 
 REAP_SECONDS = 1.0
@@ -101,11 +104,14 @@ class Master:
         self._pipe = (-1, -1)
         self._stop_at: float | None = None
         self._said = ""
+        self._notifier = systemd.Notifier()
         self._watchdog = systemd.watchdog_interval()
         self._watchdog_at = 0.0
         self._listen_fds = 0
         self._first_stderr = -1
         self._faults = FaultLimiter()
+        self._failed = False
+        self._pid_file_due = False
         self._child_ended = True
         self._reap_at = 0.0
 
@@ -175,34 +181,49 @@ class Master:
         except BaseException:
             sockets.close(keep_paths=self._not_ours())
             raise
-        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        before = [(number, _signal(number, _noted_in_the_pipe)) for number in MASTER_SIGNALS]
+        wakeup_before = signal.set_wakeup_fd(-1)
+        before: list[tuple[int, Any]] = []
         try:
+            self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            before += [(number, _signal(number, _noted_in_the_pipe)) for number in MASTER_SIGNALS]
             self._open_control()
             if self._pid_file is not None and handover is None:
                 self._pid_file.write()
             while self.state is not MasterState.STOPPED:
                 self._turn()
         finally:
-            for worker in self.fleet.workers.values():
-                worker.kill()
-            sockets.close(keep_paths=self._not_ours())
-            if self._control is not None:
-                self._control.close(remove=not self._not_ours())
-            if self._monitor is not None:
-                self._monitor.close(keep_paths=self._not_ours())
-            if self._pid_file is not None:
-                self._pid_file.remove()
+            self._close(sockets)
             signal.set_wakeup_fd(wakeup_before)
             for number, handler in before:
                 _signal(number, handler)
-            for fd in self._pipe:
-                os.close(fd)
+            self._close_pipe()
         log.info("stopped: %d connections finished, %d cut", self.fleet.finished, self.fleet.ended)
         if self.fleet.first_failure is not None:
             raise WorkersCannotStart(self.fleet.first_failure)
         return self.fleet
+
+    def _close(self, sockets: ListeningSockets) -> None:
+        """Ends and closes everything; what fails keeps nothing else from it."""
+        keep = self._not_ours()
+        for worker in self.fleet.workers.values():
+            worker.kill()
+        self._guarded(sockets.close, keep_paths=keep)
+        if self._control is not None:
+            self._guarded(self._control.close, remove=not keep)
+        if self._monitor is not None:
+            self._guarded(self._monitor.close, keep_paths=keep)
+        if self._pid_file is not None:
+            self._guarded(self._pid_file.remove)
+        give_up = monotonic() + LAST_WORDS_SECONDS
+        while not self._notifier.flush() and monotonic() < give_up:
+            _sleep(RETRY_SECONDS)
+
+    def _close_pipe(self) -> None:
+        pipe, self._pipe = self._pipe, (-1, -1)
+        for fd in pipe:
+            if fd >= 0:
+                os.close(fd)
 
     def _preload(self, load: Callable[[], None]) -> None:
         try:
@@ -260,8 +281,7 @@ class Master:
             worker.channel.close()
 
     def _close_in_child(self) -> None:
-        for fd in self._pipe:
-            os.close(fd)
+        self._close_pipe()
         if self._control is not None:
             self._control.close(remove=False)
         if self._pid_file is not None:
@@ -273,44 +293,67 @@ class Master:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """Waits for the next event and does what is due. Whatever goes wrong in here, the master goes on."""
+        """Waits for the next event and does what is due. Whatever goes wrong in here, the master goes on.
+
+        Each part stands alone: what fails every time (a worker's channel, the monitor, poll itself) keeps the master
+        from nothing else.
+        """
+        self._failed = False
+        self._guarded(self._wait)
+        self._guarded(self._reap)
+        for look_after in self._parts():
+            self._guarded(look_after, monotonic())
+        if self._failed:
+            # What fails every time must not make it spin.
+            _sleep(TICK_SECONDS)
+
+    def _guarded(self, do: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
-            self._wait()
-            self._reap()
-            self._look_after(monotonic())
+            do(*arguments, **options)
         except Exception as error:
+            self._failed = True
             left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
             if left_out is not None:
                 log.exception("the master failed at something, and goes on%s", also(left_out))
-            # What fails every time must not make it spin.
-            _poll().poll(TICK_SECONDS * 1000)
 
     def _wait(self) -> None:
-        poll = _poll()
-        watched: dict[int, Callable[[int], None]] = {self._pipe[0]: lambda _: self._read_signals()}
-        poll.register(self._pipe[0], select.POLLIN)
+        watched: dict[int, tuple[int, Callable[[int], None]]] = {}
+        watched[self._pipe[0]] = (select.POLLIN, lambda _: self._read_signals())
         for worker in self.fleet.workers.values():
             if not worker.channel.ended:
-                watched[worker.channel.fileno()] = self._receiver(worker)
-                poll.register(worker.channel.fileno(), select.POLLIN)
+                watched[worker.channel.fileno()] = (select.POLLIN, self._receiver(worker))
         if self._upgrade.channel is not None:
-            watched[self._upgrade.channel.fileno()] = lambda _: self._upgrade.hear()
-            poll.register(self._upgrade.channel.fileno(), select.POLLIN)
+            watched[self._upgrade.channel.fileno()] = (select.POLLIN, lambda _: self._upgrade.hear())
         control = self._control
         if control is not None:
-            if not self._not_ours():
-                watched[control.sock.fileno()] = lambda _: control.accept()
-                poll.register(control.sock.fileno(), select.POLLIN)
+            if not self._not_ours() and control.accepts(monotonic()):
+                watched[control.sock.fileno()] = (select.POLLIN, lambda _: control.accept())
             for client in control.clients:
-                watched[client.fileno()] = client.handle
-                poll.register(client.fileno(), client.events())
+                if not client.closed:
+                    watched[client.fileno()] = (client.events(), client.handle)
         monitor = self._monitor
         if monitor is not None and monitor.fileno() >= 0:
-            watched[monitor.fileno()] = monitor.handle
-            poll.register(monitor.fileno(), monitor.events())
+            watched[monitor.fileno()] = (monitor.events(), monitor.handle)
         due = min(self.fleet.next_due(), self._stop_at or float("inf")) - monotonic()
-        for fd, events in poll.poll(1000 * max(0.0, min(TICK_SECONDS, due))):
-            watched[fd](events)
+        for fd, events in self._poll(watched, max(0.0, min(TICK_SECONDS, due))):
+            self._guarded(watched[fd][1], events)
+
+    def _poll(
+        self, watched: Mapping[int, tuple[int, Callable[[int], None]]], seconds: float
+    ) -> Iterable[tuple[int, int]]:
+        try:
+            poll = _poll()
+            for fd, (events, _) in watched.items():
+                poll.register(fd, events)
+            ready: list[tuple[int, int]] = poll.poll(1000 * seconds)
+        except OSError as error:  # ENOMEM, or EINVAL: more descriptors than RLIMIT_NOFILE allows now
+            self._failed = True
+            left_out = self._faults.allow("poll")
+            if left_out is not None:
+                log.error("poll failed, looking at every descriptor instead: %s%s", error.strerror, also(left_out))
+            # Each of them is asked without waiting.
+            return [(fd, events) for fd, (events, _) in watched.items()]
+        return ready
 
     def _receiver(self, worker: WorkerProcess) -> Callable[[int], None]:
         return lambda _: self.fleet.receive(worker)
@@ -333,24 +376,37 @@ class Master:
         try:
             gone, status = _waitpid(pid, os.WNOHANG)
         except ChildProcessError:
-            # Somebody else has buried it.
-            known = pid in self.fleet.workers or (self._monitor is not None and pid in self._monitor.pids())
-            gone, status = (pid, 0) if known else (0, 0)
+            gone, status = (pid, 0) if self._was_buried(pid) else (0, 0)
         if gone and not self.fleet.reap(gone, status):
             self._upgrade.ended(gone, status)
             if self._monitor is not None:
                 self._monitor.ended(gone, status)
         return bool(gone)
 
-    def _look_after(self, now: float) -> None:
-        fleet = self.fleet
+    def _parts(self) -> list[Callable[[float], None]]:
+        """What is looked after in each turn, in this order."""
+        parts: list[Callable[[float], None]] = [self._stop_if_due, self.fleet.look_after, self._upgrade.look_after]
+        if self._control is not None:
+            parts += [self._commands.look_after, self._control.look_after]
+        parts.append(self._go_on)
+        if self._monitor is not None:
+            parts.append(self._monitor.look_after)
+        return [*parts, self._write_pid_file, self._tell_systemd]
+
+    def _was_buried(self, pid: int) -> bool:
+        """Whether a child that waitpid does not know is gone: the program may wait for children too."""
+        worker, monitor = self.fleet.workers.get(pid), self._monitor
+        if worker is not None:
+            # Its number may be another process's by now.
+            return worker.channel.ended or not _exists(pid)
+        return monitor is not None and pid in monitor.pids() and (monitor.fileno() < 0 or not _exists(pid))
+
+    def _stop_if_due(self, now: float) -> None:
         if self._stop_at is not None and now >= self._stop_at and self.state is MasterState.DRAINING:
             self._stop()
-        fleet.look_after(now)
-        self._upgrade.look_after(now)
-        if self._control is not None:
-            self._commands.look_after(now)
-            self._control.look_after(now)
+
+    def _go_on(self, _now: float) -> None:
+        fleet = self.fleet
         if self.state is MasterState.STARTING:
             if fleet.first_failure is not None:
                 self._stop()
@@ -361,9 +417,6 @@ class Master:
                 fleet.close_drained()
             if not fleet.workers and self._monitor_has_left():
                 self.state = MasterState.STOPPED
-        if self._monitor is not None:
-            self._monitor.look_after(now)
-        self._tell_systemd(now)
 
     def _monitor_has_left(self) -> bool:
         # It is the last to go: whoever asks meanwhile is told that this service drains.
@@ -374,16 +427,15 @@ class Master:
     def _serving(self) -> None:
         self.state = MasterState.SERVING
         if self._first_stderr >= 0:
-            os.close(self._first_stderr)
-            self._first_stderr = -1
+            first_stderr, self._first_stderr = self._first_stderr, -1
+            with contextlib.suppress(OSError):
+                os.close(first_stderr)
         if self._handover is not None:
-            if self._pid_file is not None:
-                try:
-                    self._pid_file.write()
-                except OSError as error:
-                    log.error("cannot write the PID file: %s", error)
+            self._pid_file_due = self._pid_file is not None
+            self._write_pid_file(monotonic())
             handover, self._handover = self._handover, None
-            say_ready(handover)
+            if not say_ready(handover):
+                log.error("the old master (pid %d) cannot be told that this one is ready", handover.pid)
         log.info(
             "listening on %s (pid %d, %d worker%s)",
             ", ".join(self.addresses),
@@ -401,10 +453,23 @@ class Master:
             status += "\nSTOPPING=1"
         if status != self._said and self._left_to is None and self._handover is None:
             self._said = status
-            systemd.notify(status)
-        if self._watchdog is not None and now >= self._watchdog_at:
+            self._notifier.say(status)
+        if self._watchdog is not None and now >= self._watchdog_at and systemd.notify("WATCHDOG=1"):
             self._watchdog_at = now + self._watchdog
-            systemd.notify("WATCHDOG=1")
+        self._notifier.flush()
+
+    def _write_pid_file(self, _now: float) -> None:
+        """After an upgrade: tries again as long as it cannot be written."""
+        if not self._pid_file_due or self._pid_file is None:
+            return
+        try:
+            self._pid_file.write()
+        except OSError as error:
+            left_out = self._faults.allow("PID file")
+            if left_out is not None:
+                log.error("cannot write the PID file: %s%s", error, also(left_out))
+        else:
+            self._pid_file_due = False
 
     # -- signals -----------------------------------------------------------------------------------------------------
 
@@ -414,28 +479,33 @@ class Master:
         except BlockingIOError:
             return
         for number in numbers:
-            name = signal.Signals(number).name
-            if number == signal.SIGTERM and self._left_to is not None and not self.fleet.ending:
-                log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
-                self.fleet.hasten()
-            elif number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
-                self.halt(name)
-            elif number == signal.SIGTERM:
-                self.begin_stop(name)
-            elif number == signal.SIGUSR1:
-                self.reopen_log()
-            elif number == signal.SIGCHLD:
-                self._child_ended = True
-            elif self.stopping:
-                log.info("%s: too late, this master stops", name)
-            elif number == signal.SIGHUP:
-                self.begin_reload(name, _nobody)
-            elif number == signal.SIGUSR2:
-                self.begin_upgrade(name, _nobody)
-            elif number == signal.SIGTTIN:
-                self.scale(min(MAX_WORKERS, self.fleet.target + 1))
-            elif number == signal.SIGTTOU:
-                self.scale(max(1, self.fleet.target - 1))
+            self._guarded(self._obey_signal, number)
+
+    def _obey_signal(self, number: int) -> None:
+        if number not in MASTER_SIGNALS:
+            return  # the program that was preloaded has a handler for it
+        name = signal.Signals(number).name
+        if number == signal.SIGTERM and self._left_to is not None and not self.fleet.ending:
+            log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
+            self.fleet.hasten()
+        elif number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
+            self.halt(name)
+        elif number == signal.SIGTERM:
+            self.begin_stop(name)
+        elif number == signal.SIGUSR1:
+            self.reopen_log()
+        elif number == signal.SIGCHLD:
+            self._child_ended = True
+        elif self.stopping:
+            log.info("%s: too late, this master stops", name)
+        elif number == signal.SIGHUP:
+            self.begin_reload(name, _nobody)
+        elif number == signal.SIGUSR2:
+            self.begin_upgrade(name, _nobody)
+        elif number == signal.SIGTTIN:
+            self.scale(min(MAX_WORKERS, self.fleet.target + 1))
+        elif number == signal.SIGTTOU:
+            self.scale(max(1, self.fleet.target - 1))
 
     # -- what it is told to do ---------------------------------------------------------------------------------------
 
@@ -448,7 +518,7 @@ class Master:
         if self.config.preload or self.program.preloaded:
             log.warning("the program was loaded before the workers: they get it as it was; an upgrade reads it again")
         if self.state is MasterState.SERVING:
-            systemd.notify(systemd.reloading())
+            self._notifier.say(systemd.reloading())
             self._said = ""
         self.fleet.want_reload(done)
 
@@ -471,9 +541,14 @@ class Master:
         except OSError as error:
             log.error("cannot open the log file again: %s", error.strerror)
             return
-        write_stderr_to(fd)
+        try:
+            write_stderr_to(fd)
+        except OSError as error:
+            os.close(fd)
+            log.error("cannot open the log file again: %s", error.strerror)
+            return
         for worker in self.fleet.workers.values():
-            worker.channel.send("reopen", fd=os.dup(STDERR))
+            worker.channel.send("reopen", fd=STDERR)
         if self._monitor is not None:
             self._monitor.renew()
         log.info("the log file %s was opened again", path)
@@ -509,7 +584,7 @@ class Master:
         if self._monitor is not None:
             self._monitor.leave()
         # The service manager believes its main process alone.
-        systemd.notify(f"MAINPID={pid}")
+        self._notifier.say(f"MAINPID={pid}")
         self.state = MasterState.STOPPING
         self.fleet.stop(leave=True)
 
@@ -551,6 +626,17 @@ def logical_folder() -> str:
     except OSError:
         same = False
     return named if same and os.path.isabs(named) else real
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is such a process, of ours or not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _noted_in_the_pipe(_number: int, _frame: Any) -> None:

@@ -1,14 +1,20 @@
 """What master and workers tell each other: one JSON object a packet. No I/O in here.
 
+A worker runs the user's program and talks to strangers, so the master believes nothing of what one says: fields of
+another type, and numbers that are none or beyond all measure, count as absent (`Message`, `checked_stats`,
+`checked_table`).
+
 | from a worker | means |
 | --- | --- |
 | ready | it accepts connections |
 | failed | it could not start; `error` says why, `details` is a traceback, `status` an exit status |
-| beat | its loop runs; `lag` is by how many seconds it was late, `stats` its counters (in some), `rss` its bytes |
+| beat | its loop runs; `lag` is by how many seconds it was late |
+| stats | `stats` are its counters, `rss` its bytes of memory; each if it can be had |
 | retire | it wants a successor; `why` |
 | dumped | its stacks are in the log |
 | connections | its table of them |
 | drained | its listening sockets are drained and closed |
+| reopen | the descriptor of the new log file did not arrive: send it again |
 | stopped | all done; `finished`, `ended` connections, last `stats` |
 
 | from the master | means |
@@ -18,16 +24,19 @@
 | hasten | it is leaving: within `timeout` seconds, from now on |
 | halt | end every connection now |
 | unready | a stop is near: tell balancers so, but go on |
-| report | send a beat with stats |
+| report | send stats |
 | connections | send a table of them, as one of `of` workers |
 | reopen | a new log file comes with the packet |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
+
+from gtcpserver.stats import ServerStats
 
 MAX_BYTES = 128 * 1024
 """Bytes of a packet. A unix socket's send buffer, which a packet must fit into, is 208 KiB (net.core.wmem_default)."""
@@ -37,7 +46,26 @@ MAX_TEXT = 48 * 1024
 
 LEAST_TEXT = 1024  # what is left of a text at least
 
-WORKER_KINDS = frozenset({"ready", "failed", "beat", "retire", "dumped", "connections", "drained", "stopped"})
+MAX_NUMBER = 2**63
+"""Numbers beyond are no counts of anything. Sums of these stay finite, and short enough for Python to print."""
+
+MAX_NAMES = 1000
+"""Names in one table of counters, such as a handler's own: a label's values in Prometheus should be tens."""
+
+MAX_NAME = 200  # characters of one
+
+MAX_ROWS = 500  # of connections, as many as a table has (`monitoring.connection_table`)
+MAX_PLACES = 100  # of the stack of one
+
+#: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" are a `Watch`'s.
+TABLES = ("clients_refused", "handshake_failures", "handler_counters", "latency")
+NUMBERS = (*(field.name for field in dataclasses.fields(ServerStats) if field.name not in TABLES), "cpu_seconds")
+
+ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_name")  # and "where"
+
+WORKER_KINDS = frozenset(
+    {"ready", "failed", "beat", "stats", "retire", "dumped", "connections", "drained", "reopen", "stopped"}
+)
 MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen"})
 HANDOVER_KINDS = frozenset({"ready", "failed"})
 
@@ -59,7 +87,10 @@ class Message:
 
     def number(self, name: str) -> float:
         value = self.fields.get(name, 0)
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+        return value if is_number(value) else 0
+
+    def count(self, name: str) -> int:
+        return max(0, int(self.number(name)))
 
     def seconds(self, name: str) -> float | None:
         """A time-out: None is for ever."""
@@ -67,13 +98,16 @@ class Message:
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One packet. Long texts lose their beginning. Raises MessageError for what is too big all the same."""
+    """One packet. Long texts lose their beginning. Raises MessageError for what is too big, or not JSON."""
     longest = MAX_TEXT
     while True:
         for name, value in fields.items():
             if isinstance(value, str) and len(value) > longest:
                 fields[name] = "..." + value[-longest:]
-        data = json.dumps({"kind": kind, **fields}).encode()
+        try:
+            data = json.dumps({"kind": kind, **fields}, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MessageError(f"a {kind} message cannot be written as JSON: {error}") from None
         if len(data) <= MAX_BYTES:
             return data
         longest //= 2  # a character takes up to twelve bytes
@@ -90,3 +124,49 @@ def decode(data: bytes, kinds: frozenset[str]) -> Message:
     if not isinstance(fields, dict) or fields.get("kind") not in kinds:
         raise MessageError(f"expected one of {', '.join(sorted(kinds))}, got {data[:80]!r}")
     return Message(fields.pop("kind"), fields)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an ordinary number: no bool, no NaN, not beyond all measure."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
+
+
+def checked_stats(value: Any) -> dict[str, Any]:
+    """Return what is well-formed of a worker's counters; the rest is left out.
+
+    Args:
+        value: what `Watch.stats` or `ServerStats` becomes in JSON, or anything else.
+    """
+    if not isinstance(value, dict):
+        return {}
+    stats: dict[str, Any] = {name: value[name] for name in NUMBERS if is_number(value.get(name))}
+    if "pool_size" in value and value["pool_size"] is None:
+        stats["pool_size"] = None  # no limit
+    for name in TABLES:
+        table = value.get(name)
+        if isinstance(table, dict):
+            good = [(key, number) for key, number in table.items() if len(key) <= MAX_NAME and is_number(number)]
+            stats[name] = dict(good[:MAX_NAMES])
+    return stats
+
+
+def checked_table(value: Any) -> list[dict[str, Any]]:
+    """Return the well-formed rows of a worker's table of connections (`monitoring.connection_table`)."""
+    rows = value[:MAX_ROWS] if isinstance(value, list) else []
+    return [row for row in map(_checked_row, rows) if row is not None]
+
+
+def _checked_row(row: Any) -> dict[str, Any] | None:
+    if not isinstance(row, dict):
+        return None
+    where = row.get("where")
+    checked = {name: row.get(name) for name in ROW}
+    if not (
+        isinstance(checked["peer"], str)
+        and all(is_number(checked[name]) for name in ("age", "bytes_received", "bytes_sent"))
+        and isinstance(checked["idle"], bool)
+        and all(isinstance(checked[name], (str, type(None))) for name in ("tls", "server_name"))
+        and isinstance(where, list)
+    ):
+        return None
+    return {**checked, "where": [place for place in where[:MAX_PLACES] if isinstance(place, str)]}

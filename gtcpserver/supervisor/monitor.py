@@ -11,6 +11,8 @@ the scrapes that wait in their queue. Whatever happens to a monitor, the service
 
 from __future__ import annotations
 
+import _socket
+import contextlib
 import importlib
 import json
 import logging
@@ -26,6 +28,7 @@ from gevent import monkey
 
 from gtcpserver.listener import ListenConfig
 from gtcpserver.monitoring.monitor import check_metrics_address, url_of
+from gtcpserver.supervisor.channel import GONE, RETRY_SECONDS
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState, describe_status
 from gtcpserver.supervisor.sockets import Inherited, ListeningSockets
 from gtcpserver.supervisor.spawn import fork_worker
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-_socketpair: Callable[..., tuple[socket.socket, socket.socket]] = monkey.get_original("socket", "socketpair")
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
+_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
 _waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
 
 HEALTH_SECONDS = 1.0
@@ -55,7 +59,19 @@ FIRST_BACK_OFF = 0.5  # seconds until one that died soon is started again; then 
 LONGEST_BACK_OFF = 30.0
 SHORT_LIFE = 10.0
 
+KILL_SECONDS = 2.0  # at most that the end waits for one that was killed
+
+MAX_ANSWERS = 1 << 20
+"""Bytes of answers that wait to be read by the monitor, above which its questions are not answered. It speaks HTTP with
+strangers: one that was taken over could ask and read nothing, until the master has no memory left."""
+
 MAX_REQUEST = 4096  # bytes of a line from the monitor
+
+
+def _make_line() -> tuple[socket.socket, socket.socket]:
+    # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
+    ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return _socket_class(fileno=ours.detach()), _socket_class(fileno=theirs.detach())
 
 
 class MonitorProcess:
@@ -142,7 +158,7 @@ class MonitorProcess:
     def _start(self) -> None:
         now = monotonic()
         try:
-            ours, theirs = _socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            ours, theirs = _make_line()
         except OSError as error:
             self._put_off(now, f"cannot start the monitor: {error.strerror}")
             return
@@ -224,8 +240,10 @@ class MonitorProcess:
         """Ends it at once if it is there still, and closes everything."""
         if self._pid:
             self._signal(signal.SIGKILL)
+            give_up = monotonic() + KILL_SECONDS
             try:
-                _waitpid(self._pid, 0)
+                while _waitpid(self._pid, os.WNOHANG)[0] == 0 and monotonic() < give_up:
+                    _sleep(RETRY_SECONDS)
             except ChildProcessError:
                 pass  # somebody else has buried it
             self._pid = 0
@@ -240,10 +258,8 @@ class MonitorProcess:
                 one.listener.socket.close()
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(OSError):
             os.kill(self._pid, number)
-        except ProcessLookupError:
-            pass
 
     # -- the line ----------------------------------------------------------------------------------------------------
 
@@ -268,7 +284,9 @@ class MonitorProcess:
             data = line.recv(MAX_REQUEST)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise  # it says nothing of the monitor
             data = b""
         self._inbox += data
         if not data or len(self._inbox) > MAX_REQUEST:
@@ -276,12 +294,14 @@ class MonitorProcess:
             return
         self._heard_at = monotonic()
         *lines, self._inbox = self._inbox.split(b"\n")
-        for one in lines:
+        for one in dict.fromkeys(lines):
             self._answer(one)
 
     def _answer(self, request: bytes) -> None:
         if request == b"started":
             self.starting = False
+        elif len(self._outbox) > MAX_ANSWERS:
+            return
         elif request == b"status":
             self._send({"status": self._master.status_for_monitor()})
         elif request == b"connections":
@@ -289,7 +309,8 @@ class MonitorProcess:
 
     def _send(self, fields: dict[str, Any]) -> None:
         self._outbox += json.dumps(fields).encode() + b"\n"
-        self._flush()
+        with contextlib.suppress(OSError):  # it is sent when the socket is ready
+            self._flush()
 
     def _flush(self) -> None:
         if self._line is None:
@@ -299,7 +320,9 @@ class MonitorProcess:
                 self._outbox = self._outbox[self._line.send(self._outbox) :]
         except BlockingIOError:
             pass
-        except OSError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise  # it says nothing of the monitor
             self._hang_up()
 
     def _hang_up(self) -> None:

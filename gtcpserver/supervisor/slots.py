@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from gtcpserver.supervisor.worker import BEAT_SECONDS
 
 LAG_SECONDS = 0.25
 """A loop that is later than this is taken out of new connections. A healthy one is late by a millisecond or two."""
+
+KILL_AGAIN_SECONDS = 1.0  # until a process that was killed and is there still is killed again
 
 MISSED_BEATS = 3  # in a row: the loop is blocked
 BEATS_TO_RETURN = 4  # in time, in a row: it has caught up
@@ -100,13 +103,14 @@ class WorkerProcess:
         return self.last_beat + MISSED_BEATS * BEAT_SECONDS
 
     def signal(self, number: int) -> None:
-        try:
+        # Gone, and not reaped yet; or refused (EPERM), which must not keep the master from the others.
+        with contextlib.suppress(OSError):
             os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass  # not reaped yet
 
     def kill(self) -> None:
+        """Kill it, now and as often as it takes."""
         self.state = WorkerState.KILLED
+        self.kill_at = monotonic() + KILL_AGAIN_SECONDS
         self.signal(signal.SIGKILL)
 
 

@@ -5,9 +5,11 @@ sd_listen_fds(3) and sd_notify(3) describe them; other supervisors speak them as
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
+from collections import deque
 
 from gevent import monkey
 
@@ -45,21 +47,51 @@ def take_listen_fds() -> list[int]:
     return fds
 
 
+PASSING = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What may be otherwise in a moment: the manager's queue is full, or something has run out here."""
+
+MOST_WAITING = 64
+"""Notifications that are kept. They are a line for each change of state."""
+
+
+class Notifier:
+    """Notifications in their order, said again as long as the manager cannot be told for a passing reason.
+
+    READY=1 must not be lost, after which a start is not waited for in vain, nor MAINPID=, without which systemd ends
+    the new master with the old one.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[str] = deque(maxlen=MOST_WAITING)
+
+    def say(self, state: str) -> None:
+        self._waiting.append(state)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Say what waits; False if it still does."""
+        while self._waiting:
+            if not notify(self._waiting[0]):
+                return False
+            self._waiting.popleft()
+        return True
+
+
 def notify(state: str) -> bool:
     """Tells the service manager, if there is one. `state` is lines of NAME=value.
 
     Returns:
-        False if nobody is there to be told, or it could not be.
+        False if it cannot be told now (`PASSING`); True if it was, or there is nobody to be told.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
-        return False
+        return True
     try:
         with _socket_class(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in PASSING
     return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gtcpserver.supervisor.messages import MAX_NAMES
+
 Stats = dict[str, Any]
 
 #: What is true now and ends with its worker. Everything else counts from the start and stays.
@@ -46,8 +48,11 @@ def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
             elif name in ("queue_wait_max", "uptime"):
                 total[name] = max(total[name], value)
             elif isinstance(value, dict):
+                table = total[name]
                 for key, number in value.items():
-                    total[name][key] = total[name].get(key, 0) + number
+                    # Workers that come and go might bring new names for ever.
+                    if key in table or len(table) < MAX_NAMES:
+                        table[key] = table.get(key, 0) + number
             elif value is None or total[name] is None:
                 total[name] = None  # pool_size: no limit
             else:

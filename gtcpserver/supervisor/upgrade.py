@@ -27,7 +27,7 @@ from gtcpserver.errors import GtcpServerError
 from gtcpserver.supervisor.channel import Channel, adopt, make_pair
 from gtcpserver.supervisor.messages import HANDOVER_KINDS
 from gtcpserver.supervisor.reload import Done
-from gtcpserver.supervisor.slots import describe_status
+from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, describe_status
 from gtcpserver.supervisor.sockets import Inherited
 from gtcpserver.supervisor.spawn import fork_and_exec
 
@@ -37,6 +37,8 @@ VARIABLE = "GTCPSERVER_HANDOVER"
 
 UPGRADE_SECONDS = 120.0
 """How long a new master may take until its workers are ready."""
+
+TELL_SECONDS = 2.0  # for the old master's socket to take a message
 
 FAILED_SECONDS = 40.0
 """How long one that has failed may take to end before it is killed: the default graceful time-out, and some more."""
@@ -122,7 +124,12 @@ class Upgrade:
 
     def begin(self, handover: Handover, folder: str, done: Done) -> None:
         """Starts a new master by our own command line, in this folder."""
-        ours, theirs = make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
+        try:
+            ours, theirs = make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
+        except OSError as error:
+            log.error("no upgrade: %s", error)
+            done(str(error))
+            return
         handover = dataclasses.replace(handover, channel=theirs.fileno())
         fds = [one.fd for one in (*handover.sockets, *handover.metrics)] + [handover.channel]
         if handover.control is not None:
@@ -153,7 +160,7 @@ class Upgrade:
         """The new master has said something, or has ended."""
         if self.channel is None:
             return
-        for message, _ in self.channel.receive():
+        for message, _ in self.channel.receive():  # raises OSError: nothing can be read now
             if message.kind == "ready":
                 self._succeed()
             else:
@@ -165,7 +172,8 @@ class Upgrade:
     def ended(self, pid: int, status: int) -> None:
         """A child process that is no worker has ended."""
         if self.under_way and pid == self._pid:
-            self.hear()  # its last words
+            with contextlib.suppress(OSError):
+                self.hear()  # its last words
             self.fail(f"the new master {describe_status(status)}", gone=True)
         self._failed.pop(pid, None)
 
@@ -173,9 +181,13 @@ class Upgrade:
         """Called a few times a second."""
         if self.under_way and now > self._give_up_at:
             self.fail("it was not ready in time")
-        for pid, kill_at in self._failed.items():
+        for pid, kill_at in list(self._failed.items()):
             if now >= kill_at:
-                os.kill(pid, signal.SIGKILL)
+                self._failed[pid] = now + KILL_AGAIN_SECONDS
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    del self._failed[pid]  # somebody else has buried it
 
     def _succeed(self) -> None:
         self.close()
@@ -191,8 +203,9 @@ class Upgrade:
         log.error("the upgrade failed, the old master serves on: %s", why)
         if not gone:
             # It ends its workers as a stop does: they may have taken connections.
-            os.kill(self._pid, signal.SIGTERM)
             self._failed[self._pid] = monotonic() + FAILED_SECONDS
+            with contextlib.suppress(OSError):
+                os.kill(self._pid, signal.SIGTERM)
         self._tell(why)
 
     def _tell(self, error: str | None) -> None:
@@ -206,11 +219,13 @@ class Upgrade:
             self.channel = None
 
 
-def say_ready(handover: Handover) -> None:
-    """The new master's side: from now on everything is ours."""
+def say_ready(handover: Handover) -> bool:
+    """The new master's side: from now on everything is ours. False: the old one cannot be told."""
     channel: Channel = adopt(handover.channel, HANDOVER_KINDS)
     channel.send("ready")
+    told = channel.finish(TELL_SECONDS)
     channel.close()
+    return told
 
 
 def say_failed(handover: Handover, error: str) -> None:
@@ -218,4 +233,5 @@ def say_failed(handover: Handover, error: str) -> None:
     with contextlib.suppress(OSError):
         channel = adopt(handover.channel, HANDOVER_KINDS)
         channel.send("failed", error=error)
+        channel.finish(TELL_SECONDS)
         channel.close()

@@ -5,6 +5,7 @@ Reads in the order things happen: begin, build, serve, beat, obey, end.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import importlib
@@ -16,7 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 from types import FrameType
@@ -27,6 +28,7 @@ from gevent import monkey
 from gevent.hub import get_hub
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.monitoring.connection_table import MOST, table_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.server import Server, State
@@ -43,7 +45,12 @@ log = logging.getLogger("gtcpserver")
 BEAT_SECONDS = 0.25
 """How often a worker says that its loop runs. The master notices a lag within three of them."""
 
-STATS_EVERY = 4  # beats: counters are sent once a second; a worker killed by -9 takes less than that with it
+STATS_SECONDS = 1.0  # between two reports of counters; a worker killed by -9 takes less than that with it
+
+FAILED_SECONDS = 0.25
+"""Between a failure of what is done over and over and the next attempt, so that it does not spin."""
+
+LAST_WORDS_SECONDS = 2.0  # for the last message to find room; the master reads at once, unless it is stopped
 
 LARGEST_TABLE = MAX_BYTES * 3 // 4  # of the rows of connections, which have to fit into a packet
 
@@ -159,6 +166,9 @@ class _Life:
         self.wants_to_retire = ""
         self.asked_to_retire = False
         self.orphaned = False
+        self.faults = FaultLimiter()
+        self.left_out = False  # the handler's counters, of which the log knows
+        self.unread: list[tuple[Message, int | None]] = []
         # Commands that come while there is no server yet.
         self.early: list[Message] = []
         self.limit_of_accepts = _with_jitter(job.config)
@@ -172,12 +182,11 @@ class _Life:
         except BaseException as error:
             self.fail(error)
             return 3
-        beats = gevent.spawn(self.beat)
-        drained = gevent.spawn(self.tell_when_drained, server)
+        helpers = [gevent.spawn(self.beat), gevent.spawn(self.report), gevent.spawn(self.tell_when_drained, server)]
         server.wait_stopped()
         report = server.stop()
         self.call_hook("worker_stop")
-        gevent.killall([beats, drained])
+        gevent.killall(helpers, block=False)
         for cut in report.cut:
             log.warning("cut %s", cut, extra={"client": cut.peer})
         fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
@@ -187,10 +196,10 @@ class _Life:
             "stopped",
             finished=report.finished,
             ended=report.ended,
-            stats=self.stats(server),
             error=fatal,
+            **self.measured(server),
         )
-        self.channel.flush()
+        self.channel.finish(LAST_WORDS_SECONDS)
         return 1 if fatal else 0
 
     def start(self) -> Server:
@@ -209,8 +218,8 @@ class _Life:
             raise CannotStart("the master is gone")
         if job.log_style is not None:
             log_in_worker(job.log_style)
-        watcher = get_hub().loop.io(self.channel.fileno(), 1, ref=False)
-        watcher.start(self.read_channel)
+        self.commands = get_hub().loop.io(self.channel.fileno(), 1, ref=False)
+        self.commands.start(self.on_command)
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
         self.worker.server = server
@@ -241,7 +250,7 @@ class _Life:
             details, status = "".join(traceback.format_exception(error)), 3
         self.call_hook("worker_error", message)
         self.channel.send("failed", error=message, details=details, status=status)
-        self.channel.flush()
+        self.channel.finish(LAST_WORDS_SECONDS)
 
     def call_hook(self, name: str, *arguments: Any) -> None:
         hook = getattr(self.hooks, name)
@@ -255,28 +264,67 @@ class _Life:
     # -- serve -------------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Says four times a second that the loop runs and how late it is; asks for a successor when one is due."""
-        count = 0
+        """Say four times a second that the loop runs and how late it is; ask for a successor when one is due.
+
+        Whatever fails in here, it goes on: a worker that falls silent is killed with all its connections. So nothing
+        of the user's is called in here either, which might wait.
+        """
         due = monotonic() + BEAT_SECONDS
         while True:
-            gevent.sleep(max(0.0, due - monotonic()))
-            now = monotonic()
-            lag = max(0.0, now - due)
-            due = now + BEAT_SECONDS
-            self.send_beat(lag, with_stats=count % STATS_EVERY == 0)
-            count += 1
-            self.look_whether_due()
+            with self.going_on("a beat"):
+                gevent.sleep(max(0.0, due - monotonic()))
+                now = monotonic()
+                lag = max(0.0, now - due)
+                due = now + BEAT_SECONDS
+                self.channel.flush()
+                self.channel.send_if_clear("beat", lag=round(lag, 4))
+                self.look_whether_due()
 
-    def send_beat(self, lag: float, with_stats: bool) -> None:
-        fields: dict[str, Any] = {"lag": round(lag, 4)}
-        if with_stats and self.worker.server is not None:
-            fields["stats"] = self.stats(self.worker.server)
-            fields["rss"] = resident_bytes()
-        self.channel.flush()
-        self.channel.send_if_clear("beat", **fields)
+    def report(self) -> None:
+        """Send counters once a second, as far as they can be had."""
+        while True:
+            with self.going_on("a report of counters"):
+                gevent.sleep(STATS_SECONDS)
+                self.send_stats()
 
-    def stats(self, server: Server) -> dict[str, Any]:
-        return self.watch.stats() if self.watch is not None else dataclasses.asdict(server.stats())
+    @contextlib.contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """What is done over and over does not end by an exception; it is logged, now and then."""
+        try:
+            yield
+        except Exception as error:
+            left_out = self.faults.allow(fault_key(type(error), error.__traceback__))
+            if left_out is not None:
+                log.exception("worker %d: %s failed%s", self.job.number, what, also(left_out))
+            try:
+                gevent.sleep(FAILED_SECONDS)
+            except Exception:  # no memory for a timer
+                _native_sleep(FAILED_SECONDS)
+
+    def send_stats(self) -> None:
+        if self.worker.server is not None:
+            self.channel.send("stats", **self.measured(self.worker.server))
+
+    def measured(self, server: Server) -> dict[str, Any]:
+        """Counters and memory; without what cannot be had, or does not fit into a message."""
+        fields: dict[str, Any] = {"rss": resident_bytes()}
+        try:
+            # The handler's own are an attribute of the user's, which may wait for something.
+            with gevent.Timeout(STATS_SECONDS):
+                stats = self.watch.stats() if self.watch is not None else dataclasses.asdict(server.stats())
+            if len(json.dumps(stats["handler_counters"])) > LARGEST_TABLE:
+                if not self.left_out:
+                    log.error("worker %d: the handler's counters are too many, and left out", self.job.number)
+                self.left_out = True
+                stats["handler_counters"] = {}
+            fields["stats"] = stats
+        except gevent.GreenletExit:
+            raise
+        except BaseException as error:  # gevent.Timeout, SystemExit: whatever a program's counters raise
+            left_out = self.faults.allow(fault_key(type(error), error.__traceback__))
+            if left_out is not None:
+                log.exception("worker %d cannot count%s", self.job.number, also(left_out))
+        return fields
 
     def send_connections(self, server: Server, workers: int) -> None:
         rows = table_of(server, max(1, MOST // workers))
@@ -303,11 +351,26 @@ class _Life:
 
     # -- obey --------------------------------------------------------------------------------------------------------
 
-    def read_channel(self) -> None:
+    def on_command(self) -> None:
         """In the event loop, when the master has sent something or is gone."""
-        for message, fd in self.channel.receive():
-            if message.kind == "reopen" and fd is not None:
-                write_stderr_to(fd)
+        try:
+            self.read_channel()
+        except Exception as error:
+            left_out = self.faults.allow(fault_key(type(error), error.__traceback__))
+            if left_out is not None:
+                log.exception("worker %d cannot obey%s", self.job.number, also(left_out))
+            # An exception that leaves a callback stops its watcher for good: this worker would be deaf. And what cannot
+            # be read now is there still.
+            self.commands.stop()
+            self.commands_again = get_hub().loop.timer(FAILED_SECONDS, ref=False)
+            self.commands_again.start(self.commands.start, self.on_command)
+
+    def read_channel(self) -> None:
+        self.unread += self.channel.receive()
+        while self.unread:
+            message, fd = self.unread.pop(0)
+            if message.kind == "reopen":
+                self.use_log_file(fd)
             elif self.worker.server is None or self.worker.server.state is State.NEW:
                 self.early.append(message)
             else:
@@ -315,13 +378,19 @@ class _Life:
         if self.channel.ended:
             self.be_orphaned()
 
+    def use_log_file(self, fd: int | None) -> None:
+        if fd is not None:
+            write_stderr_to(fd)
+        else:  # there was no descriptor left for it
+            gevent.spawn_later(STATS_SECONDS, self.channel.send, "reopen")
+
     def obey(self, message: Message) -> None:
         server = self.worker.server
         assert server is not None
         if message.kind == "unready":
             self.worker.ready = False
         elif message.kind == "report":
-            self.send_beat(0.0, with_stats=True)
+            gevent.spawn(self.send_stats)
         elif message.kind == "connections":
             gevent.spawn(self.send_connections, server, max(1, int(message.number("of"))))
         elif message.kind == "halt":
@@ -360,7 +429,10 @@ class _Life:
 
     def on_dump(self, _number: int, frame: FrameType | None) -> None:
         message = f"all stacks of worker {self.job.number} (pid {os.getpid()})"
-        log_with_details(logging.WARNING, message, format_stacks(frame))
+        try:
+            log_with_details(logging.WARNING, message, format_stacks(frame))
+        except Exception:  # it would be raised in whatever runs now
+            log.exception("worker %d cannot print its stacks", self.job.number)
         self.channel.send_if_clear("dumped")
 
     def be_orphaned(self) -> None:
