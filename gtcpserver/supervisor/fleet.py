@@ -160,7 +160,12 @@ class Fleet:
 
     def receive(self, worker: WorkerProcess) -> None:
         """Reads what a worker has sent. Raises OSError: nothing can be read now."""
-        for message, _ in worker.channel.receive():
+        try:
+            messages = worker.channel.receive()
+        except OSError:
+            worker.last_beat = monotonic()  # it is not the worker that is silent
+            raise
+        for message, _ in messages:
             self._hear(worker, message)
 
     def _hear(self, worker: WorkerProcess, message: Message) -> None:

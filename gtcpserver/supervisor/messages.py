@@ -121,7 +121,8 @@ def decode(data: bytes, kinds: frozenset[str]) -> Message:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"not JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.get("kind") not in kinds:
+    kind = fields.get("kind") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
         raise MessageError(f"expected one of {', '.join(sorted(kinds))}, got {data[:80]!r}")
     return Message(fields.pop("kind"), fields)
 
