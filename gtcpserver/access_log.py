@@ -20,6 +20,7 @@ from .address import format_sockaddr
 from .connection import Connection, log_fields_of
 from .errors import ConfigError
 from .logs import FaultLimiter, NonBlockingHandler
+from .trusted_path import UntrustedPath, open_file
 
 log = logging.getLogger("gtcpserver.access")
 _problems = logging.getLogger("gtcpserver")
@@ -231,6 +232,8 @@ def log_to_file(path: str | None) -> None:
 def _open_handler(path: str) -> AccessFile:
     try:
         handler = AccessFile(path)
+    except UntrustedPath as error:
+        raise ConfigError(f"access log {error}") from None
     except OSError as error:
         raise ConfigError(f"cannot open the access log {path}: {error.strerror}") from None
     handler.setFormatter(_FileFormatter())
@@ -278,15 +281,15 @@ class AccessFile(NonBlockingHandler):
 
     def _open(self) -> int:
         # O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and does not make the server wait for one.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        return os.open(self._path, flags, FILE_MODE)
+        return open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK, FILE_MODE)
 
     def _reopen(self) -> None:
         try:
             new = self._open()
-        except OSError as error:
+        except (OSError, UntrustedPath) as error:
             if self._complaints.allow("open") is not None:
-                _problems.error("cannot open the access log %s anew: %s", self._path, error.strerror)
+                why = error.strerror if isinstance(error, OSError) else error
+                _problems.error("cannot open the access log %s anew: %s", self._path, why)
             return
         self.flush()
         old, self._fd = self._fd, new

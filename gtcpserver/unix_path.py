@@ -42,42 +42,59 @@ def bind_unix(sock: socket.socket, path: str, mode: int | None, backlog: int) ->
             raise OSError(exc.errno, f"unix:{path}: {exc.strerror}") from exc
         sock.listen(backlog)
         return None
-    with _directory_lock(path):
-        try:
+    try:
+        with _folder(path) as folder:
+            name = os.path.basename(path)
+            if mode is not None:
+                # The path gets the socket's own mode, less the umask (unix_bind in net/unix/af_unix.c): there is no
+                # moment at which it has another one.
+                os.fchmod(sock.fileno(), mode)
             try:
                 sock.bind(path)
             except OSError as exc:
                 if exc.errno != errno.EADDRINUSE:
                     raise
-                _remove_stale(path)
+                _remove_stale(path, name, folder)
                 sock.bind(path)
-            # Nobody can connect before listen, so nobody gets past the mode.
-            if mode is not None:
-                os.chmod(path, mode)
-            made = os.lstat(path)
+            made = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            # Nobody can connect before listen, so nobody is refused who is to get in.
+            if mode is not None and stat.S_IMODE(made.st_mode) != mode:
+                _give_back_what_the_umask_took(name, folder, made, mode)
             sock.listen(backlog)
-        except OSError as exc:
-            prefix = f"unix:{path}"
-            text = exc.strerror or ""
-            raise OSError(exc.errno, text if text.startswith(prefix) else f"{prefix}: {text}") from exc
+    except OSError as exc:
+        prefix = f"unix:{path}"
+        text = exc.strerror or ""
+        raise OSError(exc.errno, text if text.startswith(prefix) else f"{prefix}: {text}") from exc
     return made.st_dev, made.st_ino
 
 
 def remove_if_ours(path: str, identity: tuple[int, int]) -> bool:
     """Remove the path of a socket, unless another server has put its own there since."""
-    with _directory_lock(path):
-        try:
-            found = os.lstat(path)
+    name = os.path.basename(path)
+    try:
+        with _folder(path) as folder:
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if (found.st_dev, found.st_ino) != identity or not stat.S_ISSOCK(found.st_mode):
                 return False
-            os.unlink(path)
-        except OSError:
-            return False
+            os.unlink(name, dir_fd=folder)
+    except OSError:
+        return False
     return True
 
 
-def _remove_stale(path: str) -> None:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+def _give_back_what_the_umask_took(name: str, folder: int, made: os.stat_result, mode: int) -> None:
+    # By a descriptor, and not by its path: another user's folder may have a link there by now.
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISSOCK(found.st_mode) and (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(path: str, name: str, folder: int) -> None:
+    if not stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
         raise OSError(errno.EADDRINUSE, f"unix:{path}: the path exists and is no socket; it was left alone")
     with _socket_class(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -85,7 +102,7 @@ def _remove_stale(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             # Nobody listens: the file of a server that is gone.
-            os.unlink(path)
+            os.unlink(name, dir_fd=folder)
             return
         except OSError as exc:
             # EAGAIN: its queue is full; EPROTOTYPE: a datagram socket; EACCES: another user's.
@@ -95,17 +112,18 @@ def _remove_stale(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _directory_lock(path: str) -> Iterator[None]:
-    """Keep two servers that start at once from removing each other's socket between bind and listen.
+def _folder(path: str) -> Iterator[int]:
+    """Within the block, the folder of a path is open, and locked.
 
-    A lock on the directory leaves no file behind. It is a courtesy among servers, and no condition: where it cannot be
-    had, they go on without.
+    What is looked at and what is removed are then in the same folder, whatever is done to the path meanwhile. The lock
+    keeps two servers that start at once from removing each other's socket between bind and listen, and leaves no file
+    behind. It is a courtesy among servers, and no condition: where it cannot be had, they go on without.
     """
+    name = os.path.dirname(path) or "."
     try:
-        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield
-        return
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # it may be searched, and not read
+        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -116,6 +134,6 @@ def _directory_lock(path: str) -> Iterator[None]:
                     _sleep(0.005)
                     continue
             break
-        yield
+        yield fd
     finally:
         os.close(fd)

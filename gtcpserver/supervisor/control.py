@@ -20,6 +20,7 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.trusted_path import UntrustedPath, check_path
 from gtcpserver.unix_path import bind_unix, remove_if_ours
 
 log = logging.getLogger("gtcpserver")
@@ -130,6 +131,7 @@ class ControlSocket:
 
     Raises:
         OSError: the path cannot be had; the message names it.
+        UntrustedPath: this process is root, and another user could change where the path leads.
     """
 
     def __init__(self, path: str, answer: Answer, inherited: tuple[int, tuple[int, int] | None] | None = None) -> None:
@@ -142,6 +144,11 @@ class ControlSocket:
             os.set_inheritable(inherited[0], False)
             self.identity = inherited[1]
         else:
+            if not self.path.startswith("@"):
+                try:
+                    check_path(self.path)
+                except UntrustedPath as error:
+                    raise UntrustedPath(f"control socket {error}") from None
             self.sock = _socket_class(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 self.identity = bind_unix(self.sock, self.path, MODE, MAX_CLIENTS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gtcpserver.logs import JsonFormatter, NonBlockingHandler, TextFormatter, configure_logging
+from gtcpserver.trusted_path import UntrustedPath, open_file
 
 log = logging.getLogger("gtcpserver")
 
@@ -53,9 +54,11 @@ def log_in_worker(style: LogStyle) -> None:
 
 
 def open_log_file(path: str) -> int:
-    """Opens a log file to write at its end. Raises OSError that names it."""
+    """Opens a log file to write at its end. Raises OSError and UntrustedPath, which name it."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+        return open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o640)
+    except UntrustedPath as error:
+        raise UntrustedPath(f"log file {error}") from None
     except OSError as error:
         raise OSError(error.errno, f"log file {path}: {error.strerror}") from None
 

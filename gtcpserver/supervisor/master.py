@@ -48,6 +48,7 @@ from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.spawn import MASTER_SIGNALS
 from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
 from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart
+from gtcpserver.trusted_path import UntrustedPath
 
 log = logging.getLogger("gtcpserver")
 
@@ -464,7 +465,7 @@ class Master:
             return
         try:
             self._pid_file.write()
-        except OSError as error:
+        except (OSError, UntrustedPath) as error:
             left_out = self._faults.allow("PID file")
             if left_out is not None:
                 log.error("cannot write the PID file: %s%s", error, also(left_out))
@@ -538,8 +539,8 @@ class Master:
             return
         try:
             fd = open_log_file(path)
-        except OSError as error:
-            log.error("cannot open the log file again: %s", error.strerror)
+        except (OSError, UntrustedPath) as error:
+            log.error("cannot open the log file again: %s", error)
             return
         try:
             write_stderr_to(fd)

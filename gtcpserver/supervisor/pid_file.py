@@ -6,12 +6,24 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
+from collections.abc import Iterator
+
+from gtcpserver.trusted_path import UntrustedPath, trusted_place
+
+# struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
+FLOCK = struct.Struct("hhqqi4x")
+
+MODE = 0o644  # for monitoring tools
 
 
 class PidFile:
     """A file with this process's id in it.
 
-    The lock (flock(2)) tells a running master from a stale file whose number another process has got since.
+    A lock tells a running master from a stale file whose number another process has got since. It is a write lock of
+    fcntl(2), which takes a descriptor that may write: flock(2), and a read lock, are to be had by every user who may
+    read the file, who could keep the next master from starting. It belongs to the open file (F_OFD_SETLK), so that
+    nothing else in this process that opens and closes the file loses it.
     """
 
     def __init__(self, path: str) -> None:
@@ -19,35 +31,51 @@ class PidFile:
         self._fd = -1
 
     def check(self) -> None:
-        """Raises OSError (EEXIST) if a running process has the file."""
+        """Raises OSError (EEXIST) if a running process has the file; UntrustedPath."""
+        with _named(self.path), trusted_place(self.path, follow=False) as place:
+            try:
+                # O_NONBLOCK: it may be a FIFO.
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(place.name, flags, dir_fd=place.folder)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return  # a symbolic link is no file of a master's: it is replaced, and not followed
+                raise
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(fd, 32).decode("ascii", "replace").strip()
-            raise OSError(errno.EEXIST, f"{self.path}: process {pid} is running") from None
-        except OSError:
-            pass  # a file system without locks
+            # Of another user, who may have put it there to keep us from starting.
+            ours = os.fstat(fd).st_uid in (0, os.geteuid())
+            holder = _holder(fd) if ours else None
+            if holder is not None:
+                said = os.read(fd, 32).decode("ascii", "replace").strip()
+                raise OSError(errno.EEXIST, f"{self.path}: process {holder or said} is running")
         finally:
             os.close(fd)
 
     def write(self) -> None:
-        """Puts this process's id there in place of any other. Raises OSError."""
-        temporary = f"{self.path}.{os.getpid()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(fd, f"{os.getpid()}\n".encode())
-            os.rename(temporary, self.path)
-        except BaseException:
-            os.close(fd)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        """Puts this process's id there in place of any other. Raises OSError and UntrustedPath."""
+        with _named(self.path), trusted_place(self.path, follow=False) as place:
+            temporary = f"{place.name}.{os.getpid()}"
+            with contextlib.suppress(FileNotFoundError):  # of a process of this number that did not get further
+                os.unlink(temporary, dir_fd=place.folder)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            # For nobody else until it is locked.
+            fd = os.open(temporary, flags, 0o600, dir_fd=place.folder)
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                content = f"{os.getpid()}\n".encode()
+                if os.write(fd, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fchmod(fd, MODE & ~_umask())
+                os.rename(temporary, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+            except BaseException:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=place.folder)
+                raise
+        self.close()
         self._fd = fd
 
     def remove(self) -> None:
@@ -55,10 +83,12 @@ class PidFile:
         if self._fd < 0:
             return
         try:
-            ours, there = os.fstat(self._fd), os.lstat(self.path)
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
-                os.unlink(self.path)
-        except OSError:
+            with trusted_place(self.path, follow=False) as place:
+                ours = os.fstat(self._fd)
+                there = os.stat(place.name, dir_fd=place.folder, follow_symlinks=False)
+                if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+                    os.unlink(place.name, dir_fd=place.folder)
+        except (OSError, UntrustedPath):
             pass
         self.close()
 
@@ -67,3 +97,31 @@ class PidFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _holder(fd: int) -> int | None:
+    """Who has a write lock on a file: a process id, 0 for "some process"; None for nobody."""
+    # Asked as for a read lock, which read locks of others do not conflict with.
+    query = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))
+    except OSError:
+        return None  # a file system without locks
+    return None if kind == fcntl.F_UNLCK else max(0, pid)  # -1: it belongs to an open file
+
+
+def _umask() -> int:
+    # There is no way to read it but to set it; this is the main thread, at the start.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UntrustedPath as error:
+        raise UntrustedPath(f"PID file {error}") from None
+    except OSError as error:
+        raise OSError(error.errno, f"PID file {path}: {error.strerror}") from None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import gevent.ssl
 
 from ..errors import ConfigError
+from ..trusted_path import UntrustedPath, open_file
 
 if TYPE_CHECKING:
     from .config import TLSConfig
@@ -235,8 +236,10 @@ def _load_trust(context: ssl.SSLContext, label: str, path: str, wanted: re.Patte
 def _log_keys(context: ssl.SSLContext, path: str) -> None:
     try:
         # Made here, since OpenSSL would make it readable for others.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+        os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         context.keylog_filename = path
+    except UntrustedPath as error:
+        raise ConfigError(f"key_log_file {error}") from error
     except OSError as error:
         raise ConfigError(f'key_log_file "{path}" cannot be written: {error.strerror}') from error
 
