@@ -20,6 +20,7 @@ from .address import format_sockaddr
 from .connection import Connection, log_fields_of
 from .errors import ConfigError
 from .logs import FaultLimiter, NonBlockingHandler
+from .strict_json import as_text, to_json, to_short_json
 from .trusted_path import UntrustedPath, open_file
 
 log = logging.getLogger("gtcpserver.access")
@@ -29,6 +30,9 @@ Style = Literal["text", "json"]
 
 #: Characters of ``detail``. An exception may quote what the client has sent, and many of them would fill the disk.
 MOST_DETAIL = 300
+
+#: Bytes of a line, which must not be cut where it is JSON; longer ones are by every log handler.
+LONGEST_LINE = 48 * 1024
 
 #: What a file is made with: addresses of clients are not for every user of the machine.
 FILE_MODE = 0o640
@@ -191,11 +195,7 @@ def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> 
     if not log.isEnabledFor(logging.INFO):
         return
     if style == "json":
-        try:
-            line = json.dumps(fields, default=str)
-        except (TypeError, ValueError):  # a handler's own field has keys that JSON has not, or refers to itself
-            line = json.dumps({name: _as_json(value) for name, value in fields.items()})
-        log.info("%s", line, extra={"access": fields})
+        log.info("%s", to_short_json(fields, LONGEST_LINE), extra={"access": fields})
         return
     words = (
         f"{quoted(name)}={quoted(value)}" for name, value in fields.items() if name != "time" and value is not None
@@ -203,13 +203,9 @@ def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> 
     log.info("%s", " ".join(words), extra={"access": fields})
 
 
-def _as_json(value: object) -> object:
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
-
-
 def quoted(value: object) -> str:
     """A word, in quotation marks where it must be: nothing of a client's ends the line, or looks like another field."""
-    text = str(value)
+    text = as_text(value)
     return text if text.isascii() and text.isprintable() and not set(text) & set(' "=\\') else json.dumps(text)
 
 
@@ -313,4 +309,4 @@ class _FileFormatter(logging.Formatter):
             return message if self._json else f"{access['time']} {message}"
         # A notice of dropped lines, or a line of another kind.
         time = utc(record.created)
-        return json.dumps({"time": time, "message": message}) if self._json else f"{time} {message}"
+        return to_json({"time": time, "message": message}) if self._json else f"{time} {message}"

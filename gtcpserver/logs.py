@@ -8,7 +8,6 @@ counted, and the count is the first thing written when there is a reader again.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import select
@@ -22,6 +21,8 @@ from typing import IO, Any, Literal
 
 import gevent
 from gevent.monkey import get_original
+
+from .strict_json import to_short_json
 
 logger = logging.getLogger("gtcpserver")
 
@@ -244,7 +245,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "pid": record.process,
-            "message": record.getMessage(),
+            "message": _message(record),
         }
         details = _details(self, record)
         if details:
@@ -252,7 +253,7 @@ class JsonFormatter(logging.Formatter):
         for name, value in record.__dict__.items():
             if name not in RECORD_FIELDS and name not in fields:
                 fields[name] = value
-        return json.dumps(fields, default=str)
+        return to_short_json(fields, _MAX_RECORD)
 
 
 class FaultLimiter:
@@ -348,6 +349,15 @@ def also(suppressed: int) -> str:
 
 # A record's own attributes; whatever else it carries came by `extra`.
 RECORD_FIELDS = frozenset((*logging.LogRecord("", 0, "", 0, "", None, None).__dict__, "message", "asctime", "taskName"))
+
+
+def _message(record: logging.LogRecord) -> str:
+    """A record's message; one whose arguments do not fit is shown as it is."""
+    try:
+        return record.getMessage()
+    except Exception as error:
+        return f"cannot format log record {record.msg!r}: {error!r}"
+
 
 # C0 and C1 controls, DEL, and the Unicode line ends and direction marks that make a line look like something else.
 _UNSAFE = {

@@ -241,7 +241,7 @@ def test_a_field_that_json_has_not_is_printed(serve, connect, in_thread, access_
 
     talk(in_thread, connect(serve(handler, access_log="json")))
     line = json.loads(access_records(1)[0].getMessage())
-    assert (line["pairs"], line["path"], line["bytes_sent"]) == ("{(1, 2): 3}", "/x", 0)
+    assert (line["pairs"], line["path"], line["bytes_sent"]) == ({"(1, 2)": 3}, "/x", 0)
 
 
 def test_a_handlers_fields_are_in_the_record_of_its_failure(serve, connect, in_thread, caplog):

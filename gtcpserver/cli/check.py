@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -23,6 +22,7 @@ import click
 import gevent
 
 from gtcpserver import draining
+from gtcpserver.strict_json import to_json
 
 BACKLOG_WANTED = 4096
 """Connections: 600 clients at once overflow the old default of 128; Linux itself grants 4096 since 5.4."""
@@ -80,7 +80,7 @@ def check(as_json: bool) -> None:
     """
     findings = [probe_safely(probe) for probe in PROBES]
     if as_json:
-        click.echo(json.dumps([{**asdict(finding), "verdict": finding.verdict} for finding in findings], indent=2))
+        click.echo(to_json([{**asdict(finding), "verdict": finding.verdict} for finding in findings], indent=2))
         return
     names = max(len(finding.name) for finding in findings)
     values = max(len(finding.value) for finding in findings)

@@ -30,6 +30,7 @@ from gtcpserver.cli.settings import SECRET, key_of, settings_of, source_of, told
 from gtcpserver.client_limits import ClientLimits
 from gtcpserver.listen_config import ListenConfig
 from gtcpserver.server import Server
+from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig
 
@@ -75,7 +76,7 @@ def show(context: click.Context, name: str, as_json: bool, options: tuple[str, .
             value = f"{value:o}"
         rows.append((key_of(parameter), value, source))
     if as_json:
-        click.echo(json.dumps({key: {"value": _plain(value), **source} for key, value, source in rows}, indent=2))
+        click.echo(to_json({key: {"value": _plain(value), **source} for key, value, source in rows}, indent=2))
     else:
         cells = [(key, _printed(value), _from(source)) for key, value, source in rows]
         wide = [max(len(row[column]) for row in cells) for column in range(2)]

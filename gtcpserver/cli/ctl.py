@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
 
 VARIABLE = "GTCPSERVER_CONTROL"
@@ -39,7 +39,7 @@ def status(where: Where, as_json: bool) -> None:
     """State of master and workers, and the counters of all of them together. Exit status 1 if it is not ready."""
     answer = request(where, "status")
     if as_json:
-        click.echo(json.dumps(answer))
+        click.echo(to_json(answer))
     else:
         click.echo(
             f"{answer['state']}, {'ready' if answer['ready'] else 'not ready'}: "
@@ -60,7 +60,7 @@ def workers(where: Where, as_json: bool) -> None:
     """One line for each worker process, with the connections it has and has had."""
     found = request(where, "status")["workers"]
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(to_json(found))
         return
     click.echo(f"{'worker':>6} {'pid':>8} {'state':9} {'gen':>4} {'up s':>8} {'lag ms':>7} {'MiB':>6} accepted active")
     for one in found:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..strict_json import to_json
 from . import metrics
 from .source import Fresh, Source, SourceError
 
@@ -132,4 +132,4 @@ def _unavailable(word: str) -> Answer:
 
 def _json(value: Any) -> bytes:
     # ASCII, so whatever characters a client's name has.
-    return json.dumps(value).encode() + b"\n"
+    return to_json(value).encode() + b"\n"

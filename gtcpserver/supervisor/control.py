@@ -20,6 +20,7 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.strict_json import to_json
 from gtcpserver.trusted_path import UntrustedPath, check_path
 from gtcpserver.unix_path import bind_unix, remove_if_ours
 
@@ -107,7 +108,7 @@ class ControlClient:
         """Sends the answer and closes; with a field `end` True, at the end of the master."""
         self.asked = True
         self._keep = bool(fields.get("end"))
-        self._outbox = json.dumps(fields).encode() + b"\n"
+        self._outbox = to_json(fields).encode() + b"\n"
         with contextlib.suppress(OSError):  # what remains is sent when the socket is ready
             self.handle(select.POLLOUT)
 

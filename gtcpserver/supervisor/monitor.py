@@ -14,7 +14,6 @@ from __future__ import annotations
 import _socket
 import contextlib
 import importlib
-import json
 import logging
 import os
 import select
@@ -28,6 +27,7 @@ from gevent import monkey
 
 from gtcpserver.listener import ListenConfig
 from gtcpserver.monitoring.monitor import check_metrics_address, url_of
+from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.channel import GONE, RETRY_SECONDS
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState, describe_status
 from gtcpserver.supervisor.sockets import Inherited, ListeningSockets
@@ -308,7 +308,7 @@ class MonitorProcess:
             self._ask_for_table()
 
     def _send(self, fields: dict[str, Any]) -> None:
-        self._outbox += json.dumps(fields).encode() + b"\n"
+        self._outbox += to_json(fields).encode() + b"\n"
         with contextlib.suppress(OSError):  # it is sent when the socket is ready
             self._flush()
 
