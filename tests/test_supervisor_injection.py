@@ -68,7 +68,7 @@ def test_a_healthy_worker_is_kept_and_the_service_goes_on(start: Start, tmp_path
         assert alive(master.pid)
     assert master.settled(2) == workers
     assert master.ask("status")["restarts"] == 0
-    assert "monitor" not in master.log().replace("metrics and status page", "")
+    assert "the monitor (pid" not in master.log()
     assert master.stop() == 0
 
 
