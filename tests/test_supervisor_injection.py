@@ -96,6 +96,19 @@ def test_commands_and_signals_are_obeyed_meanwhile(start: Start, tmp_path: Path,
 
 
 @needs_strace
+def test_a_worker_that_cannot_read_what_it_is_told_reads_it_later(start: Start, tmp_path: Path) -> None:
+    master = start("--workers", "1")
+    (before,) = master.settled(1)
+    with injected(before, tmp_path / "trace", "recvmsg:error=ENOMEM:when=1..2") as injection:
+        master.ask("reload")
+        injection.wait(2)
+        assert injection.count() < 5
+        wait_until(lambda: not alive(before))
+    assert "is gone" not in master.log()
+    assert master.stop() == 0
+
+
+@needs_strace
 def test_a_worker_that_cannot_be_forked_is_forked_later(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
     (before,) = master.settled(1)
