@@ -11,6 +11,7 @@ import gevent.socket
 from .address import parse_address
 from .connection import Connection
 from .errors import ConfigError
+from .event_loop import check_event_loop
 
 
 def connect(
@@ -38,6 +39,7 @@ def connect(
         TimeoutError: not connected within ``timeout``.
         OSError: of the last address tried; socket.gaierror: no such host.
     """
+    check_event_loop()
     parsed = parse_address(address)
     if parsed.kind == "fd" or parsed.host == "*" or (parsed.kind == "tcp" and not parsed.port):
         raise ConfigError(f'address to connect to must be "host:port" or "unix:/path", got {address!r}')

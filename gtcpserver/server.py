@@ -30,6 +30,7 @@ from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
 from .errors import ConfigError, GtcpServerError, LimitExceeded
+from .event_loop import check_event_loop
 from .idle import PlacelessIdle
 from .linger import Linger
 from .listener import (
@@ -150,6 +151,7 @@ class Server:
         on_disconnect: Callable[[Connection], Any] | None = None,
         on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
+        check_event_loop()
         if not callable(handler):
             raise ConfigError(f"handler must be callable with a connection, got {handler!r}")
         for name, hook in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_error", on_error)):
