@@ -20,6 +20,7 @@ from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer, answer_plain_text, handshake_failure
+from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
@@ -72,7 +73,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     Attributes:
         client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
             "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
-            :attr:`peer_address` is the balancer's.
+            :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
+            ``client_limits`` count the connection.
         started_at: when it was accepted, seconds since the epoch.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
@@ -182,15 +184,25 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         return proxied
 
     def note_proxy_header(self, header: ProxyHeader) -> None:
-        """Take for the client's address what a balancer says it is; a header without one (LOCAL, UNKNOWN) changes
-        nothing."""
+        """Take for the client's address what a balancer says it is, and count that client (``client_limits``).
+
+        A header without an address (LOCAL, UNKNOWN, UNSPEC) changes nothing: the client is whom the connection is from.
+        Nor does one of datagrams, whose sources can be forged: this is a stream (haproxy and nginx do the same).
+
+        Raises:
+            ClientRefused: it is beyond a limit. The connection has been reset.
+        """
         self._proxied = (header, self.client_address)
         source = header.source
+        if source is None or header.transport is not Transport.STREAM:
+            return
         if isinstance(source, bytes):
             self.client_address = os.fsdecode(source)
-        elif source is not None:
+        else:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+        if self.server is not None:
+            self.server._client_named(self)
 
     @property
     def log_fields(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
-from .errors import ConfigError, GtcpServerError, LimitExceeded
+from .errors import ClientRefused, ConfigError, GtcpServerError, LimitExceeded
 from .event_loop import check_event_loop
 from .idle import PlacelessIdle
 from .linger import Linger
@@ -485,6 +485,14 @@ class Server:
             self.pool.run_one(self._serve_bound, waiting.popleft())
         if waiting:
             self._serve_waiting_later()
+
+    def _client_named(self, connection: Connection) -> None:
+        """Count the client that a balancer has named. Raises ClientRefused."""
+        refusal = self._lobby.named(connection) if self._lobby is not None else None
+        if refusal is not None:
+            self._note_end(connection, refusal)
+            connection.abort()
+            raise ClientRefused(refusal)
 
     def _note_if_nobody_is_connected(self) -> None:
         if not (self._connections or self._held or self._lobby):

@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol
 
 import gevent
 
-from ..balancer import as_ip
+from ..balancer import network_address
 from ..connection import Connection
 from ..errors import GtcpServerError
+from ..networks import as_ip
 from ..tls import ConnectionTLS
 from .dial import dial, is_of_this_host
 from .errors import TTL_EXPIRED
@@ -120,7 +121,7 @@ class Gate:
 
     def admit(self, conn: Connection) -> Visitor:
         """A client has connected; `Visitor.leave` must be called at its end."""
-        address: Any = conn.client_address
+        address = network_address(conn)
         host = host_of(address)
         known = self._clients.get(host)
         if known is None:
@@ -128,7 +129,7 @@ class Gate:
             known = client, str(client), decide_client(self.client_rules, client, self.listener)
             _remember(self._clients, host, known)
         client, text, decision = known
-        visitor = Visitor(self, client, AccessRecord(text, self.listener), decision.auth, conn)
+        visitor = Visitor(self, client, AccessRecord(text, self.listener), decision.auth, conn, address)
         if not decision.allowed:
             visitor.turn_away("client_denied", decision.rule)
         else:
@@ -136,7 +137,7 @@ class Gate:
             if exceeded:
                 visitor.turn_away("limit", exceeded)
             else:
-                visitor.entered_from = (address,)
+                visitor.entered = True
         return visitor
 
 
@@ -162,9 +163,10 @@ class Visitor:
     Attributes:
         auth: the authenticator it has to satisfy; None: nobody asks who it is.
         conn: its connection.
+        address: where it comes from, as ``accept`` names it.
         admitted: it may use this listener.
         certified: the user that its certificate says it is; None: none does.
-        entered_from: (its address,) while it is counted by the limits.
+        entered: the limits count it.
         entered_users: the users that it is counted as.
     """
 
@@ -173,9 +175,10 @@ class Visitor:
     record: AccessRecord
     auth: str | None
     conn: Connection
+    address: Any
     admitted: bool = True
     certified: str | None = None
-    entered_from: tuple[Any] | None = None
+    entered: bool = False
     entered_users: set[str] = field(default_factory=set)
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
@@ -192,9 +195,9 @@ class Visitor:
 
     def leave(self) -> None:
         """Its connection has ended."""
-        if self.entered_from is not None:
-            self.gate.limits.leave(self.entered_from[0])
-            self.entered_from = None
+        if self.entered:
+            self.gate.limits.leave(self.address)
+            self.entered = False
         while self.entered_users:
             self.gate.limits.leave_user(self.entered_users.pop())
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from ..balancer import as_ip
 from ..connection import READ_AHEAD, Connection
+from ..networks import as_ip
 from ..transfer import relay
 from . import socks4, socks5
 from .gate import Denied, Visitor
