@@ -21,7 +21,7 @@ from ..errors import GtcpServerError
 from ..networks import as_ip
 from ..tls import ConnectionTLS
 from .dial import dial, is_of_this_host
-from .errors import TTL_EXPIRED
+from .errors import TTL_EXPIRED, LimitReached
 from .limits import LimitKeeper
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
@@ -33,10 +33,6 @@ from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable
 
 class Denied(GtcpServerError):
     """A rule does not allow it; the message names the rule, for the log and not for the client."""
-
-
-class LimitReached(OSError):
-    """The client, or its user, has too many connections."""
 
 
 class Authenticator(Protocol):
@@ -344,7 +340,7 @@ class Visitor:
 
         Raises:
             Denied: a rule does not allow it.
-            LimitReached: its user has too many connections.
+            LimitReached: its user has too many connections, or too many attempts to connect are under way.
             OSError: it cannot be reached.
         """
         return self._open(target, for_request=False)[0]
@@ -397,6 +393,7 @@ class Visitor:
             timeout=self.gate.timeouts.connect,
             source=self.source_to,
             fast_open=self.gate.fast_open and for_request,
+            attempts=self.gate.limits.attempts_of(self.address),
         )
 
     def _go_through(

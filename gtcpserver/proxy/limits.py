@@ -1,10 +1,12 @@
-"""Limits of the proxy: connections in all, of a client, of a user; bytes a second of a connection and of a user.
+"""Limits of the proxy: connections in all, of a client, of a user; attempts to connect; bytes a second of a connection
+and of a user.
 
 Each worker process counts its own.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +14,10 @@ from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..client_limits import ClientLimits
+from ..client_limits import ClientKey, ClientLimits, client_key
+from ..networks import as_ip
 from ..options import check_number, check_whole_number
+from .errors import LimitReached
 
 #: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.
 BURST_SECONDS = 0.25
@@ -28,6 +32,8 @@ class Limits:
         connections: of all clients at once.
         client_connections: of one client at once; an IPv6 client is its /64.
         user_connections: of one user at once.
+        connect_attempts: attempts to connect to destinations and upstreams that are under way at once, for all clients.
+        client_connect_attempts: the same, for one client.
         new_per_second: connections that one client may open in a second.
         rate: bytes a second of one connection, both directions together.
         user_rate: bytes a second of all connections of one user.
@@ -40,13 +46,18 @@ class Limits:
     connections: int | None = None
     client_connections: int | None = None
     user_connections: int | None = None
+    connect_attempts: int | None = None
+    client_connect_attempts: int | None = None
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
     request_body: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("connections", "client_connections", "user_connections"):
+        for name in (
+            *("connections", "client_connections", "user_connections"),
+            *("connect_attempts", "client_connect_attempts"),
+        ):
             check_whole_number(name, getattr(self, name), least=1, none="for no limit")
         for name in ("new_per_second", "rate", "user_rate"):
             check_number(name, getattr(self, name), above=0, none="for no limit")
@@ -75,6 +86,42 @@ class TokenBucket:
         return max(0.0, -self._tokens / self._rate)
 
 
+class Attempts:
+    """Counts the attempts to connect of one client, and of all."""
+
+    __slots__ = ("_client", "_keeper")
+
+    def __init__(self, keeper: LimitKeeper, client: ClientKey | None) -> None:
+        self._keeper = keeper
+        self._client = client
+
+    def begin(self) -> None:
+        """An attempt begins; `end` must be called when its socket is connected or closed.
+
+        Raises:
+            LimitReached: with the name of the limit. It must not begin.
+        """
+        keeper, client = self._keeper, self._client
+        limits = keeper.limits
+        if limits.connect_attempts is not None and keeper.attempts >= limits.connect_attempts:
+            raise LimitReached(errno.EUSERS, "connect_attempts")
+        most = limits.client_connect_attempts
+        if client is not None and most is not None:
+            if keeper._attempts_of[client] >= most:
+                raise LimitReached(errno.EUSERS, "client_connect_attempts")
+            keeper._attempts_of[client] += 1
+        keeper.attempts += 1
+
+    def end(self) -> None:
+        """An attempt has ended."""
+        keeper, client = self._keeper, self._client
+        keeper.attempts -= 1
+        if client is not None and keeper.limits.client_connect_attempts is not None:
+            keeper._attempts_of[client] -= 1
+            if not keeper._attempts_of[client]:
+                del keeper._attempts_of[client]
+
+
 class LimitKeeper:
     """Keeps the limits of all listeners of a proxy: who is there, and how much each user has moved."""
 
@@ -84,7 +131,10 @@ class LimitKeeper:
             connections=self.limits.client_connections, new_per_second=self.limits.new_per_second
         )
         self._limits_clients = bool(self.limits.client_connections or self.limits.new_per_second)
+        self._limits_attempts = bool(self.limits.connect_attempts or self.limits.client_connect_attempts)
         self.connections = 0
+        self.attempts = 0
+        self._attempts_of: Counter[ClientKey] = Counter()
         self._users: Counter[str] = Counter()
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
 
@@ -107,6 +157,16 @@ class LimitKeeper:
         self.connections -= 1
         if self._limits_clients:
             self._clients.leave(address)
+
+    def attempts_of(self, address: Any) -> Attempts | None:
+        """What counts a client's attempts to connect; None: nothing limits them.
+
+        Args:
+            address: as ``accept`` names it. Clients by a unix socket have no limit of their own.
+        """
+        if not self._limits_attempts:
+            return None
+        return Attempts(self, client_key(as_ip(address[0])) if isinstance(address, tuple) else None)
 
     def enter_user(self, user: str) -> str:
         """A client is this user. As `enter`."""
