@@ -22,7 +22,7 @@ from ..networks import as_ip
 from ..tls import ConnectionTLS
 from .dial import dial, is_of_this_host
 from .errors import TTL_EXPIRED, LimitReached
-from .limits import LimitKeeper
+from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
@@ -176,6 +176,7 @@ class Visitor:
     certified: str | None = None
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
+    _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
     @property
@@ -248,7 +249,9 @@ class Visitor:
         """What slows its transfers down (`limits`)."""
         user = self.record.user
         if self._pace is None or self._pace[0] != user:
-            self._pace = (user, self.gate.limits.pace(user))
+            if self._pace is None:
+                self._bucket = self.gate.limits.make_bucket()
+            self._pace = (user, self.gate.limits.pace(user, self._bucket))
         return self._pace[1]
 
     # -- where it goes -----------------------------------------------------------------------------------------------

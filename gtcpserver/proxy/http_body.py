@@ -18,6 +18,7 @@ from ..http_head import Head, HttpError
 from ..transfer import pipe
 from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from .http_fields import forwarded_trailers
+from .limits import rest
 
 if TYPE_CHECKING:
     from .http_origin import Answer, Origin
@@ -229,12 +230,6 @@ class RequestBody:
             return None
         except OSError:
             return False
-
-
-def rest(pace: Callable[[int], float] | None, size: int) -> None:
-    """Wait until the next piece may be moved."""
-    if pace is not None and (seconds := pace(size)) > 0:
-        gevent.sleep(seconds)
 
 
 def send_answer(

@@ -7,7 +7,7 @@ import h11
 from ..connection import Connection
 from ..http_head import Head, Header, HttpError
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody, rest, send_answer
+from .http_body import OriginFailed, RequestBody, send_answer
 from .http_fields import (
     Forwarded,
     end_to_end,
@@ -19,6 +19,7 @@ from .http_fields import (
 )
 from .http_messages import absolute_target, head_of_answer, own_answer
 from .http_origin import Answer, Origin, Origins, open_connection
+from .limits import rest
 from .socks_session import tunnel
 from .target import Target
 

@@ -16,6 +16,7 @@ from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
 from .http_messages import connect_target, error_body, own_answer
 from .http_origin import open_connection
+from .limits import rest
 from .record import AccessRecord
 from .socks_session import tunnel
 
@@ -130,6 +131,7 @@ class HttpSession:
             if head.method == b"CONNECT":
                 self._connect(head)
                 return False
+            rest(body.pace, 0)
             return self._forwarder.forward(head, body)
         except HttpError as error:
             if record.result == "failed":

@@ -7,12 +7,14 @@ Each worker process counts its own.
 from __future__ import annotations
 
 import errno
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
+
+import gevent
 
 from ..client_limits import ClientKey, ClientLimits, client_key
 from ..networks import as_ip
@@ -22,6 +24,10 @@ from .errors import LimitReached
 #: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.
 BURST_SECONDS = 0.25
 LEAST_BURST = 16 * 1024
+
+#: Users whose bytes are remembered after their last connection; beyond it the one longest not seen is forgotten. 400
+#: bytes each.
+MOST_USERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,7 @@ class TokenBucket:
         self._since = monotonic()
 
     def spend(self, size: int) -> float:
-        """So many bytes were moved; returns the seconds after which the next may be."""
+        """So many bytes were moved; returns the seconds after which the next may be. 0 bytes: to begin with."""
         now = monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._since) * self._rate) - size
         self._since = now
@@ -136,7 +142,10 @@ class LimitKeeper:
         self.attempts = 0
         self._attempts_of: Counter[ClientKey] = Counter()
         self._users: Counter[str] = Counter()
+        # Those in use, which all connections of a user share; and those last used, which outlive them: what a user has
+        # moved on a connection holds for the next one.
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
+        self._kept: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def enter(self, address: Any) -> str:
         """A client has connected. "": it may stay, and `leave` must be told of its end; otherwise what is exceeded.
@@ -181,18 +190,43 @@ class LimitKeeper:
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
+        bucket = self._buckets.get(user)
+        if bucket is not None:
+            self._keep(user, bucket)
 
-    def pace(self, user: str | None) -> Callable[[int], float] | None:
-        """What slows a connection down: called with the bytes that were moved, returns the seconds to rest; None:
-        nothing does."""
-        buckets = []
-        if self.limits.rate is not None:
-            buckets.append(TokenBucket(self.limits.rate))
+    def make_bucket(self) -> TokenBucket | None:
+        """Return what limits the rate of one connection, whatever users it has; None: nothing does."""
+        return None if self.limits.rate is None else TokenBucket(self.limits.rate)
+
+    def pace(self, user: str | None, own: TokenBucket | None) -> Callable[[int], float] | None:
+        """Return what slows a connection down, None if nothing does.
+
+        It is called with the bytes that were moved, and returns the seconds to rest; first with 0, since its user may
+        have moved too many by the connection before.
+
+        Args:
+            own: the connection's, from `make_bucket`.
+        """
+        buckets = [] if own is None else [own]
         if self.limits.user_rate is not None and user is not None:
             bucket = self._buckets.get(user)
             if bucket is None:
                 bucket = self._buckets[user] = TokenBucket(self.limits.user_rate)
+            self._keep(user, bucket)
             buckets.append(bucket)
         if not buckets:
             return None
         return lambda size: max(bucket.spend(size) for bucket in buckets)
+
+    def _keep(self, user: str, bucket: TokenBucket) -> None:
+        self._kept[user] = bucket
+        self._kept.move_to_end(user)
+        # Full ones, which are as good as new, are the oldest as a rule.
+        if len(self._kept) > MOST_USERS:
+            self._kept.popitem(last=False)
+
+
+def rest(pace: Callable[[int], float] | None, size: int) -> None:
+    """Wait until the next piece may be moved, after one of this size."""
+    if pace is not None and (seconds := pace(size)) > 0:
+        gevent.sleep(seconds)
