@@ -114,7 +114,7 @@ class StaticFiles:
                     end = received.find(END_OF_HEAD)
                     if end < 0:
                         raise BadRequest(400, "the request ended before its head did")
-                request = parse_head(received[:end].lstrip(b"\r\n"))
+                request = parse_head(received[:end])
             except BadRequest as error:
                 self._refuse(conn, None, error)
                 return
