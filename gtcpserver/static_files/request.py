@@ -55,12 +55,14 @@ class Request:
         fields: values by their names in lower case, of the fields that matter here; those that came several times are
             joined by ", ".
         keep: the client can send another one on this connection.
+        old: the client speaks HTTP/1.0, which has no chunks.
     """
 
     method: str
     target: str
     fields: Mapping[str, str]
     keep: bool
+    old: bool = False
 
     @property
     def path(self) -> list[bytes]:
@@ -116,7 +118,7 @@ def parse_head(head: bytes) -> Request:
         _check_framing(head[match.start(1) :])
         # A body is not read. Behind it another request cannot be found, so it is the last one.
         keep = keep and fields.get("content-length") == "0"
-    return Request(method.decode(), target.decode(), fields, keep)
+    return Request(method.decode(), target.decode(), fields, keep, minor == b"0")
 
 
 def _check_framing(head: bytes) -> None:
