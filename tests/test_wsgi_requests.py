@@ -354,3 +354,30 @@ def test_nothing_is_left_of_a_request(serve, connect, in_thread, data):
         wait_until(lambda: not requests, 2)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("body", [b"frame", b"frame\nmore"])
+def test_a_client_that_resets_an_upgraded_connection_is_no_failure_of_the_application(serve, connect, caplog, body):
+    def websocket(environ, start_response):
+        start_response("101 Switching Protocols", [("Upgrade", "websocket"), ("Connection", "Upgrade")])(b"")
+        while environ["wsgi.input"].read(1):
+            pass
+        return []
+
+    def broken(environ, start_response):
+        environ["wsgi.input"].read(1)
+        raise ConnectionRefusedError("of a data base")
+
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    server = serve(from_wsgi(websocket))
+    client = connect(server)
+    client.sendall(head + body)
+    wait_until(lambda: server.stats().bytes_sent)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    wait_until(lambda: server.stats().resets == 1)
+    assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+    server = serve(from_wsgi(broken))
+    client = connect(server)
+    client.sendall(head + body)
+    wait_until(lambda: "of a data base" in caplog.text)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from socket import MSG_DONTWAIT, MSG_PEEK
 from typing import Any
 from urllib.parse import unquote
 
@@ -47,6 +48,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self.server = server
         self._body: RequestBody | None = None
         self._unsent: OSError | None = None
+        self._has_raw_input = False
 
     def handle(self) -> None:
         conn = self.socket
@@ -129,7 +131,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         if connection == b"upgrade" or [value.lower() for value in head.values(b"upgrade")] == [b"websocket"]:
             # The application gets the connection as a file, as from gevent. Where it has left off nobody can know.
             file = self.socket.makefile("rb")
-            self.close_connection = True
+            self._has_raw_input = self.close_connection = True
         elif head.has_body:
             self._body = RequestBody(self.socket, head)
             file = io.BufferedReader(self._body)
@@ -138,7 +140,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self.environ = self._make_environ(head, file)
         self.application = self.server.application
         try:
-            self._serve_application(must_answer=self._body is not None or file is None)
+            self._serve_application()
         finally:
             self._unsent = None
             if self._body is not None:
@@ -170,12 +172,12 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             env["CONTENT_TYPE"] = head.values(b"content-type")[0].decode("latin-1")
         env["wsgi.input"] = file if file is not None else io.BytesIO()
         # gevent's word for: the input ends by itself.
-        env["wsgi.input_terminated"] = file is None or self._body is not None
+        env["wsgi.input_terminated"] = not self._has_raw_input
         return env
 
     # -- the application ---------------------------------------------------------------------------------------------
 
-    def _serve_application(self, must_answer: bool) -> None:
+    def _serve_application(self) -> None:
         self.time_start = time.time()
         self.status = self._orig_status = self.result = None
         self.headers_sent = self.response_use_chunked = self.connection_upgraded = False
@@ -184,7 +186,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         try:
             try:
                 self.run_application()
-                if must_answer and not self.headers_sent:
+                if not (self.headers_sent or self._has_raw_input):
                     raise self.ApplicationError("The application did not call start_response()")
             except BaseException as error:
                 self.close_connection = True
@@ -216,6 +218,8 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     def _application_raised(self, error: BaseException) -> BaseException | None:
         """Answer, if that can be; what the connection ends by, None if its end is in order."""
         fault: OSError | None = self._unsent or (self._body.fault if self._body is not None else None)
+        if fault is None and isinstance(error, ConnectionError) and self._has_raw_input and _has_left(self.socket):
+            fault = error
         if fault is not None and _comes_of(error, fault):
             return self._client_failed(fault)
         is_cut = isinstance(error, (GreenletExit, TooSlow))
@@ -302,6 +306,16 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
+
+
+def _has_left(conn: Connection) -> bool:
+    """Whether the client has closed or reset its connection."""
+    try:
+        return not conn._sock.recv(1, MSG_PEEK | MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.logs import FaultLimiter, also
 from gtcpserver.unix_path import bind_unix, remove_if_ours
 
 log = logging.getLogger("gtcpserver")
@@ -125,6 +126,7 @@ class ControlSocket:
         self.path = os.path.abspath(path) if not path.startswith("@") else path
         self._answer = answer
         self.clients: list[ControlClient] = []
+        self._refused = FaultLimiter()
         if inherited is not None:
             self.sock = _socket_class(fileno=inherited[0])
             os.set_inheritable(inherited[0], False)
@@ -146,7 +148,9 @@ class ControlSocket:
             return
         _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.geteuid()):
-            log.warning("a process of user %d was refused on the control socket", uid)
+            left_out = self._refused.allow(uid)
+            if left_out is not None:
+                log.warning("a process of user %d was refused on the control socket%s", uid, also(left_out))
             sock.close()
             return
         if len(self.clients) >= MAX_CLIENTS:
