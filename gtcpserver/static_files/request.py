@@ -112,12 +112,13 @@ def parse_head(head: bytes) -> Request:
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     if hosts != 1 and (hosts or minor != b"0"):
         raise BadRequest(400, "there must be one Host header")  # RFC 9112 section 3.2
-    connection = fields.get("connection", "").lower()
-    keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
     if "transfer-encoding" in fields or "content-length" in fields:
         _check_framing(head[match.start(1) :])
-        # A body is not read. Behind it another request cannot be found, so it is the last one.
-        keep = keep and fields.get("content-length") == "0"
+    connection = fields.get("connection", "").lower()
+    keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
+    # A body is not read. Behind it another request cannot be found, so it is the last one.
+    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
+        keep = False
     return Request(method.decode(), target.decode(), fields, keep, minor == b"0")
 
 
