@@ -7,7 +7,7 @@ import h11
 from ..connection import Connection
 from ..http_head import Head, Header, HttpError
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody, send_answer
+from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
 from .http_fields import (
     Forwarded,
     end_to_end,
@@ -17,7 +17,7 @@ from .http_fields import (
     with_client,
     with_via,
 )
-from .http_messages import absolute_target, head_of_answer, own_answer
+from .http_messages import absolute_target, head_of_answer
 from .http_origin import Answer, Origin, Origins, open_connection
 from .limits import rest
 from .socks_session import tunnel
@@ -61,7 +61,7 @@ class Forwarder:
         target, host, path = absolute_target(head)
         forwards = forwards_left(head)
         if forwards == 0:
-            return self._answer_as_last(head)
+            return self._answer_as_last(head, body)
         request = self._request_for_origin(head, host, path, forwards)
         body.prepare()
         try:
@@ -82,15 +82,12 @@ class Forwarder:
             origin.close()
         return keep
 
-    def _answer_as_last(self, head: Head) -> bool:
+    def _answer_as_last(self, head: Head, body: RequestBody) -> bool:
         """Max-Forwards has come to its end here."""
-        if head.method == b"TRACE":
-            answer = own_answer(200, traced(head), [(b"Content-Type", b"message/http")], close=head.wants_close)
-        else:
-            answer = own_answer(200, b"", [(b"Allow", b"*")], close=head.wants_close)
-        self._conn.sendall(answer)
         self._visitor.record.result = "ok"
-        return not head.wants_close
+        if head.method == b"TRACE":
+            return send_own_answer(self._conn, head, body, 200, traced(head), [(b"Content-Type", b"message/http")])
+        return send_own_answer(self._conn, head, body, 200, b"", [(b"Allow", b"*")])
 
     # -- to the origin -----------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from greenlet import GreenletExit
 from ..connection import READ_AHEAD, Connection
 from ..http_head import Head, HttpError, check_head, find_end_of_head
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody
+from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
-from .http_messages import connect_target, error_body, own_answer
+from .http_messages import connect_target, error_body
 from .http_origin import open_connection
 from .limits import rest
 from .record import AccessRecord
@@ -132,7 +132,7 @@ class HttpSession:
                 self._connect(head)
                 return False
             rest(body.pace, 0)
-            return self._forwarder.forward(head, body)
+            return self._forwarder.forward(head, body) and body.consumed
         except HttpError as error:
             if record.result == "failed":
                 record.detail = record.detail or str(error)
@@ -184,11 +184,8 @@ class HttpSession:
 
     def _answer_error(self, head: Head | None, body: RequestBody | None, error: HttpError) -> bool:
         """Answer it; whether another request may follow."""
-        keep = error.keep and head is not None and not head.wants_close and body is not None and body.can_be_discarded
         text = error_body(error.status, str(error))
-        of_head = head is not None and head.method == b"HEAD"
-        self._conn.sendall(own_answer(error.status, text, error.headers, close=not keep, of_head=of_head))
-        return keep and body is not None and body.discard()
+        return send_own_answer(self._conn, head, body, error.status, text, error.headers, keep=error.keep)
 
 
 def _from_now_on(record: AccessRecord) -> AccessRecord:

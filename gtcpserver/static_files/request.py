@@ -116,8 +116,9 @@ def parse_head(head: bytes) -> Request:
         _check_framing(head[match.start(1) :])
     connection = fields.get("connection", "").lower()
     keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
-    # A body is not read. Behind it another request cannot be found, so it is the last one.
-    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
+    # A body is not read, and neither are the first bytes of the tunnel of a CONNECT (RFC 9931). Behind them another
+    # request cannot be found, so it is the last one.
+    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0" or method == b"CONNECT":
         keep = False
     return Request(method.decode(), target.decode(), fields, keep, minor == b"0")
 
