@@ -26,8 +26,9 @@ from .target import Target
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever.
-MOST_INTERIM = 16
+#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever. Go's client
+#: took 5.
+MOST_INTERIM = 8
 
 
 class Forwarder:
@@ -147,7 +148,7 @@ class Forwarder:
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""
-        for _ in range(MOST_INTERIM):
+        for number in range(MOST_INTERIM + 1):
             answer = origin.next_answer(body)
             if answer.status == 407 and origin.forwarding is not None:
                 # The client's name and password are for us, and it shall not send them once more.
@@ -155,7 +156,7 @@ class Forwarder:
                 raise OriginFailed("the next proxy does not accept our name and password")
             if answer.status >= 200 or answer.status == 101:
                 return answer
-            if head.version == b"1.1":
+            if head.version == b"1.1" and number < MOST_INTERIM:
                 fields = self._fields_for_client(answer)
                 self._conn.sendall(head_of_answer(answer.status, answer.reason, fields))
         raise OriginFailed(f"more than {MOST_INTERIM} interim answers")
