@@ -149,10 +149,12 @@ class StaticFiles:
             if not self._answer(conn, request):
                 return
 
-    def _rest_of_head(self, conn: Connection, received: bytes) -> bytes:
+    def _rest_of_head(self, conn: Connection, begun: bytes) -> bytes:
+        received, searched = bytearray(begun), 0
         try:
             with conn.deadline(self._head_timeout):
-                while received.find(END_OF_HEAD) < 0:
+                while received.find(END_OF_HEAD, searched) < 0:
+                    searched = max(0, len(received) - len(END_OF_HEAD))
                     first = received.find(b"\n")
                     if first >= 0 and received[first - 1 : first] != b"\r":
                         # The end of such a head would be waited for in vain.
@@ -167,7 +169,7 @@ class StaticFiles:
                     received += more
         except DeadlineExceeded:
             raise BadRequest(408, f"the request took longer than {self._head_timeout:g} seconds") from None
-        return received
+        return bytes(received)
 
     # -- one request -------------------------------------------------------------------------------------------------
 

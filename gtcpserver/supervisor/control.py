@@ -42,7 +42,7 @@ class ControlClient:
         self._sock = sock
         self._answer = answer
         self._inbox = b""
-        self._outbox = b""
+        self._outbox = bytearray()
         self.asked = False
         self._keep = False
         self.closed = False
@@ -97,11 +97,11 @@ class ControlClient:
         """Sends the answer and closes; with a field `end` True, at the end of the master."""
         self.asked = True
         self._keep = bool(fields.get("end"))
-        self._outbox = json.dumps(fields).encode() + b"\n"
+        self._outbox = bytearray(json.dumps(fields).encode() + b"\n")
         self.handle(select.POLLOUT)
 
     def _send(self) -> None:
-        self._outbox = self._outbox[self._sock.send(self._outbox) :]
+        del self._outbox[: self._sock.send(self._outbox)]
         if not self._outbox and not self._keep:
             self.close()
 
