@@ -249,7 +249,7 @@ OF_FILES = [
     (b"GET *", b"", 400),
     (b"POST /second", b"", 405),
     (b"OPTIONS *", b"Max-Forwards: 0\r\n", 405),
-    (b"TRACE /", b"Max-Forwards: 0\r\n", 405),
+    (b"TRACE /", b"Max-Forwards: 0\r\n", 400),  # cannot have a body (RFC 9110 section 9.3.8)
     (b"GET http://x/second", b"", 200),
 ]
 

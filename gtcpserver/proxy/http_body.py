@@ -18,8 +18,8 @@ from ..http_head import Head, Header, HttpError
 from ..transfer import pipe
 from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from .http_fields import forwarded_trailers
-from .limits import rest
 from .http_messages import own_answer
+from .limits import rest
 
 if TYPE_CHECKING:
     from .http_origin import Answer, Origin
