@@ -10,6 +10,7 @@ from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
 from .errors import (
+    ClientRefused,
     ConfigError,
     DeadlineExceeded,
     EarlyEOF,
@@ -34,6 +35,7 @@ __all__ = [
     "Address",
     "BlockDetector",
     "ClientLimits",
+    "ClientRefused",
     "ConfigError",
     "Connection",
     "ConnectionTLS",

@@ -10,20 +10,17 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConfigError, DeadlineExceeded
 from .lane import Step
+from .networks import IPNetwork, as_ip, is_in, parse_network
 from .options import check_number
 from .proxy_protocol import LONGEST_V2, TLS, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, parse_header
 
 if TYPE_CHECKING:
     from .connection import Connection
     from .tls import ConnectionTLS
-
-IPNetwork = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class ProxyProtocol:
             if text == "unix":
                 continue
             try:
-                networks.append(ip_network(text))
+                networks.append(parse_network(text))
             except ValueError as error:
                 raise ConfigError(f'trusted must be networks, addresses or "unix", got {text!r} ({error})') from None
         check_number("timeout", self.timeout, above=0)
@@ -62,16 +59,18 @@ class ProxyProtocol:
         """Whether a peer, as ``accept`` names it, is a balancer."""
         if not isinstance(address, tuple):
             return "unix" in self.trusted
-        ip = as_ip(address[0])
         networks: tuple[IPNetwork, ...] = self._networks  # type: ignore[attr-defined]
-        return any(ip in network for network in networks if network.version == ip.version)
+        return is_in(as_ip(address[0]), networks)
 
 
-@lru_cache(maxsize=4096)
-def as_ip(host: str) -> IPv4Address | IPv6Address:
-    """An address as sockets name it, without its zone; IPv4-mapped IPv6 addresses (a socket for both) are IPv4."""
-    ip = ip_address(host.partition("%")[0])
-    return (ip.ipv4_mapped or ip) if isinstance(ip, IPv6Address) else ip
+def network_address(connection: Connection) -> Any:
+    """Return the address by which limits, rules and trust know a client, as ``accept`` names it.
+
+    It is the client's, except where a balancer names one by a unix socket: that is a process on the balancer's host,
+    and not on this one, so it is known by the balancer's address.
+    """
+    address = connection.client_address
+    return address if isinstance(address, tuple) else connection.peer_address
 
 
 class HeaderReader:
@@ -133,10 +132,11 @@ def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
 
     Raises:
         ProxyProtocolError: there is none, or it cannot be understood. The connection must be closed.
+        ClientRefused: the client is beyond a limit of the server. The connection has been reset.
         DeadlineExceeded: it has not come in time.
         OSError: of the connection.
     """
-    if not balancers.trusts(connection.client_address):
+    if not balancers.trusts(network_address(connection)):
         return
     reader = HeaderReader()
     stream = connection._stream

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address
 from time import monotonic
 from typing import Any, Literal
 
-from .balancer import as_ip
 from .errors import ConfigError
+from .networks import IPAddress, IPNetwork, as_ip, is_in, parse_network
 from .options import check_number, check_whole_number
 
 Refusal = Literal["client_denied", "client_connections", "client_rate"]
@@ -81,8 +81,8 @@ class ClientLimits:
             self.refused[refusal] += 1
         return refusal
 
-    def _refusal(self, ip: IPv4Address | IPv6Address, key: ClientKey) -> Refusal | None:
-        if _is_in(ip, self._deny) or (self._allow and not _is_in(ip, self._allow)):
+    def _refusal(self, ip: IPAddress, key: ClientKey) -> Refusal | None:
+        if is_in(ip, self._deny) or (self._allow and not is_in(ip, self._allow)):
             return "client_denied"
         if self._connections is not None and self._open.get(key, 0) >= self._connections:
             return "client_connections"
@@ -103,7 +103,11 @@ class ClientLimits:
         return tokens >= 1
 
     def leave(self, address: Any) -> None:
-        """A connection that was let in has ended."""
+        """A connection that was let in has ended.
+
+        Args:
+            address: the one that `enter` was given.
+        """
         if self._connections is None or not isinstance(address, tuple):
             return
         key = client_key(as_ip(address[0]))
@@ -111,21 +115,35 @@ class ClientLimits:
         if left > 0:
             self._open[key] = left
 
+    def move(self, address: Any, client: Any) -> Refusal | None:
+        """Count a connection that was let in as another client's: a balancer's header has named it.
 
-def client_key(ip: IPv4Address | IPv6Address) -> ClientKey:
+        Args:
+            address: the one that `enter` was given.
+            client: the named one.
+
+        Returns:
+            None: `leave` must be told of ``client`` when it ends. Otherwise it is nobody's, and must be closed.
+        """
+        self.leave(address)
+        if self._rate is not None and isinstance(address, tuple):
+            key = client_key(as_ip(address[0]))
+            if key in self._buckets:
+                tokens, since = self._buckets[key]
+                self._buckets[key] = (min(self._burst, tokens + 1), since)
+        return self.enter(client)
+
+
+def client_key(ip: IPAddress) -> ClientKey:
     """What counts as one client: an IPv4 address, or an IPv6 network of 64 bits."""
     return ip if isinstance(ip, IPv4Address) else int(ip) >> 64
 
 
-def _networks(name: str, texts: Sequence[str]) -> tuple[IPv4Network | IPv6Network, ...]:
+def _networks(name: str, texts: Sequence[str]) -> tuple[IPNetwork, ...]:
     found = []
     for text in (texts,) if isinstance(texts, str) else texts:
         try:
-            found.append(ip_network(text))
+            found.append(parse_network(text))
         except ValueError as error:
             raise ConfigError(f"{name} must be networks or addresses, got {text!r} ({error})") from None
     return tuple(found)
-
-
-def _is_in(ip: IPv4Address | IPv6Address, networks: tuple[IPv4Network | IPv6Network, ...]) -> bool:
-    return any(ip in network for network in networks if network.version == ip.version)

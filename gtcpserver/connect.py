@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from typing import Any
 
 import gevent
@@ -11,6 +12,11 @@ import gevent.socket
 from .address import parse_address
 from .connection import Connection
 from .errors import ConfigError
+from .event_loop import check_event_loop
+
+#: Addresses of one name that are tried, of both families if it has both. Whose name it is decides how many it has: some
+#: thousand fit into one answer of a name server, and each may be silent. Large sites have 2 to 8.
+MOST_ADDRESSES = 8
 
 
 def connect(
@@ -24,7 +30,7 @@ def connect(
 
     Args:
         address: "host:port", "[IPv6]:port", "unix:/path", "unix:@name", or a tuple (host, port). A host name's
-            addresses are tried in the order the resolver gives them (RFC 6724).
+            addresses are tried in the order the resolver gives them (RFC 6724), one after the other; at most 8.
         timeout: seconds for all of it, the look-up of the name included; None waits as long as the system does. It
             ends with the call: the connection has no time-out until ``settimeout`` gives it one.
         source_address: (host, port) to connect from.
@@ -38,6 +44,7 @@ def connect(
         TimeoutError: not connected within ``timeout``.
         OSError: of the last address tried; socket.gaierror: no such host.
     """
+    check_event_loop()
     parsed = parse_address(address)
     if parsed.kind == "fd" or parsed.host == "*" or (parsed.kind == "tcp" and not parsed.port):
         raise ConfigError(f'address to connect to must be "host:port" or "unix:/path", got {address!r}')
@@ -67,7 +74,18 @@ def _resolve(host: str, port: int) -> list[tuple[int, Any]]:
             continue
         return [(family, (host, port))]
     found = gevent.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(family, sockaddr) for family, _, _, _, sockaddr in found]
+    return _some([(family, sockaddr) for family, _, _, _, sockaddr in found])
+
+
+def _some(found: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """MOST_ADDRESSES of them in the same order: the first ones of each family."""
+    found = list(dict.fromkeys(found))
+    seen: Counter[int] = Counter()
+    ranks = []
+    for place, (family, _) in enumerate(found):
+        ranks.append((seen[family], place))
+        seen[family] += 1
+    return [found[place] for place in sorted(place for _, place in sorted(ranks)[:MOST_ADDRESSES])]
 
 
 def _connect(

@@ -20,6 +20,7 @@ from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer, answer_plain_text, handshake_failure
+from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
@@ -72,7 +73,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     Attributes:
         client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
             "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
-            :attr:`peer_address` is the balancer's.
+            :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
+            ``client_limits`` count the connection.
         started_at: when it was accepted, seconds since the epoch.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
@@ -182,15 +184,25 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         return proxied
 
     def note_proxy_header(self, header: ProxyHeader) -> None:
-        """Take for the client's address what a balancer says it is; a header without one (LOCAL, UNKNOWN) changes
-        nothing."""
+        """Take for the client's address what a balancer says it is, and count that client (``client_limits``).
+
+        A header without an address (LOCAL, UNKNOWN, UNSPEC) changes nothing: the client is whom the connection is from.
+        Nor does one of datagrams, whose sources can be forged: this is a stream (haproxy and nginx do the same).
+
+        Raises:
+            ClientRefused: it is beyond a limit. The connection has been reset.
+        """
         self._proxied = (header, self.client_address)
         source = header.source
+        if source is None or header.transport is not Transport.STREAM:
+            return
         if isinstance(source, bytes):
             self.client_address = os.fsdecode(source)
-        elif source is not None:
+        else:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+        if self.server is not None:
+            self.server._client_named(self)
 
     @property
     def log_fields(self) -> dict[str, Any]:
@@ -316,9 +328,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             raise ValueError("separator must not be empty")
         stream = self._stream
         data = stream.kept
-        searched = 0
         while True:
-            found = data.find(separator, searched)
+            found = data.find(separator)
             if found >= 0:
                 end = found + len(separator)
                 if end > limit:
@@ -327,7 +338,6 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
                 return data[:end]
             if len(data) >= limit:
                 break
-            searched = max(0, len(data) - len(separator) + 1)
             # While more is read, what came is not kept: recv would hand it out again.
             stream.kept = b""
             try:
@@ -336,10 +346,36 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
                 stream.kept = data
                 raise
             if not more and not (data and stream.goes_on()):
-                raise EarlyEOF(f"the peer closed after {len(data)} bytes, before {separator!r}", data)
-            data += more
+                raise _no_separator(data, separator)
+            if data:
+                return self._recv_until_in_pieces(separator, limit, bytearray(data), more)
+            data = more
         stream.kept = data
         raise LimitExceeded(f"no {separator!r} within {limit} bytes")
+
+    def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
+        """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
+        that drips has nothing copied or searched a second time for each of its bytes."""
+        stream = self._stream
+        try:
+            while True:
+                searched = max(0, len(data) - len(separator) + 1)
+                data += more
+                found = data.find(separator, searched)
+                end = found + len(separator)
+                if found >= 0 and end <= limit:
+                    message = bytes(memoryview(data)[:end])
+                    del data[:end]
+                    return message
+                if found >= 0 or len(data) >= limit:
+                    raise LimitExceeded(f"no {separator!r} within {limit} bytes")
+                more = stream.recv(READ_AHEAD)
+                if not more and not stream.goes_on():
+                    early = _no_separator(bytes(data), separator)
+                    data.clear()
+                    raise early
+        finally:
+            stream.kept = bytes(data)
 
     def unread(self, data: bytes) -> None:
         """Give back bytes that were read: the next read, or a relay, gets them first."""
@@ -574,6 +610,10 @@ _set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = cast(Any, Connection._proxied).__get__
 _get_log_fields = cast(Any, Connection._log_fields).__get__
+
+
+def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
+    return EarlyEOF(f"the peer closed after {len(data)} bytes, before {separator!r}", data)
 
 
 def log_fields_of(connection: Connection) -> dict[str, Any]:

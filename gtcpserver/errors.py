@@ -33,5 +33,17 @@ class TruncatedStream(GtcpServerError, EOFError):
     """A TLS peer closed its connection without saying so (no close_notify): what came may be cut short."""
 
 
+class ClientRefused(GtcpServerError, ConnectionAbortedError):
+    """A client that a balancer has named is beyond a limit of the server; its connection has been reset.
+
+    Attributes:
+        reason: as ``ClientLimits.refused`` counts it: "client_denied", "client_connections", "client_rate".
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class StartTLSError(GtcpServerError):
     """TLS cannot be started on a connection in its present state."""

@@ -23,8 +23,13 @@ LONGEST_TARGET = 16 * 1024
 LONGEST_METHOD = 32  # the longest in the IANA registry has 17 characters: UPDATEREDIRECTREF
 MOST_FIELDS = 128
 
+#: Empty lines before a request, of which a server should skip one (RFC 9112 section 2.2): some old clients send one
+#: behind a body. nginx and node.js skip any number.
+MOST_EMPTY_LINES = 16
+
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 # The value with the white space around it: a pattern that leaves it out has many ways to divide a long run of spaces,
 # and tries them all (60 kB of them took 15 s).
@@ -95,7 +100,13 @@ class Head:
         return self.version == b"1.0" or b"close" in options_of(self.headers)
 
 
-def find_end_of_head(data: bytes, searched: int = 0) -> int | None:
+def size_of_empty_lines(data: bytes) -> int:
+    """How many bytes of empty lines `data` begins with."""
+    found = _EMPTY_LINES.match(data)
+    return 0 if found is None else found.end()
+
+
+def find_end_of_head(data: bytes | bytearray, searched: int = 0) -> int | None:
     """Where a head ends, behind its empty line; None as long as it has not come.
 
     Args:

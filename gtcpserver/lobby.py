@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .balancer import HeaderStep, ProxyProtocol
-from .client_limits import ClientLimits
+from .balancer import HeaderStep, ProxyProtocol, network_address
+from .client_limits import ClientLimits, Refusal
 from .handshake import HandshakeStep
 from .lane import Lane
 from .tls import Credentials
@@ -53,6 +53,8 @@ class Lobby:
         self._ready = ready
         self._empty = empty
         self._unserved = unserved
+        #: As whom the limits count a connection: its client address may be another one at its end.
+        self._counted_as: dict[Connection, Any] = {}
         self.waiting: deque[Connection] = deque()
         self.failed = 0
         self._headers: Lane | None = None
@@ -98,15 +100,18 @@ class Lobby:
             self._header_done(connection)
 
     def _header_done(self, connection: Connection) -> None:
-        refusal = self._limits.enter(connection.client_address) if self._limits is not None else None
-        if refusal is not None:
-            # Reset, as a port that nobody listens on would: no state is kept for it.
-            self.failed += 1
-            if self._unserved is not None:
-                self._unserved(connection, refusal, "")
-            connection.abort()
-            self._empty()
-            return
+        if self._limits is not None:
+            address = network_address(connection)
+            refusal = self._limits.enter(address)
+            if refusal is not None:
+                # Reset, as a port that nobody listens on would: no state is kept for it.
+                self.failed += 1
+                if self._unserved is not None:
+                    self._unserved(connection, refusal, "")
+                connection.abort()
+                self._empty()
+                return
+            self._counted_as[connection] = address
         if self._handshakes is not None:
             self._handshakes.begin(connection)
         else:
@@ -126,10 +131,26 @@ class Lobby:
         self.left(connection)
         self._fail(connection, "handshake_failed", kind)
 
+    def named(self, connection: Connection) -> Refusal | None:
+        """Count the client that a header has named, if the connection was let in before as the balancer's.
+
+        Returns:
+            The limit that it is beyond; None: it may stay.
+        """
+        counted_as, address = self._counted_as.get(connection), network_address(connection)
+        if self._limits is None or counted_as is None or counted_as == address:
+            return None
+        del self._counted_as[connection]
+        refusal = self._limits.move(counted_as, address)
+        if refusal is None:
+            self._counted_as[connection] = address
+        return refusal
+
     def left(self, connection: Connection) -> None:
         """A connection that was let in has ended."""
-        if self._limits is not None:
-            self._limits.leave(connection.client_address)
+        counted_as = self._counted_as.pop(connection, None)
+        if counted_as is not None and self._limits is not None:
+            self._limits.leave(counted_as)
 
     def end_all(self) -> None:
         """Drop those who have something to do yet."""

@@ -7,6 +7,8 @@ import os
 import struct
 from typing import Any
 
+from .networks import IPAddress, as_ip, unmapped
+
 TCP_LISTEN = "0A"
 
 
@@ -22,7 +24,7 @@ def describe_holder(sockaddr: tuple[Any, ...]) -> str:
 
 
 def _listening_inodes(sockaddr: tuple[Any, ...]) -> set[str]:
-    wanted = _plain(ipaddress.ip_address(sockaddr[0].partition("%")[0]))
+    wanted = as_ip(sockaddr[0])
     inodes = set()
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -34,7 +36,7 @@ def _listening_inodes(sockaddr: tuple[Any, ...]) -> set[str]:
             columns = line.split()
             host, port = columns[1].split(":")
             if columns[3] == TCP_LISTEN and int(port, 16) == sockaddr[1]:
-                held = _plain(_address(host))
+                held = unmapped(_address(host))
                 # An address conflicts with itself and with "every address" on either side; an IPv6 "every" may be
                 # of IPv4 too.
                 if held == wanted or held.is_unspecified or wanted.is_unspecified:
@@ -42,15 +44,11 @@ def _listening_inodes(sockaddr: tuple[Any, ...]) -> set[str]:
     return inodes
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _address(text: str) -> IPAddress:
     # Each 32 bits are a number printed in the byte order of the machine.
     words = [int(text[index : index + 8], 16) for index in range(0, len(text), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     return ipaddress.ip_address(packed)
-
-
-def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _processes() -> list[int]:

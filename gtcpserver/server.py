@@ -13,6 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from math import inf
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,8 @@ from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
-from .errors import ConfigError, GtcpServerError, LimitExceeded
+from .errors import ClientRefused, ConfigError, GtcpServerError, LimitExceeded
+from .event_loop import check_event_loop
 from .idle import PlacelessIdle
 from .linger import Linger
 from .listener import (
@@ -68,9 +70,10 @@ DEFAULT_STOP_TIMEOUT = 30.0
 #: Above it a handler's counter is none: Python itself does not print integers of thousands of digits.
 LARGEST_COUNTER = 2**63
 
-#: Seconds from accept that a connection which has not sent a byte is not idle for a stop: its first request is on its
-#: way, and to close now would lose it. A round trip around the world takes 0.3 s.
+#: Seconds from accept in which a stop leaves alone a connection that has not sent a byte: its first request is on its
+#: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
 FIRST_REQUEST = 1.0
+FIRST_REQUEST_OVER_TLS = 2.0
 
 
 class State(Enum):
@@ -151,6 +154,7 @@ class Server:
         on_disconnect: Callable[[Connection], Any] | None = None,
         on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
+        check_event_loop()
         if not callable(handler):
             raise ConfigError(f"handler must be callable with a connection, got {handler!r}")
         for name, hook in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_error", on_error)):
@@ -236,6 +240,7 @@ class Server:
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
+        self._patient = False  # the stop waits for first requests however long they take
         self._signalled_early = 0
         self._started_at = 0.0
         self._serve_bound = self._serve  # one bound method for all connections: 64 bytes each
@@ -484,6 +489,14 @@ class Server:
         if waiting:
             self._serve_waiting_later()
 
+    def _client_named(self, connection: Connection) -> None:
+        """Count the client that a balancer has named. Raises ClientRefused."""
+        refusal = self._lobby.named(connection) if self._lobby is not None else None
+        if refusal is not None:
+            self._note_end(connection, refusal)
+            connection.abort()
+            raise ClientRefused(refusal)
+
     def _note_if_nobody_is_connected(self) -> None:
         if not (self._connections or self._held or self._lobby):
             self._nobody_connected.set()
@@ -630,19 +643,26 @@ class Server:
                 get_hub().loop.run_callback(self._serve_waiting)
             get_hub().loop.run_callback(self._wake_accept_loops)
 
+    def _end_idle_connections(self) -> None:
+        for connection in self._idle_connections():
+            self._end_idle_at_stop(connection)
+
     def _end_idle_at_stop(self, connection: Connection) -> None:
         left = self._time_for_first_request(connection)
         if left > 0 and not self._hurry.is_set():
-            gevent.spawn_later(left, self._end_if_idle, connection)
+            if left < inf:
+                gevent.spawn_later(left, self._end_if_idle, connection)
         else:
             get_hub().loop.run_callback(self._end_if_idle, connection)
 
-    @staticmethod
-    def _time_for_first_request(connection: Connection) -> float:
-        """Seconds that a connection still has to send its first byte; 0: it has sent some, or had its time."""
+    def _time_for_first_request(self, connection: Connection) -> float:
+        """Seconds left for the connection's first byte; 0: it has sent some, or had its time; inf: all of the stop."""
         if connection.bytes_received:
             return 0.0
-        return max(0.0, connection.started_at + FIRST_REQUEST - time())
+        if self._patient:
+            return inf
+        allowed = FIRST_REQUEST if connection.tls is None else FIRST_REQUEST_OVER_TLS
+        return max(0.0, connection.started_at + allowed - time())
 
     def _end_if_idle(self, connection: Connection) -> None:
         if connection._idle and connection._idle.active and not connection._closed:
@@ -650,10 +670,11 @@ class Server:
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
-    def stop(self, timeout: float | None = None, *, leave_listening: bool = False) -> StopReport:
+    def stop(self, timeout: float | None = None, *, leave_listening: bool = False, patient: bool = False) -> StopReport:
         """Take no new connections, serve those the kernel has queued, wait for the handlers.
 
-        Idle connections (:meth:`Connection.idle`) are ended at once. Handlers that still run after ``timeout`` are
+        Idle connections (:meth:`Connection.idle`) are ended at once, except those that have not sent a byte yet: they
+        get a second from accept (over TLS two) for their first request. Handlers that still run after ``timeout`` are
         ended by GreenletExit, so that their ``finally`` blocks run; one that swallows it is told again and its socket
         is shut.
 
@@ -661,6 +682,8 @@ class Server:
             timeout: seconds; None waits for ever, 0 ends handlers at once (after the queue was emptied).
             leave_listening: another process goes on with the same listening sockets: leave them, and what they have
                 queued, to it.
+            patient: another process serves new clients, so that this one need not hurry: connections that have not sent
+                a byte get as long as ``timeout`` and their own time-outs allow, so that no first request is lost.
 
         Returns:
             how many handlers finished and how many were ended, with what each of those was doing.
@@ -675,8 +698,20 @@ class Server:
             self.listening_ended.set()
             self._stopped.set()
         if self.state is State.SERVING:
+            self._patient = patient
             self._begin_stop(timeout, leave_listening)
         return self._wait_for_report()
+
+    def hasten(self, timeout: float) -> None:
+        """Bound a stop that is under way: connections that are still open after ``timeout`` seconds are ended.
+
+        A patient stop (see :meth:`stop`) is one no longer: connections that have not sent a byte have a second.
+        """
+        check_number("timeout", timeout, least=0)
+        if self.state is State.STOPPING:
+            self._patient = False
+            self._end_idle_connections()
+            gevent.spawn_later(timeout, self.halt)
 
     def halt(self) -> StopReport:
         """Close the listening sockets, end every handler now. What the kernel has queued is reset."""
@@ -787,8 +822,7 @@ class Server:
                     acceptor.mute()
             self.stopping_event.set()
             # Idle ones end now, the others when they become idle.
-            for connection in self._idle_connections():
-                self._end_idle_at_stop(connection)
+            self._end_idle_connections()
             if drain:
                 with self._closing_loops:
                     self._drain_and_close(self._acceptors)
@@ -798,6 +832,11 @@ class Server:
                     acceptor.listener.close(keep_path=leave_listening)
             self.listening_ended.set()
             self._wait_for(self._nobody_connected, until)
+            if self._patient:
+                # Clients that never sent a request are not cut short.
+                for connection in self._idle_connections():
+                    get_hub().loop.run_callback(self._end_if_idle, connection)
+                gevent.sleep(0)
             cut = self._end_handlers()
             if not self._hurry.is_set():
                 self._wait_for(self.lingerer.nobody_lingers, until)

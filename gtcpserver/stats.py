@@ -70,7 +70,7 @@ class ServerStats:
         queue_wait_mean: mean time they had waited since the handshake (or their last sending; TCP_INFO, tcp(7)).
         queue_wait_max: the longest of them.
         handler_counters: what the handler itself counts, if it is an object with ``counters``; of the proxy: how
-            connections have ended.
+            connections have ended; of WSGI and static files: "bad_request", "file_error".
         handlers: handlers running now, over all servers that share the pool.
         pool_size: places in the pool; None for no limit.
         uptime: since the start.

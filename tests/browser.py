@@ -20,11 +20,15 @@ ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"
 class Browser:
     """One browser with one page.
 
+    Args:
+        arguments: more of them for the program.
+
     Attributes:
         complaints: errors and warnings of the page's console, violations of its policy among them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._login: tuple[str, str] | None = None
         self.complaints: list[str] = []
         self._last = 0
         self._inbox = b""
@@ -35,7 +39,7 @@ class Browser:
         try:
             script = f'exec chromium "$@" 3<&{passed[0]} 4>&{passed[1]}'
             self._process = subprocess.Popen(
-                ["bash", "-c", script, "chromium", *ARGUMENTS, f"--user-data-dir={folder}", "about:blank"],
+                ["bash", "-c", script, "chromium", *ARGUMENTS, *arguments, f"--user-data-dir={folder}", "about:blank"],
                 pass_fds=passed,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -49,6 +53,11 @@ class Browser:
         self._session = self.do("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.do(f"{domain}.enable")
+
+    def log_in(self, user: str, password: str) -> None:
+        """Give these to whoever asks, as a user would."""
+        self._login = (user, password)
+        self.do("Fetch.enable", handleAuthRequests=True)
 
     def show(self, width: int, height: int, scheme: str) -> None:
         """The size of the window, in CSS pixels, and "light" or "dark"."""
@@ -84,18 +93,29 @@ class Browser:
         Path(path).write_bytes(base64.b64decode(data))
 
     def do(self, method: str, **parameters: Any) -> dict[str, Any]:
+        number = self._send(method, **parameters)
+        while (answer := self._receive()).get("id") != number:
+            if answer.get("method") == "Log.entryAdded":
+                self.complaints.append(answer["params"]["entry"]["text"])
+            elif answer.get("method") == "Runtime.exceptionThrown":
+                self.complaints.append(str(answer["params"]["exceptionDetails"]))
+            elif answer.get("method") == "Fetch.requestPaused":
+                self._send("Fetch.continueRequest", requestId=answer["params"]["requestId"])
+            elif answer.get("method") == "Fetch.authRequired" and self._login is not None:
+                given = {"response": "ProvideCredentials", "username": self._login[0], "password": self._login[1]}
+                self._send(
+                    "Fetch.continueWithAuth", requestId=answer["params"]["requestId"], authChallengeResponse=given
+                )
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    def _send(self, method: str, **parameters: Any) -> int:
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self._last:
-            if answer.get("method") == "Log.entryAdded":
-                self.complaints.append(answer["params"]["entry"]["text"])
-            elif answer.get("method") == "Runtime.exceptionThrown":
-                self.complaints.append(str(answer["params"]["exceptionDetails"]))
-        assert "error" not in answer, answer["error"]
-        return answer["result"]
+        return self._last
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._inbox:

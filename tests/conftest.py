@@ -4,6 +4,7 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 `in_thread(sock.recv, 100)` does that in a native thread.
 """
 
+import faulthandler
 import logging
 import os
 import socket
@@ -37,6 +38,29 @@ def wait_until(condition, seconds=SOON):
         assert time.monotonic() < give_up, f"still not true after {seconds} s: {condition}"
         gevent.sleep(0.002)
     return value
+
+
+_stderr = 2
+
+
+def pytest_configure(config):
+    global _stderr
+    _stderr = os.dup(2)  # before a test's output is captured
+
+
+def pytest_timeout_set_timer(item, settings):
+    """End a test that hangs by ending its process, with the stacks of all threads; with -n the run goes on in another.
+
+    pytest-timeout's own signal raises an exception in whichever greenlet runs, and one that hangs in the hub swallows
+    it. faulthandler's thread needs no lock of the interpreter, so that it also ends what hangs in C.
+    """
+    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=_stderr)
+    return True
+
+
+def pytest_timeout_cancel_timer(item):
+    faulthandler.cancel_dump_traceback_later()
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -210,6 +210,11 @@ def run_python(place, block, code):
     log.close()
 
 
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_until_listening(process, log, ports, block):
     assert ports, f"{block} serves on no port that is known"
     give_up = time.monotonic() + SOON
@@ -250,11 +255,13 @@ def run_server(place, block, step):
     command = step.command.removesuffix("&").strip()
     files = [place.folder / word for word in command.split() if (place.folder / word).is_file()]
     text = command + "".join(file.read_text() for file in files)
+    # The configuration of a balancer names the servers behind it, too, which listen already.
+    ports = [port for port in map(int, PORT.findall(text)) if not listens(port)]
     process, log = place.start(["bash", "-c", f"exec {command}"], ours="gtcpserver" in text)
     if command.startswith("gtcpserver"):
         wait_for(process, block, command, lambda: "listening on" in read(log), log)
     else:
-        wait_until_listening(process, log, [int(port) for port in PORT.findall(text)], block)
+        wait_until_listening(process, log, ports, block)
     if step.output:
         wait_for(process, block, command, lambda: begins(step.output, read(log)), log)
 

@@ -374,10 +374,10 @@ def test_an_early_answer_to_an_upload_reaches_the_client(proxy, origin, client, 
 
 @pytest.mark.parametrize("size", [1000, 10 * SPLICE_FROM])
 def test_an_upload_may_take_longer_than_an_answer(proxy, origin, client, size):
-    visitor = client(proxy(timeouts=Timeouts(answer=0.15)))
+    visitor = client(proxy(timeouts=Timeouts(answer=0.6)))
     visitor.send(f"POST {origin(sink).url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n")
     for start in range(0, size, size // 5):
-        gevent.sleep(0.1)
+        gevent.sleep(0.15)
         visitor.send(LARGE[start : start + size // 5])
     assert visitor.answer()[2].decode() == hashlib.sha256(LARGE[:size]).hexdigest()
 

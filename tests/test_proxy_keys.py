@@ -372,6 +372,25 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
 
 
+@about("limits.connect_attempts", "limits.client_connect_attempts")
+@pytest.mark.parametrize("which", ["connect_attempts", "client_connect_attempts"])
+def test_attempts_to_connect(proxy, connect, in_thread, access_records, which):
+    server = proxy(f"[limits]\n{which} = 1")
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as silent, socket.socket() as filler:
+        # With one more in its queue it leaves attempts unanswered.
+        filler.connect(silent.getsockname())
+        port = silent.getsockname()[1]
+        first = connect(server)
+        first.sendall(socks(port))
+        limits = server.handler._only.gate.limits
+        wait_until(lambda: limits.attempts)
+        assert in_thread(reply, connect(server), socks(port)) == 1
+        record = access_records()[0].access
+        assert (record["result"], record["detail"]) == ("limit", which)
+        server.halt()
+        wait_until(lambda: not limits.attempts)
+
+
 @about("limits.request_body")
 @pytest.mark.parametrize(
     ("framing", "status"),

@@ -826,3 +826,59 @@ def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connec
     ended = gevent.spawn(server.stop, SOON)
     assert in_thread(client.recv, 10) == b""
     ended.get(timeout=SOON)
+
+
+def idle_echo_of_an_old_connection(conn):
+    conn.started_at -= 60
+    idle_echo(conn)
+
+
+def test_a_patient_stop_waits_for_a_first_request_however_late_it_comes(serve, connect, in_thread):
+    server = serve(idle_echo_of_an_old_connection)
+    client = connect(server)
+    wait_until(lambda: server.stats().idle == 1)
+    stopping = gevent.spawn(server.stop, None, patient=True)
+    wait_until(server.listening_ended.is_set)
+    client.sendall(b"hello")
+    assert in_thread(client.recv, 10) == b"hello"
+    assert in_thread(client.recv, 10) == b""
+    assert stopping.get(timeout=SOON).finished == 1
+
+
+def test_a_patient_stop_ends_silent_connections_at_its_time_out_and_does_not_call_them_cut(serve, connect):
+    server = serve(idle_echo)
+    connect(server)
+    wait_until(lambda: server.stats().idle == 1)
+    report = server.stop(0.05, patient=True)
+    assert (report.finished, report.ended) == (1, 0)
+    assert server.stats().idle_closed == 1
+
+
+def test_a_patient_stop_ends_connections_that_had_a_request_at_once(serve, connect, in_thread):
+    server = serve(idle_echo)
+    client = connect(server)
+    client.sendall(b"hello")
+    assert in_thread(client.recv, 10) == b"hello"
+    wait_until(lambda: server.stats().idle == 1)
+    assert server.stop(None, patient=True).finished == 1
+
+
+def test_hasten_ends_the_patience_of_a_stop(serve, connect, in_thread):
+    server = serve(idle_echo_of_an_old_connection)
+    client = connect(server)
+    wait_until(lambda: server.stats().idle == 1)
+    stopping = gevent.spawn(server.stop, None, patient=True)
+    wait_until(server.listening_ended.is_set)
+    server.hasten(60)
+    assert in_thread(client.recv, 10) == b""
+    assert stopping.get(timeout=SOON).finished == 1
+
+
+def test_hasten_bounds_a_stop_that_waits_for_ever(serve, connect):
+    server = serve(lambda conn: gevent.sleep(60))
+    connect(server)
+    wait_until(lambda: server.active_connections == 1)
+    stopping = gevent.spawn(server.stop, None)
+    wait_until(server.listening_ended.is_set)
+    server.hasten(0.05)
+    assert stopping.get(timeout=SOON).ended == 1

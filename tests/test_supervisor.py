@@ -116,6 +116,37 @@ def test_a_reload_cuts_no_connection_however_short_the_time_for_a_stop_is(start:
     assert re.search(r"stopped: \d+ connections finished, 0 cut", master.log())
 
 
+OLD_CONNECTIONS = """
+def handler(conn):
+    conn.started_at -= 60  # longer ago than any time that a stop gives to first requests
+    while True:
+        try:
+            with conn.idle():
+                line = conn.recv_until(b"\\n")
+        except EOFError:
+            return
+        conn.sendall(line)
+"""
+
+
+@pytest.mark.parametrize("leave", ["reload", "upgrade", "scale"])
+def test_clients_whose_first_request_comes_long_after_they_connected_lose_nothing_when_their_worker_leaves(
+    start: Start, folder: Path, leave: str
+) -> None:
+    (folder / "app.py").write_text(OLD_CONNECTIONS)
+    master = start("--workers", "2")
+    clients = [master.connect() for _ in range(8)]
+    master.wait_until_active(len(clients))
+    if leave == "scale":
+        assert "error" not in master.ask("scale", workers=1)
+    else:
+        assert "error" not in master.ask(leave)
+    for client in clients:
+        client.sendall(b"hello\n")
+        assert client.makefile("rb").readline() == b"hello\n"
+        client.close()
+
+
 def test_connections_of_a_replaced_worker_end_within_the_retire_timeout(start: Start) -> None:
     master = start("--workers", "1", "--retire-timeout", "0.1", "--stop-timeout", "none")
     with master.connect() as client:

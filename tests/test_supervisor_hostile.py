@@ -242,7 +242,7 @@ def test_a_monitor_that_asks_and_does_not_read_costs_no_memory() -> None:
     theirs.setblocking(False)
     monitor = MonitorProcess.__new__(MonitorProcess)
     monitor._master = FakeMaster()  # type: ignore[assignment]
-    monitor._line, monitor._inbox, monitor._outbox, monitor._pid = ours, b"", b"", 0
+    monitor._line, monitor._inbox, monitor._outbox, monitor._pid = ours, b"", bytearray(), 0
     monitor.starting = False
     for _ in range(200):
         theirs.send(b"status\n" * 20)

@@ -1448,3 +1448,20 @@ def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
         sock.sendall(b"no TLS\r\n")
         output, errors = program.communicate(timeout=SOON)
     assert (output, errors) == (b"0 {'not_tls': 1}\n", b"")
+
+
+def test_a_stop_allows_for_the_round_trips_of_tls_before_the_first_request(serve, tls, tls_client, in_thread):
+    def handle(conn):
+        conn.started_at -= 1.2  # more than a plain connection gets
+        with conn.idle():
+            data = conn.recv(100)
+        conn.sendall(data)
+
+    server = serve(handle, tls=tls)
+    client = tls_client(server)
+    wait_until(lambda: server.stats().idle == 1)
+    stopping = gevent.spawn(server.stop, SOON)
+    wait_until(server.listening_ended.is_set)
+    in_thread(client.sendall, b"hello")
+    assert in_thread(client.recv, 100) == b"hello"
+    assert stopping.get(timeout=SOON).ended == 0

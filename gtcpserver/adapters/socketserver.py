@@ -18,6 +18,9 @@ from ..logs import NonBlockingHandler
 
 log = logging.getLogger("gtcpserver.http")
 
+#: Characters of a line of http.server's; as long as most URLs are at most.
+LONGEST_LINE = 2000
+
 
 class SocketServerHandler:
     """Serves each connection with an instance of a ``socketserver`` handler class; see :func:`from_socketserver`."""
@@ -86,6 +89,7 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
     our log never waits for its reader, its lines go there, and not to stderr, which may.
     """
     has_own_log = handler_class.log_message is not BaseHTTPRequestHandler.log_message
+    has_own_errors = handler_class.log_error is not BaseHTTPRequestHandler.log_error
 
     class Handler(handler_class):  # type: ignore[misc]
         def handle_one_request(self) -> None:
@@ -105,7 +109,15 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
             if has_own_log or not _log_never_waits():
                 super().log_message(format, *args)
             else:
-                log.info("%s " + format, self.address_string(), *args)
+                # A request line has up to 64 KiB.
+                log.info("%s %.*s", self.address_string(), LONGEST_LINE, format % args)
+
+        def log_error(self, format: str, *args: Any) -> None:
+            if has_own_log or has_own_errors or not _log_never_waits():
+                super().log_error(format, *args)
+            else:
+                # The line of the request, which follows, has the status.
+                log.debug("%s %.*s", self.address_string(), LONGEST_LINE, format % args)
 
     Handler.__name__, Handler.__qualname__ = handler_class.__name__, handler_class.__qualname__
     Handler.__module__ = handler_class.__module__

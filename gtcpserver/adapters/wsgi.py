@@ -1,87 +1,379 @@
-"""WSGI applications (PEP 3333), by gevent.pywsgi on our sockets, pool and TLS."""
+"""WSGI applications (PEP 3333), by gevent.pywsgi on our sockets, pool and TLS.
+
+gevent.pywsgi answers. The request is read here, by the rules of http_head.py and http_chunks.py: pywsgi's parser takes
+heads that a proxy in front reads in another way, which is how requests are smuggled.
+"""
 
 from __future__ import annotations
 
+import http
+import io
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable
+from socket import MSG_DONTWAIT, MSG_PEEK
 from typing import Any
+from urllib.parse import unquote
 
 from gevent import pywsgi
+from greenlet import GreenletExit
 
-from ..connection import Connection
+from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError
+from ..http_head import Head, HttpError, check_head, find_end_of_head
 from ..logs import FaultLimiter, also, fault_key
+from ..overseer import HandlerTimedOut, TooSlow
+from ..stopping import peer
+from .wsgi_body import BodyError, RequestBody
 
 log = logging.getLogger("gtcpserver.wsgi")
 
+#: Seconds in which the head of a request must have come, once it has begun; as of the static file server.
+HEAD_TIMEOUT = 30.0
+
 
 class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
-    """gevent's, but that the connection stays ours to close, and that it tells when it waits for a request."""
+    """gevent's from the application on. What stands before is ours, and the connection stays ours to close."""
 
-    def _log_error(self, kind: Any, error: Any, trace: Any) -> None:
-        # gevent's goes to the hub, which prints it.
-        left_out = self.server.faults.allow(fault_key(kind, trace))
-        if left_out is not None:
-            log.error("application failed%s", also(left_out), exc_info=(kind, error, trace))
+    socket: Connection
+    # For type checkers, which do not know gevent's: what is set anew for each request.
+    _orig_status: str | None
+    response_headers: list[tuple[bytes, bytes]]
+
+    def __init__(self, conn: Connection, server: _ForConnection) -> None:
+        # Not gevent's: it makes a file, which reads more than one request.
+        self.socket = conn
+        self.client_address = conn.client_address
+        self.server = server
+        self._body: RequestBody | None = None
+        self._unsent: OSError | None = None
+        self._has_raw_input = False
 
     def handle(self) -> None:
         conn = self.socket
-        while True:
+        while (head := self._next_head()) is not None:
+            if not self._serve_one(head) or (conn.server is not None and conn.server.stopping):
+                return
+
+    # -- the request -------------------------------------------------------------------------------------------------
+
+    def _next_head(self) -> Head | None:
+        """The head of the next request; None when there is none, or it was refused.
+
+        Raises:
+            TimeoutError: it has begun, and its rest did not come in time. That was answered.
+        """
+        conn = self.socket
+        try:
+            with conn.idle():
+                data = conn.recv(READ_AHEAD)
+        except TimeoutError:
+            return None
+        if not data:
+            return None
+        try:
+            end = None if data.startswith(b"\r\n") else find_end_of_head(data)
+            if end is None:
+                data, end = self._rest_of_head(data)
+            if end < len(data):
+                conn.unread(data[end:])
+                data = data[:end]
+            return check_head(data)
+        except HttpError as error:
+            self._note_bad_request(error)
+            self._refuse(error.status, str(error))
+            return None
+        except TimeoutError:
+            self._refuse(408, "The request took too long.")
+            raise
+
+    def _rest_of_head(self, data: bytes) -> tuple[bytes, int]:
+        """What begins with a head, and where this ends."""
+        with self.socket.deadline(HEAD_TIMEOUT):
+            searched = 0
+            while True:
+                # A client may send empty lines before a request (RFC 9112 section 2.2).
+                empty = 0
+                while data.startswith(b"\r\n", empty):
+                    empty += 2
+                if empty:
+                    data, searched = data[empty:], 0
+                end = find_end_of_head(data, searched)
+                if end is not None:
+                    return data, end
+                searched = len(data)
+                more = self.socket.recv(READ_AHEAD)
+                if not more:
+                    raise HttpError(400, "The request ended before its head did.")
+                data += more
+
+    def _refuse(self, status: int, message: str) -> None:
+        self.command, self.requestline, self.headers_sent = "", "-", False
+        self.time_start = self.time_finish = time.time()
+        self._answer_error(status, message)
+        self.log_request()
+
+    def _note_bad_request(self, error: Exception) -> None:
+        self.server.counters["bad_request"] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("bad request from %s: %s", peer(self.socket), error)
+
+    def _serve_one(self, head: Head) -> bool:
+        """Serve a request; False if the connection ends with it."""
+        self.command, self.path = head.method.decode(), head.target.decode()
+        self.request_version = "HTTP/1.0" if head.version == b"1.0" else "HTTP/1.1"
+        self.requestline = f"{self.command} {self.path} {self.request_version}"
+        connection = b",".join(head.values(b"connection")).lower()
+        options = [option.strip(b" \t") for option in connection.split(b",")] if connection else []
+        self.close_connection = b"close" in options or (head.version == b"1.0" and b"keep-alive" not in options)
+        file: Any = None
+        if connection == b"upgrade" or [value.lower() for value in head.values(b"upgrade")] == [b"websocket"]:
+            # The application gets the connection as a file, as from gevent. Where it has left off nobody can know.
+            file = self.socket.makefile("rb")
+            self._has_raw_input = self.close_connection = True
+        elif head.has_body:
+            self._body = RequestBody(self.socket, head)
+            file = io.BufferedReader(self._body)
+        if head.method == b"CONNECT":
+            self.close_connection = True  # what follows may be meant for a tunnel
+        self.environ = self._make_environ(head, file)
+        self.application = self.server.application
+        try:
+            self._serve_application()
+        finally:
+            self._unsent = None
+            if self._body is not None:
+                self._body.fault = None  # it refers to this frame: a cycle
+                self._body = None
+            elif file is not None:
+                file.close()
+        return not self.close_connection
+
+    def _make_environ(self, head: Head, file: Any) -> dict[str, Any]:
+        env = self.server.get_environ()
+        path, _, query = self.path.partition("?")
+        env["REQUEST_METHOD"] = self.command
+        env["PATH_INFO"] = unquote(path, "latin-1") if "%" in path else path
+        env["QUERY_STRING"] = query
+        env["SERVER_PROTOCOL"] = self.request_version
+        for name, value in head.headers:
+            if b"_" in name:
+                continue  # "X_User" would be taken for "X-User", which a proxy in front may have checked
+            key = "HTTP_" + name.decode().upper().replace("-", "_")
+            text = value.decode("latin-1")
+            if key in env:
+                env[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
+            else:
+                env[key] = text
+        if env.pop("HTTP_CONTENT_LENGTH", None):
+            env["CONTENT_LENGTH"] = head.values(b"content-length")[0].decode()
+        if env.pop("HTTP_CONTENT_TYPE", None) is not None:
+            env["CONTENT_TYPE"] = head.values(b"content-type")[0].decode("latin-1")
+        env["wsgi.input"] = file if file is not None else io.BytesIO()
+        # gevent's word for: the input ends by itself.
+        env["wsgi.input_terminated"] = not self._has_raw_input
+        return env
+
+    # -- the application ---------------------------------------------------------------------------------------------
+
+    def _serve_application(self) -> None:
+        self.time_start = time.time()
+        self.status = self._orig_status = self.result = None
+        self.headers_sent = self.response_use_chunked = self.connection_upgraded = False
+        self.response_length = 0
+        end: BaseException | None = None
+        try:
             try:
-                with conn.idle():
-                    more = self.rfile.peek(1)
-            except TimeoutError:
-                return
-            if not more:
-                return
-            result = self.handle_one_request()
-            if result is True and not conn.server.stopping:
-                continue
-            if isinstance(result, tuple):
-                self.status, answer = result
-                conn.sendall(answer)
+                self.run_application()
+                if not (self.headers_sent or self._has_raw_input):
+                    raise self.ApplicationError("The application did not call start_response()")
+            except BaseException as error:
+                self.close_connection = True
+                end = self._application_raised(error)
+            if end is None:
+                self._discard_body()
+            else:
+                raise end
+        finally:
+            del end  # it refers to this frame: a cycle
+            self.time_finish = time.time()
+            self.log_request()
+
+    def _discard_body(self) -> None:
+        body = self._body
+        if body is None:
             return
+        try:
+            if not body.discard():
+                self.close_connection = True
+        except BodyError as error:
+            self.close_connection = True
+            if error.malformed:
+                self._note_bad_request(error)
+                self._answer_error(400, str(error))
+        except OSError:
+            self.close_connection = True
+
+    def _application_raised(self, error: BaseException) -> BaseException | None:
+        """Answer, if that can be; what the connection ends by, None if its end is in order."""
+        fault: OSError | None = self._unsent or (self._body.fault if self._body is not None else None)
+        if fault is None and isinstance(error, ConnectionError) and self._has_raw_input and _has_left(self.socket):
+            fault = error
+        if fault is not None and _comes_of(error, fault):
+            return self._client_failed(fault)
+        is_cut = isinstance(error, (GreenletExit, TooSlow))
+        if is_cut:
+            self._end_in_disorder()
+            return error
+        if isinstance(error, HandlerTimedOut):
+            self._answer_error(500, "The application took too long.")
+            return error
+        left_out = self.server.faults.allow(fault_key(type(error), error.__traceback__))
+        if left_out is not None:
+            log.error("application failed%s", also(left_out), exc_info=error)
+        self._answer_error(500, "Internal Server Error")
+        return None
+
+    def _client_failed(self, fault: OSError) -> OSError | None:
+        """The application got an error of the connection, and passed it on: nothing of its own has failed."""
+        if isinstance(fault, BodyError):
+            if fault.malformed:
+                self._note_bad_request(fault)
+            self._answer_error(400, str(fault))
+            return None if fault.malformed else fault
+        if isinstance(fault, TimeoutError):
+            self._answer_error(408, "The body of the request took too long.")
+        self._end_in_disorder()
+        return fault
+
+    # -- the answer --------------------------------------------------------------------------------------------------
+
+    def finalize_headers(self) -> None:
+        super().finalize_headers()
+        body = self._body
+        if body is not None and body.awaits_100 and not body.ended:
+            # No interim answer can follow now, so whether the client will send its body is not known.
+            self.close_connection = True
+        if self.command == "HEAD":
+            self.response_use_chunked = False  # not even the end of a body
+        elif not self._is_delimited():
+            self.close_connection = True
+        if self.close_connection and not self.connection_upgraded:
+            kept = [header for header in self.response_headers if header[0].lower() != b"connection"]
+            self.response_headers = [*kept, (b"Connection", b"close")]
+
+    def _is_delimited(self) -> bool:
+        """The client sees where the answer ends, and whether it was cut."""
+        return (
+            self.response_use_chunked
+            or self.command == "HEAD"
+            or self.code in (204, 304)
+            or any(name.lower() == b"content-length" for name, _ in self.response_headers)
+        )
+
+    def _write(self, data: bytes) -> None:
+        # An application may send a body to HEAD, too: it would be read as the next answer.
+        if self.command != "HEAD":
+            super()._write(data)
+
+    def _sendall(self, data: Any) -> None:
+        try:
+            self.socket.sendall(data)
+        except OSError as error:
+            self._unsent = error
+            raise
+        self.response_length += len(data)
+
+    def _answer_error(self, status: int, message: str) -> None:
+        """Answer by an error, if nothing was answered yet; the last answer of the connection."""
+        if self.headers_sent or self._unsent is not None:
+            self._end_in_disorder()
+            return
+        self._orig_status = f"{status} {http.HTTPStatus(status).phrase}"
+        text = f"{message}\n".encode()
+        self.headers_sent = True
+        try:
+            self._sendall(
+                f"HTTP/1.1 {self._orig_status}\r\nContent-Type: text/plain; charset=utf-8\r\n"
+                f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode()
+                + (b"" if self.command == "HEAD" else text)
+            )
+        except OSError:
+            pass  # it has left
+
+    def _end_in_disorder(self) -> None:
+        """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
+        if self.headers_sent and self.response_headers is not None and not self._is_delimited():
+            self.socket.abort()
+
+
+def _has_left(conn: Connection) -> bool:
+    """Whether the client has closed or reset its connection."""
+    try:
+        return not conn._sock.recv(1, MSG_PEEK | MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _comes_of(error: BaseException | None, fault: BaseException) -> bool:
+    """Whether an exception is this one, or was raised because of it."""
+    for _ in range(20):  # whatever a program has made of the chain
+        if error is None or error is fault:
+            break
+        error = error.__cause__ or error.__context__
+    return error is fault
 
 
 class WSGIHandler:
-    """Serves each connection with a WSGI application; see :func:`from_wsgi`."""
+    """Serves each connection with a WSGI application; see :func:`from_wsgi`.
+
+    Attributes:
+        counters: "bad_request": requests refused, or ended, because they break the rules of HTTP.
+    """
 
     def __init__(self, application: Callable[..., Any], access_log: bool = False) -> None:
         if not callable(application):
             raise ConfigError(f"application must be callable, got {application!r}")
+        self.counters: Counter[str] = Counter()
         self._faults = FaultLimiter()
         # It is never started: it holds what its handlers ask for.
-        self._server = pywsgi.WSGIServer(
-            ("127.0.0.1", 0), application, log=log if access_log else None, error_log=log, handler_class=_WSGIHandler
-        )
+        self._server = pywsgi.WSGIServer(("127.0.0.1", 0), application, log=log if access_log else None, error_log=log)
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
-        server = self._server
-        handler = _WSGIHandler(conn, conn.client_address, _ForConnection(server, conn, self._faults))
-        try:
-            handler.handle()
-        finally:
-            handler.rfile.close()
+        _WSGIHandler(conn, _ForConnection(self._server, conn, self._faults, self.counters)).handle()
 
 
 class _ForConnection:
-    """A WSGIServer as one connection sees it: with the address that the client has connected to."""
+    """A WSGIServer as one connection sees it: with the addresses of both ends."""
 
-    def __init__(self, server: Any, conn: Connection, faults: FaultLimiter) -> None:
+    def __init__(self, server: Any, conn: Connection, faults: FaultLimiter, counters: Counter[str]) -> None:
+        self.application = server.application
+        self.log = server.log
+        self.faults = faults
+        self.counters = counters
         self._server = server
         self._conn = conn
-        self.faults = faults
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._server, name)
+        self._environ: dict[str, Any] | None = None
 
     def get_environ(self) -> dict[str, Any]:
+        """What is the same for all requests of the connection."""
+        if self._environ is None:
+            self._environ = self._make_environ()
+        return self._environ.copy()
+
+    def _make_environ(self) -> dict[str, Any]:
         environ: dict[str, Any] = self._server.get_environ()
         address = self._conn.server_address
         name, port = (address[0], address[1]) if isinstance(address, tuple) else ("localhost", 0)
         environ["SERVER_NAME"], environ["SERVER_PORT"] = name, str(port)
         environ["wsgi.url_scheme"] = "http" if self._conn.tls is None else "https"
+        client = self._conn.client_address
+        if isinstance(client, tuple):
+            environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = str(client[0]), str(client[1])
         return environ
 
 
@@ -91,6 +383,10 @@ def from_wsgi(application: Callable[..., Any], *, access_log: bool = False) -> C
     Args:
         application: called with the environment and ``start_response``.
         access_log: write a line for each request to the logger "gtcpserver.wsgi".
+
+    Requests are read strictly: what a proxy in front could read in another way is answered by 400 (or 501, 505), which
+    ends the connection, and counted as "bad_request". To read from ``wsgi.input`` raises an OSError if the client cuts
+    its body short or breaks its chunks; an application that lets it pass has not failed.
 
     A stop finishes the requests that are under way and closes connections that wait for another.
 

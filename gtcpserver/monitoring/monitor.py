@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import ipaddress
 import logging
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from ..adapters import from_wsgi
 from ..address import Address, parse_address
 from ..errors import ConfigError
 from ..listen_config import ListenConfig
+from ..networks import as_ip
 from ..server import Server
 from .source import FromServer, Source
 from .watch import Watch
@@ -132,7 +132,7 @@ def is_loopback(address: Address) -> bool:
     if address.host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(address.host).is_loopback
+        return as_ip(address.host).is_loopback
     except ValueError:
         return False
 

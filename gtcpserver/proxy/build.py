@@ -14,8 +14,9 @@ from ipaddress import ip_address
 from typing import Any, get_args
 
 from ..address import Address, parse_address
-from ..balancer import ProxyProtocol, as_ip
+from ..balancer import ProxyProtocol
 from ..errors import ConfigError
+from ..networks import as_ip
 from ..options import check_number
 from ..tls import Credentials, TLSConfig
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
@@ -43,7 +44,7 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
         return given  # type: ignore[return-value]
     texts = [given] if isinstance(given, str) else given
     try:
-        found = [ip_address(text) for text in texts]
+        found = [unmapped(ip_address(text)) for text in texts]
     except ValueError:
         found = []
     if not found or len({ip.version for ip in found}) < len(found):

@@ -1,4 +1,8 @@
-"""Connect to the first of several addresses that answers: happy eyeballs (RFC 8305)."""
+"""Connect to the first of several addresses that answers: happy eyeballs (RFC 8305).
+
+How many addresses a name has, and whether they answer, may be an attacker's choice: a few are tried (resolve), fewer at
+the same time, and the limits of the proxy count the attempts.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,16 @@ from gevent.queue import SimpleQueue
 from ..connection import Connection
 from ..errors import DeadlineExceeded
 from ..listen_config import ListenConfig
-from .errors import TTL_EXPIRED
+from .errors import TTL_EXPIRED, LimitReached
+from .limits import Attempts
 from .target import IPAddress
 
 #: Seconds until the next address is tried beside the one that has not answered yet (RFC 8305 section 5: 250 ms).
 STAGGER = 0.25
+
+#: Attempts at once to reach one destination. Browsers, curl and Go have two, one of each family; with four, three
+#: addresses that are silent cost less than a second.
+MOST_AT_ONCE = 4
 
 # linux/in.h, in6.h, tcp.h and errqueue.h; Python's socket module does not have them.
 IP_BIND_ADDRESS_NO_PORT = 24
@@ -47,10 +56,12 @@ def dial(
     timeout: float,
     source: Callable[[IPAddress], IPAddress | None] = lambda ip: None,
     fast_open: bool = False,
+    attempts: Attempts | None = None,
 ) -> tuple[Connection, IPAddress]:
     """Connect to the first address that accepts.
 
-    Each next one is tried when the one before has failed, or 250 ms later.
+    Each next one is tried when the one before has failed, or 250 ms later; no more than MOST_AT_ONCE at the same time.
+    Where there are more addresses than that, each has its share of the time: the last ones have their turn, too.
 
     Args:
         addresses: at least one, in the order of preference; all of them may be connected to.
@@ -58,6 +69,7 @@ def dial(
         source: gives the address to come from, for each destination; None: the system's choice.
         fast_open: where the other side has given us a cookie before, connect with the first data that is written (TCP
             Fast Open): whether it accepts is known only then.
+        attempts: counts them, and refuses those beyond a limit; None: there is none.
 
     Returns:
         The connection, with TCP_NODELAY and the keep-alive of clients (ListenConfig), and the address it leads to. The
@@ -65,20 +77,30 @@ def dial(
 
     Raises:
         TimeoutError: not connected in time.
+        LimitReached: not a single attempt may be made now.
         OSError: of the first address that failed; `errors.TTL_EXPIRED` where a router has said so.
     """
-
-    def connect(ip: IPAddress) -> Connection:
-        return _connect(ip, port, source(ip), fast_open)
-
     if len(addresses) == 1:
         ip = addresses[0]
-        return _connect(ip, port, source(ip), fast_open, timeout), ip
+        if attempts is None:
+            return _connect(ip, port, source(ip), fast_open, timeout), ip
+        attempts.begin()
+        try:
+            return _connect(ip, port, source(ip), fast_open, timeout), ip
+        finally:
+            attempts.end()
+    share = None if len(addresses) <= MOST_AT_ONCE else timeout * MOST_AT_ONCE / len(addresses)
+
+    def connect(ip: IPAddress) -> Connection:
+        return _connect(ip, port, source(ip), fast_open, share)
+
     with gevent.Timeout(timeout, TimeoutError(f"not connected within {timeout:g} seconds")):
-        return _race(addresses, connect)
+        return _race(addresses, connect, attempts)
 
 
-def _race(addresses: Sequence[IPAddress], connect: Callable[[IPAddress], Connection]) -> tuple[Connection, IPAddress]:
+def _race(
+    addresses: Sequence[IPAddress], connect: Callable[[IPAddress], Connection], attempts: Attempts | None
+) -> tuple[Connection, IPAddress]:
     ended: SimpleQueue[Any] = SimpleQueue()
 
     def attempt(ip: IPAddress) -> None:
@@ -90,23 +112,40 @@ def _race(addresses: Sequence[IPAddress], connect: Callable[[IPAddress], Connect
             ended.put((connection, ip, None))
 
     waiting = list(addresses)
-    running: list[Any] = []
+    started: list[Any] = []
+    under_way = 0
     errors: dict[IPAddress, OSError] = {}
     won: Connection | None = None
     try:
-        while waiting or len(errors) < len(running):
-            if waiting:
-                running.append(gevent.spawn(attempt, waiting.pop(0)))
+        while waiting or under_way:
+            if waiting and under_way < MOST_AT_ONCE:
+                try:
+                    if attempts is not None:
+                        attempts.begin()
+                except LimitReached:
+                    if not under_way:
+                        raise
+                    # Those under way may do; there may be room later.
+                else:
+                    under_way += 1
+                    started.append(gevent.spawn(attempt, waiting.pop(0)))
             try:
-                connection, ip, error = ended.get(timeout=STAGGER if waiting else None)
+                connection, ip, error = ended.get(timeout=STAGGER if waiting and under_way < MOST_AT_ONCE else None)
             except gevent.queue.Empty:
                 continue
+            under_way -= 1
+            if attempts is not None:
+                attempts.end()
             if connection is not None:
                 won = connection
                 return connection, ip
             errors[ip] = error
     finally:
-        gevent.killall(running, block=False)
+        gevent.killall(started, block=False)
+        # Not by the greenlets: of one that is killed before it has begun to run nothing runs.
+        if attempts is not None:
+            for _ in range(under_way):
+                attempts.end()
         # One that connected as well, at the same moment.
         while not ended.empty():
             connection = ended.get()[0]

@@ -23,6 +23,10 @@ class ProtocolError(GtcpServerError):
         self.reply = reply
 
 
+class LimitReached(OSError):
+    """The client, or its user, has too many connections, or too many attempts to connect are under way."""
+
+
 class BadTarget(GtcpServerError):
     """A destination that is not one: not a host name, not an address, not a port."""
 

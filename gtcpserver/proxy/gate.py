@@ -15,13 +15,14 @@ from typing import Any, Literal, Protocol
 
 import gevent
 
-from ..balancer import as_ip
+from ..balancer import network_address
 from ..connection import Connection
 from ..errors import GtcpServerError
+from ..networks import as_ip
 from ..tls import ConnectionTLS
 from .dial import dial, is_of_this_host
-from .errors import TTL_EXPIRED
-from .limits import LimitKeeper
+from .errors import TTL_EXPIRED, LimitReached
+from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
@@ -32,10 +33,6 @@ from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable
 
 class Denied(GtcpServerError):
     """A rule does not allow it; the message names the rule, for the log and not for the client."""
-
-
-class LimitReached(OSError):
-    """The client, or its user, has too many connections."""
 
 
 class Authenticator(Protocol):
@@ -120,7 +117,7 @@ class Gate:
 
     def admit(self, conn: Connection) -> Visitor:
         """A client has connected; `Visitor.leave` must be called at its end."""
-        address: Any = conn.client_address
+        address = network_address(conn)
         host = host_of(address)
         known = self._clients.get(host)
         if known is None:
@@ -128,7 +125,7 @@ class Gate:
             known = client, str(client), decide_client(self.client_rules, client, self.listener)
             _remember(self._clients, host, known)
         client, text, decision = known
-        visitor = Visitor(self, client, AccessRecord(text, self.listener), decision.auth, conn)
+        visitor = Visitor(self, client, AccessRecord(text, self.listener), decision.auth, conn, address)
         if not decision.allowed:
             visitor.turn_away("client_denied", decision.rule)
         else:
@@ -136,7 +133,7 @@ class Gate:
             if exceeded:
                 visitor.turn_away("limit", exceeded)
             else:
-                visitor.entered_from = (address,)
+                visitor.entered = True
         return visitor
 
 
@@ -162,9 +159,10 @@ class Visitor:
     Attributes:
         auth: the authenticator it has to satisfy; None: nobody asks who it is.
         conn: its connection.
+        address: where it comes from, as ``accept`` names it.
         admitted: it may use this listener.
         certified: the user that its certificate says it is; None: none does.
-        entered_from: (its address,) while it is counted by the limits.
+        entered: the limits count it.
         entered_users: the users that it is counted as.
     """
 
@@ -173,10 +171,12 @@ class Visitor:
     record: AccessRecord
     auth: str | None
     conn: Connection
+    address: Any
     admitted: bool = True
     certified: str | None = None
-    entered_from: tuple[Any] | None = None
+    entered: bool = False
     entered_users: set[str] = field(default_factory=set)
+    _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
     @property
@@ -192,9 +192,9 @@ class Visitor:
 
     def leave(self) -> None:
         """Its connection has ended."""
-        if self.entered_from is not None:
-            self.gate.limits.leave(self.entered_from[0])
-            self.entered_from = None
+        if self.entered:
+            self.gate.limits.leave(self.address)
+            self.entered = False
         while self.entered_users:
             self.gate.limits.leave_user(self.entered_users.pop())
 
@@ -249,7 +249,9 @@ class Visitor:
         """What slows its transfers down (`limits`)."""
         user = self.record.user
         if self._pace is None or self._pace[0] != user:
-            self._pace = (user, self.gate.limits.pace(user))
+            if self._pace is None:
+                self._bucket = self.gate.limits.make_bucket()
+            self._pace = (user, self.gate.limits.pace(user, self._bucket))
         return self._pace[1]
 
     # -- where it goes -----------------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ class Visitor:
 
         Raises:
             Denied: a rule does not allow it.
-            LimitReached: its user has too many connections.
+            LimitReached: its user has too many connections, or too many attempts to connect are under way.
             OSError: it cannot be reached.
         """
         return self._open(target, for_request=False)[0]
@@ -394,6 +396,7 @@ class Visitor:
             timeout=self.gate.timeouts.connect,
             source=self.source_to,
             fast_open=self.gate.fast_open and for_request,
+            attempts=self.gate.limits.attempts_of(self.address),
         )
 
     def _go_through(

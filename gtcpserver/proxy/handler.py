@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 from greenlet import GreenletExit
 
-from ..balancer import ProxyProtocol, as_ip, read_proxy_header
+from ..balancer import ProxyProtocol, network_address, read_proxy_header
 from ..connection import READ_AHEAD, Connection
-from ..errors import ConfigError, DeadlineExceeded
+from ..errors import ClientRefused, ConfigError, DeadlineExceeded
+from ..networks import as_ip
 from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
@@ -80,8 +81,10 @@ class ProxyHandler:
             try:
                 read_proxy_header(conn, self._balancers)
             except (ProxyProtocolError, OSError) as error:
-                record = AccessRecord(str(as_ip(host_of(conn.peer_address))), self.gate.listener)
+                record = AccessRecord(str(as_ip(host_of(network_address(conn)))), self.gate.listener)
                 record.result, record.detail = "proxy_header", str(error)
+                if isinstance(error, ClientRefused):
+                    record.result = "client_denied" if error.reason == "client_denied" else "limit"
                 self._write(record)
                 return
         visitor = self.gate.admit(conn)

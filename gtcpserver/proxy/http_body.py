@@ -8,23 +8,25 @@ writer.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gevent
 
 from ..connection import Connection
-from ..http_head import Head, HttpError
+from ..http_head import Head, Header, HttpError
 from ..transfer import pipe
 from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from .http_fields import forwarded_trailers
+from .http_messages import own_answer
+from .limits import rest
 
 if TYPE_CHECKING:
     from .http_origin import Answer, Origin
 
 PIECE = 64 * 1024
 
-#: Of a transfer that is slowed down.
+#: Of a transfer that is slowed down, and of one in very small chunks: 64 KiB of chunks with one byte each take 17 ms.
 PACED_PIECE = 16 * 1024
 
 #: From here on a pipe between the sockets is cheaper than a buffer (see transfer/flow.py).
@@ -59,6 +61,7 @@ class RequestBody:
     Attributes:
         done: all of it is with the origin, or there is none.
         at_hand: all of it was read already: the request can be repeated.
+        consumed: all of it was read from the client: what comes next is the next request.
         sent: bytes of content that went to the origin.
         error: why the rest will not come, as the answer to the client. The origin has then been reset: it must not take
             what it has for the whole.
@@ -76,7 +79,7 @@ class RequestBody:
         self._ready = b""  # as it will be written
         self._ready_size = 0  # how much content that is
         self._greenlet: Any = None
-        self.done = self.at_hand = not head.has_body
+        self.done = self.at_hand = self.consumed = not head.has_body
         self.sent = 0
         self.error: HttpError | None = None
 
@@ -89,11 +92,11 @@ class RequestBody:
         size = len(self._conn._stream.kept)
         if self._chunks is not None and size:
             self._ready = self._decode(self._chunks, self._conn.recv(size))
-            self.at_hand = self._chunks.done
+            self.at_hand = self.consumed = self._chunks.done
         elif 0 < self._left <= size:
             self._ready = self._conn.recv(self._left)
             self._ready_size, self._left = len(self._ready), 0
-            self.at_hand = True
+            self.at_hand = self.consumed = True
 
     def begin(self, origin: Connection, request: bytes) -> None:
         """Send the head of the request, and the body; what has not come yet by a greenlet of its own.
@@ -121,7 +124,7 @@ class RequestBody:
     @property
     def can_be_discarded(self) -> bool:
         """Whether a request that was refused leaves the connection in step, after `discard`."""
-        if self.done or self.at_hand:
+        if self.consumed:
             return True
         # A client that waits for "100 Continue" will not send it.
         return (
@@ -130,7 +133,7 @@ class RequestBody:
 
     def discard(self) -> bool:
         """Read the rest and throw it away; whether that worked."""
-        if self.done or self.at_hand:
+        if self.consumed:
             return True
         try:
             with self._conn.deadline(DISCARD_SECONDS):
@@ -138,6 +141,7 @@ class RequestBody:
                     self._left -= len(self._read(self._left))
         except HttpError:
             return False
+        self.consumed = True
         return True
 
     # -- from the client to the origin -------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ class RequestBody:
                     self._left -= len(data)
                     self.sent += len(data)
                     rest(self.pace, len(data))
-            self.done = True
+            self.done = self.consumed = True
         except HttpError as error:
             self.error = error
             origin.abort()
@@ -165,11 +169,12 @@ class RequestBody:
     def _send_chunks(self, chunks: ChunkReader, origin: Connection) -> None:
         while not chunks.done:
             self._ready_size = 0
-            data = self._decode(chunks, self._read(PIECE))
+            data = self._decode(chunks, self._read(_piece_of(chunks)))
             if data:
                 self._write(origin, data)
                 self.sent += self._ready_size
                 rest(self.pace, self._ready_size)
+            _give_way(chunks)
 
     def _decode(self, chunks: ChunkReader, data: bytes) -> bytes:
         """The same content in chunks of our own."""
@@ -231,10 +236,41 @@ class RequestBody:
             return False
 
 
-def rest(pace: Callable[[int], float] | None, size: int) -> None:
-    """Wait until the next piece may be moved."""
-    if pace is not None and (seconds := pace(size)) > 0:
-        gevent.sleep(seconds)
+def send_own_answer(
+    conn: Connection,
+    head: Head | None,
+    body: RequestBody | None,
+    status: int,
+    text: bytes,
+    headers: Sequence[Header] = (),
+    *,
+    keep: bool = True,
+) -> bool:
+    """Send an answer of the proxy's own; return whether another request may follow on the connection.
+
+    All of them go through here, because what is left of a request must never be read as the next one: the body is
+    read and thrown away, or the connection ends.
+
+    Args:
+        head, body: of the request; None: it could not be read.
+        keep: the answer allows another request.
+
+    Raises:
+        OSError: of the client.
+    """
+    keep = (
+        keep
+        and head is not None
+        and body is not None
+        and not head.wants_close
+        # Some clients send the first bytes of their tunnel without waiting for it. If it is refused, these bytes are
+        # not requests: the connection ends, after a 407, too (RFC 9931).
+        and head.method != b"CONNECT"
+        and body.can_be_discarded
+    )
+    of_head = head is not None and head.method == b"HEAD"
+    conn.sendall(own_answer(status, text, headers, close=not keep, of_head=of_head))
+    return keep and body is not None and body.discard()
 
 
 def send_answer(
@@ -308,9 +344,21 @@ def _send_chunked(
         if chunks.done:
             origin.connection.unread(chunks.rest)
             return
-        data = origin.recv(PIECE)
+        _give_way(chunks)
+        data = origin.recv(_piece_of(chunks))
         if not data:
             raise OriginFailed("the destination closed in the midst of its answer")
+
+
+def _piece_of(chunks: ChunkReader) -> int:
+    """How much to read next."""
+    return PACED_PIECE if chunks.crowded else PIECE
+
+
+def _give_way(chunks: ChunkReader) -> None:
+    """Let others be served between pieces that take long; what has come already would be read without waiting."""
+    if chunks.crowded:
+        gevent.sleep(0)
 
 
 def _send_until_close(

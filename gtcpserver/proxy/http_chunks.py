@@ -24,6 +24,9 @@ MOST_OVERHEAD = 16 * 1024
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)")
 _SIZE_OF_AN_ANSWER = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?| *)")
 
+#: Lines in a piece that is fed, of which each takes 1.5 us, whether its chunk has one byte or a thousand.
+MANY_LINES = 500
+
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -41,6 +44,7 @@ class ChunkReader:
         done: the body is complete.
         rest: once it is: what came behind it.
         trailers: the fields behind the last chunk.
+        crowded: what was fed last had more than MANY_LINES in it (at first: it may have).
     """
 
     def __init__(self, of_answer: bool = False) -> None:
@@ -51,6 +55,7 @@ class ChunkReader:
         self._in_trailers = False
         self._overhead = 0
         self.done = False
+        self.crowded = True
         self.rest = b""
         self.trailers: list[Header] = []
 
@@ -63,7 +68,7 @@ class ChunkReader:
         if self._kept:
             data, self._kept = self._kept + data, b""
         pieces = []
-        at = 0
+        at = lines = 0
         while not self.done:
             if self._left:
                 piece = data[at : at + self._left]
@@ -92,7 +97,10 @@ class ChunkReader:
                 if data[end - 1 : end] != b"\r" or end == at:
                     raise ChunkError("a line between chunks does not end with CR LF")
                 self._read_line(data[at : end - 1])
+                lines += 1
                 at = end + 1
+        if data:
+            self.crowded = lines > MANY_LINES
         if self.done:
             self.rest += data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

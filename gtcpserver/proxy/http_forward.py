@@ -7,7 +7,7 @@ import h11
 from ..connection import Connection
 from ..http_head import Head, Header, HttpError
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody, rest, send_answer
+from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
 from .http_fields import (
     Forwarded,
     end_to_end,
@@ -17,16 +17,18 @@ from .http_fields import (
     with_client,
     with_via,
 )
-from .http_messages import absolute_target, head_of_answer, own_answer
+from .http_messages import absolute_target, head_of_answer
 from .http_origin import Answer, Origin, Origins, open_connection
+from .limits import rest
 from .socks_session import tunnel
 from .target import Target
 
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever.
-MOST_INTERIM = 16
+#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever. Go's client
+#: took 5.
+MOST_INTERIM = 8
 
 
 class Forwarder:
@@ -60,7 +62,7 @@ class Forwarder:
         target, host, path = absolute_target(head)
         forwards = forwards_left(head)
         if forwards == 0:
-            return self._answer_as_last(head)
+            return self._answer_as_last(head, body)
         request = self._request_for_origin(head, host, path, forwards)
         body.prepare()
         try:
@@ -81,15 +83,12 @@ class Forwarder:
             origin.close()
         return keep
 
-    def _answer_as_last(self, head: Head) -> bool:
+    def _answer_as_last(self, head: Head, body: RequestBody) -> bool:
         """Max-Forwards has come to its end here."""
-        if head.method == b"TRACE":
-            answer = own_answer(200, traced(head), [(b"Content-Type", b"message/http")], close=head.wants_close)
-        else:
-            answer = own_answer(200, b"", [(b"Allow", b"*")], close=head.wants_close)
-        self._conn.sendall(answer)
         self._visitor.record.result = "ok"
-        return not head.wants_close
+        if head.method == b"TRACE":
+            return send_own_answer(self._conn, head, body, 200, traced(head), [(b"Content-Type", b"message/http")])
+        return send_own_answer(self._conn, head, body, 200, b"", [(b"Allow", b"*")])
 
     # -- to the origin -----------------------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ class Forwarder:
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""
-        for _ in range(MOST_INTERIM):
+        for number in range(MOST_INTERIM + 1):
             answer = origin.next_answer(body)
             if answer.status == 407 and origin.forwarding is not None:
                 # The client's name and password are for us, and it shall not send them once more.
@@ -157,7 +156,7 @@ class Forwarder:
                 raise OriginFailed("the next proxy does not accept our name and password")
             if answer.status >= 200 or answer.status == 101:
                 return answer
-            if head.version == b"1.1":
+            if head.version == b"1.1" and number < MOST_INTERIM:
                 fields = self._fields_for_client(answer)
                 self._conn.sendall(head_of_answer(answer.status, answer.reason, fields))
         raise OriginFailed(f"more than {MOST_INTERIM} interim answers")

@@ -9,13 +9,14 @@ from time import monotonic
 from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
-from ..http_head import Head, HttpError, check_head, find_end_of_head
+from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from .gate import Visitor
-from .http_body import OriginFailed, RequestBody
+from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
-from .http_messages import connect_target, error_body, own_answer
+from .http_messages import connect_target, error_body
 from .http_origin import open_connection
+from .limits import rest
 from .record import AccessRecord
 from .socks_session import tunnel
 
@@ -107,16 +108,37 @@ class HttpSession:
 
     def _read_head(self, data: bytes) -> bytes:
         """The head that begins with `data`. What comes behind it is given back."""
-        searched = 0
-        data = _without_empty_lines(data)
-        while (end := find_end_of_head(data, searched)) is None:
-            searched = len(data)
-            more = self._conn.recv(READ_AHEAD)
-            if not more:
-                raise HttpError(400, "The request ended before its head did.")
-            data = data + more if searched > 2 else _without_empty_lines(data + more)
-        self._conn.unread(data[end:])
-        return data[:end]
+        data = self._skip_empty_lines(data)
+        end = find_end_of_head(data)
+        if end is not None:
+            self._conn.unread(data[end:])
+            return data[:end]
+        pieces, searched = bytearray(data), 0
+        while end is None:
+            searched = len(pieces)
+            pieces += self._more_of_head()
+            end = find_end_of_head(pieces, searched)
+        self._conn.unread(bytes(pieces[end:]))
+        return bytes(pieces[:end])
+
+    def _skip_empty_lines(self, data: bytes) -> bytes:
+        """What begins the first line of a request."""
+        skipped = 0
+        while True:
+            size = size_of_empty_lines(data)
+            skipped += size
+            if skipped > 2 * MOST_EMPTY_LINES:
+                raise HttpError(400, f"There are more than {MOST_EMPTY_LINES} empty lines before the request.")
+            data = data[size:]
+            if data not in (b"", b"\r"):
+                return data
+            data += self._more_of_head()
+
+    def _more_of_head(self) -> bytes:
+        more: bytes = self._conn.recv(READ_AHEAD)
+        if not more:
+            raise HttpError(400, "The request ended before its head did.")
+        return more
 
     def _serve_one(self, head: Head) -> bool:
         """Serve a request; False if the connection ends with it."""
@@ -130,7 +152,8 @@ class HttpSession:
             if head.method == b"CONNECT":
                 self._connect(head)
                 return False
-            return self._forwarder.forward(head, body)
+            rest(body.pace, 0)
+            return self._forwarder.forward(head, body) and body.consumed
         except HttpError as error:
             if record.result == "failed":
                 record.detail = record.detail or str(error)
@@ -182,11 +205,8 @@ class HttpSession:
 
     def _answer_error(self, head: Head | None, body: RequestBody | None, error: HttpError) -> bool:
         """Answer it; whether another request may follow."""
-        keep = error.keep and head is not None and not head.wants_close and body is not None and body.can_be_discarded
         text = error_body(error.status, str(error))
-        of_head = head is not None and head.method == b"HEAD"
-        self._conn.sendall(own_answer(error.status, text, error.headers, close=not keep, of_head=of_head))
-        return keep and body is not None and body.discard()
+        return send_own_answer(self._conn, head, body, error.status, text, error.headers, keep=error.keep)
 
 
 def _from_now_on(record: AccessRecord) -> AccessRecord:
@@ -194,10 +214,3 @@ def _from_now_on(record: AccessRecord) -> AccessRecord:
     return replace(
         AccessRecord(record.client, record.listener), user=record.user, result=record.result, detail=record.detail
     )
-
-
-def _without_empty_lines(data: bytes) -> bytes:
-    """A client may send them before a request (RFC 9112 section 2.2)."""
-    while data.startswith(b"\r\n"):
-        data = data[2:]
-    return data

@@ -1,23 +1,33 @@
-"""Limits of the proxy: connections in all, of a client, of a user; bytes a second of a connection and of a user.
+"""Limits of the proxy: connections in all, of a client, of a user; attempts to connect; bytes a second of a connection
+and of a user.
 
 Each worker process counts its own.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import errno
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..client_limits import ClientLimits
+import gevent
+
+from ..client_limits import ClientKey, ClientLimits, client_key
+from ..networks import as_ip
 from ..options import check_number, check_whole_number
+from .errors import LimitReached
 
 #: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.
 BURST_SECONDS = 0.25
 LEAST_BURST = 16 * 1024
+
+#: Users whose bytes are remembered after their last connection; beyond it the one longest not seen is forgotten. 400
+#: bytes each.
+MOST_USERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,8 @@ class Limits:
         connections: of all clients at once.
         client_connections: of one client at once; an IPv6 client is its /64.
         user_connections: of one user at once.
+        connect_attempts: attempts to connect to destinations and upstreams that are under way at once, for all clients.
+        client_connect_attempts: the same, for one client.
         new_per_second: connections that one client may open in a second.
         rate: bytes a second of one connection, both directions together.
         user_rate: bytes a second of all connections of one user.
@@ -40,13 +52,18 @@ class Limits:
     connections: int | None = None
     client_connections: int | None = None
     user_connections: int | None = None
+    connect_attempts: int | None = None
+    client_connect_attempts: int | None = None
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
     request_body: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("connections", "client_connections", "user_connections"):
+        for name in (
+            *("connections", "client_connections", "user_connections"),
+            *("connect_attempts", "client_connect_attempts"),
+        ):
             check_whole_number(name, getattr(self, name), least=1, none="for no limit")
         for name in ("new_per_second", "rate", "user_rate"):
             check_number(name, getattr(self, name), above=0, none="for no limit")
@@ -68,11 +85,47 @@ class TokenBucket:
         self._since = monotonic()
 
     def spend(self, size: int) -> float:
-        """So many bytes were moved; returns the seconds after which the next may be."""
+        """So many bytes were moved; returns the seconds after which the next may be. 0 bytes: to begin with."""
         now = monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._since) * self._rate) - size
         self._since = now
         return max(0.0, -self._tokens / self._rate)
+
+
+class Attempts:
+    """Counts the attempts to connect of one client, and of all."""
+
+    __slots__ = ("_client", "_keeper")
+
+    def __init__(self, keeper: LimitKeeper, client: ClientKey | None) -> None:
+        self._keeper = keeper
+        self._client = client
+
+    def begin(self) -> None:
+        """An attempt begins; `end` must be called when its socket is connected or closed.
+
+        Raises:
+            LimitReached: with the name of the limit. It must not begin.
+        """
+        keeper, client = self._keeper, self._client
+        limits = keeper.limits
+        if limits.connect_attempts is not None and keeper.attempts >= limits.connect_attempts:
+            raise LimitReached(errno.EUSERS, "connect_attempts")
+        most = limits.client_connect_attempts
+        if client is not None and most is not None:
+            if keeper._attempts_of[client] >= most:
+                raise LimitReached(errno.EUSERS, "client_connect_attempts")
+            keeper._attempts_of[client] += 1
+        keeper.attempts += 1
+
+    def end(self) -> None:
+        """An attempt has ended."""
+        keeper, client = self._keeper, self._client
+        keeper.attempts -= 1
+        if client is not None and keeper.limits.client_connect_attempts is not None:
+            keeper._attempts_of[client] -= 1
+            if not keeper._attempts_of[client]:
+                del keeper._attempts_of[client]
 
 
 class LimitKeeper:
@@ -84,9 +137,15 @@ class LimitKeeper:
             connections=self.limits.client_connections, new_per_second=self.limits.new_per_second
         )
         self._limits_clients = bool(self.limits.client_connections or self.limits.new_per_second)
+        self._limits_attempts = bool(self.limits.connect_attempts or self.limits.client_connect_attempts)
         self.connections = 0
+        self.attempts = 0
+        self._attempts_of: Counter[ClientKey] = Counter()
         self._users: Counter[str] = Counter()
+        # Those in use, which all connections of a user share; and those last used, which outlive them: what a user has
+        # moved on a connection holds for the next one.
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
+        self._kept: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def enter(self, address: Any) -> str:
         """A client has connected. "": it may stay, and `leave` must be told of its end; otherwise what is exceeded.
@@ -108,6 +167,16 @@ class LimitKeeper:
         if self._limits_clients:
             self._clients.leave(address)
 
+    def attempts_of(self, address: Any) -> Attempts | None:
+        """What counts a client's attempts to connect; None: nothing limits them.
+
+        Args:
+            address: as ``accept`` names it. Clients by a unix socket have no limit of their own.
+        """
+        if not self._limits_attempts:
+            return None
+        return Attempts(self, client_key(as_ip(address[0])) if isinstance(address, tuple) else None)
+
     def enter_user(self, user: str) -> str:
         """A client is this user. As `enter`."""
         most = self.limits.user_connections
@@ -121,18 +190,43 @@ class LimitKeeper:
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
+        bucket = self._buckets.get(user)
+        if bucket is not None:
+            self._keep(user, bucket)
 
-    def pace(self, user: str | None) -> Callable[[int], float] | None:
-        """What slows a connection down: called with the bytes that were moved, returns the seconds to rest; None:
-        nothing does."""
-        buckets = []
-        if self.limits.rate is not None:
-            buckets.append(TokenBucket(self.limits.rate))
+    def make_bucket(self) -> TokenBucket | None:
+        """Return what limits the rate of one connection, whatever users it has; None: nothing does."""
+        return None if self.limits.rate is None else TokenBucket(self.limits.rate)
+
+    def pace(self, user: str | None, own: TokenBucket | None) -> Callable[[int], float] | None:
+        """Return what slows a connection down, None if nothing does.
+
+        It is called with the bytes that were moved, and returns the seconds to rest; first with 0, since its user may
+        have moved too many by the connection before.
+
+        Args:
+            own: the connection's, from `make_bucket`.
+        """
+        buckets = [] if own is None else [own]
         if self.limits.user_rate is not None and user is not None:
             bucket = self._buckets.get(user)
             if bucket is None:
                 bucket = self._buckets[user] = TokenBucket(self.limits.user_rate)
+            self._keep(user, bucket)
             buckets.append(bucket)
         if not buckets:
             return None
         return lambda size: max(bucket.spend(size) for bucket in buckets)
+
+    def _keep(self, user: str, bucket: TokenBucket) -> None:
+        self._kept[user] = bucket
+        self._kept.move_to_end(user)
+        # Full ones, which are as good as new, are the oldest as a rule.
+        if len(self._kept) > MOST_USERS:
+            self._kept.popitem(last=False)
+
+
+def rest(pace: Callable[[int], float] | None, size: int) -> None:
+    """Wait until the next piece may be moved, after one of this size."""
+    if pace is not None and (seconds := pace(size)) > 0:
+        gevent.sleep(seconds)

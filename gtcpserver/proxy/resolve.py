@@ -24,6 +24,7 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
+from ..connect import MOST_ADDRESSES
 from ..errors import ConfigError
 from ..options import check_number
 from .target import IPAddress, unmapped
@@ -196,12 +197,12 @@ def _look_up(name: str) -> list[IPAddress] | socket.gaierror:
 
 
 def in_order(found: Sequence[IPAddress], family: Family) -> tuple[IPAddress, ...]:
-    """Addresses in the order in which they should be tried: one family after the other, in turn."""
+    """Addresses in the order in which they should be tried: one family after the other, in turn; MOST_ADDRESSES."""
     known = dict.fromkeys(map(unmapped, found))
     v4: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv4Address)] if family != "ipv6" else []
     v6: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv6Address)] if family != "ipv4" else []
     first, second = (v4, v6) if family == "prefer-ipv4" else (v6, v4)
     ordered: list[IPAddress] = []
-    for place in range(max(len(first), len(second))):
+    for place in range(min(MOST_ADDRESSES, max(len(first), len(second)))):
         ordered += first[place : place + 1] + second[place : place + 1]
-    return tuple(ordered)
+    return tuple(ordered[:MOST_ADDRESSES])

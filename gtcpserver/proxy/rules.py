@@ -30,9 +30,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, ip_network
+from ipaddress import IPv4Address
 from typing import Any, Literal
 
+from ..networks import parse_network
 from .errors import BadTarget, RuleError
 from .target import KINDS, IPAddress, IPNetwork, addresses_meant, canonical_name, kind_of, parse_address, unmapped
 
@@ -260,17 +261,9 @@ def _clients(words: _Words) -> IPNetwork | None:
     if word == "any":
         return None
     try:
-        return _network(word.strip("[]"))
+        return parse_network(word.strip("[]"))
     except ValueError as error:
         raise RuleError(f'a network, an address or "any" expected, got {word!r} in {words.text!r} ({error})') from None
-
-
-def _network(text: str) -> IPNetwork:
-    """A network; of IPv4-mapped addresses the IPv4 one, as clients and destinations are compared by that form."""
-    network = ip_network(text)
-    if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped is not None:
-        return IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
-    return network
 
 
 def _destinations(word: str, text: str) -> Destinations:
@@ -287,7 +280,7 @@ def _destinations(word: str, text: str) -> Destinations:
     if host in KINDS:
         return Destinations(kind=host, ports=ports)
     try:
-        return Destinations(network=_network(host), ports=ports)
+        return Destinations(network=parse_network(host), ports=ports)
     except ValueError as error:
         if "/" in host or ":" in host:
             raise RuleError(f"a network expected, got {host!r} in {text!r} ({error})") from None

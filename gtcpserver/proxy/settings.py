@@ -114,6 +114,8 @@ class LimitsTable(_Table):
     connections: int | None = None
     client_connections: int | None = None
     user_connections: int | None = None
+    connect_attempts: int | None = None
+    client_connect_attempts: int | None = None
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None

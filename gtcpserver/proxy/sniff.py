@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from ..http_head import LONGEST_METHOD
+from ..http_head import MOST_EMPTY_LINES
 from . import socks4, socks5
 from .errors import ProtocolError
 
@@ -25,7 +25,7 @@ def sniff(data: bytes) -> Protocol | None:
     # An empty line may come before an HTTP request (RFC 9112 section 2.2).
     first = data.lstrip(b"\r\n")
     if not first:
-        if len(data) > LONGEST_METHOD:
+        if len(data) > 2 * MOST_EMPTY_LINES:
             raise ProtocolError("the client sends empty lines")
         return None
     if first[0] == socks5.VERSION:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from ..balancer import as_ip
 from ..connection import READ_AHEAD, Connection
+from ..networks import as_ip
 from ..transfer import relay
 from . import socks4, socks5
 from .gate import Denied, Visitor
+from .limits import rest
 from .record import Result
 from .socks5 import Command, Method, Reply
 from .socks_bind import Answer, ipv4_only, serve_bind
@@ -175,6 +176,7 @@ def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     """Relay until both sides have ended, and note what was moved."""
     record, timeouts = visitor.record, visitor.gate.timeouts
     pace = visitor.pace
+    rest(pace, 0)
     result = relay(
         conn,
         upstream,

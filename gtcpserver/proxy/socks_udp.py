@@ -15,6 +15,7 @@ from ..errors import DeadlineExceeded
 from . import socks5
 from .errors import ProtocolError
 from .gate import Visitor, result_of
+from .limits import rest
 from .socks5 import Reply
 from .target import IPAddress, Target, unmapped
 
@@ -109,6 +110,8 @@ class _Association:
     # -- from the client ---------------------------------------------------------------------------------------------
 
     def _read_from_client(self) -> None:
+        # What comes meanwhile stays in the kernel's buffer, and what does not fit there is lost.
+        rest(self._pace, 0)
         while True:
             packet, source = self._inner.recvfrom(LARGEST_DATAGRAM)
             if not self._is_the_client(source):
@@ -150,12 +153,7 @@ class _Association:
             self._peers.move_to_end(peer)
         outer.sendto(datagram.data, (str(ip), target.port))
         visitor.record.sent += len(datagram.data)
-        self._rest(len(datagram.data))
-
-    def _rest(self, size: int) -> None:
-        """What comes meanwhile stays in the kernel's buffer, and what does not fit there is lost."""
-        if self._pace is not None and (seconds := self._pace(size)) > 0:
-            gevent.sleep(seconds)
+        rest(self._pace, len(datagram.data))
 
     # -- from destinations -------------------------------------------------------------------------------------------
 
@@ -181,7 +179,7 @@ class _Association:
                 except OSError:
                     continue  # too long with its header, or the client's host is gone
                 self._visitor.record.received += len(data)
-                self._rest(len(data))
+                rest(self._pace, len(data))
 
 
 def _udp_socket(address: IPAddress) -> Any:

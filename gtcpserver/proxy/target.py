@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
+from ..networks import IPAddress as IPAddress
+from ..networks import IPNetwork as IPNetwork
+from ..networks import unmapped as unmapped
 from .errors import BadTarget
-
-IPAddress = IPv4Address | IPv6Address
-IPNetwork = IPv4Network | IPv6Network
 
 #: RFC 1035 section 2.3.4: 255 octets on the wire, which are 253 characters.
 LONGEST_NAME = 253
@@ -213,11 +213,6 @@ def kind_of(ip: IPAddress) -> str | None:
         if any(ip.version == network.version and ip in network for network in networks):
             return kind
     return None
-
-
-def unmapped(ip: IPAddress) -> IPAddress:
-    """The IPv4 address that an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2) is; others as they are."""
-    return (ip.ipv4_mapped or ip) if isinstance(ip, IPv6Address) else ip
 
 
 def addresses_meant(ip: IPAddress) -> tuple[IPAddress, ...]:

@@ -22,7 +22,7 @@ from ..balancer import ProxyVersion, header_of
 from ..connection import Connection
 from ..errors import ConfigError, EarlyEOF, LimitExceeded
 from . import socks5
-from .errors import TTL_EXPIRED, BadTarget
+from .errors import TTL_EXPIRED, BadTarget, LimitReached
 from .rules import DestinationRule, RuleMatch, parse_way
 from .target import IPAddress, Target, parse_authority
 
@@ -106,6 +106,8 @@ class Upstream:
                 connection = dial(self.target)
             else:
                 connection = self.through.connect(self.target, dial, client)
+        except LimitReached:
+            raise  # which is no fault of the proxy's
         except OSError as error:
             # Not with its number: it is no news of the destination that the proxy, or one before it, refuses.
             why = error.strerror or str(error)

@@ -10,6 +10,8 @@ import logging
 import mimetypes
 import os
 import socket
+from collections import Counter
+from collections.abc import Iterator
 from email.utils import formatdate
 from time import monotonic, time
 from typing import Any
@@ -17,15 +19,25 @@ from urllib.parse import quote
 
 from ..connection import Connection
 from ..errors import ConfigError, DeadlineExceeded
+from ..logs import FaultLimiter, also
 from ..options import check_number
+from ..transfer.disk import in_thread
 from .lookup import Directory, is_directory, is_file, list_directory
 from .request import END_OF_HEAD, LONGEST_HEAD, BadRequest, Request, is_unchanged, parse_head, wanted_range
 
 log = logging.getLogger("gtcpserver.access")
+faults = logging.getLogger("gtcpserver.files")
 
 #: Files up to this size are read and sent together with the head, in one call, which takes 0.6 of a sendfile's CPU for
 #: 16 KiB, 0.8 for 64 KiB and as much for 128 KiB. Not larger: a client that does not read holds so much memory.
 SMALL = 64 * 1024
+
+#: Names that a list of a directory has at most: so much memory (1 MB; 3 if each is as long as can be) is held by a
+#: client that does not read. A browser shows ten times as many in ten seconds.
+MOST_LISTED = 10_000
+
+#: Of these, so many are written at a time (0.5 ms); the other connections have their turn in between.
+ROWS_A_PIECE = 100
 
 #: What went wrong with a file, as the client is told; everything else is a 500.
 _STATUS_OF_ERRNO = {
@@ -37,8 +49,16 @@ _STATUS_OF_ERRNO = {
     errno.ENXIO: 404,  # a socket
     errno.EACCES: 403,
     errno.EPERM: 403,
+    # No fault of the client's nor of ours, and perhaps over the next time.
     errno.EMFILE: 503,
     errno.ENFILE: 503,
+    errno.ENOMEM: 503,
+    errno.ENOBUFS: 503,
+    errno.EAGAIN: 503,
+    errno.EINTR: 503,
+    errno.EIO: 503,
+    errno.ESTALE: 503,  # of NFS
+    errno.ETIMEDOUT: 503,
 }
 
 
@@ -59,6 +79,10 @@ class StaticFiles:
         idle_timeout: seconds that a connection may be silent; used where the server has no ``timeout``.
         log_requests: write a line for each request to the logger "gtcpserver.access": client, request, status, and the
             bytes of the body that it is to get.
+
+    Attributes:
+        counters: "bad_request": requests refused because they break the rules of HTTP; "file_error": files that could
+            not be read though they are there, which is a 500 or 503 (out of descriptors, a disk that fails).
 
     Raises:
         ConfigError: an option that cannot work; the directory cannot be opened.
@@ -94,6 +118,8 @@ class StaticFiles:
         self._head_timeout = head_timeout
         self._idle_timeout = idle_timeout
         self._log_requests = log_requests
+        self.counters: Counter[str] = Counter()
+        self._faults = FaultLimiter()
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client until it, a time-out or a stop ends the connection."""
@@ -114,18 +140,21 @@ class StaticFiles:
                     end = received.find(END_OF_HEAD)
                     if end < 0:
                         raise BadRequest(400, "the request ended before its head did")
-                request = parse_head(received[:end].lstrip(b"\r\n"))
+                request = parse_head(received[:end])
             except BadRequest as error:
+                self.counters["bad_request"] += 1
                 self._refuse(conn, None, error)
                 return
             received = received[end + len(END_OF_HEAD) :]
             if not self._answer(conn, request):
                 return
 
-    def _rest_of_head(self, conn: Connection, received: bytes) -> bytes:
+    def _rest_of_head(self, conn: Connection, begun: bytes) -> bytes:
+        received, searched = bytearray(begun), 0
         try:
             with conn.deadline(self._head_timeout):
-                while received.find(END_OF_HEAD) < 0:
+                while received.find(END_OF_HEAD, searched) < 0:
+                    searched = max(0, len(received) - len(END_OF_HEAD))
                     first = received.find(b"\n")
                     if first >= 0 and received[first - 1 : first] != b"\r":
                         # The end of such a head would be waited for in vain.
@@ -140,7 +169,7 @@ class StaticFiles:
                     received += more
         except DeadlineExceeded:
             raise BadRequest(408, f"the request took longer than {self._head_timeout:g} seconds") from None
-        return received
+        return bytes(received)
 
     # -- one request -------------------------------------------------------------------------------------------------
 
@@ -161,7 +190,7 @@ class StaticFiles:
                     return request.keep
                 if not self._listing:
                     raise BadRequest(403, "this is a directory")
-                self._send(conn, request, 200, _HTML, self._list(segments, fd))
+                self._send_list(conn, request, fd, segments)
             elif is_file(status):
                 if not segments[-1] and segments != [b""] and self._index is None:
                     raise BadRequest(404, "there is no such directory")
@@ -188,16 +217,31 @@ class StaticFiles:
             else:
                 fd = self.directory.open(inner)
         except OSError as error:
-            status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
-            raise BadRequest(status, _REASONS.get(status, "the file cannot be opened")) from None
+            raise self._file_error(error) from None
         try:
-            found = os.fstat(fd)
+            try:
+                found = os.fstat(fd)
+            except OSError as error:
+                raise self._file_error(error) from None
             if wants_directory and self._index is None and not is_directory(found):
                 raise BadRequest(404, "there is no such directory")
         except BaseException:
             os.close(fd)
             raise
         return fd, found
+
+    def _file_error(self, error: OSError) -> BadRequest:
+        """What the client is told of an error of the file system."""
+        status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
+        if status >= 500:
+            self._note_file_error(error)
+        return BadRequest(status, _REASONS.get(status, "the file cannot be read"))
+
+    def _note_file_error(self, error: OSError) -> None:
+        self.counters["file_error"] += 1
+        left_out = self._faults.allow(error.errno)
+        if left_out is not None:
+            faults.warning("cannot read a file below %s: %s%s", self.directory.path, error, also(left_out))
 
     def _send_file(self, conn: Connection, request: Request, fd: int, status: os.stat_result, name: bytes) -> bool:
         size, modified = status.st_size, int(status.st_mtime)
@@ -220,30 +264,60 @@ class StaticFiles:
         if request.method == "HEAD":
             self._write(conn, request, code, head)
         elif count <= SMALL:
-            body = self.directory.read(fd, status.st_dev, offset, count)
+            try:
+                body = self.directory.read(fd, status.st_dev, offset, count)
+            except OSError as error:
+                raise self._file_error(error) from None
             if len(body) != count:  # it was cut meanwhile; nothing is promised yet
                 return self._refuse(conn, request, BadRequest(503, "the file is being written"))
             self._write(conn, request, code, head, body)
         else:
             self._write(conn, request, code, head, following=count)
-            if conn.sendfile(fd, offset, count) != count:
+            try:
+                sent = conn.sendfile(fd, offset, count)
+            except OSError as error:
+                if isinstance(error, (ConnectionError, TimeoutError)) or _STATUS_OF_ERRNO.get(error.errno or 0) != 503:
+                    raise
+                self._note_file_error(error)
+                sent = -1
+            if sent != count:
                 conn.abort()  # cut meanwhile: an end in order would say that this was all
                 return False
         return request.keep
 
-    def _list(self, segments: list[bytes], fd: int) -> bytes:
-        title = html.escape("/" + "/".join(segment.decode("utf-8", "replace") for segment in segments))
-        rows = ['<li><a href="../">../</a></li>'] if len(segments) > 1 else []
-        for name, directory in list_directory(fd, self._hidden):
-            shown = name + "/" * directory
-            link = quote(os.fsencode(name)) + "/" * directory
-            # "./": a name with a colon in it would be read as a scheme
-            rows.append(f'<li><a href="./{link}">{html.escape(shown.encode("utf-8", "replace").decode())}</a></li>')
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-            f"<title>{title}</title>\n<h1>{title}</h1>\n<ul>\n{chr(10).join(rows)}\n</ul></html>\n"
-        ).encode()
+    # -- a list ------------------------------------------------------------------------------------------------------
+
+    def _send_list(self, conn: Connection, request: Request, fd: int, segments: list[bytes]) -> None:
+        try:
+            names, more = in_thread(list_directory, fd, self._hidden, MOST_LISTED)
+        except OSError as error:
+            raise self._file_error(error) from None
+        pieces = _list(segments, names, more)
+        if len(names) <= ROWS_A_PIECE:
+            self._send(conn, request, 200, _HTML, b"".join(pieces))
+            return
+        if request.old:
+            request.keep = False
+        head = _HTML if request.old else f"{_HTML}Transfer-Encoding: chunked\r\n"
+        if request.method == "HEAD":
+            self._write(conn, request, 200, head)
+            return
+        size = 0
+        try:
+            self._write(conn, request, 200, head, following=-1)
+            for piece in pieces:
+                conn.sendall(piece if request.old else b"%x\r\n%b\r\n" % (len(piece), piece))
+                size += len(piece)
+                # It is writable, but the other connections' events come first; sleep(0) would run before them.
+                conn._stream.wait_writable()
+            if not request.old:
+                conn.sendall(b"0\r\n\r\n")
+        except BaseException:
+            conn.abort()  # an end in order would say that this was all
+            raise
+        finally:
+            if self._log_requests:
+                self._log(conn, request, 200, size)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -269,13 +343,17 @@ class StaticFiles:
         body: bytes | bytearray = b"",
         following: int = 0,
     ) -> None:
-        """Write the head, and either the body or, when so many bytes of it are ``following``, not yet."""
+        """Write the head, and either the body or, when so many bytes of it are ``following``, not yet.
+
+        -1 follow: nobody knows yet how many, and the caller writes the line of the log.
+        """
         keep = request is not None and request.keep
         start = (
-            f"HTTP/1.1 {_STATUS_LINE[status]}\r\nDate: {_now()}\r\n{head}"
+            # nosniff: a file is what its name says, and no script because it looks like one.
+            f"HTTP/1.1 {_STATUS_LINE[status]}\r\nDate: {_now()}\r\nX-Content-Type-Options: nosniff\r\n{head}"
             f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
         ).encode("latin-1")
-        if self._log_requests:
+        if self._log_requests and following >= 0:
             self._log(conn, request, status, len(body) or following)
         # MSG_MORE: the head shares its first packet with the file (send(2)). Over TLS there are no flags.
         conn.sendall(start + body if body else start, socket.MSG_MORE if following and conn.tls is None else 0)
@@ -289,9 +367,30 @@ class StaticFiles:
         log.info('%s "%s" %d %d', *said.values(), extra=said)
 
 
+def _list(segments: list[bytes], names: list[str], more: bool) -> Iterator[bytes]:
+    """The page of a directory, in pieces. Those of `names` that are directories end with a slash."""
+    title = html.escape("/" + "/".join(segment.decode("utf-8", "replace") for segment in segments))
+    yield (
+        '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title>\n<h1>{title}</h1>\n<ul>\n"
+        + ('<li><a href="../">../</a></li>\n' if len(segments) > 1 else "")
+    ).encode()
+    for at in range(0, len(names), ROWS_A_PIECE):
+        yield "".join(map(_row, names[at : at + ROWS_A_PIECE])).encode()
+    note = f"<p>There are more: only {len(names):,} are listed.</p>\n" if more else ""
+    yield f"</ul>\n{note}</html>\n".encode()
+
+
+def _row(name: str) -> str:
+    # "./": a name with a colon in it would be read as a scheme
+    shown = html.escape(name.encode("utf-8", "replace").decode())
+    return f'<li><a href="./{quote(os.fsencode(name))}">{shown}</a></li>\n'
+
+
 _HTML = "Content-Type: text/html; charset=utf-8\r\n"
 _STATUS_LINE = {status.value: f"{status.value} {status.phrase}" for status in http.HTTPStatus}
-_REASONS = {403: "this file may not be read", 404: "there is no such file", 503: "too many files are open"}
+_REASONS = {403: "this file may not be read", 404: "there is no such file", 503: "the file cannot be read now"}
 
 
 def _redirect(segments: list[bytes]) -> str:

@@ -9,6 +9,8 @@ import stat
 import struct
 from collections.abc import Sequence
 
+from gevent.monkey import get_original
+
 from ..transfer.disk import in_thread
 
 #: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
@@ -22,6 +24,12 @@ _HOW = struct.pack("=QQQ", _FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
 #: openat2(2) says EAGAIN when something is renamed, anywhere, while it follows a "..": one open in 50 beside a program
 #: that does nothing but rename. An attempt takes 1 us.
 _TRIES = 200
+
+# A thread that computes keeps the event loop waiting for the interpreter's lock, 5 ms each time. So the one that lists
+# a directory lets go of it after so many entries (0.5 ms), for so many seconds.
+_ENTRIES_IN_A_ROW = 500
+_REST = 0.0001
+_sleep = get_original("time", "sleep")
 
 # preadv2(2): an error instead of a wait for the disk.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -112,22 +120,39 @@ class Directory:
         return rest
 
 
-def list_directory(fd: int, hidden: bool) -> list[tuple[str, bool]]:
-    """The names in an open directory, each with whether it is one too, directories first.
+def list_directory(fd: int, hidden: bool, most: int) -> tuple[list[str], bool]:
+    """The names in an open directory, for a thread: it waits for the disk.
 
     Args:
         hidden: with those that begin with a dot.
+        most: names that are read, in the order of the file system.
+
+    Returns:
+        Those of directories, with a slash, and then the others, each sorted; and whether there are more.
     """
-    entries = []
+    directories: list[str] = []
+    others: list[str] = []
+    more = False
     with os.scandir(fd) as found:
-        for entry in found:
+        for number, entry in enumerate(found):
+            if number % _ENTRIES_IN_A_ROW == 0:
+                _sleep(_REST)
             if hidden or not entry.name.startswith("."):
+                more = len(directories) + len(others) == most
+                if more:
+                    break
                 try:
-                    is_directory = entry.is_dir()
+                    if entry.is_dir():
+                        directories.append(f"{entry.name}/")
+                    else:
+                        others.append(entry.name)
                 except OSError:
                     continue  # it has gone
-                entries.append((entry.name, is_directory))
-    return sorted(entries, key=lambda entry: (not entry[1], entry[0].lower(), entry[0]))
+    for names in (directories, others):
+        # Twice by keys that are text: 3 ms for 10,000 names, and 40 by a tuple of both.
+        names.sort()
+        names.sort(key=str.lower)
+    return directories + others, more
 
 
 def is_file(status: os.stat_result) -> bool:

@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import unquote_to_bytes
 
 from ..errors import GtcpServerError
+from ..http_head import HttpError, check_head
 
 #: A request line longer than this is answered by 414 (RFC 9112 section 3 recommends to take 8000 octets; nginx: 8 KiB).
 LONGEST_TARGET = 8 * 1024
@@ -23,8 +24,9 @@ _REQUEST_LINE = rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
 # A field's value: visible characters, spaces, tabs and what is beyond ASCII (RFC 9110 section 5.5); no NUL, CR or LF.
 # No space before the colon, no folded lines (RFC 9112 sections 5.1 and 5.2).
 _FIELD = _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*"
-# The head in one match, and then the fields that this server goes by: a browser's twelve take 3 us, one by one 10.
-_HEAD = re.compile(_REQUEST_LINE + rb"((?:\r\n" + _FIELD + rb")*)")
+# The head in one match, and then the fields that this server goes by: a browser's twelve take 3 us, one by one 10. A
+# client may send empty lines before it (RFC 9112 section 2.2).
+_HEAD = re.compile(rb"(?:\r\n)*" + _REQUEST_LINE + rb"((?:\r\n" + _FIELD + rb")*)")
 _USED_FIELDS = re.compile(
     rb"\r\n(host|connection|content-length|transfer-encoding|range|if-[a-z-]+):[ \t]*([^\r]*)", re.IGNORECASE
 )
@@ -53,12 +55,14 @@ class Request:
         fields: values by their names in lower case, of the fields that matter here; those that came several times are
             joined by ", ".
         keep: the client can send another one on this connection.
+        old: the client speaks HTTP/1.0, which has no chunks.
     """
 
     method: str
     target: str
     fields: Mapping[str, str]
     keep: bool
+    old: bool = False
 
     @property
     def path(self) -> list[bytes]:
@@ -108,16 +112,27 @@ def parse_head(head: bytes) -> Request:
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     if hosts != 1 and (hosts or minor != b"0"):
         raise BadRequest(400, "there must be one Host header")  # RFC 9112 section 3.2
+    if "transfer-encoding" in fields or "content-length" in fields:
+        _check_framing(head[match.start(1) :])
     connection = fields.get("connection", "").lower()
     keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
-    # A body is not read. Behind it another request cannot be found, so it is the last one.
-    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
+    # A body is not read, and neither are the first bytes of the tunnel of a CONNECT (RFC 9931). Behind them another
+    # request cannot be found, so it is the last one.
+    if "transfer-encoding" in fields or fields.get("content-length", "0") != "0" or method == b"CONNECT":
         keep = False
-    return Request(method.decode(), target.decode(), fields, keep)
+    return Request(method.decode(), target.decode(), fields, keep, minor == b"0")
+
+
+def _check_framing(head: bytes) -> None:
+    # Few requests for files have a body, so that these can be read once more, by the rules of all servers here.
+    try:
+        check_head(head)
+    except HttpError as error:
+        raise BadRequest(error.status, str(error)) from None
 
 
 def _what_is_wrong(head: bytes) -> BadRequest:
-    line, *fields = head.split(b"\r\n")
+    line, *fields = re.sub(rb"^(?:\r\n)*", b"", head).split(b"\r\n")
     if re.fullmatch(_REQUEST_LINE, line) is not None:
         for number, field in enumerate(fields, 1):
             if re.fullmatch(_FIELD, field) is None:

@@ -20,6 +20,7 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.logs import FaultLimiter, also
 from gtcpserver.strict_json import to_json
 from gtcpserver.trusted_path import UntrustedPath, check_path
 from gtcpserver.unix_path import bind_unix, remove_if_ours
@@ -51,7 +52,7 @@ class ControlClient:
         self._sock = sock
         self._answer = answer
         self._inbox = b""
-        self._outbox = b""
+        self._outbox = bytearray()
         self.asked = False
         self._keep = False
         self.closed = False
@@ -108,12 +109,12 @@ class ControlClient:
         """Sends the answer and closes; with a field `end` True, at the end of the master."""
         self.asked = True
         self._keep = bool(fields.get("end"))
-        self._outbox = to_json(fields).encode() + b"\n"
+        self._outbox = bytearray(to_json(fields).encode() + b"\n")
         with contextlib.suppress(OSError):  # what remains is sent when the socket is ready
             self.handle(select.POLLOUT)
 
     def _send(self) -> None:
-        self._outbox = self._outbox[self._sock.send(self._outbox) :]
+        del self._outbox[: self._sock.send(self._outbox)]
         if not self._outbox and not self._keep:
             self.close()
 
@@ -140,6 +141,7 @@ class ControlSocket:
         self._answer = answer
         self.clients: list[ControlClient] = []
         self._pause_until = 0.0
+        self._refused = FaultLimiter()
         if inherited is not None:
             self.sock = _socket_class(fileno=inherited[0])
             os.set_inheritable(inherited[0], False)
@@ -174,7 +176,9 @@ class ControlSocket:
             sock.close()
             return
         if uid not in (0, os.geteuid()):
-            log.warning("a process of user %d was refused on the control socket", uid)
+            left_out = self._refused.allow(uid)
+            if left_out is not None:
+                log.warning("a process of user %d was refused on the control socket%s", uid, also(left_out))
             sock.close()
             return
         if len(self.clients) >= MAX_CLIENTS:

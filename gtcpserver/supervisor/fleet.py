@@ -225,7 +225,7 @@ class Fleet:
         slot.gone_on.append(worker)
         worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
         timeout = self.config.graceful_timeout if self.ending else self.config.retire_timeout
-        worker.channel.send(kind, timeout=timeout, all=self.stopping)
+        worker.channel.send(kind, timeout=timeout, all=self.stopping, hurry=self.ending)
         self._kill_after(worker, timeout)
 
     @staticmethod

@@ -98,7 +98,7 @@ class MonitorProcess:
         self._pid = 0
         self._line: socket.socket | None = None
         self._inbox = b""
-        self._outbox = b""
+        self._outbox = bytearray()
         self._said: Any = None
         self._say_at = 0.0
         self._started_at = 0.0
@@ -187,7 +187,8 @@ class MonitorProcess:
             theirs.close()
         ours.setblocking(False)
         self._line = ours
-        self._inbox = self._outbox = b""
+        self._inbox = b""
+        self._outbox = bytearray()
         self._said = None
         self._told_to_leave = False
         self._started_at = self._heard_at = now
@@ -317,7 +318,7 @@ class MonitorProcess:
             return
         try:
             while self._outbox:
-                self._outbox = self._outbox[self._line.send(self._outbox) :]
+                del self._outbox[: self._line.send(self._outbox)]
         except BlockingIOError:
             pass
         except OSError as error:
@@ -328,7 +329,7 @@ class MonitorProcess:
     def _hang_up(self) -> None:
         self.starting = False
         self._table_until = None
-        self._outbox = b""
+        self._outbox = bytearray()
         if self._line is not None:
             self._line.close()
             self._line = None

@@ -399,17 +399,18 @@ class _Life:
         elif message.kind == "hasten":
             timeout = message.seconds("timeout")
             if timeout is not None:
-                gevent.spawn_later(timeout, server.halt)
+                gevent.spawn(server.hasten, timeout)  # after the stop that a message just before began
         elif message.kind == "retire":
             self.worker.ready = False
-            gevent.spawn(self.stop, message.seconds("timeout"), ())
+            gevent.spawn(self.stop, message.seconds("timeout"), (), message.fields.get("hurry") is not True)
         elif message.kind == "stop":
             self.worker.ready = False
             last_of_all = message.fields.get("all") is True
-            gevent.spawn(self.stop, message.seconds("timeout"), (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,))
+            drained = (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,)
+            gevent.spawn(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
 
-    def stop(self, timeout: float | None, drained: Collection[Use]) -> None:
-        """Finishes. Sockets of these uses are nobody's afterwards: they are drained for good."""
+    def stop(self, timeout: float | None, drained: Collection[Use], patient: bool = False) -> None:
+        """Finish. Sockets of the uses in ``drained`` have no other owner: drain them before closing."""
         server = self.worker.server
         assert server is not None
         numbers = {sock.fileno() for sock, use in self.job.sockets if use in drained}
@@ -417,7 +418,7 @@ class _Life:
             for listener in group:
                 # Whose it is may tell the kernel to begin no more connections on it.
                 listener.owned = listener.fileno() in numbers
-        server.stop(timeout, leave_listening=not numbers)
+        server.stop(timeout, leave_listening=not numbers, patient=patient)
 
     def on_term(self, _number: int, _frame: FrameType | None) -> None:
         if os.getppid() != self.job.master:

@@ -106,15 +106,16 @@ class Client:
 
     def recv_until(self, separator: bytes = b"\n") -> bytes:
         """Up to and including ``separator``. Raises EOFError if the server closed first."""
-        data = b""
-        while separator not in data:
+        data, searched = bytearray(), 0
+        while (found := data.find(separator, searched)) < 0:
+            searched = max(0, len(data) - len(separator) + 1)
             part = self.recv()
             if not part:
-                raise EOFError(f"the server closed before {separator!r}, after {data[:200]!r}")
+                raise EOFError(f"the server closed before {separator!r}, after {bytes(data[:200])!r}")
             data += part
-        end = data.index(separator) + len(separator)
-        self.unread(data[end:])
-        return data[:end]
+        end = found + len(separator)
+        self.unread(bytes(data[end:]))
+        return bytes(data[:end])
 
     def recv_all(self) -> bytes:
         """Everything until the server closes its side."""

@@ -19,6 +19,7 @@ from gtcpserver import (
     Address,
     BlockDetector,
     ClientLimits,
+    ClientRefused,
     ConfigError,
     Connection,
     ConnectionTLS,
@@ -195,7 +196,7 @@ def admit(conn: Connection) -> bool:
 
 
 def failed(conn: Connection, error: BaseException) -> None:
-    print(conn, error)
+    print(conn, error.reason if isinstance(error, ClientRefused) else error)
 
 
 def main() -> None:
