@@ -114,6 +114,13 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
+@about("rules.nat64")
+def test_addresses_behind_nat64_are_looked_at(proxy, connect, in_thread, origin):
+    server = proxy(rules='[rules]\nnat64 = ["2a00:64::/96"]\n')
+    for inner in ("127.0.0.1", "10.0.0.1", "169.254.169.254"):
+        assert in_thread(reply, connect(server), socks(origin.port, f"2a00:64::{inner}")) == 2
+
+
 @about("listener.external")
 @pytest.mark.parametrize(
     ("external", "expected"),
@@ -622,5 +629,5 @@ def test_every_key_has_a_test():
 def test_every_key_result_and_kind_is_in_the_docs():
     text = (Path(__file__).parent.parent / "docs" / "proxy.md").read_text()
     names = {key.rpartition(".")[2] for key in keys(settings.ProxyConfig)} | set(KINDS) | set(get_args(Result))
-    words = set(re.findall(r"`(?:[a-z]+\.)?([a-z_-]+)`", text))
+    words = set(re.findall(r"`(?:[a-z]+\.)?([a-z0-9_-]+)`", text))
     assert names - words == set()

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address
 from typing import Any, get_args
 
 from ..address import Address, parse_address
@@ -32,7 +32,8 @@ from .settings import (
     ProxyConfig,
     TimeoutsTable,
 )
-from .target import IPAddress, unmapped
+from .target import IPAddress, parse_nat64, unmapped
+from .this_host import ThisHost
 from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
 
 
@@ -157,6 +158,13 @@ def make_upstream_rule(config: ProxyConfig, text: str) -> UpstreamRule:
 def _check_via(config: ProxyConfig, via: str | None, text: str) -> None:
     if via is not None and via not in {listener.name for listener in _listeners(config)} | set(config.auth):
         raise ConfigError(f"there is no listener or authenticator {via!r}, in {text!r}")
+
+
+def make_nat64(config: ProxyConfig) -> tuple[IPv6Network, ...]:
+    try:
+        return tuple(map(parse_nat64, config.rules.nat64))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def make_tls(listener: ListenerTable) -> TLSConfig | None:
@@ -289,6 +297,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     timeouts = Timeouts(**{name: getattr(config.timeouts, name) for name in TimeoutsTable.__struct_fields__})
     clients, destinations = make_client_rules(config), make_destination_rules(config)
     upstreams = {name: make_upstream(config, name) for name in config.upstream}
+    nat64, this_host = make_nat64(config), ThisHost()
     keeper = LimitKeeper(make_limits(config))
     addresses, handlers = [], {}
     for listener in _listeners(config):
@@ -303,6 +312,8 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             own_ports=_own_ports(config),
             upstreams=upstreams,
             upstream_rules=make_upstream_rules(config),
+            nat64=nat64,
+            this_host=this_host,
             limits=keeper,
             external=make_external(listener),
             fast_open=config.fast_open,

@@ -40,6 +40,7 @@ from .build import (
     make_destination_rule,
     make_external,
     make_limits,
+    make_nat64,
     make_proxy,
     make_tls,
     make_upstream,
@@ -151,6 +152,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     ):
         for text in getattr(config.rules, key) or ():
             yield f"rules.{key}", lambda make=make, text=text: make(config, text), text  # type: ignore[misc]
+    yield "rules.nat64", lambda: make_nat64(config), ""
     # What the others refer to comes first: they may take it for granted.
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]

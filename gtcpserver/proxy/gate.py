@@ -10,6 +10,7 @@ import errno
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Network
 from time import monotonic
 from typing import Any, Literal, Protocol
 
@@ -20,14 +21,15 @@ from ..connection import Connection
 from ..errors import GtcpServerError
 from ..networks import as_ip
 from ..tls import ConnectionTLS
-from .dial import dial, is_of_this_host
+from .dial import dial
 from .errors import TTL_EXPIRED, LimitReached
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
 from .source import is_better_source
-from .target import IPAddress, Target
+from .target import IPAddress, Target, addresses_meant
+from .this_host import ThisHost
 from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
 
 
@@ -88,6 +90,8 @@ class Gate:
         authenticators: by name.
         upstreams: other proxies, by name.
         upstream_rules: which of them leads where; see `upstream`.
+        nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are looked at, too.
+        this_host: knows the addresses of this host.
         limits: keeps them, for all listeners that are given it.
         own_ports: of all listeners of this proxy, 0 for one that the system has chosen: who is sent there, on this
             host, comes back.
@@ -106,6 +110,8 @@ class Gate:
     upstream_rules: Sequence[UpstreamRule] = ()
     resolver: Resolver = field(default_factory=Resolver)
     timeouts: Timeouts = Timeouts()
+    nat64: tuple[IPv6Network, ...] = ()
+    this_host: ThisHost = field(default_factory=ThisHost)
     limits: LimitKeeper = field(default_factory=LimitKeeper)
     own_ports: frozenset[int] = frozenset()
     external: External | Sequence[IPAddress] = "auto"
@@ -261,28 +267,36 @@ class Visitor:
         return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
 
     def decide(self, target: Target, ip: IPAddress | None) -> Decision:
-        """Whether it may reach one address of a target; None: another proxy looks the name up."""
-        if ip is not None and self._is_the_proxy(ip, target.port):
-            return Decision(False, "this is the proxy itself")
+        """Whether it may reach one address of a target; None: another proxy looks the name up.
+
+        Raises:
+            OSError: it cannot be found out whether the address is this host's.
+        """
+        gate = self.gate
         name = None if target.ip is not None else target.host
-        if ip is None or name is not None:
-            return decide_destination(self.gate.destination_rules, self._match(target), name, ip)
-        key = (self.record.client, self.auth, self.record.user, target.host, target.port)
-        known = self.gate._destinations.get(key)
+        if ip is None:
+            return decide_destination(gate.destination_rules, self._match(target), name, ip)
+        meant = addresses_meant(ip, gate.nat64)
+        own = tuple(filter(gate.this_host.has, meant))
+        if self._is_the_proxy(meant, own, target.port):
+            return Decision(False, "this is the proxy itself")
+        key = (self.record.client, self.auth, self.record.user, target.host, target.port, own)
+        known = gate._destinations.get(key) if name is None else None
         if known is None:
-            known = decide_destination(self.gate.destination_rules, self._match(target), name, ip)
-            _remember(self.gate._destinations, key, known)
+            known = decide_destination(gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own)
+            if name is None:
+                _remember(gate._destinations, key, known)
         return known
 
-    def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
+    def _is_the_proxy(self, meant: Sequence[IPAddress], own: Sequence[IPAddress], port: int) -> bool:
         own_ports = self.gate.own_ports
         if port not in own_ports:
             if own_ports and 0 not in own_ports:
                 return False
             if self.own is None or port != self.own[1]:
                 return False
-        own = self.own
-        return (own is not None and ip == own[0]) or ip.is_loopback or ip.is_unspecified or is_of_this_host(ip)
+        here = self.own
+        return bool(own) or any((here and ip == here[0]) or ip.is_loopback or ip.is_unspecified for ip in meant)
 
     def allowed_addresses(self, target: Target, found: Sequence[IPAddress] | None = None) -> list[IPAddress]:
         """Those addresses of a target that the client may reach, in the order in which they should be tried.
@@ -335,7 +349,7 @@ class Visitor:
             return found
 
         name = None if target.ip is not None else target.host
-        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses)
+        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses, gate.this_host.has)
         return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:

@@ -140,6 +140,7 @@ class ProxyHandler:
             if close is not None:
                 close()
         self.gate.resolver.close()
+        self.gate.this_host.close()
 
     def _write(self, record: AccessRecord) -> None:
         self.counters[record.result] += 1

@@ -53,11 +53,16 @@ class ListenerTable(_Table):
 
 
 class RulesTable(_Table):
-    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing."""
+    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing.
+
+    Attributes:
+        nat64: prefixes of NAT64 gateways of the network's own.
+    """
 
     clients: list[str] | None = None
     destinations: list[str] | None = None
     upstreams: list[str] = []
+    nat64: list[str] = []
 
     @property
     def client_rules(self) -> Sequence[str]:
