@@ -114,6 +114,12 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
+@about("listener.commands")
+def test_commands_that_a_listener_does_not_have(proxy, connect, in_thread, origin):
+    assert in_thread(reply, connect(proxy(listener='commands = ["connect"]')), socks(origin.port)) == 0
+    assert in_thread(reply, connect(proxy(listener='commands = ["udp"]')), socks(origin.port)) == 7
+
+
 @about("rules.nat64")
 def test_addresses_behind_nat64_are_looked_at(proxy, connect, in_thread, origin):
     server = proxy(rules='[rules]\nnat64 = ["2a00:64::/96"]\n')

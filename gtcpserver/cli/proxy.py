@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -17,8 +17,10 @@ from gtcpserver.supervisor import systemd
 try:
     from gtcpserver.proxy.build import check_closed
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
+    from gtcpserver.proxy.gate import COMMANDS
+    from gtcpserver.proxy.handler import Speaks
     from gtcpserver.proxy.passwords import hash_password
-    from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
+    from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
 
@@ -57,6 +59,12 @@ def with_worker_user(command: Any) -> Any:
     "--allow-destination", metavar="DESTINATION", multiple=True, help="Where clients may go, and nowhere else."
 )
 @click.option("--deny-destination", metavar="WHERE", multiple=True, help="Where clients may not go.")
+@click.option(
+    "--allow-command",
+    type=click.Choice(COMMANDS),
+    multiple=True,
+    help="What clients may ask for, and nothing else; may be repeated.  [default: all]",
+)
 @click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody, without a password. Think twice.")
 @click.option(
     "--upstream", metavar="URL", help="Go through another proxy: socks5://[user:password@]host:port, http://..."
@@ -81,7 +89,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     given = {name: options[name] for name in ("mixed", "socks", "http", "users", "htpasswd") if options[name]}
     given |= {
         name: options[name]
-        for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external")
+        for name in ("allow_client", "allow_destination", "deny_destination", "allow_command", "upstream", "external")
         if options[name]
     }
     given |= {name: True for name in ("redact", "allow_open", "access_log_style") if was_given(context, name)}
@@ -115,7 +123,7 @@ obey_environment(
     proxy,
     but=(
         *("config", "mixed", "socks", "http", "users", "htpasswd", "allow_client", "allow_destination"),
-        *("deny_destination", "allow_open", "upstream", "external", "redact", "access_log_style"),
+        *("deny_destination", "allow_command", "allow_open", "upstream", "external", "redact", "access_log_style"),
     ),
 )
 
@@ -133,15 +141,20 @@ def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
 
 
 def _from_options(options: dict[str, Any]) -> ProxyConfig:
+    places: list[tuple[str, Speaks, str]] = [
+        (f"{speaks}-{number}" if number else speaks, speaks, address)
+        for speaks in get_args(Speaks)
+        for number, address in enumerate(options[speaks])
+    ]
     listeners = [
         ListenerTable(
-            name=f"{speaks}-{number}" if number else speaks,
+            name=name,
             listen=address,
             speaks=speaks,
+            commands=list(options["allow_command"] or COMMANDS),
             external=options["external"] or "auto",
         )
-        for speaks in ("mixed", "socks", "http")
-        for number, address in enumerate(options[speaks])
+        for name, speaks, address in places or [("default", "mixed", DEFAULT_LISTEN)]
     ]
     users = {}
     for text in options["users"]:

@@ -20,8 +20,8 @@ from ..networks import as_ip
 from ..options import check_number
 from ..tls import Credentials, TLSConfig
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
-from .gate import Authenticator, External, Gate, Timeouts
-from .handler import ProxyHandler
+from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
+from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
 from .resolve import Resolver
 from .rules import ClientRule, DestinationRule, parse_client_rule, parse_destination_rule
@@ -54,6 +54,25 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
             f"got {', '.join(map(repr, texts)) or 'none'}"
         )
     return found
+
+
+#: What each protocol has.
+_COMMANDS_OF: dict[Speaks, frozenset[Command]] = {
+    "mixed": frozenset(COMMANDS),
+    "socks": frozenset(("connect", "bind", "udp")),
+    "http": frozenset(("connect", "forward")),
+}
+
+
+def make_commands(listener: ListenerTable) -> frozenset[Command]:
+    has = _COMMANDS_OF[listener.speaks]
+    commands = has.intersection(listener.commands)
+    if not commands:
+        raise ConfigError(
+            f"commands must have one of {', '.join(name for name in COMMANDS if name in has)} for a listener that "
+            f"speaks {listener.speaks!r}, got {', '.join(listener.commands) or 'none'}"
+        )
+    return commands
 
 
 def _may_be_public(address: Address) -> bool:
@@ -304,6 +323,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
         address = parse_address(listener.listen)
         gate = Gate(
             listener=listener.name,
+            commands=make_commands(listener),
             client_rules=clients,
             destination_rules=destinations,
             authenticators=authenticators,

@@ -37,6 +37,7 @@ from .build import (
     make_authenticator,
     make_balancers,
     make_client_rule,
+    make_commands,
     make_destination_rule,
     make_external,
     make_limits,
@@ -142,6 +143,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for place, listener in enumerate(config.listener):
         name = f"listener[{place}]"
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
+        yield f"{name}.commands", lambda one=listener: make_commands(one), ""  # type: ignore[misc]
         yield f"{name}.tls_certfile", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
         yield f"{name}.external", lambda one=listener: make_external(one), ""  # type: ignore[misc]
         yield f"{name}.proxy_protocol", lambda one=listener: make_balancers(one), ""  # type: ignore[misc]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import gevent
 
@@ -79,6 +79,11 @@ class Timeouts:
 #: reached; "same": from that one in any case; "system": as the routes say.
 External = Literal["auto", "same", "system"]
 
+#: What clients may ask for: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and the HTTP requests that a
+#: proxy forwards ("GET http://...").
+Command = Literal["connect", "bind", "udp", "forward"]
+COMMANDS: tuple[Command, ...] = get_args(Command)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -86,6 +91,7 @@ class Gate:
 
     Attributes:
         listener: its name, for rules and the log.
+        commands: those that clients may use; others are refused before anything is looked up.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
         upstreams: other proxies, by name.
@@ -103,6 +109,7 @@ class Gate:
     """
 
     listener: str = "default"
+    commands: Collection[Command] = frozenset(COMMANDS)
     client_rules: Sequence[ClientRule] = ()
     destination_rules: Sequence[DestinationRule] = ()
     authenticators: Mapping[str, Authenticator] = field(default_factory=dict)
@@ -203,6 +210,13 @@ class Visitor:
             self.entered = False
         while self.entered_users:
             self.gate.limits.leave_user(self.entered_users.pop())
+
+    def may_use(self, command: Command) -> bool:
+        """Whether its listener has a command; the record is told if not."""
+        if command in self.gate.commands:
+            return True
+        self.record.result, self.record.detail = "command_denied", f"{command} is not among the commands"
+        return False
 
     def new_record(self) -> AccessRecord:
         """For the next request of the same client."""

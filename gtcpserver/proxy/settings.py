@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from ..balancer import ProxyVersion
-from .gate import Timeouts
+from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
 from .http_fields import Forwarded
 from .passwords import REMEMBER
@@ -33,6 +33,7 @@ class ListenerTable(_Table):
         name: for rules and the log.
         listen: where.
         speaks: the protocols.
+        commands: what clients may ask for.
         external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
         tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
         tls_client_ca: PEM file of the CAs whose certificates clients show.
@@ -43,6 +44,7 @@ class ListenerTable(_Table):
     name: str = "default"
     listen: str = DEFAULT_LISTEN
     speaks: Speaks = "mixed"
+    commands: list[Command] = msgspec.field(default_factory=lambda: list(COMMANDS))
     external: str | list[str] = "auto"
     tls_certfile: str | None = None
     tls_keyfile: str | None = None
