@@ -527,9 +527,9 @@ def test_the_resolver(proxy, connect, in_thread, origin, monkeypatch):
     assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 0
 
 
-@about("http.forwarded", "http.pseudonym")
+@about("http.forwarded", "http.forwarded_field", "http.pseudonym")
 @pytest.mark.parametrize(
-    ("how", "field"), [("off", None), ("x-forwarded-for", b"X-Forwarded-For"), ("forwarded", b"Forwarded")]
+    ("how", "field"), [("remove", None), ("append", b"X-Forwarded-For"), ("replace", b"Forwarded")]
 )
 def test_what_origins_are_told(proxy, connect, in_thread, serve, how, field):
     heads = []
@@ -539,7 +539,8 @@ def test_what_origins_are_told(proxy, connect, in_thread, serve, how, field):
         conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     origin = serve(answer)
-    client = connect(proxy(f'[http]\nforwarded = "{how}"\npseudonym = "us"'))
+    written = 'forwarded_field = "forwarded"\n' if field == b"Forwarded" else ""
+    client = connect(proxy(f'[http]\nforwarded = "{how}"\n{written}pseudonym = "us"'))
     in_thread(http, client, b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % origin.port)
     assert b"Via: 1.1 us\r\n" in heads[0]
     told = {line.partition(b":")[0] for line in heads[0].split(b"\r\n")}

@@ -347,6 +347,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             proxy_protocol=make_balancers(listener),
             pseudonym=config.http.pseudonym,
             forwarded=config.http.forwarded,
+            forwarded_field=config.http.forwarded_field,
             log_style=config.log.style,
             redact=config.log.redact,
         )

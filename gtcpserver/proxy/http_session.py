@@ -12,7 +12,7 @@ from ..connection import READ_AHEAD, Connection
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
-from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
+from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
 from .http_messages import connect_target, error_body
 from .http_origin import open_connection
@@ -30,7 +30,7 @@ class HttpSession:
     Args:
         pseudonym: the name of this proxy in Via.
         write: called with the record of each request, when it is done.
-        forwarded: whether and how origins are told the client's address.
+        forwarded: how origins are told for whom a request is made.
         first_until: monotonic time by which the head of the first request must have come; None: it has its own time.
     """
 
@@ -40,7 +40,7 @@ class HttpSession:
         visitor: Visitor,
         pseudonym: bytes,
         write: Callable[[AccessRecord], object],
-        forwarded: Forwarded = "off",
+        forwarded: Forwarded = REMOVED,
         first_until: float | None = None,
     ) -> None:
         self._conn = conn

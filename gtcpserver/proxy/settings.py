@@ -10,7 +10,7 @@ import msgspec
 from ..balancer import ProxyVersion
 from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
-from .http_fields import Forwarded
+from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family
 from .upstream import Resolve
@@ -148,7 +148,16 @@ class ResolverTable(_Table):
 
 
 class HttpTable(_Table):
-    forwarded: Forwarded = "off"
+    """HTTP.
+
+    Attributes:
+        forwarded: what becomes of fields in which a client says for whom it asks.
+        forwarded_field: the one in which the client is named.
+        pseudonym: the name of this proxy in Via.
+    """
+
+    forwarded: ForwardedMode = "remove"
+    forwarded_field: ForwardedField = "x-forwarded-for"
     pseudonym: str | None = None
 
 
