@@ -36,7 +36,7 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ),
         ('[[listener]]\ntls_client_ca = "/no/such"', "tls_client_ca needs tls_certfile"),
         ("[auth.staff]\ncertificate = true\ncommand = ['x']", "line 1: an authenticator needs users or"),
-        ("[auth.staff]\ncommand = ['/bin/true']\nprocesses = 0", "line 1: processes must be 1 or more, got 0"),
+        ("[auth.staff]\ncommand = ['/bin/true']\nprocesses = 0", "line 1: processes must be 1 to 1000, got 0"),
         (
             "[auth.staff]\ncommand = ['/bin/true']\nremember = -1",
             "line 1: remember must be a number, 0 or more, got -1",
