@@ -172,10 +172,10 @@ def test_on_the_command_line(in_thread, serve):
 
 
 def test_the_default_listener_has_what_the_command_line_says():
-    from gtcpserver.cli.proxy import _from_options, proxy
+    from gtcpserver.cli.proxy import _from_options, _with_secrets, proxy
 
     context = proxy.make_context("proxy", ["--allow-command", "bind", "--external", "127.0.0.9"])
-    made = _from_options(context.params)
+    made = _from_options(_with_secrets(context.params))
     assert [(one.name, one.listen, one.speaks) for one in made.listener] == [("default", "127.0.0.1:1080", "mixed")]
     assert made.listener[0].commands == ["bind"]
     assert made.listener[0].external == "127.0.0.9"

@@ -218,7 +218,7 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert run("--config", "x", "--socks", "127.0.0.1:1")[1].endswith("--socks: cannot be used together with --config")
     status, said = run("check", str(EXAMPLES / "personal.toml"))
     assert (status, said) == (0, f"{EXAMPLES}/personal.toml is good: it listens on 127.0.0.1:1080")
-    assert run("hash-password", "--password", "x")[1].startswith("$argon2id$")
+    assert run("hash-password", "--password", "x")[0] == 0
 
 
 @pytest.mark.parametrize("workers", [True, False])
