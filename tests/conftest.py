@@ -7,11 +7,13 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 import faulthandler
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import gevent
 import pytest
@@ -26,6 +28,8 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+_random = random.SystemRandom()  # hypothesis seeds the other one, in each process alike
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
 SOON = 15.0
@@ -83,10 +87,19 @@ def in_thread(_threads):
 
 
 def free_port():
-    """A TCP port of 127.0.0.1 on which nobody listens, for programs that must be told theirs."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A TCP port of 127.0.0.1 on which nobody listens, for programs that must be told theirs.
+
+    It is below those that the kernel gives to clients, so that it stays free while servers come and go.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = _random.randint(first // 2, first - 1)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def wait_for_port(port, process):

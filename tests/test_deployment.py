@@ -13,15 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SOON
+from conftest import SOON, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = ROOT / "examples" / "deployment"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 class Instance:

@@ -4,7 +4,6 @@ import importlib.util
 import inspect
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from unittest.mock import patch
 
 import click
 import pytest
-from conftest import SOON
+from conftest import SOON, free_port
 from doc_blocks import (
     PORT,
     Block,
@@ -125,23 +124,10 @@ def read(log):
     return Path(log.name).read_text(errors="replace")
 
 
-def lasting_port():
-    """A port that stays free while servers of a page come and go: below those that the kernel gives to others."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randint(first // 2, first - 1)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
 @pytest.fixture
 def place(request, tmp_path, certificates):
     path = request.node.callspec.params["path"]
-    ports = {port: lasting_port() for port in sorted(find_ports(path.read_text()))}
+    ports = {port: free_port() for port in sorted(find_ports(path.read_text()))}
     place = Place(tmp_path, certificates, ports)
     yield place
     place.kill()

@@ -14,7 +14,7 @@ from time import monotonic
 import gevent.ssl
 import pytest
 import trustme
-from conftest import SOON, wait_until
+from conftest import SOON, free_port, wait_until
 from test_server import ask, echo
 
 from gtcpserver import ConfigError, Server, forwarder
@@ -22,8 +22,7 @@ from gtcpserver.forwarder import Forwarder
 
 
 def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return f"127.0.0.1:{sock.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def named(name):

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import free_port
 from gevent import socket as gevent_socket
 
 from gtcpserver import draining, listen_config, listener
@@ -681,10 +682,9 @@ def test_sharing_with_a_server_that_does_not_share_says_so(opened):
 
 
 def test_of_servers_that_start_at_once_on_a_port_one_gets_it(opened):
-    (one,) = opened("127.0.0.1:0")
-    one.close()
+    address = f"127.0.0.1:{free_port()}"
     for _ in range(20):
-        assert race(lambda: open_listeners(one.address, count=2), 4) == 1
+        assert race(lambda: open_listeners(address, count=2), 4) == 1
 
 
 def test_the_port_of_a_server_that_ended_is_free_although_connections_linger(opened, connect):

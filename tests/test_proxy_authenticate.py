@@ -574,7 +574,7 @@ def test_a_command_that_cannot_be_run_is_said_at_once():
     for command in (["/no/such"], [], ["/etc/passwd"]):
         with pytest.raises(ConfigError, match="the command must be a program that can be run, got"):
             CommandAuthenticator(command)
-    with pytest.raises(ConfigError, match="processes must be 1 or more, got 0"):
+    with pytest.raises(ConfigError, match="processes must be 1 to 1000, got 0"):
         CommandAuthenticator(["cat"], processes=0)
     for seconds in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="timeout must be more than 0 seconds, got"):

@@ -15,6 +15,7 @@ from test_proxy_socks import ANYBODY, ANYWHERE
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_body import MOST_DISCARDED, SPLICE_FROM
+from gtcpserver.proxy.http_fields import Forwarded
 from gtcpserver.proxy.http_origin import MOST_IDLE
 from gtcpserver.proxy.http_session import HttpSession
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
@@ -38,11 +39,11 @@ def records():
 def proxy(serve, records):
     """`proxy(**options)`: a server that is nothing but an HttpSession; its records go to `records`."""
 
-    def start(forwarded="off", **options):
+    def start(forwarded="pass", **options):
         gate = Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})
 
         def handler(conn):
-            HttpSession(conn, gate.admit(conn), b"me", records.append, forwarded).serve()
+            HttpSession(conn, gate.admit(conn), b"me", records.append, Forwarded(forwarded)).serve()
 
         return serve(handler)
 
@@ -574,9 +575,10 @@ def test_requirement_24_via_on_both_ways_and_max_forwards(proxy, origin, client)
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("off", [b"X-Forwarded-For: 10.9.9.9"]),
-        ("x-forwarded-for", [b"X-Forwarded-For: 10.9.9.9, 127.0.0.1"]),
-        ("forwarded", [b"X-Forwarded-For: 10.9.9.9", b"Forwarded: for=127.0.0.1"]),
+        ("remove", []),
+        ("pass", [b"X-Forwarded-For: 10.9.9.9"]),
+        ("append", [b"X-Forwarded-For: 10.9.9.9, 127.0.0.1"]),
+        ("replace", [b"X-Forwarded-For: 127.0.0.1"]),
     ],
 )
 def test_requirement_37_clients_are_named_by_option(proxy, origin, client, how, expected):

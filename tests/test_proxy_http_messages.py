@@ -1,7 +1,6 @@
 """HTTP messages as a proxy reads and changes them: no sockets here."""
 
 from contextlib import suppress
-from ipaddress import ip_address
 from itertools import pairwise
 
 import h11
@@ -27,7 +26,6 @@ from gtcpserver.proxy.http_fields import (
     traced,
     unique_pseudonym,
     wanted_upgrade,
-    with_client,
 )
 from gtcpserver.proxy.http_messages import absolute_target, connect_target, own_answer
 
@@ -283,22 +281,6 @@ def test_requirement_24_two_proxies_in_a_chain_have_different_names():
     one, other = unique_pseudonym(), unique_pseudonym()
     assert one != other
     check_loop(head_of(f"Via: 1.1 {one}"), other.encode())
-
-
-@pytest.mark.parametrize(
-    ("how", "client", "added"),
-    [
-        ("off", "192.0.2.1", []),
-        ("x-forwarded-for", "192.0.2.1", [(b"X-Forwarded-For", b"10.0.0.1, 192.0.2.1")]),
-        ("x-forwarded-for", "2001:db8::1", [(b"X-Forwarded-For", b"10.0.0.1, 2001:db8::1")]),
-        ("forwarded", "192.0.2.1", [(b"Forwarded", b"for=192.0.2.1")]),
-        ("forwarded", "2001:db8::1", [(b"Forwarded", b'for="[2001:db8::1]"')]),
-    ],
-)
-def test_requirement_37_the_client_is_named_only_if_asked_for(how, client, added):
-    before = [(b"A", b"b"), (b"x-forwarded-for", b"10.0.0.1")]
-    found = with_client(before, ip_address(client), how)
-    assert found == ([(b"A", b"b"), *added] if how == "x-forwarded-for" else [*before, *added])
 
 
 def test_requirement_24_max_forwards():

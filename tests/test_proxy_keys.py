@@ -114,6 +114,19 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
+@about("listener.commands")
+def test_commands_that_a_listener_does_not_have(proxy, connect, in_thread, origin):
+    assert in_thread(reply, connect(proxy(listener='commands = ["connect"]')), socks(origin.port)) == 0
+    assert in_thread(reply, connect(proxy(listener='commands = ["udp"]')), socks(origin.port)) == 7
+
+
+@about("rules.nat64")
+def test_addresses_behind_nat64_are_looked_at(proxy, connect, in_thread, origin):
+    server = proxy(rules='[rules]\nnat64 = ["2a00:64::/96"]\n')
+    for inner in ("127.0.0.1", "10.0.0.1", "169.254.169.254"):
+        assert in_thread(reply, connect(server), socks(origin.port, f"2a00:64::{inner}")) == 2
+
+
 @about("listener.external")
 @pytest.mark.parametrize(
     ("external", "expected"),
@@ -514,9 +527,9 @@ def test_the_resolver(proxy, connect, in_thread, origin, monkeypatch):
     assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 0
 
 
-@about("http.forwarded", "http.pseudonym")
+@about("http.forwarded", "http.forwarded_field", "http.pseudonym")
 @pytest.mark.parametrize(
-    ("how", "field"), [("off", None), ("x-forwarded-for", b"X-Forwarded-For"), ("forwarded", b"Forwarded")]
+    ("how", "field"), [("remove", None), ("append", b"X-Forwarded-For"), ("replace", b"Forwarded")]
 )
 def test_what_origins_are_told(proxy, connect, in_thread, serve, how, field):
     heads = []
@@ -526,7 +539,8 @@ def test_what_origins_are_told(proxy, connect, in_thread, serve, how, field):
         conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     origin = serve(answer)
-    client = connect(proxy(f'[http]\nforwarded = "{how}"\npseudonym = "us"'))
+    written = 'forwarded_field = "forwarded"\n' if field == b"Forwarded" else ""
+    client = connect(proxy(f'[http]\nforwarded = "{how}"\n{written}pseudonym = "us"'))
     in_thread(http, client, b"GET http://127.0.0.1:%d/ HTTP/1.1\r\nHost: x\r\n\r\n" % origin.port)
     assert b"Via: 1.1 us\r\n" in heads[0]
     told = {line.partition(b":")[0] for line in heads[0].split(b"\r\n")}
@@ -622,5 +636,5 @@ def test_every_key_has_a_test():
 def test_every_key_result_and_kind_is_in_the_docs():
     text = (Path(__file__).parent.parent / "docs" / "proxy.md").read_text()
     names = {key.rpartition(".")[2] for key in keys(settings.ProxyConfig)} | set(KINDS) | set(get_args(Result))
-    words = set(re.findall(r"`(?:[a-z]+\.)?([a-z_-]+)`", text))
+    words = set(re.findall(r"`(?:[a-z]+\.)?([a-z0-9_-]+)`", text))
     assert names - words == set()

@@ -293,7 +293,8 @@ def test_requirements_22_and_23_what_a_connection_field_cannot_remove_and_what_g
         b"X-Hop: 1\r\nX-Forwarded-For: 192.0.2.1\r\nAuthorization: Bearer x\r\nProxy-Authorization: Basic QWRhOnB3\r\n"
         b"Keep-Alive: 5\r\nProxy-Connection: x\r\nTE: trailers\r\nTrailer: X\r\nUpgrade: h2c\r\n\r\nhello" % origin.port
     )
-    client = connect(proxy())
+    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)
+    client = connect(serve(ProxyHandler(gate, forwarded="pass")))
     client.sendall(request)
     head, _, body = in_thread(read, client, 10_000).partition(b"\r\n\r\n")
     assert body == b"hello"

@@ -437,7 +437,7 @@ def test_stop_ends_handlers_at_its_time_out_and_says_what_they_did(serve, connec
     for number, client in enumerate(clients):
         client.sendall(b"xa" if number < 20 else b"xb")
     wait_until(lambda: server.stats().bytes_sent == 250)
-    report = server.stop(0.2)
+    report = server.stop(1)
     assert (report.finished, report.ended, len(report.cut)) == (20, 30, 30)
     assert (len(finished), len(ended)) == (20, 50)
     assert {cut.peer for cut in report.cut} == {f"127.0.0.1:{client.getsockname()[1]}" for client in clients[20:]}

@@ -249,7 +249,7 @@ def test_as_process_1_of_a_container_it_buries_orphans_and_stops_in_order(folder
 
 
 def test_drain_delay_is_not_ready_and_accepts_still(start: Start) -> None:
-    master = start("--workers", "1", "--drain-delay", "1")
+    master = start("--workers", "1", "--drain-delay", "60")
     assert ctl(master, "status").returncode == 0
     master.send_signal(signal.SIGTERM)
     master.wait_for("SIGTERM: stopping")
@@ -258,7 +258,12 @@ def test_drain_delay_is_not_ready_and_accepts_still(start: Start) -> None:
     assert json.loads(answer.stdout)["state"] == "draining"
     assert json.loads(answer.stdout)["ready"] is False
     assert master.request()[1] == "more"
-    assert master.wait() == 0
+    assert master.stop() == 0  # the second SIGTERM does not wait
+
+
+def test_a_stop_goes_on_after_the_drain_delay(start: Start) -> None:
+    master = start("--workers", "1", "--drain-delay", "0.1")
+    assert master.stop() == 0
 
 
 # -- files and identity ----------------------------------------------------------------------------------------------

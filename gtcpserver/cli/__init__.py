@@ -64,5 +64,5 @@ def _read_monkey_patch(path: str) -> bool:
         else:
             import tomli as tomllib
         return tomllib.loads(text.decode()).get("monkey_patch") is not False
-    except (OSError, ValueError, ModuleNotFoundError):
+    except (OSError, ValueError, RecursionError, ModuleNotFoundError):
         return True

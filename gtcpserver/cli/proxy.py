@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import click
 
 from gtcpserver.access_log import log_to_file
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options, was_given
+from gtcpserver.cli.secret_files import STANDARD_INPUT, read_url, read_users
 from gtcpserver.cli.serve import process_options, serve_with
-from gtcpserver.cli.settings import SettingsGroup, obey_environment
+from gtcpserver.cli.settings import SettingsGroup, obey_environment, warn_at_start
 from gtcpserver.errors import ConfigError
 from gtcpserver.supervisor import systemd
 
 try:
     from gtcpserver.proxy.build import check_closed
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
+    from gtcpserver.proxy.gate import COMMANDS
+    from gtcpserver.proxy.handler import Speaks
     from gtcpserver.proxy.passwords import hash_password
-    from gtcpserver.proxy.settings import AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
+    from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
     raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
 
@@ -27,6 +31,10 @@ USERS = "users"
 
 #: The upstream of --upstream.
 UPSTREAM = "upstream"
+NOT_BESIDE_CONFIG = (
+    *("mixed", "socks", "http", "users", "user_file", "htpasswd", "allow_client", "allow_destination"),
+    *("deny_destination", "allow_command", "upstream", "upstream_file", "external"),
+)
 FLAGS = {"users": "--user", "access_log_style": "--access-log"}
 
 
@@ -51,16 +59,28 @@ def with_worker_user(command: Any) -> Any:
 @click.option(
     "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only these users may come in; may be repeated."
 )
+@click.option(
+    "--user-file",
+    metavar="FILE",
+    help="The same from a file of mode 600, a line each, which others cannot see by ps; -: standard input.",
+)
 @click.option("--htpasswd", metavar="FILE", help="Only users of this file (htpasswd -B) may come in.")
 @click.option("--allow-client", metavar="NETWORK", multiple=True, help="Who may come in.  [default: this host]")
 @click.option(
     "--allow-destination", metavar="DESTINATION", multiple=True, help="Where clients may go, and nowhere else."
 )
 @click.option("--deny-destination", metavar="WHERE", multiple=True, help="Where clients may not go.")
+@click.option(
+    "--allow-command",
+    type=click.Choice(COMMANDS),
+    multiple=True,
+    help="What clients may ask for, and nothing else; may be repeated.  [default: all]",
+)
 @click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody, without a password. Think twice.")
 @click.option(
     "--upstream", metavar="URL", help="Go through another proxy: socks5://[user:password@]host:port, http://..."
 )
+@click.option("--upstream-file", metavar="FILE", help="Its URL from a file of mode 600; -: standard input.")
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
 @click.option("--redact", is_flag=True, help="Leave out of the access log where clients go.")
 @click.option(
@@ -78,16 +98,18 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     """
     if context.invoked_subcommand is not None:
         return
-    given = {name: options[name] for name in ("mixed", "socks", "http", "users", "htpasswd") if options[name]}
-    given |= {
-        name: options[name]
-        for name in ("allow_client", "allow_destination", "deny_destination", "upstream", "external")
-        if options[name]
-    }
+    given = {name: options[name] for name in NOT_BESIDE_CONFIG if options[name]}
     given |= {name: True for name in ("redact", "allow_open", "access_log_style") if was_given(context, name)}
     if config is not None and given:
         raise click.UsageError(
             f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
+        )
+    options = _with_secrets(options)
+    if was_given(context, "users") or (was_given(context, "upstream") and _has_password(options["upstream"])):
+        warn_at_start(
+            context,
+            "passwords on the command line are visible to every user of this host (ps): use --user-file and "
+            "--upstream-file",
         )
     made = _load(config, options)
     if systemd.promises_sockets():
@@ -113,10 +135,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
 # What is about clients and where they go has a file of its own; the rest is as of every server.
 obey_environment(
     proxy,
-    but=(
-        *("config", "mixed", "socks", "http", "users", "htpasswd", "allow_client", "allow_destination"),
-        *("deny_destination", "allow_open", "upstream", "external", "redact", "access_log_style"),
-    ),
+    but=("config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
 )
 
 
@@ -133,17 +152,22 @@ def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
 
 
 def _from_options(options: dict[str, Any]) -> ProxyConfig:
-    listeners = [
-        ListenerTable(
-            name=f"{speaks}-{number}" if number else speaks,
-            listen=address,
-            speaks=speaks,
-            external=options["external"] or "auto",
-        )
-        for speaks in ("mixed", "socks", "http")
+    places: list[tuple[str, Speaks, str]] = [
+        (f"{speaks}-{number}" if number else speaks, speaks, address)
+        for speaks in get_args(Speaks)
         for number, address in enumerate(options[speaks])
     ]
-    users = {}
+    listeners = [
+        ListenerTable(
+            name=name,
+            listen=address,
+            speaks=speaks,
+            commands=list(options["allow_command"] or COMMANDS),
+            external=options["external"] or "auto",
+        )
+        for name, speaks, address in places or [("default", "mixed", DEFAULT_LISTEN)]
+    ]
+    users = {name: hash_password(password.encode()) for name, password in options["users_read"]}
     for text in options["users"]:
         name, colon, password = text.partition(":")
         if not colon or not name or not password:
@@ -158,18 +182,44 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         clients = ["allow any"]
     destinations = [f"deny {what}" for what in options["deny_destination"]]
     destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
+    upstream = options["upstream"]
     return ProxyConfig(
         listener=listeners,
         rules=RulesTable(
             clients=clients or None,
             destinations=destinations or None,
-            upstreams=[f"through {UPSTREAM} any"] if options["upstream"] else [],
+            upstreams=[f"through {UPSTREAM} any"] if upstream else [],
         ),
         auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},
-        upstream={UPSTREAM: UpstreamTable(url=options["upstream"])} if options["upstream"] else {},
+        upstream={UPSTREAM: UpstreamTable(url=upstream)} if upstream else {},
         log=LogTable(style=options["access_log_style"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
+
+
+def _with_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with what is in files. They are read once: workers may not be able to, and standard input ends."""
+    users, url = options["user_file"], options["upstream_file"]
+    if url is not None and options["upstream"]:
+        raise click.UsageError("--upstream-file: cannot be used together with --upstream")
+    if users == url == STANDARD_INPUT:
+        raise click.UsageError("--upstream-file: standard input is read by --user-file")
+    return {
+        **options,
+        "users_read": _read(read_users, "--user-file", users) if users is not None else [],
+        "upstream": _read(read_url, "--upstream-file", url) if url is not None else options["upstream"],
+    }
+
+
+def _read(read: Callable[[str], Any], option: str, path: str) -> Any:
+    try:
+        return read(path)
+    except ConfigError as error:
+        raise click.UsageError(f"{option}: {error}") from None
+
+
+def _has_password(url: str | None) -> bool:
+    return ":" in (url or "").partition("://")[2].rpartition("@")[0]
 
 
 @proxy.command()
@@ -183,8 +233,11 @@ def check(file: str) -> None:
 
 @proxy.command("hash-password")
 @click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Asked for, if not given.")
-def hash_password_command(password: str) -> None:
+@click.pass_context
+def hash_password_command(context: click.Context, /, password: str) -> None:
     """Make the hash of a password, for a configuration."""
+    if was_given(context, "password"):
+        click.echo("gtcpserver: --password is visible to every user of this host (ps): leave it out", err=True)
     if not password:
         raise ConfigError("the password must not be empty")
     click.echo(hash_password(password.encode()))

@@ -28,7 +28,7 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
-from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, unknown_variables
+from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, warnings_at_start
 from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
 from gtcpserver.errors import ConfigError
@@ -237,7 +237,7 @@ def prepare(context: click.Context) -> None:
     """What a process does to itself before it serves alone."""
     configure_logging(context.params["log_level"], context.params["log_format"])
     raise_descriptor_limit()
-    for line in unknown_variables(context.command):
+    for line in warnings_at_start(context):
         log.warning("%s", line)
 
 

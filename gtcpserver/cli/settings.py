@@ -326,6 +326,19 @@ def told(context: click.Context, message: str) -> str:
     return message
 
 
+def warn_at_start(context: click.Context, message: str) -> None:
+    """Have a line logged when the process that was started has set up its log."""
+    context.meta.setdefault(_WARNINGS, []).append(message)
+
+
+def warnings_at_start(context: click.Context) -> list[str]:
+    """The lines to log: those of `warn_at_start`, and the mistakes in the environment."""
+    return [*context.meta.get(_WARNINGS, ()), *unknown_variables(context.command)]
+
+
+_WARNINGS = f"{__name__}.warnings"
+
+
 def unknown_variables(command: click.Command) -> list[str]:
     """A line for each variable of the environment that looks like a setting and is none."""
     known = {str(parameter.envvar) for parameter in command.params if parameter.envvar}

@@ -27,7 +27,7 @@ from gtcpserver.cli.options import (
     was_given,
 )
 from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
-from gtcpserver.cli.settings import FIXED, file_of, read_again, told, unknown_variables
+from gtcpserver.cli.settings import FIXED, file_of, read_again, told, warnings_at_start
 from gtcpserver.errors import ConfigError
 from gtcpserver.server import Server
 from gtcpserver.supervisor import (
@@ -72,7 +72,7 @@ def supervise(
     raise_descriptor_limit()
     style = LogStyle(context.params["log_level"], context.params["log_format"])
     log_in_master(style)
-    for line in unknown_variables(context.command):
+    for line in warnings_at_start(context):
         log.warning("%s", line)
     listen = make_listen_config(context)
     if context.params["tls_self_signed"]:

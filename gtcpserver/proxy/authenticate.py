@@ -303,6 +303,10 @@ class HelperError(Exception):
     """A helper process gives no answer; the message says why."""
 
 
+#: Of one command; more is a mistake. squid's documents have up to 50 (auth_param, "children").
+MOST_PROCESSES = 1000
+
+
 class CommandAuthenticator(RememberingAuthenticator):
     """Asks a command that knows the users, as squid does ("auth_param basic program").
 
@@ -313,7 +317,7 @@ class CommandAuthenticator(RememberingAuthenticator):
 
     Args:
         command: the program and its arguments; no shell is involved.
-        processes: how many are asked at the same time, 1 or more. Each is started when it is needed.
+        processes: how many are asked at the same time, 1 to 1000. Each is started when it is needed.
         timeout: seconds for one answer; a helper that takes longer is killed.
         remember: seconds for which a password that was right is believed without asking; 0: never.
 
@@ -326,8 +330,8 @@ class CommandAuthenticator(RememberingAuthenticator):
     ) -> None:
         if not command or shutil.which(command[0]) is None:
             raise ConfigError(f"the command must be a program that can be run, got {' '.join(command)!r}")
-        if processes < 1:
-            raise ConfigError(f"processes must be 1 or more, got {processes}")
+        if not 1 <= processes <= MOST_PROCESSES:
+            raise ConfigError(f"processes must be 1 to {MOST_PROCESSES}, got {processes}")
         if not 0 < timeout < float("inf"):
             raise ConfigError(f"timeout must be more than 0 seconds, got {timeout}")
         super().__init__(at_once=processes, remember=remember)

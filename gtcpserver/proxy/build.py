@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address
 from typing import Any, get_args
 
 from ..address import Address, parse_address
@@ -20,8 +20,8 @@ from ..networks import as_ip
 from ..options import check_number
 from ..tls import Credentials, TLSConfig
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
-from .gate import Authenticator, External, Gate, Timeouts
-from .handler import ProxyHandler
+from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
+from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
 from .resolve import Resolver
 from .rules import ClientRule, DestinationRule, parse_client_rule, parse_destination_rule
@@ -32,7 +32,8 @@ from .settings import (
     ProxyConfig,
     TimeoutsTable,
 )
-from .target import IPAddress, unmapped
+from .target import IPAddress, parse_nat64, unmapped
+from .this_host import ThisHost
 from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
 
 
@@ -53,6 +54,25 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
             f"got {', '.join(map(repr, texts)) or 'none'}"
         )
     return found
+
+
+#: What each protocol has.
+_COMMANDS_OF: dict[Speaks, frozenset[Command]] = {
+    "mixed": frozenset(COMMANDS),
+    "socks": frozenset(("connect", "bind", "udp")),
+    "http": frozenset(("connect", "forward")),
+}
+
+
+def make_commands(listener: ListenerTable) -> frozenset[Command]:
+    has = _COMMANDS_OF[listener.speaks]
+    commands = has.intersection(listener.commands)
+    if not commands:
+        raise ConfigError(
+            f"commands must have one of {', '.join(name for name in COMMANDS if name in has)} for a listener that "
+            f"speaks {listener.speaks!r}, got {', '.join(listener.commands) or 'none'}"
+        )
+    return commands
 
 
 def _may_be_public(address: Address) -> bool:
@@ -157,6 +177,13 @@ def make_upstream_rule(config: ProxyConfig, text: str) -> UpstreamRule:
 def _check_via(config: ProxyConfig, via: str | None, text: str) -> None:
     if via is not None and via not in {listener.name for listener in _listeners(config)} | set(config.auth):
         raise ConfigError(f"there is no listener or authenticator {via!r}, in {text!r}")
+
+
+def make_nat64(config: ProxyConfig) -> tuple[IPv6Network, ...]:
+    try:
+        return tuple(map(parse_nat64, config.rules.nat64))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def make_tls(listener: ListenerTable) -> TLSConfig | None:
@@ -289,12 +316,14 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     timeouts = Timeouts(**{name: getattr(config.timeouts, name) for name in TimeoutsTable.__struct_fields__})
     clients, destinations = make_client_rules(config), make_destination_rules(config)
     upstreams = {name: make_upstream(config, name) for name in config.upstream}
+    nat64, this_host = make_nat64(config), ThisHost()
     keeper = LimitKeeper(make_limits(config))
     addresses, handlers = [], {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
         gate = Gate(
             listener=listener.name,
+            commands=make_commands(listener),
             client_rules=clients,
             destination_rules=destinations,
             authenticators=authenticators,
@@ -303,6 +332,8 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             own_ports=_own_ports(config),
             upstreams=upstreams,
             upstream_rules=make_upstream_rules(config),
+            nat64=nat64,
+            this_host=this_host,
             limits=keeper,
             external=make_external(listener),
             fast_open=config.fast_open,
@@ -316,6 +347,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             proxy_protocol=make_balancers(listener),
             pseudonym=config.http.pseudonym,
             forwarded=config.http.forwarded,
+            forwarded_field=config.http.forwarded_field,
             log_style=config.log.style,
             redact=config.log.redact,
         )

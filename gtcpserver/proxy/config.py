@@ -37,9 +37,11 @@ from .build import (
     make_authenticator,
     make_balancers,
     make_client_rule,
+    make_commands,
     make_destination_rule,
     make_external,
     make_limits,
+    make_nat64,
     make_proxy,
     make_tls,
     make_upstream,
@@ -141,6 +143,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for place, listener in enumerate(config.listener):
         name = f"listener[{place}]"
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
+        yield f"{name}.commands", lambda one=listener: make_commands(one), ""  # type: ignore[misc]
         yield f"{name}.tls_certfile", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
         yield f"{name}.external", lambda one=listener: make_external(one), ""  # type: ignore[misc]
         yield f"{name}.proxy_protocol", lambda one=listener: make_balancers(one), ""  # type: ignore[misc]
@@ -151,6 +154,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     ):
         for text in getattr(config.rules, key) or ():
             yield f"rules.{key}", lambda make=make, text=text: make(config, text), text  # type: ignore[misc]
+    yield "rules.nat64", lambda: make_nat64(config), ""
     # What the others refer to comes first: they may take it for granted.
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]

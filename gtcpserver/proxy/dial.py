@@ -219,11 +219,3 @@ def way_out(ip: IPAddress) -> IPAddress:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((str(ip), 9))  # of a UDP socket it sends nothing
         return ip_address(probe.getsockname()[0].partition("%")[0])
-
-
-def is_of_this_host(ip: IPAddress) -> bool:
-    """Whether an address is one of ours: the way to it then begins there."""
-    try:
-        return way_out(ip) == ip
-    except OSError:
-        return False

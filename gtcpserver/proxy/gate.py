@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Network
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import gevent
 
@@ -20,14 +21,15 @@ from ..connection import Connection
 from ..errors import GtcpServerError
 from ..networks import as_ip
 from ..tls import ConnectionTLS
-from .dial import dial, is_of_this_host
+from .dial import dial
 from .errors import TTL_EXPIRED, LimitReached
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
 from .source import is_better_source
-from .target import IPAddress, Target
+from .target import IPAddress, Target, addresses_meant
+from .this_host import ThisHost
 from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
 
 
@@ -77,6 +79,11 @@ class Timeouts:
 #: reached; "same": from that one in any case; "system": as the routes say.
 External = Literal["auto", "same", "system"]
 
+#: What clients may ask for: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and the HTTP requests that a
+#: proxy forwards ("GET http://...").
+Command = Literal["connect", "bind", "udp", "forward"]
+COMMANDS: tuple[Command, ...] = get_args(Command)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -84,10 +91,13 @@ class Gate:
 
     Attributes:
         listener: its name, for rules and the log.
+        commands: those that clients may use; others are refused before anything is looked up.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
         upstreams: other proxies, by name.
         upstream_rules: which of them leads where; see `upstream`.
+        nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are looked at, too.
+        this_host: knows the addresses of this host.
         limits: keeps them, for all listeners that are given it.
         own_ports: of all listeners of this proxy, 0 for one that the system has chosen: who is sent there, on this
             host, comes back.
@@ -99,6 +109,7 @@ class Gate:
     """
 
     listener: str = "default"
+    commands: Collection[Command] = frozenset(COMMANDS)
     client_rules: Sequence[ClientRule] = ()
     destination_rules: Sequence[DestinationRule] = ()
     authenticators: Mapping[str, Authenticator] = field(default_factory=dict)
@@ -106,6 +117,8 @@ class Gate:
     upstream_rules: Sequence[UpstreamRule] = ()
     resolver: Resolver = field(default_factory=Resolver)
     timeouts: Timeouts = Timeouts()
+    nat64: tuple[IPv6Network, ...] = ()
+    this_host: ThisHost = field(default_factory=ThisHost)
     limits: LimitKeeper = field(default_factory=LimitKeeper)
     own_ports: frozenset[int] = frozenset()
     external: External | Sequence[IPAddress] = "auto"
@@ -198,6 +211,13 @@ class Visitor:
         while self.entered_users:
             self.gate.limits.leave_user(self.entered_users.pop())
 
+    def may_use(self, command: Command) -> bool:
+        """Whether its listener has a command; the record is told if not."""
+        if command in self.gate.commands:
+            return True
+        self.record.result, self.record.detail = "command_denied", f"{command} is not among the commands"
+        return False
+
     def new_record(self) -> AccessRecord:
         """For the next request of the same client."""
         self.record = AccessRecord(self.record.client, self.record.listener, user=self.certified)
@@ -261,28 +281,36 @@ class Visitor:
         return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
 
     def decide(self, target: Target, ip: IPAddress | None) -> Decision:
-        """Whether it may reach one address of a target; None: another proxy looks the name up."""
-        if ip is not None and self._is_the_proxy(ip, target.port):
-            return Decision(False, "this is the proxy itself")
+        """Whether it may reach one address of a target; None: another proxy looks the name up.
+
+        Raises:
+            OSError: it cannot be found out whether the address is this host's.
+        """
+        gate = self.gate
         name = None if target.ip is not None else target.host
-        if ip is None or name is not None:
-            return decide_destination(self.gate.destination_rules, self._match(target), name, ip)
-        key = (self.record.client, self.auth, self.record.user, target.host, target.port)
-        known = self.gate._destinations.get(key)
+        if ip is None:
+            return decide_destination(gate.destination_rules, self._match(target), name, ip)
+        meant = addresses_meant(ip, gate.nat64)
+        own = tuple(filter(gate.this_host.has, meant))
+        if self._is_the_proxy(meant, own, target.port):
+            return Decision(False, "this is the proxy itself")
+        key = (self.record.client, self.auth, self.record.user, target.host, target.port, own)
+        known = gate._destinations.get(key) if name is None else None
         if known is None:
-            known = decide_destination(self.gate.destination_rules, self._match(target), name, ip)
-            _remember(self.gate._destinations, key, known)
+            known = decide_destination(gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own)
+            if name is None:
+                _remember(gate._destinations, key, known)
         return known
 
-    def _is_the_proxy(self, ip: IPAddress, port: int) -> bool:
+    def _is_the_proxy(self, meant: Sequence[IPAddress], own: Sequence[IPAddress], port: int) -> bool:
         own_ports = self.gate.own_ports
         if port not in own_ports:
             if own_ports and 0 not in own_ports:
                 return False
             if self.own is None or port != self.own[1]:
                 return False
-        own = self.own
-        return (own is not None and ip == own[0]) or ip.is_loopback or ip.is_unspecified or is_of_this_host(ip)
+        here = self.own
+        return bool(own) or any((here and ip == here[0]) or ip.is_loopback or ip.is_unspecified for ip in meant)
 
     def allowed_addresses(self, target: Target, found: Sequence[IPAddress] | None = None) -> list[IPAddress]:
         """Those addresses of a target that the client may reach, in the order in which they should be tried.
@@ -335,7 +363,7 @@ class Visitor:
             return found
 
         name = None if target.ip is not None else target.host
-        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses)
+        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses, gate.this_host.has)
         return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:

@@ -17,7 +17,7 @@ from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
 from .gate import Gate, Visitor, host_of
-from .http_fields import Forwarded, check_pseudonym, unique_pseudonym
+from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
@@ -40,7 +40,9 @@ class ProxyHandler:
         speaks: the protocols of this listener; "mixed": both, the first byte tells.
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
         pseudonym: the name of this proxy in the Via field of HTTP messages; None: one that no other proxy has.
-        forwarded: how HTTP origins are told the client's address: "off", "x-forwarded-for" or "forwarded".
+        forwarded: what becomes of fields in which a client says for whom it asks (X-Forwarded-For and others):
+            "remove", "pass", "replace" them by its address or "append" that.
+        forwarded_field: in which field: "x-forwarded-for" or "forwarded" (RFC 7239).
         proxy_protocol: this listener's clients come by balancers that name them; None: they do not.
         log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
         redact: leave out of it where clients go.
@@ -56,7 +58,8 @@ class ProxyHandler:
         *,
         tls: TLSConfig | None = None,
         pseudonym: str | None = None,
-        forwarded: Forwarded = "off",
+        forwarded: ForwardedMode = "remove",
+        forwarded_field: ForwardedField = "x-forwarded-for",
         proxy_protocol: ProxyProtocol | None = None,
         log_style: Literal["text", "json"] = "text",
         redact: bool = False,
@@ -68,7 +71,7 @@ class ProxyHandler:
         self._tls = None if tls is None else Credentials(tls)
         check_pseudonym(pseudonym)
         self._pseudonym = (pseudonym or unique_pseudonym()).encode()
-        self._forwarded: Forwarded = forwarded
+        self._forwarded = Forwarded(forwarded, forwarded_field)
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
         self._balancers = proxy_protocol
@@ -140,6 +143,7 @@ class ProxyHandler:
             if close is not None:
                 close()
         self.gate.resolver.close()
+        self.gate.this_host.close()
 
     def _write(self, record: AccessRecord) -> None:
         self.counters[record.result] += 1

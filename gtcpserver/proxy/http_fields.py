@@ -7,7 +7,7 @@ import binascii
 import re
 import secrets
 from collections.abc import Sequence
-from ipaddress import IPv6Address
+from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
@@ -25,19 +25,41 @@ HOP_BY_HOP = frozenset(
 PROTECTED = frozenset(
     b"host content-length content-type content-encoding content-range cache-control vary expires age date pragma "
     b"etag if-match if-none-match if-modified-since if-unmodified-since if-range range expect max-forwards "
-    b"authorization www-authenticate cookie set-cookie origin referer location "
-    b"via forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-real-ip".split()
+    b"authorization www-authenticate cookie set-cookie origin referer location via".split()
 )
 
 #: What trailers must not have: it would change where a message ends, who asks, or where to (RFC 9110 section 6.5.1).
 NOT_IN_TRAILERS = frozenset(
     b"content-length content-type content-encoding content-range host expect range cache-control max-forwards "
-    b"authorization set-cookie cookie via forwarded x-forwarded-for age date location retry-after vary www-authenticate"
-    b"".split()
+    b"authorization set-cookie cookie via age date location retry-after vary www-authenticate".split()
 )
 
-#: How origins are told for whom a request is made. Off unless asked for: a proxy should not tell.
-Forwarded = Literal["off", "x-forwarded-for", "forwarded"]
+#: What becomes of fields in which a client says for whom it asks (`names_client`). "remove": they are taken away, as an
+#: origin that trusts this proxy may believe them; "replace": by ours; "append": ours is added behind those of earlier
+#: proxies, which are believed to be true; "pass": they are forwarded as they are. "replace" and "append" tell the
+#: client's address: a proxy should not, unless asked to.
+ForwardedMode = Literal["remove", "pass", "replace", "append"]
+
+#: In which field it is told.
+ForwardedField = Literal["x-forwarded-for", "forwarded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """How origins are told for whom a request is made."""
+
+    mode: ForwardedMode = "remove"
+    field: ForwardedField = "x-forwarded-for"
+
+
+REMOVED = Forwarded()
+
+# Beside X-Forwarded-*: what nginx (X-Real-IP), Rails (Client-IP), Akamai (True-Client-IP) and others read.
+_NAMES_CLIENT = frozenset(b"forwarded x-real-ip x-client-ip x-cluster-client-ip client-ip true-client-ip".split())
+
+# A field of CGI and WSGI has an underscore for each hyphen: X_Forwarded_For is the same one there.
+_FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ_", b"abcdefghijklmnopqrstuvwxyz-")
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 #: As in SOCKS, where a length octet is the limit. Each attempt is a line in the log.
 LONGEST_USER = 255
@@ -47,13 +69,17 @@ CHALLENGE = (b"Proxy-Authenticate", b'Basic realm="proxy", charset="UTF-8"')
 
 def end_to_end(headers: Sequence[Header]) -> list[Header]:
     """The fields that are forwarded (RFC 9110 section 7.6.1)."""
-    gone = HOP_BY_HOP | (options_of(headers) - PROTECTED)
+    gone = HOP_BY_HOP | {name for name in options_of(headers) - PROTECTED if not names_client(name)}
     return [(name, value) for name, value in headers if name.lower() not in gone]
 
 
 def forwarded_trailers(trailers: Sequence[Header]) -> list[Header]:
     """The trailers that are forwarded."""
-    return [(name, value) for name, value in end_to_end(trailers) if name.lower() not in NOT_IN_TRAILERS]
+    return [
+        (name, value)
+        for name, value in end_to_end(trailers)
+        if name.lower() not in NOT_IN_TRAILERS and not names_client(name)
+    ]
 
 
 def wanted_upgrade(head: Head) -> bytes | None:
@@ -93,17 +119,38 @@ def unique_pseudonym() -> str:
     return f"gtcpserver-{secrets.token_hex(4)}"
 
 
+def names_client(name: bytes) -> bool:
+    """Whether origins may read in a field, by its name, for whom a request is made."""
+    folded = name.translate(_FOLDED)
+    return folded in _NAMES_CLIENT or folded.startswith(b"x-forwarded-")
+
+
 def with_client(headers: list[Header], client: IPAddress, how: Forwarded) -> list[Header]:
-    """Name the client, behind those that earlier proxies have named (RFC 7239; X-Forwarded-For)."""
-    if how == "off":
+    """Name the client, or see that nothing does (RFC 7239; X-Forwarded-For)."""
+    if how.mode == "pass":
         return headers
-    if how == "forwarded":
-        name, node = b"Forwarded", f'for="[{client}]"' if isinstance(client, IPv6Address) else f"for={client}"
-    else:
-        name, node = b"X-Forwarded-For", str(client)
-    earlier = [value for found, value in headers if found.lower() == name.lower() and value]
-    others = [(found, value) for found, value in headers if found.lower() != name.lower()]
-    return [*others, (name, b", ".join([*earlier, node.encode()]))]
+    others = [header for header in headers if not names_client(header[0])]
+    if how.mode == "remove":
+        return others
+    nodes = {
+        b"x-forwarded-for": str(client).encode(),
+        b"forwarded": b'for="[%b]"' % str(client).encode() if client.version == 6 else b"for=" + str(client).encode(),
+    }
+    told = {how.field.encode(): [nodes[how.field.encode()]]}
+    if how.mode == "append":
+        # To the other list as well, if there is one: an origin that reads it would take its last entry for the client.
+        earlier = [(name.lower(), value) for name, value in headers if names_client(name) and b"_" not in name]
+        others += [(name, value) for name, value in earlier if name not in nodes]
+        for field, node in nodes.items():
+            values = [value for name, value in earlier if name == field and _is_closed(value)]
+            if values or field in told:
+                told[field] = [*filter(None, values), node]
+    return [*others, *((field.title(), b", ".join(values)) for field, values in told.items())]
+
+
+def _is_closed(value: bytes) -> bool:
+    """Whether each quoted string has its end: what is appended to another one would be a part of it."""
+    return b'"' not in _QUOTED.sub(b"", value)
 
 
 def forwards_left(head: Head) -> int | None:

@@ -38,7 +38,7 @@ class Forwarder:
         conn: the client.
         visitor: who it is; its record is filled in.
         pseudonym: the name of this proxy in Via.
-        forwarded: whether and how origins are told the client's address.
+        forwarded: how origins are told for whom a request is made.
     """
 
     def __init__(self, conn: Connection, visitor: Visitor, pseudonym: bytes, forwarded: Forwarded) -> None:

@@ -12,13 +12,16 @@ from ..connection import READ_AHEAD, Connection
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
-from .http_fields import CHALLENGE, Forwarded, basic_credentials, check_loop
+from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
 from .http_messages import connect_target, error_body
 from .http_origin import open_connection
 from .limits import rest
 from .record import AccessRecord
 from .socks_session import tunnel
+
+#: The methods of RFC 9110 section 9 and RFC 5789 but CONNECT; others are forwarded, too.
+FORWARDED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 
 
 class HttpSession:
@@ -27,7 +30,7 @@ class HttpSession:
     Args:
         pseudonym: the name of this proxy in Via.
         write: called with the record of each request, when it is done.
-        forwarded: whether and how origins are told the client's address.
+        forwarded: how origins are told for whom a request is made.
         first_until: monotonic time by which the head of the first request must have come; None: it has its own time.
     """
 
@@ -37,7 +40,7 @@ class HttpSession:
         visitor: Visitor,
         pseudonym: bytes,
         write: Callable[[AccessRecord], object],
-        forwarded: Forwarded = "off",
+        forwarded: Forwarded = REMOVED,
         first_until: float | None = None,
     ) -> None:
         self._conn = conn
@@ -146,6 +149,7 @@ class HttpSession:
         body = RequestBody(self._conn, head, self._visitor.gate.timeouts.answer)
         try:
             self._check_client(head)
+            self._check_command(head)
             self._check_size(head)
             body.pace = self._visitor.pace  # known when the user is
             check_loop(head, self._pseudonym)
@@ -186,6 +190,14 @@ class HttpSession:
             if visitor.record.result == "failed":
                 visitor.record.result = "authentication_failed"
             raise HttpError(407, "This proxy needs your name and password.", [CHALLENGE], keep=True)
+
+    def _check_command(self, head: Head) -> None:
+        # 405 has the field Allow (RFC 9110 section 15.5.6).
+        if head.method == b"CONNECT":
+            if not self._visitor.may_use("connect"):
+                raise HttpError(405, "This proxy has no CONNECT.", [(b"Allow", FORWARDED_METHODS)])
+        elif not self._visitor.may_use("forward"):
+            raise HttpError(405, "This proxy forwards no requests: it has CONNECT alone.", [(b"Allow", b"CONNECT")])
 
     def _check_size(self, head: Head) -> None:
         most = self._visitor.gate.limits.limits.request_body

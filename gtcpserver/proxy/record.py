@@ -16,6 +16,7 @@ Result = Literal[
     "lifetime",  # it lasted as long as it may
     "client_denied",
     "destination_denied",
+    "command_denied",
     "authentication_failed",
     "authentication_timeout",
     "proxy_header",  # none came from a balancer, or a bad one

@@ -17,25 +17,36 @@ ports only (443 or 80,443 or 8000-8999):
     10.0.0.0/8, 192.0.2.1, [2001:db8::/32] a network or address, also of names that resolve to it
     example.com                            this name
     .example.com                           names below it, and itself
-    loopback, private, metadata, ...       a kind of address (see target.KINDS)
+    loopback, this-host, private, ...      a kind of address (see target.KINDS)
 
 The first rule that matches decides; behind the last one everything is denied. Special kinds of addresses (loopback,
-link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are reached only by a rule that
-names them: the kind, or a network that lies in it. "allow any" and ".example.com" do not: the first would open the
-proxy's own network to its clients, the second to whoever owns that domain's name server.
+this-host, link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are reached only by a
+rule that names them: the kind, or a network that lies in it. "allow any" and ".example.com" do not: the first would
+open the proxy's own network to its clients, the second to whoever owns that domain's name server. An address of this
+host is this-host before it is link-local, private or the like; only the kind or the address itself names it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Network
 from typing import Any, Literal
 
 from ..networks import parse_network
 from .errors import BadTarget, RuleError
-from .target import KINDS, IPAddress, IPNetwork, addresses_meant, canonical_name, kind_of, parse_address, unmapped
+from .target import (
+    KINDS,
+    THIS_HOST,
+    IPAddress,
+    IPNetwork,
+    addresses_meant,
+    canonical_name,
+    kind_of,
+    parse_address,
+    unmapped,
+)
 
 Action = Literal["allow", "deny"]
 
@@ -72,20 +83,23 @@ class Destinations:
             return False
         return name == self.name or (self.name.startswith(".") and (name.endswith(self.name) or name == self.name[1:]))
 
-    def has_address(self, ip: IPAddress) -> bool:
+    def has_address(self, ip: IPAddress, own: bool = False) -> bool:
+        """Whether an address is among them; `own`: it is one of this host's."""
         if self.kind is not None:
-            return kind_of(ip) == self.kind
+            return self.kind in (kind_of(ip), kind_of(ip, own))
         return self.network is not None and ip.version == self.network.version and ip in self.network
 
-    def opens(self, ip: IPAddress) -> bool:
+    def opens(self, ip: IPAddress, own: bool = False) -> bool:
         """Whether this names the special kind that an address is of, so that a rule with it may allow it."""
-        kind = kind_of(ip)
+        kind = kind_of(ip, own)
         if kind is None or self.kind == kind:
             return True
         network: Any = self.network
-        return network is not None and any(
-            network.version == special.version and network.subnet_of(special) for special in KINDS[kind]
-        )
+        if network is None:
+            return False
+        if kind == THIS_HOST:  # whose neighbours are not
+            return bool(network.prefixlen == network.max_prefixlen and network.network_address == ip)
+        return any(network.version == special.version and network.subnet_of(special) for special in KINDS[kind])
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +334,13 @@ def decide_client(rules: Sequence[ClientRule], client: IPAddress, listener: str)
 
 
 def decide_destination(
-    rules: Sequence[DestinationRule], asked: RuleMatch, name: str | None, ip: IPAddress | None
+    rules: Sequence[DestinationRule],
+    asked: RuleMatch,
+    name: str | None,
+    ip: IPAddress | None,
+    *,
+    nat64: tuple[IPv6Network, ...] = (),
+    own: Collection[IPAddress] = (),
 ) -> Decision:
     """Whether a client may reach one address.
 
@@ -331,28 +351,36 @@ def decide_destination(
         asked: who asks, and for which port.
         name: the host name that was asked for, in its canonical form; None for an address.
         ip: the address; None: another proxy looks the name up, and only rules about names can match.
+        nat64: prefixes of NAT64 gateways, as `target.addresses_meant` takes them.
+        own: those of the addresses meant by `ip` that are this host's.
     """
+    meant: tuple[IPAddress, ...]
     if ip is not None:
-        meant = addresses_meant(ip)
+        meant = addresses_meant(ip, nat64)
     elif name is not None and (name == "localhost" or name.endswith(".localhost")):
         # Wherever it is looked up it means the proxy there (RFC 6761 section 6.3).
         meant = (IPv4Address("127.0.0.1"),)
     else:
         meant = ()
-    special = [one for one in meant if kind_of(one) is not None]
+    special = [one for one in meant if kind_of(one, one in own) is not None]
     for rule in rules:
         if not asked.fits(rule):
             continue
         what = rule.destinations
-        matches = what.is_any or (name is not None and what.has_name(name)) or any(map(what.has_address, meant))
+        matches = (
+            what.is_any
+            or (name is not None and what.has_name(name))
+            or any(what.has_address(one, one in own) for one in meant)
+        )
         if rule.action == "deny":
             # By the address, and by each one that a gateway may make of it.
             if matches:
                 return Decision(False, rule.text)
-        elif matches and all(map(what.opens, special)):
+        elif matches and all(what.opens(one, one in own) for one in special):
             return Decision(True, rule.text)
     if special:
-        return Decision(False, f"{kind_of(special[-1])} addresses are denied unless a rule names them")
+        kind = kind_of(special[-1], special[-1] in own)
+        return Decision(False, f"{kind} addresses are denied unless a rule names them")
     return Decision(False, "no destination rule matches")
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 import msgspec
 
 from ..balancer import ProxyVersion
-from .gate import Timeouts
+from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
-from .http_fields import Forwarded
+from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family
 from .upstream import Resolve
@@ -33,6 +33,7 @@ class ListenerTable(_Table):
         name: for rules and the log.
         listen: where.
         speaks: the protocols.
+        commands: what clients may ask for.
         external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
         tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
         tls_client_ca: PEM file of the CAs whose certificates clients show.
@@ -43,6 +44,7 @@ class ListenerTable(_Table):
     name: str = "default"
     listen: str = DEFAULT_LISTEN
     speaks: Speaks = "mixed"
+    commands: list[Command] = msgspec.field(default_factory=lambda: list(COMMANDS))
     external: str | list[str] = "auto"
     tls_certfile: str | None = None
     tls_keyfile: str | None = None
@@ -53,11 +55,16 @@ class ListenerTable(_Table):
 
 
 class RulesTable(_Table):
-    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing."""
+    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing.
+
+    Attributes:
+        nat64: prefixes of NAT64 gateways of the network's own.
+    """
 
     clients: list[str] | None = None
     destinations: list[str] | None = None
     upstreams: list[str] = []
+    nat64: list[str] = []
 
     @property
     def client_rules(self) -> Sequence[str]:
@@ -141,7 +148,16 @@ class ResolverTable(_Table):
 
 
 class HttpTable(_Table):
-    forwarded: Forwarded = "off"
+    """HTTP.
+
+    Attributes:
+        forwarded: what becomes of fields in which a client says for whom it asks.
+        forwarded_field: the one in which the client is named.
+        pseudonym: the name of this proxy in Via.
+    """
+
+    forwarded: ForwardedMode = "remove"
+    forwarded_field: ForwardedField = "x-forwarded-for"
     pseudonym: str | None = None
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from ..connection import READ_AHEAD, Connection
 from ..networks import as_ip
 from ..transfer import relay
-from . import socks4, socks5
+from . import gate, socks4, socks5
 from .gate import Denied, Visitor
 from .limits import rest
 from .record import Result
@@ -73,6 +73,9 @@ def negotiate_socks5(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
         return None
     reader.give_back()
     visitor.record.command = request.command.name
+    if not visitor.may_use(_NAMES[request.command]):
+        conn.sendall(socks5.reply(Reply.COMMAND_NOT_SUPPORTED))
+        return None
     return partial(_SERVE[request.command], conn, visitor, request.target)
 
 
@@ -90,6 +93,9 @@ def _serve_bind(conn: Connection, visitor: Visitor, target: Target) -> None:
 def _serve_connect(conn: Connection, visitor: Visitor, target: Target) -> None:
     _connect(conn, visitor, target, socks5.reply, Reply.SUCCEEDED, _reply5)
 
+
+#: As `commands` of a listener has them.
+_NAMES: dict[Command, gate.Command] = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
 
 _SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UDP_ASSOCIATE: _serve_udp}
 
@@ -128,6 +134,9 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
     if visitor.needs_password:
         # A user id is a claim, not a proof.
         record.result, record.detail = "authentication_failed", "SOCKS4 has no password"
+        conn.sendall(socks4.reply(socks4.Reply.REJECTED))
+        return None
+    if not visitor.may_use("bind" if request.command is socks4.Command.BIND else "connect"):
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
         return None
     reader.give_back()

@@ -19,7 +19,7 @@ _IFREQ = struct.Struct("16s4x4s16x")  # netdevice(7): a name, and a sockaddr_in 
 #: Seconds for which the addresses of this host are believed to stay what they are: to list them takes 30 us and more.
 KEEP = 5.0
 
-_known: tuple[float, dict[IPAddress, str]] = (0.0, {})
+_known: tuple[float, dict[IPAddress, str], dict[IPAddress, str]] = (0.0, {}, {})
 
 
 def is_better_source(own: IPAddress, destination: IPAddress) -> bool:
@@ -39,14 +39,25 @@ def is_better_source(own: IPAddress, destination: IPAddress) -> bool:
         return False  # no way: connecting will say so
 
 
+def interfaces() -> dict[IPAddress, str]:
+    """The interface of each address of this host; as it was some seconds ago."""
+    return _look()[1]
+
+
 def _choices() -> dict[IPAddress, str]:
     """The interface of each address beside which it has others of the same family; as it was some seconds ago."""
+    return _look()[2]
+
+
+def _look() -> tuple[float, dict[IPAddress, str], dict[IPAddress, str]]:
     global _known
     if _known[0] < monotonic():
-        found = {ip: name for ip, name in _ipv4() + _ipv6() if not (ip.is_loopback or ip.is_link_local)}
+        every = dict(_ipv4() + _ipv6())
+        found = {ip: name for ip, name in every.items() if not (ip.is_loopback or ip.is_link_local)}
         beside = Counter((name, ip.version) for ip, name in found.items())
-        _known = (monotonic() + KEEP, {ip: name for ip, name in found.items() if beside[name, ip.version] > 1})
-    return _known[1]
+        choices = {ip: name for ip, name in found.items() if beside[name, ip.version] > 1}
+        _known = (monotonic() + KEEP, every, choices)
+    return _known
 
 
 def _ipv4() -> list[tuple[IPAddress, str]]:

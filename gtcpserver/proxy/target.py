@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ..networks import IPAddress as IPAddress
 from ..networks import IPNetwork as IPNetwork
@@ -181,6 +181,9 @@ def _shown(text: str) -> str:
 
 # -- kinds of addresses ------------------------------------------------------------------------------------------------
 
+#: What the kernel says of an address, and no network: see `this_host`.
+THIS_HOST = "this-host"
+
 #: Networks by what they are, special before general: an address is what the first one says that holds it. Those from
 #: RFC 6890 and its successors (the IANA special-purpose registries), and what clouds answer instances on.
 KINDS: dict[str, tuple[IPNetwork, ...]] = {
@@ -190,6 +193,7 @@ KINDS: dict[str, tuple[IPNetwork, ...]] = {
         "192.0.0.192/32 fd00:ec2::254/128 fd20:ce::254/128",
         "unspecified": "0.0.0.0/8 ::/128",
         "loopback": "127.0.0.0/8 ::1/128",
+        THIS_HOST: "",
         "link-local": "169.254.0.0/16 fe80::/10",
         "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10",
         "shared": "100.64.0.0/10",
@@ -200,30 +204,71 @@ KINDS: dict[str, tuple[IPNetwork, ...]] = {
     }.items()
 }
 
-_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052
-_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
+_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215: prefixes of any length below it
 _COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
+_TRANSLATED = IPv6Network("::ffff:0:0:0/96")  # SIIT, RFC 2765 section 2.1
 _ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214 section 6.1
+
+#: RFC 6052 section 2.2: the lengths of prefixes behind which an IPv4 address may be.
+LENGTHS_OF_NAT64 = (32, 40, 48, 56, 64, 96)
+
+_THIS_NETWORK = IPv4Network("0.0.0.0/8")
 
 
 @lru_cache(maxsize=4096)  # 10 us otherwise, several times a connection
-def kind_of(ip: IPAddress) -> str | None:
-    """What kind of special address it is, a key of KINDS; None for one that is anywhere on the internet."""
+def kind_of(ip: IPAddress, own: bool = False) -> str | None:
+    """What kind of special address it is, a key of KINDS; None for one that is anywhere on the internet.
+
+    Args:
+        own: it is one of this host's addresses.
+    """
     for kind, networks in KINDS.items():
+        if own and kind == THIS_HOST:
+            return kind
         if any(ip.version == network.version and ip in network for network in networks):
             return kind
     return None
 
 
-def addresses_meant(ip: IPAddress) -> tuple[IPAddress, ...]:
-    """An address, and the IPv4 addresses in it to which a gateway may bring what is sent there."""
+def parse_nat64(text: str) -> IPv6Network:
+    """Read a NAT64 prefix. Raises ValueError, with what is wrong."""
+    try:
+        prefix = IPv6Network(text)
+    except ValueError as error:
+        raise ValueError(f"nat64 must have IPv6 networks, got {text!r} ({error})") from None
+    if prefix.prefixlen not in LENGTHS_OF_NAT64:
+        lengths = ", ".join(map(str, LENGTHS_OF_NAT64))
+        raise ValueError(f"nat64 must have networks with one of the lengths {lengths} (RFC 6052), got {text!r}")
+    return prefix
+
+
+def addresses_meant(ip: IPAddress, nat64: tuple[IPv6Network, ...] = ()) -> tuple[IPAddress, ...]:
+    """An address, and the IPv4 addresses in it to which a gateway may bring what is sent there.
+
+    Args:
+        nat64: prefixes of NAT64 gateways, beside those that are the same everywhere.
+    """
     ip = unmapped(ip)
-    return (ip, *_embedded(ip)) if isinstance(ip, IPv6Address) else (ip,)
+    return (ip, *_embedded(ip, nat64)) if isinstance(ip, IPv6Address) else (ip,)
 
 
-def _embedded(ip: IPv6Address) -> Iterator[IPv4Address]:
+@lru_cache(maxsize=4096)  # 10 us otherwise, once a connection
+def _embedded(ip: IPv6Address, nat64: tuple[IPv6Network, ...]) -> tuple[IPv4Address, ...]:
+    return tuple(_find_embedded(ip, nat64))
+
+
+def _find_embedded(ip: IPv6Address, nat64: tuple[IPv6Network, ...]) -> Iterator[IPv4Address]:
     number = int(ip)
-    if ip in _NAT64 or ip in _NAT64_LOCAL or (ip in _COMPATIBLE and number > 0xFFFF):
+    prefixes = [prefix for prefix in nat64 if ip in prefix]
+    for prefix in prefixes:
+        yield _behind(number, prefix.prefixlen)
+    if ip in _NAT64_LOCAL and not prefixes:
+        # How long the prefix is only its owner knows: each length that makes an address of it counts.
+        yield _behind(number, 96)
+        others = (_behind(number, length) for length in LENGTHS_OF_NAT64 if 48 <= length < 96)
+        yield from (one for one in others if one not in _THIS_NETWORK)
+    if ip in _NAT64 or ip in _TRANSLATED or (ip in _COMPATIBLE and number > 0xFFFF):
         yield IPv4Address(number & 0xFFFFFFFF)
     if ip.sixtofour is not None:
         yield ip.sixtofour
@@ -231,3 +276,12 @@ def _embedded(ip: IPv6Address) -> Iterator[IPv4Address]:
         yield from ip.teredo
     if (number >> 32) & 0xFFFFFFFF in _ISATAP:
         yield IPv4Address(number & 0xFFFFFFFF)
+
+
+def _behind(number: int, length: int) -> IPv4Address:
+    """The IPv4 address behind a NAT64 prefix (RFC 6052 section 2.2)."""
+    if length == 96:
+        return IPv4Address(number & 0xFFFFFFFF)
+    # Bits 64 to 71 are not part of it.
+    without = (number >> 64 << 56) | (number & 0xFFFFFFFFFFFFFF)
+    return IPv4Address(without >> (120 - length - 32) & 0xFFFFFFFF)

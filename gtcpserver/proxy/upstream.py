@@ -24,7 +24,7 @@ from ..errors import ConfigError, EarlyEOF, LimitExceeded
 from . import socks5
 from .errors import TTL_EXPIRED, BadTarget, LimitReached
 from .rules import DestinationRule, RuleMatch, parse_way
-from .target import IPAddress, Target, parse_authority
+from .target import THIS_HOST, IPAddress, Target, parse_authority
 
 Scheme = Literal["socks5", "http"]
 Resolve = Literal["here", "there"]
@@ -267,7 +267,11 @@ def parse_upstream_rule(text: str) -> UpstreamRule:
 
 
 def choose_upstream(
-    rules: Sequence[UpstreamRule], asked: RuleMatch, name: str | None, addresses: Callable[[], Sequence[IPAddress]]
+    rules: Sequence[UpstreamRule],
+    asked: RuleMatch,
+    name: str | None,
+    addresses: Callable[[], Sequence[IPAddress]],
+    is_own: Callable[[IPAddress], bool] = lambda ip: False,
 ) -> str:
     """The name of the upstream for a destination, or "direct".
 
@@ -275,6 +279,7 @@ def choose_upstream(
         asked: who asks, and for which port.
         name: the host name that was asked for; None for an address.
         addresses: gives those of the name; it is called when a rule about networks is reached.
+        is_own: whether an address is this host's; it is called when a rule about this host is reached.
     """
     for rule in rules:
         if not asked.fits(rule.match):
@@ -282,6 +287,8 @@ def choose_upstream(
         what = rule.match.destinations
         if what.is_any or (name is not None and what.has_name(name)):
             return rule.upstream
-        if (what.network is not None or what.kind is not None) and any(map(what.has_address, addresses())):
+        if what.network is None and what.kind is None:
+            continue
+        if any(what.has_address(ip, what.kind == THIS_HOST and is_own(ip)) for ip in addresses()):
             return rule.upstream
     return DIRECT

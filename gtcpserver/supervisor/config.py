@@ -17,6 +17,9 @@ MAX_WORKERS = 1024
 """More is a mistake: each is a process, and the steering program of a group has two instructions a member, of which
 the kernel takes 4096."""
 
+NOBODY = 2**32 - 1
+"""(uid_t)-1: setuid(2) and chown(2) have a meaning of their own for it."""
+
 DEFAULT_WORKER_TIMEOUT = 30.0  # gunicorn's and uwsgi users' figure; a loop should never be blocked for one second
 
 
@@ -110,18 +113,23 @@ class SupervisorConfig:
         if self.user is not None:
             try:
                 entry = pwd.getpwnam(str(self.user)) if _is_name(self.user) else pwd.getpwuid(int(self.user))
-            except (KeyError, OverflowError):
-                if _is_name(self.user):
-                    raise ConfigError(f"user must be one of this host's, got {self.user!r}") from None
-                uid = int(self.user)  # a number without an entry, as containers have
+            except (KeyError, OverflowError, ValueError):  # ValueError: a NUL in it, or more digits than int() reads
+                uid = _number("user", self.user)  # without an entry, as containers have
             else:
                 uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
         if self.group is not None:
             try:
-                gid = grp.getgrnam(str(self.group)).gr_gid if _is_name(self.group) else int(self.group)
-            except KeyError:
+                gid = grp.getgrnam(str(self.group)).gr_gid if _is_name(self.group) else _number("group", self.group)
+            except (KeyError, ValueError):
                 raise ConfigError(f"group must be one of this host's, got {self.group!r}") from None
         return uid, gid, name
+
+
+def _number(name: str, who: str | int) -> int:
+    """The number of a user or group that has no name. Raises ConfigError."""
+    if not _is_name(who) and (isinstance(who, int) or len(who) <= 10) and 0 <= int(who) < NOBODY:
+        return int(who)
+    raise ConfigError(f"{name} must be one of this host's, got {who!r}")
 
 
 def _is_name(who: str | int) -> bool:
