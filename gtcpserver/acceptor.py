@@ -124,8 +124,13 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     def _make_plain(self, fd: int) -> Connection:
         """A Connection by the shortest way: 1 us less than the constructor of a class that may do anything."""
         family, kind, protocol = self._kind
-        connection: Connection = _new(self.connection_class)
-        connection._begin(_RawSocket(family, kind, protocol, fd))
+        try:
+            connection: Connection = _new(self.connection_class)
+            sock = _RawSocket(family, kind, protocol, fd)
+        except BaseException:
+            os.close(fd)  # nobody has it yet
+            raise
+        connection._begin(sock)
         return connection
 
     def _make_any(self, fd: int) -> Connection:

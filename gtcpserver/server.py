@@ -441,15 +441,24 @@ class Server:
         connection.context = self.context
         if self.timeout is not None:
             connection.timeout = self.timeout
-        if self._lobby is None:
-            self.pool.run_one(self._serve_bound, connection)
-        else:
-            self._nobody_connected.clear()
-            self._lobby.enter(connection)
-        if number == self.max_accepts:
-            for acceptor in self._acceptors:
-                acceptor.stop_accepting()
-            gevent.spawn(self._stop_after_last)
+        try:
+            if self._lobby is None:
+                self.pool.run_one(self._serve_bound, connection)
+            else:
+                self._nobody_connected.clear()
+                self._lobby.enter(connection)
+        except BaseException:
+            # No memory to serve it with. A reset says so; an end in order would be an empty answer.
+            try:
+                connection.abort()
+            finally:
+                self._note_if_nobody_is_connected()
+            raise
+        finally:
+            if number == self.max_accepts:
+                for acceptor in self._acceptors:
+                    acceptor.stop_accepting()
+                gevent.spawn(self._stop_after_last)
 
     def _serve_from_lobby(self, connection: Connection) -> None:
         """It has done in the lobby what there was to do."""
@@ -459,7 +468,11 @@ class Server:
             return
         waiting.append(connection)
         if len(waiting) == 1:
-            self._serve_waiting_later()
+            try:
+                self._serve_waiting_later()
+            except BaseException:
+                waiting.clear()
+                raise
 
     def _waiting(self) -> deque[Connection]:
         assert self._lobby is not None
@@ -476,10 +489,20 @@ class Server:
 
     def _serve_waiting(self, _places: Any = None) -> None:
         waiting = self._waiting()
-        while waiting and self._has_room():
-            self.pool.run_one(self._serve_bound, waiting.popleft())
-        if waiting:
-            self._serve_waiting_later()
+        assert self._lobby is not None
+        try:
+            while waiting and self._has_room():
+                connection = waiting.popleft()
+                try:
+                    self.pool.run_one(self._serve_bound, connection)
+                except BaseException:
+                    self._lobby.not_served(connection)
+                    raise
+        finally:
+            if waiting and self._has_room():  # one could not be served: the next may be
+                get_hub().loop.run_callback(self._serve_waiting)
+            elif waiting:
+                self._serve_waiting_later()
 
     def _note_if_nobody_is_connected(self) -> None:
         if not (self._connections or self._held or self._lobby):
@@ -511,12 +534,12 @@ class Server:
 
     def _serve(self, connection: Connection) -> None:
         connections = self._connections
-        if not connections:
-            self._nobody_connected.clear()
-        connections[connection] = getcurrent()
-        if len(connections) > self._counters.peak:
-            self._counters.peak = len(connections)
         try:
+            if not connections:
+                self._nobody_connected.clear()
+            connections[connection] = getcurrent()
+            if len(connections) > self._counters.peak:
+                self._counters.peak = len(connections)
             try:
                 if self.on_connect is None or self.on_connect(connection) is not False:
                     self.handler(connection)
@@ -535,39 +558,52 @@ class Server:
             self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
-        """The last steps of a connection. Nothing in here waits, so a kill cannot come between."""
+        """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
         counters = self._counters
         stream = connection._stream
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
         # They refer to the connection: no cycle for the garbage collector.
         connection._idle = stream.fault = None
-        if not stream.closed:
-            connection._closed = True
-            connection._end(stream, self)
-        if self._client_limits is not None and self._lobby is not None:
-            self._lobby.left(connection)
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
-        del connections[connection]
-        if not connections:
-            self._note_if_nobody_is_connected()
-        if was_full:
-            if self._lobby is not None and self._lobby.waiting:
-                get_hub().loop.run_callback(self._serve_waiting)
-            self._wake_accept_loops()
+        try:
+            if not stream.closed:
+                connection._closed = True
+                connection._end(stream, self)
+        finally:
+            if self._client_limits is not None and self._lobby is not None:
+                self._lobby.left(connection)
+            try:
+                del connections[connection]
+            except KeyError:
+                pass  # it could not be added
+            try:
+                if not connections:
+                    self._note_if_nobody_is_connected()
+            finally:
+                if was_full:
+                    if self._lobby is not None and self._lobby.waiting:
+                        get_hub().loop.run_callback(self._serve_waiting)
+                    self._wake_accept_loops()
 
     def _serve_and_log(self, connection: Connection) -> None:
         """:meth:`_serve`, with an access log."""
         assert self.access_log is not None
-        self.access_log.begin(connection)
+        try:
+            self.access_log.begin(connection)
+        except BaseException:
+            Server._forget(self, connection)
+            raise
         self._serve(connection)
 
     def _forget_and_log(self, connection: Connection) -> None:
         access_log = self.access_log
         assert access_log is not None
-        fields = access_log.end(connection)
-        Server._forget(self, connection)
+        try:
+            fields = access_log.end(connection)
+        finally:
+            Server._forget(self, connection)
         access_log.write(fields)
 
     def _note_end(self, connection: Connection, result: Result, detail: str = "") -> None:
@@ -762,17 +798,23 @@ class Server:
         self._nobody_connected.clear()
         self._held.append(connection)
         if len(self._held) == 1:
-            self.pool.places.rawlink(self._serve_held)
+            try:
+                self.pool.places.rawlink(self._serve_held)
+            except BaseException:
+                self._held.clear()
+                raise
 
     def _serve_held(self, places: Any) -> None:
         # Called in the hub when the pool has a place.
-        while self._held and places.taken < places.size:
-            connection = self._held.popleft()
-            self._admit(connection, connection.client_address)
-        if self._held:
-            places.rawlink(self._serve_held)
-        else:
-            self._note_if_nobody_is_connected()
+        try:
+            while self._held and places.taken < places.size:
+                connection = self._held.popleft()
+                self._admit(connection, connection.client_address)
+        finally:
+            if self._held:
+                places.rawlink(self._serve_held)
+            else:
+                self._note_if_nobody_is_connected()
 
     def _stop(self, timeout: float | None, leave_listening: bool, ended_before: int) -> None:
         drain = not (leave_listening or self._hurry.is_set())
