@@ -179,6 +179,10 @@ class Step:
             if watcher is not None:
                 watcher.stop()
 
+    def throw(self, error: BaseException) -> None:
+        """As a greenlet's: its connection cannot be watched."""
+        self.fail(error)
+
     def fail(self, error: BaseException, kind: str | None = None) -> None:
         """It did not work out."""
         lane, connection = self.lane, self.connection

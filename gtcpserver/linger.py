@@ -15,6 +15,8 @@ from typing import Any
 from gevent.event import Event
 from gevent.hub import get_hub
 
+from .watcher import watch
+
 #: Input thrown away for one connection before it is reset: enough for an upload that was refused early and is still
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
 MOST_DISCARDED = 1 << 20
@@ -161,7 +163,7 @@ class _Lingering:
         self._sock = sock
         self._to_discard = MOST_DISCARDED - discarded
         self.until = until
-        self._watcher = get_hub().loop.io(sock.fileno(), 1)
+        self._watcher = watch(get_hub().loop, sock.fileno(), 1)
         self._watcher.start(self.readable)
 
     def readable(self) -> None:

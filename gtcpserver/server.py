@@ -65,6 +65,9 @@ QUEUE_WAIT_EVERY = 64
 
 DEFAULT_STOP_TIMEOUT = 30.0
 
+#: Seconds between two looks whether every accept loop is armed. One that is not, at two of them, starts again.
+WATCHDOG_SECONDS = 1.0
+
 #: Seconds from accept that a connection which has not sent a byte is not idle for a stop: its first request is on its
 #: way, and to close now would lose it. A round trip around the world takes 0.3 s.
 FIRST_REQUEST = 1.0
@@ -235,6 +238,8 @@ class Server:
         self._report: StopReport | None = None
         self._signalled_early = 0
         self._started_at = 0.0
+        self._watchdog: Any = None
+        self._deaf: set[Acceptor] = set()
         self._serve_bound = self._serve  # one bound method for all connections: 64 bytes each
         #: What writes a line when a connection has ended, or None.
         self.access_log = access_log
@@ -284,6 +289,9 @@ class Server:
             self.state = State.NEW
             raise
         self._overseer.start()
+        # ref=False: a program that has nothing else to do may end.
+        self._watchdog = get_hub().loop.timer(WATCHDOG_SECONDS, WATCHDOG_SECONDS, ref=False)
+        self._watchdog.start(self._look_at_accept_loops)
         if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
             self.tls.watch(self.tls.config.watch)
 
@@ -414,6 +422,17 @@ class Server:
             self._close_an_idle_one()
         # max_connections is reached: the end of a connection wakes them.
 
+    def _look_at_accept_loops(self) -> None:
+        """Once a second: whatever has stopped an accept loop without a reason, it starts again."""
+        if self.state is not State.SERVING:
+            return
+        deaf = {acceptor for acceptor in self._acceptors if acceptor.is_deaf()}
+        for acceptor in deaf & self._deaf:
+            log.error("%s had stopped accepting without a reason; accepting again", acceptor.listener.address)
+            acceptor.stop_accepting()
+            acceptor.resume()
+        self._deaf = deaf
+
     def _wake_accept_loops(self, _places: Any = None) -> None:
         if self.state is State.SERVING:
             for acceptor in self._acceptors:
@@ -457,6 +476,7 @@ class Server:
         finally:
             if number == self.max_accepts:
                 for acceptor in self._acceptors:
+                    acceptor.leaving = True
                     acceptor.stop_accepting()
                 gevent.spawn(self._stop_after_last)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from .watcher import watch
+
 
 class StopSignals:
     """Within a ``with`` block, in the main thread: calls ``told(number)`` in the hub for each SIGTERM and SIGINT.
@@ -54,7 +56,8 @@ class _Waker:
     def __init__(self) -> None:
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._watcher = get_hub().loop.io(self._pipe[0], 1, ref=False)
+        self._watcher = watch(get_hub().loop, self._pipe[0], 1)
+        self._watcher.ref = False
         self._watcher.start(os.read, self._pipe[0], 4096)
 
     def close(self) -> None:

@@ -44,6 +44,7 @@ def drain_and_close(
         hurry: when set, waits no longer.
     """
     for acceptor in acceptors:
+        acceptor.leaving = True
         acceptor.stop_accepting()
         acceptor.drain(admit)
     give_up = monotonic() + longest
