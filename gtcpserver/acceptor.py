@@ -82,6 +82,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     #: Connections have waited for a place, and the queue has not been empty since.
     _behind = False
     _failures = 0
+    _drain_failed = False
     _watcher: Any
     _timer: Any
     #: Its socket is being drained, or accepts no more for another reason of its owner's.
@@ -300,7 +301,9 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             except OSError as error:
                 failures += 1
                 if error.errno in CAPACITY_ERRNOS | FATAL_ERRNOS or failures >= FAILURES_IN_A_ROW:
-                    log.error("cannot drain %s: %s", self.address, error)
+                    if not self._drain_failed:  # it is tried again, many times a second
+                        self._drain_failed = True
+                        log.error("cannot drain %s: %s", self.address, error)
                     return taken
                 continue
             except GtcpServerError:

@@ -144,8 +144,11 @@ class StopReport:
         finished: handlers that ended by themselves during the stop.
         ended: handlers that were ended by it.
         cut: one entry for each of those.
+        failures: steps of the stop that failed, with the error of each; the others were done all the same. The command
+            line ends with status 1 then.
     """
 
     finished: int
     ended: int
     cut: tuple[CutConnection, ...] = ()
+    failures: tuple[str, ...] = ()

@@ -29,10 +29,15 @@ if gevent.config.loop.__module__ == "gevent.libev.corecext":
     _loop, _io = corecext.loop, corecext.io
 
 
+# By name, since type checkers would otherwise not know those of gevent's class.
+_SLOTS = ("_was_lost",)
+
+
 class _Watcher(_io):  # type: ignore[misc]
-    __slots__ = ("_was_lost",)
+    __slots__ = _SLOTS
 
     _was_lost: bool
+    events: Any
 
     def is_lost_again(self) -> bool:
         """Note that libev has stopped it; whether it had before."""
