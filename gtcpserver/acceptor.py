@@ -19,6 +19,7 @@ from .draining import accept_any_ttl
 from .errors import GtcpServerError
 from .pool import HandlerPool
 from .stream_server_tls import StreamServerTLS
+from .watcher import watch
 
 if TYPE_CHECKING:
     from .listener import Listener
@@ -81,6 +82,11 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     #: Connections have waited for a place, and the queue has not been empty since.
     _behind = False
     _failures = 0
+    _drain_failed = False
+    _watcher: Any
+    _timer: Any
+    #: Its socket is being drained, or accepts no more for another reason of its owner's.
+    leaving = False
 
     def __init__(
         self,
@@ -124,8 +130,13 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     def _make_plain(self, fd: int) -> Connection:
         """A Connection by the shortest way: 1 us less than the constructor of a class that may do anything."""
         family, kind, protocol = self._kind
-        connection: Connection = _new(self.connection_class)
-        connection._begin(_RawSocket(family, kind, protocol, fd))
+        try:
+            connection: Connection = _new(self.connection_class)
+            sock = _RawSocket(family, kind, protocol, fd)
+        except BaseException:
+            os.close(fd)  # nobody has it yet
+            raise
+        connection._begin(sock)
         return connection
 
     def _make_any(self, fd: int) -> Connection:
@@ -150,47 +161,66 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
 
     def _do_read(self) -> None:
         """The watcher's callback: accept until the queue is empty, the server full, or ``max_accept`` is reached."""
-        for number in range(self.max_accept):
-            if self.full():
-                if number:
-                    # The watcher calls again if another one is queued: only then is a place wanted.
+        accepted: tuple[Any, ...] = ()
+        # gevent stops the watcher of a callback that raises, and nobody would start it again.
+        try:
+            for number in range(self.max_accept):
+                accepted = ()
+                if self.full():
+                    if number:
+                        # The watcher calls again if another one is queued: only then is a place wanted.
+                        return
+                    self.stop_accepting()
+                    self._behind = True
+                    self._place_wanted()
                     return
-                self.stop_accepting()
-                self._behind = True
-                self._place_wanted()
-                return
-            try:
-                accepted = self.do_read()
-            except OSError as error:
-                if self._accept_failed(error):
+                try:
+                    read = self.do_read()
+                except OSError as error:
+                    if self._accept_failed(error):
+                        return
+                    continue
+                if read is None:
+                    self._behind = False
                     return
-                continue
-            except BaseException:
-                self._handle_failed(())
-                return
-            if accepted is None:
-                self._behind = False
-                return
-            if self._failures:
-                self._failures = 0
-                self.delay = FIRST_DELAY
-            connection, address = accepted
-            if (number >= FRESH or self._behind) and self._has_left(connection):
-                continue
-            try:
+                if self._failures:
+                    self._failures = 0
+                    self.delay = FIRST_DELAY
+                accepted = connection, address = read
+                if (number >= FRESH or self._behind) and self._has_left(connection):
+                    continue
                 self.do_handle(connection, address)
-            except BaseException:
-                self._handle_failed(accepted)
-                return
-            if self._watcher is None:
-                # The handler has run until its first wait, and may have stopped the server.
-                return
+                if self._watcher is None:
+                    # The handler has run until its first wait, and may have stopped the server.
+                    return
+        except BaseException:
+            self._handle_failed(accepted)
+
+    def start_accepting(self) -> None:
+        if self._watcher is None:
+            watcher = watch(self.loop, self.socket.fileno(), 1)
+            watcher.start(self._do_read)
+            self._watcher = watcher
+
+    def throw(self, error: OSError) -> None:
+        """The event loop cannot watch the listening socket."""
+        self.accept_errors += 1
+        self._log_and_back_off(error)
+
+    def is_deaf(self) -> bool:
+        """Nothing will ever be accepted again, and there is no reason for it."""
+        waits = self._timer is not None and self._timer.active
+        watches = self._watcher is not None and self._watcher.active
+        return not (watches or waits or self.closed or self.leaving or self.full())
 
     def _has_left(self, connection: Connection) -> bool:
         # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
         # answer: that one is served.
-        if not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return False
+        try:
+            if not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return False
+        except OSError:
+            return False  # it could not be asked
         self.left_in_queue += 1
         connection.close()
         return True
@@ -211,28 +241,36 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             if self._on_fatal is not None:
                 self._on_fatal(error)
             return True
-        now = monotonic()
         self._failures += 1
         if error.errno not in CAPACITY_ERRNOS and self._failures < FAILURES_IN_A_ROW:
             log.debug("accept on %s: %s", self.address, error)
             return False
+        self._log_and_back_off(error)
+        return True
+
+    def _log_and_back_off(self, error: OSError) -> None:
+        now = monotonic()
         if now - self._last_logged >= LOG_INTERVAL:
             self._last_logged = now
             log.error("cannot accept on %s: %s; new connections wait in the kernel's queue", self.address, error)
         self._back_off()
-        return True
 
     def _back_off(self) -> None:
+        # The timer first: without it, the watcher goes on.
+        timer = self.loop.timer(self.delay)
+        timer.start(self._start_accepting_if_started)
         self.stop_accepting()
-        self._timer = self.loop.timer(self.delay)
-        self._timer.start(self._start_accepting_if_started)
+        self._timer = timer
         self._behind = True
         self._failures = self._failures or 1
         self.delay = min(LONGEST_DELAY, self.delay * 2)
 
     def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
-        self.loop.handle_error((accepted[1:], self), *sys.exc_info())
-        self._back_off()
+        error = sys.exc_info()
+        try:
+            self._back_off()
+        finally:
+            self.loop.handle_error((accepted[1:], self), *error)
 
     def mute(self) -> bool:
         """Begin no new connections; those whose handshake is under way are accepted as ever. See `Listener.mute`."""
@@ -263,7 +301,9 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             except OSError as error:
                 failures += 1
                 if error.errno in CAPACITY_ERRNOS | FATAL_ERRNOS or failures >= FAILURES_IN_A_ROW:
-                    log.error("cannot drain %s: %s", self.address, error)
+                    if not self._drain_failed:  # it is tried again, many times a second
+                        self._drain_failed = True
+                        log.error("cannot drain %s: %s", self.address, error)
                     return taken
                 continue
             except GtcpServerError:

@@ -162,9 +162,8 @@ def handshakes_under_way(listening: socket.socket) -> int | None:
     """
     if listening.family not in (socket.AF_INET, socket.AF_INET6) or not hasattr(socket, "AF_NETLINK"):
         return None
-    port = listening.getsockname()[1]
     try:
-        return _count_handshakes(port, listening.family)
+        return _count_handshakes(listening.getsockname()[1], listening.family)
     except OSError:
         return None
 

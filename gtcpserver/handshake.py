@@ -42,14 +42,16 @@ class TLSLayer:
     Attributes:
         object: the ``_ssl._SSLSocket`` that OpenSSL's state is in.
         server_name: what the client asked for (SNI, RFC 6066 section 3), once an SNI callback has noted it.
+        broken: something is missing from what was sent: no close_notify, which would say that all is well.
     """
 
-    __slots__ = ("__weakref__", "_read", "_report_truncation", "_stream", "_write", "object", "server_name")
+    __slots__ = ("__weakref__", "_read", "_report_truncation", "_stream", "_write", "broken", "object", "server_name")
 
     def __init__(self, stream: Stream, context: Any, report_truncation: bool = False) -> None:
         self._stream = stream
         self._report_truncation = report_truncation
         self.server_name: str | None = None
+        self.broken = False
         # The raw socket and not a wrapper of it: no Python code between OpenSSL and the system calls, and our own wait.
         # The owner is what an SNI callback gets.
         self.object = context._wrap_socket(stream.sock, server_side=True, owner=self)
@@ -140,6 +142,8 @@ class TLSLayer:
 
         Nothing can be read afterwards.
         """
+        if self.broken:
+            return
         try:
             self.object.shutdown()
         except (OSError, ValueError):

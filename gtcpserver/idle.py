@@ -28,10 +28,16 @@ class PlacelessIdle(Idle):
         server = self._server
         places = server.places
         places.taken -= 1
-        if places.links:
-            places.tell()
-        if server._idle_wanted:
-            server._became_idle(self.connection)
+        try:
+            if places.links:
+                places.tell()
+            if server._idle_wanted:
+                server._became_idle(self.connection)
+        except BaseException:
+            # The block does not begin, and __exit__ will not be called.
+            self.active = False
+            places.taken += 1
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None

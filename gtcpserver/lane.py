@@ -30,7 +30,7 @@ class Lane:
         make: makes the Step of a connection.
         done: called in the hub with a connection that has passed.
         failed: called in the hub with a connection that has not, and the kind of the failure: what the step calls it,
-            "crowded_out" or "stopped".
+            "crowded_out", "stopped", or "not_begun" (no memory to begin with).
         failures: counts them by kind.
     """
 
@@ -58,18 +58,30 @@ class Lane:
         return len(self._under_way)
 
     def begin(self, connection: Connection) -> None:
-        """Take a new connection. Only from the hub."""
-        step = self._make(connection)
-        step.lane = self
-        step.until = monotonic() + self._seconds
-        self._under_way[step] = None
-        # Afterwards: while one goes and another comes, the lane is never seen empty.
-        if len(self._under_way) > self._most:
-            oldest = next(iter(self._under_way))
-            oldest.fail(TimeoutError(f"too many at once, this {self.what} was the oldest"), kind="crowded_out")
-        step.wait(connection._stream.reading or connection._stream.make_read_watcher())
-        if self._timer is None:
-            self._start_timer(self._seconds)
+        """Take a new connection. Only from the hub.
+
+        Raises:
+            Exception: it could not be begun, and has failed.
+        """
+        step = None
+        try:
+            step = self._make(connection)
+            step.lane = self
+            step.until = monotonic() + self._seconds
+            self._under_way[step] = None
+            # Afterwards: while one goes and another comes, the lane is never seen empty.
+            if len(self._under_way) > self._most:
+                oldest = next(iter(self._under_way))
+                oldest.fail(TimeoutError(f"too many at once, this {self.what} was the oldest"), kind="crowded_out")
+            step.wait(connection._stream.reading or connection._stream.make_read_watcher())
+            if self._timer is None:
+                self._start_timer(self._seconds)
+        except BaseException:
+            if step is not None:
+                self._under_way.pop(step, None)
+                step.let_go()
+            self.note_failure(connection, "not_begun")
+            raise
 
     def end_all(self) -> None:
         """Drop all that is under way."""
@@ -79,9 +91,16 @@ class Lane:
     def leave(self, step: Step) -> None:
         del self._under_way[step]
 
+    def note_failure(self, connection: Connection, kind: str) -> None:
+        try:
+            self.failures[kind] += 1
+        finally:
+            self.failed(connection, kind)
+
     def _start_timer(self, seconds: float) -> None:
-        self._timer = get_hub().loop.timer(seconds, ref=False)
-        self._timer.start(self._end_overdue, update=True)
+        timer = get_hub().loop.timer(seconds, ref=False)
+        timer.start(self._end_overdue, update=True)
+        self._timer = timer
 
     def _end_overdue(self) -> None:
         self._timer.close()
@@ -122,14 +141,15 @@ class Step:
         """In the event loop, when something has come."""
         try:
             watcher = self.advance()
+            if watcher is not None:
+                self.wait(watcher)
+                return
+            self._park()
         except Exception as error:
             self.fail(error)
             return
-        if watcher is not None:
-            self.wait(watcher)
-        else:
-            self._leave()
-            self.lane.done(self.connection)
+        self.lane.leave(self)
+        self.lane.done(self.connection)
 
     def wait(self, watcher: Any) -> None:
         """Run again when this watcher says so, and no other."""
@@ -142,8 +162,8 @@ class Step:
         else:
             watcher.callback = self.run
 
-    def _leave(self) -> None:
-        self.lane.leave(self)
+    def _park(self) -> None:
+        """Leave the watchers as a stream has them that nobody reads."""
         stream = self.connection._stream
         if stream.writing is not None:
             stream.writing.stop()
@@ -152,12 +172,26 @@ class Step:
         else:
             stream.reading.callback = stream._parked
 
+    def let_go(self) -> None:
+        """Leave the watchers stopped: the connection is about to be closed."""
+        stream = self.connection._stream
+        for watcher in (stream.reading, stream.writing):
+            if watcher is not None:
+                watcher.stop()
+
+    def throw(self, error: BaseException) -> None:
+        """As a greenlet's: its connection cannot be watched."""
+        self.fail(error)
+
     def fail(self, error: BaseException, kind: str | None = None) -> None:
         """It did not work out."""
-        self._leave()
         lane, connection = self.lane, self.connection
-        kind = kind or self.kind_of(error)
-        lane.failures[kind] += 1
+        lane.leave(self)
+        self.let_go()
+        try:
+            kind = kind or self.kind_of(error)
+        except Exception:
+            kind = "other"
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s with %s failed (%s): %s", lane.what, connection.client_address, kind, error)
-        lane.failed(connection, kind)
+        lane.note_failure(connection, kind)

@@ -15,6 +15,8 @@ from typing import Any
 from gevent.event import Event
 from gevent.hub import get_hub
 
+from .watcher import watch
+
 #: Input thrown away for one connection before it is reset: enough for an upload that was refused early and is still
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
 MOST_DISCARDED = 1 << 20
@@ -83,8 +85,9 @@ class Linger:
             return False  # reset meanwhile: nobody is left to be polite to
         self._fresh[sock] = awaited
         if self._first_look is None:
-            self._first_look = get_hub().loop.timer(min(FIRST_LOOK, self.seconds), ref=False)
-            self._first_look.start(self._look_at_fresh, update=True)
+            timer = get_hub().loop.timer(min(FIRST_LOOK, self.seconds), ref=False)
+            timer.start(self._look_at_fresh, update=True)
+            self._first_look = timer
         return True
 
     def _look_at_fresh(self) -> None:
@@ -93,25 +96,33 @@ class Linger:
         fresh, self._fresh = self._fresh, {}
         until = monotonic() + self.seconds
         closing_fd = get_hub().loop.closing_fd
-        for sock, awaited in fresh.items():
-            try:
-                discarded = sock.recv_into(_rubbish)
-            except BlockingIOError:
-                discarded = None
-            except OSError:
-                discarded = 0
-            if discarded == 0:
-                # Watchers that others still have on the descriptor hear of its end.
-                closing_fd(sock.fileno())
-                sock.close()
-            else:
-                if len(self._lingering) >= MOST_LINGERING:
-                    next(iter(self._lingering)).close()
-                self._lingering[_Lingering(self, sock, until, awaited, discarded or 0)] = None
-                self._awaited += awaited
-        self._tell_if_nobody()
-        if self._lingering and self._timer is None:
-            self._start_timer(self.seconds)
+        try:
+            if self._timer is None:
+                self._start_timer(self.seconds)
+            for sock, awaited in fresh.items():
+                try:
+                    discarded = sock.recv_into(_rubbish)
+                except BlockingIOError:
+                    discarded = None
+                except OSError:
+                    discarded = 0
+                if discarded == 0 or not self._keep(sock, until, awaited, discarded or 0):
+                    # Watchers that others still have on the descriptor hear of its end.
+                    closing_fd(sock.fileno())
+                    sock.close()
+        finally:
+            self._tell_if_nobody()
+
+    def _keep(self, sock: Any, until: float, awaited: bool, discarded: int) -> bool:
+        """Let it linger on; False if it cannot."""
+        if len(self._lingering) >= MOST_LINGERING:
+            next(iter(self._lingering)).close()
+        try:
+            self._lingering[_Lingering(self, sock, until, awaited, discarded)] = None
+        except (OSError, MemoryError):
+            return False
+        self._awaited += awaited
+        return True
 
     def close_all(self) -> None:
         """Close every lingering connection now."""
@@ -125,8 +136,9 @@ class Linger:
 
     def _start_timer(self, seconds: float) -> None:
         # ref=False: a program that has nothing else to do may end; the kernel finishes what it can.
-        self._timer = get_hub().loop.timer(seconds, ref=False)
-        self._timer.start(self._close_overdue, update=True)
+        timer = get_hub().loop.timer(seconds, ref=False)
+        timer.start(self._close_overdue, update=True)
+        self._timer = timer
 
     def _close_overdue(self) -> None:
         self._timer.close()
@@ -151,7 +163,7 @@ class _Lingering:
         self._sock = sock
         self._to_discard = MOST_DISCARDED - discarded
         self.until = until
-        self._watcher = get_hub().loop.io(sock.fileno(), 1)
+        self._watcher = watch(get_hub().loop, sock.fileno(), 1)
         self._watcher.start(self.readable)
 
     def readable(self) -> None:

@@ -75,7 +75,7 @@ class Lobby:
                 tls.handshake_timeout,
                 tls.max_handshakes,
                 lambda connection: HandshakeStep(connection, tls),
-                ready,
+                self._pass_on,
                 self._handshake_failed,
                 failures,
             )
@@ -89,7 +89,11 @@ class Lobby:
         return self.under_way + len(self.waiting)
 
     def enter(self, connection: Connection) -> None:
-        """Take a connection that was accepted. Only from the hub."""
+        """Take a connection that was accepted. Only from the hub.
+
+        Raises:
+            Exception: there is no memory to go on with. The connection is closed, and nothing of it is left here.
+        """
         if (
             self._headers is not None
             and self._balancers is not None
@@ -100,36 +104,59 @@ class Lobby:
             self._header_done(connection)
 
     def _header_done(self, connection: Connection) -> None:
+        address = network_address(connection)
+        try:
+            refusal = self._limits.enter(address) if self._limits is not None else None
+        except BaseException:
+            self._fail(connection, "client_denied", "no memory")
+            raise
+        if refusal is not None:
+            # Reset, as a port that nobody listens on would: no state is kept for it.
+            self._fail(connection, refusal, "", reset=True)
+            return
         if self._limits is not None:
-            address = network_address(connection)
-            refusal = self._limits.enter(address)
-            if refusal is not None:
-                # Reset, as a port that nobody listens on would: no state is kept for it.
-                self.failed += 1
-                if self._unserved is not None:
-                    self._unserved(connection, refusal, "")
-                connection.abort()
-                self._empty()
-                return
-            self._counted_as[connection] = address
+            try:
+                self._counted_as[connection] = address
+            except BaseException:
+                self._limits.leave(address)
+                self._fail(connection, "client_denied", "no memory")
+                raise
         if self._handshakes is not None:
             self._handshakes.begin(connection)
         else:
+            self._pass_on(connection)
+
+    def _pass_on(self, connection: Connection) -> None:
+        try:
             self._ready(connection)
+        except BaseException:
+            self.not_served(connection)
+            raise
+
+    def not_served(self, connection: Connection) -> None:
+        """One that has passed could not be served, unless it was and has ended."""
+        if not connection._closed:
+            self.left(connection)
+            self._fail(connection, "error", "no memory", reset=True)
 
     def _header_failed(self, connection: Connection, kind: str) -> None:
-        self._fail(connection, "proxy_header", kind)
+        self._fail(connection, "proxy_header", kind, reset=kind == "not_begun")
 
-    def _fail(self, connection: Connection, result: str, kind: str) -> None:
+    def _fail(self, connection: Connection, result: str, detail: str, reset: bool = False) -> None:
         self.failed += 1
-        if self._unserved is not None:
-            self._unserved(connection, result, kind)
-        connection.close()
-        self._empty()
+        try:
+            if self._unserved is not None:
+                self._unserved(connection, result, detail)
+        finally:
+            if reset:
+                connection.abort()
+            else:
+                connection.close()
+            self._empty()
 
     def _handshake_failed(self, connection: Connection, kind: str) -> None:
         self.left(connection)
-        self._fail(connection, "handshake_failed", kind)
+        self._fail(connection, "handshake_failed", kind, reset=kind == "not_begun")
 
     def named(self, connection: Connection) -> Refusal | None:
         """Count the client that a header has named, if the connection was let in before as the balancer's.

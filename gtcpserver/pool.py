@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gevent import pool as gevent_pool
+from gevent.exceptions import HubDestroyed
 from gevent.greenlet import SpawnedLink
 from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
@@ -63,6 +64,9 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
         The caller has seen that there is a place (``full()`` is false). What the function raises is reported through
         gevent's hub; a server's function lets nothing out.
+
+        Raises:
+            MemoryError: the function was not begun, and no place is taken.
         """
         if len(args) == 1:
             self.run_one(function, args[0])
@@ -71,7 +75,6 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
     def run_one(self, function: Callable[[Any], Any], argument: Any) -> None:
         """:meth:`run` with one argument, which is what a server does with each connection."""
-        self.places.taken += 1
         waiting = self._waiting_workers
         while waiting:
             worker = waiting.pop()
@@ -85,8 +88,15 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         greenlets = self.greenlets
         if not greenlets:
             self._empty_event.clear()
+        # Who is among the greenlets has a place. Neither is taken before there is a worker: it may be refused memory.
         greenlets.add(worker)
-        worker.switch(function, argument)
+        self.places.taken += 1
+        try:
+            worker.switch(function, argument)
+        except BaseException:
+            if not worker._working:  # it was not switched to, or it has ended
+                self._lost(worker)
+            raise
 
     #: References to a worker that only the pool knows, as counted in :meth:`run`; 0: not counted yet.
     _references = 0
@@ -94,7 +104,11 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
     @classmethod
     def _count_references(cls) -> int:
         HandlerPool._references = sys.maxsize  # the pool that counts must not count again
-        HandlerPool._references = _references_of_a_waiting_worker()
+        try:
+            HandlerPool._references = _references_of_a_waiting_worker()
+        except BaseException:
+            HandlerPool._references = 0
+            raise
         return HandlerPool._references
 
     def resize(self, size: int | None) -> None:
@@ -127,12 +141,12 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
     def _finished(self, worker: Worker) -> None:
         greenlets = self.greenlets
         greenlets.discard(worker)
+        places = self.places
+        places.taken -= 1
         if not greenlets:
             self._empty_event.set()
         if self.dying:
             self.dying.discard(worker)
-        places = self.places
-        places.taken -= 1
         if places.links:
             places.tell()
         if worker._links is not None:
@@ -143,12 +157,25 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         else:
             self._wait_for_work(worker)
 
+    def _lost(self, worker: Worker) -> None:
+        """A worker will do nothing more: it could not be switched to, or died."""
+        if worker in self._waiting_workers:
+            self._waiting_workers.remove(worker)
+        if worker in self.greenlets:
+            self.greenlets.discard(worker)
+            self.dying.discard(worker)
+            self.places.taken -= 1
+            if not self.greenlets:
+                self._empty_event.set()
+            self.places.tell()
+
     def _wait_for_work(self, worker: Worker) -> None:
         self._waiting_workers.append(worker)
         if self._retire_timer is None:
             # ref=False: workers without work keep no program alive.
-            self._retire_timer = get_hub().loop.timer(IDLE_WORKER_SECONDS, IDLE_WORKER_SECONDS, ref=False)
-            self._retire_timer.start(self._retire_unused)
+            timer = get_hub().loop.timer(IDLE_WORKER_SECONDS, IDLE_WORKER_SECONDS, ref=False)
+            timer.start(self._retire_unused)
+            self._retire_timer = timer
 
     def _retire_unused(self) -> None:
         # Who has had no work since the last time has waited for 5 to 10 s. The last to come is the first to get work.
@@ -197,32 +224,37 @@ class Worker(greenlet):  # type: ignore[misc]
         hub = self.parent
         pool = self._pool
         function, argument = _wait_for_a_job(hub)
-        while function is not None:
-            self._working = True
-            try:
-                # Not function(*arguments): CPython calls this one within the same C frame, 0.5 KiB less of C stack to
-                # put aside and to copy at each switch.
-                function(argument)
-            except GreenletExit:
-                pass
-            except BaseException:
-                hub.handle_error(self, *sys.exc_info())
-            function = argument = None
+        try:
+            while function is not None:
+                self._working = True
+                try:
+                    # Not function(*arguments): CPython calls this one within the same C frame, 0.5 KiB less of C stack
+                    # to put aside and to copy at each switch.
+                    function(argument)
+                except GreenletExit:
+                    pass
+                except BaseException:
+                    _report(hub, self)
+                function = argument = None
+                self._working = False
+                self._number += 1
+                if self.gr_context is not None:
+                    self.gr_context = None
+                attributes = self.__dict__
+                if attributes:
+                    attributes.clear()
+                pool._finished(self)
+                try:
+                    function, argument = _wait_for_a_job(hub)
+                except BaseException:
+                    # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
+                    pool._lost(self)
+                    return
+        except BaseException:
+            # No memory, between one function and the next. Its place must not be lost with it.
             self._working = False
-            self._number += 1
-            if self.gr_context is not None:
-                self.gr_context = None
-            attributes = self.__dict__
-            if attributes:
-                attributes.clear()
-            pool._finished(self)
-            try:
-                function, argument = _wait_for_a_job(hub)
-            except BaseException:
-                # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
-                if self in pool._waiting_workers:
-                    pool._waiting_workers.remove(self)
-                return
+            pool._lost(self)
+            raise
 
     def _notify_links(self) -> None:
         links, self._links = self._links or [], None
@@ -287,6 +319,16 @@ class Worker(greenlet):  # type: ignore[misc]
                 raise
         finally:
             self.unlink(waiter.switch)
+
+
+def _report(hub: Any, worker: Worker) -> None:
+    """Print what a function has raised, if that can be done."""
+    try:
+        hub.handle_error(worker, *sys.exc_info())
+    except HubDestroyed:
+        raise
+    except BaseException:
+        pass  # no memory to print with
 
 
 def _wait_for_a_job(hub: Any) -> Any:
@@ -375,8 +417,8 @@ class Places:
     def tell(self) -> None:
         """There may be a place: tell those who registered, soon."""
         if self.links and not self._notifying and self.taken < self.size:
-            self._notifying = True
             get_hub().loop.run_callback(self._notify)
+            self._notifying = True
 
     def _notify(self) -> None:
         self._notifying = False

@@ -13,6 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from math import inf
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +49,7 @@ from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
 from .stats import Counters, CutConnection, ServerStats, StopReport
-from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, describe, drain_and_close, end_handlers, peer
+from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers, peer
 from .tls import Credentials
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ DEFAULT_STOP_TIMEOUT = 30.0
 
 #: Above it a handler's counter is none: Python itself does not print integers of thousands of digits.
 LARGEST_COUNTER = 2**63
+
+#: Seconds between two looks whether every accept loop is armed. One that is not, at two of them, starts again.
+WATCHDOG_SECONDS = 1.0
+
+#: Seconds until a stop that waits for connections looks by itself whether there are any.
+LONGEST_WITHOUT_A_LOOK = 1.0
 
 #: Seconds from accept in which a stop leaves alone a connection that has not sent a byte: its first request is on its
 #: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
@@ -243,6 +250,14 @@ class Server:
         self._patient = False  # the stop waits for first requests however long they take
         self._signalled_early = 0
         self._started_at = 0.0
+        #: Seconds that handlers get when the listening socket is lost; ``serve_forever`` sets it to its own.
+        self.stop_timeout: float | None = DEFAULT_STOP_TIMEOUT
+        self._steps = Steps()
+        self._stopping: Any = None
+        self._spawn_stop: Callable[[], Any] = partial(gevent.spawn, int)
+        self._signal_missed = 0  # there was no memory to begin a stop
+        self._watchdog: Any = None
+        self._deaf: set[Acceptor] = set()
         self._serve_bound = self._serve  # one bound method for all connections: 64 bytes each
         #: What writes a line when a connection has ended, or None.
         self.access_log = access_log
@@ -292,6 +307,9 @@ class Server:
             self.state = State.NEW
             raise
         self._overseer.start()
+        # ref=False: a program that has nothing else to do may end.
+        self._watchdog = get_hub().loop.timer(WATCHDOG_SECONDS, WATCHDOG_SECONDS, ref=False)
+        self._watchdog.start(self._look_at_accept_loops)
         if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
             self.tls.watch(self.tls.config.watch)
 
@@ -310,6 +328,7 @@ class Server:
             OSError: as :meth:`start`, or the listening socket was lost.
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
+        self.stop_timeout = stop_timeout
         # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
         with StopSignals(lambda number: self._stop_by_signal(number, stop_timeout)):
             if self.state is State.NEW:
@@ -334,10 +353,12 @@ class Server:
             self._signalled_early = number
         elif self.state is State.STOPPING:
             log.warning("%s again: ending %d handlers now", name, len(self._connections))
-            gevent.spawn(self.halt)
+            self._hurry.set()
         elif self.state is State.SERVING:
             log.info("%s: stopping, %d connections", name, len(self._connections))
-            gevent.spawn(self.stop, stop_timeout)
+            self._signal_missed = number
+            self._begin_stop(stop_timeout)
+            self._signal_missed = 0
 
     def __enter__(self) -> Server:
         self.start()
@@ -422,6 +443,21 @@ class Server:
             self._close_an_idle_one()
         # max_connections is reached: the end of a connection wakes them.
 
+    def _look_at_accept_loops(self) -> None:
+        """Once a second: whatever has stopped an accept loop without a reason, it starts again. So does a stop."""
+        if self.state is State.STOPPING and self._stopping.dead and not self._stopped.is_set():
+            self._stopping = self._spawn_stop()  # there was no memory to start its greenlet
+        if self._signal_missed:
+            self._stop_by_signal(self._signal_missed, self.stop_timeout)
+        if self.state is not State.SERVING:
+            return
+        deaf = {acceptor for acceptor in self._acceptors if acceptor.is_deaf()}
+        for acceptor in deaf & self._deaf:
+            log.error("%s had stopped accepting without a reason; accepting again", acceptor.listener.address)
+            acceptor.stop_accepting()
+            acceptor.resume()
+        self._deaf = deaf
+
     def _wake_accept_loops(self, _places: Any = None) -> None:
         if self.state is State.SERVING:
             for acceptor in self._acceptors:
@@ -449,15 +485,25 @@ class Server:
         connection.context = self.context
         if self.timeout is not None:
             connection.timeout = self.timeout
-        if self._lobby is None:
-            self.pool.run_one(self._serve_bound, connection)
-        else:
-            self._nobody_connected.clear()
-            self._lobby.enter(connection)
-        if number == self.max_accepts:
-            for acceptor in self._acceptors:
-                acceptor.stop_accepting()
-            gevent.spawn(self._stop_after_last)
+        try:
+            if self._lobby is None:
+                self.pool.run_one(self._serve_bound, connection)
+            else:
+                self._nobody_connected.clear()
+                self._lobby.enter(connection)
+        except BaseException:
+            # No memory to serve it with. A reset says so; an end in order would be an empty answer.
+            try:
+                connection.abort()
+            finally:
+                self._note_if_nobody_is_connected()
+            raise
+        finally:
+            if number == self.max_accepts:
+                for acceptor in self._acceptors:
+                    acceptor.leaving = True
+                    acceptor.stop_accepting()
+                gevent.spawn(self._stop_after_last)
 
     def _serve_from_lobby(self, connection: Connection) -> None:
         """It has done in the lobby what there was to do."""
@@ -467,7 +513,11 @@ class Server:
             return
         waiting.append(connection)
         if len(waiting) == 1:
-            self._serve_waiting_later()
+            try:
+                self._serve_waiting_later()
+            except BaseException:
+                waiting.clear()
+                raise
 
     def _waiting(self) -> deque[Connection]:
         assert self._lobby is not None
@@ -484,10 +534,20 @@ class Server:
 
     def _serve_waiting(self, _places: Any = None) -> None:
         waiting = self._waiting()
-        while waiting and self._has_room():
-            self.pool.run_one(self._serve_bound, waiting.popleft())
-        if waiting:
-            self._serve_waiting_later()
+        assert self._lobby is not None
+        try:
+            while waiting and self._has_room():
+                connection = waiting.popleft()
+                try:
+                    self.pool.run_one(self._serve_bound, connection)
+                except BaseException:
+                    self._lobby.not_served(connection)
+                    raise
+        finally:
+            if waiting and self._has_room():  # one could not be served: the next may be
+                get_hub().loop.run_callback(self._serve_waiting)
+            elif waiting:
+                self._serve_waiting_later()
 
     def _client_named(self, connection: Connection) -> None:
         """Count the client that a balancer has named. Raises ClientRefused."""
@@ -527,12 +587,12 @@ class Server:
 
     def _serve(self, connection: Connection) -> None:
         connections = self._connections
-        if not connections:
-            self._nobody_connected.clear()
-        connections[connection] = getcurrent()
-        if len(connections) > self._counters.peak:
-            self._counters.peak = len(connections)
         try:
+            if not connections:
+                self._nobody_connected.clear()
+            connections[connection] = getcurrent()
+            if len(connections) > self._counters.peak:
+                self._counters.peak = len(connections)
             try:
                 if self.on_connect is None or self.on_connect(connection) is not False:
                     self.handler(connection)
@@ -551,39 +611,52 @@ class Server:
             self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
-        """The last steps of a connection. Nothing in here waits, so a kill cannot come between."""
+        """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
         counters = self._counters
         stream = connection._stream
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
         # They refer to the connection: no cycle for the garbage collector.
         connection._idle = stream.fault = None
-        if not stream.closed:
-            connection._closed = True
-            connection._end(stream, self)
-        if self._client_limits is not None and self._lobby is not None:
-            self._lobby.left(connection)
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
-        del connections[connection]
-        if not connections:
-            self._note_if_nobody_is_connected()
-        if was_full:
-            if self._lobby is not None and self._lobby.waiting:
-                get_hub().loop.run_callback(self._serve_waiting)
-            self._wake_accept_loops()
+        try:
+            if not stream.closed:
+                connection._closed = True
+                connection._end(stream, self)
+        finally:
+            if self._client_limits is not None and self._lobby is not None:
+                self._lobby.left(connection)
+            try:
+                del connections[connection]
+            except KeyError:
+                pass  # it could not be added
+            try:
+                if not connections:
+                    self._note_if_nobody_is_connected()
+            finally:
+                if was_full:
+                    if self._lobby is not None and self._lobby.waiting:
+                        get_hub().loop.run_callback(self._serve_waiting)
+                    self._wake_accept_loops()
 
     def _serve_and_log(self, connection: Connection) -> None:
         """:meth:`_serve`, with an access log."""
         assert self.access_log is not None
-        self.access_log.begin(connection)
+        try:
+            self.access_log.begin(connection)
+        except BaseException:
+            Server._forget(self, connection)
+            raise
         self._serve(connection)
 
     def _forget_and_log(self, connection: Connection) -> None:
         access_log = self.access_log
         assert access_log is not None
-        fields = access_log.end(connection)
-        Server._forget(self, connection)
+        try:
+            fields = access_log.end(connection)
+        finally:
+            Server._forget(self, connection)
         access_log.write(fields)
 
     def _note_end(self, connection: Connection, result: Result, detail: str = "") -> None:
@@ -645,7 +718,13 @@ class Server:
 
     def _end_idle_connections(self) -> None:
         for connection in self._idle_connections():
-            self._end_idle_at_stop(connection)
+            self._steps.do("end an idle connection", self._end_idle_at_stop, connection)
+
+    def _end_silent_connections(self) -> None:
+        """At the end of a patient stop: clients that never sent a request are not cut short."""
+        for connection in self._idle_connections():
+            get_hub().loop.run_callback(self._end_if_idle, connection)
+        gevent.sleep(0)
 
     def _end_idle_at_stop(self, connection: Connection) -> None:
         left = self._time_for_first_request(connection)
@@ -723,12 +802,13 @@ class Server:
         return self._wait_for_report()
 
     def _begin_stop(self, timeout: float | None, leave_listening: bool = False) -> None:
-        self.state = State.STOPPING
-        self._idle_wanted = True
         # Handlers that had ended before: the report is about the others.
         ended_before = self._handled() - len(self._connections)
+        self._spawn_stop = partial(gevent.spawn, self._stop, timeout, leave_listening, ended_before)
         # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
-        gevent.spawn(self._stop, timeout, leave_listening, ended_before)
+        self._stopping = self._spawn_stop()
+        self.state = State.STOPPING
+        self._idle_wanted = True
 
     def _handled(self) -> int:
         """Connections that have got as far as the handler."""
@@ -782,10 +862,10 @@ class Server:
             # The kernel has renumbered the group: the program must name the new places.
             steer(group, range(len(group)))
 
-    def _drain_and_close(self, acceptors: Sequence[Acceptor]) -> None:
+    def _drain_and_close(self, acceptors: Sequence[Acceptor], steps: Steps | None = None) -> None:
         deferred = self._listen.defer_accept or any(acceptor.listener.muted_by_ttl for acceptor in acceptors)
         longest = LONGEST_DRAIN_OF_DEFERRED if deferred else LONGEST_DRAIN
-        drain_and_close(acceptors, self._admit_drained, longest, self._hurry)
+        drain_and_close(acceptors, self._admit_drained, longest, self._hurry, steps)
         for acceptor in acceptors:
             self._counters.accept_errors += acceptor.accept_errors
             self._counters.left_in_queue += acceptor.left_in_queue
@@ -800,56 +880,62 @@ class Server:
         self._nobody_connected.clear()
         self._held.append(connection)
         if len(self._held) == 1:
-            self.pool.places.rawlink(self._serve_held)
+            try:
+                self.pool.places.rawlink(self._serve_held)
+            except BaseException:
+                self._held.clear()
+                raise
 
     def _serve_held(self, places: Any) -> None:
         # Called in the hub when the pool has a place.
-        while self._held and places.taken < places.size:
-            connection = self._held.popleft()
-            self._admit(connection, connection.client_address)
-        if self._held:
-            places.rawlink(self._serve_held)
-        else:
-            self._note_if_nobody_is_connected()
+        try:
+            while self._held and places.taken < places.size:
+                connection = self._held.popleft()
+                self._admit(connection, connection.client_address)
+        finally:
+            if self._held:
+                places.rawlink(self._serve_held)
+            else:
+                self._note_if_nobody_is_connected()
 
     def _stop(self, timeout: float | None, leave_listening: bool, ended_before: int) -> None:
+        """In a greenlet of its own. Each step is done, whatever has become of those before it."""
+        steps = self._steps
         drain = not (leave_listening or self._hurry.is_set())
         until = None if timeout is None else monotonic() + timeout
         cut: list[CutConnection] = []
         try:
             if drain:
                 for acceptor in self._acceptors:
-                    acceptor.mute()
-            self.stopping_event.set()
+                    steps.do("begin no new connections", acceptor.mute)
+            steps.do("tell handlers", self.stopping_event.set)
             # Idle ones end now, the others when they become idle.
-            self._end_idle_connections()
+            steps.do("end idle connections", self._end_idle_connections)
             if drain:
                 with self._closing_loops:
-                    self._drain_and_close(self._acceptors)
-            else:
-                for acceptor in self._acceptors:
-                    acceptor.close()
-                    acceptor.listener.close(keep_path=leave_listening)
-            self.listening_ended.set()
-            self._wait_for(self._nobody_connected, until)
+                    steps.do("drain", self._drain_and_close, self._acceptors, steps)
+            # Also those that a failed drain has left.
+            for acceptor in self._acceptors:
+                steps.do("close the accept loop", acceptor.close)
+                steps.do("close the listening socket", partial(acceptor.listener.close, keep_path=leave_listening))
+            steps.do("tell that listening has ended", self.listening_ended.set)
+            steps.do("wait for handlers", self._wait_until_nobody_is_connected, until)
             if self._patient:
-                # Clients that never sent a request are not cut short.
-                for connection in self._idle_connections():
-                    get_hub().loop.run_callback(self._end_if_idle, connection)
-                gevent.sleep(0)
-            cut = self._end_handlers()
+                steps.do("end silent connections", self._end_silent_connections)
+            cut = self._end_handlers(steps)
             if not self._hurry.is_set():
-                self._wait_for(self.lingerer.nobody_lingers, until)
-            self.lingerer.close_all()
+                steps.do("wait for lingering connections", self._wait_for_lingering, until)
         finally:
-            self._overseer.stop()
+            steps.do("close lingering connections", self.lingerer.close_all)
+            steps.do("end the overseer", self._overseer.stop)
+            steps.do("end the watchdog", self._watchdog.close)
             if self.tls is not None:
-                self.tls.stop_watching()
-            self.pool.retire_waiting_workers()
+                steps.do("end the watch of certificates", self.tls.stop_watching)
+            steps.do("end workers", self.pool.retire_waiting_workers)
             self._tell_handler()
             self.state = State.STOPPED
             seen = self._handled() - ended_before
-            self._report = StopReport(seen - len(cut), len(cut), tuple(cut))
+            self._report = StopReport(seen - len(cut), len(cut), tuple(cut), tuple(steps.failures))
             self._stopped.set()
 
     def _tell_handler(self) -> None:
@@ -860,37 +946,66 @@ class Server:
             except Exception:
                 log.exception("server_stopped() of the handler failed")
 
-    def _wait_for(self, event: Event, until: float | None) -> None:
-        left = None if until is None else max(0.0, until - monotonic())
-        gevent.wait([event, self._hurry], timeout=left, count=1)
+    def _wait_until_nobody_is_connected(self, until: float | None) -> None:
+        # By the books, and not by the event alone: that may have failed to be set.
+        while self._connections or self._held or self._lobby:
+            if not self._wait_a_little(self._nobody_connected, until):
+                return
 
-    def _end_handlers(self) -> list[CutConnection]:
-        cut = []
+    def _wait_for_lingering(self, until: float | None) -> None:
+        while not self.lingerer.nobody_lingers.is_set():
+            if not self._wait_a_little(self.lingerer.nobody_lingers, until):
+                return
+
+    def _wait_a_little(self, event: Event, until: float | None) -> bool:
+        """Wait for the event, or at most so long that it is worth while to look; False when there is no more time."""
+        left = LONGEST_WITHOUT_A_LOOK if until is None else min(LONGEST_WITHOUT_A_LOOK, until - monotonic())
+        if left <= 0 or self._hurry.is_set():
+            return False
+        if event.is_set():  # it should not be
+            gevent.sleep(min(left, 0.05))
+        else:
+            gevent.wait([event, self._hurry], timeout=left, count=1)
+        return True
+
+    def _end_handlers(self, steps: Steps) -> list[CutConnection]:
+        cut: list[CutConnection] = []
         while self._held:
-            connection = self._held.popleft()
-            self._counters.accepted += 1
+            steps.do("end a connection", self._end_held, self._held.popleft(), cut)
+        if self._lobby is not None:
+            while self._lobby.waiting:
+                steps.do("end a connection", self._end_waiting, self._lobby.waiting.popleft(), cut)
+            steps.do("end handshakes", self._lobby.end_all)
+        cut += steps.do("end handlers", end_handlers, self._connections, self._nobody_connected) or []
+        return cut
+
+    def _end_held(self, connection: Connection, cut: list[CutConnection]) -> None:
+        self._counters.accepted += 1
+        try:
             cut.append(describe(connection, None))
             if self.access_log is not None:
                 self.access_log.write_unserved(connection, "stopped")
+        finally:
             connection._sock.close()
-        if self._lobby is not None:
-            while self._lobby.waiting:
-                connection = self._lobby.waiting.popleft()
-                cut.append(describe(connection, None))
-                if self.access_log is not None:
-                    self.access_log.write_unserved(connection, "stopped")
-                connection.close()
-                self._lobby.left(connection)
-                self._note_if_nobody_is_connected()
-            self._lobby.end_all()
-        return cut + end_handlers(self._connections, self._nobody_connected)
+
+    def _end_waiting(self, connection: Connection, cut: list[CutConnection]) -> None:
+        assert self._lobby is not None
+        try:
+            cut.append(describe(connection, None))
+            if self.access_log is not None:
+                self.access_log.write_unserved(connection, "stopped")
+        finally:
+            connection.close()
+            self._lobby.left(connection)
+            self._note_if_nobody_is_connected()
 
     def _stop_after_last(self) -> None:
         self.stop(None)
 
     def _listener_is_gone(self, error: OSError) -> None:
         self.fatal_error = error
-        gevent.spawn(self.stop, DEFAULT_STOP_TIMEOUT)
+        if self.state is State.SERVING:
+            self._begin_stop(self.stop_timeout)
 
     # -- counters ----------------------------------------------------------------------------------------------------
 

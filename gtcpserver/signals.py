@@ -11,6 +11,8 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from .watcher import watch
+
 
 class StopSignals:
     """Within a ``with`` block, in the main thread: calls ``told(number)`` in the hub for each SIGTERM and SIGINT.
@@ -22,6 +24,7 @@ class StopSignals:
         self._told = told
         self._restore: list[tuple[int, Any]] = []
         self._waker: _Waker | None = None
+        self._missed = 0
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -30,10 +33,18 @@ class StopSignals:
 
         def on_signal(number: int, _frame: Any) -> None:
             # A signal handler runs between any two bytecodes: only note it and let the loop act.
-            loop.run_callback(self._told, number)
+            try:
+                loop.run_callback(self._told, number)
+            except MemoryError:
+                self._missed = number  # the waker, which the same signal wakes, tells it
 
-        self._waker = _Waker()
+        self._waker = _Waker(self._tell_missed)
         self._restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def _tell_missed(self) -> None:
+        number, self._missed = self._missed, 0
+        if number:
+            self._told(number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -51,15 +62,27 @@ class _Waker:
     noticed at the next event, which on an idle server may never come (signal.set_wakeup_fd is made for this).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, woken: Callable[[], Any]) -> None:
+        self._woken = woken
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._watcher = get_hub().loop.io(self._pipe[0], 1, ref=False)
-        self._watcher.start(os.read, self._pipe[0], 4096)
+        self._watcher = watch(get_hub().loop, self._pipe[0], 1)
+        self._watcher.ref = False
+        self._watcher.start(self._empty)
+
+    def _empty(self) -> None:
+        try:
+            os.read(self._pipe[0], 4096)
+        except OSError:
+            pass  # it is tried again. An error raised here would end the watch.
+        self._woken()
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._before)
         self._watcher.stop()
         self._watcher.close()
         for fd in self._pipe:
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # it is closed all the same (close(2)), and a stop does not fail by it

@@ -51,8 +51,8 @@ class ServerStats:
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
             "unknown_name", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there were too many),
-            "stopped" (by the end of the server). Those of ``start_tls`` are among them, and PROXY headers:
-            "proxy_header" (none, or a bad one), "proxy_header_timeout".
+            "stopped" (by the end of the server), "not_begun" (there was no memory for it). Those of ``start_tls`` are
+            among them, and PROXY headers: "proxy_header" (none, or a bad one), "proxy_header_timeout".
         resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), closed
             it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
@@ -144,8 +144,11 @@ class StopReport:
         finished: handlers that ended by themselves during the stop.
         ended: handlers that were ended by it.
         cut: one entry for each of those.
+        failures: steps of the stop that failed, with the error of each; the others were done all the same. The command
+            line ends with status 1 then.
     """
 
     finished: int
     ended: int
     cut: tuple[CutConnection, ...] = ()
+    failures: tuple[str, ...] = ()

@@ -32,8 +32,38 @@ LONGEST_DRAIN = 1.0
 LONGEST_DRAIN_OF_DEFERRED = 2.5
 
 
+class Steps:
+    """The steps of a stop: each is done, whatever has become of those before it.
+
+    Attributes:
+        failures: those that failed, with the error of each.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def do(self, what: str, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a step; returns what it returns, or None if it has failed."""
+        try:
+            return step(*arguments)
+        except Exception as error:
+            self.failed(what, error)
+            return None
+
+    def failed(self, what: str, error: BaseException | str) -> None:
+        """Note it, and log it once."""
+        failure = f"{what}: {error or type(error).__name__}"
+        if failure not in self.failures:
+            self.failures.append(failure)
+            log.error("stopping: %s", failure)
+
+
 def drain_and_close(
-    acceptors: Sequence[Acceptor], admit: Callable[[Connection, Any], Any], longest: float, hurry: Event
+    acceptors: Sequence[Acceptor],
+    admit: Callable[[Connection, Any], Any],
+    longest: float,
+    hurry: Event,
+    steps: Steps | None = None,
 ) -> None:
     """Accept what the kernel has queued, until no handshake is under way any more, and close.
 
@@ -42,22 +72,28 @@ def drain_and_close(
         admit: called with each connection and its address; it must not wait.
         longest: seconds to wait for handshakes.
         hurry: when set, waits no longer.
+        steps: note what fails; None: of a single accept loop that is closed.
     """
+    steps = steps or Steps()
     for acceptor in acceptors:
-        acceptor.stop_accepting()
-        acceptor.drain(admit)
+        acceptor.leaving = True
+        steps.do("accept no more", acceptor.stop_accepting)
+        steps.do("drain", acceptor.drain, admit)
     give_up = monotonic() + longest
     while True:
         # Handshakes that had begun come into the queue now.
-        gevent.sleep(HANDSHAKE_SECONDS)
+        steps.do("wait for handshakes", gevent.sleep, HANDSHAKE_SECONDS)
         for acceptor in acceptors:
-            acceptor.drain(admit)
+            steps.do("drain", acceptor.drain, admit)
         if monotonic() > give_up or hurry.is_set() or not any(map(_expects_more, acceptors)):
             break
     for acceptor in acceptors:
-        acceptor.drain(admit)
-        acceptor.close()
-        acceptor.listener.close()
+        steps.do("drain", acceptor.drain, admit)
+        listener = acceptor.listener
+        if listener.owned and not acceptor.closed and (left := queue_length(listener.socket)):
+            steps.failed("drain", f"{left} connections in the queue of {listener.address} could not be accepted")
+        steps.do("close the accept loop", acceptor.close)
+        steps.do("close the listening socket", listener.close)
 
 
 def _expects_more(acceptor: Acceptor) -> bool:
@@ -79,7 +115,7 @@ def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event)
     Returns:
         what each was doing when it was ended.
     """
-    cut = {connection: describe(connection, worker) for connection, worker in connections.items()}
+    cut = {connection: _described(connection, worker) for connection, worker in connections.items()}
     for attempt in range(KILL_ATTEMPTS):
         if not connections:
             break
@@ -89,9 +125,17 @@ def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event)
             worker.kill(block=False)
         nobody_connected.wait(KILL_SECONDS)
     for connection, worker in list(connections.items()):
-        cut[connection] = describe(connection, worker, ended=False)
+        cut[connection] = _described(connection, worker, ended=False)
         log.error("a handler would not end: %s", cut[connection])
     return list(cut.values())
+
+
+def _described(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+    """As :func:`describe`, which must not keep a handler from being ended."""
+    try:
+        return describe(connection, worker, ended)
+    except Exception as error:
+        return CutConnection("?", 0.0, 0, 0, (f"({error or type(error).__name__})",), ended)
 
 
 def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:

@@ -30,6 +30,7 @@ from gevent.socket import cancel_wait_ex
 from greenlet import getcurrent, greenlet
 
 from .errors import DeadlineExceeded, EarlyEOF
+from .watcher import check_watched, parking, stop_watcher, watch
 
 if TYPE_CHECKING:
     from .handshake import TLSLayer
@@ -177,8 +178,8 @@ class Stream:
         return until if self.deadline is None else min(until, self.deadline)
 
     def make_read_watcher(self) -> Any:
-        watcher = self.reading = self._hub.loop.io(self.sock.fileno(), 1)
-        self._parked = watcher.stop
+        watcher = self.reading = watch(self._hub.loop, self.sock.fileno(), 1)
+        self._parked = parking(watcher)
         watcher.start(self._parked)
         return watcher
 
@@ -200,11 +201,12 @@ class Stream:
         watcher.start(me.switch)
         try:
             _switch_to(hub)
+            check_watched(watcher)
         finally:
-            watcher.stop()
+            stop_watcher(watcher)
 
     def make_write_watcher(self) -> Any:
-        self.writing = self._hub.loop.io(self.sock.fileno(), 2)
+        self.writing = watch(self._hub.loop, self.sock.fileno(), 2)
         return self.writing
 
     def reader(self) -> Any:
@@ -451,7 +453,7 @@ class Stream:
         reading, writing = self.reading, self.writing
         self.reading = self.writing = None
         if reading is not None and reading.callback is self._parked:
-            reading.close()
+            stop_watcher(reading)
         if (reading is None or reading.callback is None) and (writing is None or writing.callback is None):
             # Most closes.
             if writing is not None:

@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 
 from gtcpserver import Server
 
+pytest_plugins = ["injected"]  # the fixture of that name
+
 # The same examples each time, and no judgement of how long a busy machine takes for them. To look further:
 # HYPOTHESIS_PROFILE=default.
 settings.register_profile(

@@ -245,7 +245,7 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
     """Starts the server, logs where it listens, and logs the report when a signal or --max-accepts has stopped it.
 
     Raises:
-        RunError: the address cannot be had, or the listening socket was lost.
+        RunError: the address cannot be had, the listening socket was lost, or a step of the stop failed.
         ConfigError: the address is none this system can listen on.
     """
     monitor = make_monitor(context, server)
@@ -272,6 +272,8 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
     systemd.notify("STOPPING=1")
     gevent.killall(helpers)
     log_report(report)
+    if report.failures:
+        raise RunError(f"the stop was not complete: {'; '.join(report.failures)}")
 
 
 def make_monitor(context: click.Context, server: Server) -> Monitor | None:

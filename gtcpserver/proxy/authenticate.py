@@ -46,6 +46,10 @@ LOOK_EVERY = 1.0
 YOUNG = 2.0
 
 
+#: Seconds until somebody who waits for an answer looks whether anybody is there to give it.
+LONGEST_WITHOUT_A_LOOK = 1.0
+
+
 class _Question:
     """A user and a password that somebody wants to know about, and those who wait for the answer.
 
@@ -54,7 +58,10 @@ class _Question:
         waiting: connections.
         right: the answer; None: nobody knows.
         delays: seconds that each address has to wait longer because it was wrong.
+        asker: the greenlet that finds out.
     """
+
+    asker: Any
 
     def __init__(self) -> None:
         self.clients: set[IPAddress] = set()
@@ -98,13 +105,15 @@ class RememberingAuthenticator:
         if self._right.get(digest, 0.0) > time.monotonic():
             return True
         question = self._questions.get(digest)
-        if question is None:
-            question = self._questions[digest] = _Question()
-            gevent.spawn(self._ask, digest, question, user, password)
+        if question is None or question.asker.dead:  # dead and still here: it had no memory to start
+            question = _Question()
+            question.asker = gevent.spawn(self._ask, digest, question, user, password)
+            self._questions[digest] = question
         question.clients.add(client)
         question.waiting += 1
         try:
-            question.answered.wait()
+            while not question.answered.wait(LONGEST_WITHOUT_A_LOOK) and not question.asker.dead:
+                pass
         finally:
             question.waiting -= 1
         if question.right:
@@ -123,7 +132,7 @@ class RememberingAuthenticator:
         except Exception as error:
             self.complain(type(error).__name__, f"cannot authenticate: {type(error).__name__}: {error}")
         finally:
-            del self._questions[digest]
+            self._questions.pop(digest, None)
             question.answered.set()
 
     def _note(self, digest: bytes, question: _Question, user: bytes) -> None:

@@ -163,8 +163,12 @@ class RequestBody:
         except HttpError as error:
             self.error = error
             origin.abort()
-        except OSError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # the origin takes no more; what it says about that is read by whoever waits for its answer
+        except (OSError, MemoryError):
+            # Out of memory, say: the origin waits for the rest, which will not come.
+            self.error = HttpError(502, "The request could not be forwarded.")
+            origin.abort()
 
     def _send_chunks(self, chunks: ChunkReader, origin: Connection) -> None:
         while not chunks.done:

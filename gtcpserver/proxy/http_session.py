@@ -171,8 +171,11 @@ class HttpSession:
         except OSError as error:
             record.result, record.detail = "reset", error.strerror or str(error)
             self._conn.abort()
-        except GreenletExit:
-            record.result = "stopped"
+        except BaseException as error:
+            if isinstance(error, GreenletExit):
+                record.result = "stopped"
+            # Where an answer ends with the connection, an end in order would say that it was all.
+            self._conn.abort()
             raise
         return False
 

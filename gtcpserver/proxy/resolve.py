@@ -61,7 +61,9 @@ class _Answer:
 class _Question:
     """A name that is being looked up, or will be when a thread is free."""
 
-    __slots__ = ("answer", "answered", "waiting")
+    __slots__ = ("answer", "answered", "finder", "waiting")
+
+    finder: Any
 
     def __init__(self) -> None:
         self.answer: _Answer | None = None
@@ -121,9 +123,10 @@ class Resolver:
 
     def _ask(self, name: str) -> _Answer:
         question = self._under_way.get(name)
-        if question is None:
-            question = self._under_way[name] = _Question()
-            gevent.spawn(self._find, name, question)
+        if question is None or question.finder.dead:  # dead and not answered: it had no memory to start
+            question = _Question()
+            question.finder = gevent.spawn(self._find, name, question)
+            self._under_way[name] = question
         question.waiting += 1
         try:
             question.answered.wait(self._timeout)
@@ -143,7 +146,7 @@ class Resolver:
                     while len(self._known) > MOST_NAMES:
                         self._known.popitem(last=False)
         finally:
-            del self._under_way[name]
+            self._under_way.pop(name, None)
             question.answered.set()
 
     @contextmanager

@@ -192,6 +192,8 @@ class _Life:
         fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
         if fatal:
             self.call_hook("worker_error", fatal)
+        elif report.failures:
+            fatal = f"the stop was not complete: {'; '.join(report.failures)}"
         self.channel.send(
             "stopped",
             finished=report.finished,
@@ -231,6 +233,7 @@ class _Life:
             raise CannotStart(f"the server must not be started before its worker starts it, it is {server.state.value}")
         if job.config.metrics is not None:
             self.watch = Watch(server)
+        server.stop_timeout = job.config.graceful_timeout
         server.start()
         if job.settle is not None:
             job.settle()

@@ -43,6 +43,7 @@ class BufferedFlow:
         self._left = count
         self._pace = pace
         self._greenlet: Any = None
+        self._holds = False  # bytes that were read and are not written
         self.moved = 0
         self.done = False
 
@@ -51,6 +52,8 @@ class BufferedFlow:
 
     def stop(self) -> None:
         self.done = True
+        if self._holds:
+            self.pass_on_reset()
         if self._greenlet is not None and self._greenlet is not gevent.getcurrent():
             self._greenlet.kill(block=False)
 
@@ -96,11 +99,13 @@ class BufferedFlow:
                 break
             if self._left is not None:
                 self._left -= size
+            self._holds = True
             try:
                 sink.sendall(buffer[:size])
             except OSError as error:
                 move.write_failed(self, error)
                 return
+            self._holds = False
             self.moved += size
             if move.timed:
                 move.moved_at = monotonic()

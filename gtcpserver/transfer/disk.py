@@ -6,9 +6,9 @@ whole server then waits for the disk. So whoever is about to read asks first, an
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,9 @@ WINDOW = 2 << 20
 
 #: Distance of the looks within a window. The kernel reads ahead 128 KiB by default, so pages come and go in such lots.
 STEP = 512 * 1024
+
+#: Read at once where sendfile(2) is refused.
+COPY_SIZE = 64 * 1024
 
 #: How far ahead the disk is kept busy while a thread waits for one window.
 READ_AHEAD = 2 * WINDOW
@@ -102,10 +105,8 @@ class PageCache:
             os.preadv(self._fd, self._byte, last, _NOWAIT)
         except BlockingIOError:
             return False
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                return None
-            raise
+        except OSError:
+            return None  # nor does a sandbox that refuses the call; an error of the disk is the sender's to meet
         return True
 
 
@@ -118,19 +119,20 @@ def _read(fd: int, position: int, size: int) -> float:
     began = monotonic()
     # The descriptor may have been closed since, and its number given to something else, if the greenlet that asked was
     # killed: then these calls fail or read what nobody sees, and do no harm.
-    try:
+    end = position + size
+    with suppress(OSError):
         os.posix_fadvise(fd, position, size + READ_AHEAD, os.POSIX_FADV_WILLNEED)
+    with suppress(OSError):
         # Into /dev/null by sendfile: the pages are waited for, but not copied (16 KiB a syscall would be by read).
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            end = position + size
-            while position < end:
-                moved = os.sendfile(nowhere, fd, position, end - position)
-                if not moved:
-                    break
+            while position < end and (moved := os.sendfile(nowhere, fd, position, end - position)):
                 position += moved
         finally:
             os.close(nowhere)
-    except OSError:
-        pass  # the sender will meet the same error, where there is somebody to tell
+    # Where that is refused (a sandbox, a chroot without /dev) they are copied after all. An error of the disk is the
+    # sender's to meet, where there is somebody to tell.
+    with suppress(OSError):
+        while position < end and (data := os.pread(fd, min(COPY_SIZE, end - position), position)):
+            position += len(data)
     return monotonic() - began

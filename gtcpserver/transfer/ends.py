@@ -120,6 +120,8 @@ def reset_on_close(sock: Any) -> None:
     stream = getattr(sock, "_stream", None)
     if stream is not None:
         stream.at_eof = True  # so a server does not linger over it
+        if stream.tls is not None:
+            stream.tls.broken = True
 
 
 def is_plain(sock: Any) -> bool:

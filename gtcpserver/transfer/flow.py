@@ -14,12 +14,13 @@ rest stays in the kernel's socket buffers, whose limits slow down the sender.
 
 from __future__ import annotations
 
+import errno
 import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .ends import End, closing_error, reset_on_close
-from .pipes import LARGEST, PIPES, Pipe
+from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
 if TYPE_CHECKING:
     from .move import Move
@@ -30,6 +31,9 @@ COPY_SIZE = 64 * 1024
 #: So many splices in a row below this size turn back to copying.
 SMALL_SPLICE = 16 * 1024
 SMALL_SPLICES_IN_A_ROW = 4
+
+#: What shutdown(2) says of a sink that is gone, which the other direction learns when it reads.
+_GONE = (errno.ENOTCONN, errno.EBADF)
 
 
 class Flow:
@@ -99,10 +103,12 @@ class Flow:
         self._move.fail(closing_error(error))
 
     def stop(self) -> None:
-        """Let go of the sockets. What was read but not written is lost."""
+        """Let go of the sockets. What was read but not written is lost; the sink must not take the rest for all."""
         if self.done:
             return
         self.done = True
+        if self._pending or self._in_pipe:
+            self.pass_on_reset()
         self.source.stop_reading(self.readable)
         self.sink.stop_writing(self.writable)
         self._pending = b""
@@ -122,11 +128,12 @@ class Flow:
         """Tell the sink that the source has ended."""
         try:
             self.sink.raw.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # gone already, which the other direction learns when it reads
+        except OSError as error:
+            if error.errno not in _GONE:
+                self._move.write_failed(self, error)
 
     def pass_on_reset(self) -> None:
-        """Tell the sink, when its owner closes it, that the source was reset."""
+        """Tell the sink, when its owner closes it, that this was not all."""
         reset_on_close(self.sink.sock)
 
     # -- in the event loop -------------------------------------------------------------------------------------------
@@ -181,7 +188,8 @@ class Flow:
             self._put_pipe()
             return
         except OSError as error:
-            self._move.read_failed(self, error)
+            self._put_pipe()
+            self._fill_failed(error)
             return
         if not size:
             self._put_pipe()
@@ -200,6 +208,17 @@ class Flow:
             self._wait_for_sink()
         elif self._left == 0:
             self._end()
+
+    def _fill_failed(self, error: OSError) -> None:
+        if error.errno in REFUSALS:
+            PIPES.refuse(error)
+            self._splicing = False
+            try:
+                check_source(self.source.raw, error)
+                return  # the event comes again, and is copied
+            except OSError as broken:
+                error = broken
+        self._move.read_failed(self, error)
 
     def writable(self) -> None:
         """The sink, which took no more, takes something again."""
@@ -233,11 +252,35 @@ class Flow:
             sent = self._pipe.empty(self.sink.raw.fileno(), self._in_pipe)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            return self._copy_pipe(error)
         self._in_pipe -= sent
         if not self._in_pipe:
             self._put_pipe()
         self._sent(sent)
         return not self._in_pipe
+
+    def _copy_pipe(self, refusal: OSError) -> bool:
+        """The sink takes no splice: give it what is in the pipe by a copy; True when that was all."""
+        assert self._pipe is not None
+        data = self._pipe.take_out(self._in_pipe)
+        self._in_pipe = 0
+        self._put_pipe()
+        PIPES.refuse(refusal)
+        self._splicing = False
+        self._pending = memoryview(data)
+        try:
+            sent = self._send(data)
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            # The kernel tells an error of the connection once, then EPIPE: the refusal was one.
+            raise refusal from None
+        self._sent(sent)
+        self._pending = self._pending[sent:]
+        return not self._pending
 
     def _put_pipe(self) -> None:
         assert self._pipe is not None

@@ -74,6 +74,7 @@ class Move:
         self.moved_at = monotonic()
         # What is lent as an End has none already.
         timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
+        broke = True
         try:
             for sock, _ in timeouts:
                 sock.settimeout(None)
@@ -81,10 +82,13 @@ class Move:
                 flow.start()
             self._start_timer()
             self._waiter.get()
+            broke = self._error is not None and not isinstance(self._error, TimeoutError)
         finally:
             self._stop()
             for flow in self.flows:
                 flow.join()
+                if broke:
+                    flow.pass_on_reset()
             for sock, timeout in timeouts:
                 sock.settimeout(timeout)
             # They refer to each other, and to the sockets: no work for the garbage collector.

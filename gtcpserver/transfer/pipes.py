@@ -9,9 +9,13 @@ would come out in somebody else's connection.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import resource
+import socket
+import struct
 from collections import deque
 from time import monotonic
 
@@ -29,8 +33,28 @@ SMALLEST = 64 * 1024
 #: Empty pipes kept. One is enough while every receiver keeps up, since none is held from one event to the next.
 MOST_IDLE = 16
 
-#: After the system refused a pipe (EMFILE, or the limit above), do without for so many seconds.
+#: After the system refused a pipe (EMFILE, or the limit above) or splice, do without for so many seconds.
 PAUSE_AFTER_REFUSAL = 1.0
+
+#: What splice(2) says that need not come from the other end of the socket: a sandbox that does not allow it (seccomp,
+#: systemd's SystemCallFilter: EPERM, ENOSYS, EACCES), a kernel short of memory, or one that cannot do it with this pair
+#: of descriptors. To copy goes on from the same byte.
+REFUSALS = frozenset(
+    {
+        errno.EPERM,
+        errno.EACCES,
+        errno.ENOSYS,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.EIO,
+    }
+)
+
+_TCP_CLOSE = 7  # include/net/tcp_states.h
+
+log = logging.getLogger("gtcpserver.transfer")
 
 _NONBLOCK = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "splice") else 0
 
@@ -47,8 +71,8 @@ class Pipe:
             while size > self.size:
                 try:
                     self.size = fcntl.fcntl(self.input, fcntl.F_SETPIPE_SZ, size)
-                except PermissionError:
-                    size //= 2
+                except OSError:
+                    size //= 2  # EPERM: more than this user may have; ENOMEM: than there is
         except BaseException:
             self.close()
             raise
@@ -60,6 +84,16 @@ class Pipe:
     def empty(self, sink: int, size: int) -> int:
         """Splice up to ``size`` bytes from the pipe into a descriptor."""
         return os.splice(self.output, sink, size, None, None, _NONBLOCK)
+
+    def take_out(self, size: int) -> bytes:
+        """Read all that is in the pipe, for whoever cannot splice it: ``size`` bytes."""
+        taken = bytearray()
+        while len(taken) < size:
+            piece = os.read(self.output, size - len(taken))
+            if not piece:
+                raise OSError(errno.EIO, f"the pipe gave {len(taken)} of {size} bytes")
+            taken += piece
+        return bytes(taken)
 
     def close(self) -> None:
         """Close both ends; the bytes in between are lost. May be called again."""
@@ -76,6 +110,7 @@ class PipePool:
     Attributes:
         taken: pipes in use.
         refused: how often the system gave none, or none worth having.
+        refused_splices: how often splice(2) itself was refused.
     """
 
     def __init__(self) -> None:
@@ -83,6 +118,7 @@ class PipePool:
         self._refused_at = -PAUSE_AFTER_REFUSAL
         self.taken = 0
         self.refused = 0
+        self.refused_splices = 0
 
     @property
     def idle(self) -> int:
@@ -117,6 +153,14 @@ class PipePool:
         self.taken -= 1
         pipe.close()
 
+    def refuse(self, error: OSError) -> None:
+        """splice(2) was refused: give no pipe for a while, so that transfers copy."""
+        if not self.refused_splices:
+            log.warning("splice(2) was refused (%s): copying instead", error.strerror or error)
+        self.refused_splices += 1
+        self._refused_at = monotonic()
+        self.close_idle()
+
     def close_idle(self) -> None:
         """Close the pipes that are kept."""
         while self._idle:
@@ -125,11 +169,11 @@ class PipePool:
     def _make(self) -> Pipe | None:
         if not _NONBLOCK or monotonic() - self._refused_at < PAUSE_AFTER_REFUSAL:
             return None
-        # Each pipe is two descriptors, and together they may be a quarter of them: connections come first.
-        most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if most_descriptors == resource.RLIM_INFINITY or self.taken < most_descriptors // 8:
-            size = next((size for until, size in SIZES if self.taken < until), SMALLEST)
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            # Each pipe is two descriptors, and together they may be a quarter of them: connections come first.
+            most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            if most_descriptors == resource.RLIM_INFINITY or self.taken < most_descriptors // 8:
+                size = next((size for until, size in SIZES if self.taken < until), SMALLEST)
                 pipe = Pipe(size)
                 if pipe.size >= SMALLEST:
                     return pipe
@@ -141,7 +185,29 @@ class PipePool:
     def _forget(self) -> None:
         # In a forked child: the parent goes on to use these very pipes. Closing our descriptors of them does no harm.
         self.close_idle()
-        self.taken = self.refused = 0
+        self.taken = self.refused = self.refused_splices = 0
+
+
+def check_source(sock: socket.socket, refusal: OSError) -> None:
+    """After a splice from a socket was refused: raise if that may have been an error of the connection.
+
+    The kernel tells such an error once. If the splice got it, a read gets the end, like that of a complete stream.
+
+    Raises:
+        OSError: ``refusal``, or what the socket says now.
+    """
+    try:
+        if sock.recv(1, socket.MSG_PEEK):
+            return
+    except BlockingIOError:
+        return
+    try:
+        (state,) = struct.unpack("B", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    except OSError:
+        return  # a unix socket: its errors are others
+    # Also after an end in order, if ours had been sent before. In doubt it is broken.
+    if state == _TCP_CLOSE:
+        raise refusal
 
 
 PIPES = PipePool()

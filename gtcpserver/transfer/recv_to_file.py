@@ -11,7 +11,7 @@ from typing import Any
 from .disk import pool
 from .ends import is_plain
 from .files import descriptor_of, opened, wait_for
-from .pipes import LARGEST, PIPES, Pipe
+from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
 #: Read and written at once where splice(2) cannot be used.
 BUFFER_SIZE = 64 * 1024
@@ -99,6 +99,13 @@ class _Receiving:
             except BlockingIOError:
                 PIPES.put(pipe)
                 continue
+            except OSError as error:
+                PIPES.put(pipe)
+                if error.errno not in REFUSALS:
+                    raise
+                PIPES.refuse(error)
+                check_source(conn._sock, error)
+                continue
             except BaseException:
                 PIPES.discard(pipe)
                 raise
@@ -140,8 +147,12 @@ class _Receiving:
 
 
 def _empty(pipe: Pipe, fd: int, size: int) -> None:
-    while size:
-        size -= pipe.empty(fd, size)
+    try:
+        while size:
+            size -= pipe.empty(fd, size)
+    except OSError:
+        # Refused, or a file system that cannot. An error of the file itself comes again.
+        _write_all(lambda data: os.write(fd, data), pipe.take_out(size))
 
 
 def _write_in_thread(pipe: Pipe, fd: int, size: int) -> None:

@@ -52,7 +52,8 @@ def relay(
     The end of one side is passed on (``shutdown(SHUT_WR)``) when everything before it was written, and the other
     direction goes on. A reset is passed on as a reset: the other socket is set to reset when it is closed
     (SO_LINGER 0, socket(7)). A side that only takes no more (EPIPE: it had ended, and is closed now) may still deliver
-    what it sent. The sockets stay open and belong to the caller, however this ends.
+    what it sent. The sockets stay open and belong to the caller, however this ends. Where bytes are lost, or the relay
+    ends by an error or a kill, they are set to reset: an end in order would say that all has come.
 
     Large flows are moved by splice(2), without passing through Python, small ones by recv and send; over TLS always
     the latter.
@@ -103,7 +104,8 @@ def pipe(
 
     Raises:
         TimeoutError, DeadlineExceeded: as above, or within ``deadline()`` of one of the connections.
-        OSError: of the source or the sink. What was read but not yet written is lost.
+        OSError: of the source or the sink. What was read but not yet written is lost, so the sink is set to reset when
+            it is closed (as by a kill).
         TypeError: source or sink is not a gevent socket.
     """
     if count is not None and count < 0:
@@ -164,7 +166,7 @@ class _Relay(Move):
             self.be_idle_after(self._half_closed_timeout)
 
     def read_failed(self, flow: AnyFlow, error: OSError) -> None:
-        self._reset(flow is self.flows[0], error, flow)
+        self._reset(flow is self.flows[0], error)
 
     def write_failed(self, flow: AnyFlow, error: OSError) -> None:
         sink_is_a = flow is self.flows[1]
@@ -175,14 +177,16 @@ class _Relay(Move):
             self._note("reset_a" if sink_is_a else "reset_b", error)
             self._finish_if_done()
         else:
-            self._reset(sink_is_a, error, self.flows[not sink_is_a])
+            self._reset(sink_is_a, error)
 
-    def _reset(self, a_broke: bool, error: OSError, from_broken: AnyFlow) -> None:
+    def _reset(self, a_broke: bool, error: OSError) -> None:
         if error.errno == errno.EBADF:
             self.fail(error)
             return
         self._note("reset_a" if a_broke else "reset_b", error)
-        from_broken.pass_on_reset()
+        # Both: where the error is one of this system (ENOMEM), that side is there and waits for the rest.
+        for flow in self.flows:
+            flow.pass_on_reset()
         self.finish()
 
     def _note(self, reason: Reason, error: OSError) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from .disk import PageCache
-from .ends import is_plain
+from .ends import is_plain, reset_on_close
 from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .kernel_tls import kernel_encrypts
+from .pipes import REFUSALS
 
 #: Given to the kernel at once: after so much the other connections have their turn (about 0.3 ms).
 CHUNK = 2 << 20
 
 #: Read at once where sendfile(2) cannot be used: four TLS records.
 READ_SIZE = 64 * 1024
-
-#: What sendfile(2) says of files it cannot read from (some of /proc, some FUSE file systems).
-_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -45,6 +43,9 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
         ValueError: a negative offset or count, a non-blocking socket (``settimeout(0)``), a file in text mode, or an
             offset in something that cannot seek.
         OSError: of the file or of the connection; some of the file may have gone.
+
+    When it fails or is killed after some of the file has gone, the connection is set to reset when it is closed: an end
+    in order would say that this was all.
     """
     if offset < 0:
         raise ValueError(f"offset must not be negative, got {offset}")
@@ -63,6 +64,10 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
         try:
             if not direct or not sending.by_kernel():
                 sending.by_reading()
+        except BaseException:
+            if sending.began:
+                reset_on_close(conn)
+            raise
         finally:
             if source is not fd:
                 source.seek(sending.position)
@@ -74,6 +79,7 @@ class _Sending:
 
     Attributes:
         position: in the file, of the next byte to send.
+        began: some of it may have gone.
     """
 
     def __init__(self, conn: Any, fd: int, offset: int, count: int | None) -> None:
@@ -83,7 +89,8 @@ class _Sending:
         self._size = os.fstat(fd).st_size
         self._cache = PageCache(fd)
         self._ready_until = offset
-        self.position = self._start = offset
+        self.position = offset
+        self.began = False
 
     def _chunk(self) -> int:
         """How much to send next, which can be read without waiting for the disk; 0: the end."""
@@ -101,7 +108,7 @@ class _Sending:
         return min(left, ready if ready > 0 else CHUNK)
 
     def by_kernel(self) -> bool:
-        """By sendfile(2). False: it cannot read this file; nothing was sent."""
+        """By sendfile(2). False: it cannot read this file (some of /proc, some FUSE file systems), or is refused."""
         conn, fd = self._conn, self._fd
         stream: Any = getattr(conn, "_stream", None)
         to_next_turn = CHUNK
@@ -115,11 +122,13 @@ class _Sending:
                 conn._wait(conn._write_event)
                 continue
             except OSError as error:
-                if error.errno in _CANNOT and self.position == self._start:
+                # An error of the connection or of the file comes again, there.
+                if error.errno in REFUSALS:
                     return False
                 raise
             if not sent:
                 break
+            self.began = True
             self.position += sent
             to_next_turn -= sent
             if stream is not None:
@@ -137,6 +146,7 @@ class _Sending:
             data = os.pread(self._fd, min(chunk, READ_SIZE), self.position)
             if not data:
                 break
+            self.began = True
             self._conn.sendall(data)
             self.position += len(data)
 
@@ -145,18 +155,16 @@ def _send_stream(conn: Any, fd: int, offset: int, count: int | None) -> int:
     """From a FIFO, a terminal or another device, as it comes."""
     if offset:
         raise ValueError(f"descriptor {fd} cannot seek, so offset must be 0, got {offset}")
-    sent = 0
-    while count is None or sent < count:
-        wait_for(fd, 1)
-        try:
-            data = os.read(fd, READ_SIZE if count is None else min(READ_SIZE, count - sent))
-        except BlockingIOError:
-            continue
-        if not data:
-            break
-        conn.sendall(data)
-        sent += len(data)
-    return sent
+
+    def read(size: int) -> bytes:
+        while True:
+            wait_for(fd, 1)
+            try:
+                return os.read(fd, size)
+            except BlockingIOError:
+                pass
+
+    return _send_pieces(conn, read, count)
 
 
 def _send_readable(conn: Any, file: Any, offset: int, count: int | None) -> int:
@@ -165,11 +173,22 @@ def _send_readable(conn: Any, file: Any, offset: int, count: int | None) -> int:
         raise TypeError(f"file must be a path, a descriptor, or an object with read(), got {file!r}")
     if offset:
         file.seek(offset)
+    return _send_pieces(conn, file.read, count)
+
+
+def _send_pieces(conn: Any, read: Callable[[int], Any], count: int | None) -> int:
     sent = 0
-    while count is None or sent < count:
-        data = file.read(READ_SIZE if count is None else min(READ_SIZE, count - sent))
-        if not data:
-            break
-        conn.sendall(data)
-        sent += len(data)
+    began = False
+    try:
+        while count is None or sent < count:
+            data = read(READ_SIZE if count is None else min(READ_SIZE, count - sent))
+            if not data:
+                break
+            began = True
+            conn.sendall(data)
+            sent += len(data)
+    except BaseException:
+        if began:
+            reset_on_close(conn)
+        raise
     return sent

@@ -1,0 +1,95 @@
+"""Watchers of descriptors that the event loop could not watch do not stay silent.
+
+When epoll_ctl(2) fails (ENOMEM, or ENOSPC: fs.epoll.max_user_watches), libev stops every watcher of that descriptor
+and tells each by one event (fd_kill in its ev.c, EV_ERROR | EV_READ | EV_WRITE). To the callback it looks like any
+other: nothing to read, so it waits on, and gevent then forgets the stopped watcher (gevent_stop in its callbacks.c):
+whoever waits, waits for ever. gevent calls the watcher's ``stop`` for that, and this is where it is noticed: it is
+watched once more, and the second time whoever waits gets an error. (The event comes when the loop goes round next, for
+which a server has a timer.)
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.hub import Hub
+
+_HUB_RUN = Hub.run.__code__
+
+_loop: Any = None
+_io: Any = object
+
+if gevent.config.loop.__module__ == "gevent.libev.corecext":
+    from gevent.libev import corecext
+
+    _loop, _io = corecext.loop, corecext.io
+
+
+# By name, since type checkers would otherwise not know those of gevent's class.
+_SLOTS = ("_was_lost",)
+
+
+class _Watcher(_io):  # type: ignore[misc]
+    __slots__ = _SLOTS
+
+    _was_lost: bool
+    events: Any
+
+    def is_lost_again(self) -> bool:
+        """Note that libev has stopped it; whether it had before."""
+        # libev believes it has registered the descriptor. Events that are set anew make the next start try again
+        # (EV__IOFDSET in its ev.c).
+        self.events = self.events & 3
+        try:
+            return self._was_lost
+        except AttributeError:
+            self._was_lost = True
+            return False
+
+    def stop(self) -> None:
+        callback, arguments = self.callback, self.args
+        # Called by the loop itself, and not because the callback has failed (then the watcher would be active).
+        lost = callback is not None and not self.active and sys._getframe(1).f_code is _HUB_RUN
+        stop_watcher(self)
+        if not lost:
+            return
+        if not self.is_lost_again():
+            self.start(callback, *arguments)
+            return
+        throw = getattr(getattr(callback, "__self__", None), "throw", None)
+        if throw is not None:
+            throw(cannot_watch())
+
+
+def watch(loop: Any, fd: int, events: int) -> Any:
+    """A watcher like that of ``loop.io``; its callback is a greenlet's ``switch``, or a method of an object with a
+    ``throw``."""
+    # A loop of another class has watchers of its own, which are taken as they are.
+    return _Watcher(loop, fd, events) if type(loop) is _loop else loop.io(fd, events)
+
+
+def _stop(watcher: Any) -> None:
+    watcher.stop()
+
+
+#: Stops a watcher, whatever has happened to it: what our own code calls. gevent's ``close`` does nothing else.
+stop_watcher: Callable[[Any], None] = _stop if _loop is None else _io.stop
+
+
+def parking(watcher: Any) -> Any:
+    """A callback that stops the watcher."""
+    return watcher.stop if _loop is None else stop_watcher.__get__(watcher)
+
+
+def check_watched(watcher: Any) -> None:
+    """After an event: raise OSError if it was to say, for the second time, that the descriptor is not watched."""
+    if not watcher.active and isinstance(watcher, _Watcher) and watcher.is_lost_again():
+        raise cannot_watch()
+
+
+def cannot_watch() -> OSError:
+    return OSError(errno.EIO, "the event loop cannot watch this descriptor: epoll_ctl(2) failed")
