@@ -724,7 +724,6 @@ class Server:
         """At the end of a patient stop: clients that never sent a request are not cut short."""
         for connection in self._idle_connections():
             get_hub().loop.run_callback(self._end_if_idle, connection)
-        gevent.sleep(0)
 
     def _end_idle_at_stop(self, connection: Connection) -> None:
         left = self._time_for_first_request(connection)
@@ -922,6 +921,8 @@ class Server:
             steps.do("wait for handlers", self._wait_until_nobody_is_connected, until)
             if self._patient:
                 steps.do("end silent connections", self._end_silent_connections)
+            # What was told to end because it is idle does so in the loop's next turn, and is not cut.
+            steps.do("let idle connections end", gevent.sleep, 0)
             cut = self._end_handlers(steps)
             if not self._hurry.is_set():
                 steps.do("wait for lingering connections", self._wait_for_lingering, until)
