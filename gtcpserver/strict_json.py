@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 MAX_DEPTH = 16  # of objects in objects; log fields have two or three. Deeper ones become text
@@ -36,17 +37,18 @@ def to_json(value: Any, indent: int | None = None) -> str:
     try:
         return encode(value)
     except Exception:
-        # Numbers, keys that are no text, a value that refers to itself, or an object's own __str__.
+        # Numbers, keys that are no text, a value that refers to itself, or an object's own methods.
         return encode(_plain(value, MAX_DEPTH))
 
 
 def to_short_json(fields: Mapping[str, Any], longest: int) -> str:
-    """Write an object in so many bytes at most: the longest texts lose their middle, then other fields are left out."""
+    """Write an object in so many bytes at most: the longest texts and names lose their middle, then other fields are
+    left out."""
     line = to_json(fields)
     most = longest
     while len(line) > longest and most > SHORTEST:
         most //= 2
-        fields = {str(name): _shorter(value, most) for name, value in fields.items()}
+        fields = {_shorter(as_text(name), most): _shorter(value, most) for name, value in fields.items()}
         line = to_json(fields)
     while len(line) > longest and len(fields) > 1:
         fields = dict(list(fields.items())[: len(fields) // 2])
@@ -68,10 +70,12 @@ def _plain(value: Any, depth: int) -> Any:
         return value if -LARGEST_NUMBER < value < LARGEST_NUMBER else f"a number of {value.bit_length()} bits"
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if depth > 0 and isinstance(value, Mapping):
-        return {as_text(key): _plain(one, depth - 1) for key, one in value.items()}
-    if depth > 0 and isinstance(value, (list, tuple)):
-        return [_plain(one, depth - 1) for one in value]
+    if depth > 0:
+        with suppress(Exception):  # of the value's own methods
+            if isinstance(value, Mapping):
+                return {as_text(key): _plain(one, depth - 1) for key, one in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [_plain(one, depth - 1) for one in value]
     return as_text(value)
 
 

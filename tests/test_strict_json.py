@@ -58,16 +58,25 @@ def test_any_value_becomes_json(value: Any) -> None:
     strict(_json(value))
 
 
-@given(st.dictionaries(st.text(max_size=5), values), st.integers(200, 1000))
+@given(st.dictionaries(st.text(max_size=5) | st.just("n" * 5000), values), st.integers(200, 1000))
 def test_a_short_line_is_json_of_that_length(fields: dict[str, Any], longest: int) -> None:
     line = to_short_json(fields, longest)
     strict(line)
     assert len(line) <= longest
 
 
+class BrokenMapping(dict[str, int]):
+    """Its own methods fail, as those of a proxy for an object that is gone."""
+
+    def items(self) -> Any:
+        raise LookupError
+
+
 @pytest.mark.parametrize(
     ("value", "becomes"),
     [
+        (BrokenMapping(a=1), "{'a': 1}"),
+        ([BrokenMapping(a=1), float("nan")], ["{'a': 1}", None]),
         (float("nan"), None),
         (float("-inf"), None),
         ([1.5, {"a": float("inf")}], [1.5, {"a": None}]),
@@ -75,7 +84,7 @@ def test_a_short_line_is_json_of_that_length(fields: dict[str, Any], longest: in
         (Broken(), "<Broken>"),
         (b"x", "b'x'"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_what_json_does_not_have_becomes_null_or_text(value: Any, becomes: Any) -> None:
     assert strict(to_json(value)) == becomes
