@@ -375,6 +375,20 @@ def test_a_pid_file_that_another_user_has_made_is_replaced(folder: Path) -> None
     one.remove()
 
 
+def test_a_device_is_not_replaced_by_a_pid_file(folder: Path) -> None:
+    """`--pid-file /dev/null` put a file in place of the whole host's /dev/null, and removed it at the end."""
+    path = folder / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("no devices can be made here")
+    command = [*COMMAND, "echo", "--bind", "127.0.0.1:0", "--workers", "1", "--pid-file", str(path)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+    assert done.stderr == f"gtcpserver: cannot start: PID file {path}: a device; left alone\n"
+    assert done.returncode == 1
+    assert path.is_char_device()
+
+
 def test_a_temporary_name_that_exists_is_not_followed(folder: Path) -> None:
     (folder / f"pid.{os.getpid()}").symlink_to(folder / "secret")
     one = PidFile(str(folder / "pid"))

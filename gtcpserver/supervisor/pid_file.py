@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 
@@ -31,9 +32,14 @@ class PidFile:
         self._fd = -1
 
     def check(self) -> None:
-        """Raises OSError (EEXIST) if a running process has the file; UntrustedPath."""
+        """Raises OSError (EEXIST) if a running process has the file, or it is a device; UntrustedPath."""
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             try:
+                mode = os.stat(place.name, dir_fd=place.folder, follow_symlinks=False).st_mode
+                if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                    # Root would put a file in place of the host's /dev/null. (Other users cannot make devices, and so
+                    # cannot keep us from starting by one.)
+                    raise OSError(errno.EEXIST, "a device; left alone")
                 # O_NONBLOCK: it may be a FIFO.
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(place.name, flags, dir_fd=place.folder)
