@@ -322,6 +322,16 @@ def test_bad_requests_are_counted_and_said_to_the_client(talk, caplog):
     assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
 
 
+@pytest.mark.parametrize("piece", [1, 10_000])
+def test_a_few_empty_lines_may_stand_before_a_request(talk, piece):
+    """A flood of them was read for 30 seconds: 43 ms of CPU a MiB."""
+    data = GET + 16 * b"\r\n" + GET
+    answer = talk(ignore, *(data[at : at + piece] for at in range(0, len(data), piece)))
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
+    answer = talk(ignore, *([b"\r\n"] * 17 if piece == 1 else [b"\r\n" * 17]), end=False)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
 def test_a_head_that_drips_is_ended(talk, connect, in_thread, monkeypatch):
     monkeypatch.setattr(wsgi, "HEAD_TIMEOUT", 0.05)
     client = connect(talk.server_of(echo))

@@ -21,7 +21,7 @@ from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError
-from ..http_head import Head, HttpError, check_head, find_end_of_head
+from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from ..logs import FaultLimiter, also, fault_key
 from ..overseer import HandlerTimedOut, TooSlow
 from ..stopping import peer
@@ -91,13 +91,13 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     def _rest_of_head(self, data: bytes) -> tuple[bytes, int]:
         """What begins with a head, and where this ends."""
         with self.socket.deadline(HEAD_TIMEOUT):
-            searched = 0
+            searched = skipped = 0
             while True:
                 # A client may send empty lines before a request (RFC 9112 section 2.2).
-                empty = 0
-                while data.startswith(b"\r\n", empty):
-                    empty += 2
-                if empty:
+                if empty := size_of_empty_lines(data):
+                    skipped += empty
+                    if skipped > 2 * MOST_EMPTY_LINES:
+                        raise HttpError(400, f"There are more than {MOST_EMPTY_LINES} empty lines before the request.")
                     data, searched = data[empty:], 0
                 end = find_end_of_head(data, searched)
                 if end is not None:
