@@ -54,11 +54,17 @@ class Forwarded:
 
 REMOVED = Forwarded()
 
-# Beside X-Forwarded-*: what nginx (X-Real-IP), Rails (Client-IP), Akamai (True-Client-IP) and others read.
-_NAMES_CLIENT = frozenset(b"forwarded x-real-ip x-client-ip x-cluster-client-ip client-ip true-client-ip".split())
+# Beside X-Forwarded-*: what nginx (X-Real-IP), Rails (Client-IP), CDNs (Akamai, Cloudflare, Fastly) and libraries for
+# PHP and node.js read.
+_NAMES_CLIENT = frozenset(
+    b"forwarded forwarded-for x-forwarded x-real-ip x-client-ip x-cluster-client-ip client-ip true-client-ip "
+    b"cf-connecting-ip fastly-client-ip x-originating-ip x-remote-ip x-remote-addr proxy-client-ip "
+    b"wl-proxy-client-ip x-original-forwarded-for".split()
+)
 
-# A field of CGI and WSGI has an underscore for each hyphen: X_Forwarded_For is the same one there.
-_FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ_", b"abcdefghijklmnopqrstuvwxyz-")
+# X_Forwarded_For and X-Forwarded-For are one variable of CGI and WSGI. lighttpd makes an underscore of every character
+# but letters and digits: X.Forwarded.For is the same.
+_FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ!#$%&'*+.^_`|~", b"abcdefghijklmnopqrstuvwxyz" + 14 * b"-")
 _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 #: As in SOCKS, where a length octet is the limit. Each attempt is a line in the log.
@@ -139,7 +145,8 @@ def with_client(headers: list[Header], client: IPAddress, how: Forwarded) -> lis
     told = {how.field.encode(): [nodes[how.field.encode()]]}
     if how.mode == "append":
         # To the other list as well, if there is one: an origin that reads it would take its last entry for the client.
-        earlier = [(name.lower(), value) for name, value in headers if names_client(name) and b"_" not in name]
+        found = [(name.lower(), value) for name, value in headers if names_client(name)]
+        earlier = [(name, value) for name, value in found if name == name.translate(_FOLDED)]
         others += [(name, value) for name, value in earlier if name not in nodes]
         for field, node in nodes.items():
             values = [value for name, value in earlier if name == field and _is_closed(value)]
