@@ -19,12 +19,12 @@ from test_server import echo
 from gtcpserver import Server
 from gtcpserver.balancer import ProxyProtocol
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.http_chunks import ChunkError, ChunkReader
 from gtcpserver.http_head import LONGEST_HEAD, HttpError, find_end_of_head
 from gtcpserver.proxy import socks4, socks5
 from gtcpserver.proxy.errors import ProtocolError
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
-from gtcpserver.proxy.http_chunks import ChunkError, ChunkReader
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule, parse_way
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.target import make_target, parse_authority

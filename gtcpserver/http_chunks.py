@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..errors import GtcpServerError
-from ..http_head import FIELD, MOST_FIELDS, Header
+from .errors import GtcpServerError
+from .http_head import FIELD, MOST_FIELDS, Header
 
 #: A size with its extensions, and a field among the trailers. h11: 16 KiB, nginx: 8 KiB.
 LONGEST_LINE = 8 * 1024
