@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import socket as _stdlib_socket
+from io import RawIOBase
 from socket import getdefaulttimeout
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import gevent.socket
 from gevent._socket3 import _closedsocket
@@ -53,6 +55,7 @@ _SLOTS = (
     "_idle",
     "_log_fields",
     "_proxied",
+    "_readers",
     "_stream",
     "client_address",
     "context",
@@ -89,6 +92,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     _log_fields: Any
     _proxied: Any
+    _readers: Any
     client_address: Any
     context: Any
     server: Server | None
@@ -377,6 +381,20 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         finally:
             stream.kept = bytes(data)
 
+    if not TYPE_CHECKING:
+
+        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            file = super().makefile(mode, *arguments, **options)
+            # What reads ahead is beneath a text file, which may be taken off it.
+            reader = getattr(file, "buffer", file)
+            if "r" in mode and not isinstance(reader, RawIOBase):
+                self._readers = [*(one for one in _readers_of(self) if one() is not None), ref(reader)]
+            return file
+
+    def _is_read_by_file(self) -> bool:
+        """Whether a file of :meth:`makefile` is open that may have read ahead."""
+        return any(is_open(one()) for one in _readers_of(self))
+
     def unread(self, data: bytes) -> None:
         """Give back bytes that were read: the next read, or a relay, gets them first."""
         self._stream.kept = data + self._stream.kept
@@ -408,9 +426,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             timeout: seconds for the handshake; None: the configuration's.
 
         Raises:
-            StartTLSError: there is nothing to start it with; it has been started; or bytes came behind the client's
-                request for TLS, before the handshake, and were read already: a man in the middle may have put them
-                there to be taken for encrypted ones (RFC 3207 section 6). Close the connection.
+            StartTLSError: there is nothing to start it with; it has been started; a buffered file of ``makefile`` is
+                open for reading; or bytes came behind the client's request for TLS, before the handshake, and were
+                read already: a man in the middle may have put them there to be taken for encrypted ones (RFC 3207
+                section 6). Close the connection.
             OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
         """
         stream = self._stream
@@ -418,6 +437,11 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             raise StartTLSError("TLS has been started on this connection already")
         if stream.kept:
             raise StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake")
+        if self._is_read_by_file():
+            raise StartTLSError(
+                "a file of makefile() is open for reading, and may hold unencrypted bytes: close it before, and make "
+                "another afterwards"
+            )
         if tls is None and self.server is not None:
             tls = self.server.tls
         if tls is None:
@@ -610,6 +634,22 @@ _set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = cast(Any, Connection._proxied).__get__
 _get_log_fields = cast(Any, Connection._log_fields).__get__
+_get_readers = cast(Any, Connection._readers).__get__
+
+
+def _readers_of(connection: Connection) -> list[Any]:
+    try:
+        return _get_readers(connection)  # type: ignore[no-any-return]
+    except AttributeError:
+        return []
+
+
+def is_open(file: Any) -> bool:
+    """Whether a file (or None) can still be read from."""
+    try:
+        return file is not None and not file.closed
+    except ValueError:
+        return False  # what it has read ahead went when its raw file was taken off it
 
 
 def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
