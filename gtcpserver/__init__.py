@@ -17,6 +17,7 @@ from .errors import (
     GtcpServerError,
     LimitExceeded,
     StartTLSError,
+    TLSFlood,
     TruncatedStream,
 )
 from .listener import ListenConfig
@@ -55,6 +56,7 @@ __all__ = [
     "StopReport",
     "StreamServer",
     "TLSConfig",
+    "TLSFlood",
     "TruncatedStream",
     "__version__",
     "connect",

@@ -21,7 +21,7 @@ from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
-from .handshake import TLSLayer, answer_plain_text, handshake_failure
+from .handshake import TLSLayer, handshake_failed
 from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
@@ -447,7 +447,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         if tls is None:
             raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
-        layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
+        layer = TLSLayer(self, credentials.context, credentials.report_truncation)
         seconds = credentials.handshake_timeout if timeout is None else timeout
         try:
             with self.deadline(seconds):
@@ -462,11 +462,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _note_failed_handshake(self, error: OSError) -> None:
         if not isinstance(error, TimeoutError):
             self._stream.fault = error
-        kind = handshake_failure(self._sock, error)
+        kind = handshake_failed(self, error)
         if self.server is not None:
             self.server._counters.handshake_failures[kind] += 1
         log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
-        answer_plain_text(self._sock, kind)
 
     def stop_tls(self) -> None:
         """Go back to plain text: tell the peer (close_notify), wait for its answer.
@@ -478,7 +477,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         stream = self._stream
         if stream.tls is None:
             raise StartTLSError("the connection is not encrypted")
-        stream.tls.unwrap()
+        stream.kept += stream.tls.unwrap()
         stream.io, stream.tls = stream.sock, None
         stream.drained = stream.at_eof = False  # the end was that of the encrypted part
 

@@ -1047,6 +1047,7 @@ class Server:
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
             blocked=blocked,
             blocked_seconds=blocked_seconds,
+            tls_floods=dict(counters.tls_floods),
         )
 
 
