@@ -229,7 +229,7 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_utc(record.created)} {record.levelname} {record.name}: {_escape(record.getMessage())}"
+        line = f"{_utc(record.created)} {record.levelname} {record.name}: {_escape(_message(record))}"
         details = _details(self, record)
         if details:
             line += "".join("\n    " + _escape(part) for part in details.split("\n"))
