@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     ConnectionT = TypeVar("ConnectionT", bound="Connection")
 
+    from .linger import Linger
     from .proxy_protocol import ProxyHeader
     from .server import Server
 
@@ -47,12 +48,16 @@ log = logging.getLogger("gtcpserver.tls")
 #: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
 READ_AHEAD = 16 * 1024
 
+# Plain numbers: the socket module's enums cost 0.1 us a call.
+_SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_LINGER)
+
 _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
 _SLOTS = (
     "_idle",
+    "_lingerer",
     "_log_fields",
     "_proxied",
     "_readers",
@@ -90,6 +95,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
+    _lingerer: Any
     _log_fields: Any
     _proxied: Any
     _readers: Any
@@ -593,8 +599,30 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
         # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
         # its end before it has the next request: no stop waits for it.
-        elif server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
+        elif (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
             super()._drop_ref_on_close(sock)
+
+    def _linger(self, stream: Stream, sock: Any) -> bool:
+        """Close politely without a Server, where :meth:`linger_with` has been called. False: close at once.
+
+        A handler that has written nothing may have left the answer to another process that holds the socket, which a
+        shutdown would silence. One that has set SO_LINGER has decided by itself how its socket closes.
+        """
+        try:
+            lingerer: Linger = _get_lingerer(self)
+            if not stream.bytes_sent or sock.getsockopt(_SOL_SOCKET, _SO_LINGER):
+                return False
+        except (AttributeError, OSError):
+            return False
+        return lingerer.take(sock)
+
+    def linger_with(self, lingerer: Linger) -> None:
+        """Let ``lingerer`` close the socket of a connection that has no Server."""
+        self._lingerer = lingerer
 
     def _detach_socket(self, reason: str) -> None:
         # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
@@ -621,7 +649,11 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _drop_ref_on_close(self, sock: Any) -> None:
         # Called when no greenlet waits on the socket any more. What holds of it: see _end.
         server, stream = self.server, self._stream
-        if server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
+        if (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
             super()._drop_ref_on_close(sock)
 
 
@@ -632,6 +664,7 @@ _set_recv = cast(Any, Connection.recv).__set__
 _set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = cast(Any, Connection._proxied).__get__
+_get_lingerer = cast(Any, Connection._lingerer).__get__
 _get_log_fields = cast(Any, Connection._log_fields).__get__
 _get_readers = cast(Any, Connection._readers).__get__
 
