@@ -2,17 +2,19 @@
 PYTHON ?= python3
 ADDRESS ?= 127.0.0.1:5000
 DOCS_ADDRESS ?= 127.0.0.1:8000
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test matrix core check bench bench-programs docs docs-serve load sslyze clean
+.PHONY: help serve test matrix core fuzz check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
+	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
@@ -46,6 +48,11 @@ matrix:
 
 core: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 $(CORE)
+
+# FUZZ="chunks socks" FUZZ_SECONDS=3600; FUZZ=chunks FUZZ_REPLAY=file for one input. See tests/fuzz/README.md.
+fuzz: $(VENV)/dev.stamp
+	cd tests && $(abspath $(BIN))/python -m fuzz --seconds $(FUZZ_SECONDS) \
+	    $(if $(FUZZ_REPLAY),--replay '$(abspath $(FUZZ_REPLAY))') $(FUZZ)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -110,5 +117,5 @@ $(VENV)-sslyze/stamp: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
-from .acceptor import Acceptor, StreamServer
+from .acceptor import Acceptor
 from .access_log import AccessLog
 from .adapters import from_socketserver, from_wsgi
+from .adapters.stream_server import StreamServer
 from .address import Address, parse_address
 from .balancer import ProxyProtocol
 from .block_detector import BlockDetector
@@ -17,6 +18,7 @@ from .errors import (
     GtcpServerError,
     LimitExceeded,
     StartTLSError,
+    TLSFlood,
     TruncatedStream,
 )
 from .listener import ListenConfig
@@ -55,6 +57,7 @@ __all__ = [
     "StopReport",
     "StreamServer",
     "TLSConfig",
+    "TLSFlood",
     "TruncatedStream",
     "__version__",
     "connect",

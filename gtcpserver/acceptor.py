@@ -1,4 +1,4 @@
-"""Acceptor: one accept loop on one listening socket. StreamServer: the drop-in for gevent's."""
+"""Acceptor: one accept loop on one listening socket."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent.server
-from gevent.hub import get_hub
 
 from .connection import Connection
 from .draining import accept_any_ttl
 from .errors import GtcpServerError
-from .pool import HandlerPool
-from .stream_server_tls import StreamServerTLS
 from .watcher import watch
 
 if TYPE_CHECKING:
@@ -315,59 +312,3 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             if not self._has_left(accepted[0]):
                 taken += 1
                 accept(*accepted)
-
-
-class StreamServer(Acceptor):
-    """``gevent.server.StreamServer`` with another engine: change the import, keep the program.
-
-    Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. What differs: the
-    handler's socket is a :class:`Connection`; with the default ``spawn`` greenlets are used again; accept errors
-    back off only when the system is out of descriptors or memory.
-
-    Over TLS (``ssl_context``, ``certfile`` ...) it is a Connection too, with the methods of ssl.SSLSocket; a failed
-    handshake is a debug line, and one that takes longer than :attr:`handshake_timeout` has failed. Arguments that ask
-    for more (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, a ``wrap_socket`` or ``sni_callback`` of
-    the program's own) give the handler a gevent.ssl.SSLSocket, as ever.
-    """
-
-    #: Seconds a TLS handshake may take.
-    handshake_timeout = 10.0
-
-    def __init__(
-        self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
-    ) -> None:
-        self._tls = StreamServerTLS()
-        super(Acceptor, self).__init__(listener, handle, backlog, spawn, **ssl_args)
-
-    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> Any:
-        """Serve one encrypted connection, in its greenlet."""
-        credentials = self._tls.find(self.wrap_socket, self.ssl_args)
-        if credentials is None or not isinstance(client_socket, Connection):
-            return super().wrap_socket_and_handle(client_socket, address)
-        client_socket.client_address = address
-        with client_socket:
-            try:
-                client_socket.start_tls(credentials, timeout=self.handshake_timeout)
-            except OSError:
-                return None  # start_tls has written the debug line
-            return self.handle(client_socket, address)
-
-    def set_spawn(self, spawn: Any) -> None:
-        if spawn == "default":
-            # Not self.pool: gevent's stop() waits for a pool's handlers, and does not for those of the default.
-            self._workers = HandlerPool(None)
-            spawn = self._run_in_worker
-        super().set_spawn(spawn)
-
-    def _run_in_worker(self, function: Callable[..., Any], *args: Any) -> None:
-        if get_hub() is gevent.getcurrent():
-            self._workers.run(function, *args)
-        else:
-            gevent.spawn(function, *args)
-
-    def do_handle(self, *args: Any) -> None:
-        super(Acceptor, self).do_handle(*args)
-
-    def _place_wanted(self) -> None:
-        if self.pool is not None:
-            self.pool._semaphore.rawlink(self._start_accepting_if_started)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import socket as _stdlib_socket
+from io import RawIOBase
 from socket import getdefaulttimeout
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import gevent.socket
 from gevent._socket3 import _closedsocket
@@ -19,7 +21,7 @@ from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
-from .handshake import TLSLayer, answer_plain_text, handshake_failure
+from .handshake import TLSLayer, handshake_failed
 from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     ConnectionT = TypeVar("ConnectionT", bound="Connection")
 
+    from .linger import Linger
     from .proxy_protocol import ProxyHeader
     from .server import Server
 
@@ -45,14 +48,19 @@ log = logging.getLogger("gtcpserver.tls")
 #: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
 READ_AHEAD = 16 * 1024
 
+# Plain numbers: the socket module's enums cost 0.1 us a call.
+_SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_LINGER)
+
 _new = object.__new__
 _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
 _SLOTS = (
     "_idle",
+    "_lingerer",
     "_log_fields",
     "_proxied",
+    "_readers",
     "_stream",
     "client_address",
     "context",
@@ -87,8 +95,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     __slots__ = _SLOTS
 
+    _lingerer: Any
     _log_fields: Any
     _proxied: Any
+    _readers: Any
     client_address: Any
     context: Any
     server: Server | None
@@ -377,6 +387,20 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         finally:
             stream.kept = bytes(data)
 
+    if not TYPE_CHECKING:
+
+        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            file = super().makefile(mode, *arguments, **options)
+            # What reads ahead is beneath a text file, which may be taken off it.
+            reader = getattr(file, "buffer", file)
+            if "r" in mode and not isinstance(reader, RawIOBase):
+                self._readers = [*(one for one in _readers_of(self) if one() is not None), ref(reader)]
+            return file
+
+    def _is_read_by_file(self) -> bool:
+        """Whether a file of :meth:`makefile` is open that may have read ahead."""
+        return any(is_open(one()) for one in _readers_of(self))
+
     def unread(self, data: bytes) -> None:
         """Give back bytes that were read: the next read, or a relay, gets them first."""
         self._stream.kept = data + self._stream.kept
@@ -408,9 +432,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             timeout: seconds for the handshake; None: the configuration's.
 
         Raises:
-            StartTLSError: there is nothing to start it with; it has been started; or bytes came behind the client's
-                request for TLS, before the handshake, and were read already: a man in the middle may have put them
-                there to be taken for encrypted ones (RFC 3207 section 6). Close the connection.
+            StartTLSError: there is nothing to start it with; it has been started; a buffered file of ``makefile`` is
+                open for reading; or bytes came behind the client's request for TLS, before the handshake, and were
+                read already: a man in the middle may have put them there to be taken for encrypted ones (RFC 3207
+                section 6). Close the connection.
             OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
         """
         stream = self._stream
@@ -418,12 +443,17 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             raise StartTLSError("TLS has been started on this connection already")
         if stream.kept:
             raise StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake")
+        if self._is_read_by_file():
+            raise StartTLSError(
+                "a file of makefile() is open for reading, and may hold unencrypted bytes: close it before, and make "
+                "another afterwards"
+            )
         if tls is None and self.server is not None:
             tls = self.server.tls
         if tls is None:
             raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
-        layer = TLSLayer(stream, credentials.context, credentials.report_truncation)
+        layer = TLSLayer(self, credentials.context, credentials.report_truncation)
         seconds = credentials.handshake_timeout if timeout is None else timeout
         try:
             with self.deadline(seconds):
@@ -438,11 +468,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _note_failed_handshake(self, error: OSError) -> None:
         if not isinstance(error, TimeoutError):
             self._stream.fault = error
-        kind = handshake_failure(self._sock, error)
+        kind = handshake_failed(self, error)
         if self.server is not None:
             self.server._counters.handshake_failures[kind] += 1
         log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
-        answer_plain_text(self._sock, kind)
 
     def stop_tls(self) -> None:
         """Go back to plain text: tell the peer (close_notify), wait for its answer.
@@ -454,7 +483,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         stream = self._stream
         if stream.tls is None:
             raise StartTLSError("the connection is not encrypted")
-        stream.tls.unwrap()
+        stream.kept += stream.tls.unwrap()
         stream.io, stream.tls = stream.sock, None
         stream.drained = stream.at_eof = False  # the end was that of the encrypted part
 
@@ -570,8 +599,30 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
         # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
         # its end before it has the next request: no stop waits for it.
-        elif server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
+        elif (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
             super()._drop_ref_on_close(sock)
+
+    def _linger(self, stream: Stream, sock: Any) -> bool:
+        """Close politely without a Server, where :meth:`linger_with` has been called. False: close at once.
+
+        A handler that has written nothing may have left the answer to another process that holds the socket, which a
+        shutdown would silence. One that has set SO_LINGER has decided by itself how its socket closes.
+        """
+        try:
+            lingerer: Linger = _get_lingerer(self)
+            if not stream.bytes_sent or sock.getsockopt(_SOL_SOCKET, _SO_LINGER):
+                return False
+        except (AttributeError, OSError):
+            return False
+        return lingerer.take(sock)
+
+    def linger_with(self, lingerer: Linger) -> None:
+        """Let ``lingerer`` close the socket of a connection that has no Server."""
+        self._lingerer = lingerer
 
     def _detach_socket(self, reason: str) -> None:
         # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
@@ -598,7 +649,11 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     def _drop_ref_on_close(self, sock: Any) -> None:
         # Called when no greenlet waits on the socket any more. What holds of it: see _end.
         server, stream = self.server, self._stream
-        if server is None or stream.at_eof or stream.shared or not server.lingerer.take(sock, not stream.ended):
+        if (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
             super()._drop_ref_on_close(sock)
 
 
@@ -609,7 +664,24 @@ _set_recv = cast(Any, Connection.recv).__set__
 _set_sendall = cast(Any, Connection.sendall).__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = cast(Any, Connection._proxied).__get__
+_get_lingerer = cast(Any, Connection._lingerer).__get__
 _get_log_fields = cast(Any, Connection._log_fields).__get__
+_get_readers = cast(Any, Connection._readers).__get__
+
+
+def _readers_of(connection: Connection) -> list[Any]:
+    try:
+        return _get_readers(connection)  # type: ignore[no-any-return]
+    except AttributeError:
+        return []
+
+
+def is_open(file: Any) -> bool:
+    """Whether a file (or None) can still be read from."""
+    try:
+        return file is not None and not file.closed
+    except ValueError:
+        return False  # what it has read ahead went when its raw file was taken off it
 
 
 def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:

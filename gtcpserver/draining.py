@@ -37,6 +37,7 @@ whose ACK was lost, or whom TCP_DEFER_ACCEPT kept waiting, up to the next SYN-AC
 
 # asm-generic/socket.h; Python's socket module does not have them.
 SO_ATTACH_FILTER = 26
+SO_DETACH_FILTER = 27
 SO_ATTACH_REUSEPORT_CBPF = 51
 SO_DETACH_REUSEPORT_BPF = 68
 
@@ -96,6 +97,19 @@ def drop_new_connections(listening: socket.socket) -> Literal["filter", "ttl"] |
     if _drop_by_filter(listening):
         return "filter"
     return "ttl" if _drop_by_ttl(listening) else None
+
+
+def hear_new_connections(listening: socket.socket) -> None:
+    """Take back `drop_new_connections`, for a socket that another process may go on with; errors are ignored."""
+    for level, option in ((socket.SOL_SOCKET, SO_DETACH_FILTER), (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)):
+        try:
+            listening.setsockopt(level, option, 0)
+        except OSError:
+            pass  # there was no filter
+    try:
+        _set_least_ttl(listening, 0)
+    except OSError:
+        pass
 
 
 def accept_any_ttl(accepted: socket.socket) -> None:

@@ -45,5 +45,17 @@ class ClientRefused(GtcpServerError, ConnectionAbortedError):
         self.reason = reason
 
 
+class TLSFlood(GtcpServerError, ConnectionAbortedError):
+    """A TLS client sends record after record without data, such as key updates. The connection is reset.
+
+    Attributes:
+        kind: of the last one: "key_update", "alert", "handshake", "change_cipher_spec", "empty", "other".
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class StartTLSError(GtcpServerError):
     """TLS cannot be started on a connection in its present state."""

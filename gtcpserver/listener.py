@@ -16,6 +16,7 @@ from gtcpserver.draining import (
     drop_new_connections,
     forget_member,
     handshakes_under_way,
+    hear_new_connections,
     steer,
     unsteer,
 )
@@ -116,6 +117,11 @@ class Listener:
         way = drop_new_connections(self.socket)
         self.muted_by_ttl = way == "ttl"
         return way is not None
+
+    def unmute(self) -> None:
+        """Begin new connections again after `mute`; a unix socket's path stays removed."""
+        if not self.closed and self.family != socket.AF_UNIX:
+            hear_new_connections(self.socket)
 
     def close(self, *, keep_path: bool = False) -> None:
         """Close the socket; a unix socket's path is removed if this process made it and nobody replaced it since.

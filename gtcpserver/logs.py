@@ -221,6 +221,53 @@ class NonBlockingHandler(logging.Handler):
         return os.write(fd, data)
 
 
+class LastResort(logging.Handler):
+    """Write this library's warnings and errors to stderr in a program that has set up no logging, without waiting.
+
+    `logging.lastResort` does that with a write that waits for stderr's reader, in the event loop. Where any other
+    handler gets the record, or `logging.lastResort` is None, this one does nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._stream: object = None
+        self._to_stream: NonBlockingHandler | None = None
+
+    def createLock(self) -> None:
+        super().createLock()
+        self.lock = _native_rlock()  # as NonBlockingHandler's
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.lastResort is None or self._has_company(logging.getLogger(record.name)):
+            return
+        if sys.stderr is not self._stream:
+            self._follow_stderr()
+        (self._to_stream or logging.lastResort).handle(record)
+
+    def _has_company(self, asked: logging.Logger | None) -> bool:
+        while asked is not None:
+            if any(handler is not self for handler in asked.handlers):
+                return True
+            asked = asked.parent if asked.propagate else None
+        return False
+
+    def _follow_stderr(self) -> None:
+        self._stream = sys.stderr
+        if self._to_stream is not None:
+            self._to_stream.close()
+            self._to_stream = None
+        try:
+            fd = _descriptor(None)
+        except (AttributeError, OSError):
+            return  # a file object of the program's own, without a descriptor
+        self._to_stream = NonBlockingHandler(fd)
+        self._to_stream.setFormatter(TextFormatter())
+
+    def flush(self) -> None:
+        if self._to_stream is not None:
+            self._to_stream.flush()
+
+
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.123Z INFO gtcpserver: message`: one line, and tracebacks indented below it.
 
@@ -229,7 +276,7 @@ class TextFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_utc(record.created)} {record.levelname} {record.name}: {_escape(record.getMessage())}"
+        line = f"{_utc(record.created)} {record.levelname} {record.name}: {_escape(_message(record))}"
         details = _details(self, record)
         if details:
             line += "".join("\n    " + _escape(part) for part in details.split("\n"))
@@ -415,3 +462,6 @@ def _reopen_terminal(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return -1
+
+
+logger.addHandler(LastResort())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Any
 
 from .access_log import Result
 from .connection import Connection, log_fields_of
 from .errors import DeadlineExceeded, EarlyEOF, LimitExceeded, TruncatedStream
-from .logs import RECORD_FIELDS
+from .logs import RECORD_FIELDS, FaultLimiter, fault_key
 from .overseer import HandlerTimedOut, TooSlow
 from .stopping import peer
+
+log = logging.getLogger("gtcpserver")
 
 #: Outcome -> the counter of a server that counts it.
 COUNTER: dict[Result, str] = {
@@ -54,6 +57,21 @@ def record_fields(connection: Connection, error: BaseException) -> dict[str, Any
     fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
     # `extra` must not have the names of a record's own attributes.
     return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
+
+
+def log_client_error(connection: Connection, error: BaseException) -> None:
+    """Write a debug line about what a client did."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: %s", peer(connection), error or type(error).__name__, extra=record_fields(connection, error))
+
+
+def log_fault(faults: FaultLimiter, connection: Connection, error: BaseException) -> None:
+    """Write a fault of a handler with its traceback, unless too many of the same were written."""
+    left_out = faults.allow(fault_key(type(error), error.__traceback__))
+    if left_out is not None:
+        also = f" ({left_out} more of these were not printed)" if left_out else ""
+        fields = record_fields(connection, error) | {"left_out": left_out}
+        log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
 
 
 def peer_has_gone(error: BaseException) -> bool:

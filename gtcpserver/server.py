@@ -42,14 +42,14 @@ from .listener import (
     steer,
 )
 from .lobby import Lobby
-from .logs import FaultLimiter, also, fault_key
+from .logs import FaultLimiter, also
 from .options import check_number, check_whole_number
-from .outcome import COUNTER, outcome_of, peer_has_gone, record_fields
+from .outcome import COUNTER, log_client_error, log_fault, outcome_of, peer_has_gone
 from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
 from .stats import Counters, CutConnection, ServerStats, StopReport
-from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers, peer
+from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers
 from .tls import Credentials
 
 if TYPE_CHECKING:
@@ -682,16 +682,9 @@ class Server:
             except BaseException as own:
                 error, gone = own, peer_has_gone(own)
         if gone or isinstance(error, (TimeoutError, LimitExceeded)):
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug(
-                    "%s: %s", peer(connection), error or type(error).__name__, extra=record_fields(connection, error)
-                )
-            return
-        left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
-        if left_out is not None:
-            also = f" ({left_out} more of these were not printed)" if left_out else ""
-            fields = record_fields(connection, error) | {"left_out": left_out}
-            log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
+            log_client_error(connection, error)
+        else:
+            log_fault(self._faults, connection, error)
 
     # -- idle connections --------------------------------------------------------------------------------------------
 
@@ -1047,6 +1040,7 @@ class Server:
             uptime=monotonic() - self._started_at if self._started_at else 0.0,
             blocked=blocked,
             blocked_seconds=blocked_seconds,
+            tls_floods=dict(counters.tls_floods),
         )
 
 

@@ -23,7 +23,7 @@ class StopSignals:
     def __init__(self, told: Callable[[int], Any]) -> None:
         self._told = told
         self._restore: list[tuple[int, Any]] = []
-        self._waker: _Waker | None = None
+        self._waker: Waker | None = None
         self._missed = 0
 
     def __enter__(self) -> None:
@@ -38,7 +38,7 @@ class StopSignals:
             except MemoryError:
                 self._missed = number  # the waker, which the same signal wakes, tells it
 
-        self._waker = _Waker(self._tell_missed)
+        self._waker = Waker(self._tell_missed)
         self._restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
 
     def _tell_missed(self) -> None:
@@ -55,7 +55,7 @@ class StopSignals:
             self._waker.close()
 
 
-class _Waker:
+class Waker:
     """Wakes the event loop at a signal, so that Python runs its handler.
 
     gevent looks for signals before it runs its callbacks. One that comes after that and before epoll_wait(2) would be
@@ -78,7 +78,9 @@ class _Waker:
         self._woken()
 
     def close(self) -> None:
-        signal.set_wakeup_fd(self._before)
+        now = signal.set_wakeup_fd(self._before)
+        if now not in (-1, self._pipe[1]):
+            signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # the program has set one of its own
         self._watcher.stop()
         self._watcher.close()
         for fd in self._pipe:

@@ -49,8 +49,10 @@ class SSLMethods:
         return self._ssl_object().selected_alpn_protocol()  # type: ignore[no-any-return]
 
     def pending(self) -> int:
-        """Bytes that were decrypted and not read."""
-        return int(self._ssl_object().pending())
+        """Bytes that were decrypted and not read; at least 1 while a record is there for which the socket will not
+        become readable."""
+        layer = self._stream.tls
+        return layer.pending() if layer is not None else int(self._ssl_object().pending())
 
     def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
         """What both sides of this very connection know (RFC 5929)."""

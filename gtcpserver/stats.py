@@ -29,6 +29,7 @@ class Counters:
     queue_wait_total: float = 0.0
     queue_wait_max: float = 0.0
     handshake_failures: Counter[str] = field(default_factory=Counter)
+    tls_floods: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,13 @@ class ServerStats:
         handshaking: TLS handshakes under way, and PROXY headers that are waited for.
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
-            "unknown_name", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there were too many),
-            "stopped" (by the end of the server), "not_begun" (there was no memory for it). Those of ``start_tls`` are
-            among them, and PROXY headers: "proxy_header" (none, or a bad one), "proxy_header_timeout".
+            "unknown_name", "too_many_records", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there
+            were too many), "stopped" (by the end of the server), "not_begun" (there was no memory for it). Those of
+            ``start_tls`` are among them, and PROXY headers: "proxy_header" (none, or a bad one),
+            "proxy_header_timeout".
+        tls_floods: TLS connections reset because the client sent record after record without data, by the kind of the
+            last one: "key_update", "alert", "handshake" (which in TLS 1.2 asks for a renegotiation),
+            "change_cipher_spec", "empty", "other". They are among ``resets`` too.
         resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), closed
             it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
         timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
@@ -106,6 +111,7 @@ class ServerStats:
     handler_counters: dict[str, int] = field(default_factory=dict)
     blocked: int = 0
     blocked_seconds: float = 0.0
+    tls_floods: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

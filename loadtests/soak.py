@@ -121,8 +121,10 @@ class SoakUser(TcpUser):
         with self.client.request("half-closed", connect=True):
             self.client.send(asked)
             self.client.half_close()
-            if self.client.receive_to_end() != expected:
-                raise AssertionError("a client that half-closes does not get the whole answer")
+            answer = self.client.receive_to_end()
+            if answer != expected:
+                what = "the whole answer" if expected.startswith(answer) else "what was stored"
+                raise AssertionError(f"a client that half-closes does not get {what}")
 
     @task(2)
     def slow(self) -> None:

@@ -139,16 +139,6 @@ def test_small_pipe_maximum_gets_the_command_that_raises_it(monkeypatch: pytest.
     assert check.splice_pipe().advice == f"sysctl -w fs.pipe-max-size={1 << 31}"
 
 
-def test_kernel_tls_is_what_a_socket_says() -> None:
-    with check.connected_pair() as (client, _):
-        try:
-            client.setsockopt(socket.IPPROTO_TCP, check.TCP_ULP, b"tls")
-            there = True
-        except OSError:
-            there = False
-    assert (check.kernel_tls().advice is None) is there
-
-
 def test_every_congestion_control_named_as_usable_can_be_set() -> None:
     value = check.congestion_control().value
     usable = value.partition("usable here: ")[2].partition(";")[0].split(", ")

@@ -225,7 +225,7 @@ def test_wrong_format_string_is_logged_not_raised(pipe: tuple[int, int]) -> None
     reader, writer = pipe
     handler = text_handler(writer)
     handler.handle(make_record("%d connections", "many"))
-    assert b"cannot format log record '%d connections'" in read_available(reader)
+    assert b"Z INFO gtcpserver: cannot format log record '%d connections'" in read_available(reader)
 
 
 def test_message_cannot_forge_a_line() -> None:

@@ -22,7 +22,6 @@ from gevent import ssl as gevent_ssl
 from gtcpserver import Connection
 from gtcpserver.errors import DeadlineExceeded
 from gtcpserver.transfer import PIPES, disk, recv_to_file, sendfile
-from gtcpserver.transfer.kernel_tls import kernel_encrypts
 
 #: The module; the package has the function under this name.
 RECV_TO_FILE = importlib.import_module("gtcpserver.transfer.recv_to_file")
@@ -352,20 +351,6 @@ def test_a_file_that_sendfile_cannot_read_is_read(pair, path, monkeypatch):
 
     monkeypatch.setattr(os, "sendfile", refuse)
     assert sent_and_received(pair, path) == (len(DATA), DATA)
-
-
-def test_kernel_tls_is_seen_where_it_is_and_only_there(pair):
-    _, connection = pair
-    assert not kernel_encrypts(connection)
-    TCP_ULP, SOL_TLS, TLS_TX = 31, 282, 1
-    try:
-        connection.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
-    except OSError:
-        pytest.skip("this kernel has no TLS")
-    assert not kernel_encrypts(connection)
-    # struct tls12_crypto_info_aes_gcm_128, any key: TLS 1.3, TLS_CIPHER_AES_GCM_128
-    connection.setsockopt(SOL_TLS, TLS_TX, struct.pack("HH", 0x0304, 51) + bytes(8 + 16 + 4 + 8))
-    assert kernel_encrypts(connection)
 
 
 @pytest.fixture(scope="module")

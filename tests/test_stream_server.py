@@ -46,6 +46,27 @@ def test_gevents_own_server_tests_pass():
     assert outcomes["ours"][1] <= outcomes["gevent"][1]
 
 
+RUN_GEVENTS_WSGI_TESTS = """
+import sys, unittest
+import gevent.server, gtcpserver
+gevent.server.StreamServer = gtcpserver.StreamServer
+sys.modules.pop("gevent.pywsgi", None)
+import gevent.pywsgi
+import gevent.tests.test__pywsgi as tests
+assert issubclass(tests.pywsgi.WSGIServer, gtcpserver.StreamServer)
+result = unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromModule(tests))
+print(result.testsRun, len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses))
+"""
+
+
+def test_gevents_own_wsgi_server_passes_its_tests_on_it():
+    ran = subprocess.run([sys.executable, "-c", RUN_GEVENTS_WSGI_TESTS], capture_output=True, text=True, timeout=25)
+    assert ran.stdout, ran.stderr
+    run, failed = map(int, ran.stdout.split()[-2:])
+    assert run > 100
+    assert failed == 0, ran.stderr
+
+
 @pytest.fixture
 def serve():
     servers = []

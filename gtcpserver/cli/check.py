@@ -41,7 +41,6 @@ WAIT = 0.2
 
 # Not in every Python's socket module: linux/tcp.h, linux/mptcp.h, linux/fcntl.h.
 TCP_FASTOPEN = 23
-TCP_ULP = 31
 TCP_INFO = 11
 MSG_FASTOPEN = 0x20000000
 IPPROTO_MPTCP = 262
@@ -262,19 +261,6 @@ def pipe_size(wanted: int) -> tuple[int, str]:
         return fcntl.fcntl(pipe, F_GETPIPE_SZ), refused
 
 
-def kernel_tls() -> Finding:
-    with connected_pair() as (client, _accepted):
-        try:
-            client.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
-        except OSError as error:
-            return Finding(
-                "kernel TLS",
-                f"TCP_ULP tls refused: {error.strerror}",
-                "modprobe tls (CONFIG_TLS); without it TLS is done in the process, which always works",
-            )
-    return Finding("kernel TLS", "TCP_ULP tls accepted")
-
-
 def multipath() -> Finding:
     advice = "sysctl -w net.mptcp.enabled=1 (CONFIG_MPTCP)"
     try:
@@ -357,7 +343,6 @@ PROBES = (
     listener_filter,
     migrate_requests,
     splice_pipe,
-    kernel_tls,
     multipath,
     congestion_control,
     dual_stack,

@@ -128,6 +128,7 @@ def _of_all(stats: Mapping[str, Any]) -> Iterator[Metric]:
     for name, field, label, text in (
         ("clients_refused", "clients_refused", "reason", "Connections reset because of client_limits."),
         ("handshake_failures", "handshake_failures", "kind", "TLS handshakes and PROXY headers that failed."),
+        ("tls_floods", "tls_floods", "kind", "TLS connections reset for records without data."),
         ("handler_counters", "handler_counters", "name", "What the handler counts itself."),
     ):
         family = CounterMetricFamily(PREFIX + name, text, labels=[label])

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from ..connection import Connection
+from ..http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from ..http_head import Head, Header, HttpError
 from ..transfer import pipe
-from .http_chunks import ChunkError, ChunkReader, chunk, last_chunk
 from .http_fields import forwarded_trailers
 from .http_messages import own_answer
 from .limits import rest

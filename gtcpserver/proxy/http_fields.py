@@ -65,7 +65,9 @@ _NAMES_CLIENT = frozenset(
 # X_Forwarded_For and X-Forwarded-For are one variable of CGI and WSGI. lighttpd makes an underscore of every character
 # but letters and digits: X.Forwarded.For is the same.
 _FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ!#$%&'*+.^_`|~", b"abcdefghijklmnopqrstuvwxyz" + 14 * b"-")
-_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+# Of a string without an end it takes all that is left: a pattern that must find the end looks for it anew from each
+# quote, and 60 kB of them took 12 s.
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*("?)')
 
 #: As in SOCKS, where a length octet is the limit. Each attempt is a line in the log.
 LONGEST_USER = 255
@@ -157,7 +159,7 @@ def with_client(headers: list[Header], client: IPAddress, how: Forwarded) -> lis
 
 def _is_closed(value: bytes) -> bool:
     """Whether each quoted string has its end: what is appended to another one would be a part of it."""
-    return b'"' not in _QUOTED.sub(b"", value)
+    return all(quoted[1] for quoted in _QUOTED.finditer(value))
 
 
 def forwards_left(head: Head) -> int | None:

@@ -19,7 +19,7 @@ Path = str | os.PathLike[str]
 #: network; one lost packet costs one more, two in a row three. nginx allows 60, haproxy what `timeout client` says.
 DEFAULT_HANDSHAKE_TIMEOUT = 10.0
 
-#: How many handshakes may be under way. Each holds 35 KiB, so 35 MiB at most. When the oldest makes room for the
+#: How many handshakes may be under way. Each holds 47 KiB, so 46 MiB at most. When the oldest makes room for the
 #: newest, a flood of N silent clients a second leaves everybody 1000 / N seconds: half a second at 2,000 a second.
 DEFAULT_MAX_HANDSHAKES = 1000
 
@@ -49,7 +49,7 @@ class TLSConfig:
             for no name, get `certfile`.
         strict_sni: refuse clients that ask for a name which is neither in `sni` nor in `certfile` itself (alert
             unrecognized_name), and those that ask for none (missing_extension, RFC 8446 section 9.2): that is what a
-            client does which connects to an IP address.
+            client does which connects to an IP address. A session is resumed only for the name that it began with.
         client_auth: whether clients show a certificate: "none", "optional" (one that is shown must be good) or
             "required".
         client_ca: PEM file with the CA certificates that clients' certificates must come from, or a folder of

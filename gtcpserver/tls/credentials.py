@@ -170,19 +170,29 @@ class Credentials:
         to_wrapper = getattr(owner, "_sslsock", None)
         if to_wrapper is not None:
             owner = to_wrapper()
-        if name is not None:
-            # It may hold any character from 1 to 127, and will be logged.
-            name = name.lower().rstrip(".") if name.isprintable() else ""
+        name = _readable(name)
+        for_another_name = False
+        if getattr(getattr(owner, "object", None), "session_reused", False) and hasattr(owner, "take_requested_name"):
+            # For a resumed session of TLS 1.2, OpenSSL gives the name that it began with, whatever is asked for now.
+            began_with, name = name, _readable(owner.take_requested_name())
+            for_another_name = began_with != name
         try:
             owner.server_name = name
         except AttributeError:
             pass  # a bare _ssl._SSLSocket, which nobody has given an owner
         chosen = contexts.find(name)
+        if for_another_name and contexts.strict:
+            chosen = None  # RFC 6066 section 3: a session must not be resumed for another name
         if chosen is None:
             return MISSING_EXTENSION if name is None else int(ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
         if chosen is not context:
             owner.context = chosen
         return None
+
+
+def _readable(name: str | None) -> str | None:
+    """A server name for comparisons and for the log: it may hold any character from 1 to 127."""
+    return name if name is None else name.lower().rstrip(".") if name.isprintable() else ""
 
 
 def build_context(config: TLSConfig) -> ssl.SSLContext:

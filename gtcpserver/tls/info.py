@@ -13,6 +13,7 @@ HandshakeFailure = Literal[
     "client_certificate",
     "server_certificate",
     "unknown_name",
+    "too_many_records",
     "timeout",
     "reset",
     "eof",
@@ -142,6 +143,7 @@ def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> 
         "http_request" (plain HTTP on a TLS port), "not_tls", "version" (none in common), "no_shared_cipher" (or key
         exchange, or signature), "client_certificate" (missing or not good), "server_certificate" (the client does not
         trust ours), "unknown_name" (strict_sni), "timeout", "reset", "eof" (the client closed) or "other".
+        A server counts "too_many_records", too.
     """
     if isinstance(error, TimeoutError):
         return "timeout"

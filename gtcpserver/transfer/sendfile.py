@@ -10,7 +10,6 @@ from typing import Any
 from .disk import PageCache
 from .ends import is_plain, reset_on_close
 from .files import descriptor_of, is_seekable_file, opened, wait_for
-from .kernel_tls import kernel_encrypts
 from .pipes import REFUSALS
 
 #: Given to the kernel at once: after so much the other connections have their turn (about 0.3 ms).
@@ -53,7 +52,6 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
         raise ValueError(f"count must not be negative, got {count}")
     if conn.gettimeout() == 0.0:
         raise ValueError("sendfile needs a socket that may wait; its time-out is 0")
-    direct = is_plain(conn) or kernel_encrypts(conn)
     with opened(file, os.O_RDONLY) as source:
         fd = descriptor_of(source)
         if fd is None:
@@ -62,7 +60,7 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
             return _send_stream(conn, fd, offset, count)
         sending = _Sending(conn, fd, offset, count)
         try:
-            if not direct or not sending.by_kernel():
+            if not is_plain(conn) or not sending.by_kernel():
                 sending.by_reading()
         except BaseException:
             if sending.began:

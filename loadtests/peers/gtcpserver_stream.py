@@ -1,6 +1,6 @@
 """gevent_stream.py with one import changed: gtcpserver's StreamServer."""
 
-from gevent import get_hub, sleep, ssl
+from gevent import sleep, ssl
 from gevent.pool import Pool
 
 from gtcpserver import StreamServer
@@ -16,8 +16,6 @@ server = StreamServer(
     spawn=Pool(given.pool) if given.pool else "default",
     **({"ssl_context": context} if context else {}),
 )
-# wrk leaves in the middle of handshakes: a hundred tracebacks a run, which would be measured too.
-get_hub().exception_stream = None
 server.start()
 announce(server.address)
 server.serve_forever()

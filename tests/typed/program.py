@@ -39,6 +39,7 @@ from gtcpserver import (
     StopReport,
     StreamServer,
     TLSConfig,
+    TLSFlood,
     TruncatedStream,
     __version__,
     connect,
@@ -122,7 +123,7 @@ def handle(conn: Connection) -> None:
             reveal_type(conn.send(bytearray(line)))  # revealed: int
     except EarlyEOF as early:
         reveal_type(early.partial)  # revealed: bytes
-    except (DeadlineExceeded, LimitExceeded, TruncatedStream) as error:
+    except (DeadlineExceeded, LimitExceeded, TLSFlood, TruncatedStream) as error:
         print(error)
     conn.unread(b"x")
     conn.log_fields["user"] = "ada"

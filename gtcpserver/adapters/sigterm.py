@@ -1,0 +1,151 @@
+"""SIGTERM in a program that has left it at its default: finish what is under way, then die of the signal as before."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import gevent
+from gevent.hub import get_hub
+from gevent.monkey import get_original
+
+from ..signals import Waker
+
+_native_id = get_original("threading", "get_native_id")
+
+
+class DieGracefully:
+    """What a process does at SIGTERM while a :meth:`caught` block is open in its main thread.
+
+    The first SIGTERM calls ``finish`` in a greenlet and then ends the process by the same signal, so that its exit
+    status is that of a program that does not catch it. A second one ends the process at once.
+
+    A program with a handler of its own keeps it, whether it came by ``signal.signal``, ``gevent.signal_handler`` (which
+    Python does not know of) or from C. A forked child dies at once as ever: ``multiprocessing`` ends its processes by
+    SIGTERM, and they need not run an event loop. Only on Linux, where /proc tells what is caught.
+
+    Args:
+        finish: called in a greenlet; may wait.
+    """
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        self._finish = finish
+        self._blocks = 0
+        self._loop: Any = None
+        self._waker: Waker | None = None
+        self._told = False
+        self._dying: Any = None
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock, after_in_child=self._forked)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch SIGTERM within the block. Once a signal has come, the block does not end before the process does."""
+        if not _in_main_thread():
+            yield
+            return
+        self._begin()
+        try:
+            yield
+            if self._dying is not None:
+                self._dying.join()
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        self._blocks += 1
+        if self._waker is None and _has_no_wakeup_fd():
+            # Also for a handler of the program's own: gevent may not notice a signal before the next event.
+            with suppress(OSError):  # out of descriptors: then it may come late, as without
+                self._waker = Waker(self._woken)
+        if self._loop is None and _is_default(signal.SIGTERM):
+            self._loop = get_hub().loop
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _end(self) -> None:
+        self._blocks -= 1
+        if self._blocks <= 0 and self._dying is None:
+            self._leave_off()
+
+    def _leave_off(self) -> None:
+        self._blocks = 0
+        self._loop = None
+        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._waker is not None:
+            self._waker.close()
+            self._waker = None
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        # A signal handler runs between any two bytecodes: only note it and let the loop act. Another signal need not
+        # wait for a loop that is blocked.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._told = True
+        with suppress(MemoryError):  # then the waker, which the same signal wakes, tells it
+            self._loop.run_callback(self._woken)
+
+    def _woken(self) -> None:
+        if self._told and self._dying is None:
+            try:
+                self._dying = gevent.spawn(self._die)
+            except MemoryError:
+                self._end_process(os.getpid())
+
+    def _die(self) -> None:
+        process = os.getpid()
+        try:
+            self._finish()
+        finally:
+            self._end_process(process)
+
+    def _end_process(self, process: int) -> None:
+        if os.getpid() == process:  # not in a child that was forked meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            # The first process of a container does not die of a signal that it does not catch, pid_namespaces(7).
+            os._exit(128 + signal.SIGTERM)
+
+    def _block(self) -> None:
+        # Python forgets a signal that comes to the child before `_forked` does.
+        if self._loop is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _unblock(self) -> None:
+        if self._loop is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def _forked(self) -> None:
+        caught = self._loop is not None
+        self._dying = None
+        self._told = False
+        self._leave_off()
+        if caught:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _in_main_thread() -> bool:
+    # threading.current_thread() of a monkey-patched program knows greenlets. On Linux the first thread of a
+    # process has its number, gettid(2).
+    return bool(_native_id() == os.getpid())
+
+
+def _is_default(number: int) -> bool:
+    """Whether nobody in this process catches, ignores or blocks (for sigwait) the signal."""
+    if signal.getsignal(number) is not signal.SIG_DFL:
+        return False
+    try:
+        with open("/proc/self/status", "rb") as file:  # proc_pid_status(5)
+            names = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
+            masks = [int(line.split()[1], 16) for line in file if line.startswith(names)]
+    except OSError:
+        return False
+    return len(masks) == 3 and not any(mask >> (number - 1) & 1 for mask in masks)
+
+
+def _has_no_wakeup_fd() -> bool:
+    descriptor = signal.set_wakeup_fd(-1)
+    if descriptor != -1:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+    return descriptor == -1

@@ -1,0 +1,488 @@
+"""StreamServer: the drop-in for gevent's, without its losses."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import sys
+from collections import Counter, deque
+from collections.abc import Callable
+from math import inf
+from time import monotonic
+from typing import Any
+from weakref import WeakValueDictionary
+
+import gevent
+from gevent.event import Event
+from gevent.hub import get_hub
+from gevent.lock import Semaphore
+from gevent.timeout import Timeout
+from greenlet import GreenletExit, getcurrent
+
+from ..acceptor import FATAL_ERRNOS, Acceptor
+from ..connection import Connection
+from ..handshake import HandshakeStep
+from ..lane import Lane
+from ..linger import Linger
+from ..listener import Listener
+from ..logs import FaultLimiter, also, fault_key
+from ..outcome import COUNTER, log_client_error, log_fault, outcome_of
+from ..pool import HandlerPool
+from ..stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
+from ..tls import Credentials, classify_handshake_error
+from ..tls.config import DEFAULT_MAX_HANDSHAKES
+from .sigterm import DieGracefully
+from .stream_server_tls import StreamServerTLS
+
+log = logging.getLogger("gtcpserver")
+
+
+class StreamServer(Acceptor):
+    """``gevent.server.StreamServer`` with another engine: change the import, keep the program.
+
+    Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. The handler's socket is a
+    :class:`Connection`. What else differs is what gevent's loses: answers to clients that had sent more than was read,
+    connections that are queued at a stop, requests at SIGTERM, places taken by silent TLS clients, a whole server to
+    ``sys.exit()`` in one handler, and logs full of what clients did. See :meth:`stop`, :meth:`serve_forever`,
+    :meth:`stats` and docs/coming-from/gevent.md.
+
+    Arguments that ask for more of TLS (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, a ``wrap_socket``
+    or ``sni_callback`` of the program's own) give the handler a gevent.ssl.SSLSocket, as ever; its handshake takes
+    place in the handler's greenlet.
+    """
+
+    #: Seconds a TLS handshake may take; None: as long as the default of TLSConfig.
+    handshake_timeout: float | None = 10.0
+
+    #: TLS handshakes under way at once. When another one begins, the oldest is ended.
+    max_handshakes = DEFAULT_MAX_HANDSHAKES
+
+    #: Seconds a closed connection may take to be closed by the client too, so that everything written reaches it. 0
+    #: closes at once.
+    linger = 2.0
+
+    ssl_args: Any
+    listener: Listener
+
+    def __init__(
+        self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
+    ) -> None:
+        self._tls = StreamServerTLS()
+        self._credentials: Credentials | None = None
+        self._handshakes: Lane | None = None
+        self._handshake_failures: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._faults = FaultLimiter()
+        self._lingerer = Linger(self.linger)
+        self._open: dict[Any, Any] = {}  # connection -> the greenlet of its handler
+        self._drained: set[Any] = set()  # accepted by a stop, and not served yet
+        self._held: deque[tuple[str, tuple[Any, ...]]] = deque()  # wait for a place in the pool
+        self._forgotten: dict[str, Any] = {}  # what gevent's close() deletes: connections that wait still want it
+        self._draining = False
+        self._lost = False
+        self._closing = Semaphore()
+        self._stopping: set[Any] = set()  # the greenlets in stop()
+        self._changed: Event | None = None
+        self._signal_timeout: float | None = None
+        super(Acceptor, self).__init__(listener, handle, backlog, spawn, **ssl_args)
+
+    def init_socket(self) -> None:
+        given = hasattr(self, "socket")
+        super().init_socket()
+        self.leaving = False
+        if not given or getattr(self, "listener", None) is None:
+            # One that was given, another process may hold as well.
+            self.listener = Listener(self.socket, address=str(self.address), owned=not given)
+        _started[id(self)] = self
+
+    def set_spawn(self, spawn: Any) -> None:
+        if spawn == "default":
+            # Not self.pool: gevent's stop() waits for a pool's handlers, and does not for those of the default.
+            self._workers = HandlerPool(None)
+            spawn = self._run_in_worker
+        super().set_spawn(spawn)
+
+    def _run_in_worker(self, function: Callable[..., Any], *args: Any) -> None:
+        if get_hub() is getcurrent():
+            self._workers.run(function, *args)
+        else:
+            gevent.spawn(function, *args)
+
+    def stats(self) -> dict[str, Any]:
+        """What was counted since the server was made, by the names of :class:`ServerStats`.
+
+        active, lingering, handshaking, handshake_failures (by kind), resets, timeouts (a ``gevent.Timeout`` that leaves
+        a handler is one), limits_exceeded, handler_errors, accept_errors, left_in_queue.
+        """
+        counters = {name: self._counts[name] for name in ("resets", "timeouts", "limits_exceeded", "handler_errors")}
+        return {
+            "active": len(self._open),
+            "lingering": len(self._lingerer),
+            "handshaking": len(self._handshakes or ()),
+            "handshake_failures": dict(self._handshake_failures),
+            **counters,
+            "accept_errors": self.accept_errors,
+            "left_in_queue": self.left_in_queue,
+        }
+
+    # -- serve a connection ------------------------------------------------------------------------------------------
+
+    def do_handle(self, *args: Any) -> None:
+        connection = args[0]
+        if isinstance(connection, Connection):
+            connection.client_address = args[1]
+            connection.linger_with(self._lingerer)
+            if self.ssl_args is not None and self._begin_handshake(connection):
+                return
+        self._begin(self._spawn, self._handle, args)
+
+    def _begin(self, spawn: Any, handle: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        close = self.do_close
+        try:
+            if spawn is None:
+                self._handle_and_close(handle, close, args)
+            else:
+                spawn(self._handle_and_close, handle, close, args)
+        except BaseException:
+            self._drained.discard(args[0])
+            close(*args)
+            raise
+
+    def _handle_and_close(self, handle: Callable[..., Any], close: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Serve one connection, in its greenlet."""
+        connection = args[0]
+        self._open[connection] = getcurrent()
+        try:
+            return handle(*args)
+        except (GreenletExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if not isinstance(connection, Connection):
+                raise  # a do_read() of the program's own has made it
+            self._handler_raised(error, args)
+        finally:
+            try:
+                close(*args)
+            finally:
+                self._forget(connection)
+
+    def _forget(self, connection: Any) -> None:
+        self._open.pop(connection, None)
+        if self._drained:
+            self._drained.discard(connection)
+        if self._changed is not None:
+            self._changed.set()
+
+    def _handler_raised(self, error: BaseException, args: tuple[Any, ...]) -> None:
+        """Count what left the handler; print it only if it is a fault of the handler."""
+        connection = args[0]
+        if isinstance(error, Timeout):
+            result = "timeouts"
+        elif isinstance(error, ssl.SSLError) and self.ssl_args is not None and connection._stream.tls is None:
+            result = "resets"  # of the gevent.ssl.SSLSocket that was made of this connection
+        else:
+            result = COUNTER[outcome_of(error, connection)[0]]
+        if result != "handler_errors":
+            self._counts[result] += 1
+            log_client_error(connection, error)
+            return
+        current = getcurrent()
+        self._report(error, connection, current if current is not get_hub() else (args[1:], self))
+
+    def _report(self, error: BaseException, connection: Any, context: Any) -> None:
+        """Log a fault, unless the program has error reporting of its own in gevent's hub."""
+        self._counts["handler_errors"] += 1
+        # The hub would end the program for these two.
+        if _hub_is_customised() and not isinstance(error, (SystemExit, SystemError)):
+            get_hub().handle_error(context, type(error), error, error.__traceback__)
+        elif isinstance(connection, Connection):
+            log_fault(self._faults, connection, error)
+        else:
+            left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
+            if left_out is not None:
+                log.error("%s cannot take a connection%s", self, also(left_out), exc_info=error)
+
+    def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
+        # Called where the exception is handled. spawn has raised it, or the connection's class.
+        kind, error, trace = sys.exc_info()
+        try:
+            self._back_off()
+        finally:
+            if isinstance(error, KeyboardInterrupt):
+                get_hub().handle_error((accepted[1:], self), kind, error, trace)
+            elif error is not None and not isinstance(error, GreenletExit):
+                self._report(error, accepted[0] if accepted else None, (accepted[1:], self))
+
+    def _accept_failed(self, error: OSError) -> bool:
+        self._lost = error.errno in FATAL_ERRNOS
+        return super()._accept_failed(error)
+
+    def _place_wanted(self) -> None:
+        if self.pool is not None:
+            self.pool._semaphore.rawlink(self._start_accepting_if_started)
+
+    # -- TLS ---------------------------------------------------------------------------------------------------------
+
+    def _begin_handshake(self, connection: Connection) -> bool:
+        """Let the handshake take place in a lane. False: it is for the handler's greenlet to do."""
+        handle = self._handle
+        if getattr(handle, "__func__", None) is not StreamServer.wrap_socket_and_handle:
+            return False
+        try:
+            self._credentials = self._tls.find(self.wrap_socket, self.ssl_args)
+        except Exception as error:
+            # As gevent's, which reads the files again for each connection.
+            self._report(error, connection, self)
+            self.do_close(connection, connection.client_address)
+            self._forget(connection)
+            return True
+        if self._credentials is None:
+            return False
+        if self._handshakes is None:
+            timeout = self.handshake_timeout
+            self._handshakes = Lane(
+                "TLS handshake",
+                self._credentials.handshake_timeout if timeout is None else timeout,
+                self.max_handshakes,
+                self._make_handshake,
+                self._handshake_done,
+                self._handshake_failed,
+                self._handshake_failures,
+            )
+        self._handshakes.begin(connection)
+        return True
+
+    def _make_handshake(self, connection: Connection) -> HandshakeStep:
+        assert self._credentials is not None
+        return HandshakeStep(connection, self._credentials)
+
+    def _handshake_done(self, connection: Connection) -> None:
+        self._serve_or_hold("handle", (connection, connection.client_address))
+
+    def _handshake_failed(self, connection: Connection, _kind: str) -> None:
+        self.do_close(connection, connection.client_address)
+        self._forget(connection)
+
+    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> Any:
+        """Serve one connection in its greenlet, with a handshake that cannot take place in a lane."""
+        credentials = self._tls.find(self.wrap_socket, self.ssl_args)
+        handle = self._what_serves("handle")
+        if credentials is None or not isinstance(client_socket, Connection):
+            encrypted = self._wrapped_by_gevent(client_socket)
+            if encrypted is None:
+                return None
+            with encrypted:
+                return handle(encrypted, address)
+        with client_socket:
+            try:
+                client_socket.start_tls(credentials, timeout=self.handshake_timeout)
+            except OSError as error:
+                # start_tls has written the debug line.
+                self._handshake_failures[classify_handshake_error(error)] += 1
+                return None
+            return handle(client_socket, address)
+
+    def _wrapped_by_gevent(self, client_socket: Any) -> Any:
+        """What ``wrap_socket`` returns; None if the client is to blame that it did not."""
+        seconds = self.handshake_timeout
+        try:
+            with Timeout._start_new_or_dummy(seconds, TimeoutError(f"no TLS handshake within {seconds} s")):
+                return self.wrap_socket(client_socket, **self.ssl_args)
+        except (ssl.SSLError, ConnectionError, TimeoutError) as error:
+            kind = classify_handshake_error(error)
+            self._handshake_failures[kind] += 1
+            log.debug("TLS handshake with %s failed (%s): %s", client_socket.client_address, kind, error)
+            return None
+
+    # -- wait for a place in the pool --------------------------------------------------------------------------------
+
+    def _serve_or_hold(self, handle: str, args: tuple[Any, ...]) -> None:
+        """Serve a connection at once, or when the pool has a place; ``handle`` names the attribute that does it."""
+        if self.pool is None or not (self._held or self.pool.full()):
+            self._serve(handle, args)
+            return
+        self._held.append((handle, args))
+        if len(self._held) == 1:
+            self.pool._semaphore.rawlink(self._serve_held)
+
+    def _serve_held(self, _places: Any = None) -> None:
+        # Called in the hub when the pool has a place.
+        while self._held and not self.pool.full():
+            self._serve(*self._held.popleft())
+        if self._held:
+            self.pool._semaphore.rawlink(self._serve_held)
+
+    def _serve(self, handle: str, args: tuple[Any, ...]) -> None:
+        try:
+            self._begin(self._what_serves("_spawn"), self._what_serves(handle), args)
+        except (GreenletExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._report(error, args[0], (args[1:], self))
+
+    def _what_serves(self, name: str) -> Any:
+        """The attribute of that name, which ``close`` has deleted perhaps."""
+        if self.closed and name in self._forgotten:
+            return self._forgotten[name]
+        return getattr(self, name)
+
+    # -- stop --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the listening socket and stop accepting. What the kernel has queued is accepted first, and served."""
+        if self._draining:
+            return  # called by a handler that the drain has begun; who drains closes afterwards
+        if self.started and not self._lost:
+            self._stop_event.set()
+            self.stop_accepting()
+            self.drain(self._admit_drained)
+        if not self.closed:
+            self._forgotten = {name: getattr(self, name, None) for name in ("handle", "_handle", "_spawn")}
+            if "listener" in self.__dict__:
+                self.listener.unmute()  # another process may have the socket, too
+        super().close()
+
+    def drain(self, accept: Callable[[Any, Any], Any]) -> int:
+        self._draining = True
+        try:
+            return super().drain(accept)
+        finally:
+            self._draining = False
+
+    def _admit_drained(self, connection: Any, address: Any) -> None:
+        """Serve a connection that the kernel had queued, or hold it: that queue is about to go."""
+        self._drained.add(connection)
+        if self.pool is None or self.ssl_args is not None or not self.pool.full():
+            try:
+                self.do_handle(connection, address)
+            except (GreenletExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self._report(error, connection, ((address,), self))
+            return
+        if isinstance(connection, Connection):
+            connection.client_address = address
+            connection.linger_with(self._lingerer)
+        self._serve_or_hold("_handle", (connection, address))
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop accepting, serve what the kernel has queued, close the listening socket.
+
+        As gevent's, it waits for the handlers where ``spawn`` is a pool or a number, and ends those that still run
+        after ``timeout``. Otherwise it waits for none but those of the connections that it has taken from the kernel's
+        queue, and ends none.
+
+        Args:
+            timeout: seconds; None: :attr:`stop_timeout`. 0 closes at once.
+        """
+        if timeout is None:
+            timeout = self.stop_timeout
+        until = inf if timeout is None else monotonic() + timeout
+        pool = self.pool
+        may_wait = getcurrent() is not get_hub()
+        if self._changed is None:
+            self._changed = Event()
+        if may_wait and monotonic() < until:
+            self._stopping.add(getcurrent())
+            try:
+                self._close_gently(until)
+                self._wait_while(lambda: self._owes_service(pool), until)
+            finally:
+                self._stopping.discard(getcurrent())
+        else:
+            self.close()
+        if pool is None:
+            return
+        self._drop_waiting()
+        if pool:
+            pool.join(timeout=_left(until))
+            pool.kill(block=True, timeout=1)
+        if may_wait:
+            self._wait_for_lingering(until)
+
+    def _close_gently(self, until: float) -> None:
+        with self._closing:  # a second stop waits for the first
+            if not self.started:
+                self.close()
+                return
+            self._stop_event.set()
+            try:
+                self.mute()
+                longest = LONGEST_DRAIN_OF_DEFERRED if self.listener.muted_by_ttl else LONGEST_DRAIN
+                drain_and_close([self], self._admit_drained, min(longest, until - monotonic()), Event())
+            finally:
+                self.close()
+
+    def _owes_service(self, pool: Any) -> bool:
+        # A handler cannot wait for its own end, nor can two for each other's.
+        if any(self._open.get(connection) not in self._stopping for connection in self._drained):
+            return True
+        return pool is not None and bool(self._held or self._handshakes)
+
+    def _drop_waiting(self) -> None:
+        """Close the connections that have got no place in the pool in time."""
+        if self._handshakes is not None:
+            self._handshakes.end_all()
+        while self._held:
+            _, args = self._held.popleft()
+            self.do_close(*args)
+            self._forget(args[0])
+
+    def _wait_while(self, condition: Callable[[], Any], until: float) -> None:
+        assert self._changed is not None
+        while condition():
+            self._changed.clear()
+            left = _left(until)
+            if left == 0 or not self._changed.wait(left):
+                return
+
+    def _wait_for_lingering(self, until: float) -> None:
+        left = min(self.linger + 1, until - monotonic())  # bounded: its timers keep no event loop alive
+        if left > 0:
+            self._lingerer.nobody_lingers.wait(left)
+
+    def serve_forever(self, stop_timeout: float | None = None) -> None:
+        """Start if need be, and serve until stopped.
+
+        In the main thread of a program that has left SIGTERM at its default, that signal stops all StreamServers of the
+        thread, waits for their handlers, whatever ``spawn`` is, and then ends the process as it always has. A second
+        SIGTERM ends it at once.
+
+        Args:
+            stop_timeout: seconds that handlers get to finish at the end; None: :attr:`stop_timeout`.
+        """
+        self._signal_timeout = stop_timeout
+        with _sigterm.caught():
+            super().serve_forever(stop_timeout)
+
+    def _finish(self) -> None:
+        """Stop because the process is about to end."""
+        timeout = self.stop_timeout if self._signal_timeout is None else self._signal_timeout
+        until = inf if timeout is None else monotonic() + timeout
+        self.stop(timeout)
+        self._wait_while(lambda: self._open or self._held or self._handshakes, until)
+        self._wait_for_lingering(until)
+
+
+def _left(until: float) -> float | None:
+    return None if until == inf else max(0.0, until - monotonic())
+
+
+def _hub_is_customised() -> bool:
+    """Whether the program has replaced what gevent's hub does with errors (``gevent.hub.Hub.handle_error``)."""
+    hub = get_hub()
+    usual = ("gevent.hub", "gtcpserver.logs")
+    methods = (hub.handle_error, hub.print_exception)
+    return "exception_stream" in vars(hub) or any(getattr(one, "__module__", None) not in usual for one in methods)
+
+
+# Those that were started, by their id: a subclass of the program's own need not be hashable.
+_started: WeakValueDictionary[int, StreamServer] = WeakValueDictionary()
+
+
+def _finish_all() -> None:
+    loop = get_hub().loop
+    gevent.joinall([gevent.spawn(one._finish) for one in list(_started.values()) if one.started and one.loop is loop])
+
+
+_sigterm = DieGracefully(_finish_all)

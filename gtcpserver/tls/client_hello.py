@@ -1,0 +1,42 @@
+"""The name that a ClientHello asks for, where OpenSSL does not tell it."""
+
+from __future__ import annotations
+
+SERVER_NAME = 0  # RFC 6066 section 3: the extension, and in it the type of a host name
+HOST_NAME = 0
+
+_BEFORE_SESSION_ID = 1 + 3 + 2 + 32  # message type, its length, version, random
+
+
+def server_name_in(hello: bytes) -> str | None:
+    """Find the host name in a ClientHello (RFC 8446 section 4.1.2, RFC 6066 section 3).
+
+    Args:
+        hello: the handshake message, which OpenSSL has accepted.
+
+    Returns:
+        The name as the client wrote it; None: it asks for none.
+    """
+    place = _BEFORE_SESSION_ID
+    for size_of_length in (1, 2, 1):  # session id, cipher suites, compression methods
+        place += size_of_length + _number(hello, place, size_of_length)
+    end = place + 2 + _number(hello, place, 2)
+    place += 2
+    while place + 4 <= min(end, len(hello)):
+        kind, length = _number(hello, place, 2), _number(hello, place + 2, 2)
+        place += 4
+        if kind == SERVER_NAME:
+            return _host_name(hello[place : place + length])
+        place += length
+    return None
+
+
+def _host_name(names: bytes) -> str | None:
+    # The list's length (2); an entry's type (1), length (2), name. OpenSSL takes one entry alone.
+    if len(names) < 5 or names[2] != HOST_NAME:
+        return None
+    return names[5 : 5 + _number(names, 3, 2)].decode("latin-1")
+
+
+def _number(data: bytes, place: int, size: int) -> int:
+    return int.from_bytes(data[place : place + size], "big")
