@@ -208,6 +208,15 @@ def test_a_pid_file_is_locked_and_removed_by_its_owner_alone(tmp_path: Path) -> 
     second.remove()
 
 
+def test_a_pid_file_that_is_no_regular_file_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (str(fifo), str(tmp_path)):
+        with pytest.raises(ConfigError, match="pid_file must be a regular file"):
+            PidFile(path).check()
+    assert fifo.is_fifo()
+
+
 def test_a_pid_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         PidFile(str(tmp_path / "missing" / "pid")).write()

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 
+from gtcpserver.errors import ConfigError
 from gtcpserver.trusted_path import UntrustedPath, trusted_place
 
 # struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
@@ -31,7 +33,13 @@ class PidFile:
         self._fd = -1
 
     def check(self) -> None:
-        """Raises OSError (EEXIST) if a running process has the file; UntrustedPath."""
+        """See that the file may be written.
+
+        Raises:
+            OSError: EEXIST: a running process has it.
+            ConfigError: it is a device, a folder or the like, which would be replaced.
+            UntrustedPath: another user could change where the path leads.
+        """
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             try:
                 # O_NONBLOCK: it may be a FIFO.
@@ -44,6 +52,8 @@ class PidFile:
                     return  # a symbolic link is no file of a master's: it is replaced, and not followed
                 raise
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"pid_file must be a regular file, and {self.path} is none")
             # Of another user, who may have put it there to keep us from starting.
             ours = os.fstat(fd).st_uid in (0, os.geteuid())
             holder = _holder(fd) if ours else None
