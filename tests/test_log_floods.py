@@ -39,7 +39,8 @@ def attack(addresses, connections, at_once=AT_ONCE):
             client = socket.socket(socket.AF_UNIX if address.startswith("/") else socket.AF_INET)
             client.settimeout(SOON)
             host, _, port = address.rpartition(":")
-            client.connect(address if address.startswith("/") else (host, int(port)))
+            with contextlib.suppress(ConnectionResetError):  # by a server that is quicker than we look
+                client.connect(address if address.startswith("/") else (host, int(port)))
             with contextlib.suppress(OSError):
                 client.sendall(data)
             clients.append(client)

@@ -32,7 +32,12 @@ class PidFile:
         self._fd = -1
 
     def check(self) -> None:
-        """Raises OSError (EEXIST) if a running process has the file, or it is a device; UntrustedPath."""
+        """See that the file may be written.
+
+        Raises:
+            OSError: EEXIST: a running process has it, or it is a device.
+            UntrustedPath: another user could change where the path leads.
+        """
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             try:
                 mode = os.stat(place.name, dir_fd=place.folder, follow_symlinks=False).st_mode
