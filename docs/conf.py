@@ -43,7 +43,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
     ("py:class", r"gtcpserver\.testing\.client\.Result"),  # a type variable
     ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet)\.\w+"),
-    ("py:class", r"gtcpserver\.proxy\.(gate|record|rules|target)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(gate|limits|record|rules|target|this_host)\.\w+"),
 ]
 
 PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
