@@ -74,6 +74,18 @@ def log_fault(faults: FaultLimiter, connection: Connection, error: BaseException
         log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
 
 
+#: Errors by which this system, and no peer, fails a call: no memory, no descriptors, a device that cannot be read, an
+#: event loop that cannot watch a descriptor (watcher.py: EIO), a filter of seccomp(2) (ENOSYS, EPERM).
+SYSTEM_ERRNOS = frozenset(
+    {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOSYS, errno.EPERM}
+)
+
+
+def system_has_failed(error: BaseException) -> bool:
+    """Whether the connection is as good as before, but for what the handler could not receive or send."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS)
+
+
 def peer_has_gone(error: BaseException) -> bool:
     """Whether the client is to blame: it has reset the connection, or left in the midst of a message."""
     # The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)).

@@ -44,13 +44,14 @@ from .listener import (
 from .lobby import Lobby
 from .logs import FaultLimiter, also
 from .options import check_number, check_whole_number
-from .outcome import COUNTER, log_client_error, log_fault, outcome_of, peer_has_gone
+from .outcome import COUNTER, log_client_error, log_fault, outcome_of, peer_has_gone, system_has_failed
 from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
 from .stats import Counters, CutConnection, ServerStats, StopReport
 from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers
 from .tls import Credentials
+from .transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -669,6 +670,9 @@ class Server:
         if isinstance(error, GreenletExit):
             self._note_end(connection, "stopped" if self.stopping else "killed")
             return
+        if system_has_failed(error):
+            # The client is there and waits for the rest. An end in order would make a part look like the whole.
+            reset_on_close(connection)
         result, said = outcome_of(error, connection)
         setattr(counters, COUNTER[result], getattr(counters, COUNTER[result]) + 1)
         self._note_end(connection, result, said)
