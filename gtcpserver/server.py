@@ -308,8 +308,9 @@ class Server:
             self.state = State.NEW
             raise
         self._overseer.start()
-        # ref=False: a program that has nothing else to do may end.
-        self._watchdog = get_hub().loop.timer(WATCHDOG_SECONDS, WATCHDOG_SECONDS, ref=False)
+        # It also keeps the event loop going while no accept loop can be watched: gevent ends one that waits for nothing
+        # (LoopExit), and the program with it.
+        self._watchdog = get_hub().loop.timer(WATCHDOG_SECONDS, WATCHDOG_SECONDS)
         self._watchdog.start(self._look_at_accept_loops)
         if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
             self.tls.watch(self.tls.config.watch)
