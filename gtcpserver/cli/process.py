@@ -24,7 +24,11 @@ def raise_descriptor_limit() -> None:
     The soft one is often 1024, and is that low for select(2) alone, which cannot take higher numbers; gevent's loop
     uses epoll(7).
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except OSError as error:  # prlimit(2), refused by a seccomp filter
+        log.warning("cannot read the limit of open files: %s", error)
+        return
     if soft == hard:
         return
     try:
