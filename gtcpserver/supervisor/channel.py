@@ -190,12 +190,17 @@ def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[
     # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
     here, there = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return (
-        Channel(_socket_class(fileno=here.detach()), kinds_here),
-        Channel(_socket_class(fileno=there.detach()), kinds_there, takes_fds=True),
+        Channel(_own(here.detach()), kinds_here),
+        Channel(_own(there.detach()), kinds_there, takes_fds=True),
     )
 
 
 def adopt(fd: int, kinds: frozenset[str]) -> Channel:
     """The channel of an inherited descriptor."""
     os.set_inheritable(fd, False)
-    return Channel(_socket_class(fileno=fd), kinds)
+    return Channel(_own(fd), kinds)
+
+
+def _own(fd: int) -> socket.socket:
+    # With its kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+    return _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)

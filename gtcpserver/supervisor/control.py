@@ -166,10 +166,11 @@ class ControlSocket:
             # Not socket.accept: in a monkey-patched program its sockets are gevent's, which make an event loop.
             fd, _ = self.sock._accept()  # type: ignore[attr-defined]
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+            if error.errno != errno.EAGAIN:
                 self._pause_until = monotonic() + PAUSE_SECONDS
             return
-        sock = _socket_class(fileno=fd)
+        # With its kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+        sock = _socket_class(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         try:
             _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         except OSError:

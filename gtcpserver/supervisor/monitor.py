@@ -71,7 +71,9 @@ MAX_REQUEST = 4096  # bytes of a line from the monitor
 def _make_line() -> tuple[socket.socket, socket.socket]:
     # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
     ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return _socket_class(fileno=ours.detach()), _socket_class(fileno=theirs.detach())
+    # With their kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+    kind = (socket.AF_UNIX, socket.SOCK_STREAM, 0)
+    return _socket_class(*kind, fileno=ours.detach()), _socket_class(*kind, fileno=theirs.detach())
 
 
 class MonitorProcess:
