@@ -8,13 +8,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test matrix core fuzz check bench bench-programs docs docs-serve load sslyze clean
+.PHONY: help serve test matrix core fuzz inject check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
+	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
+	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
@@ -53,6 +55,9 @@ core: $(VENV)/dev.stamp
 fuzz: $(VENV)/dev.stamp
 	cd tests && $(abspath $(BIN))/python -m fuzz --seconds $(FUZZ_SECONDS) \
 	    $(if $(FUZZ_REPLAY),--replay '$(abspath $(FUZZ_REPLAY))') $(FUZZ)
+
+inject: $(VENV)/dev.stamp
+	PYTHONPATH=tests $(BIN)/python -m injection --quiet $(if $(INJECT),$(INJECT),--write docs/reliability.md)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from gtcpserver import Server
 
-pytest_plugins = ["injected"]  # the fixture of that name
+pytest_plugins = ["injection.started"]  # the fixture of that name
 
 # The same examples each time, and no judgement of how long a busy machine takes for them. To look further:
 # HYPOTHESIS_PROFILE=default.

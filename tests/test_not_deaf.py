@@ -6,7 +6,8 @@ import signal
 import gevent
 import pytest
 from conftest import wait_until
-from injected import error, needs_strace, receive_all
+from injection.started import receive_all
+from injection.strace import needs_strace, rule
 
 from gtcpserver import server as server_module
 from gtcpserver import watcher as watcher_module
@@ -51,7 +52,7 @@ def is_served(server, connect, in_thread):
 @needs_strace
 @pytest.mark.parametrize("when", [*map(str, range(2, 8)), "2..4"])  # the first is of the loop itself
 def test_an_epoll_ctl_that_fails_makes_no_server_deaf(injected, when):
-    subject = injected(ECHO, error("epoll_ctl", "ENOMEM", when))
+    subject = injected(ECHO, rule("epoll_ctl", "ENOMEM", when))
     with subject.connect() as early:
         for _ in range(2):
             assert subject.ask() == b"hello\n"
@@ -68,7 +69,7 @@ def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected
     with subject.connect() as before:
         before.sendall(b"before")
         assert before.recv(100) == b"before"
-        with subject.injecting(error("epoll_ctl", "ENOSPC")):
+        with subject.injecting(rule("epoll_ctl", "ENOSPC")):
             with subject.connect() as client:
                 assert receive_all(client).how != "nothing"
             before.sendall(b"watched already")
@@ -82,7 +83,7 @@ def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected
 @needs_strace
 def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(injected):
     subject = injected(DOWNLOAD)
-    with subject.injecting(error("epoll_ctl", "ENOMEM")), subject.connect(receive_buffer=4096) as client:
+    with subject.injecting(rule("epoll_ctl", "ENOMEM")), subject.connect(receive_buffer=4096) as client:
         subject.wait_for_log("the event loop cannot watch this descriptor")
         assert receive_all(client).size < 20_000_000
     assert subject.cpu_seconds() < 5
@@ -92,7 +93,7 @@ def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(
 @pytest.mark.parametrize("when", ["1", "2", "3"])
 def test_one_epoll_ctl_that_fails_costs_no_connection(injected, when):
     subject = injected(DOWNLOAD)
-    with subject.injecting(error("epoll_ctl", "ENOMEM", when)), subject.connect(receive_buffer=4096) as client:
+    with subject.injecting(rule("epoll_ctl", "ENOMEM", when)), subject.connect(receive_buffer=4096) as client:
         assert receive_all(client).size == 20_000_000
 
 
@@ -100,7 +101,7 @@ def test_one_epoll_ctl_that_fails_costs_no_connection(injected, when):
 @pytest.mark.parametrize("when", ["1", "2", "3"])
 def test_one_epoll_ctl_that_fails_loses_no_input(injected, when):
     subject = injected(UPLOAD)
-    with subject.injecting(error("epoll_ctl", "ENOMEM", when)), subject.connect() as client:
+    with subject.injecting(rule("epoll_ctl", "ENOMEM", when)), subject.connect() as client:
         client.sendall(bytes(1_000_000))
         gevent.sleep(0.1)
         client.sendall(bytes(1_000_000))

@@ -11,7 +11,7 @@ import time
 import gevent
 import pytest
 from conftest import wait_until
-from injected import error, needs_strace
+from injection.strace import needs_strace, rule
 
 from gtcpserver import ClientLimits
 from gtcpserver import server as server_module
@@ -47,7 +47,7 @@ def test_a_stop_ends_in_its_time_although_calls_fail(injected, call, when):
     with subject.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        with subject.injecting(error(call, "ENOMEM", when)):
+        with subject.injecting(rule(call, "ENOMEM", when)):
             began = time.monotonic()
             subject.send_signal(signal.SIGTERM)
             assert subject.wait(10) == 0
@@ -71,7 +71,7 @@ def test_a_command_whose_stop_was_not_complete_ends_with_status_1(injected):
     subject = injected(program)
     log = subject.wait_for_log(r"listening on 127.0.0.1:\d+")
     assert "Traceback" not in log
-    with subject.injecting(error("setsockopt", "ENOMEM", "2")):
+    with subject.injecting(rule("setsockopt", "ENOMEM", "2")):
         subject.send_signal(signal.SIGTERM)
         assert subject.wait() == 1
     assert subject.log().count("begin no new connections: ") == 2  # when it failed, and why the status is 1

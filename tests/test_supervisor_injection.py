@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from injection import injected, needs_strace
+from injection.strace import injecting, needs_strace
 from supervised import APP, Master, alive, wait_until
 
 from gtcpserver.supervisor import ControlError
@@ -59,11 +59,11 @@ def cpu_seconds(pid: int) -> float:
 def test_a_healthy_worker_is_kept_and_the_service_goes_on(start: Start, tmp_path: Path, rule: str) -> None:
     master = start("--workers", "2", "--metrics", "0")
     workers = master.settled(2)
-    with injected(master.pid, tmp_path / "trace", rule) as injection:
+    with injecting(master.pid, tmp_path / "trace", rule, follow=False) as trace:
         began = time.monotonic()
-        injection.wait(3)
+        trace.wait(3)
         # A failure pauses the master for a quarter of a second; within a turn several calls may fail.
-        assert injection.count() < 20 + 40 * (time.monotonic() - began)
+        assert trace.failed() < 20 + 40 * (time.monotonic() - began)
         assert {master.request()[1] for _ in range(4)} == {"more"}
         assert alive(master.pid)
     assert master.settled(2) == workers
@@ -85,7 +85,7 @@ def test_a_healthy_worker_is_kept_and_the_service_goes_on(start: Start, tmp_path
 def test_commands_and_signals_are_obeyed_meanwhile(start: Start, tmp_path: Path, rule: str) -> None:
     master = start("--workers", "1")
     (before,) = master.settled(1)
-    with injected(master.pid, tmp_path / "trace", rule):
+    with injecting(master.pid, tmp_path / "trace", rule, follow=False):
         master.send_signal(signal.SIGTTIN)
         wait_until(lambda: len(master.pids()) == 2)
         # "retire" is among the messages that cannot be sent at once: an old worker that does not hear of it stays.
@@ -99,10 +99,10 @@ def test_commands_and_signals_are_obeyed_meanwhile(start: Start, tmp_path: Path,
 def test_a_worker_that_cannot_read_what_it_is_told_reads_it_later(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
     (before,) = master.settled(1)
-    with injected(before, tmp_path / "trace", "recvmsg:error=ENOMEM:when=1..2") as injection:
+    with injecting(before, tmp_path / "trace", "recvmsg:error=ENOMEM:when=1..2", follow=False) as trace:
         master.ask("reload")
-        injection.wait(2)
-        assert injection.count() < 5
+        trace.wait(2)
+        assert trace.failed() < 5
         wait_until(lambda: not alive(before))
     assert "is gone" not in master.log()
     assert master.stop() == 0
@@ -112,7 +112,9 @@ def test_a_worker_that_cannot_read_what_it_is_told_reads_it_later(start: Start, 
 def test_a_worker_that_cannot_be_forked_is_forked_later(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
     (before,) = master.settled(1)
-    with injected(master.pid, tmp_path / "trace", "clone:error=EAGAIN:when=1", "clone3:error=EAGAIN:when=1"):
+    with injecting(
+        master.pid, tmp_path / "trace", "clone:error=EAGAIN:when=1", "clone3:error=EAGAIN:when=1", follow=False
+    ):
         os.kill(before, signal.SIGKILL)
         master.wait_for("cannot start worker 0: Resource temporarily unavailable; trying again in 0.5 s")
         assert master.request()[1] == "more"
@@ -123,13 +125,13 @@ def test_a_worker_that_cannot_be_forked_is_forked_later(start: Start, tmp_path: 
 def test_the_control_socket_waits_for_descriptors_and_does_not_spin(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
     with socket.socket(socket.AF_UNIX) as client:
-        with injected(master.pid, tmp_path / "trace", "accept4:error=EMFILE") as injection:
+        with injecting(master.pid, tmp_path / "trace", "accept4:error=EMFILE", follow=False) as trace:
             client.connect(master.control)
             client.sendall(b'{"command": "status"}\n')
             began = time.monotonic()
-            injection.wait(3)
+            trace.wait(3)
             # Four times a second.
-            assert injection.count() <= 3 + 8 * (time.monotonic() - began)
+            assert trace.failed() <= 3 + 8 * (time.monotonic() - began)
             assert time.monotonic() - began > 0.3
         client.settimeout(20)
         assert client.makefile("rb").readline().startswith(b'{"state": "serving"')
@@ -139,7 +141,7 @@ def test_the_control_socket_waits_for_descriptors_and_does_not_spin(start: Start
 def test_an_upgrade_that_cannot_be_started_is_told(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
     refused = pytest.raises(ControlError, match="Too many open files")
-    with injected(master.pid, tmp_path / "trace", "socketpair:error=EMFILE"), refused:
+    with injecting(master.pid, tmp_path / "trace", "socketpair:error=EMFILE", follow=False), refused:
         master.ask("upgrade")
     assert master.request()[1] == "more"
 
@@ -156,9 +158,9 @@ def test_a_log_file_that_cannot_be_opened_again_is_told_and_another_time_it_is(t
         (worker,) = master.settled(1)
         log.rename(tmp_path / "old.log")
         descriptors = len(os.listdir(f"/proc/{master.pid}/fd"))
-        with injected(master.pid, tmp_path / "trace", rule) as injection:
+        with injecting(master.pid, tmp_path / "trace", rule, follow=False) as trace:
             master.ask("reopen")
-            injected_any = injection.count() > 0
+            injected_any = trace.failed() > 0
         if injected_any:
             assert "cannot open the log file again" in (tmp_path / "old.log").read_text()
         master.ask("reopen")
@@ -176,9 +178,9 @@ def test_systemd_is_told_again_what_it_could_not_be_told(start: Start, tmp_path:
         master = start("--workers", "1", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")})
         while b"READY=1" not in manager.recv(1000):
             pass
-        with injected(master.pid, tmp_path / "trace", "sendto:error=EAGAIN:when=1..2") as injection:
+        with injecting(master.pid, tmp_path / "trace", "sendto:error=EAGAIN:when=1..2", follow=False) as trace:
             master.send_signal(signal.SIGHUP)
-            injection.wait(2)
+            trace.wait(2)
             said = [manager.recv(1000)]
             while b"READY=1" not in said[-1]:
                 said.append(manager.recv(1000))

@@ -11,7 +11,8 @@ import ssl
 import gevent
 import pytest
 from gevent import socket as gevent_socket
-from injected import Source, error, needs_strace, receive_all, whole
+from injection.started import Source, receive_all, whole
+from injection.strace import needs_strace, rule
 
 from gtcpserver import Connection
 from gtcpserver.testing.certificates import certificates
@@ -64,7 +65,7 @@ serve(Server("127.0.0.1:0", receive))
     [("EPERM", ""), ("ENOSYS", ""), ("EACCES", "2"), ("ENOMEM", "1"), ("EIO", "2"), ("EINVAL", "3"), ("EPERM", "4+")],
 )
 def test_a_relay_that_may_not_splice_copies(injected, source, name, when):
-    subject = injected(FORWARD, error("splice", name, when), arguments=[source.port])
+    subject = injected(FORWARD, rule("splice", name, when), arguments=[source.port])
     with subject.connect() as client:
         assert receive_all(client) == whole(DATA)
     subject.wait_for_failed_call()
@@ -75,11 +76,11 @@ def test_a_relay_that_may_not_splice_copies(injected, source, name, when):
 @pytest.mark.parametrize(
     "injection",
     [
-        error("recvfrom", "ENOMEM", "1"),
-        error("recvfrom", "ENOBUFS", "2+"),
-        error("sendto", "ENOMEM", "1"),
-        error("splice", "ECONNRESET", "3"),
-        error("splice", "ETIMEDOUT", "4"),
+        rule("recvfrom", "ENOMEM", "1"),
+        rule("recvfrom", "ENOBUFS", "2+"),
+        rule("sendto", "ENOMEM", "1"),
+        rule("splice", "ECONNRESET", "3"),
+        rule("splice", "ETIMEDOUT", "4"),
     ],
 )
 def test_a_relay_that_broke_never_ends_in_order(injected, source, injection):
@@ -94,11 +95,11 @@ def test_a_relay_that_broke_never_ends_in_order(injected, source, injection):
 @pytest.mark.parametrize(
     "injection",
     [
-        error("sendfile", "EPERM"),
-        error("sendfile", "ENOSYS", "2+"),
-        error("sendfile", "ENOMEM", "2"),
-        error("preadv2", "EPERM"),
-        error("preadv2", "ENOMEM", "2"),
+        rule("sendfile", "EPERM"),
+        rule("sendfile", "ENOSYS", "2+"),
+        rule("sendfile", "ENOMEM", "2"),
+        rule("preadv2", "EPERM"),
+        rule("preadv2", "ENOMEM", "2"),
     ],
 )
 def test_a_file_that_may_not_be_sent_by_the_kernel_is_copied(injected, tmp_path, injection):
@@ -111,7 +112,7 @@ def test_a_file_that_may_not_be_sent_by_the_kernel_is_copied(injected, tmp_path,
 
 
 @needs_strace
-@pytest.mark.parametrize("injection", [error("sendfile", "ESTALE", "2"), error("sendfile", "EOVERFLOW", "2")])
+@pytest.mark.parametrize("injection", [rule("sendfile", "ESTALE", "2"), rule("sendfile", "EOVERFLOW", "2")])
 def test_a_file_that_broke_off_never_ends_in_order(injected, tmp_path, injection):
     file = tmp_path / "file"
     file.write_bytes(DATA)
@@ -126,7 +127,7 @@ def test_a_file_that_broke_off_never_ends_in_order(injected, tmp_path, injection
 @pytest.mark.parametrize(("name", "when"), [("EPERM", ""), ("EINVAL", "2"), ("ENOMEM", "3"), ("EIO", "4")])
 def test_a_file_is_received_whole_without_splice(injected, tmp_path, name, when):
     file = tmp_path / "file"
-    subject = injected(RECEIVE, error("splice", name, when), arguments=[file])
+    subject = injected(RECEIVE, rule("splice", name, when), arguments=[file])
     with subject.connect() as client:
         client.sendall(DATA)
         client.shutdown(socket.SHUT_WR)

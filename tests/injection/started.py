@@ -1,16 +1,11 @@
-"""What the tests of fault injection share: a program whose system calls fail as told, and how its clients see that.
-
-`strace -e inject` (strace(1)) makes a call fail without doing it. Each thread has its own count of calls.
-"""
+"""For tests of single faults: a program whose system calls fail as told, and how its clients see that."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from . import strace
 
 #: For whatever should happen at once; strace and a busy machine make it slow.
 SOON = 20.0
@@ -50,25 +47,6 @@ def serve(server, stop_timeout=5.0):
 """
 
 
-@functools.cache
-def can_trace() -> bool:
-    """Whether strace is here and may trace."""
-    strace = shutil.which("strace")
-    if strace is None:
-        return False
-    command = [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=getppid", "-e", "inject=getppid:error=EPERM", "true"]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
-needs_strace = pytest.mark.skipif(not can_trace(), reason="strace is missing or may not trace")
-
-
-def error(call: str, name: str, when: str = "") -> str:
-    """An injection: ``call`` fails with errno ``name``; ``when``: "3" the third time, "3+" from then on, "3..5", ""
-    always."""
-    return f"{call}:error={name}" + (f":when={when}" if when else "")
-
-
 class Injected:
     """A program of this package, started under strace.
 
@@ -76,7 +54,7 @@ class Injected:
         program: Python source, behind `PRELUDE`; it ends with ``serve(server)``, or says its process id and its port by
             itself.
         folder: where its log and the trace are kept.
-        injections: as `error` writes them.
+        injections: as `strace.rule` writes them.
         arguments: of the program.
 
     Attributes:
@@ -92,7 +70,7 @@ class Injected:
         source = PRELUDE + textwrap.dedent(program)
         command = [sys.executable, "-c", source, *map(str, arguments)]
         if injections:
-            command = [*self._strace(injections), "--seccomp-bpf", *command]
+            command = [*strace.command(injections, self._trace), "--seccomp-bpf", *command]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         self.pid = self.port = 0
@@ -103,27 +81,11 @@ class Injected:
             self.end()
             raise
 
-    def _strace(self, injections: Sequence[str]) -> list[str]:
-        calls = ",".join(dict.fromkeys(injection.split(":")[0] for injection in injections))
-        command = ["strace", "-f", "-qq", "-o", str(self._trace), "-e", f"trace={calls}", "-e", "signal=none"]
-        return command + [word for injection in injections for word in ("-e", f"inject={injection}")]
-
     @contextlib.contextmanager
     def injecting(self, *injections: str) -> Iterator[None]:
         """Within the ``with`` block; the counts begin with it. Not for a program that was started with injections."""
-        tracer = subprocess.Popen([*self._strace(injections), "-p", str(self.pid)], stderr=subprocess.PIPE)
-        try:
-            wait_until(lambda: all(self._tracer_of(task) == tracer.pid for task in self._tasks()), tracer)
+        with strace.injecting(self.pid, self._trace, *injections):
             yield
-        finally:
-            tracer.send_signal(signal.SIGTERM)
-            tracer.communicate(timeout=SOON)
-
-    def _tasks(self) -> list[str]:
-        return os.listdir(f"/proc/{self.pid}/task")
-
-    def _tracer_of(self, task: str) -> int:
-        return int(re.search(r"TracerPid:\s+(\d+)", Path(f"/proc/{self.pid}/task/{task}/status").read_text())[1])
 
     def line(self) -> str:
         """The next line that the program says."""
@@ -146,7 +108,7 @@ class Injected:
 
     def failed_calls(self) -> int:
         """How often a call was made to fail so far."""
-        return self._trace.read_text().count("(INJECTED)") if self._trace.exists() else 0
+        return strace.Trace(self._trace).failed()
 
     def wait_for_failed_call(self, count: int = 1) -> None:
         wait_until(lambda: self.failed_calls() >= count, self.process)
