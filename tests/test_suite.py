@@ -1,5 +1,6 @@
 """The test suite itself: a test that hangs fails, and the others still run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,20 @@ def test_that_passes():
 @pytest.mark.timeout(60)
 def test_tests_that_hang_fail_and_the_others_run(tmp_path):
     (tmp_path / "test_hanging.py").write_text(HANGING)
-    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
-    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-n", "2"]
+    options = [
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(tmp_path),
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "conftest",
+        "-n",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-m", "pytest", "-q", *options, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
     assert "2 failed, 1 passed" in done.stdout
     assert "in spin" in done.stdout + done.stderr  # where it hangs
