@@ -579,7 +579,6 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         """
         if not self._closed:
             reset_on_close(self)
-            self._stream.tls = None  # no close_notify, which would say that all is well
             self.close()
 
     def _real_close(self) -> None:

@@ -293,12 +293,13 @@ class Worker(greenlet):  # type: ignore[misc]
     def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
         """Raise ``exception`` in the function that runs now, if it still runs when the hub comes to it."""
         if self._working:
-            self.loop.run_callback(self._throw_if_still, self._number, exception)
+            # Until then the callback refers to this worker, so that it is not used again.
+            self.loop.run_callback(self._throw_if_working, exception)
             if block:
                 self.join(timeout)
 
-    def _throw_if_still(self, number: int, exception: Any) -> None:
-        if self._working and self._number == number:
+    def _throw_if_working(self, exception: Any) -> None:
+        if self._working:
             self.throw(exception)
 
     def throw(self, *error: Any) -> Any:
@@ -411,8 +412,6 @@ class Places:
             return False
         finally:
             self.unlink(waiter.switch)
-            # This greenlet may have been told of a place and then killed: the next in the queue must hear of it.
-            self.tell()
 
     def tell(self) -> None:
         """There may be a place: tell those who registered, soon."""

@@ -11,6 +11,7 @@ from test_server import echo
 from gtcpserver import ClientLimits, ConfigError, ProxyProtocol
 from gtcpserver import client_limits as module
 from gtcpserver.proxy_protocol import ProxyHeader
+from gtcpserver.testing import certificates
 
 
 @pytest.fixture
@@ -81,6 +82,17 @@ def test_the_client_is_whom_the_balancer_names(serve, in_thread):
         with come_as("2001:db8::ffff:1") as neighbour, come_as("2001:db8:0:1::1") as other:
             assert not is_served(neighbour, in_thread)  # of the same /64
             assert is_served(other, in_thread)
+
+
+def test_a_failed_handshake_counts_no_longer(serve, connect, in_thread):
+    with certificates() as made:
+        server = serve(echo, client_limits=ClientLimits(connections=1), tls=made.server)
+        for number in (1, 2):
+            client = connect(server)
+            client.sendall(b"no TLS\n")
+            assert in_thread(client.recv, 100)  # an alert
+            wait_until(lambda number=number: server.stats().handshake_failures == {"not_tls": number})
+    assert server.stats().clients_refused == {}
 
 
 def test_limits_that_servers_share_survive_a_stop_of_one(serve, connect):

@@ -183,6 +183,19 @@ def test_linger_alone():
         assert mine.fileno() == -1
 
 
+def test_each_peer_has_its_time_and_is_closed_after_it_though_others_came_before():
+    pairs = [socket.socketpair() for _ in range(3)]
+    polite = Linger(0.1)
+    for mine, _ in pairs:
+        mine.setblocking(False)
+        polite.take(mine)
+        gevent.sleep(0.04)
+    wait_until(lambda: len(polite) == 0)
+    for mine, peer in pairs:
+        assert mine.fileno() == -1
+        peer.close()
+
+
 def test_linger_takes_no_socket_that_is_reset_or_when_its_time_is_0():
     mine, peer = socket.socketpair()
     with mine, peer:

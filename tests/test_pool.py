@@ -100,15 +100,14 @@ def test_workers_without_work_retire(monkeypatch):
     assert result_of(pool, lambda: "works") == "works"
 
 
-def test_a_worker_that_is_needed_now_and_then_does_not_retire(monkeypatch):
-    monkeypatch.setattr(pool_module, "IDLE_WORKER_SECONDS", 0.05)
+def test_a_worker_that_is_needed_now_and_then_does_not_retire():
     pool = HandlerPool()
-    numbers = set()
-    for _ in range(15):
-        numbers.add(result_of(pool, worker_number))
-        gevent.sleep(0.01)
-    assert len(numbers) == 1
-    pool.retire_waiting_workers()
+    for _ in range(5):
+        assert result_of(pool, lambda: "works") == "works"
+        pool._retire_unused()  # as the timer does
+        assert len(pool._waiting_workers) == 1
+    pool._retire_unused()
+    assert pool._waiting_workers == []
 
 
 def test_idle_workers_keep_no_program_alive():
@@ -238,6 +237,27 @@ def test_a_greenlet_kept_and_killed_later_is_not_the_next_connection(pool, how):
         get_hub().loop.run_callback(kept[0].throw)
     wait_until(lambda: ended)
     assert ended == [False]
+
+
+def test_a_kill_that_comes_after_its_function_has_ended_does_not_hit_the_next_one(pool):
+    how = []
+
+    def killed_late():
+        getcurrent().kill(block=False)  # at the hub's next turn, when this function has ended
+
+    def next_one():
+        try:
+            gevent.sleep(0.02)
+        finally:
+            how.append(sys.exc_info()[0])
+
+    def in_hub():
+        pool.run(killed_late)
+        pool.run(next_one)
+
+    get_hub().loop.run_callback(in_hub)
+    wait_until(lambda: how)
+    assert how == [None]
 
 
 def test_a_kept_greenlet_can_be_killed_while_it_runs(pool):
@@ -525,6 +545,25 @@ def test_places_are_given_in_the_order_asked():
     gevent.joinall(waiting, timeout=SOON, raise_error=True)
     assert order == [0, 1, 2, 3, 4]
     assert (places.taken, places.counter, places.locked()) == (0, 1, False)
+
+
+def test_a_place_that_became_free_is_not_taken_from_the_one_that_waits_for_it():
+    places = pool_module.Places(1)
+    places.acquire()
+    order = []
+
+    def wait():
+        places.acquire()
+        order.append("first")
+        places.release()
+
+    waiting = gevent.spawn(wait)
+    gevent.sleep(0)
+    places.release()  # the one that waits is told when the hub comes to it
+    places.acquire()
+    order.append("second")
+    waiting.get(timeout=SOON)
+    assert order == ["first", "second"]
 
 
 @pytest.mark.parametrize("seed", range(3))

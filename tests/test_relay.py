@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import gevent
@@ -353,6 +354,15 @@ def test_idle_timeout_counts_both_directions_together(relayed):
     assert one.a.fileno() >= 0
 
 
+def test_a_relay_is_not_idle_when_data_has_come_while_the_loop_was_held_up(relayed):
+    one = relayed(idle_timeout=0.1)
+    gevent.sleep(0.05)
+    one.client.sendall(b"in time")
+    time.sleep(0.1)  # the time-out and the data are seen together
+    assert one.server.recv(10) == b"in time"
+    assert not one.greenlet.ready()
+
+
 @pytest.mark.parametrize("size", [0, 10])
 def test_half_closed_timeout_counts_from_the_end_of_one_side(relayed, size):
     pair = relayed(half_closed_timeout=0.1)
@@ -644,6 +654,17 @@ def test_pipes_shrink_with_their_number_and_the_large_ones_are_used_first():
     pool.close_idle()
 
 
+def test_a_burst_leaves_few_pipes():
+    pool = pipes_module.PipePool()
+    before = descriptors()
+    for taken in [pool.take() for _ in range(60)]:
+        pool.put(taken)
+    assert (pool.taken, pool.idle) == (0, pipes_module.MOST_IDLE)
+    assert len(descriptors() - before) == 2 * pipes_module.MOST_IDLE
+    pool.close_idle()
+    assert descriptors() == before
+
+
 def test_pipes_take_a_share_of_the_descriptors_only(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
     pool = pipes_module.PipePool()
@@ -714,6 +735,27 @@ def test_bulk_is_spliced_and_small_messages_are_not(tmp_path):
     # 20 small messages, the first large reads, the ends; a copy of the bulk would take 1,500.
     assert calls.get("recvfrom", 0) < 100
     assert calls.get("sendto", 0) < 100
+
+
+def test_small_messages_are_copied_again_after_a_large_one(relayed, monkeypatch):
+    splices = []
+    splice = os.splice
+    monkeypatch.setattr(os, "splice", lambda *arguments: splices.append(arguments) or splice(*arguments))
+    one = relayed()
+    sending = gevent.spawn(one.client.sendall, bytes(3_000_000))
+    received = 0
+    while received < 3_000_000:
+        received += len(one.server.recv(65536))
+    sending.get(timeout=10)
+    assert splices
+    for _ in range(10):
+        one.client.sendall(b"small")
+        assert one.server.recv(10) == b"small"
+    before = len(splices)
+    for _ in range(10):
+        one.client.sendall(b"small")
+        assert one.server.recv(10) == b"small"
+    assert len(splices) == before
 
 
 def socket_pair_for_child():

@@ -11,6 +11,7 @@ import pytest
 from conftest import SOON, wait_until
 from gevent.event import Event
 from gevent.socket import socket as gevent_socket
+from greenlet import getcurrent
 
 from gtcpserver import ConfigError, Connection, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
 from gtcpserver.listener import _has_ipv6
@@ -554,7 +555,7 @@ def test_full_pool_rejects(serve, connect, in_thread):
     assert in_thread(ask, connect(server)) == b"hello"
 
 
-def test_max_connections_waits_and_counts_idle_ones(serve, connect, in_thread):
+def test_max_connections_waits_and_counts_idle_ones(serve, connect, in_thread, caplog):
     server = serve(idle_echo, max_connections=2)
     first, second, third = (connect(server) for _ in range(3))
     assert in_thread(ask, first) == in_thread(ask, second) == b"hello"
@@ -564,6 +565,7 @@ def test_max_connections_waits_and_counts_idle_ones(serve, connect, in_thread):
     first.close()
     assert in_thread(third.recv, 10) == b"hello"
     assert server.stats().peak == 2
+    assert not caplog.records  # and nobody had to find out that it stands still
 
 
 def test_max_connections_rejects(serve, connect, in_thread):
@@ -682,6 +684,76 @@ def test_leaving_idle_with_a_full_pool_waits_for_a_place(serve, connect, in_thre
     assert in_thread(slow.recv, 10) == b"slow"
     for client in (slow, quick):
         client.close()
+    wait_until(lambda: server.active_connections == 0)
+    assert server.stats().handlers == 0
+
+
+def test_a_connection_that_becomes_idle_makes_room_for_one_that_is_queued(serve, connect, in_thread, caplog):
+    go = Event()
+
+    def handler(conn):
+        conn.sendall(conn.recv(10))
+        go.wait()
+        with conn.idle():
+            conn.recv(10)
+
+    server = serve(handler, pool=1)
+    first = connect(server)
+    assert in_thread(ask, first) == b"hello"
+    second = connect(server)
+    second.sendall(b"second")
+    gevent.sleep(0.02)  # the accept loop finds the pool full
+    assert server.accepted_connections == 1
+    go.set()
+    assert in_thread(second.recv, 10) == b"second"
+    assert not caplog.records  # and nobody had to find out that it stands still
+
+
+def test_a_request_does_not_overtake_one_that_waits_for_a_place(serve, connect):
+    go = Event()
+    order = []
+
+    def handler(conn):
+        with conn.idle():
+            name = conn.recv(10)
+            if name == b"late":
+                go.wait()  # is told just after the busy one, whose place is free then
+        order.append(name)
+        if name == b"busy":
+            go.wait()
+
+    server = serve(handler, pool=1)
+    clients = [connect(server) for _ in range(3)]
+    wait_until(lambda: server.stats().idle == 3)
+    for client, name, idle in zip(clients, (b"busy", b"waiting", b"late"), (2, 1, 1), strict=True):
+        client.sendall(name)
+        wait_until(lambda idle=idle: server.stats().idle == idle)
+    wait_until(lambda: server.stats().bytes_received == 15)
+    go.set()
+    wait_until(lambda: len(order) == 3)
+    assert order == [b"busy", b"waiting", b"late"]
+
+
+def test_a_handler_killed_while_it_waits_for_a_place_keeps_the_count_of_places(serve, connect):
+    go = Event()
+    handlers = []
+
+    def handler(conn):
+        handlers.append(getcurrent())
+        with conn.idle():
+            conn.recv(10)
+        go.wait()
+
+    server = serve(handler, pool=1)
+    clients = [connect(server) for _ in range(2)]
+    wait_until(lambda: server.stats().idle == 2)
+    for idle, client in zip((1, 0), clients, strict=True):
+        client.sendall(b"x")
+        wait_until(lambda idle=idle: server.stats().idle == idle)
+    handlers[1].kill(block=False)
+    wait_until(lambda: server.active_connections == 1)
+    assert server.stats().handlers == 1
+    go.set()
     wait_until(lambda: server.active_connections == 0)
     assert server.stats().handlers == 0
 
@@ -825,6 +897,37 @@ SIGNAL_AT_START = """
     server = gtcpserver.Server("127.0.0.1:0", lambda conn: None)
     print(server.serve_forever(), flush=True)
 """
+
+
+SIGNAL_JUST_BEFORE_THE_LOOP_SLEEPS = """
+    import os, signal
+    import gevent, gevent.event
+    from gtcpserver.signals import StopSignals
+
+    kept = []
+    told = gevent.event.Event()
+
+    def arm():
+        # Called once by libev, behind gevent's own look for signals and with no bytecode after it: the last thing
+        # before epoll_wait(2).
+        killer = gevent.get_hub().loop.prepare(priority=-2)
+        killer.start(os.kill, os.getpid(), signal.SIGTERM)
+        stopper = gevent.get_hub().loop.prepare(priority=-1)
+        turns = []
+        stopper.start(lambda: turns.append(1) or (len(turns) == 2 and killer.stop()))
+        kept.extend([killer, stopper])
+
+    with StopSignals(lambda number: told.set()):
+        gevent.get_hub().loop.timer(0.05).start(arm)
+        told.wait()
+    print("told", flush=True)
+"""
+
+
+def test_a_signal_just_before_the_event_loop_sleeps_is_noticed(python, in_thread):
+    process = python(SIGNAL_JUST_BEFORE_THE_LOOP_SLEEPS)
+    output, errors = in_thread(process.communicate)
+    assert output == b"told\n", errors
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

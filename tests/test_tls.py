@@ -1,6 +1,7 @@
 """TLS over real sockets: servers with tls=..., start_tls in a handler, and clients of other makes."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from gtcpserver import (
     TLSConfig,
     TruncatedStream,
 )
+from gtcpserver import server as server_module
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
 PLENTY = bytes(range(256)) * 4096  # 1 MiB
@@ -448,6 +450,24 @@ def test_what_a_client_gets_of_a_write_that_timed_out_is_its_beginning(serve, tl
     assert (PLENTY * 64).startswith(received)
 
 
+def test_a_write_that_failed_for_want_of_buffers_leaves_no_gap(serve, tls, tls_client, in_thread):
+    def handler(conn):
+        layer = conn._stream.tls
+        transmit = layer._transmit
+
+        def fail_once(data):
+            layer._transmit = transmit
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+        layer._transmit = fail_once
+        with pytest.raises(OSError, match="No buffer space"):
+            conn.sendall(b"one")
+        conn.sendall(b"two")
+
+    client = tls_client(serve(handler, tls=tls))
+    assert in_thread(read_all, client) == b"onetwo"
+
+
 def test_a_large_write_that_moves_is_no_slow_client(serve, tls, shared, tls_client, in_thread, spawn_thread, quiet):
     """One call moves 3 MiB over longer than the window in which something must move."""
     size = 48 * 65536
@@ -586,6 +606,17 @@ def test_close_notify_is_sent(serve, tls, tls_client, in_thread, version):
     client.suppress_ragged_eofs = False
     assert in_thread(read_all, client) == b"hello\n"
     in_thread(client.unwrap)
+
+
+def test_an_aborted_answer_does_not_look_whole_to_its_client(serve, tls, tls_client, in_thread):
+    def handler(conn):
+        conn.sendall(b"half of it")
+        conn.abort()
+
+    client = tls_client(serve(handler, tls=tls))
+    client.suppress_ragged_eofs = False
+    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        in_thread(read_all, client)
 
 
 def test_an_end_without_close_notify_is_quiet(serve, shared, tls_client, quiet):
@@ -1021,6 +1052,18 @@ def test_a_handshake_that_takes_too_long(serve, shared, connect, in_thread, quie
     assert server.stats().handshaking == 0
 
 
+def test_each_slow_handshake_is_ended_though_others_came_before(serve, shared, connect, in_thread):
+    server = serve(hello, tls=TLSConfig(*shared.server, handshake_timeout=0.1))
+    for _ in range(2):
+        silent = []
+        for _ in range(3):
+            silent.append(connect(server))
+            gevent.sleep(0.04)
+        for client in silent:
+            assert in_thread(client.recv, 10) == b""
+    assert failures(server) == {"timeout": 6}
+
+
 @pytest.fixture
 def descriptors():
     before = len(os.listdir("/proc/self/fd"))
@@ -1204,6 +1247,17 @@ def test_a_graceful_stop_finishes_handshakes_and_serves_them(serve, tls, shared,
     report = stopping.get(timeout=SOON)
     assert (report.finished, report.ended) == (3, 0)
     assert failures(server) == {}
+
+
+def test_a_stop_ends_when_the_last_handshake_has_failed(serve, tls, connect, monkeypatch):
+    monkeypatch.setattr(server_module, "LONGEST_WITHOUT_A_LOOK", SOON)
+    server = serve(hello, tls=tls)
+    client = connect(server)
+    wait_until(lambda: server.stats().handshaking == 1)
+    stopping = gevent.spawn(server.stop, SOON)
+    wait_until(lambda: server.listening_ended.is_set())
+    client.close()
+    assert stopping.get(timeout=SOON / 2).ended == 0
 
 
 def test_a_stop_does_not_wait_longer_than_a_handshake_may_take(serve, shared, connect, quiet):

@@ -299,8 +299,6 @@ class Fleet:
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 15)
         if not killed and monotonic() - worker.ready_at < SHORT_LIFE:
             self._start_failed(slot, f"worker {slot.number} lived {monotonic() - worker.ready_at:.2f} s")
-        elif slot.next is not None and slot.next.state is WorkerState.READY and self.reload is None:
-            self.promote(slot)
 
     # -- what is due -------------------------------------------------------------------------------------------------
 

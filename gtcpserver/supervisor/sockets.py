@@ -260,7 +260,7 @@ class ListeningSockets:
     def mute_shared(self) -> None:
         """Before the last drain: removes the paths of unix sockets, so that nobody new comes."""
         for one in self.shared:
-            if one.listener.family == socket.AF_UNIX and not one.external:
+            if one.listener.family == socket.AF_UNIX:  # if it is ours, as the listener knows
                 one.listener.mute()
 
     def close_slot(self, slot: int) -> int:
@@ -275,7 +275,7 @@ class ListeningSockets:
 
     def close_shared(self, keep_paths: bool = False) -> None:
         for one in self.shared:
-            one.listener.close(keep_path=keep_paths or one.external)
+            one.listener.close(keep_path=keep_paths)
 
     def close(self, keep_paths: bool = False) -> None:
         for group in self.groups:
