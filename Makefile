@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test matrix core fuzz inject check bench bench-programs docs docs-serve load sslyze clean
+.PHONY: help serve test matrix core fuzz inject mutants check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
+	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
 	@echo 'make check   lint, format and types'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
@@ -58,6 +59,10 @@ fuzz: $(VENV)/dev.stamp
 
 inject: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(BIN)/python -m injection --quiet $(if $(INJECT),$(INJECT),--write docs/reliability.md)
+
+# The list is tests/mutants.toml.
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python tests/mutants.py -j 2 $(MUTANTS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
