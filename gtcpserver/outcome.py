@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import ssl
 from typing import Any
 
 from .access_log import Result
@@ -83,6 +84,8 @@ SYSTEM_ERRNOS = frozenset(
 
 def system_has_failed(error: BaseException) -> bool:
     """Whether the connection is as good as before, but for what the handler could not receive or send."""
+    if isinstance(error, ssl.SSLError):
+        return False  # its errno is a number of OpenSSL's: 1 is no EPERM
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS)
 
 
