@@ -47,7 +47,7 @@ class Care:
         self._looked_at = now
         for worker in list(fleet.workers.values()):
             worker.note_silence(now)
-            if worker.channel.ended and worker.kill_at is None:
+            if (worker.channel.ended or worker.channel.unread) and worker.kill_at is None:
                 worker.kill_at = now + DUMP_SECONDS  # it ends, or has closed what it is told by
             if worker.dump_asked_at is not None:
                 self._end_blocked(worker, now)

@@ -54,6 +54,7 @@ class Channel:
 
     Attributes:
         ended: the other end is closed: its process is gone.
+        unread: the other end reads no more (EPIPE): what was sent last is lost. Its own messages may still come.
     """
 
     def __init__(self, sock: socket.socket, kinds: frozenset[str], takes_fds: bool = False) -> None:
@@ -63,6 +64,7 @@ class Channel:
         self._takes_fds = takes_fds
         self._outbox: deque[_Packet] = deque()
         self.ended = False
+        self.unread = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -99,7 +101,9 @@ class Channel:
                     log.error("a %s message of %d bytes is too big for a socket", packet.kind, len(packet.data))
                 elif error.errno not in GONE:
                     return False  # EAGAIN, ENOBUFS, ENOMEM ...: later
-            self._outbox.popleft()  # it is sent, or nobody is left to read it, which `receive` tells
+                else:
+                    self.unread = True
+            self._outbox.popleft()  # it is sent, or nobody is left to read it
         return True
 
     def finish(self, seconds: float) -> bool:

@@ -309,6 +309,8 @@ class Fleet:
             if worker.kill_at is not None and now >= worker.kill_at:
                 if worker.state is not WorkerState.KILLED:
                     log.warning("worker %d (pid %d) does not end: killing it", worker.slot, worker.pid)
+                if worker.channel.ended or worker.channel.unread:
+                    worker.failure = worker.failure or "it has closed its channel to the master"
                 worker.kill()
         self.care.look(now)
         if self.stopping:

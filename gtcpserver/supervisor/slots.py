@@ -108,8 +108,12 @@ class WorkerProcess:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it, now and as often as it takes."""
-        self.state = WorkerState.KILLED
+        """Kill it, now and as often as it takes.
+
+        The end of one that was not to leave counts as what it is: a start that failed, or a death.
+        """
+        if self.leaving:
+            self.state = WorkerState.KILLED
         self.kill_at = monotonic() + KILL_AGAIN_SECONDS
         self.signal(signal.SIGKILL)
 
