@@ -56,7 +56,7 @@ class Fleet:
 
     def add(self, slot: Slot, state: WorkerState = WorkerState.READY) -> Worker:
         pid = len(self.workers) + 1
-        worker = Worker(slot.number, pid, SimpleNamespace(ended=False), self.generation, state=state)  # type: ignore[arg-type]
+        worker = Worker(slot.number, pid, SimpleNamespace(ended=False, unread=False), self.generation, state=state)  # type: ignore[arg-type]
         self.workers[pid] = worker
         return worker
 
