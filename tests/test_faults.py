@@ -150,7 +150,11 @@ def test_exception_in_a_handler_ends_its_connection_alone(serve, connect, in_thr
     bystander, victim = connect(server), connect(server)
     assert in_thread(ask, bystander) == b"hello"
     victim.sendall(b"raise")
-    assert in_thread(victim.recv, 1) == b""
+    if isinstance(error, MemoryError):  # what was to be sent may be missing
+        with pytest.raises(ConnectionResetError):
+            in_thread(victim.recv, 1)
+    else:
+        assert in_thread(victim.recv, 1) == b""
     assert in_thread(ask, bystander) == b"hello"
     assert in_thread(ask, connect(server)) == b"hello"
     stats = server.stats()
