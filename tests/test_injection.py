@@ -56,7 +56,7 @@ CHOSEN: dict[tuple[str, str], tuple[str, ...]] = {
         "recvfrom ECONNRESET 1",
         "sendmsg EPIPE 1",
     ),
-    ("master", "stop"): ("kill EPERM 1", "poll EINTR 1", "wait4 EINTR 1"),
+    ("master", "stop"): ("write EAGAIN 1", "kill EPERM 1", "poll EINTR 1", "wait4 EINTR 1"),
     ("worker", "serve"): ("openat EMFILE 1+", "sendto ENOBUFS 1..5", "recvmsg ENOMEM 1"),
     ("worker", "reload"): ("recvmsg ENOMEM 1", "sendto EAGAIN 1"),
     ("worker", "stop"): ("accept4 EMFILE 1+", "sendto ENOMEM 1"),

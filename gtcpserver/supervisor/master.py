@@ -22,6 +22,7 @@ import os
 import select
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from time import monotonic
@@ -103,6 +104,7 @@ class Master:
         self._monitor: MonitorProcess | None = None
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
         self._pipe = (-1, -1)
+        self._signals: deque[int] = deque()  # that have come and were not obeyed yet
         self._stop_at: float | None = None
         self._said = ""
         self._notifier = systemd.Notifier()
@@ -187,7 +189,7 @@ class Master:
         try:
             self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            before += [(number, _signal(number, _noted_in_the_pipe)) for number in MASTER_SIGNALS]
+            before += [(number, _signal(number, self._note_signal)) for number in MASTER_SIGNALS]
             self._open_control()
             if self._pid_file is not None and handover is None:
                 self._pid_file.write()
@@ -301,6 +303,8 @@ class Master:
         """
         self._failed = False
         self._guarded(self._wait)
+        while self._signals:
+            self._guarded(self._obey_signal, self._signals.popleft())
         self._guarded(self._reap)
         for look_after in self._parts():
             self._guarded(look_after, monotonic())
@@ -319,7 +323,7 @@ class Master:
 
     def _wait(self) -> None:
         watched: dict[int, tuple[int, Callable[[int], None]]] = {}
-        watched[self._pipe[0]] = (select.POLLIN, lambda _: self._read_signals())
+        watched[self._pipe[0]] = (select.POLLIN, lambda _: self._empty_pipe())
         for worker in self.fleet.workers.values():
             if not worker.channel.ended:
                 watched[worker.channel.fileno()] = (select.POLLIN, self._receiver(worker))
@@ -474,17 +478,15 @@ class Master:
 
     # -- signals -----------------------------------------------------------------------------------------------------
 
-    def _read_signals(self) -> None:
-        try:
-            numbers = os.read(self._pipe[0], 4096)
-        except BlockingIOError:
-            return
-        for number in numbers:
-            self._guarded(self._obey_signal, number)
+    def _note_signal(self, number: int, _frame: Any) -> None:
+        # Not the numbers that set_wakeup_fd writes: one that cannot be written (the pipe is full) is lost.
+        self._signals.append(number)
+
+    def _empty_pipe(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._pipe[0], 4096)
 
     def _obey_signal(self, number: int) -> None:
-        if number not in MASTER_SIGNALS:
-            return  # the program that was preloaded has a handler for it
         name = signal.Signals(number).name
         if number == signal.SIGTERM and self._left_to is not None and not self.fleet.ending:
             log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
@@ -638,10 +640,6 @@ def _exists(pid: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def _noted_in_the_pipe(_number: int, _frame: Any) -> None:
-    """A handler must be there for `signal.set_wakeup_fd` to write the signal's number."""
 
 
 def _nobody(_error: str | None) -> None:
