@@ -30,7 +30,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "fallocate": ("EOPNOTSUPP", "ENOSPC", "EINTR"),
     "fcntl": ("EPERM", "ENOMEM"),
     "fdatasync": ("EIO", "ENOSPC"),
-    "flock": ("EWOULDBLOCK", "EINTR", "ENOLCK"),
+    "flock": ("EAGAIN", "EINTR", "ENOLCK"),
     "fork": ("EAGAIN", "ENOMEM"),
     "fstat": ("ENOMEM", "EIO"),
     "ftruncate": ("EIO", "EINTR"),
@@ -72,6 +72,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "timerfd_create": (*NO_DESCRIPTOR, "ENOMEM"),
     "timerfd_settime": ("EINVAL",),
     "unlink": ("EACCES", "EROFS", "EIO"),
+    "unlinkat": ("EACCES", "EROFS", "EIO"),
     "vfork": ("EAGAIN", "ENOMEM"),
     "wait4": ("EINTR", "ECHILD"),
     "write": ("EINTR", "EAGAIN", "EIO", "ENOSPC", *PEER_GONE),
@@ -82,7 +83,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
 WHEN = ("1", "2", "10", "1..5", "1+")
 
 #: "Not now": the kernel never says so always, and a loop that asks again is right.
-PASSING = frozenset({"EAGAIN", "EINTR", "EWOULDBLOCK"})
+PASSING = frozenset({"EAGAIN", "EINTR"})
 
 #: Calls by which Python finds and reads modules, too: at a start they are not the server's.
 OF_THE_INTERPRETER = frozenset(
