@@ -134,7 +134,7 @@ class _Check:
                     if not self._play(function):
                         break
                     self._played.append(name)
-                last = self._sandbox.look()
+                last = self._look()
         except Blocked as blocked:
             self._found("blocked", f"the event loop stands still, for all clients, here:\n{blocked}")
         except Died as died:
@@ -183,7 +183,7 @@ class _Check:
     def _repeat(self, function: Callable[[Player], None], kind: Kind, grown: int) -> Look:
         steps = [grown]
         for _ in range(REPEATS):
-            self._before = before = self._sandbox.look()
+            self._before = before = self._look()
             function(self._player)
             self._player.leave()
             after = self._settled()
@@ -196,10 +196,8 @@ class _Check:
     def _settled(self) -> Look:
         """Look when the connections have ended, or should have, and what belongs to them had time to go."""
         give_up = monotonic() + self._patience
-        while (look := self._sandbox.look(thorough=False)).open > self._stuck and monotonic() < give_up:
-            self._note_errors(look)
+        while (look := self._look(thorough=False)).open > self._stuck and monotonic() < give_up:
             gevent.sleep(0.002)
-        self._note_errors(look)
         if look.active > self._stuck:
             where = "\n".join(look.where[self._stuck :][:5])
             self._found(
@@ -208,12 +206,11 @@ class _Check:
                 f"{where}",
             )
         self._stuck = max(self._stuck, look.open)
-        look = self._sandbox.look()
+        look = self._look()
         give_up = monotonic() + GRACE
         while self._has_grown(look) and monotonic() < give_up:
             gevent.sleep(0.01)
-            look = self._sandbox.look()
-        self._note_errors(look)
+            look = self._look()
         return look
 
     def _has_grown(self, look: Look) -> bool:
@@ -222,9 +219,12 @@ class _Check:
             getattr(look, kind) > getattr(before, kind) for kind in _LEAKS if kind not in self._leaking
         )
 
-    def _note_errors(self, look: Look) -> None:
+    def _look(self, thorough: bool = True) -> Look:
+        """Look at the server. Each error is told by one look only, so each look notes them."""
+        look = self._sandbox.look(thorough)
         for error in look.errors:
             self._found("handler error", error)
+        return look
 
     def _serve_many(self) -> None:
         """Short connections, so many that what each of them leaves adds up."""
@@ -236,7 +236,7 @@ class _Check:
         steps = [(after - before) / BATCH for before, after in pairwise(pieces)]
         if min(steps) > MOST_PIECES:
             self._found("memory", f"each connection leaves about {min(steps):.0f} objects behind")
-        self._before = self._sandbox.look()
+        self._before = self._look()
 
     def _connect_once(self, number: int) -> None:
         sent = self._conversation.sent

@@ -64,7 +64,7 @@ class Look:
         greenlets: alive, without those that wait for work.
         blocks: pieces of memory that Python has given out.
         memory: resident set, bytes.
-        errors: of handlers that raised since the last look, each once, as text.
+        errors: of handlers that raised since the last thorough look, each once, as text.
     """
 
     accepted: int
@@ -294,14 +294,14 @@ class _Child:
 
     def _look(self, thorough: bool = True) -> dict[str, Any]:
         PIPES.close_idle()
-        greenlets = 0
+        greenlets, errors = 0, []
         if thorough:
+            errors, self._errors = self._errors, []
             gc.collect()
             greenlets = sum(_is_running(thing) for thing in gc.get_objects())
         with open("/proc/self/statm") as file:
             resident = int(file.read().split()[1])
         stats = self._server.stats()
-        errors, self._errors = self._errors, []
         return {
             "accepted": stats.accepted,
             "active": stats.active,
