@@ -56,7 +56,8 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "pselect6": ("EINTR", "ENOMEM"),
     "read": ("EINTR", "EAGAIN", "EIO", "ENOMEM", "ECONNRESET"),
     "recvfrom": ("EINTR", "EAGAIN", "ENOMEM", "ENOBUFS", "ECONNRESET", "ETIMEDOUT"),
-    "recvmsg": ("EINTR", "EAGAIN", "ENOMEM", "ENOBUFS", "ECONNRESET"),
+    # Not ECONNRESET: workers read their orders by it, and the kernel says so only where there is no master any more.
+    "recvmsg": ("EINTR", "EAGAIN", "ENOMEM", "ENOBUFS"),
     "rename": ("EACCES", "EROFS", "EIO"),
     "sched_setaffinity": ("EINVAL", "EPERM"),
     "sendfile": (*REFUSED, "EINVAL", "EIO", "ENOMEM", "EAGAIN", "EINTR", *PEER_GONE),

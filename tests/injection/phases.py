@@ -45,6 +45,9 @@ MOST_CALLS = 300
 #: Log lines for one injection that are no flood: a few for each client.
 MOST_LINES = 25
 
+#: What the command line says at an end that it has expected.
+LAST_LINE = re.compile(r"^gtcpserver: .*\n?\Z", re.MULTILINE)
+
 #: Seconds of which a server that nobody talks to may take at most half as CPU time.
 IDLE = 0.2
 
@@ -122,7 +125,8 @@ class Verdict:
         self.ended = status
         if not status:
             self.faults.append("ended with status 0")
-        elif re.search("^Traceback", self.log, re.MULTILINE):  # those that are logged are indented
+        # Those that are logged are indented, and those of a worker that cannot start have a line below them.
+        elif re.search("^Traceback", self.log, re.MULTILINE) and not LAST_LINE.search(self.log):
             self.faults.append(f"ended with status {status} and a traceback")
         elif not re.search(r"gtcpserver(\[\d+\])?: |ERROR|CRITICAL", self.log):
             self.faults.append(f"ended with status {status} without a line")
@@ -165,7 +169,9 @@ class Bench:
             verdict.faults = [one for one in verdict.faults if not one.startswith(artefacts)]
             self.drop()
         if injection.impossible_end and injection.call != "splice":  # one of the two ends is told, and tells the other
-            verdict.faults = [one for one in verdict.faults if not one.startswith(("keeps", "client"))]
+            # At a start: a worker says it is ready, and the master is not there.
+            artefacts = ("keeps", "client", "neither")
+            verdict.faults = [one for one in verdict.faults if not one.startswith(artefacts)]
             self.drop()
         if verdict.faults or verdict.ended is not None:
             self.drop()
