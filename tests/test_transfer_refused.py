@@ -46,7 +46,10 @@ serve(Server("127.0.0.1:0", gtcpserver.forwarder.Forwarder(["127.0.0.1:" + sys.a
 """
 
 FILES = """
-serve(Server("127.0.0.1:0", lambda conn: conn.sendfile(sys.argv[1])))
+def send(conn):
+    conn.recv(1)
+    conn.sendfile(sys.argv[1])
+serve(Server("127.0.0.1:0", send))
 """
 
 RECEIVE = """
@@ -67,6 +70,7 @@ serve(Server("127.0.0.1:0", receive))
 def test_a_relay_that_may_not_splice_copies(injected, source, name, when):
     subject = injected(FORWARD, rule("splice", name, when), arguments=[source.port])
     with subject.connect() as client:
+        client.sendall(b"x")
         assert receive_all(client) == whole(DATA)
     subject.wait_for_failed_call()
     assert subject.log().count("splice(2) was refused") == 1
@@ -86,6 +90,7 @@ def test_a_relay_that_may_not_splice_copies(injected, source, name, when):
 def test_a_relay_that_broke_never_ends_in_order(injected, source, injection):
     subject = injected(FORWARD, injection, arguments=[source.port])
     with subject.connect() as client:
+        client.sendall(b"x")
         received = receive_all(client)
     subject.wait_for_failed_call()
     assert received.how == "reset" or received == whole(DATA)  # where the call was one after the last byte
@@ -107,6 +112,7 @@ def test_a_file_that_may_not_be_sent_by_the_kernel_is_copied(injected, tmp_path,
     file.write_bytes(DATA)
     subject = injected(FILES, injection, arguments=[file])
     with subject.connect() as client:
+        client.sendall(b"x")
         assert receive_all(client) == whole(DATA)
     subject.wait_for_failed_call()
 
@@ -118,6 +124,7 @@ def test_a_file_that_broke_off_never_ends_in_order(injected, tmp_path, injection
     file.write_bytes(DATA)
     subject = injected(FILES, injection, arguments=[file])
     with subject.connect() as client:
+        client.sendall(b"x")
         received = receive_all(client)
     subject.wait_for_failed_call()
     assert received.how == "reset"

@@ -202,7 +202,11 @@ def whole(data: bytes) -> Received:
 
 
 class Source:
-    """A server in a native thread that sends ``data`` to each client and closes."""
+    """A server in a native thread that sends ``data`` to each client that has sent a byte, and closes.
+
+    The byte is there for clients whose connection may be reset: a reset that comes before `socket.connect` has looked
+    is an error of the connect.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -219,6 +223,7 @@ class Source:
                 return
             with client, contextlib.suppress(OSError):
                 client.settimeout(SOON)
+                client.recv(1)
                 client.sendall(self._data)
                 client.shutdown(socket.SHUT_WR)
                 client.recv(1)
