@@ -10,7 +10,7 @@ itself, since it asks the kernel twice for each record.
 from __future__ import annotations
 
 import socket
-from ssl import MemoryBIO, SSLEOFError, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
+from ssl import MemoryBIO, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -23,6 +23,7 @@ from .errors import TLSFlood, TruncatedStream
 from .lane import Step
 from .tls import Credentials, HandshakeFailure, classify_handshake_error
 from .tls.client_hello import server_name_in
+from .tls.info import is_unannounced_end
 from .transfer.ends import reset_on_close
 from .watcher import stop_watcher
 
@@ -240,7 +241,7 @@ class TLSLayer:
             return False
         if isinstance(error, SSLZeroReturnError):
             return True
-        if isinstance(error, SSLEOFError):
+        if is_unannounced_end(error):
             if self._report_truncation:
                 raise TruncatedStream("the peer closed without a TLS close_notify") from error
             return True
@@ -397,7 +398,7 @@ class TLSLayer:
                 return self._write(data)  # type: ignore[no-any-return]
             except OSError as another:
                 error = another
-        if isinstance(error, (SSLZeroReturnError, SSLEOFError)):
+        if isinstance(error, SSLZeroReturnError) or is_unannounced_end(error):
             raise BrokenPipeError("the peer has closed the connection") from error
         self._stream.fault = error
         raise error

@@ -19,6 +19,7 @@ from ..connect import connect as connect_to
 from ..errors import ConfigError
 from ..proxy_protocol import ProxyHeader
 from ..server import Server
+from ..tls.info import is_unannounced_end
 
 Result = TypeVar("Result")
 
@@ -89,8 +90,10 @@ class Client:
             return received
         try:
             return bytes(self._tls_call(self._tls.read, size))
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            return b""
+        except ssl.SSLError as error:
+            if isinstance(error, ssl.SSLZeroReturnError) or is_unannounced_end(error):
+                return b""
+            raise
 
     def recv_exactly(self, size: int) -> bytes:
         """Exactly ``size`` bytes. Raises EOFError if the server closed first."""

@@ -50,7 +50,6 @@ _BY_REASON: dict[str, HandshakeFailure] = {
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "server_certificate",
     "TLSV1_ALERT_UNKNOWN_CA": "server_certificate",
     "CALLBACK_FAILED": "unknown_name",  # the server-name callback refused it
-    "UNEXPECTED_EOF_WHILE_READING": "eof",
 }
 
 # RFC 9110 section 9, RFC 5789; and PRI, with which HTTP/2 begins (RFC 9113 section 3.4). OpenSSL itself knows five.
@@ -132,6 +131,15 @@ class ConnectionTLS:
         )
 
 
+def is_unannounced_end(error: BaseException) -> bool:
+    """True where the peer ended the connection without a close_notify (RFC 8446 section 6.1).
+
+    OpenSSL 3 tells it in another way than OpenSSL 1.1. Some Pythons make a plain SSLError of that, Debian 12's 3.11.2
+    among them.
+    """
+    return isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", None) == "UNEXPECTED_EOF_WHILE_READING"
+
+
 def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> HandshakeFailure:
     """Name the kind of a failed handshake.
 
@@ -147,7 +155,7 @@ def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> 
     """
     if isinstance(error, TimeoutError):
         return "timeout"
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, EOFError)):
+    if isinstance(error, (ssl.SSLZeroReturnError, EOFError)) or is_unannounced_end(error):
         return "eof"
     if isinstance(error, ConnectionError):
         return "reset"
