@@ -1,4 +1,7 @@
-"""Read and print an endpoint: "127.0.0.1:5000", "[::1]:443", "*:80", "unix:/run/x.sock", "unix:@name", "fd:3"."""
+"""Read and print an endpoint: "127.0.0.1:5000", "[::1]:443", "*:80", "unix:/run/x.sock", "unix:@name", "fd:3".
+
+A port alone is on LOOPBACK: a service is open to the network only where that was written.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ MAX_HOST_NAME = 253
 """Characters of a host name as text, RFC 1035 section 2.3.4 less the length bytes of the wire form."""
 
 EXPECTED = '"host:port", "[IPv6]:port", "*:port", "unix:/path", "unix:@name" or "fd:number"'
+
+LOOPBACK = "127.0.0.1"
+"""Not "localhost", which may be two addresses, of which port 0 would get two ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
     """Read an address.
 
     Args:
-        address: text in one of the forms above (":80" and "80" mean "*:80"); a port number, on "*"; or a tuple
+        address: text in one of the forms above (":80" is "*:80"); a port, as text or number, on 127.0.0.1; or a tuple
             (host, port) or (host, port, flow info, scope id) as `socket.getsockname` gives it.
 
     Raises:
@@ -58,7 +64,7 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
     if isinstance(address, str):
         return _parse_text(address)
     if isinstance(address, int) and not isinstance(address, bool):
-        return Address("tcp", "*", _check_port(address, address))
+        return Address("tcp", LOOPBACK, _check_port(address, address))
     if isinstance(address, tuple):
         return _parse_tuple(address)
     raise ConfigError(f"address must be {EXPECTED}, a port number or a tuple (host, port), got {address!r}")
@@ -96,7 +102,11 @@ def _parse_text(text: str) -> Address:
             raise ConfigError(f'address "fd:number" needs a file descriptor, 0 or more, got {text!r}')
         return Address("fd", fd=int(number))
     if text.isascii() and text.isdigit():
-        return Address("tcp", "*", _check_port(text, text))
+        return Address("tcp", LOOPBACK, _check_port(text, text))
+    scheme, is_url, rest = text.partition("://")
+    if is_url and scheme.isalnum():
+        plain = rest.partition("/")[0] or "host:port"
+        raise ConfigError(f'address is written without a scheme: "{plain}", got {text!r}')
     if text.startswith("["):
         host, bracket, port = text[1:].rpartition("]:")
         if not bracket:

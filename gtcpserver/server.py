@@ -98,7 +98,8 @@ class Server:
 
     Args:
         address: where to listen: "127.0.0.1:5000", "[::1]:443", ``"*:80"`` (IPv4 and IPv6), "name:80",
-            "unix:/run/x.sock", "fd:3", a port number, a (host, port) tuple, a listening socket; or a list of these.
+            "unix:/run/x.sock", "fd:3", a port (on 127.0.0.1), a (host, port) tuple, a listening socket; or a list of
+            these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
             has stopped, and ``counters``, a mapping of names to numbers that appears in :meth:`stats`.

@@ -20,8 +20,8 @@ from gtcpserver.errors import ConfigError
         ("[fe80::1%eth0]:80", Address("tcp", "fe80::1%eth0", 80), "[fe80::1%eth0]:80"),
         ("*:80", Address("tcp", "*", 80), "*:80"),
         (":80", Address("tcp", "*", 80), "*:80"),
-        ("80", Address("tcp", "*", 80), "*:80"),
-        (80, Address("tcp", "*", 80), "*:80"),
+        ("80", Address("tcp", "127.0.0.1", 80), "127.0.0.1:80"),
+        (80, Address("tcp", "127.0.0.1", 80), "127.0.0.1:80"),
         ("example.org:65535", Address("tcp", "example.org", 65535), "example.org:65535"),
         ("host_name-1:1", Address("tcp", "host_name-1", 1), "host_name-1:1"),
         (("127.0.0.1", 5000), Address("tcp", "127.0.0.1", 5000), "127.0.0.1:5000"),
@@ -61,6 +61,15 @@ def test_anything_else_is_a_config_error_that_shows_what_was_given(wrong):
 def test_port_error_says_the_range():
     with pytest.raises(ConfigError, match=r"port must be 0 to 65535, got '127\.0\.0\.1:70000'"):
         parse_address("127.0.0.1:70000")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("tcp://127.0.0.1:5000", "127.0.0.1:5000"), ("http://[::1]:80/x", "[::1]:80")]
+)
+def test_a_url_is_answered_with_what_to_write(wrong, right):
+    with pytest.raises(ConfigError) as caught:
+        parse_address(wrong)
+    assert str(caught.value) == f'address is written without a scheme: "{right}", got {wrong!r}'
 
 
 def test_a_unix_path_may_be_as_long_as_the_kernel_takes():

@@ -140,7 +140,7 @@ def test_the_wildcard_takes_ipv4_and_ipv6(opened):
 
 def test_the_wildcard_is_ipv4_where_the_system_has_no_ipv6(opened, monkeypatch):
     monkeypatch.setattr(listener, "_has_ipv6", lambda: False)
-    (one,) = opened(0)
+    (one,) = opened("*:0")
     assert one.family == socket.AF_INET
     assert one.sockaddr[0] == "0.0.0.0"
     assert one.address == f"*:{one.sockaddr[1]}"

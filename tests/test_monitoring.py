@@ -509,7 +509,7 @@ def test_junk_harms_nobody(watched, connect, in_thread, get, junk):
 
 
 @pytest.mark.parametrize(
-    ("given", "where"), [("9100", "127.0.0.1:9100"), (":9100", "127.0.0.1:9100"), (9100, "127.0.0.1:9100"),
+    ("given", "where"), [("9100", "127.0.0.1:9100"), (":9100", "*:9100"), (9100, "127.0.0.1:9100"),
                          ("*:9100", "*:9100"), ("[::1]:1", "[::1]:1"), ("unix:/run/m", "unix:/run/m")]
 )  # fmt: skip
 def test_a_port_alone_is_on_loopback(given, where):

@@ -300,7 +300,8 @@ def server_options(command: Command) -> Command:
         default=("127.0.0.1:5000",),
         show_default="127.0.0.1:5000",
         metavar="ADDRESS",
-        help="Where to listen: host:port, [IPv6]:port, *:port, unix:/path, unix:@name or fd:number; may be repeated.",
+        help="Where to listen: host:port, [IPv6]:port, *:port (every address), port (on 127.0.0.1), unix:/path, "
+        "unix:@name or fd:number; may be repeated.",
     )(server_options_but_bind(command))
 
 

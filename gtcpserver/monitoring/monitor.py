@@ -105,7 +105,7 @@ def make_pages(source: Source, address: Address, sockets: list[socket.socket] | 
 
 
 def check_metrics_address(address: Any) -> Address:
-    """Reads where metrics are to be served; a port alone is on 127.0.0.1.
+    """Reads where metrics are to be served.
 
     Raises:
         ConfigError: it is no address, or prometheus_client is missing.
@@ -113,10 +113,6 @@ def check_metrics_address(address: Any) -> Address:
     if isinstance(address, Address):
         checked = address
     else:
-        if isinstance(address, int) and not isinstance(address, bool):
-            address = str(address)
-        if isinstance(address, str) and address.removeprefix(":").isdigit():
-            address = f"127.0.0.1:{address.removeprefix(':')}"
         try:
             checked = parse_address(address)
         except ConfigError as error:
