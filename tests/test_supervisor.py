@@ -176,8 +176,16 @@ def test_a_stop_gives_connections_of_replaced_workers_no_longer_than_others(star
     assert "1 cut" in master.log()
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT], [signal.SIGQUIT]])
-def test_a_second_sigterm_and_sigint_and_sigquit_end_everything_at_once(start: Start, numbers: list[int]) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM, signal.SIGTERM],
+        [signal.SIGINT, signal.SIGINT],
+        [signal.SIGTERM, signal.SIGINT],
+        [signal.SIGQUIT],
+    ],
+)
+def test_a_second_sigterm_or_sigint_and_sigquit_end_everything_at_once(start: Start, numbers: list[int]) -> None:
     master = start("--workers", "2", "--graceful-timeout", "none")
     with master.connect() as client:
         client.sendall(b"sleep 60\n")
@@ -200,10 +208,13 @@ def test_sigterm_to_a_worker_replaces_it_gracefully(start: Start) -> None:
     assert "got SIGTERM: replacing it" in master.log()
 
 
-def test_a_signal_to_every_process_as_systemd_sends_it_is_a_graceful_stop(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_as_systemd_and_a_terminal_send_it_is_a_graceful_stop(
+    start: Start, number: signal.Signals
+) -> None:
     master = start("--workers", "2", start_new_session=True)
     held = master.hold(count=4)
-    os.killpg(master.pid, signal.SIGTERM)
+    os.killpg(master.pid, number)
     for client in held:
         assert client.recv(100).split()[1] == b"last"
         client.close()
@@ -211,10 +222,12 @@ def test_a_signal_to_every_process_as_systemd_sends_it_is_a_graceful_stop(start:
     assert "0 cut" in master.log()
 
 
-def test_sigint_to_every_process_as_a_terminal_sends_it_ends_at_once(start: Start) -> None:
+def test_sigquit_to_every_process_as_a_terminal_sends_it_ends_at_once(start: Start) -> None:
     master = start("--workers", "2", start_new_session=True)
-    os.killpg(master.pid, signal.SIGINT)
+    held = master.hold(count=2)
+    os.killpg(master.pid, signal.SIGQUIT)
     assert master.wait() == 0
+    assert [client.recv(100) for client in held] == [b"", b""]
     assert "Traceback" not in master.log()
 
 

@@ -304,7 +304,7 @@ def test_finally_blocks_have_time_when_everything_is_ended_at_once(start: Start,
     master = start("--workers", "1", app=LONG_FINALLY)
     with master.connect() as client:
         assert client.recv(10) == b"begun"
-        assert master.stop(signal.SIGINT) == 0
+        assert master.stop(signal.SIGQUIT) == 0
     assert (tmp_path / "ended").read_text() == "ready: False"
     assert "killing it" not in master.log()
 

@@ -197,7 +197,7 @@ def test_a_stop_that_waits_for_handlers_does_not_spin(start: Start) -> None:
         before = cpu_seconds(master.pid)
         time.sleep(1)
         assert cpu_seconds(master.pid) - before < 0.3
-    master.stop(signal.SIGINT)
+    master.stop(signal.SIGQUIT)
 
 
 @pytest.mark.parametrize("kill", [PermissionError(1, "no"), ProcessLookupError(3, "gone")])

@@ -2,8 +2,8 @@
 
 | signal | does |
 | --- | --- |
-| TERM | graceful stop; a second one ends everything at once |
-| INT, QUIT | end everything at once |
+| TERM, INT | graceful stop; a second one of either ends everything at once |
+| QUIT | end everything at once |
 | HUP | reload: new workers, then the old ones leave |
 | USR2 | upgrade: a new master with the same sockets, then this one leaves |
 | USR1 | open the log file again |
@@ -488,12 +488,13 @@ class Master:
 
     def _obey_signal(self, number: int) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGTERM and self._left_to is not None and not self.fleet.ending:
+        graceful = number in (signal.SIGTERM, signal.SIGINT)  # INT is Ctrl-C
+        if graceful and self._left_to is not None and not self.fleet.ending:
             log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
             self.fleet.hasten()
-        elif number in (signal.SIGINT, signal.SIGQUIT) or (number == signal.SIGTERM and self.stopping):
+        elif number == signal.SIGQUIT or (graceful and self.stopping):
             self.halt(name)
-        elif number == signal.SIGTERM:
+        elif graceful:
             self.begin_stop(name)
         elif number == signal.SIGUSR1:
             self.reopen_log()
