@@ -67,9 +67,20 @@ class _Watcher(_io):  # type: ignore[misc]
 
 def watch(loop: Any, fd: int, events: int) -> Any:
     """A watcher like that of ``loop.io``; its callback is a greenlet's ``switch``, or a method of an object with a
-    ``throw``."""
-    # A loop of another class has watchers of its own, which are taken as they are.
-    return _Watcher(loop, fd, events) if type(loop) is _loop else loop.io(fd, events)
+    ``throw``.
+
+    Raises:
+        OSError: EIO: it cannot be watched; EBADF: the descriptor is closed.
+    """
+    try:
+        # A loop of another class has watchers of its own, which are taken as they are.
+        return _Watcher(loop, fd, events) if type(loop) is _loop else loop.io(fd, events)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
+        # gevent asks fcntl(2) whether the descriptor is open. Whatever a filter of seccomp(2) answers, an EAGAIN too,
+        # says nothing about the peer.
+        raise cannot_watch(f"fcntl(2): {error.strerror}") from error
 
 
 def _stop(watcher: Any) -> None:
@@ -91,5 +102,5 @@ def check_watched(watcher: Any) -> None:
         raise cannot_watch()
 
 
-def cannot_watch() -> OSError:
-    return OSError(errno.EIO, "the event loop cannot watch this descriptor: epoll_ctl(2) failed")
+def cannot_watch(why: str = "epoll_ctl(2) failed") -> OSError:
+    return OSError(errno.EIO, f"the event loop cannot watch this descriptor: {why}")

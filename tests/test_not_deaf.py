@@ -90,6 +90,26 @@ def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(
 
 
 @needs_strace
+@pytest.mark.parametrize("error", ["EAGAIN", "EBUSY", "EINTR", "EACCES", "ENOMEM"])
+def test_an_upload_whose_watcher_cannot_be_made_is_reset(injected, error):
+    """Whatever error fcntl(2) gives: the client takes no orderly end for an answer."""
+    subject = injected(UPLOAD)
+    with subject.injecting(rule("fcntl", error)), subject.connect() as client:
+        client.sendall(bytes(1_000_000))
+        assert receive_all(client).how == "reset"
+    assert "the event loop cannot watch this descriptor: fcntl(2): " in subject.log()
+
+
+@needs_strace
+@pytest.mark.parametrize("error", ["EAGAIN", "EBUSY"])
+def test_a_download_whose_watcher_cannot_be_made_is_reset(injected, error):
+    subject = injected(DOWNLOAD)
+    with subject.injecting(rule("fcntl", error)), subject.connect(receive_buffer=4096) as client:
+        subject.wait_for_log("the event loop cannot watch this descriptor")
+        assert receive_all(client).how == "reset"
+
+
+@needs_strace
 @pytest.mark.parametrize("when", ["1", "2", "3"])
 def test_one_epoll_ctl_that_fails_costs_no_connection(injected, when):
     subject = injected(DOWNLOAD)

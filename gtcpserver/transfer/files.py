@@ -11,6 +11,8 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from ..watcher import watch
+
 
 def descriptor_of(file: Any) -> int | None:
     """The descriptor behind a descriptor or file object, if its bytes are those of the file; otherwise None.
@@ -52,7 +54,7 @@ def is_seekable_file(fd: int) -> bool:
 def wait_for(fd: int, event: int) -> None:
     """Wait until a FIFO or device can be read (event 1) or written (event 2)."""
     hub = get_hub()
-    watcher = hub.loop.io(fd, event)
+    watcher = watch(hub.loop, fd, event)
     try:
         hub.wait(watcher)
     finally:

@@ -28,7 +28,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "epoll_wait": ("EINTR",),
     "eventfd2": (*NO_DESCRIPTOR, "ENOMEM"),
     "fallocate": ("EOPNOTSUPP", "ENOSPC", "EINTR"),
-    "fcntl": ("EPERM", "ENOMEM"),
+    "fcntl": (*REFUSED, "ENOMEM", "EAGAIN", "EBUSY"),  # no kernel gives the last two; a filter may
     "fdatasync": ("EIO", "ENOSPC"),
     "flock": ("EAGAIN", "EINTR", "ENOLCK"),
     "fork": ("EAGAIN", "ENOMEM"),
@@ -36,7 +36,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "ftruncate": ("EIO", "EINTR"),
     "getdents64": ("EIO", "ENOMEM"),
     "getpeername": ("ENOTCONN", "ENOBUFS"),
-    "getrandom": ("EINTR",),
+    "getrandom": (*REFUSED, "EINTR", "EAGAIN"),
     "getsockname": ("ENOBUFS", "ENOMEM"),
     "getsockopt": ("ENOBUFS", "ENOMEM", "ENOPROTOOPT", "EPERM"),
     "ioctl": ("ENOTTY", "ENOMEM", "EPERM"),
