@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -169,6 +170,8 @@ class _Life:
         self.faults = FaultLimiter()
         self.left_out = False  # the handler's counters, of which the log knows
         self.unread: list[tuple[Message, int | None]] = []
+        self.order: Callable[[], gevent.Greenlet] | None = None  # to end, from the master; it begins to obey
+        self.obeying: gevent.Greenlet | None = None
         # Commands that come while there is no server yet.
         self.early: list[Message] = []
         self.limit_of_accepts = _with_jitter(job.config)
@@ -282,6 +285,7 @@ class _Life:
                 self.channel.flush()
                 self.channel.send_if_clear("beat", lag=round(lag, 4))
                 self.look_whether_due()
+                self.look_whether_obeyed()
 
     def report(self) -> None:
         """Send counters once a second, as far as they can be had."""
@@ -348,6 +352,20 @@ class _Life:
             self.asked_to_retire = True
             self.channel.send("retire", why=why)
 
+    def end_by(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begin what ends this worker. It is noted first: there may be no memory to start a greenlet."""
+        self.worker.ready = False
+        self.order = partial(gevent.spawn, function, *arguments)
+        self.obeying = self.order()
+
+    def look_whether_obeyed(self) -> None:
+        """An order that could not be obeyed is obeyed now; nobody would give it again."""
+        server = self.worker.server
+        if self.order is None or server is None or server.state is State.STOPPED:
+            return
+        if self.obeying is None or self.obeying.dead:
+            self.obeying = self.order()
+
     def tell_when_drained(self, server: Server) -> None:
         server.listening_ended.wait()
         self.channel.send("drained")
@@ -397,20 +415,17 @@ class _Life:
         elif message.kind == "connections":
             gevent.spawn(self.send_connections, server, max(1, int(message.number("of"))))
         elif message.kind == "halt":
-            self.worker.ready = False
-            gevent.spawn(server.halt)
+            self.end_by(server.halt)
         elif message.kind == "hasten":
             timeout = message.seconds("timeout")
             if timeout is not None:
                 gevent.spawn(server.hasten, timeout)  # after the stop that a message just before began
         elif message.kind == "retire":
-            self.worker.ready = False
-            gevent.spawn(self.stop, message.seconds("timeout"), (), message.fields.get("hurry") is not True)
+            self.end_by(self.stop, message.seconds("timeout"), (), message.fields.get("hurry") is not True)
         elif message.kind == "stop":
-            self.worker.ready = False
             last_of_all = message.fields.get("all") is True
             drained = (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,)
-            gevent.spawn(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
+            self.end_by(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
 
     def stop(self, timeout: float | None, drained: Collection[Use], patient: bool = False) -> None:
         """Finish. Sockets of the uses in ``drained`` have no other owner: drain them before closing."""
