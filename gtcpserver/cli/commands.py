@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -127,6 +128,15 @@ def run(arguments: Sequence[str]) -> int:
         # `gtcpserver check | head`: nobody wants the rest. What is buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, MemoryError) as error:
+        # The system refuses what hardly ever fails, and what has no message of its own: getrandom(2), for one.
+        complain(f"{type(error).__name__}: {error} ({_place(error)})")
+        return 1
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {frame.name}, {frame.filename}:{frame.lineno}"
 
 
 def describe(error: click.ClickException) -> str:
