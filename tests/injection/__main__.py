@@ -27,8 +27,6 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # the servers are ended, too
     with tempfile.TemporaryDirectory(prefix="injection") as name, opened(Path(name)) as bench:
         found = _run(bench, options)
-    if options.json:
-        options.json.write_text(json.dumps([report.as_json(*one) for one in found], indent=1) + "\n")
     return _publish(found, options)
 
 
@@ -65,6 +63,8 @@ def _run(bench: Bench, options: argparse.Namespace) -> list[tuple[Injection, Ver
             for injection in _injections(name, phase, counted, options):
                 found.append((injection, bench.run_twice(injection)))
                 _tell(*found[-1], options.quiet)
+            if options.json:  # after each phase: what an hour has found is not lost with the run
+                options.json.write_text(json.dumps([report.as_json(*one) for one in found], indent=1) + "\n")
         bench.drop()
     return found
 
