@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SOON = 20.0
+SOON = 60.0
 
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
 
@@ -130,7 +130,7 @@ class Browser:
         os.close(self._to)
         os.close(self._from)
         try:
-            self._process.wait(5)
+            self._process.wait(SOON)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

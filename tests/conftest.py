@@ -34,7 +34,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 _random = random.SystemRandom()  # hypothesis seeds the other one, in each process alike
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
-SOON = 15.0
+SOON = 60.0
 
 
 def wait_until(condition, seconds=SOON):

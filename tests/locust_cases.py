@@ -39,7 +39,7 @@ from tcp_user import Address, ClosedByServer, Reconnect, RequestFailed, TcpUser,
 from gtcpserver import Server, TLSConfig  # noqa: E402
 
 #: For whatever should happen at once.
-SOON = 15.0
+SOON = 60.0
 
 
 class Reported(list):

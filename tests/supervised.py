@@ -16,7 +16,7 @@ from typing import Any
 
 from gtcpserver.supervisor import ask
 
-SOON = 20.0
+SOON = 60.0
 COMMAND = [sys.executable, "-m", "gtcpserver"]
 
 APP = '''
@@ -61,7 +61,7 @@ requests, workers, failures = [0], set(), []
 def connect():
     sock = socket.socket()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(15)
+    sock.settimeout(SOON)
     sock.connect((host, port))
     return sock
 

@@ -240,7 +240,7 @@ def test_haproxy(serve, connect, in_thread, tmp_path, option):
         def through():
             while True:
                 try:
-                    with socket.create_connection(("127.0.0.1", port), 5) as client:
+                    with socket.create_connection(("127.0.0.1", port), SOON) as client:
                         name = client.getsockname()
                         client.sendall(b"hello")
                         return name, client.recv(10)

@@ -55,7 +55,7 @@ def run_bench(*options, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=28,
+        timeout=60,
     )
 
 
@@ -85,7 +85,7 @@ def test_servers_answer_pipelined_requests_and_close_when_asked(name):
     last = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
     with (
         servers.serving(name, ["--size", "5"]) as server,
-        socket.create_connection((server.host, server.port), timeout=15) as sock,
+        socket.create_connection((server.host, server.port), timeout=60) as sock,
         sock.makefile("rb") as file,
     ):
         sock.sendall(answers.REQUEST * 2 + last[:-1])
@@ -101,7 +101,7 @@ def test_idle_timeout_closes_a_silent_connection(name):
     skip_without_its_package(name)
     with (
         servers.serving(name, ["--timeout", "0.05"]) as server,
-        socket.create_connection((server.host, server.port), timeout=15) as sock,
+        socket.create_connection((server.host, server.port), timeout=60) as sock,
     ):
         try:
             assert sock.recv(1) == b""
@@ -377,7 +377,7 @@ def test_make_bench_looks_for_all_programs_before_it_begins(tmp_path):
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=28,
+        timeout=60,
     )
     assert done.returncode == 2
     expected = "the benchmarks need haproxy, nginx-light, openssl, wrk: apt-get install haproxy nginx-light openssl wrk"
@@ -396,7 +396,7 @@ def test_missing_programs_are_installed_by_root(tmp_path):
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=28,
+        timeout=60,
     )
     packages = "haproxy nginx-light openssl wrk"
     assert log.read_text() == f"-qq update\n-qq install -y --no-install-recommends {packages}\n"
@@ -469,7 +469,7 @@ def test_compare_takes_the_same_settings_only_and_is_called_by_its_path(tmp_path
     for how in (["loadtests/compare.py"], ["-m", "loadtests.compare"]):
         for files, status, said in (([old, old], 0, ""), ([old, quick], 2, "they have another settings")):
             done = subprocess.run(
-                [sys.executable, *how, *files], cwd=ROOT, capture_output=True, text=True, timeout=28, check=False
+                [sys.executable, *how, *files], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
             )
             assert (done.returncode, said in done.stderr) == (status, True), done.stderr
 
@@ -530,7 +530,7 @@ def run_module(name, path, *options):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=58,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from gtcpserver.cli import check
 
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gtcpserver", "check", *arguments], capture_output=True, text=True, timeout=25
+        [sys.executable, "-m", "gtcpserver", "check", *arguments], capture_output=True, text=True, timeout=60
     )
 
 
@@ -43,7 +43,7 @@ def test_closed_output_is_no_traceback() -> None:
     os.close(reader)
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "gtcpserver", "check"], stdout=writer, stderr=subprocess.PIPE, timeout=25
+            [sys.executable, "-m", "gtcpserver", "check"], stdout=writer, stderr=subprocess.PIPE, timeout=60
         )
     finally:
         os.close(writer)
@@ -162,7 +162,7 @@ def test_select_backend_is_advised_against() -> None:
         [sys.executable, "-m", "gtcpserver", "check", "--json"],
         capture_output=True,
         text=True,
-        timeout=25,
+        timeout=60,
         env={**os.environ, "GEVENT_BACKEND": "select"},
     )
     loop = json.loads(result.stdout)[-1]

@@ -103,7 +103,7 @@ class Running:
         raise AssertionError(f"{text!r} never came, but: {self.lines}")
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, 10)
+        return socket.create_connection(self.address, 60)
 
     def ask(self, data: bytes = b"") -> bytes:
         with self.connect() as client:
@@ -112,7 +112,7 @@ class Running:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        status = self.process.wait(20)
+        status = self.process.wait(60)
         self.lines += self._stderr.read().splitlines()
         return status
 
@@ -149,7 +149,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=25)
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 def complaint(*arguments: str, cwd: Path | None = None, status: int = 2) -> str:
@@ -179,7 +179,7 @@ def test_help_names_every_command_and_the_exit_status() -> None:
 
 def test_without_click_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['click'] = None; sys.argv[1:] = ['check']; import gtcpserver.cli as c; c.main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stderr == 'the command line needs click: pip install "gtcpserver[cli]"\n'
 
@@ -255,7 +255,7 @@ def test_several_addresses_are_listened_on(start: Callable[..., Running], folder
     server = start("echo", "--bind", "127.0.0.1:0", "--bind", f"unix:{path}", "--accept-loops", "2")
     assert "3 accept loops" in server.listening
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(str(path))
         client.sendall(b"x")
         assert client.recv(10) == b"x"
@@ -282,7 +282,7 @@ def test_options_reach_server_and_sockets(start: Callable[..., Running]) -> None
     assert "pool no limit" in server.listening
     assert server.ask() == b"5\n"
     assert server.ask() == b"5\n"
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 def test_hooks_are_called(start: Callable[..., Running]) -> None:
@@ -321,7 +321,7 @@ def test_stop_waits_for_handlers(start: Callable[..., Running]) -> None:
         server.wait_for("SIGTERM")
         client.sendall(b"go on\n")
         assert lines.readline() == b"done\n"
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     assert "1 connections finished, 0 cut" in server.wait_for("stopped:")
 
 
@@ -507,16 +507,16 @@ def test_a_self_signed_certificate_is_made_for_a_first_try_and_said_so(tmp_path:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         with (
-            socket.create_connection(("127.0.0.1", int(found[1])), timeout=20) as plain,
+            socket.create_connection(("127.0.0.1", int(found[1])), timeout=60) as plain,
             context.wrap_socket(plain) as sock,
         ):
             sock.sendall(b"hello")
             assert sock.recv(100) == b"hello"
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     both = [sys.executable, "-m", "gtcpserver", "echo", "--tls-self-signed", "--tls-cert", str(tmp_path / "x.pem")]
-    done = subprocess.run(both, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(both, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "--tls-self-signed" in done.stderr
 

@@ -28,7 +28,7 @@ def clock(monkeypatch):
 def client_from(server, source):
     """Connects from an address of this host."""
     sock = socket.socket()
-    sock.settimeout(10)
+    sock.settimeout(60)
     sock.bind((source, 0))
     sock.connect(("127.0.0.1", server.port))
     return sock

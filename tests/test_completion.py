@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOON = 20.0
+SOON = 60.0
 BIN = str(Path(sys.executable).parent)
 
 

@@ -402,7 +402,7 @@ def test_a_timeout_begins_anew_with_each_wait(pair):
 
 def test_one_timer_serves_many_waits(pair):
     connection, peer = pair()
-    connection.settimeout(30)
+    connection.settimeout(SOON)
     echo = gevent.spawn(lambda: [peer.sendall(peer.recv(10)) for _ in range(50)])
     timers = set()
     for _ in range(50):
@@ -535,7 +535,7 @@ def test_settimeout_refuses_nonsense(pair, value):
 
 def test_a_deadline_bounds_a_client_that_drips(pair):
     connection, peer = pair()
-    connection.settimeout(5)
+    connection.settimeout(SOON)
 
     def drip():
         while True:
@@ -1070,7 +1070,7 @@ for n in range(60):
 gevent.sleep(0.01)
 print("alive")
 """
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON)
     assert (result.stdout, result.returncode) == ("alive\n", 0), result.stderr
 
 

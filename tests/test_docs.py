@@ -46,8 +46,6 @@ RUN = ("console", "python")
 #: Programs from Debian that console blocks use.
 PROGRAMS = ("curl", "haproxy", "ncat", "openssl", "redis-benchmark", "redis-cli")
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def name_of(path):
     return str(path.relative_to(ROOT))

@@ -27,7 +27,7 @@ def run_with(loop, *command):
     command = [sys.executable, *command]
     environment = {**os.environ, "GEVENT_LOOP": loop}
     return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
     )
 
 

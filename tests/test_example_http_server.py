@@ -41,7 +41,7 @@ def connect():
     opened = []
 
     def to(address):
-        sock = socket.create_connection(address, timeout=15)
+        sock = socket.create_connection(address, timeout=60)
         file = sock.makefile("rb")
         opened.extend((file, sock))
         return sock, file
@@ -156,7 +156,7 @@ def test_tls_answers_the_same(start):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (
-        socket.create_connection(start("--tls"), timeout=15) as plain,
+        socket.create_connection(start("--tls"), timeout=60) as plain,
         context.wrap_socket(plain) as sock,
         sock.makefile("rb") as file,
     ):
@@ -180,7 +180,7 @@ def test_tls_answers_the_same(start):
     ids=" ".join,
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(options):
-    done = subprocess.run([sys.executable, str(PROGRAM), *options], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, str(PROGRAM), *options], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert options[0].strip("-").split("-")[0] in done.stderr or options[-1] in done.stderr

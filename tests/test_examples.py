@@ -32,7 +32,7 @@ ALONE = [name for name in NAMES if name not in ("database.py", "redis_queue.py")
 ANSWERING = [name for name in ALONE if name != "port_forwarder.py"]
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
-SOON = 20.0
+SOON = 60.0
 
 #: Runs an example with other constants: program, name=value ..., --, arguments.
 WITH_CONSTANTS = r"""

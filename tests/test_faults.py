@@ -401,7 +401,7 @@ def far_host():
 
 FAR_CLIENTS = """
 import socket, sys, time
-clients = [socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) for _ in range(5)]
+clients = [socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=60) for _ in range(5)]
 for client in clients:
     client.sendall(b"x")
 print("connected", flush=True)

@@ -13,8 +13,6 @@ from injection.clients import How, Outcome
 from injection.phases import PHASES, Bench, Injection, Verdict, opened
 from injection.strace import needs_strace
 
-pytestmark = pytest.mark.timeout(120)
-
 ACCEPT = ("accept4 EMFILE 1+", "accept4 ECONNABORTED 1", "epoll_ctl ENOMEM 1")
 STREAM = ("recvfrom EINTR 1..5", "recvfrom ENOMEM 2", "sendto EAGAIN 2", "sendto ENOBUFS 1")
 CONNECT = ("socket EMFILE 1", "connect EADDRNOTAVAIL 1", "splice ENOSYS 1+", "splice EIO 2", "pipe2 EMFILE 1+")

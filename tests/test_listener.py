@@ -57,7 +57,7 @@ def opened():
 def connect(opened):
     def connect_to(listening, count=1):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listening.sockaddr[0], listening.sockaddr[0])
-        return [opened.keep(socket.create_connection((host, listening.sockaddr[1]), timeout=10)) for _ in range(count)]
+        return [opened.keep(socket.create_connection((host, listening.sockaddr[1]), timeout=60)) for _ in range(count)]
 
     return connect_to
 
@@ -80,7 +80,7 @@ def count_and_close(listening):
 
 
 def accept_one(listening):
-    listening.socket.settimeout(10)
+    listening.socket.settimeout(60)
     try:
         return listening.socket.accept()[0]
     finally:
@@ -134,7 +134,7 @@ def test_the_wildcard_takes_ipv4_and_ipv6(opened):
     assert one.address == f"*:{port}"
     assert one.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
     for host in ("127.0.0.1", "::1"):
-        opened.keep(socket.create_connection((host, port), timeout=10))
+        opened.keep(socket.create_connection((host, port), timeout=60))
     assert count_and_close(one) == 2
 
 
@@ -294,7 +294,7 @@ def test_descriptors_that_are_no_listening_stream_socket_are_config_errors_and_s
 
 def connect_unix(path):
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(10)
+    sock.settimeout(60)
     sock.connect(path)
     return sock
 
@@ -791,7 +791,7 @@ def test_a_handshake_under_way_at_mute_is_completed_and_counted_until_then(opene
 @pytest.mark.parametrize("address", ["127.0.0.1:0", pytest.param("*:0", marks=needs_ipv6)])
 def test_connections_deferred_until_their_data_come_to_a_muted_listeners_queue(opened, address, way):
     (one,) = opened(address, ListenConfig(defer_accept=60))
-    client = opened.keep(socket.create_connection(("127.0.0.1", one.sockaddr[1]), timeout=10))
+    client = opened.keep(socket.create_connection(("127.0.0.1", one.sockaddr[1]), timeout=60))
     assert handshakes_under_way(one.socket) in (1, None)
     assert accept_all(one) == []
     assert one.mute()
@@ -814,7 +814,7 @@ def test_what_a_client_sends_first_makes_its_connection_on_a_listener_muted_by_t
     monkeypatch.setattr(draining, "_drop_by_filter", lambda listening: False)
     # Its last ACK is not taken, as if it were still on its way.
     (one,) = opened(f"{host}:0", ListenConfig(defer_accept=60))
-    client = opened.keep(socket.create_connection((client_host, one.sockaddr[1]), timeout=10))
+    client = opened.keep(socket.create_connection((client_host, one.sockaddr[1]), timeout=60))
     assert one.mute()
     client.sendall(b"x")
     connection = opened.keep(accept_one(one))
@@ -824,7 +824,7 @@ def test_what_a_client_sends_first_makes_its_connection_on_a_listener_muted_by_t
     with pytest.raises(BlockingIOError):
         connection.recv(1, socket.MSG_DONTWAIT)
     draining.accept_any_ttl(connection)
-    connection.settimeout(10)
+    connection.settimeout(60)
     assert connection.recv(1) == b"y"
 
 
@@ -942,7 +942,7 @@ print(served, refused, broken)
 
 def echo(connection):
     with connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.sendall(connection.recv(1))
 
 

@@ -25,7 +25,7 @@ from conftest import free_port
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(__file__).with_name("locust_cases.py")
 NAMES = re.findall(r"^def case_(\w+)", CASES.read_text(), re.MULTILINE)
-SOON = 20.0
+SOON = 60.0
 
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is missing: pip install '.[load]'")
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
@@ -65,7 +65,7 @@ def locust(*options, locustfile=LOCUSTFILE, folder=ROOT):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=28,
+        timeout=SOON,
     )
 
 
@@ -377,7 +377,7 @@ def browse(url, folder, screenshot=None):
     command += ["--virtual-time-budget=5000", "--window-size=1300,1000"]
     if screenshot:
         command += [f"--screenshot={screenshot}"]
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=28)
+    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=SOON)
     return re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.DOTALL)
 
 

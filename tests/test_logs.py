@@ -319,7 +319,7 @@ def test_fault_key_is_the_raising_line() -> None:
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
@@ -361,7 +361,7 @@ print(handler.dropped)
 """
     reader, writer = os.pipe()
     try:
-        process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, timeout=20)
+        process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, timeout=60)
     finally:
         os.close(writer)
         os.close(reader)
@@ -379,7 +379,7 @@ def test_process_started_with_stderr_closed_runs() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert result.stdout == "1\n"
 

@@ -19,8 +19,6 @@ from gtcpserver.monitoring.from_master import FromMaster
 from gtcpserver.monitoring.source import Health, SourceError
 from gtcpserver.supervisor import control
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def start(tmp_path):

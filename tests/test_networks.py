@@ -52,7 +52,7 @@ def test_a_denied_client_is_denied_in_whatever_form(serve, in_thread, configured
     allowed = serve(echo, listen, client_limits=ClientLimits(allow=[configured]))
     denied = serve(echo, listen, client_limits=ClientLimits(deny=[configured]))
     for server, expected in ((allowed, True), (denied, False)):
-        with socket.create_connection(("127.0.0.1", server.port), 10) as client:
+        with socket.create_connection(("127.0.0.1", server.port), 60) as client:
             assert is_served(client, in_thread) is expected
     assert denied.stats().clients_refused == {"client_denied": 1}
 

@@ -190,7 +190,7 @@ def test_reasons_not_to_accept_are_no_deafness(serve, connect, monkeypatch, capl
     with caplog.at_level(logging.ERROR, "gtcpserver"):
         closing = gevent.spawn(several.close_accept_loop, 0)
         gevent.sleep(0.2)
-        closing.get(timeout=5)
+        closing.get(timeout=60)
     assert not caplog.records
     assert full.stats().accepted == 1
     for client in clients:

@@ -279,7 +279,7 @@ EVERY_ALLOCATION = """
 
     def talk():
         client = socket.create_connection(("127.0.0.1", server.port))
-        client.settimeout(10)
+        client.settimeout(60)
         try:
             if made is None:
                 client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\\r\\n")
@@ -320,7 +320,7 @@ EVERY_ALLOCATION = """
 @pytest.mark.parametrize("kind", ["tls", "header"])
 def test_no_allocation_that_fails_while_a_connection_is_admitted_leaves_anything_behind(python, kind):
     process = python(EVERY_ALLOCATION, kind)
-    out, err = process.communicate(timeout=25)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err.decode()[-2000:]
     assert int(out) >= 5
 
@@ -340,7 +340,7 @@ LITTLE_MEMORY = """
     def answers(clients):
         served = 0
         for client in clients:
-            client.settimeout(5)
+            client.settimeout(60)
             try:
                 client.sendall(b"hello")
                 served += client.recv(10) == b"hello"
@@ -380,7 +380,7 @@ LITTLE_MEMORY = """
 
 def test_a_process_that_was_short_of_memory_serves_as_many_as_before(python):
     process = python(LITTLE_MEMORY)
-    out, err = process.communicate(timeout=25)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err.decode()[-2000:]
     refused, served, taken = map(int, out.split())
     assert (served, taken) == (50, 0)

@@ -118,7 +118,7 @@ pool = HandlerPool()
 gevent.get_hub().loop.run_callback(pool.run, print, "ran")
 gevent.wait()
 """
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON)
     assert (result.stdout, result.stderr, result.returncode) == ("ran\n", "", 0)
 
 
@@ -191,7 +191,7 @@ assert "mine" not in [name for number, data, name in seen], seen
 assert len(threading._active) == before, threading._active
 print("ok")
 """
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON)
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
@@ -367,7 +367,7 @@ except SystemExit as asked:
     assert len(pool) == 0
     raise
 """
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON)
     assert (result.stdout, result.returncode) == ("still works\n", 3), result.stderr
 
 

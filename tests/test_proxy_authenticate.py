@@ -73,7 +73,7 @@ def all_at_once(authenticator, attempts):
     greenlets = [gevent.spawn(authenticator.check, *attempt) for attempt in attempts]
     gevent.sleep(0)
     authenticator.go.set()
-    gevent.joinall(greenlets, timeout=10, raise_error=True)
+    gevent.joinall(greenlets, timeout=60, raise_error=True)
     return [greenlet.value for greenlet in greenlets]
 
 
@@ -169,7 +169,7 @@ def test_a_client_that_leaves_takes_nobody_elses_answer_with_it():
     assert wait_until(lambda: staff.asked)
     first.kill()
     staff.go.set()
-    assert second.get(timeout=10)
+    assert second.get(timeout=60)
     assert len(staff.asked) == 1
 
 
@@ -182,7 +182,7 @@ def test_nobody_is_asked_for_clients_that_have_left():
     assert wait_until(lambda: len(staff._questions) == 2)
     gone.kill()
     staff.go.set()
-    assert busy.get(timeout=10)
+    assert busy.get(timeout=60)
     wait_until(lambda: not staff._questions)
     assert staff.asked == [(b"Ada", b"pw")]
 

@@ -149,19 +149,17 @@ JAVA = """
 
 
 @needs("java", "javac")
-@pytest.mark.timeout(60)
 def test_both_clients_of_java(proxy, origin, folder, lines):
     (folder / "Fetch.java").write_text(textwrap.dedent(JAVA))
     # Java does not log in by Basic for a tunnel unless it is told to.
     command = ["java", "-Djdk.http.auth.tunneling.disabledSchemes=", "Fetch.java", str(proxy.port)]
     url = f"https://localhost:{origin.port}/file"
-    done = in_thread_for(50, lambda: subprocess.run([*command, url], cwd=folder, capture_output=True, timeout=50))
+    done = in_thread_for(SOON, lambda: subprocess.run([*command, url], cwd=folder, capture_output=True, timeout=SOON))
     assert done.stdout.split() == [str(len(CONTENT)).encode()] * 2, done.stderr.decode()
     assert logins(lines, 4) == {"authentication_failed": 2, "ok": 2}
 
 
 @needs("chromium", "openssl")
-@pytest.mark.timeout(60)
 def test_a_browser(proxy, origin, folder, lines):
     der = subprocess.run(
         "openssl x509 -in server.pem -noout -pubkey | openssl pkey -pubin -outform der",

@@ -174,7 +174,7 @@ def test_another_client_has_its_own_attempts(silent, tried, serve, connect, in_t
     wait_until(lambda: len(tried) == 1)
     with socket.create_server(("127.0.0.1", 0)) as there, socket.socket() as other:
         other.bind(("127.0.0.5", 0))
-        other.settimeout(10)
+        other.settimeout(60)
         other.connect(("127.0.0.1", server.port))
         assert in_thread(reply, other, socks(there.getsockname()[1])) == 0
 

@@ -48,11 +48,10 @@ def proxy(serve):
 
 
 def run(*command, **options):
-    return subprocess.run(command, capture_output=True, timeout=25, **options)
+    return subprocess.run(command, capture_output=True, timeout=SOON, **options)
 
 
 @needs("chromium")
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
 def test_a_browser_loads_an_https_page(proxy, serve, in_thread, tmp_path, lines, scheme):
     certificate = trustme.CA().issue_cert("page.example")
@@ -85,7 +84,7 @@ def test_a_browser_loads_an_https_page(proxy, serve, in_thread, tmp_path, lines,
         f"--ignore-certificate-errors-spki-list={pin}",
         *("--virtual-time-budget=5000", "--dump-dom", f"https://page.example:{origin.port}/page.html"),
     ]
-    done = in_thread_for(40, lambda: subprocess.run(command, capture_output=True, text=True, timeout=40))
+    done = in_thread_for(SOON, lambda: subprocess.run(command, capture_output=True, text=True, timeout=SOON))
     assert "it has run" in done.stdout, done.stderr[-2000:]
     assert any(line["asked"] == f"page.example:{origin.port}" and line["command"] == "CONNECT" for line in lines())
 

@@ -53,12 +53,12 @@ class Relayed:
         self.client, self.a = tcp_pair(cls, **(options or {}))
         self.server, self.b = tcp_pair(b_cls or cls, **(options or {}))
         for sock in (self.client, self.server):
-            sock.settimeout(10)
+            sock.settimeout(60)
         self.greenlet = gevent.spawn(relay, self.a, self.b, **relay_options)
         gevent.sleep(0)  # the relay has begun
 
     def result(self):
-        return self.greenlet.get(timeout=10)
+        return self.greenlet.get(timeout=60)
 
     def close(self):
         self.greenlet.kill()
@@ -145,7 +145,7 @@ def test_both_directions_are_byte_exact_with_random_chunks(relayed, seed):
     there, back = randomness.randint(1, 12_000_000), randomness.randint(1, 3_000_000)
     tasks = [gevent.spawn(talk, one.client, there), gevent.spawn(talk, one.server, back)]
     ears = [gevent.spawn(listen, one.server), gevent.spawn(listen, one.client)]
-    gevent.joinall(tasks + ears, timeout=25, raise_error=True)
+    gevent.joinall(tasks + ears, timeout=60, raise_error=True)
     assert ears[0].value == (tasks[0].value, there)
     assert ears[1].value == (tasks[1].value, back)
     result = one.result()
@@ -163,7 +163,7 @@ def test_a_unix_socket_is_relayed_too():
     sender = gevent.spawn(lambda: (client.sendall(bytes(3_000_000)), client.shutdown(socket.SHUT_WR)))
     assert len(receive_all(server)) == 3_000_000
     server.close()
-    assert greenlet.get(timeout=10).bytes_a_to_b == 3_000_000
+    assert greenlet.get(timeout=60).bytes_a_to_b == 3_000_000
     sender.get()
     for sock in (client, a, b):
         sock.close()
@@ -180,7 +180,7 @@ def test_what_recv_until_read_ahead_is_sent_first():
     assert server.recv(100) == b"late"
     client.close()
     server.close()
-    assert greenlet.get(timeout=10).bytes_a_to_b == 10
+    assert greenlet.get(timeout=60).bytes_a_to_b == 10
     assert a.bytes_received == 18
     a.close()
     b.close()
@@ -213,7 +213,7 @@ def test_pipe_from_a_connection_to_itself_is_an_echo(cls):
     received = 0
     while received < 2_000_000:
         received += len(client.recv(100_000))
-    assert greenlet.get(timeout=10) == 2_000_000
+    assert greenlet.get(timeout=60) == 2_000_000
     sender.get()
     client.close()
     a.close()
@@ -324,7 +324,7 @@ def test_a_reset_at_any_time_ends_the_relay(relayed, seed):
     assert one.result().reason == "reset_a"
     one.a.close()
     one.b.close()
-    gevent.joinall(tasks, timeout=10, raise_error=True)
+    gevent.joinall(tasks, timeout=60, raise_error=True)
     assert all(task.ready() for task in tasks)
 
 
@@ -558,7 +558,7 @@ def test_who_ends_a_slow_connection_by_throwing_at_its_reader_ends_the_relay():
     gevent.sleep(0)
     gevent.get_hub().loop.run_callback(a._stream.reader().throw, TimeoutError("too slow"))
     with pytest.raises(TimeoutError, match="too slow"):
-        greenlet.get(timeout=10)
+        greenlet.get(timeout=60)
     for sock in (client, a, server, b):
         sock.close()
 
@@ -582,7 +582,7 @@ def test_ten_thousand_relays_hold_no_pipe_while_idle_and_leave_no_descriptor(cls
             client.close()
             server.close()
         for greenlet in relays:
-            assert greenlet.get(timeout=10).bytes_a_to_b == 200
+            assert greenlet.get(timeout=60).bytes_a_to_b == 200
         for _, a, b, _ in quads:
             a.close()
             b.close()
@@ -597,7 +597,7 @@ def test_busy_relays_share_pipes(cls):
         for one in several
     ]
     readers = [gevent.spawn(receive_all, one.server) for one in several]
-    gevent.joinall(readers + senders, timeout=20, raise_error=True)
+    gevent.joinall(readers + senders, timeout=60, raise_error=True)
     assert [len(reader.value) for reader in readers] == [3_000_000] * 8
     assert PIPES.idle <= 8
     for one in several:
@@ -718,7 +718,7 @@ def test_bulk_is_spliced_and_small_messages_are_not(tmp_path):
             received += len(data)
         server.close()
         sender.get()
-        out, _ = child.communicate(timeout=20)
+        out, _ = child.communicate(timeout=60)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -746,7 +746,7 @@ def test_small_messages_are_copied_again_after_a_large_one(relayed, monkeypatch)
     received = 0
     while received < 3_000_000:
         received += len(one.server.recv(65536))
-    sending.get(timeout=10)
+    sending.get(timeout=60)
     assert splices
     for _ in range(10):
         one.client.sendall(b"small")
@@ -781,7 +781,7 @@ def tls_pair(tls):
     client, accepted = tcp_pair()
     accepting = gevent.spawn(tls[0].wrap_socket, accepted, server_side=True)
     connected = tls[1].wrap_socket(client, server_hostname="localhost")
-    return connected, accepting.get(timeout=10)
+    return connected, accepting.get(timeout=60)
 
 
 def test_tls_on_one_side_is_copied_and_half_close_is_passed_on(tls):
@@ -798,7 +798,7 @@ def test_tls_on_one_side_is_copied_and_half_close_is_passed_on(tls):
     assert client.recv(100) == b"answer"
     assert client.recv(100) == b""
     client.close()
-    result = greenlet.get(timeout=10)
+    result = greenlet.get(timeout=60)
     assert (result.bytes_a_to_b, result.bytes_b_to_a, result.reason) == (700_000, 6, "closed")
     for sock in (a, b, server):
         sock.close()

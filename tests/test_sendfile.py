@@ -42,7 +42,7 @@ def pair(cls):
         listening.listen()
         client = gevent_socket.create_connection(listening.getsockname())
         accepted, _ = listening.accept()
-    client.settimeout(20)
+    client.settimeout(60)
     connection = cls(fileno=accepted.detach())
     yield client, connection
     client.close()
@@ -84,7 +84,7 @@ def sent_and_received(pair, *arguments, **options):
     reader = gevent.spawn(receive, client)
     sent = sendfile(connection, *arguments, **options)
     connection.shutdown(socket.SHUT_WR)
-    return sent, reader.get(timeout=20)
+    return sent, reader.get(timeout=60)
 
 
 # -- sendfile --------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_file_of_more_than_4_gib_is_sent_whole(pair):
         sparse.truncate(size)
         assert sendfile(connection, sparse) == size
     connection.shutdown(socket.SHUT_WR)
-    assert reader.get(timeout=20) == size
+    assert reader.get(timeout=60) == size
 
 
 def test_an_offset_beyond_4_gib(pair, tmp_path):
@@ -169,9 +169,9 @@ def test_a_file_cut_short_meanwhile_ends_early_with_the_true_count(pair, tmp_pat
     first = receive(client, 1_000_000)
     os.truncate(file, 2_000_000)
     rest = gevent.spawn(receive, client)
-    sent = sending.get(timeout=20)
+    sent = sending.get(timeout=60)
     connection.shutdown(socket.SHUT_WR)
-    assert len(first) + len(rest.get(timeout=20)) == sent < 64 << 20
+    assert len(first) + len(rest.get(timeout=60)) == sent < 64 << 20
 
 
 def test_a_file_that_grew_is_sent_to_its_new_end(pair, tmp_path):
@@ -183,9 +183,9 @@ def test_a_file_that_grew_is_sent_to_its_new_end(pair, tmp_path):
     with file.open("ab") as more:
         more.write(b"more")
     rest = gevent.spawn(receive, client)
-    assert sending.get(timeout=20) == (30 << 20) + 4
+    assert sending.get(timeout=60) == (30 << 20) + 4
     connection.shutdown(socket.SHUT_WR)
-    assert (first + rest.get(timeout=20)).endswith(b"\0more")
+    assert (first + rest.get(timeout=60)).endswith(b"\0more")
 
 
 def test_a_file_that_does_not_know_its_size(pair):
@@ -206,7 +206,7 @@ def test_a_fifo_is_sent_as_it_comes_and_nobody_waits_for_it(pair, tmp_path):
         assert client.recv(100) == b"first"
         writer.write(b"second")
         assert client.recv(100) == b"second"
-    assert sending.get(timeout=10) == 11
+    assert sending.get(timeout=60) == 11
     with pytest.raises(ValueError, match="offset"):
         sendfile(connection, fifo, offset=5)
 
@@ -245,7 +245,7 @@ def test_the_time_out_counts_from_the_last_byte(pair, tmp_path):
         gevent.sleep(0.06)
     assert not sending.ready()
     with pytest.raises(TimeoutError):
-        sending.get(timeout=10)
+        sending.get(timeout=60)
 
 
 def test_a_deadline_counts_in_all(pair, tmp_path):
@@ -271,7 +271,7 @@ def test_a_reset_is_an_oserror_and_a_close_by_another_greenlet_too(pair, tmp_pat
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     with pytest.raises(OSError, match=r"reset|pipe"):
-        sending.get(timeout=10)
+        sending.get(timeout=60)
 
 
 def test_a_close_by_another_greenlet_ends_it(pair, tmp_path):
@@ -284,7 +284,7 @@ def test_a_close_by_another_greenlet_ends_it(pair, tmp_path):
     gevent.sleep(0.05)
     connection.close()
     with pytest.raises(OSError) as caught:
-        sending.get(timeout=10)
+        sending.get(timeout=60)
     assert caught.value.errno == errno.EBADF
 
 
@@ -303,7 +303,7 @@ def test_other_greenlets_run_while_a_fast_client_gets_a_large_file(pair, path):
     sendfile(connection, path)
     counting.kill()
     connection.close()
-    reader.get(timeout=10)
+    reader.get(timeout=60)
     assert turns >= len(DATA) // disk.WINDOW
 
 
@@ -372,7 +372,7 @@ def tls_pair(tls):
         accepted, _ = listening.accept()
     accepting = gevent.spawn(tls[0].wrap_socket, accepted, server_side=True)
     client = tls[1].wrap_socket(raw, server_hostname="localhost")
-    server = accepting.get(timeout=10)
+    server = accepting.get(timeout=60)
     yield client, server
     client.close()
     server.close()
@@ -382,7 +382,7 @@ def test_over_tls_the_file_is_encrypted(tls_pair, path):
     client, server = tls_pair
     reader = gevent.spawn(receive, client, 4_000_000)
     assert sendfile(server, path, 1_000_000) == 4_000_000
-    assert reader.get(timeout=10) == DATA[1_000_000:]
+    assert reader.get(timeout=60) == DATA[1_000_000:]
 
 
 # -- recv_to_file ----------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_what_comes_is_in_the_file(pair, tmp_path, kind):
         content = file.read_bytes()
         assert (content[:4], content[-4:]) == (b"head", b"tail")
         file.write_bytes(content[4:-4])
-    sending.get(timeout=10)
+    sending.get(timeout=60)
     assert hashlib.sha256(file.read_bytes()).digest() == digest
     if isinstance(connection, Connection):
         assert connection.bytes_received == len(DATA)
@@ -438,7 +438,7 @@ def test_count_bytes_are_taken_and_the_rest_stays(pair, tmp_path):
     assert recv_to_file(connection, tmp_path / "2", 9_000_000) == len(DATA) - 3_000_002
     assert (tmp_path / "1").read_bytes() == DATA[:3_000_001]
     assert (tmp_path / "2").read_bytes() == DATA[3_000_002:]
-    sending.get(timeout=10)
+    sending.get(timeout=60)
 
 
 def test_what_recv_until_read_ahead_comes_first(pair, tmp_path):
@@ -458,7 +458,7 @@ def test_a_slow_disk_is_waited_for_by_a_thread(pair, tmp_path, monkeypatch):
     client, connection = pair
     sending = sender(client, DATA)
     assert recv_to_file(connection, tmp_path / "file") == len(DATA)
-    sending.get(timeout=10)
+    sending.get(timeout=60)
     assert (tmp_path / "file").read_bytes() == DATA
 
 
@@ -514,9 +514,9 @@ def test_into_a_fifo_nobody_reads_only_this_greenlet_waits(pair, tmp_path):
         gevent.sleep(0)
         with contextlib.suppress(BlockingIOError):
             received += os.read(reading, 65536)
-    assert receiving.get(timeout=10) == 1_000_000
+    assert receiving.get(timeout=60) == 1_000_000
     assert received == DATA[:1_000_000]
-    sending.get(timeout=10)
+    sending.get(timeout=60)
     os.close(reading)
     os.close(writing)
 
@@ -540,7 +540,7 @@ def test_without_pipes_it_is_copied(pair, tmp_path, monkeypatch):
     sending = sender(client, DATA)
     assert recv_to_file(connection, tmp_path / "file") == len(DATA)
     assert (tmp_path / "file").read_bytes() == DATA
-    sending.get(timeout=10)
+    sending.get(timeout=60)
 
 
 def test_from_tls_it_is_decrypted(tls_pair, tmp_path):
@@ -548,4 +548,4 @@ def test_from_tls_it_is_decrypted(tls_pair, tmp_path):
     sending = gevent.spawn(client.sendall, DATA)
     assert recv_to_file(server, tmp_path / "file", len(DATA)) == len(DATA)
     assert Path(tmp_path / "file").read_bytes() == DATA
-    sending.get(timeout=10)
+    sending.get(timeout=60)

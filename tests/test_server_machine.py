@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import gevent
 import gevent.socket
 import gevent.ssl
-import pytest
 import trustme
 from conftest import SOON, wait_until
 from gevent.hub import get_hub
@@ -393,7 +392,6 @@ def settle(found: Callable[[], T], expected: T) -> None:
     assert now == expected, f"{now} is not {expected}"
 
 
-@pytest.mark.timeout(120)
 def test_whatever_clients_and_operators_do_the_books_of_a_server_balance() -> None:
     get_hub()  # its own descriptors are no leak
     run_state_machine_as_test(Machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=30))

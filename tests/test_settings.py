@@ -25,12 +25,12 @@ from gtcpserver.cli.settings import key_of, settings_of
 from gtcpserver.toml_file import Lines, parse_text
 
 COMMAND = [sys.executable, "-m", "gtcpserver"]
-SOON = 20.0
+SOON = 60.0
 
 APP = """
 import os, socket
 def handle(conn):
-    conn.settimeout(5)
+    conn.settimeout(SOON)
     conn.sendall(conn.recv_until(b"\\n").upper())
 def reverse(conn):
     conn.sendall(conn.recv_until(b"\\n").strip()[::-1] + b"\\n")

@@ -39,7 +39,7 @@ def soak(folder, *options):
     """`python -m loadtests.soak`; returns exit status, what it says, and soak.json."""
     process = start(folder, *options)
     try:
-        output, errors = process.communicate(timeout=28)
+        output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
@@ -140,7 +140,7 @@ def test_a_signal_ends_it_early_and_it_still_judges(tmp_path):
         line = process.stderr.readline()  # comes a second after the load has begun
         assert re.match(r"1 of 600 s: [1-9]\d* requests, 0 failed, ", line), line
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()

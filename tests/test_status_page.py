@@ -11,10 +11,7 @@ import pytest
 from browser import Browser
 from supervised import COMMAND, SOON, wait_until
 
-pytestmark = [
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing"),
-]
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
 
 APP = """
 def handle(conn):

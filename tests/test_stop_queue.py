@@ -105,7 +105,7 @@ def test_handshakes_that_are_never_finished_hold_up_a_stop_for_a_limited_time(se
     monkeypatch.setattr(server_module, "LONGEST_DRAIN_OF_DEFERRED", 0.1)
     server = serve(one_request)
     stopped = gevent.spawn(server.stop, SOON)
-    assert stopped.get(timeout=5) == StopReport(0, 0)
+    assert stopped.get(timeout=SOON) == StopReport(0, 0)
 
 
 def test_handshakes_of_a_socket_that_others_serve_are_not_waited_for(serve, monkeypatch):
@@ -115,7 +115,7 @@ def test_handshakes_of_a_socket_that_others_serve_are_not_waited_for(serve, monk
     with socket.create_server(("127.0.0.1", 0)) as theirs:
         server = serve(one_request, theirs.dup())
         stopped = gevent.spawn(server.stop, SOON)
-        assert stopped.get(timeout=5) == StopReport(0, 0)
+        assert stopped.get(timeout=SOON) == StopReport(0, 0)
 
 
 def test_handshakes_of_another_port_are_not_waited_for(serve, connect):

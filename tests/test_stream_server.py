@@ -37,7 +37,7 @@ def test_gevents_own_server_tests_pass():
     outcomes = {}
     for whose in ("gevent", "ours"):
         ran = subprocess.run(
-            [sys.executable, "-c", RUN_GEVENTS_TESTS, whose], capture_output=True, text=True, timeout=25
+            [sys.executable, "-c", RUN_GEVENTS_TESTS, whose], capture_output=True, text=True, timeout=SOON
         )
         assert ran.stdout, ran.stderr
         outcomes[whose] = tuple(map(int, ran.stdout.split()[-3:]))
@@ -60,7 +60,7 @@ print(result.testsRun, len(result.failures) + len(result.errors) + len(result.un
 
 
 def test_gevents_own_wsgi_server_passes_its_tests_on_it():
-    ran = subprocess.run([sys.executable, "-c", RUN_GEVENTS_WSGI_TESTS], capture_output=True, text=True, timeout=25)
+    ran = subprocess.run([sys.executable, "-c", RUN_GEVENTS_WSGI_TESTS], capture_output=True, text=True, timeout=SOON)
     assert ran.stdout, ran.stderr
     run, failed = map(int, ran.stdout.split()[-2:])
     assert run > 100
@@ -299,5 +299,5 @@ server = gevent.server.StreamServer(("127.0.0.1", 0), lambda sock, address: sock
 server.start()
 print(gevent.socket.create_connection(server.address).recv(10).decode())
 """
-    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=25)
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON)
     assert ran.stdout == "hello\n", ran.stderr

@@ -179,7 +179,7 @@ def test_a_text_line_is_written_whatever_the_handler_adds(tmp_path: Path) -> Non
 def test_infinite_settings_are_shown_as_json(tmp_path: Path) -> None:
     (tmp_path / "app.toml").write_text("timeout = inf\n")
     command = [*COMMAND, "config", "show", "--json", "echo", "--config", "app.toml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
     if done.returncode == 0:
         strict(done.stdout)
     else:

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 
 HANGING = """
@@ -36,7 +34,6 @@ def test_that_passes():
 """
 
 
-@pytest.mark.timeout(60)
 def test_tests_that_hang_fail_and_the_others_run(tmp_path):
     (tmp_path / "test_hanging.py").write_text(HANGING)
     options = [
@@ -53,6 +50,6 @@ def test_tests_that_hang_fail_and_the_others_run(tmp_path):
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-m", "pytest", "-q", *options, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert "2 failed, 1 passed" in done.stdout
     assert "in spin" in done.stdout + done.stderr  # where it hangs

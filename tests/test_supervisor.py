@@ -21,8 +21,6 @@ from supervised import APP, COMMAND, SOON, Load, Master, alive, children, wait_u
 
 from gtcpserver.supervisor import ControlError
 
-pytestmark = pytest.mark.timeout(60)
-
 Start = Callable[..., Master]
 
 ORDINARY_USER = 65534  # nobody

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from supervised import Master, wait_until
 
-pytestmark = pytest.mark.timeout(60)
-
 APP = r"""
 import os, resource, sys
 import gevent.event

@@ -23,8 +23,6 @@ from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.worker import BEAT_SECONDS
 
-pytestmark = pytest.mark.timeout(60)
-
 Start = Callable[..., Master]
 
 PID = 1 << 30  # no process's: above what pid_max may be

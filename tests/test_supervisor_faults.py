@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from supervised import APP, Load, Master, alive, children, wait_until
 
-pytestmark = pytest.mark.timeout(60)
-
 Start = Callable[..., Master]
 
 

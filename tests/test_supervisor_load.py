@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from supervised import APP, Load, Master, connections_inside, state_of, wait_until
 
-pytestmark = pytest.mark.timeout(90)
-
 Start = Callable[..., Master]
 
 
@@ -84,7 +82,7 @@ def test_five_upgrades_lose_nothing_and_leave_one_master(start: Start, load: Cal
     assert met["failures"] == []
     assert len(met["workers"]) >= 10
     assert len(master.settled(2)) == 2
-    assert master.process.wait(20) == 0
+    assert master.process.wait(60) == 0
     master.stop()
     assert not pid_file.exists()
     assert not (master.folder / "ctl").exists()

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from supervised import Master, wait_until
 
-pytestmark = pytest.mark.timeout(60)
-
 # Loaded in the master (--preload), which then tells what it has when it gets a signal that it does not know.
 APP = r"""
 import os, signal

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from supervised import APP, Master, alive, wait_until
 
-pytestmark = pytest.mark.timeout(60)
-
 #: What begins to obey cannot be started the first time: gevent.spawn raises, or its greenlet ends before it has begun.
 NO_MEMORY = """
 spawn = gevent.spawn

@@ -265,7 +265,7 @@ def test_the_program_of_pinned_cpus_names_each_member() -> None:
 
 def takers(port: int, sockets: list[Any], count: int = 60) -> list[int]:
     """How many of so many new connections each listening socket gets."""
-    clients = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(count)]
+    clients = [socket.create_connection(("127.0.0.1", port), 60) for _ in range(count)]
     counts = []
     for listener in sockets:
         taken = 0

@@ -252,7 +252,7 @@ def run_pytest(folder, source, **environment):
     (folder / "test_it.py").write_text(textwrap.dedent(source))
     environment |= {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "test_it.py")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SOON, cwd=folder, env=environment)
 
 
 def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_whose_handler_raised(tmp_path):
@@ -281,7 +281,6 @@ def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_wh
     assert "3 passed, 1 error" in done.stdout
 
 
-@pytest.mark.timeout(60)
 def test_all_of_it_works_in_a_patched_program(tmp_path):
     done = run_pytest(
         tmp_path,
@@ -301,14 +300,14 @@ def test_all_of_it_works_in_a_patched_program(tmp_path):
 
         def test_plain_sockets_of_the_test_itself(gtcp_serve):
             server = gtcp_serve(echo)
-            with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            with socket.create_connection(("127.0.0.1", server.port), SOON) as sock:
                 sock.sendall(b"x")
                 assert sock.recv(1) == b"x"
 
         def test_threads(gtcp_serve, gtcp_in_thread):
             server = gtcp_serve(echo)
             def blocking():
-                with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+                with socket.create_connection(("127.0.0.1", server.port), SOON) as sock:
                     sock.sendall(b"x")
                     return sock.recv(1)
             assert gtcp_in_thread(blocking) == b"x"

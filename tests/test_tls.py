@@ -1102,7 +1102,7 @@ def test_1000_plain_text_clients(serve, tls, connect, spawn_thread, descriptors,
                 answers.append(read_all(sock))
         return answers
 
-    answers = spawn_thread(talk).get(timeout=25)
+    answers = spawn_thread(talk).get(timeout=SOON)
     assert all(answer.startswith(b"HTTP/1.1 400 ") for answer in answers[1::2])
     assert set(answers[::2]) == {b"\x15\x03\x01\x00\x02\x02\x0a"}  # alert: unexpected_message
     assert failures(server) == {"http_request": 500, "not_tls": 500}
@@ -1125,7 +1125,7 @@ def test_2000_resets_before_and_in_the_handshake(serve, tls, spawn_thread, descr
                     sock.recv(1)  # the server is in the midst of its part
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
-    spawn_thread(reset).get(timeout=25)
+    spawn_thread(reset).get(timeout=SOON)
 
     def counted():
         stats = server.stats()

@@ -153,7 +153,7 @@ def tcp_pair(cls=Connection):
         client = gevent_socket.socket()
         client.connect(listening.getsockname())
         accepted, _ = listening.accept()
-    client.settimeout(10)
+    client.settimeout(60)
     return client, cls(fileno=accepted.detach())
 
 
@@ -192,7 +192,7 @@ def relayed(data=DATA, **options):
     sending = gevent.spawn(upload)
     client.shutdown(socket.SHUT_WR)
     received = receive_all(client)
-    result = running.get(timeout=10)
+    result = running.get(timeout=60)
     sending.kill()
     for sock in (client, server):
         sock.close()
@@ -251,7 +251,7 @@ def test_a_refusal_by_a_connection_that_is_broken_breaks_the_relay(monkeypatch):
     monkeypatch.setattr(os, "splice", splice)
     server.sendall(bytes(100_000))
     received = receive_all(client)
-    assert running.get(timeout=10).reason == "reset_b"
+    assert running.get(timeout=60).reason == "reset_b"
     assert received.how == "reset"
     client.close()
 
@@ -318,7 +318,7 @@ def test_an_end_that_cannot_be_passed_on_breaks_the_relay():
     b._sock = b._stream.sock = NoShutdown(b._sock)
     running = gevent.spawn(relay, a, b)
     client.shutdown(socket.SHUT_WR)
-    assert running.get(timeout=10).reason == "reset_b"
+    assert running.get(timeout=60).reason == "reset_b"
     for sock in (client, a, server):
         sock.close()
     b._sock = b._stream.sock = b._sock._sock
@@ -366,7 +366,7 @@ def test_a_file_that_fails_halfway_does_not_end_tls_in_order(serve, in_thread):
         server = serve(lambda conn: conn.sendfile(Breaks()), tls=made.server)
 
         def talk():
-            with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
                 options = {"server_hostname": "localhost", "suppress_ragged_eofs": False}
                 with made.client.wrap_socket(sock, **options) as client:
                     while client.recv(65536):

@@ -41,7 +41,6 @@ def test_the_program_uses_every_public_name(module):
     assert not missing
 
 
-@pytest.mark.timeout(120)  # mypy without a cache, on a busy machine
 def test_a_user_s_program_is_clean_and_its_types_are_known(tmp_path):
     if find_spec("mypy") is None:
         pytest.skip("mypy is missing")

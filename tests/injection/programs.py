@@ -23,7 +23,7 @@ from . import clients
 from .clients import Origin
 
 #: Seconds for a server to start, a worker to be replaced and the like, on a machine that is busy.
-SOON = 20.0
+SOON = 60.0
 
 STOP_TIMEOUT = 2.0
 

@@ -23,7 +23,7 @@ import pytest
 from . import strace
 
 #: For whatever should happen at once; strace and a busy machine make it slow.
-SOON = 20.0
+SOON = 60.0
 
 #: What the programs begin with: `say` tells the test something, a line each.
 PRELUDE = """

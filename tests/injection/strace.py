@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 #: Seconds for strace to attach; it takes 20 ms on an idle machine.
-SOON = 20.0
+SOON = 60.0
 
 
 @functools.cache
