@@ -7,13 +7,11 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 import faulthandler
 import logging
 import os
-import random
 import socket
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import gevent
 import pytest
@@ -30,8 +28,6 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
-
-_random = random.SystemRandom()  # hypothesis seeds the other one, in each process alike
 
 #: For whatever should happen at once; long enough for a machine that is busy with other things.
 SOON = 60.0
@@ -86,22 +82,6 @@ def spawn_thread(_threads):
 def in_thread(_threads):
     """`in_thread(function, *args)` runs it in a native thread while the event loop goes on, and returns its value."""
     return lambda function, *args: _threads.spawn(function, *args).get(timeout=SOON)
-
-
-def free_port():
-    """A TCP port of 127.0.0.1 on which nobody listens, for programs that must be told theirs.
-
-    It is below those that the kernel gives to clients, so that it stays free while servers come and go.
-    """
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = _random.randint(first // 2, first - 1)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def wait_for_port(port, process):

@@ -12,7 +12,8 @@ from pathlib import Path
 import gevent
 import pytest
 import trustme
-from conftest import SOON, free_port, wait_for_port, wait_until
+from conftest import SOON, wait_for_port, wait_until
+from ports import free_port
 
 from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.forwarder import Forwarder

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SOON, free_port
+from conftest import SOON
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = ROOT / "examples" / "deployment"

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import click
 import pytest
-from conftest import SOON, free_port
+from conftest import SOON
 from doc_blocks import (
     PORT,
     Block,
@@ -29,6 +29,7 @@ from doc_blocks import (
     replace_ports,
     steps,
 )
+from ports import free_port
 
 import gtcpserver
 from gtcpserver.cli import commands

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import free_port, wait_for_port
+from conftest import wait_for_port
+from ports import free_port
 from test_examples import SOON, Client, connect, run_example, start  # noqa: F401  (two fixtures)
 
 pymysql = pytest.importorskip("pymysql")

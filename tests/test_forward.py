@@ -14,7 +14,8 @@ from time import monotonic
 import gevent.ssl
 import pytest
 import trustme
-from conftest import SOON, free_port, wait_until
+from conftest import SOON, wait_until
+from ports import free_port
 from test_server import ask, echo
 
 from gtcpserver import ConfigError, Server, forwarder

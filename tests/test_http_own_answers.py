@@ -11,8 +11,9 @@ from pathlib import Path
 
 import gevent
 import pytest
-from conftest import SOON, free_port, wait_for_port
+from conftest import SOON, wait_for_port
 from gevent.event import Event
+from ports import free_port
 from test_proxy_real_clients import needs
 from test_proxy_socks import OnePassword
 

@@ -11,8 +11,8 @@ import threading
 import time
 
 import pytest
-from conftest import free_port
 from gevent import socket as gevent_socket
+from ports import free_port
 
 from gtcpserver import draining, listen_config, listener
 from gtcpserver.address import Address, parse_address

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(__file__).with_name("locust_cases.py")

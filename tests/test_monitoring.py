@@ -16,10 +16,11 @@ from urllib.parse import urlencode
 
 import gevent
 import pytest
-from conftest import SOON, free_port, wait_until
+from conftest import SOON, wait_until
 from gevent.event import Event
 from hypothesis import given
 from hypothesis import strategies as st
+from ports import free_port
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from test_tls_config import Files, client_context

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SOON, free_port, wait_for_port
+from conftest import SOON, wait_for_port
+from ports import free_port
 from test_proxy_keys import LOOPBACK, http, read
 from test_server import echo
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SOON, free_port
+from conftest import SOON
+from ports import free_port
 from test_proxy_passwords import QUICK
 from test_server import echo
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import gevent
 import pytest
 import trustme
-from conftest import SOON, free_port, wait_for_port, wait_until
+from conftest import SOON, wait_for_port, wait_until
+from ports import free_port
 from test_proxy_keys import http, read, reply, socks
 from test_proxy_passwords import QUICK
 from test_server import echo

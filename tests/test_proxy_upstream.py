@@ -11,7 +11,8 @@ from ipaddress import ip_address
 
 import gevent
 import pytest
-from conftest import SOON, free_port, wait_until
+from conftest import SOON, wait_until
+from ports import free_port
 from test_proxy_keys import http, read, reply, socks
 from test_server import echo
 

@@ -6,7 +6,8 @@ from ipaddress import ip_address
 
 import gevent.socket
 import pytest
-from conftest import SOON, free_port
+from conftest import SOON
+from ports import free_port
 from test_proxy_keys import http, read, reply, socks
 from test_proxy_upstream import EVERYTHING, proxy_by
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 from gtcpserver.supervisor import ControlError, ask
 
@@ -64,7 +65,7 @@ class Server:
         self.control = folder / "control"
         self._status: int | None = None
         # Chosen here: what a server logs may be what fails.
-        self.port = _free_port()
+        self.port = free_port()
         run = [argument.replace(":0", f":{self.port}") for argument in arguments]
         self.pid: int = zygote.ask(run=run, folder=str(folder), log=str(self._log))
 
@@ -115,13 +116,6 @@ class Server:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(SOON)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def descriptors(pid: int) -> dict[str, int]:
