@@ -62,7 +62,10 @@ def connect(
                 failed = error
             except OSError as error:
                 failed = error
-        raise failed or OSError(f"no address found for {parsed.host}")
+        try:
+            raise failed or OSError(f"no address found for {parsed.host}")
+        finally:
+            del failed  # its traceback has this frame: a cycle
 
 
 def _resolve(host: str, port: int) -> list[tuple[int, Any]]:

@@ -149,7 +149,12 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             family = _stdlib_socket.AF_INET if family == -1 else family
             type = _stdlib_socket.SOCK_STREAM if type == -1 else type
             proto = 0 if proto == -1 else proto
-        self._begin(self._gevent_sock_class(family, type, proto, fileno))
+        sock = self._gevent_sock_class(family, type, proto, fileno)
+        try:
+            self._begin(sock)
+        except BaseException:
+            sock.close()  # at once: the error may be kept, and with it what its traceback refers to
+            raise
 
     def _begin(self, sock: Any) -> None:
         # Once a connection; the acceptor, which knows what it has accepted, calls it without the constructor.
