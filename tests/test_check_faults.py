@@ -21,8 +21,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import echo
 import line_protocol
 
-#: For bad ones: what they do shows at once, and a machine that is busy is not what is looked for.
-QUICK = {"patience": 1.0}
+#: For good ones: nothing is waited for, unless the machine is busy.
+PATIENT = {"patience": SOON}
+
+#: For bad ones: it has to be waited for.
+QUICK = {"patience": 2.0}
 
 
 def lines(conn):
@@ -61,7 +64,7 @@ def found(report):
     ids=["echo", "lines", "line_protocol", "greeter"],
 )
 def test_a_good_handler_passes(handler, conversation):
-    report = check_faults(handler, conversation)
+    report = check_faults(handler, conversation, **PATIENT)
     assert report.ok, report
     assert set(report.played) == {*FAULTS, "many connections"}
     assert report.connections > 300
@@ -69,7 +72,7 @@ def test_a_good_handler_passes(handler, conversation):
 
 
 def test_time_outs_are_waited_for():
-    report = check_faults(lines, LINES, timeout=0.1, stall_timeout=0.1)
+    report = check_faults(lines, LINES, timeout=1, stall_timeout=1, **PATIENT)
     assert report.ok, report
 
 
@@ -88,6 +91,7 @@ def test_a_server_with_tls_and_a_balancer_in_front_passes():
             proxy_protocol=ProxyProtocol(["127.0.0.0/8"]),
             client_tls=made.client,
             client_proxy="192.0.2.7:4000",
+            **PATIENT,
         )
     assert report.ok, report
 
@@ -243,7 +247,7 @@ def ends_the_process(conn):
         (
             spins_and_lets_others_run,
             "endless handler",
-            r"3 handlers run on 1.0 s after their clients have gone:\n(.*\n)*.* in spins_and_lets_others_run$",
+            r"3 handlers run on 2.0 s after their clients have gone:\n(.*\n)*.* in spins_and_lets_others_run$",
         ),
         (spins_whatever_happens, ("blocked", "endless handler"), r" in spins_whatever_happens$"),
         (computes_at_the_end, "blocked", r"stands still, for all clients, here:\n.* in computes_at_the_end$"),
@@ -263,13 +267,13 @@ def test_a_bad_handler_is_found_out(handler, kind, says):
 
 
 def test_clients_that_stop_must_lose_their_connection_where_that_is_asked_for():
-    report = check_faults(lines, LINES, stall_timeout=0.1, patience=0.3, leave_out=["many connections"])
+    report = check_faults(lines, LINES, stall_timeout=0.1, **QUICK, leave_out=["many connections"])
     assert found(report) == {"stall"}
     assert "stall: a client that stopped after 0 of 8 bytes still has its connection" in str(report)
 
 
 def test_silent_clients_that_take_all_places_are_told():
-    report = check_faults(lines, LINES, pool=3, patience=0.5)
+    report = check_faults(lines, LINES, pool=3, **QUICK)
     assert "silence: a good client is not served while 6 others say nothing" in str(report)
 
 
@@ -281,7 +285,7 @@ def test_a_conversation_that_does_not_work_is_told_and_nothing_is_played():
 
 def test_clients_that_get_no_tls_are_told():
     with certificates() as made:
-        report = check_faults(lines, LINES, client_tls=made.client, patience=0.2)
+        report = check_faults(lines, LINES, client_tls=made.client, **QUICK)
     assert [problem.kind for problem in report.problems] == ["conversation"], report
     assert "as given: the connection failed: " in str(report)
 
@@ -325,7 +329,7 @@ def test_a_handler_s_upstream_may_be_served_by_the_test():
             with connect(upstream.address) as other:
                 relay(conn, other)
 
-        report = check_faults(forward, LINES)
+        report = check_faults(forward, LINES, **PATIENT)
     assert report.ok, report
 
 
@@ -343,7 +347,7 @@ def test_a_lock_that_was_waited_for_in_the_test_works_in_the_other_process():
     waiting.join()
     shared.release()
     # A client that says nothing keeps the others out, until its time is over.
-    report = check_faults(handler, [(b"x", b"x")], timeout=0.1, leave_out=["many connections"])
+    report = check_faults(handler, [(b"x", b"x")], timeout=0.3, leave_out=["many connections"], **PATIENT)
     assert report.ok, report
 
 

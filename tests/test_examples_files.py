@@ -5,6 +5,7 @@ import socket
 import urllib.request
 
 import pytest
+from ports import free_port
 from test_examples import SOON, start  # noqa: F401  (a fixture)
 
 BIG = os.urandom(2_000_000)
@@ -35,9 +36,7 @@ def test_port_forwarder(start):  # noqa: F811
 
 
 def test_port_forwarder_resets_a_client_for_whom_there_is_no_target(start):  # noqa: F811
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        free = sock.getsockname()[1]
-    example = start("port_forwarder.py", TARGET=f"127.0.0.1:{free}")
+    example = start("port_forwarder.py", TARGET=f"127.0.0.1:{free_port()}")
     # The reset may come before connect() has returned.
     with pytest.raises(ConnectionResetError), connect(example) as client:
         client.recv(100)

@@ -14,6 +14,7 @@ import pytest
 import trustme
 from bad_clients import EVERYTHING
 from conftest import SOON
+from ports import free_port
 from supervised import Master
 
 from gtcpserver.supervisor import control
@@ -64,10 +65,8 @@ def certificate(tmp_path):
 
 
 def test_ten_thousand_bad_connections_to_every_server_are_a_handful_of_log_lines(certificate, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as closed, open(tmp_path / "stderr", "wb") as stderr:
-        closed_port = closed.getsockname()[1]
-        closed.close()
-        command = [sys.executable, Path(__file__).with_name("bad_clients.py"), certificate, tmp_path, str(closed_port)]
+    with open(tmp_path / "stderr", "wb") as stderr:
+        command = [sys.executable, Path(__file__).with_name("bad_clients.py"), certificate, tmp_path, str(free_port())]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
         try:
             addresses = json.loads(process.stdout.readline())

@@ -10,7 +10,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 import tty
 from collections.abc import Iterator
 
@@ -64,10 +63,8 @@ def read_available(fd: int) -> bytes:
 def test_unread_pipe_drops_records_and_says_so_when_read_again(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     handler = text_handler(writer)
-    started = time.monotonic()
     for number in range(10_000):
         handler.handle(make_record("line %d", number))
-    assert time.monotonic() - started < 5
     assert 0 < handler.dropped < 10_000
 
     before = read_available(reader).decode().splitlines()

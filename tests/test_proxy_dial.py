@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import gevent
 import pytest
-from conftest import wait_until
+from conftest import SOON, wait_until
 
 from gtcpserver import ConfigError
 from gtcpserver.proxy import dial as dial_module
@@ -27,7 +27,7 @@ def names(monkeypatch):
     def getaddrinfo(name, *_args):
         asked.append(name)
         if name.startswith("slow"):
-            slow.wait(10)
+            slow.wait(SOON)
         if name not in known:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(0, 0, 0, "", (address, 0)) for address in known[name]]
@@ -82,9 +82,7 @@ def test_requirement_33_slow_names_hold_up_nobody_else(names, resolver):
     one = resolver()
     waiting = [gevent.spawn(one.resolve, f"slow{number}.example") for number in range(THREADS - 1)]
     gevent.sleep(0)
-    began = time.monotonic()
     one.resolve("both.example")
-    assert time.monotonic() - began < 5
     assert not any(greenlet.ready() for greenlet in waiting)
     names[2].set()
     gevent.joinall(waiting)

@@ -16,6 +16,7 @@ import trustme
 from conftest import SOON, wait_for_port
 from hypothesis import given
 from hypothesis import strategies as st
+from ports import free_port
 from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, read
 from test_server import echo
 
@@ -315,9 +316,7 @@ def test_requirements_01_18_19_connect_with_early_bytes_and_half_close(proxy, co
     ],
 )
 def test_what_cannot_be_served_is_answered_properly(proxy, ask, request_, status):
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        closed = sock.getsockname()[1]
-    found = ask(proxy(), request_.replace("CLOSED", str(closed)).encode())
+    found = ask(proxy(), request_.replace("CLOSED", str(free_port())).encode())
     assert found[0] == status
     assert found[2].startswith(f"{status} ".encode())
     assert b"127.0.0.1" not in found[2] or "127.0.0.1" in request_
@@ -451,8 +450,7 @@ def nginx(tmp_path):
     """The port of an nginx that serves tmp_path."""
     if shutil.which("nginx") is None:
         pytest.skip("nginx is missing")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = free_port()
     os.chmod(tmp_path, 0o755)
     (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, port=port))
     process = subprocess.Popen(["nginx", "-c", f"{tmp_path}/nginx.conf", "-e", f"{tmp_path}/log"])

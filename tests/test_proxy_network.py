@@ -61,7 +61,7 @@ NETWORK = """
 
     def ask(by, destination, port=7000, command=1):
         "The reply of the proxy, whose address is `by`, and what comes behind it."
-        client = gevent.socket.create_connection((by, proxy.port), SOON)
+        client = gevent.socket.create_connection((by, proxy.port), 60)
         ip = ip_address(destination)
         kind = 1 if ip.version == 4 else 4
         client.sendall(bytes([5, 1, 0, 5, command, 0, kind]) + ip.packed + struct.pack("!H", port))

@@ -13,6 +13,7 @@ import pytest
 from conftest import SOON, wait_for_port, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from smuggling_corpus import BAD_CHUNKS, DISGUISES, LENGTHS, SMUGGLED
 from test_proxy_socks import ANYBODY, ANYWHERE
 
@@ -283,8 +284,7 @@ def nginx(tmp_path):
     """(port, access log) of an nginx that answers everything."""
     if shutil.which("nginx") is None:
         pytest.skip("not installed: nginx")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = free_port()
     os.chmod(tmp_path, 0o755)
     (tmp_path / "conf").write_text(NGINX.format(folder=tmp_path, port=port))
     process = subprocess.Popen(["nginx", "-c", f"{tmp_path}/conf", "-e", f"{tmp_path}/error"])

@@ -9,6 +9,7 @@ import gevent
 import gevent.socket
 import pytest
 from conftest import SOON, wait_until
+from ports import free_port
 from test_server import echo
 
 from gtcpserver.proxy.gate import Gate, Timeouts
@@ -130,9 +131,7 @@ def test_requirement_06_what_is_not_offered(proxy, connect, in_thread):
 
 
 def test_requirement_07_failures_have_their_replies(proxy, connect, in_thread, lines):
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        closed = sock.getsockname()[1]
-    cases = [("127.0.0.1", closed, 5, "refused"), ("10.1.2.3", 80, 2, "destination_denied")]
+    cases = [("127.0.0.1", free_port(), 5, "refused"), ("10.1.2.3", 80, 2, "destination_denied")]
     cases += [("no-such-host.invalid", 80, 4, "unresolved")]
     server = proxy(timeouts=Timeouts(connect=20))
     for number, (host, port, code, result) in enumerate(cases, 1):

@@ -321,7 +321,7 @@ FAST_OPEN = """
     import gevent.socket
     with origin, Server("127.0.0.1:0", ProxyHandler(gate)) as proxy:
         for _ in range(3):
-            client = gevent.socket.create_connection(("127.0.0.1", proxy.port), SOON)
+            client = gevent.socket.create_connection(("127.0.0.1", proxy.port), 60)
             client.sendall(b"GET http://127.0.0.1:%d/ HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n" % origin.port)
             data = b""
             while not data.endswith((b"\\r\\n\\r\\n0", b"\\r\\n\\r\\n1")):

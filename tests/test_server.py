@@ -12,6 +12,7 @@ from conftest import SOON, wait_until
 from gevent.event import Event
 from gevent.socket import socket as gevent_socket
 from greenlet import getcurrent
+from ports import free_port
 
 from gtcpserver import ConfigError, Connection, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
 from gtcpserver.listener import _has_ipv6
@@ -236,11 +237,9 @@ def test_start_twice_is_an_error_and_harms_nothing(serve, connect, in_thread):
 
 
 def test_failed_start_leaves_nothing_open_and_may_be_repeated(serve, connect, in_thread):
-    with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as probe:
+    with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        probe.bind(("127.0.0.1", 0))
-        free = f"127.0.0.1:{probe.getsockname()[1]}"
-        probe.close()
+        free = f"127.0.0.1:{free_port()}"
         server = Server([free, taken], echo)
         with pytest.raises(OSError, match=f"{taken} is already in use"):
             server.start()

@@ -30,7 +30,7 @@ SOON = 60.0
 APP = """
 import os, socket
 def handle(conn):
-    conn.settimeout(SOON)
+    conn.settimeout(60)
     conn.sendall(conn.recv_until(b"\\n").upper())
 def reverse(conn):
     conn.sendall(conn.recv_until(b"\\n").strip()[::-1] + b"\\n")

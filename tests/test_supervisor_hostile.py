@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,10 +182,8 @@ def test_descriptors_that_a_worker_sends_are_not_taken(master: Master) -> None:
 def test_a_flood_of_one_worker_keeps_the_master_from_nothing(master: Master) -> None:
     client = Client(master)
     client.sock.sendall(b"flood\n" * 5)
-    began = time.monotonic()
     for _ in range(5):
         master.ask("status")
-    assert time.monotonic() - began < 10
     assert client.lines.readline() == b"sent\n"
 
 

@@ -300,14 +300,14 @@ def test_all_of_it_works_in_a_patched_program(tmp_path):
 
         def test_plain_sockets_of_the_test_itself(gtcp_serve):
             server = gtcp_serve(echo)
-            with socket.create_connection(("127.0.0.1", server.port), SOON) as sock:
+            with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
                 sock.sendall(b"x")
                 assert sock.recv(1) == b"x"
 
         def test_threads(gtcp_serve, gtcp_in_thread):
             server = gtcp_serve(echo)
             def blocking():
-                with socket.create_connection(("127.0.0.1", server.port), SOON) as sock:
+                with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
                     sock.sendall(b"x")
                     return sock.recv(1)
             assert gtcp_in_thread(blocking) == b"x"

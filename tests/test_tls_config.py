@@ -762,7 +762,7 @@ def test_a_context_can_be_made_in_a_monkey_patched_process(several, shared, pyth
                 break
             except ssl.SSLWantReadError:
                 gevent.socket.wait_read(raw.fileno(), timeout=10)
-        client.get(timeout=SOON)
+        client.get(timeout=60)
         print(owner.server_name, owner.tls.version())
         """,
         *shared.server,

@@ -46,7 +46,7 @@ def check_faults(
     conversation: Iterable[Turn],
     *,
     leave_out: Collection[str] = (),
-    patience: float = 2.0,
+    patience: float = 10.0,
     stall_timeout: float | None = None,
     max_memory_growth: int = 8 << 20,
     client_tls: ssl.SSLContext | None = None,

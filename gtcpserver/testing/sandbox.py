@@ -37,6 +37,9 @@ from ..transfer.pipes import PIPES
 #: A process that nobody ends (its test was killed, and it computes for ever) is ended by the kernel, CPU seconds.
 MOST_CPU_SECONDS = 120
 
+#: For the server to start, seconds: nothing of the handler runs yet, and the machine may be busy.
+START_SECONDS = 60.0
+
 #: A handler that is told to end may take so long over its ``finally`` blocks, seconds.
 KILL_SECONDS = 0.5
 
@@ -113,7 +116,7 @@ class Sandbox:
         self._lines = b""
         self._status: str | None = None
         try:
-            self.address: str = self._ask("start", 10 * patience)
+            self.address: str = self._ask("start", START_SECONDS)
         except BaseException:
             self.end()
             raise

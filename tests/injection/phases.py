@@ -177,6 +177,10 @@ class Bench:
             artefacts = ("keeps", "client", "neither")
             verdict.faults = [one for one in verdict.faults if not one.startswith(artefacts)]
             self.drop()
+        if (injection.call, injection.error) == ("splice", "EPIPE"):
+            # A side that takes no more may still answer, which the relay waits for; this one is still there, and waits.
+            verdict.faults = [one for one in verdict.faults if How.HANGS.value not in one]
+            self.drop()
         if verdict.faults or verdict.ended is not None:
             self.drop()
         return verdict
@@ -350,14 +354,17 @@ class Bench:
         for _ in range(ATTEMPTS):
             server = self._new(subject)
             server.go()
-            wait_until(lambda: server.listens() or server.status() is not None)
-            bad = "does not listen" if not server.listens() else ""
-            for _ in range(2):
-                bad = bad or self._serves(subject, server)
+            bad = self._does_not_serve(subject, server)
             if not bad:
                 return server
             server.kill()
         raise AssertionError(f"{subject.name}, nothing injected: {bad}\n{server.log()}")
+
+    def _does_not_serve(self, subject: Subject, server: Server) -> str:
+        """Empty if a server that was just started serves all clients, twice."""
+        if not wait_until(lambda: server.listens() or server.status() is not None) or not server.listens():
+            return "does not listen"
+        return self._serves(subject, server) or self._serves(subject, server)
 
     def _running(self, subject: Subject) -> Server:
         if self._kept is None or self._kept[0] is not subject or self._kept[1].status() is not None:
