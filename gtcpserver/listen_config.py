@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from gevent import monkey
+
 from gtcpserver.errors import ConfigError
+
+# The real one: in a monkey-patched program socket.socket is gevent's, which makes an event loop, also in a master.
+_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
 # linux/in.h, linux/in6.h, linux/tcp.h: what the socket module of Python 3.10 lacks. The system that has the option at
 # all is Linux, where these numbers are the same on every architecture.
@@ -166,7 +171,7 @@ class ListenConfig:
 
 
 def create_socket(
-    config: ListenConfig, family: int, socket_class: type[socket.socket] = socket.socket
+    config: ListenConfig, family: int, socket_class: type[socket.socket] = _socket_class
 ) -> socket.socket:
     """Create a non-blocking socket of the protocol that the configuration asks for.
 

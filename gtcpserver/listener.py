@@ -237,7 +237,7 @@ def _bind(
     afterwards. The kernel makes it a group when the second socket, which has the option from the start, listens.
     """
     try:
-        sock = create_socket(config, family, _socket_class)
+        sock = create_socket(config, family)
     except OSError as exc:
         raise _explain(exc, family, sockaddr, config) from exc
     try:
@@ -311,7 +311,7 @@ def _explain(exc: OSError, family: int, sockaddr: tuple[Any, ...], config: Liste
 
 
 def _open_unix(path: str, config: ListenConfig) -> Listener:
-    sock = create_socket(config, socket.AF_UNIX, _socket_class)
+    sock = create_socket(config, socket.AF_UNIX)
     try:
         apply_connection_options(sock, config)
         apply_accept_options(sock, config)
