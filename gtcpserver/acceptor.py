@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gevent.server
 
 from .connection import Connection
+from .descriptors import close_descriptor
 from .draining import accept_any_ttl
 from .errors import GtcpServerError
 from .watcher import watch
@@ -131,7 +131,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             connection: Connection = _new(self.connection_class)
             sock = _RawSocket(family, kind, protocol, fd)
         except BaseException:
-            os.close(fd)  # nobody has it yet
+            close_descriptor(fd)  # nobody has it yet
             raise
         connection._begin(sock)
         return connection
@@ -146,7 +146,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                 # Not getattr: gevent's sockets look up what they miss in their _sock.
                 connection_class._sock.__get__(connection).close()  # type: ignore[misc]
             except AttributeError:
-                os.close(fd)  # it failed before the socket was made
+                close_descriptor(fd)  # it failed before the socket was made
             if isinstance(error, Exception):
                 # An OSError of its own must not be taken for one of accept.
                 raise GtcpServerError(f"{connection_class.__name__} could not be made") from error

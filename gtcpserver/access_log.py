@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from .address import format_sockaddr
 from .connection import Connection, log_fields_of
+from .descriptors import close_descriptor
 from .errors import ConfigError
 from .logs import FaultLimiter, NonBlockingHandler
 from .strict_json import as_text, to_json, to_short_json
@@ -272,7 +273,7 @@ class AccessFile(NonBlockingHandler):
     def close(self) -> None:
         super().close()
         if self._fd >= 0:
-            os.close(self._fd)
+            close_descriptor(self._fd)
             self._fd = -1
 
     def _open(self) -> int:
@@ -290,7 +291,7 @@ class AccessFile(NonBlockingHandler):
         self.flush()
         old, self._fd = self._fd, new
         if old >= 0:
-            os.close(old)
+            close_descriptor(old)
         status = os.fstat(new)
         self._identity = (status.st_dev, status.st_ino, status.st_mode)
         self._rest = b""

@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 import gevent
 from gevent.monkey import get_original
 
+from .descriptors import close_descriptor
 from .strict_json import to_short_json
 
 logger = logging.getLogger("gtcpserver")
@@ -153,7 +154,7 @@ class NonBlockingHandler(logging.Handler):
     def close(self) -> None:
         self.flush()
         if self._terminal >= 0:
-            os.close(self._terminal)
+            close_descriptor(self._terminal)
             self._terminal = -1
         super().close()
 

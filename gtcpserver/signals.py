@@ -11,6 +11,7 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from .descriptors import close_descriptor
 from .watcher import watch
 
 
@@ -85,6 +86,6 @@ class Waker:
         self._watcher.close()
         for fd in self._pipe:
             try:
-                os.close(fd)
+                close_descriptor(fd)
             except OSError:
                 pass  # it is closed all the same (close(2)), and a stop does not fail by it

@@ -25,6 +25,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.errors import ConfigError
 
 FIRST_USERS_GROUP = 1000
@@ -79,7 +80,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
             if place.shared:
                 _check_file(path, os.fstat(fd))
         except BaseException:
-            os.close(fd)
+            close_descriptor(fd)
             raise
         return fd
 
@@ -105,13 +106,13 @@ def trusted_place(path: str, *, follow: bool = True) -> Iterator[Place]:
     try:
         yield place
     finally:
-        os.close(place.folder)
+        close_descriptor(place.folder)
 
 
 def check_path(path: str) -> None:
     """Raise UntrustedPath if this process is root and another user could change where the path leads."""
     if os.geteuid() == 0:
-        os.close(_walk(path).folder)
+        close_descriptor(_walk(path).folder)
 
 
 def _walk(path: str, follow: bool = True) -> Place:
@@ -148,7 +149,7 @@ def _walk(path: str, follow: bool = True) -> Place:
                     where = "/"
             shared = _check_folder(path, fd, where)
     except BaseException:
-        os.close(fd)
+        close_descriptor(fd)
         raise
 
 
@@ -162,7 +163,7 @@ def _open_folder(name: str, folder: int | None = None) -> int:
 
 def _change_folder(fd: int, name: str) -> int:
     new = _open_folder(name, fd)
-    os.close(fd)
+    close_descriptor(fd)
     return new
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from gevent import monkey
 
+from gtcpserver.descriptors import close_descriptor
+
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 _sleep = monkey.get_original("time", "sleep")
 
@@ -90,7 +92,7 @@ def _give_back_what_the_umask_took(name: str, folder: int, made: os.stat_result,
         if stat.S_ISSOCK(found.st_mode) and (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
             os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def _remove_stale(path: str, name: str, folder: int) -> None:
@@ -136,4 +138,4 @@ def _folder(path: str) -> Iterator[int]:
             break
         yield fd
     finally:
-        os.close(fd)
+        close_descriptor(fd)

@@ -229,3 +229,48 @@ def test_a_master_in_a_program_of_ones_own_has_no_event_loop(tmp_path: Path, pat
     finally:
         process.kill()
         process.wait()
+
+
+# A program that has an event loop before it becomes a master: there, nothing ever runs in it.
+WITH_LOOP = """
+import sys
+from gevent import monkey
+monkey.patch_all()
+import gevent, gtcpserver
+gevent.sleep(0)
+
+def handler(conn):
+    conn.sendall(conn.recv(100))
+
+files = {"control": sys.argv[1], "log_file": "app.log", "pid_file": "app.pid"}
+gtcpserver.run(handler, ["127.0.0.1:0", "unix:app.sock"], workers=1, metrics=0, **files)
+"""
+
+
+def test_a_master_whose_program_had_an_event_loop_closes_what_it_opens(tmp_path: Path) -> None:
+    """gevent 25.8.1 and newer close a descriptor in the event loop's next turn (os.close), which never comes here."""
+    (tmp_path / "own.py").write_text(WITH_LOOP)
+    control, log = str(tmp_path / "ctl"), tmp_path / "app.log"
+    process = subprocess.Popen([sys.executable, "own.py", control], cwd=tmp_path)
+    try:
+        wait_until(lambda: log.exists() and "listening on" in log.read_text())
+
+        def turn() -> None:
+            for request in ({"command": "reopen"}, {"command": "scale", "workers": 2}, {"command": "reload"}):
+                assert ask(control, request, 20) == {"ok": True}
+            assert ask(control, {"command": "scale", "workers": 1}, 20) == {"ok": True}
+            wait_until(lambda: len(ask(control, {"command": "status"}, 20)["workers"]) == 1)
+
+        def opened() -> list[str]:
+            return sorted(os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd"))
+
+        turn()
+        before = opened()
+        turn()
+        wait_until(lambda: len(opened()) <= len(before))
+        assert str(tmp_path) not in opened()  # a folder that was opened to look into it, and is locked then
+        ask(control, {"command": "stop"}, 20)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

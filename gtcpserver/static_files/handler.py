@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..connection import Connection
+from ..descriptors import close_descriptor
 from ..errors import ConfigError, DeadlineExceeded
 from ..logs import FaultLimiter, also
 from ..options import check_number
@@ -202,7 +203,7 @@ class StaticFiles:
             return self._refuse(conn, request, error)
         finally:
             if fd >= 0:
-                os.close(fd)
+                close_descriptor(fd)
 
     def _open(self, segments: list[bytes]) -> tuple[int, os.stat_result]:
         """The descriptor and status of what a path names: of a directory's index, if it has one."""
@@ -226,7 +227,7 @@ class StaticFiles:
             if wants_directory and self._index is None and not is_directory(found):
                 raise BadRequest(404, "there is no such directory")
         except BaseException:
-            os.close(fd)
+            close_descriptor(fd)
             raise
         return fd, found
 

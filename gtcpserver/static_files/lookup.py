@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from gevent.monkey import get_original
 
+from ..descriptors import close_descriptor
 from ..transfer.disk import in_thread
 
 #: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
@@ -56,7 +57,7 @@ class Directory:
         self._cannot_tell: set[int] = set()
 
     def close(self) -> None:
-        os.close(self._fd)
+        close_descriptor(self._fd)
 
     def open(self, segments: Sequence[bytes]) -> int:
         """Open a file or directory for reading; returns the descriptor, which the caller closes.
@@ -89,7 +90,7 @@ class Directory:
             try:
                 following = os.open(segment, _FLAGS | os.O_NOFOLLOW | kind, dir_fd=fd)
             finally:
-                os.close(fd)
+                close_descriptor(fd)
             fd = following
         return fd
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from gevent import monkey
 
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.supervisor.messages import MAX_BYTES, Message, MessageError, decode, encode
 
 log = logging.getLogger("gtcpserver")
@@ -156,7 +157,7 @@ class Channel:
                 except MessageError:
                     pass
             for fd in fds:
-                os.close(fd)
+                close_descriptor(fd)
         return found
 
     def receive_rest(self) -> list[tuple[Message, int | None]]:

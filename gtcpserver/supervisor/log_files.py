@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.logs import JsonFormatter, NonBlockingHandler, TextFormatter, configure_logging
 from gtcpserver.trusted_path import UntrustedPath, open_file
 
@@ -67,7 +68,7 @@ def write_stderr_to(fd: int) -> None:
     """Makes the file standard error, so that whatever writes there is in it too; closes `fd`."""
     os.dup2(fd, STDERR, inheritable=True)
     if fd != STDERR:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def log_with_details(level: int, message: str, details: str) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 from gevent import monkey
 
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.supervisor import systemd
@@ -226,7 +227,7 @@ class Master:
         pipe, self._pipe = self._pipe, (-1, -1)
         for fd in pipe:
             if fd >= 0:
-                os.close(fd)
+                close_descriptor(fd)
 
     def _preload(self, load: Callable[[], None]) -> None:
         try:
@@ -254,7 +255,7 @@ class Master:
         if handover is not None and handover.control is not None:
             fd, _, identity = handover.control
             if path is None:
-                os.close(fd)
+                close_descriptor(fd)
             else:
                 self._control = ControlSocket(path, self._commands.answer, (fd, identity))
         elif path is not None:
@@ -264,7 +265,7 @@ class Master:
         inherited = self._handover.metrics if self._handover is not None else []
         if self.config.metrics is None:
             for one in inherited:
-                os.close(one.fd)
+                close_descriptor(one.fd)
             return
         self._monitor = MonitorProcess(self, self.config.metrics, inherited)
         self.fleet.another_starts = lambda: self._monitor is not None and self._monitor.starting
@@ -291,7 +292,7 @@ class Master:
             self._pid_file.close()
         self._upgrade.close()
         if self._handover is not None:
-            os.close(self._handover.channel)
+            close_descriptor(self._handover.channel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -434,7 +435,7 @@ class Master:
         if self._first_stderr >= 0:
             first_stderr, self._first_stderr = self._first_stderr, -1
             with contextlib.suppress(OSError):
-                os.close(first_stderr)
+                close_descriptor(first_stderr)
         if self._handover is not None:
             self._pid_file_due = self._pid_file is not None
             self._write_pid_file(monotonic())
@@ -548,7 +549,7 @@ class Master:
         try:
             write_stderr_to(fd)
         except OSError as error:
-            os.close(fd)
+            close_descriptor(fd)
             log.error("cannot open the log file again: %s", error.strerror)
             return
         for worker in self.fleet.workers.values():

@@ -10,6 +10,7 @@ import stat
 import struct
 from collections.abc import Iterator
 
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.trusted_path import UntrustedPath, trusted_place
 
 # struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
@@ -62,7 +63,7 @@ class PidFile:
                 said = os.read(fd, 32).decode("ascii", "replace").strip()
                 raise OSError(errno.EEXIST, f"{self.path}: process {holder or said} is running")
         finally:
-            os.close(fd)
+            close_descriptor(fd)
 
     def write(self) -> None:
         """Puts this process's id there in place of any other. Raises OSError and UntrustedPath."""
@@ -82,7 +83,7 @@ class PidFile:
                 os.fchmod(fd, MODE & ~_umask())
                 os.rename(temporary, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
             except BaseException:
-                os.close(fd)
+                close_descriptor(fd)
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=place.folder)
                 raise
@@ -106,7 +107,7 @@ class PidFile:
     def close(self) -> None:
         """Closes the descriptor: a forked child must, as the lock goes with it."""
         if self._fd >= 0:
-            os.close(self._fd)
+            close_descriptor(self._fd)
             self._fd = -1
 
 

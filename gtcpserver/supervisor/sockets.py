@@ -15,6 +15,7 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.address import Address
+from gtcpserver.descriptors import close_descriptor
 from gtcpserver.draining import forget_member, queue_length
 from gtcpserver.listener import ListenConfig, Listener, open_listeners
 from gtcpserver.supervisor.steering import spread
@@ -115,7 +116,7 @@ class ListeningSockets:
                     self._open(address, asked, slots)
             for one in inherited:
                 if not any(one.asked == describe(address) for address in addresses):
-                    os.close(one.fd)
+                    close_descriptor(one.fd)
         except BaseException:
             self.close(keep_paths=bool(inherited))
             raise

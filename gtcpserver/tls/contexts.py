@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import gevent.ssl
 
+from ..descriptors import close_descriptor
 from ..errors import ConfigError
 from ..trusted_path import UntrustedPath, open_file
 
@@ -236,7 +237,7 @@ def _load_trust(context: ssl.SSLContext, label: str, path: str, wanted: re.Patte
 def _log_keys(context: ssl.SSLContext, path: str) -> None:
     try:
         # Made here, since OpenSSL would make it readable for others.
-        os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        close_descriptor(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         context.keylog_filename = path
     except UntrustedPath as error:
         raise ConfigError(f"key_log_file {error}") from error

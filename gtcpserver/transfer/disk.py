@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from gevent.hub import get_hub
 from gevent.threadpool import ThreadPool
 
+from gtcpserver.descriptors import close_descriptor
+
 #: Reads and writes under way at once. A pool of our own: gevent's default one also resolves host names, and those must
 #: not queue behind a disk that hangs.
 MOST_THREADS = 4
@@ -129,7 +131,7 @@ def _read(fd: int, position: int, size: int) -> float:
             while position < end and (moved := os.sendfile(nowhere, fd, position, end - position)):
                 position += moved
         finally:
-            os.close(nowhere)
+            close_descriptor(nowhere)
     # Where that is refused (a sandbox, a chroot without /dev) they are copied after all. An error of the disk is the
     # sender's to meet, where there is somebody to tell.
     with suppress(OSError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from ..descriptors import close_descriptor
 from ..watcher import watch
 
 
@@ -42,7 +43,7 @@ def opened(file: Any, flags: int) -> Iterator[Any]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        close_descriptor(fd)
 
 
 def is_seekable_file(fd: int) -> bool:

@@ -19,6 +19,8 @@ import struct
 from collections import deque
 from time import monotonic
 
+from gtcpserver.descriptors import close_descriptor
+
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.
 LARGEST = 1 << 20
 
@@ -101,7 +103,7 @@ class Pipe:
         self.output = self.input = -1
         for end in ends:
             if end >= 0:
-                os.close(end)
+                close_descriptor(end)
 
 
 class PipePool:

@@ -8,6 +8,7 @@ import stat
 from time import monotonic
 from typing import Any
 
+from ..descriptors import close_descriptor
 from .disk import pool
 from .ends import is_plain
 from .files import descriptor_of, opened, wait_for
@@ -161,7 +162,7 @@ def _write_in_thread(pipe: Pipe, fd: int, size: int) -> None:
     own = os.dup(fd)
 
     def finish(job: Any) -> None:
-        os.close(own)
+        close_descriptor(own)
         if job is not None and job.successful():
             PIPES.put(pipe)
         else:
