@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .server import Handler, Server
+from .standard_descriptors import open_standard_descriptors
 from .stats import StopReport
 
 
@@ -34,6 +35,7 @@ def run(
         ConfigError, OSError: as :class:`Server`.
         gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
     """
+    open_standard_descriptors()
     # Worker processes and monitoring are not loaded by those who have none.
     from .supervisor.api import load_name, run_workers
 

@@ -48,6 +48,7 @@ from .outcome import COUNTER, log_client_error, log_fault, outcome_of, peer_has_
 from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
+from .standard_descriptors import open_standard_descriptors
 from .stats import Counters, CutConnection, ServerStats, StopReport
 from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers
 from .tls import Credentials
@@ -163,6 +164,7 @@ class Server:
         on_disconnect: Callable[[Connection], Any] | None = None,
         on_error: Callable[[Connection, BaseException], Any] | None = None,
     ) -> None:
+        open_standard_descriptors()
         check_event_loop()
         if not callable(handler):
             raise ConfigError(f"handler must be callable with a connection, got {handler!r}")

@@ -1,1 +1,10 @@
 """Benchmarks against peers, and load tests."""
+
+import os as _os
+import sys as _sys
+
+# As gtcpserver.standard_descriptors, without gtcpserver and gevent: the peers' memory is measured.
+for _fd, _name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(_sys, _name) is None and _os.open(_os.devnull, _os.O_RDWR) == _fd:
+        _os.set_inheritable(_fd, True)
+        setattr(_sys, _name, open(_fd, "w" if _fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115

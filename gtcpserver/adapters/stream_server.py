@@ -28,6 +28,7 @@ from ..listener import Listener
 from ..logs import FaultLimiter, also, fault_key
 from ..outcome import COUNTER, log_client_error, log_fault, outcome_of
 from ..pool import HandlerPool
+from ..standard_descriptors import open_standard_descriptors
 from ..stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
 from ..tls import Credentials, classify_handshake_error
 from ..tls.config import DEFAULT_MAX_HANDSHAKES
@@ -67,6 +68,7 @@ class StreamServer(Acceptor):
     def __init__(
         self, listener: Any, handle: Any = None, backlog: int | None = None, spawn: Any = "default", **ssl_args: Any
     ) -> None:
+        open_standard_descriptors()
         self._tls = StreamServerTLS()
         self._credentials: Credentials | None = None
         self._handshakes: Lane | None = None

@@ -6,12 +6,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from gtcpserver.standard_descriptors import open_standard_descriptors
+
 # The commands that run a user's blocking code, which has to wait on gevent's loop.
 MONKEY_PATCHED = ("serve", "echo")
 
 
 def main() -> None:
     """Runs the command given in sys.argv and exits: 0 done, 1 it failed at work, 2 it was called wrongly."""
+    try:
+        open_standard_descriptors()
+    except OSError as error:
+        sys.exit(f"gtcpserver: {error.strerror}")
     arguments = sys.argv[1:]
     if wants_monkey_patch(arguments):
         # Before anything else is imported: what binds `socket.socket` or `threading.local` by name while it is being

@@ -157,6 +157,8 @@ def name_of(parameter: click.Parameter) -> str:
 
 
 def complain(message: str) -> None:
+    if sys.stderr is None:  # it was closed, and there is no /dev/null: print() would take stdout
+        return
     try:
         print("gtcpserver:", " ".join(message.split()), file=sys.stderr)
     except (OSError, ValueError):  # nobody reads stderr

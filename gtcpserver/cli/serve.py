@@ -199,7 +199,7 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]],
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     server = make_server(context, load(), listen)
-    if not sys.stdin.isatty():  # otherwise the signal says that the terminal has gone, and so shall we
+    if not os.isatty(0):  # otherwise the signal says that the terminal has gone, and so shall we
         obey_hangup(server, load if reads_files else None, file_of(context))
     serve_until_stopped(context, server)
 
