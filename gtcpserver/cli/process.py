@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import resource
+import signal
 
 import gevent
 
@@ -35,6 +36,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as error:
         log.warning("cannot raise the limit of open files from %d to %d: %s", soft, hard, error)
+
+
+def unblock_signals() -> None:
+    """Unblocks all signals.
+
+    The program that starts us may have blocked some for itself, and the mask is inherited (signal(7)): without SIGTERM
+    there is no stop, and without SIGCHLD gevent waits for a child process for ever.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def freeze_garbage_collector() -> None:

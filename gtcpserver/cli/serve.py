@@ -27,7 +27,7 @@ from gtcpserver.cli.options import (
     supervisor_options,
     was_given,
 )
-from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit, unblock_signals
 from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, warnings_at_start
 from gtcpserver.cli.supervise import bound_by_systemd, supervise
 from gtcpserver.connection import Connection
@@ -236,6 +236,7 @@ def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None,
 def prepare(context: click.Context) -> None:
     """What a process does to itself before it serves alone."""
     configure_logging(context.params["log_level"], context.params["log_format"])
+    unblock_signals()
     raise_descriptor_limit()
     for line in warnings_at_start(context):
         log.warning("%s", line)

@@ -191,6 +191,8 @@ class Master:
             self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             before += [(number, _signal(number, self._note_signal)) for number in MASTER_SIGNALS]
+            # A program that starts us may have blocked them for itself, and the mask is inherited (signal(7)).
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
             self._open_control()
             if self._pid_file is not None and handover is None:
                 self._pid_file.write()

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gevent
 from gevent import monkey
@@ -108,7 +108,10 @@ def _in_child(what: Callable[[], int]) -> int:
 def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -> int:
     atexit._clear()
     for number in MASTER_SIGNALS:
-        _signal(number, signal.SIG_IGN if number in IGNORED_BY_WORKERS else signal.SIG_DFL)
+        if number in IGNORED_BY_WORKERS:
+            _ignore(number)
+        else:
+            _signal(number, signal.SIG_DFL)
     close()
     # The program that was preloaded, or that called `run`, may have made an event loop.
     gevent.reinit()
@@ -122,6 +125,16 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
         except (OSError, ValueError, AttributeError):
             pass
     return status
+
+
+def _ignore(number: int) -> None:
+    # Not SIG_IGN, which execve(2) keeps (signal(7)): a program that a handler starts would ignore it too.
+    _signal(number, _do_nothing)
+    signal.siginterrupt(number, False)  # as little as SIG_IGN does: no system call of a C library fails with EINTR
+
+
+def _do_nothing(_number: int, _frame: Any) -> None:
+    pass
 
 
 def _set_title(role: str) -> None:
