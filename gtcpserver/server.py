@@ -321,7 +321,8 @@ class Server:
     def serve_forever(self, stop_timeout: float | None = DEFAULT_STOP_TIMEOUT) -> StopReport:
         """Start if need be, and serve until stopped.
 
-        In the main thread SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)``; a second one is ``halt()``.
+        In the main thread, in any of its greenlets, SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)`` of all
+        servers there; a second one is ``halt()``.
 
         Args:
             stop_timeout: seconds that handlers get to finish after a signal; None waits for ever.

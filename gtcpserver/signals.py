@@ -4,56 +4,100 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from gevent.hub import get_hub
+from gevent.monkey import get_original
 
 from .descriptors import close_descriptor
 from .watcher import watch
+
+_native_id: Callable[[], int] = get_original("threading", "get_native_id")
 
 
 class StopSignals:
     """Within a ``with`` block, in the main thread: calls ``told(number)`` in the hub for each SIGTERM and SIGINT.
 
-    In another thread it does nothing: Python lets only the main thread have signal handlers.
+    In any greenlet of that thread, that is; where several have such a block, all of them are told. In another thread it
+    does nothing: Python lets only the main thread have signal handlers.
     """
 
     def __init__(self, told: Callable[[int], Any]) -> None:
         self._told = told
-        self._restore: list[tuple[int, Any]] = []
-        self._waker: Waker | None = None
-        self._missed = 0
+        self._handlers: _Handlers | None = None
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        global _handlers
+        if not in_main_thread():
             return
-        loop = get_hub().loop
-
-        def on_signal(number: int, _frame: Any) -> None:
-            # A signal handler runs between any two bytecodes: only note it and let the loop act.
-            try:
-                loop.run_callback(self._told, number)
-            except MemoryError:
-                self._missed = number  # the waker, which the same signal wakes, tells it
-
-        self._waker = Waker(self._tell_missed)
-        self._restore = [(number, signal.signal(number, on_signal)) for number in (signal.SIGTERM, signal.SIGINT)]
-
-    def _tell_missed(self) -> None:
-        number, self._missed = self._missed, 0
-        if number:
-            self._told(number)
+        if _handlers is None or _handlers.process != os.getpid():  # a forked child has those of its parent
+            _handlers = _Handlers()
+        self._handlers = _handlers
+        self._handlers.told.append(self._told)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        for number, before in self._restore:
+        global _handlers
+        handlers, self._handlers = self._handlers, None
+        if handlers is None:
+            return
+        handlers.told.remove(self._told)
+        if not handlers.told:
+            if _handlers is handlers:
+                _handlers = None
+            handlers.restore()
+
+
+class _Handlers:
+    """The signal handlers of a process, from the first StopSignals block to the end of the last."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.told: list[Callable[[int], Any]] = []
+        self._loop = get_hub().loop
+        self._missed = 0
+        self._waker = Waker(self._tell_missed)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = [(number, signal.signal(number, self._on_signal)) for number in numbers]
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        # A signal handler runs between any two bytecodes: only note it and let the loop act.
+        try:
+            self._loop.run_callback(self._tell, number)
+        except MemoryError:
+            self._missed = number  # the waker, which the same signal wakes, tells it
+
+    def _tell_missed(self) -> None:
+        number, self._missed = self._missed, 0
+        if number:
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        failed: Exception | None = None
+        for told in self.told:
+            try:
+                told(number)
+            except Exception as error:  # which keeps it from no other
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def restore(self) -> None:
+        for number, before in self._before:
             signal.signal(number, before)
-        if self._waker is not None:
-            self._waker.close()
+        self._waker.close()
+
+
+_handlers: _Handlers | None = None
+
+
+def in_main_thread() -> bool:
+    # threading.current_thread() of a monkey-patched program knows greenlets. On Linux the first thread of a process has
+    # its number, gettid(2).
+    return _native_id() == os.getpid()
 
 
 class Waker:

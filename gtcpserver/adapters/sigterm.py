@@ -10,11 +10,8 @@ from typing import Any
 
 import gevent
 from gevent.hub import get_hub
-from gevent.monkey import get_original
 
-from ..signals import Waker
-
-_native_id = get_original("threading", "get_native_id")
+from ..signals import Waker, in_main_thread
 
 
 class DieGracefully:
@@ -43,7 +40,7 @@ class DieGracefully:
     @contextmanager
     def caught(self) -> Iterator[None]:
         """Catch SIGTERM within the block. Once a signal has come, the block does not end before the process does."""
-        if not _in_main_thread():
+        if not in_main_thread():
             yield
             return
         self._begin()
@@ -123,12 +120,6 @@ class DieGracefully:
         self._leave_off()
         if caught:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-def _in_main_thread() -> bool:
-    # threading.current_thread() of a monkey-patched program knows greenlets. On Linux the first thread of a
-    # process has its number, gettid(2).
-    return bool(_native_id() == os.getpid())
 
 
 def _is_default(number: int) -> bool:

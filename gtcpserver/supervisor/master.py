@@ -147,7 +147,7 @@ class Master:
             WorkersCannotStart: no worker could be started.
         """
         if threading.current_thread() is not threading.main_thread():
-            raise ConfigError("workers need the main thread, for its signals; this is another one")
+            raise ConfigError("workers need the main thread, for its signals, and no greenlet in it")
         self._listen_fds = listen_fds
         self._handover = take_handover()
         try:
