@@ -33,7 +33,7 @@ from .connection import Connection, Idle
 from .errors import ClientRefused, ConfigError, GtcpServerError, LimitExceeded
 from .event_loop import check_event_loop
 from .idle import PlacelessIdle
-from .linger import Linger
+from .linger import LOOK_SECONDS, Linger
 from .listener import (
     ListenConfig,
     Listener,
@@ -125,7 +125,7 @@ class Server:
         client_limits: who may connect, how many connections a client may have and how fast it may open them
             (:class:`ClientLimits`); None: no limits.
         linger: seconds a closed connection may take to be closed by the peer too, so that everything written reaches
-            it; 0 closes at once.
+            it; 0 closes at once. A stop waits no longer for a peer that has acknowledged everything and is silent.
         connection_class: a subclass of Connection for the handler to get.
         context: anything; each connection has it as ``connection.context``.
         access_log: write a line when a connection has ended: "text", "json", or an :class:`AccessLog` for a file. None:
@@ -956,13 +956,15 @@ class Server:
                 return
 
     def _wait_for_lingering(self, until: float | None) -> None:
-        while not self.lingerer.nobody_lingers.is_set():
-            if not self._wait_a_little(self.lingerer.nobody_lingers, until):
+        lingerer = self.lingerer
+        while not lingerer.nobody_lingers.is_set():
+            if not self._wait_a_little(lingerer.nobody_lingers, until, LOOK_SECONDS):
                 return
+            lingerer.let_silent_peers_be()
 
-    def _wait_a_little(self, event: Event, until: float | None) -> bool:
+    def _wait_a_little(self, event: Event, until: float | None, longest: float = LONGEST_WITHOUT_A_LOOK) -> bool:
         """Wait for the event, or at most so long that it is worth while to look; False when there is no more time."""
-        left = LONGEST_WITHOUT_A_LOOK if until is None else min(LONGEST_WITHOUT_A_LOOK, until - monotonic())
+        left = longest if until is None else min(longest, until - monotonic())
         if left <= 0 or self._hurry.is_set():
             return False
         if event.is_set():  # it should not be

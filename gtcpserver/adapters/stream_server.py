@@ -23,7 +23,7 @@ from ..acceptor import FATAL_ERRNOS, Acceptor
 from ..connection import Connection
 from ..handshake import HandshakeStep
 from ..lane import Lane
-from ..linger import Linger
+from ..linger import LOOK_SECONDS, Linger
 from ..listener import Listener
 from ..logs import FaultLimiter, also, fault_key
 from ..outcome import COUNTER, log_client_error, log_fault, outcome_of
@@ -439,9 +439,11 @@ class StreamServer(Acceptor):
                 return
 
     def _wait_for_lingering(self, until: float) -> None:
-        left = min(self.linger + 1, until - monotonic())  # bounded: its timers keep no event loop alive
-        if left > 0:
-            self._lingerer.nobody_lingers.wait(left)
+        until = min(until, monotonic() + self.linger + 1)  # bounded: its timers keep no event loop alive
+        while (left := until - monotonic()) > 0:
+            if self._lingerer.nobody_lingers.wait(min(left, LOOK_SECONDS)):
+                return
+            self._lingerer.let_silent_peers_be()
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
         """Start if need be, and serve until stopped.
