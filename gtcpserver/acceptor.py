@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from .connection import Connection
 from .descriptors import close_descriptor
 from .draining import accept_any_ttl
 from .errors import GtcpServerError
+from .logs import own_logger
 from .watcher import watch
 
 if TYPE_CHECKING:
     from .listener import Listener
 
-log = logging.getLogger("gtcpserver.accept")
+log = own_logger("gtcpserver.accept")
 
 #: The system is out of descriptors or memory: trying again at once would fail again, so the loop backs off.
 CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

@@ -20,11 +20,11 @@ from .address import format_sockaddr
 from .connection import Connection, log_fields_of
 from .descriptors import close_descriptor
 from .errors import ConfigError
-from .logs import FaultLimiter, NonBlockingHandler
+from .logs import FaultLimiter, NonBlockingHandler, own_logger
 from .strict_json import as_text, to_json, to_short_json
 from .trusted_path import UntrustedPath, open_file
 
-log = logging.getLogger("gtcpserver.access")
+log = own_logger("gtcpserver.access")
 _problems = logging.getLogger("gtcpserver")
 
 Style = Literal["text", "json"]
@@ -257,7 +257,8 @@ class AccessFile(NonBlockingHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             status = os.stat(self._path)
-            moved = self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
+            # Closed: by logging.config, see NonBlockingHandler.
+            moved = self._fd < 0 or self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
         except OSError:
             moved = True
         if moved:

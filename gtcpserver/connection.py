@@ -6,7 +6,6 @@ The order below: construct, read, write, bound, idle, close.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket as _stdlib_socket
 from io import RawIOBase
@@ -22,6 +21,7 @@ from gevent.socket import cancel_wait_ex
 
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer, handshake_failed
+from .logs import own_logger
 from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .proxy_protocol import ProxyHeader
     from .server import Server
 
-log = logging.getLogger("gtcpserver.tls")
+log = own_logger("gtcpserver.tls")
 
 #: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
 READ_AHEAD = 16 * 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -17,10 +16,11 @@ from .balancer import ProxyVersion, check_version, header_of
 from .connect import connect
 from .connection import Connection
 from .errors import ConfigError
+from .logs import own_logger
 from .options import check_number
 from .transfer import relay
 
-log = logging.getLogger("gtcpserver.forward")
+log = own_logger("gtcpserver.forward")
 
 Balance = Literal["first", "round-robin", "least"]
 

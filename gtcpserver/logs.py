@@ -25,7 +25,30 @@ from gevent.monkey import get_original
 from .descriptors import close_descriptor
 from .strict_json import to_short_json
 
-logger = logging.getLogger("gtcpserver")
+
+class _OwnLogger(logging.Logger):
+    """A logger that `logging.config` configures when it names it, and otherwise leaves alone.
+
+    By default dictConfig and fileConfig disable every logger that exists and that they do not name, and empty those
+    below one that they do name. A program that sets up its own logging would silence the server: no traceback of a
+    handler, no line in the access log.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if sys._getframe(1).f_code.co_name != "_handle_existing_loggers":  # of logging.config
+            super().__setattr__(name, value)
+
+
+def own_logger(name: str) -> logging.Logger:
+    """Return the logger of a name, one of this library's; the program configures it as any other."""
+    found = logging.getLogger(name)
+    kind = type(found)  # a program may have set a class of its own (logging.setLoggerClass)
+    if not issubclass(kind, _OwnLogger):
+        found.__class__ = type("OwnLogger", (_OwnLogger, kind), {}) if kind is not logging.Logger else _OwnLogger
+    return found
+
+
+logger = own_logger("gtcpserver")
 
 _poll = get_original("select", "poll")
 _native_rlock = get_original("threading", "RLock")
@@ -119,6 +142,7 @@ class NonBlockingHandler(logging.Handler):
         self._fd = fd
         self._identity = _identity(fd)
         self._terminal = _reopen_terminal(fd)
+        self._was_closed = False
 
     def createLock(self) -> None:
         super().createLock()
@@ -126,6 +150,9 @@ class NonBlockingHandler(logging.Handler):
         self.lock = _native_rlock()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._was_closed:  # by logging.config, which closes all there are, also those that stay in use
+            self._was_closed = False
+            self._terminal = _reopen_terminal(self._fd)
         line = self._encode(record)
         if self._write_rest():
             if self._unreported:
@@ -156,6 +183,7 @@ class NonBlockingHandler(logging.Handler):
         if self._terminal >= 0:
             close_descriptor(self._terminal)
             self._terminal = -1
+        self._was_closed = True
         super().close()
 
     def _encode(self, record: logging.LogRecord) -> bytes:

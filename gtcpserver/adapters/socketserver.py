@@ -14,9 +14,9 @@ import gevent
 
 from ..connection import Connection
 from ..errors import ConfigError
-from ..logs import NonBlockingHandler
+from ..logs import NonBlockingHandler, own_logger
 
-log = logging.getLogger("gtcpserver.http")
+log = own_logger("gtcpserver.http")
 
 #: Characters of a line of http.server's; as long as most URLs are at most.
 LONGEST_LINE = 2000

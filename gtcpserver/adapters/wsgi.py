@@ -22,12 +22,12 @@ from greenlet import GreenletExit
 from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
-from ..logs import FaultLimiter, also, fault_key
+from ..logs import FaultLimiter, also, fault_key, own_logger
 from ..overseer import HandlerTimedOut, TooSlow
 from ..stopping import peer
 from .wsgi_body import BodyError, RequestBody
 
-log = logging.getLogger("gtcpserver.wsgi")
+log = own_logger("gtcpserver.wsgi")
 
 #: Seconds in which the head of a request must have come, once it has begun; as of the static file server.
 HEAD_TIMEOUT = 30.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 import math
 import re
 import socket
@@ -21,6 +20,7 @@ from gtcpserver.cli.loading import load_callable, load_object
 from gtcpserver.client_limits import ClientLimits
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
+from gtcpserver.logs import own_logger
 from gtcpserver.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig, self_signed
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     ParamType = click.ParamType  # not generic before click 8.2
 
-log = logging.getLogger("gtcpserver.tls")
+log = own_logger("gtcpserver.tls")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

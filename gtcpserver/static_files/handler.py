@@ -6,7 +6,6 @@ import errno
 import functools
 import html
 import http
-import logging
 import mimetypes
 import os
 import socket
@@ -20,14 +19,14 @@ from urllib.parse import quote
 from ..connection import Connection
 from ..descriptors import close_descriptor
 from ..errors import ConfigError, DeadlineExceeded
-from ..logs import FaultLimiter, also
+from ..logs import FaultLimiter, also, own_logger
 from ..options import check_number
 from ..transfer.disk import in_thread
 from .lookup import Directory, is_directory, is_file, list_directory
 from .request import END_OF_HEAD, LONGEST_HEAD, BadRequest, Request, is_unchanged, parse_head, wanted_range
 
-log = logging.getLogger("gtcpserver.access")
-faults = logging.getLogger("gtcpserver.files")
+log = own_logger("gtcpserver.access")
+faults = own_logger("gtcpserver.files")
 
 #: Files up to this size are read and sent together with the head, in one call, which takes 0.6 of a sendfile's CPU for
 #: 16 KiB, 0.8 for 64 KiB and as much for 128 KiB. Not larger: a client that does not read holds so much memory.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..connection import Connection
+from ..logs import own_logger
 from ..server import Handler, Server
 
-log = logging.getLogger("gtcpserver.testing")
+log = own_logger("gtcpserver.testing")
 
 #: Handlers whose clients have left get so long to end, seconds; then they are ended. It is a handler that waits for
 #: something else that takes this time, at the end of its test.

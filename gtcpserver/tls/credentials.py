@@ -13,7 +13,6 @@ context is left with half of each; and after a change from an RSA to an EC certi
 from __future__ import annotations
 
 import _ssl
-import logging
 import os
 import ssl
 import sys
@@ -24,10 +23,11 @@ import gevent
 from gevent.hub import get_hub
 
 from ..errors import ConfigError
+from ..logs import own_logger
 from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
 from .contexts import ServerContexts, load_contexts, watched_files
 
-log = logging.getLogger("gtcpserver.tls")
+log = own_logger("gtcpserver.tls")
 
 MISSING_EXTENSION = 109  # RFC 8446 section 6.2; ssl.AlertDescription lacks it
 

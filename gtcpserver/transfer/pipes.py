@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import resource
 import socket
@@ -19,7 +18,8 @@ import struct
 from collections import deque
 from time import monotonic
 
-from gtcpserver.descriptors import close_descriptor
+from ..descriptors import close_descriptor
+from ..logs import own_logger
 
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.
 LARGEST = 1 << 20
@@ -56,7 +56,7 @@ REFUSALS = frozenset(
 
 _TCP_CLOSE = 7  # include/net/tcp_states.h
 
-log = logging.getLogger("gtcpserver.transfer")
+log = own_logger("gtcpserver.transfer")
 
 _NONBLOCK = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "splice") else 0
 
