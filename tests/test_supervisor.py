@@ -103,7 +103,7 @@ def test_handlers_that_do_not_finish_in_time_are_cut_and_told(start: Start) -> N
 
 
 def test_a_reload_cuts_no_connection_however_short_the_time_for_a_stop_is(start: Start) -> None:
-    master = start("--workers", "1", "--stop-timeout", "0.1")
+    master = start("--workers", "1", "--stop-timeout", "0.1", "--probation", "0")
     with master.connect() as client:
         client.sendall(b"sleep 1\n")
         master.wait_until_active(1)

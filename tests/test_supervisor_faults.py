@@ -193,7 +193,7 @@ def test_a_new_master_does_not_start_beside_a_running_one(start: Start, tmp_path
 
 
 def test_two_hundred_replacements_leave_no_zombie_and_no_descriptor(start: Start) -> None:
-    master = start("--workers", "4")
+    master = start("--workers", "4", "--probation", "0")
     master.settled(4)
     master.ask("reload")
     wait_until(lambda: len(children(master.pid)) == 4)

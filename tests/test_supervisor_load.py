@@ -44,7 +44,7 @@ def load() -> Iterator[Callable[..., Load]]:
 
 
 def test_twenty_reloads_lose_nothing(start: Start, load: Callable[..., Load]) -> None:
-    master = start("--workers", "2")
+    master = start("--workers", "2", "--probation", "0.1")
     clients = load(master.port)
     before = set(master.pids())
     for number in range(20):

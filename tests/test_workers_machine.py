@@ -74,7 +74,9 @@ class Machine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         folder = Path(self.folder.name)
         (folder / "app.py").write_text(APP)
-        arguments = ("--bind", "127.0.0.1:0", "--control", str(folder / "ctl"), "--workers", "2")
+        arguments = ("--bind", "127.0.0.1:0", "--control", str(folder / "ctl"), "--workers", "2", "--probation", "0.1")
+        # Cheap to try both: what holds of one reload holds of the other.
+        arguments += random.choice([(), ("--reload-one-by-one",)])
         self.master = Master(folder, ("serve", "app:handler", *arguments)).wait_listening()
         self.workers = 2
         self.master.settled(2)

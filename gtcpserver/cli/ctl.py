@@ -43,7 +43,8 @@ def status(where: Where, as_json: bool) -> None:
     else:
         click.echo(
             f"{answer['state']}, {'ready' if answer['ready'] else 'not ready'}: "
-            f"{len(answer['workers'])} workers of {answer['target']} wanted, generation {answer['generation']}, "
+            f"{len(answer['workers'])} workers of {answer['target']} wanted, {answer.get('retired', 0)} retired, "
+            f"generation {answer['generation']}, "
             f"{answer['restarts']} replaced, master {answer['pid']}, up {answer['uptime']:.0f} s"
         )
         click.echo(f"listening on {', '.join(answer['addresses'])}")

@@ -100,6 +100,11 @@ def _of_the_process(status: Mapping[str, Any], version: str) -> Iterator[Metric]
         PREFIX + "start_time_seconds", "When it was started, since the epoch.", round(time.time() - status["uptime"], 1)
     )
     yield GaugeMetricFamily(PREFIX + "workers_wanted", "Workers there are to be.", status["target"])
+    yield GaugeMetricFamily(
+        PREFIX + "workers_retired",
+        "Replaced workers that finish their connections, also where there are to be fewer.",
+        status["retired"],
+    )
     yield GaugeMetricFamily(PREFIX + "generation", "Counts the reloads, from 1.", status["generation"])
     yield CounterMetricFamily(
         PREFIX + "worker_restarts", "Workers started in place of ones that died.", status["restarts"]

@@ -92,6 +92,7 @@ class FromServer:
             "generation": 1,
             "reloading": False,
             "restarts": 0,
+            "retired": 0,
             "workers": [worker],
             "stats": stats,
         }

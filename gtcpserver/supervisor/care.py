@@ -68,14 +68,12 @@ class Care:
 
     def _begin_to_end(self, worker: WorkerProcess, now: float) -> None:
         slot = self._fleet.slots[worker.slot]
-        was_next = slot.next is worker
         slot.why = f"worker {worker.slot} (pid {worker.pid}) was replaced: its event loop was blocked"
         worker.dump_asked_at = now
         worker.signal(signal.SIGUSR2)
         # Its slot is free from now on: the next worker need not wait for the dump.
         self._fleet.let_go(slot, worker)
-        if was_next and self._fleet.reload is not None:
-            self._fleet.reload.abort(slot.why)
+        self._fleet.fail_with(worker, slot.why)
 
     def _end_blocked(self, worker: WorkerProcess, now: float) -> None:
         assert worker.dump_asked_at is not None

@@ -87,8 +87,9 @@ class Commands:
             "addresses": master.addresses,
             "target": fleet.target,
             "generation": fleet.generation,
-            "reloading": fleet.reload is not None,
+            "reloading": fleet.reloading(),
             "restarts": fleet.restarts,
+            "retired": len(fleet.retired()),
             "workers": workers,
             "stats": fleet.stats(),
         }

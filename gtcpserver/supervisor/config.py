@@ -20,6 +20,12 @@ the kernel takes 4096."""
 NOBODY = 2**32 - 1
 """(uid_t)-1: setuid(2) and chown(2) have a meaning of their own for it."""
 
+DEFAULT_PROBATION = 1.0
+"""Programs that load and yet cannot work mostly die at once, or at one of their first requests. An operator waits for
+this, twice. The same in others: minReadySeconds of a Kubernetes Deployment, 0; --update-monitor of Docker, 5 s."""
+
+LONGEST_PROBATION = 60.0  # half the time that an upgrade gives a new master (`upgrade.UPGRADE_SECONDS`)
+
 DEFAULT_WORKER_TIMEOUT = 30.0  # gunicorn's and uwsgi users' figure; a loop should never be blocked for one second
 
 
@@ -36,6 +42,12 @@ class SupervisorConfig:
         graceful_timeout: seconds that connections get to finish at a stop. None: for ever.
         retire_timeout: the same when another worker has taken their worker's place, at a reload, an upgrade, recycling
             or fewer workers. None: for ever, as nothing waits for them.
+        max_retired: how many workers whose place was taken may be there at once. Of more, the oldest are told to
+            finish: their connections get graceful_timeout. None: any number.
+        probation: seconds that a new worker must live, once it is ready, before the one that it replaces leaves (at a
+            reload, an upgrade or recycling). 0: none.
+        reload_one_by_one: at a reload, replace one worker after the other, so that one more needs memory and not as
+            many as there are. If one fails, those before it have the new code already.
         drain_delay: seconds between "not ready" and the end of accepting at a stop: the time in which load balancers
             notice.
         recycle_after: replace a worker that has accepted so many connections. None: never.
@@ -61,6 +73,9 @@ class SupervisorConfig:
     worker_timeout: float | None = DEFAULT_WORKER_TIMEOUT
     graceful_timeout: float | None = DEFAULT_STOP_TIMEOUT
     retire_timeout: float | None = None
+    max_retired: int | None = None
+    probation: float = DEFAULT_PROBATION
+    reload_one_by_one: bool = False
     drain_delay: float = 0.0
     recycle_after: int | None = None
     recycle_jitter: int | None = None
@@ -85,6 +100,10 @@ class SupervisorConfig:
         check_number("worker_timeout", self.worker_timeout, least=1, none="for no limit")
         check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait for ever")
         check_number("retire_timeout", self.retire_timeout, least=0, none="to wait for ever")
+        check_whole_number("max_retired", self.max_retired, least=0, none="for any number")
+        check_number("probation", self.probation, least=0)
+        if self.probation > LONGEST_PROBATION:
+            raise ConfigError(f"probation must be at most {LONGEST_PROBATION:g} seconds, got {self.probation:g}")
         check_number("drain_delay", self.drain_delay, least=0)
         check_whole_number("recycle_after", self.recycle_after, least=1, none="for never")
         check_whole_number("recycle_jitter", self.recycle_jitter, least=0, none="for a tenth of recycle_after")

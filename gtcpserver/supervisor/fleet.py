@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from gtcpserver.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.supervisor.care import Care
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.config import SupervisorConfig
@@ -39,6 +40,14 @@ KILL_MARGIN = 5.0
 
 HALT_SECONDS = 3.0  # the same where there is no time-out
 
+LASTING_SECONDS = 1.0
+"""A worker whose place was taken and that is still there after this has connections that last. Before, it is not told
+to hurry: others are gone by then, and a connection that has not sent anything yet would lose its first request."""
+
+FEW_RETIRED = 2
+"""As many old generations as there are workers to be, before the log warns: with the one that serves, three times the
+memory."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -64,6 +73,8 @@ class Fleet:
         stopping: no worker is replaced any more.
         ending: the end is waited for, also that of workers whose place was taken.
         restarts: workers started in place of ones that died.
+        replaces: this is the fleet of an upgrade: the start is complete when every worker has lived through its
+            probation, and fails if one does not, as the fleet before it serves on.
     """
 
     def __init__(
@@ -88,11 +99,13 @@ class Fleet:
         self.stopping = False
         self.ending = False
         self.restarts = 0
+        self.replaces = False
         self.finished = 0
         self.ended = 0
         self.reload: Reload | None = None
         self._reloads_wanted: list[Done] = []
         self._scaled: list[Done] = []
+        self._warn_above = 0
         self._folder = folder
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
@@ -153,7 +166,8 @@ class Fleet:
     def _start_failed(self, slot: Slot, what: str) -> None:
         delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**slot.failures)
         slot.failures += 1
-        slot.not_before = monotonic() + delay
+        slot.failed_at = monotonic()
+        slot.not_before = slot.failed_at + delay
         log.error("%s; trying again in %.1f s", what, delay)
 
     # -- what workers say --------------------------------------------------------------------------------------------
@@ -207,9 +221,15 @@ class Fleet:
         log.info(
             "worker %d (pid %d) is ready after %.2f s", slot.number, worker.pid, worker.ready_at - worker.started_at
         )
-        if worker is slot.next and self.reload is None:
-            slot.failures = 0
-            self.promote(slot)
+
+    def proven(self, worker: WorkerProcess) -> bool:
+        """Whether a new worker has lived through its probation, so that the one it replaces may leave."""
+        over_at = worker.ready_at + self.config.probation
+        if worker.state is not WorkerState.READY or worker.channel.ended or monotonic() < over_at:
+            return False
+        # A beat after it says that the event loop runs. One that is blocked is waited for, and killed after the
+        # worker_timeout; without that nothing would end the wait.
+        return worker.last_beat >= over_at or self.config.worker_timeout is None
 
     def promote(self, slot: Slot) -> None:
         """The successor takes the slot; the worker that had it finishes its connections."""
@@ -223,6 +243,7 @@ class Fleet:
             return
         self._take_out(slot, worker)
         slot.gone_on.append(worker)
+        worker.retired_at = monotonic()
         worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
         timeout = self.config.graceful_timeout if self.ending else self.config.retire_timeout
         worker.channel.send(kind, timeout=timeout, all=self.stopping, hurry=self.ending)
@@ -282,8 +303,7 @@ class Fleet:
             return
         if worker.details:
             log_with_details(logging.ERROR, f"worker {slot.number} cannot start: {reason}", worker.details)
-        if was_next and self.reload is not None:
-            self.reload.abort(reason)
+        if self.fail_with(worker, reason) and was_next:
             return
         slot.why = f"worker {slot.number} (pid {worker.pid}) could not start: {reason}"
         if not self.stopping:
@@ -291,14 +311,26 @@ class Fleet:
 
     def _died(self, slot: Slot, worker: WorkerProcess, was_next: bool, how: str, status: int) -> None:
         active = worker.stats.get("active", 0)
+        lived = monotonic() - worker.ready_at
         slot.why = how + (f": {worker.fatal}" if worker.fatal else "")
         log.error("%s; it had about %d connections", slot.why, active)
-        if was_next and self.reload is not None:
-            self.reload.abort(how)
+        how = f"{how}, {lived:.2f} s after it was ready"
+        if self.fail_with(worker, how) and (was_next or not self.up):
             return
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 15)
-        if not killed and monotonic() - worker.ready_at < SHORT_LIFE:
-            self._start_failed(slot, f"worker {slot.number} lived {monotonic() - worker.ready_at:.2f} s")
+        if was_next or (not killed and lived < SHORT_LIFE):
+            self._start_failed(slot, f"worker {slot.number} lived {lived:.2f} s")
+
+    def fail_with(self, worker: WorkerProcess, how: str) -> bool:
+        """Ends the reload, or the upgrade, that has started a worker which failed; False if there is none."""
+        if self.reload is not None and self.reload.fails_with(worker):
+            self.reload.abort(how)
+            return True
+        if not self.replaces or self.up:
+            return False
+        if self.first_failure is None and not self.stopping:
+            self.first_failure = Failure(how, "", 3)
+        return True
 
     # -- what is due -------------------------------------------------------------------------------------------------
 
@@ -313,6 +345,7 @@ class Fleet:
                     worker.failure = worker.failure or "it has closed its channel to the master"
                 worker.kill()
         self.care.look(now)
+        self._bound_retired(now)
         if self.stopping:
             return
         self._complete_start()
@@ -323,6 +356,7 @@ class Fleet:
             self.reload = Reload(self, done)
             self.reload.go_on()
         elif self.up:
+            self._promote_proven()
             self._scale_towards_target()
             self._recycle(now)
         for slot in self.active():
@@ -346,20 +380,89 @@ class Fleet:
         return self.first_failure is None
 
     def _complete_start(self) -> None:
-        if not self.up and all(slot.serves() for slot in self.slots.values()):
+        if not self.up and all(map(self._is_complete, self.slots.values())):
             self.up = True
         now = monotonic()
         for slot in self.slots.values():
             current = slot.current
-            if current is not None and current.state is WorkerState.READY and now - current.ready_at >= SHORT_LIFE:
+            if current is None or current.state is not WorkerState.READY or current.ready_at < slot.failed_at:
+                continue  # it was a successor of this one that has failed since
+            if now - current.ready_at >= SHORT_LIFE:
                 slot.failures = 0
+
+    def _is_complete(self, slot: Slot) -> bool:
+        if not self.replaces:
+            return slot.serves()
+        return slot.current is not None and self.proven(slot.current)
+
+    def _promote_proven(self) -> None:
+        """Successors outside of a reload (recycling) take their places."""
+        for slot in self.slots.values():
+            # Where the one before has died, nobody else is there.
+            if slot.next is not None and (
+                self.proven(slot.next) or (slot.current is None and slot.next.state is WorkerState.READY)
+            ):
+                slot.failures = 0
+                self.promote(slot)
 
     def changing(self) -> bool:
         """Whether slots come or go, or a worker is being replaced by its successor."""
         return self._replacing() or not len(self.active()) == len(self.slots) == self.target
 
+    def reloading(self) -> bool:
+        """Whether a reload is under way, or asked for and about to begin."""
+        return self.reload is not None or bool(self._reloads_wanted)
+
     def _replacing(self) -> bool:
         return any(slot.next is not None for slot in self.slots.values())
+
+    # -- workers whose place was taken -------------------------------------------------------------------------------
+
+    def retired(self) -> list[WorkerProcess]:
+        """Workers that only finish their connections, those that have done so for longest first."""
+        found = [worker for slot in self.slots.values() for worker in slot.gone_on]
+        return sorted(found, key=lambda worker: worker.retired_at)
+
+    def too_many_retired(self) -> bool:
+        most = self.config.max_retired
+        return most is not None and sum(len(slot.gone_on) for slot in self.slots.values()) > most
+
+    def _bound_retired(self, now: float) -> None:
+        """Warns when old workers pile up; tells the oldest of too many to finish."""
+        retired = self.retired()
+        self._warn_of_retired(retired, now)
+        most = self.config.max_retired
+        if most is None or self.ending:
+            return
+        timeout = self.config.graceful_timeout
+        if timeout is None:
+            timeout = DEFAULT_STOP_TIMEOUT
+        for worker in retired[: max(0, len(retired) - most)]:
+            if worker.hastened or now - worker.retired_at < LASTING_SECONDS:
+                continue
+            worker.hastened = True
+            log.warning(
+                "worker %d (pid %d) has %g s to finish its %d connections: %d retired workers, at most %d may stay",
+                worker.slot,
+                worker.pid,
+                timeout,
+                worker.stats.get("active", 0),
+                len(retired),
+                most,
+            )
+            worker.channel.send("hasten", timeout=timeout)
+            self._kill_after(worker, timeout)
+
+    def _warn_of_retired(self, retired: list[WorkerProcess], now: float) -> None:
+        if len(retired) <= self.target:
+            self._warn_above = FEW_RETIRED * self.target
+        elif len(retired) > self._warn_above:
+            self._warn_above = 2 * len(retired)  # not with each one more
+            log.warning(
+                "%d retired workers have connections still, the oldest for %.0f s (--max-retired, --retire-timeout)",
+                len(retired),
+                now - retired[0].retired_at,
+            )
 
     # -- reload, scale, recycle --------------------------------------------------------------------------------------
 
@@ -407,7 +510,7 @@ class Fleet:
         if not self._scaled:
             return
         active = self.active()
-        failing = next((slot for slot in active if slot.failures), None)
+        failing = next((slot for slot in active if slot.failures and not slot.serves()), None)
         # Slots that close go on in their own time: their connections may be long ones.
         if failing is None and not (len(active) == self.target and all(slot.serves() for slot in active)):
             return

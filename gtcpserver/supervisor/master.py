@@ -180,6 +180,7 @@ class Master:
         sockets.open(self.program.addresses, slots, handover.sockets if handover is not None else ())
         self.addresses = sockets.addresses
         self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots)
+        self.fleet.replaces = handover is not None
         try:
             self._open_monitor()
         except BaseException:
@@ -455,7 +456,7 @@ class Master:
     def _tell_systemd(self, now: float) -> None:
         serving = sum(slot.serves() for slot in self.fleet.slots.values())
         status = f"STATUS={self.state.value}: {serving} of {self.fleet.target} workers are ready"
-        if self.state is MasterState.SERVING and self.fleet.reload is None:
+        if self.state is MasterState.SERVING and not self.fleet.reloading():
             status += f"\nREADY=1\nMAINPID={os.getpid()}"
         elif self.stopping and self._left_to is None:
             status += "\nSTOPPING=1"
@@ -520,6 +521,7 @@ class Master:
         """New workers in place of all. `done` is called with None, or with why it failed."""
         log.info("%s: reload", why)
         if self._upgrade.under_way:
+            log.error("no reload: an upgrade is under way")
             done("an upgrade is under way")
             return
         if self.config.preload or self.program.preloaded:
@@ -566,7 +568,7 @@ class Master:
         error = ""
         if self._upgrade.under_way:
             error = "an upgrade is under way already"
-        elif self.state is not MasterState.SERVING or self.fleet.reload is not None or self.fleet.changing():
+        elif self.state is not MasterState.SERVING or self.fleet.reloading() or self.fleet.changing():
             error = "a start, a reload or a change of the number of workers is under way"
         elif os.getpid() == 1:
             error = "this is process 1, whose end is the end of its container: reload, or replace the container"

@@ -1,4 +1,4 @@
-"""Reload: a new worker in every slot, then the old ones leave. All of it happens, or nothing."""
+"""Reload: new workers in place of the old ones. All of it happens, or nothing; one by one, as much as works."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("gtcpserver")
 
 LET_GO_SECONDS = 5.0
-"""How long old workers may take to stop accepting until a reload counts as done all the same: one may be blocked."""
+"""How long old workers may take to stop accepting until a reload counts as done all the same: one may be blocked. One
+by one, also how long the next worker waits for the memory of the last one that was replaced."""
 
 Done = Callable[[str | None], None]
 """Called when an operation has ended, with None or why it failed."""
 
 
 class Reload:
-    """One reload. The first new worker goes ahead alone: code that cannot start fails once, and not in every slot.
+    """One reload. The first new worker goes ahead alone: code that cannot work fails once, and not in every slot.
 
-    New workers accept as soon as they are ready, beside the old ones, on the same sockets; the old ones are let go when
-    every new one is ready. It is done when they accept no more: whoever connects then meets the new code.
+    New workers accept as soon as they are ready, beside the old ones, on the same sockets. From then on each is on
+    probation: if one dies, or its event loop is blocked, the reload fails. When every new one has lived through it, the
+    old ones are let go. So until the new code has proved itself, every queue is served by the old one too. The reload
+    is done when the old ones accept no more: whoever connects then meets the new code.
+
+    One by one (`SupervisorConfig.reload_one_by_one`) each old worker is let go before the next new one starts. The old
+    code may be gone from the disk by then, so what was replaced stays replaced if a later one fails.
     """
 
     def __init__(self, fleet: Fleet, done: list[Done]) -> None:
@@ -33,35 +39,61 @@ class Reload:
         self._done = done
         self.generation = fleet.generation + 1
         self._slots = fleet.active()
-        self._started: dict[int, WorkerProcess] = {}
-        self._leaving: list[WorkerProcess] | None = None
+        self._one_by_one = fleet.config.reload_one_by_one
+        first, rest = self._slots[:1], self._slots[1:]
+        #: Slots that get their new workers together, when those before them have lived through their probation.
+        steps = [first, *([slot] for slot in rest)] if self._one_by_one else [first, rest]
+        self._steps = [step for step in steps if step]
+        self._started: list[WorkerProcess] = []
+        self._replaced = 0
+        self._leaving: list[WorkerProcess] = []
+        self._finishing = False
         self._give_up_at = 0.0
         log.info("reload %d begins: %d workers", self.generation - 1, len(self._slots))
 
     def go_on(self) -> None:
         """Takes the next step if the last one is done."""
-        if self._leaving is not None:
-            self._end_when_they_have_let_go(self._leaving)
+        if self._finishing:
+            self._end_when_they_have_let_go()
             return
-        if not self._started:
-            self._start(self._slots[:1])
+        if not all(map(self._fleet.proven, self._started)):
             return
-        if not all(worker.state is WorkerState.READY for worker in self._started.values()):
+        if self._one_by_one:
+            self._promote([slot for slot in self._slots if slot.next is not None])
+            if self._steps and not self._has_room():
+                return
+        if self._steps:
+            self._start(self._steps.pop(0))
             return
-        if len(self._started) < len(self._slots):
-            self._start(self._slots[1:])
+        if not self._one_by_one:
+            self._promote(self._slots)
+        self._finishing = True
+
+    def _promote(self, slots: list[Slot]) -> None:
+        if not slots:
             return
         fleet = self._fleet
         fleet.generation = self.generation
-        self._leaving = [slot.current for slot in self._slots if slot.current is not None]
+        self._leaving += [slot.current for slot in slots if slot.current is not None]
         self._give_up_at = monotonic() + LET_GO_SECONDS
-        for slot in self._slots:
+        for slot in slots:
             slot.failures = 0
             fleet.promote(slot)
+        self._replaced += len(slots)
+        self._started = []
 
-    def _end_when_they_have_let_go(self, leaving: list[WorkerProcess]) -> None:
-        running = self._fleet.workers
-        if any(one.pid in running and not one.drained for one in leaving) and monotonic() < self._give_up_at:
+    def _has_room(self) -> bool:
+        """One by one: whether the last worker that was replaced is gone, or stays for its lasting connections."""
+        if self._fleet.too_many_retired():
+            return False  # the oldest are told to finish, and have a time for it
+        return monotonic() >= self._give_up_at or not any(map(self._is_there, self._leaving))
+
+    def _is_there(self, worker: WorkerProcess) -> bool:
+        return self._fleet.workers.get(worker.pid) is worker
+
+    def _end_when_they_have_let_go(self) -> None:
+        accepting = any(self._is_there(one) and not one.drained for one in self._leaving)
+        if accepting and monotonic() < self._give_up_at:
             return
         self._fleet.reload = None
         log.info("reload %d is done; the old workers finish their connections", self.generation - 1)
@@ -73,15 +105,23 @@ class Reload:
             if worker is None:
                 self.abort(f"worker {slot.number} could not be started")
                 return
-            slot.next = self._started[slot.number] = worker
+            slot.next = worker
+            self._started.append(worker)
+
+    def fails_with(self, worker: WorkerProcess) -> bool:
+        """Whether the end of this worker is the end of the reload.
+
+        One by one, also that of a worker that has its place already: what killed it may kill the others.
+        """
+        return worker.generation == self.generation and not self._finishing
 
     def abort(self, why: str) -> None:
-        """The old workers stay, the new ones leave."""
+        """Old workers that were not replaced yet stay, the new ones that should replace them leave."""
         fleet = self._fleet
         if fleet.reload is not self:
             return
         fleet.reload = None
-        if self._leaving is not None:  # the new ones have their places already
+        if self._finishing:  # the new ones have their places already
             self._tell(None)
             return
         for slot in self._slots:
@@ -93,8 +133,13 @@ class Reload:
                 continue
             if not fleet.stopping:
                 fleet.let_go(slot, worker)
-        log.error("reload %d failed, the old workers serve on: %s", self.generation - 1, why)
-        self._tell(why)
+        if not self._replaced:
+            log.error("reload %d failed, the old workers serve on: %s", self.generation - 1, why)
+            self._tell(why)
+            return
+        how_far = f"{self._replaced} of {len(self._slots)} workers have the new code"
+        log.error("reload %d failed, %s, the others serve on: %s", self.generation - 1, how_far, why)
+        self._tell(f"{why}; {how_far}")
 
     def _tell(self, error: str | None) -> None:
         for done in self._done:

@@ -40,6 +40,8 @@ class WorkerProcess:
         slot: number of its slot.
         kill_at: when it is killed if it has not ended; monotonic.
         failure: why it could not start, in its own words.
+        retired_at: when its place was taken; monotonic.
+        hastened: it was told to finish, as there are too many like it.
         wants_to_retire: why it asks for a successor.
         lagging: its loop is late; it gets no new connections.
         stats: its counters as it last sent them.
@@ -56,6 +58,8 @@ class WorkerProcess:
     ready_at: float = 0.0
     last_beat: float = field(default_factory=monotonic)
     kill_at: float | None = None
+    retired_at: float = 0.0
+    hastened: bool = False
     failure: str = ""
     details: str = ""
     status: int = 3
@@ -124,10 +128,11 @@ class Slot:
 
     Attributes:
         current: the worker that serves, or is to.
-        next: its successor while it starts.
+        next: its successor while it starts, and on probation.
         gone_on: workers that finish their connections.
         closing: the slot goes away when its workers have drained its sockets.
         failures: starts that failed, in a row; they make the next one wait.
+        failed_at: when the last of them did; monotonic.
         not_before: when the next start may be; monotonic.
         why: what the last worker died of, for the next one.
     """
@@ -138,6 +143,7 @@ class Slot:
     gone_on: list[WorkerProcess] = field(default_factory=list)
     closing: bool = False
     failures: int = 0
+    failed_at: float = 0.0
     not_before: float = 0.0
     why: str = ""
 
