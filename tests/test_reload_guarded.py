@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import APP, Load, Master, alive, wait_until
+from supervised import APP, COMMAND, Load, Master, alive, wait_until
 
 from gtcpserver.supervisor.control import ControlError
 
@@ -373,3 +374,37 @@ def test_the_oldest_of_too_many_retired_workers_is_told_to_finish(start: Start) 
             client.recv(100)
     assert re.search("cut .* in handler", master.log())
     assert master.log().count("to finish its") == 1
+
+
+def test_old_workers_that_pile_up_are_counted_and_told(start: Start) -> None:
+    lasting = POISON.replace("stopping_event.wait", "stopping_event.wait and gevent.sleep")
+    master = start("--workers", "1", "--probation", "0", app=lasting)
+    held = []
+    for number in range(4):
+        held += master.hold(master.pids()[0])
+        master.ask("reload")
+        wait_until(lambda count=number + 1: master.ask("status")["retired"] == count)
+    ctl = [*COMMAND, "ctl", "--control", master.control, "status"]
+    status = subprocess.run(ctl, capture_output=True, text=True, check=True).stdout
+    assert "5 workers of 1 wanted, 4 retired, generation 5" in status
+    # Said once, and not with each one more.
+    told = re.findall(r"\d retired workers have connections still", master.log())
+    assert told == ["3 retired workers have connections still"]
+    for client in held:
+        client.close()
+
+
+@pytest.mark.parametrize("stopped", ["upgrade", "stop"])
+def test_retired_workers_are_bounded_in_a_master_that_was_left_too(start: Start, stopped: str) -> None:
+    lasting = POISON.replace("stopping_event.wait", "stopping_event.wait and gevent.sleep")
+    options = ("--probation", "0", "--max-retired", "0", "--stop-timeout", "0.2")
+    master = start("--workers", "1", *options, app=lasting)
+    (old,) = master.hold()
+    if stopped == "upgrade":
+        master.ask("upgrade")
+        master.pid = master.ask("status")["pid"]
+    else:
+        master.send_signal(signal.SIGTERM)
+    assert old.recv(100) == b""
+    assert master.process.wait(20) == 0
+    assert ("to finish its 1 connections" in master.log()) == (stopped == "upgrade")

@@ -450,8 +450,11 @@ class Fleet:
                 len(retired),
                 most,
             )
-            worker.channel.send("hasten", timeout=timeout)
-            self._kill_after(worker, timeout)
+            self._hasten(worker, timeout)
+
+    def _hasten(self, worker: WorkerProcess, timeout: float | None) -> None:
+        worker.channel.send("hasten", timeout=timeout)
+        self._kill_after(worker, timeout)
 
     def _warn_of_retired(self, retired: list[WorkerProcess], now: float) -> None:
         if len(retired) <= self.target:
@@ -563,8 +566,7 @@ class Fleet:
         timeout = self.config.graceful_timeout
         for slot in self.slots.values():
             for worker in slot.gone_on:
-                worker.channel.send("hasten", timeout=timeout)
-                self._kill_after(worker, timeout)
+                self._hasten(worker, timeout)
 
     def halt(self) -> None:
         """Ends everything now."""
