@@ -288,13 +288,16 @@ def test_no_upgrade_begins_on_probation_and_no_reload_during_an_upgrade(start: S
 def test_one_by_one_a_worker_starts_when_the_one_replaced_before_has_left(
     start: Start, load: Callable[..., Load]
 ) -> None:
-    master = start("--workers", "3", "--reload-one-by-one", "--probation", "0.2")
+    slow = POISON.replace("gevent.sleep(0.05)", "gevent.sleep(1.5)")
+    master = start("--workers", "3", "--reload-one-by-one", "--probation", "0.2", app=slow)
     before = master.settled(3)
     clients = load(master.port, kinds=("short", "long"))
+    (lasting,) = master.hold(before[0])  # longer than a worker takes to start, once it is told to stop
     master.ask("reload")
     assert not set(master.settled(3)) & set(before)
     met = clients.end()
     assert met["failures"] == []
+    assert lasting.makefile("rb").readline() == b"%d last\n" % before[0]
     steps = re.findall(r"worker (\d) \(pid \d+\) (is ready|has left)", master.log().partition("reload 1 begins")[2])
     assert steps == [(str(number), step) for number in range(3) for step in ("is ready", "has left")]
 

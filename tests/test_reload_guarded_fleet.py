@@ -15,11 +15,13 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.supervisor import fleet as fleet_module
+from gtcpserver.supervisor import reload as reload_module
 from gtcpserver.supervisor.channel import Channel, make_pair
 from gtcpserver.supervisor.config import LONGEST_PROBATION, SupervisorConfig
 from gtcpserver.supervisor.fleet import FEW_RETIRED, KILL_MARGIN, LASTING_SECONDS, Fleet
 from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS
-from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
+from gtcpserver.supervisor.reload import LET_GO_SECONDS, Reload
+from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
 
@@ -29,15 +31,18 @@ MakeFleet = Callable[..., "Workers"]
 
 
 class Workers(Fleet):
-    """A fleet of one slot. `add` makes a worker; `heard` is what it was told."""
+    """A fleet without processes. `add` makes a worker; `heard` is what it was told."""
 
     ends: dict[int, Channel]
 
-    def add(self, state: WorkerState = WorkerState.READY) -> WorkerProcess:
+    def start(self, slot: Slot, generation: int) -> WorkerProcess:
+        return self.add(WorkerState.STARTING, slot.number)
+
+    def add(self, state: WorkerState = WorkerState.READY, number: int = 0) -> WorkerProcess:
         ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
         pid = FIRST_PID + len(self.ends)
         self.ends[pid] = theirs
-        worker = self.workers[pid] = WorkerProcess(0, pid, ours, self.generation, state=state)
+        worker = self.workers[pid] = WorkerProcess(number, pid, ours, self.generation, state=state)
         worker.ready_at = worker.last_beat = monotonic()
         return worker
 
@@ -56,10 +61,11 @@ class Workers(Fleet):
 def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
     made: list[Workers] = []
 
-    def make(**options: Any) -> Workers:
+    def make(slots: int = 1, **options: Any) -> Workers:
         sockets = ListeningSockets(ListenConfig())
         sockets.open([parse_address(f"unix:{tmp_path}/socket{len(made)}")], [0])
-        fleet = Workers(SupervisorConfig(workers=1, **options), sockets, cast(Any, None), "/", lambda: None, [0])
+        config = SupervisorConfig(workers=slots, **options)
+        fleet = Workers(config, sockets, cast(Any, None), "/", lambda: None, [*range(slots)])
         fleet.ends = {}
         fleet.up = True
         made.append(fleet)
@@ -77,7 +83,8 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], float]:
     """Called with seconds: so much later is it."""
     now = [monotonic()]
-    monkeypatch.setattr(fleet_module, "monotonic", lambda: now[0])
+    for module in (fleet_module, reload_module):
+        monkeypatch.setattr(module, "monotonic", lambda: now[0])
 
     def later(seconds: float) -> float:
         now[0] += seconds
@@ -167,6 +174,38 @@ def test_values_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_an_upgrade_has_the_time_for_a_probation() -> None:
     assert 2 * LONGEST_PROBATION <= UPGRADE_SECONDS
+
+
+# -- one by one --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_one_by_one_the_next_waits_for_memory_and_only_for_what_has_to_end(
+    make_fleet: MakeFleet, clock: Any, most: int | None
+) -> None:
+    fleet = make_fleet(slots=2, max_retired=most, probation=0, reload_one_by_one=True)
+    for number in range(2):
+        fleet.slots[number].current = fleet.add(number=number)
+    first, second = fleet.slots.values()
+    old = first.current
+    reload = fleet.reload = Reload(fleet, [])
+    reload.go_on()
+    assert first.next is not None
+    assert second.next is None
+    first.next.state = WorkerState.READY
+    first.next.ready_at = first.next.last_beat = clock(0)
+    for _ in range(3):
+        reload.go_on()
+    assert first.gone_on == [old]
+    assert second.next is None
+    # Its connections last.
+    clock(LET_GO_SECONDS)
+    reload.go_on()
+    if most is not None:
+        assert second.next is None
+        fleet.reap(old.pid, 0)
+        reload.go_on()
+    assert second.next is not None
 
 
 # -- retired workers ---------------------------------------------------------------------------------------------------
