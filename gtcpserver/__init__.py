@@ -22,6 +22,7 @@ from .errors import (
     TruncatedStream,
 )
 from .listener import ListenConfig
+from .outcome import is_client_error
 from .pool import HandlerPool
 from .run import run
 from .server import Server, State
@@ -63,6 +64,7 @@ __all__ = [
     "connect",
     "from_socketserver",
     "from_wsgi",
+    "is_client_error",
     "parse_address",
     "pipe",
     "relay",

@@ -145,7 +145,11 @@ def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
             while (header := reader.read(connection._sock)) is None:
                 stream.wait_readable(True)
     except DeadlineExceeded:
-        raise DeadlineExceeded(f"no PROXY header within {balancers.timeout:g} seconds") from None
+        text = f"no PROXY header within {balancers.timeout:g} seconds"
+        raise stream.note(DeadlineExceeded(text)) from None
+    except (ProxyProtocolError, OSError) as error:
+        stream.note(error)
+        raise
     connection.note_proxy_header(header)
 
 

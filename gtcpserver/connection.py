@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import socket as _stdlib_socket
+from collections.abc import Callable
+from functools import wraps
 from io import RawIOBase
 from socket import getdefaulttimeout
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import ref
 
 import gevent.socket
@@ -33,7 +35,7 @@ from .transfer.sendfile import sendfile
 if TYPE_CHECKING:
     from io import BufferedReader, BufferedRWPair, BufferedWriter, TextIOWrapper
     from types import TracebackType
-    from typing import Literal, TypeVar, overload
+    from typing import Literal, overload
 
     from typing_extensions import Buffer  # which type checkers have
 
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from .linger import Linger
     from .proxy_protocol import ProxyHeader
     from .server import Server
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 log = own_logger("gtcpserver.tls")
 
@@ -69,6 +73,20 @@ _SLOTS = (
     "server",
     "started_at",
 )
+
+
+def _noted(method: MethodT) -> MethodT:
+    """Mark what a method raises as this connection's errors (:meth:`Stream.note`)."""
+
+    @wraps(method)
+    def noted(self: Connection, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except OSError as error:
+            self._stream.note(error)
+            raise
+
+    return cast("MethodT", noted)
 
 
 class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
@@ -172,6 +190,12 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         self._idle: Idle | None = None
         self.client_address = self.server = self.context = None
         self.started_at = time()
+
+    if not TYPE_CHECKING:
+
+        @_noted
+        def getpeername(self):  # ENOTCONN when the client has reset the connection
+            return super().getpeername()
 
     @property
     def server_address(self) -> Any:
@@ -361,12 +385,12 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
                 stream.kept = data
                 raise
             if not more and not (data and stream.goes_on()):
-                raise _no_separator(data, separator)
+                raise stream.note(_no_separator(data, separator))
             if data:
                 return self._recv_until_in_pieces(separator, limit, bytearray(data), more)
             data = more
         stream.kept = data
-        raise LimitExceeded(f"no {separator!r} within {limit} bytes")
+        raise stream.note(LimitExceeded(f"no {separator!r} within {limit} bytes"))
 
     def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
         """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
@@ -383,10 +407,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
                     del data[:end]
                     return message
                 if found >= 0 or len(data) >= limit:
-                    raise LimitExceeded(f"no {separator!r} within {limit} bytes")
+                    raise stream.note(LimitExceeded(f"no {separator!r} within {limit} bytes"))
                 more = stream.recv(READ_AHEAD)
                 if not more and not stream.goes_on():
-                    early = _no_separator(bytes(data), separator)
+                    early = stream.note(_no_separator(bytes(data), separator))
                     data.clear()
                     raise early
         finally:
@@ -447,7 +471,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         if stream.tls is not None:
             raise StartTLSError("TLS has been started on this connection already")
         if stream.kept:
-            raise StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake")
+            raise stream.note(StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake"))
         if self._is_read_by_file():
             raise StartTLSError(
                 "a file of makefile() is open for reading, and may hold unencrypted bytes: close it before, and make "
@@ -471,8 +495,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         return ConnectionTLS(layer.object, layer.server_name)
 
     def _note_failed_handshake(self, error: OSError) -> None:
-        if not isinstance(error, TimeoutError):
-            self._stream.fault = error
+        self._stream.note(error)
         kind = handshake_failed(self, error)
         if self.server is not None:
             self.server._counters.handshake_failures[kind] += 1
@@ -488,7 +511,11 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         stream = self._stream
         if stream.tls is None:
             raise StartTLSError("the connection is not encrypted")
-        stream.kept += stream.tls.unwrap()
+        try:
+            stream.kept += stream.tls.unwrap()
+        except OSError as error:
+            stream.note(error)
+            raise
         stream.io, stream.tls = stream.sock, None
         stream.drained = stream.at_eof = False  # the end was that of the encrypted part
 
@@ -500,24 +527,28 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     # -- the rest of the socket's methods, counted -------------------------------------------------------------------
 
+    @_noted
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
         if self._stream.tls is not None:
             refuse(self, "recvfrom", ValueError)
         data, address = super().recvfrom(bufsize, flags)
         return self._count_received(data, len(data), flags), address
 
+    @_noted
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
         if self._stream.tls is not None:
             refuse(self, "recvfrom_into", ValueError)
         size, address = super().recvfrom_into(buffer, nbytes, flags)
         return self._count_received(size, size, flags), address
 
+    @_noted
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
         if self._stream.tls is not None:
             refuse(self, "recvmsg", NotImplementedError)
         message = super().recvmsg(bufsize, ancbufsize, flags)
         return self._count_received(message, len(message[0]), flags)
 
+    @_noted
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
         if self._stream.tls is not None:
             refuse(self, "recvmsg_into", NotImplementedError)
@@ -529,11 +560,13 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             self._stream.bytes_received += size
         return result
 
+    @_noted
     def sendto(self, *args: Any) -> int:
         if self._stream.tls is not None:
             refuse(self, "sendto", ValueError)
         return self._count_sent(super().sendto(*args))
 
+    @_noted
     def sendmsg(self, *args: Any) -> int:
         if self._stream.tls is not None:
             refuse(self, "sendmsg", NotImplementedError)
@@ -568,6 +601,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
+    @_noted
     def shutdown(self, how: int) -> None:
         """Shut down one or both sides, as ``shutdown(2)``. Over TLS, the peer is told first (close_notify).
 
@@ -576,6 +610,8 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
             self._stream.tls.close_notify_and_read_on()
         self._sock.shutdown(how)
+        if how != _stdlib_socket.SHUT_RD:
+            self._stream.shut_for_writing = True
 
     def abort(self) -> None:
         """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
@@ -640,6 +676,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             refuse(self, "dup", NotImplementedError)
         self._stream.shared = True
         copy: Connection = super().dup()
+        copy._stream.share_mark(self._stream)
         return copy
 
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:

@@ -243,13 +243,12 @@ class TLSLayer:
             return True
         if is_unannounced_end(error):
             if self._report_truncation:
-                raise TruncatedStream("the peer closed without a TLS close_notify") from error
+                raise self._stream.note(TruncatedStream("the peer closed without a TLS close_notify")) from error
             return True
         self._try_to_flush()  # the alert
         flood = _OPENSSL_ENDS.get(getattr(error, "reason", None) or "")
         if flood is not None:
             self._end_flood(flood)
-        self._stream.fault = error
         raise error
 
     def _feed_record(self, ahead: bool = True) -> bytes:
@@ -312,7 +311,7 @@ class TLSLayer:
     def _end_flood(self, kind: str) -> None:
         """Raise, now and at each further read; the connection is reset when it is closed."""
         connection = self._connection()
-        self._flood = self._stream.fault = flood = TLSFlood(f"too many TLS records without data ({kind})", kind)
+        self._flood = flood = TLSFlood(f"too many TLS records without data ({kind})", kind)
         self._held, self._place, self._left_over = b"", 0, True
         if connection is not None:
             reset_on_close(connection)
@@ -400,7 +399,6 @@ class TLSLayer:
                 error = another
         if isinstance(error, SSLZeroReturnError) or is_unannounced_end(error):
             raise BrokenPipeError("the peer has closed the connection") from error
-        self._stream.fault = error
         raise error
 
     def _deliver(self) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import logging
 import ssl
 from typing import Any
 
+from gevent.timeout import Timeout
+
 from .access_log import Result
 from .connection import Connection, log_fields_of
-from .errors import DeadlineExceeded, EarlyEOF, LimitExceeded, TruncatedStream
+from .errors import ClientRefused, DeadlineExceeded, EarlyEOF, LimitExceeded, StartTLSError, TruncatedStream
 from .logs import RECORD_FIELDS, FaultLimiter, fault_key
 from .overseer import HandlerTimedOut, TooSlow
+from .proxy_protocol import ProxyProtocolError
 from .stopping import peer
+from .stream import MARK, Stream
 
 log = logging.getLogger("gtcpserver")
 
@@ -35,22 +40,85 @@ def outcome_of(error: BaseException, connection: Connection) -> tuple[Result, st
         said += f": {error}" if str(error) else ""
     except Exception:  # an exception of the handler's own whose text raises another
         pass
-    if peer_has_gone(error) or error is connection._stream.fault:
-        return "reset", said
+    return _result_of(error, connection._stream), said
+
+
+def is_client_error(error: BaseException, connection: Connection) -> bool:
+    """Whether what a handler has raised is its client's doing, which is counted, and not a fault of the handler.
+
+    It is where this connection has raised it: a reset, a time-out, the end in the midst of a message, broken TLS. The
+    same from another connection (a database's, one of ``connect``) or from ``print`` is the handler's. An error that
+    the handler raises ``from`` one of the client's is the client's as well, and so is a LimitExceeded or EarlyEOF that
+    it raises by itself.
+
+    Args:
+        error: what ``on_error`` is called with.
+        connection: the client's.
+    """
+    return _result_of(error, connection._stream) != "error"
+
+
+def was_raised_by_connection(error: BaseException) -> bool:
+    """Whether a Connection has raised it, the client's or any other."""
+    return MARK in error.__dict__
+
+
+def _result_of(error: BaseException, stream: Stream) -> Result:
+    """What the client has done, if its connection has raised the error; otherwise "error".
+
+    Also where the error is another that was raised ``from`` it, or a group of nothing else. Not so for an exception of
+    an except or finally block (``__context__``): it has not said that it means the client, and may be a mistake.
+    """
+    cause: BaseException | None = error
+    for _ in range(MOST_CAUSES):
+        if cause is None:
+            break
+        if isinstance(cause, HandlerTimedOut):
+            return "handler_timeout"  # thrown by the overseer, whatever the handler waits for
+        if isinstance(cause, _GROUP):
+            results = [_result_of(member, stream) for member in cause.exceptions]
+            return results[0] if "error" not in results else "error"
+        said_by_handler = isinstance(cause, _SAID_OF_CLIENTS) and not was_raised_by_connection(cause)
+        if said_by_handler or stream.has_raised(cause):
+            return _of_client(cause)
+        cause = cause.__cause__
+    return "error"
+
+
+def _of_client(error: BaseException) -> Result:
     for kind, result in _OUTCOMES:
         if isinstance(error, kind):
-            return result, said
-    return "error", said
+            return result
+    return "reset" if isinstance(error, OSError) and error.errno in _GONE else "error"
 
+
+#: Errors that were raised from one another are followed so far: they may form a circle.
+MOST_CAUSES = 20
+
+# Python 3.10 has none.
+_GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())
+
+# A handler that raises one of these by itself says so of its client.
+_SAID_OF_CLIENTS = (LimitExceeded, EarlyEOF, TruncatedStream, ClientRefused)
 
 # The first that fits: those above are kinds of those below.
 _OUTCOMES: tuple[tuple[type[BaseException], Result], ...] = (
     (LimitExceeded, "limit"),
-    (HandlerTimedOut, "handler_timeout"),
     (TooSlow, "slow"),
     (DeadlineExceeded, "deadline"),
     (TimeoutError, "timeout"),
+    (Timeout, "timeout"),
+    (ConnectionError, "reset"),
+    (EarlyEOF, "reset"),
+    (TruncatedStream, "reset"),
+    (StartTLSError, "reset"),
+    (ProxyProtocolError, "reset"),
+    (ssl.SSLError, "reset"),
 )
+
+#: The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)); a connection that was
+#: reset has no peer any more.
+_GONE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN)
 
 
 def record_fields(connection: Connection, error: BaseException) -> dict[str, Any]:
@@ -87,11 +155,3 @@ def system_has_failed(error: BaseException) -> bool:
     if isinstance(error, ssl.SSLError):
         return False  # its errno is a number of OpenSSL's: 1 is no EPERM
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS)
-
-
-def peer_has_gone(error: BaseException) -> bool:
-    """Whether the client is to blame: it has reset the connection, or left in the midst of a message."""
-    # The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)).
-    return isinstance(error, (ConnectionError, EarlyEOF, TruncatedStream)) or (
-        isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-    )

@@ -106,6 +106,5 @@ class Overseer:
                 stream.progress = (moved, 1)
             else:
                 stream.progress = None
-                waiter.throw(
-                    TooSlow(f"{moved - progress[0]} bytes in {self._window:g} s, at least {self._least_bytes:g} wanted")
-                )
+                few = f"{moved - progress[0]} bytes in {self._window:g} s, at least {self._least_bytes:g} wanted"
+                waiter.throw(stream.note(TooSlow(few)))

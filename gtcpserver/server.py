@@ -30,7 +30,7 @@ from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
-from .errors import ClientRefused, ConfigError, GtcpServerError, LimitExceeded
+from .errors import ClientRefused, ConfigError, GtcpServerError
 from .event_loop import check_event_loop
 from .idle import PlacelessIdle
 from .linger import LOOK_SECONDS, Linger
@@ -44,7 +44,7 @@ from .listener import (
 from .lobby import Lobby
 from .logs import FaultLimiter, also
 from .options import check_number, check_whole_number
-from .outcome import COUNTER, log_client_error, log_fault, outcome_of, peer_has_gone, system_has_failed
+from .outcome import COUNTER, log_client_error, log_fault, outcome_of, system_has_failed
 from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
@@ -132,7 +132,8 @@ class Server:
             no lines, and no cost.
         on_connect: called first in the connection's greenlet; if it returns False the connection is closed unserved.
         on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
-        on_error: called with (connection, exception) for every exception that left the handler, instead of the log.
+        on_error: called with (connection, exception) for every exception that left the handler, instead of the log;
+            :func:`is_client_error` tells those that the client is to blame for.
 
     Raises:
         ConfigError: an option that cannot work; the message names it.
@@ -622,8 +623,8 @@ class Server:
         stream = connection._stream
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
-        # They refer to the connection: no cycle for the garbage collector.
-        connection._idle = stream.fault = None
+        # It refers to the connection: no cycle for the garbage collector.
+        connection._idle = None
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
         try:
@@ -681,7 +682,6 @@ class Server:
         result, said = outcome_of(error, connection)
         setattr(counters, COUNTER[result], getattr(counters, COUNTER[result]) + 1)
         self._note_end(connection, result, said)
-        gone = result == "reset"
         if self.on_error is not None:
             try:
                 self.on_error(connection, error)
@@ -689,11 +689,11 @@ class Server:
             except GreenletExit:
                 return
             except BaseException as own:
-                error, gone = own, peer_has_gone(own)
-        if gone or isinstance(error, (TimeoutError, LimitExceeded)):
-            log_client_error(connection, error)
-        else:
+                error, result = own, outcome_of(own, connection)[0]
+        if result == "error":
             log_fault(self._faults, connection, error)
+        else:
+            log_client_error(connection, error)
 
     # -- idle connections --------------------------------------------------------------------------------------------
 

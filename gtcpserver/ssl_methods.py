@@ -62,7 +62,11 @@ class SSLMethods:
 
     def verify_client_post_handshake(self) -> None:
         """Ask the client for a certificate (TLS 1.3); it shows it, or not, in what is read next."""
-        self._ssl_object().verify_client_post_handshake()
+        try:
+            self._ssl_object().verify_client_post_handshake()
+        except OSError as error:
+            self._stream.note(error)  # a client that cannot be asked (RFC 8446 section 4.2.6)
+            raise
 
     @property
     def server_side(self) -> bool | None:

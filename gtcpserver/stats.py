@@ -47,7 +47,8 @@ class ServerStats:
             too many), "client_rate" (it opens them too fast).
         refused: closed because ``on_connect`` said so.
         left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
-        handler_errors: handlers that ended with an exception of their own.
+        handler_errors: handlers that ended with an exception that their client is not to blame for; see
+            :func:`is_client_error`. The others are these:
         handshaking: TLS handshakes under way, and PROXY headers that are waited for.
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
@@ -58,9 +59,10 @@ class ServerStats:
         tls_floods: TLS connections reset because the client sent record after record without data, by the kind of the
             last one: "key_update", "alert", "handshake" (which in TLS 1.2 asks for a renegotiation),
             "change_cipher_spec", "empty", "other". They are among ``resets`` too.
-        resets: handlers that ended because the peer had gone: it reset the connection (any ConnectionError), closed
+        resets: handlers that ended because the client had gone: it reset the connection (any ConnectionError), closed
             it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
-        timeouts: handlers that ended with a TimeoutError (idle time-outs and deadlines).
+        timeouts: handlers that ended because they waited for the client too long: TimeoutError, DeadlineExceeded,
+            gevent.Timeout.
         limits_exceeded: handlers that ended with LimitExceeded: the client sent more than the protocol allows.
         handler_timeouts: handlers ended because of ``handler_timeout``.
         slow_clients: handlers ended because of ``min_rate``.

@@ -21,19 +21,24 @@ from __future__ import annotations
 import socket
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
 from gevent._hub_local import get_hub_if_exists
 from gevent.exceptions import ConcurrentObjectUseError
 from gevent.socket import cancel_wait_ex
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from .errors import DeadlineExceeded, EarlyEOF
 from .watcher import check_watched, parking, stop_watcher, watch
 
 if TYPE_CHECKING:
     from .handshake import TLSLayer
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+#: Name of the attribute of an error that says which stream has raised it.
+MARK = "_gtcpserver_mark"
 
 #: After so many reads in a row that filled the caller's buffer, wait once, so that one fast sender cannot keep the
 #: event loop to itself. gevent never does. 16 reads of 64 KiB are about 0.3 ms.
@@ -74,9 +79,10 @@ class Stream:
         ending: reads that would wait give b"" instead (an idle connection that is being ended).
         ended: such a read gave b"".
         bytes_received, bytes_sent: so far.
-        fault: what the peer's breach of TLS has raised: no fault of the handler.
+        mark: set on each error that this stream has raised (see :meth:`note`); None: none so far.
         progress: a note of the overseer's.
         shared: somebody else has the socket too.
+        shut_for_writing: the program has shut down its side; not set before that.
         tls: the TLS layer that ``io`` is, or None.
     """
 
@@ -97,12 +103,13 @@ class Stream:
         "drained",
         "ended",
         "ending",
-        "fault",
         "io",
         "kept",
+        "mark",
         "progress",
         "reading",
         "shared",
+        "shut_for_writing",
         "sock",
         "timeout",
         "tls",
@@ -125,7 +132,8 @@ class Stream:
         self.drained = self.at_eof = self.ending = self.ended = self.shared = False
         self._full_reads = 0
         self.kept = b""
-        self.fault: BaseException | None = None
+        self.mark: object | None = None
+        self.shut_for_writing: bool
         self.progress: tuple[int, int] | None = None
         self.bytes_received = self.bytes_sent = 0
 
@@ -153,8 +161,11 @@ class Stream:
             if self.timeout is not None or self.deadline is not None:
                 self._bound_read()
             _switch_to(self._hub)
-        finally:
+        except BaseException as error:
             watcher.callback = self._parked
+            self._note_thrown(error)
+            raise
+        watcher.callback = self._parked
 
     def _check_one_reader(self, watcher: Any) -> None:
         if watcher.callback is not None:
@@ -202,6 +213,9 @@ class Stream:
         try:
             _switch_to(hub)
             check_watched(watcher)
+        except BaseException as error:
+            self._note_thrown(error)
+            raise
         finally:
             stop_watcher(watcher)
 
@@ -252,8 +266,43 @@ class Stream:
 
     def timeout_error(self, now: float) -> TimeoutError:
         if self.deadline is not None and now >= self.deadline:
-            return DeadlineExceeded("the deadline for this block of calls has passed")
-        return TimeoutError("timed out")
+            return self.note(DeadlineExceeded("the deadline for this block of calls has passed"))
+        return self.note(TimeoutError("timed out"))
+
+    # -- errors ------------------------------------------------------------------------------------------------------
+
+    def note(self, error: ErrorT) -> ErrorT:
+        """Mark an error as raised by this connection, and not by something else that its handler uses; returns it.
+
+        What a client does is counted, and what its handler does wrong is logged (outcome.py). The class of an error
+        does not tell which it was: a database may reset its connection just as a client may. The mark is on the error
+        itself, since one connection may have several at a time, and is nothing that refers to the connection.
+        """
+        if getattr(self, "shut_for_writing", False) and (
+            isinstance(error, BrokenPipeError) or getattr(error, "reason", None) == "PROTOCOL_IS_SHUTDOWN"
+        ):
+            return error  # nobody can send after a shutdown of his own
+        # Past a __setattr__ of a class of the program's own.
+        error.__dict__[MARK] = self._get_mark()
+        return error
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Whether an error is one of this connection."""
+        return self.mark is not None and error.__dict__.get(MARK) is self.mark
+
+    def _get_mark(self) -> object:
+        if self.mark is None:
+            self.mark = object()
+        return self.mark
+
+    def share_mark(self, other: Stream) -> None:
+        """Both streams are of one socket."""
+        self.mark = other._get_mark()
+
+    def _note_thrown(self, error: BaseException) -> None:
+        """``note`` what has ended a wait, such as a gevent.Timeout, unless another connection has raised it."""
+        if MARK not in error.__dict__ and not isinstance(error, GreenletExit):
+            self.note(error)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -269,8 +318,11 @@ class Stream:
                     watcher.callback = getcurrent().switch
                     try:
                         _switch_to(self._hub)
-                    finally:
+                    except BaseException as error:
                         watcher.callback = self._parked
+                        self._note_thrown(error)
+                        raise
+                    watcher.callback = self._parked
             else:
                 self._check_one_reader(watcher)
         while True:
@@ -283,6 +335,9 @@ class Stream:
                 if self.ending:
                     self.ended = True
                     return b""
+            except OSError as error:
+                self.note(error)
+                raise
             self.wait_readable(True)
         size = len(data)
         if size < bufsize:
@@ -313,6 +368,9 @@ class Stream:
                 if self.ending:
                     self.ended = True
                     return 0
+            except OSError as error:
+                self.note(error)
+                raise
             self.wait_readable(True)
         if size < room:
             self.drained = self._parked is not None
@@ -360,6 +418,9 @@ class Stream:
                 if self.ending:
                     self.ended = True
                     return b""
+            except OSError as error:
+                self.note(error)
+                raise
             self.wait_readable(True)
         self.drained = not flags and len(data) < bufsize and self._parked is not None
         if not flags & _PEEK:
@@ -397,7 +458,7 @@ class Stream:
             self.kept = bytes(buffer) + self.kept
             raise
         if len(buffer) < n:
-            raise EarlyEOF(f"the peer closed after {len(buffer)} of {n} bytes", bytes(buffer))
+            raise self.note(EarlyEOF(f"the peer closed after {len(buffer)} of {n} bytes", bytes(buffer)))
         return bytes(buffer)
 
     def goes_on(self) -> bool:
@@ -419,6 +480,9 @@ class Stream:
             except BlockingIOError:
                 if self.timeout == 0.0 or flags & _DONTWAIT:
                     raise
+            except OSError as error:
+                self.note(error)
+                raise
             self.wait_writable()
         self.bytes_sent += sent
         return sent
@@ -432,6 +496,9 @@ class Stream:
             except BlockingIOError:
                 if self.timeout == 0.0:
                     raise
+            except OSError as error:
+                self.note(error)
+                raise
             self.bytes_sent += sent
             if sent == len(data) and type(data) is bytes:
                 return

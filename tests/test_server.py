@@ -14,7 +14,7 @@ from gevent.socket import socket as gevent_socket
 from greenlet import getcurrent
 from ports import free_port
 
-from gtcpserver import ConfigError, Connection, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
+from gtcpserver import ConfigError, Connection, EarlyEOF, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
 from gtcpserver.listener import _has_ipv6
 
 needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this system has no IPv6 loopback address")
@@ -411,13 +411,16 @@ def test_on_error_gets_every_exception_instead_of_the_log(serve, connect, caplog
     errors = []
 
     def handler(conn):
-        raise [ValueError("mine"), ConnectionResetError("theirs"), TimeoutError("nobody's"), SystemExit(3)][len(errors)]
+        if len(errors) == 2:
+            conn.settimeout(0.01)
+            conn.recv(1)
+        raise [ValueError("mine"), EarlyEOF("theirs"), None, SystemExit(3)][len(errors)]
 
     server = serve(handler, on_error=lambda conn, error: errors.append((conn.server, type(error))))
     for number in range(4):
         connect(server)
         wait_until(lambda wanted=number + 1: len(errors) == wanted)
-    assert errors == [(server, kind) for kind in (ValueError, ConnectionResetError, TimeoutError, SystemExit)]
+    assert errors == [(server, kind) for kind in (ValueError, EarlyEOF, TimeoutError, SystemExit)]
     assert not caplog.records
     stats = server.stats()
     assert (stats.handler_errors, stats.resets, stats.timeouts) == (2, 1, 1)

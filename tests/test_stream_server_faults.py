@@ -63,26 +63,31 @@ def test_resets_are_counted_and_not_printed(serve, connect, caplog, capfd, make_
     assert capfd.readouterr().err == ""
 
 
+def wait_in_vain(sock):
+    sock.settimeout(0.005)
+    sock.recv(1)
+
+
+def wait_in_vain_within_a_timeout(sock):
+    with gevent.Timeout(0.005):
+        sock.recv(1)
+
+
+def say_that_it_is_too_short(sock):
+    raise EarlyEOF("too short")
+
+
 CLIENTS_FAULTS = {
-    "BrokenPipeError": "resets",
-    "TimeoutError": "timeouts",
-    "gevent.Timeout": "timeouts",
-    "EarlyEOF": "resets",
+    wait_in_vain: "timeouts",
+    wait_in_vain_within_a_timeout: "timeouts",
+    say_that_it_is_too_short: "resets",
 }
 
 
-@any_spawn
-@pytest.mark.parametrize("fault", CLIENTS_FAULTS)
+@waiting_spawn
+@pytest.mark.parametrize("fault", CLIENTS_FAULTS, ids=lambda fault: fault.__name__)
 def test_what_a_client_can_provoke_is_counted(serve, connect, in_thread, caplog, capfd, make_spawn, fault):
-    def handle(sock, address):
-        raise {
-            "BrokenPipeError": BrokenPipeError(),
-            "TimeoutError": TimeoutError(),
-            "gevent.Timeout": gevent.Timeout(5),
-            "EarlyEOF": EarlyEOF("too short"),
-        }[fault]
-
-    server = serve(handle, spawn=make_spawn())
+    server = serve(lambda sock, address: fault(sock), spawn=make_spawn())
     for _ in range(20):
         assert in_thread(connect(server.address_text).recv, 10) == b""
     assert counted(server) == {CLIENTS_FAULTS[fault]: 20}
@@ -94,7 +99,18 @@ def test_what_a_client_can_provoke_is_counted(serve, connect, in_thread, caplog,
 
 
 @any_spawn
-@pytest.mark.parametrize("fault", [ValueError("mine"), SystemExit(3), SystemError("mine"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ValueError("mine"),
+        SystemExit(3),
+        SystemError("mine"),
+        MemoryError(),
+        BrokenPipeError("print"),
+        TimeoutError("a future"),
+    ],
+    ids=repr,
+)
 def test_faults_of_a_handler_are_logged_a_few_times_and_end_nothing_else(
     serve, connect, in_thread, caplog, capfd, make_spawn, fault
 ):

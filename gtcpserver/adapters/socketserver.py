@@ -15,6 +15,8 @@ import gevent
 from ..connection import Connection
 from ..errors import ConfigError
 from ..logs import NonBlockingHandler, own_logger
+from ..outcome import is_client_error
+from ..overseer import HandlerTimedOut
 
 log = own_logger("gtcpserver.http")
 
@@ -113,6 +115,10 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
                 log.info("%s %.*s", self.address_string(), LONGEST_LINE, format % args)
 
         def log_error(self, format: str, *args: Any) -> None:
+            # It takes every TimeoutError for the client's, whatever a do_GET() has waited for, and tells it here.
+            for one in args:
+                if isinstance(one, TimeoutError) and not _is_clients(one, self.connection):
+                    raise one
             if has_own_log or has_own_errors or not _log_never_waits():
                 super().log_error(format, *args)
             else:
@@ -122,6 +128,10 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
     Handler.__name__, Handler.__qualname__ = handler_class.__name__, handler_class.__qualname__
     Handler.__module__ = handler_class.__module__
     return Handler
+
+
+def _is_clients(error: TimeoutError, conn: Any) -> bool:
+    return not isinstance(error, HandlerTimedOut) and isinstance(conn, Connection) and is_client_error(error, conn)
 
 
 def _log_never_waits() -> bool:

@@ -113,8 +113,8 @@ class StreamServer(Acceptor):
     def stats(self) -> dict[str, Any]:
         """What was counted since the server was made, by the names of :class:`ServerStats`.
 
-        active, lingering, handshaking, handshake_failures (by kind), resets, timeouts (a ``gevent.Timeout`` that leaves
-        a handler is one), limits_exceeded, handler_errors, accept_errors, left_in_queue.
+        active, lingering, handshaking, handshake_failures (by kind), resets, timeouts (also by a ``gevent.Timeout``
+        that ends a wait for the client), limits_exceeded, handler_errors, accept_errors, left_in_queue.
         """
         counters = {name: self._counts[name] for name in ("resets", "timeouts", "limits_exceeded", "handler_errors")}
         return {
@@ -178,12 +178,7 @@ class StreamServer(Acceptor):
     def _handler_raised(self, error: BaseException, args: tuple[Any, ...]) -> None:
         """Count what left the handler; print it only if it is a fault of the handler."""
         connection = args[0]
-        if isinstance(error, Timeout):
-            result = "timeouts"
-        elif isinstance(error, ssl.SSLError) and self.ssl_args is not None and connection._stream.tls is None:
-            result = "resets"  # of the gevent.ssl.SSLSocket that was made of this connection
-        else:
-            result = COUNTER[outcome_of(error, connection)[0]]
+        result = COUNTER[outcome_of(error, connection)[0]]
         if result != "handler_errors":
             self._counts[result] += 1
             log_client_error(connection, error)
@@ -274,7 +269,13 @@ class StreamServer(Acceptor):
             if encrypted is None:
                 return None
             with encrypted:
-                return handle(encrypted, address)
+                try:
+                    return handle(encrypted, address)
+                except BaseException as error:
+                    # It marks no errors, as a Connection does.
+                    if isinstance(client_socket, Connection) and _has_raised(encrypted, error):
+                        client_socket._stream.note(error)
+                    raise
         with client_socket:
             try:
                 client_socket.start_tls(credentials, timeout=self.handshake_timeout)
@@ -466,6 +467,16 @@ class StreamServer(Acceptor):
         self.stop(timeout)
         self._wait_while(lambda: self._open or self._held or self._handshakes, until)
         self._wait_for_lingering(until)
+
+
+def _has_raised(sock: Any, error: BaseException) -> bool:
+    """Whether an error has come out of a method of this socket."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_locals.get("self") is sock:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _left(until: float) -> float | None:

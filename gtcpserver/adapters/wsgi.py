@@ -12,7 +12,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from socket import MSG_DONTWAIT, MSG_PEEK
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +22,7 @@ from ..connection import READ_AHEAD, Connection
 from ..errors import ConfigError
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from ..logs import FaultLimiter, also, fault_key, own_logger
+from ..outcome import is_client_error
 from ..overseer import HandlerTimedOut, TooSlow
 from ..stopping import peer
 from .wsgi_body import BodyError, RequestBody
@@ -218,7 +218,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     def _application_raised(self, error: BaseException) -> BaseException | None:
         """Answer, if that can be; what the connection ends by, None if its end is in order."""
         fault: OSError | None = self._unsent or (self._body.fault if self._body is not None else None)
-        if fault is None and isinstance(error, ConnectionError) and self._has_raw_input and _has_left(self.socket):
+        if fault is None and self._has_raw_input and isinstance(error, OSError) and is_client_error(error, self.socket):
             fault = error
         if fault is not None and _comes_of(error, fault):
             return self._client_failed(fault)
@@ -306,16 +306,6 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
-
-
-def _has_left(conn: Connection) -> bool:
-    """Whether the client has closed or reset its connection."""
-    try:
-        return not conn._sock.recv(1, MSG_PEEK | MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:

@@ -107,7 +107,7 @@ class RequestBody(io.RawIOBase):
             try:
                 self._content = chunks.feed(data)
             except ChunkError as error:
-                raise BodyError(f"the body of the request is broken: {error}", malformed=True) from None
+                raise self._broken(f"the body of the request is broken: {error}", malformed=True) from None
             if chunks.done and chunks.rest:
                 self._conn.unread(chunks.rest)
         data, self._content = self._content[:most], self._content[most:]
@@ -116,5 +116,8 @@ class RequestBody(io.RawIOBase):
     def _receive(self, most: int) -> bytes:
         data = self._conn.recv(most)
         if not data:
-            raise BodyError("the client closed before the end of the request's body", malformed=False)
+            raise self._broken("the client closed before the end of the request's body", malformed=False)
         return data
+
+    def _broken(self, message: str, *, malformed: bool) -> BodyError:
+        return self._conn._stream.note(BodyError(message, malformed=malformed))

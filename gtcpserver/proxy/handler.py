@@ -13,6 +13,7 @@ from ..balancer import ProxyProtocol, network_address, read_proxy_header
 from ..connection import READ_AHEAD, Connection
 from ..errors import ClientRefused, ConfigError, DeadlineExceeded
 from ..networks import as_ip
+from ..outcome import is_client_error, was_raised_by_connection
 from ..proxy_protocol import ProxyProtocolError
 from ..tls import Credentials, TLSConfig
 from .errors import ProtocolError
@@ -130,7 +131,11 @@ class ProxyHandler:
             raise
         except ConnectionError as error:
             if visitor.record.result == "failed":
-                visitor.record.result, visitor.record.detail = "reset", error.strerror or str(error)
+                visitor.record.detail = error.strerror or str(error)
+                if is_client_error(error, conn):
+                    visitor.record.result = "reset"
+            if not was_raised_by_connection(error):
+                raise  # an authenticator's, say
         finally:
             # An HTTP session writes a line for each request by itself.
             if not is_http:

@@ -7,7 +7,6 @@ writer.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -215,13 +214,12 @@ class RequestBody:
             self._left -= pipe(
                 self._conn, origin, count=self._left, idle_timeout=self._patience, on_bytes=self._note_moved
             )
-        except TimeoutError:
-            if self._client_sends():
+        except TimeoutError as error:
+            if origin._stream.has_raised(error):
                 raise HttpError(504, "The destination does not take the request.") from None
             raise HttpError(408, "The body of the request took too long.") from None
-        except OSError:
-            # pipe() does not say which side it was.
-            if self._client_sends() is not False:
+        except OSError as error:
+            if not self._conn._stream.has_raised(error):
                 raise
             self._left = -1
         if self._left:
@@ -229,15 +227,6 @@ class RequestBody:
 
     def _note_moved(self, size: int) -> None:
         self.sent += size
-
-    def _client_sends(self) -> bool | None:
-        """True: there is something to read; None: not now; False: the client has left."""
-        try:
-            return bool(self._conn.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except BlockingIOError:
-            return None
-        except OSError:
-            return False
 
 
 def send_own_answer(

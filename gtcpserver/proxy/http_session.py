@@ -10,6 +10,7 @@ from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
+from ..outcome import is_client_error, was_raised_by_connection
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
@@ -169,8 +170,14 @@ class HttpSession:
             record.result, record.detail = "failed", str(failure)
             self._conn.abort()
         except OSError as error:
-            record.result, record.detail = "reset", error.strerror or str(error)
             self._conn.abort()
+            record.detail = error.strerror or str(error)
+            if is_client_error(error, self._conn):
+                record.result = "reset"
+            elif was_raised_by_connection(error):
+                record.result = "failed"  # the destination's
+            else:
+                raise  # an authenticator's, say
         except BaseException as error:
             if isinstance(error, GreenletExit):
                 record.result = "stopped"

@@ -65,6 +65,9 @@ class BufferedFlow:
     def pending(self) -> bool:
         return False
 
+    def waits_for(self) -> Any:
+        return self._sink if self._holds else self._source
+
     def pass_on_end(self) -> None:
         try:
             if isinstance(self._sink, gevent.ssl.SSLSocket):

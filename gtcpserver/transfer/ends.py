@@ -17,6 +17,7 @@ from typing import Any
 import gevent.socket
 from gevent.exceptions import ConcurrentObjectUseError
 
+_TCP_CLOSE = 7  # include/net/tcp_states.h
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -109,6 +110,22 @@ class End:
         """The peer has closed its side and everything was read."""
         if self.stream is not None:
             self.stream.at_eof = True
+
+
+def has_ended(sock: Any) -> bool:
+    """Whether a TCP connection is over for the kernel, by an error or by the ends of both sides."""
+    try:
+        (state,) = struct.unpack("B", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    except OSError:
+        return False  # a unix socket: its errors are others
+    return bool(state == _TCP_CLOSE)
+
+
+def note_error(sock: Any, error: BaseException) -> None:
+    """Mark an error as raised by this socket, if it is a Connection (``Stream.note``)."""
+    # Of the class: a gevent socket that is closed raises for whatever it has not.
+    if hasattr(type(sock), "_stream"):
+        sock._stream.note(error)
 
 
 def reset_on_close(sock: Any) -> None:

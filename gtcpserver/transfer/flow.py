@@ -19,7 +19,7 @@ import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .ends import End, closing_error, reset_on_close
+from .ends import End, closing_error, note_error, reset_on_close
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
 if TYPE_CHECKING:
@@ -124,13 +124,17 @@ class Flow:
         writing = self.sink.writing
         return bool(self.source.reading.pending or (writing is not None and writing.pending))
 
+    def waits_for(self) -> Any:
+        """The socket that does not go on."""
+        return (self.sink if self._pending or self._in_pipe else self.source).sock
+
     def pass_on_end(self) -> None:
         """Tell the sink that the source has ended."""
         try:
             self.sink.raw.shutdown(socket.SHUT_WR)
         except OSError as error:
             if error.errno not in _GONE:
-                self._move.write_failed(self, error)
+                self._write_failed(error)
 
     def pass_on_reset(self) -> None:
         """Tell the sink, when its owner closes it, that this was not all."""
@@ -149,7 +153,7 @@ class Flow:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._move.read_failed(self, error)
+                self._read_failed(error)
                 return
             size = len(data)
             if not size:
@@ -172,7 +176,7 @@ class Flow:
             elif self._left == 0:
                 self._end()
         except OSError as error:
-            self._move.write_failed(self, error)
+            self._write_failed(error)
         except BaseException as error:
             # Nothing may be raised into the event loop.
             self._move.fail(error)
@@ -218,7 +222,7 @@ class Flow:
                 return  # the event comes again, and is copied
             except OSError as broken:
                 error = broken
-        self._move.read_failed(self, error)
+        self._read_failed(error)
 
     def writable(self) -> None:
         """The sink, which took no more, takes something again."""
@@ -241,7 +245,7 @@ class Flow:
             else:
                 self.source.start_reading(self.readable)
         except OSError as error:
-            self._move.write_failed(self, error)
+            self._write_failed(error)
         except BaseException as error:
             self._move.fail(error)
 
@@ -304,6 +308,14 @@ class Flow:
         if self._left is not None:
             self._left -= size
             self._ask = min(self._left, COPY_SIZE)
+
+    def _read_failed(self, error: OSError) -> None:
+        note_error(self.source.sock, error)
+        self._move.read_failed(self, error)
+
+    def _write_failed(self, error: OSError) -> None:
+        note_error(self.sink.sock, error)
+        self._move.write_failed(self, error)
 
     def _source_ended(self) -> None:
         self.source.ended()

@@ -11,7 +11,7 @@ from gevent.hub import Waiter, get_hub
 
 from ..errors import DeadlineExceeded
 from .buffered import BufferedFlow
-from .ends import End, Stopped, is_plain
+from .ends import End, Stopped, is_plain, note_error
 from .flow import Flow
 
 AnyFlow = Flow | BufferedFlow
@@ -175,7 +175,9 @@ class Move:
         self._timer = None
         now = monotonic()
         if now >= self._deadline:
-            self.fail(DeadlineExceeded("the deadline for this block of calls has passed"))
+            error = DeadlineExceeded("the deadline for this block of calls has passed")
+            note_error(min(self._sockets, key=deadline_of), error)
+            self.fail(error)
         elif now >= self._lives_until:
             self.lived()
         elif self._idle_timeout is not None and now >= self.moved_at + self._idle_timeout:

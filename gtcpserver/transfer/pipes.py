@@ -14,12 +14,12 @@ import fcntl
 import os
 import resource
 import socket
-import struct
 from collections import deque
 from time import monotonic
 
 from ..descriptors import close_descriptor
 from ..logs import own_logger
+from .ends import has_ended
 
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.
 LARGEST = 1 << 20
@@ -53,8 +53,6 @@ REFUSALS = frozenset(
         errno.EIO,
     }
 )
-
-_TCP_CLOSE = 7  # include/net/tcp_states.h
 
 log = own_logger("gtcpserver.transfer")
 
@@ -203,12 +201,8 @@ def check_source(sock: socket.socket, refusal: OSError) -> None:
             return
     except BlockingIOError:
         return
-    try:
-        (state,) = struct.unpack("B", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
-    except OSError:
-        return  # a unix socket: its errors are others
     # Also after an end in order, if ours had been sent before. In doubt it is broken.
-    if state == _TCP_CLOSE:
+    if has_ended(sock):
         raise refusal
 
 

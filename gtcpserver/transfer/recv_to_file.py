@@ -10,7 +10,7 @@ from typing import Any
 
 from ..descriptors import close_descriptor
 from .disk import pool
-from .ends import is_plain
+from .ends import is_plain, note_error
 from .files import descriptor_of, opened, wait_for
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
@@ -103,9 +103,14 @@ class _Receiving:
             except OSError as error:
                 PIPES.put(pipe)
                 if error.errno not in REFUSALS:
+                    note_error(conn, error)
                     raise
                 PIPES.refuse(error)
-                check_source(conn._sock, error)
+                try:
+                    check_source(conn._sock, error)
+                except OSError as broken:
+                    note_error(conn, broken)
+                    raise
                 continue
             except BaseException:
                 PIPES.discard(pipe)

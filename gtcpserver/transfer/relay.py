@@ -9,6 +9,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Literal
 
+from .ends import note_error
 from .move import AnyFlow, Move, check_seconds
 
 Direction = Literal["a_to_b", "b_to_a"]
@@ -222,7 +223,9 @@ class _Pipe(Move):
         self._on_bytes(size)
 
     def idle(self) -> None:
-        self.fail(TimeoutError("timed out"))
+        error = TimeoutError("timed out")
+        note_error(self.flows[0].waits_for(), error)
+        self.fail(error)
 
     def flow_ended(self, flow: AnyFlow) -> None:
         self.finish()

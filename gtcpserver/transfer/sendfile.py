@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from .disk import PageCache
-from .ends import is_plain, reset_on_close
+from .ends import has_ended, is_plain, note_error, reset_on_close
 from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .pipes import REFUSALS
 
@@ -123,6 +123,8 @@ class _Sending:
                 # An error of the connection or of the file comes again, there.
                 if error.errno in REFUSALS:
                     return False
+                if isinstance(error, ConnectionError) or has_ended(conn._sock):
+                    note_error(conn, error)  # otherwise it is one of the file
                 raise
             if not sent:
                 break

@@ -45,6 +45,7 @@ from gtcpserver import (
     connect,
     from_socketserver,
     from_wsgi,
+    is_client_error,
     parse_address,
     pipe,
     relay,
@@ -237,7 +238,7 @@ def main() -> None:
         reveal_type(connection)  # revealed: CutConnection
         describe(connection)
     Server("*:0", handle_session, connection_class=Session).halt()
-    Server(0, handle_any_socket)
+    Server(0, handle_any_socket, on_error=report_fault)
     Server(0, Counting())
     Server(0, upgrade, tls=ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
     Server(0, lambda conn: conn.sendall(b"hello"))
@@ -252,6 +253,11 @@ def main() -> None:
         run("app:handle", bind="0.0.0.0:5000", workers="auto")
     except GtcpServerError as error:
         print(__version__, error)
+
+
+def report_fault(conn: Connection, error: BaseException) -> None:
+    if not is_client_error(error, conn):
+        print(conn.client_address, error)
 
 
 def describe(connection: CutConnection) -> None:
