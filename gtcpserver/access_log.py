@@ -16,10 +16,13 @@ from datetime import datetime, timezone
 from time import time
 from typing import Any, Literal
 
+import gevent
+
 from .address import format_sockaddr
 from .connection import Connection, log_fields_of
 from .descriptors import close_descriptor
 from .errors import ConfigError
+from .lent_files import borrow, has_lender
 from .logs import FaultLimiter, NonBlockingHandler, own_logger
 from .strict_json import as_text, to_json, to_short_json
 from .trusted_path import UntrustedPath, open_file
@@ -37,6 +40,12 @@ LONGEST_LINE = 48 * 1024
 
 #: What a file is made with: addresses of clients are not for every user of the machine.
 FILE_MODE = 0o640
+
+#: How it is opened. O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and nothing waits for one.
+FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK
+
+#: Seconds between two looks at a file that this process may not open itself, and borrows (`lent_files`).
+LOOK_EVERY = 1.0
 
 Result = Literal[
     "ok",  # the handler has returned
@@ -90,6 +99,11 @@ class AccessLog:
             # Not one of logging's tree: two servers may have a file each.
             self._log = logging.Logger("gtcpserver.access", logging.INFO)
             self._log.addHandler(_open_handler(os.fspath(file)))
+
+    @property
+    def files(self) -> list[str]:
+        """The path of its file, if it has one."""
+        return [one._path for one in self._log.handlers if isinstance(one, AccessFile)]
 
     def begin(self, connection: Connection) -> None:
         """Its handler is about to run."""
@@ -241,7 +255,8 @@ class AccessFile(NonBlockingHandler):
     """Appends records to a file, and never waits: a disk that is full, or a pipe that nobody reads, costs lines.
 
     Before each record it looks whether the path is still the file it has, and opens it anew if not. Where it cannot,
-    it goes on with the one it has, and says so now and then.
+    it goes on with the one it has, and says so now and then. A file that is not this process's to open is borrowed, and
+    looked at once a second.
 
     Raises:
         OSError: it cannot be opened.
@@ -250,18 +265,16 @@ class AccessFile(NonBlockingHandler):
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
         self._complaints = FaultLimiter(burst=1, interval=60.0)
-        super().__init__(self._open())
+        self._borrower = 0  # the process that borrows the file: a fork may do so, and has none of our greenlets
+        fd, borrowed = self._open()
+        super().__init__(fd)
+        if borrowed:
+            self._borrow_from_now_on()
         # Told once a flood, where other messages go.
         self._told = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            status = os.stat(self._path)
-            # Closed: by logging.config, see NonBlockingHandler.
-            moved = self._fd < 0 or self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
-        except OSError:
-            moved = True
-        if moved:
+        if self._borrower != os.getpid() and self._has_moved():
             self._reopen()
         super().emit(record)
         if self.dropped > self._told:
@@ -273,27 +286,64 @@ class AccessFile(NonBlockingHandler):
 
     def close(self) -> None:
         super().close()
+        self._borrower = 0
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1
 
-    def _open(self) -> int:
-        # O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and does not make the server wait for one.
-        return open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK, FILE_MODE)
+    def _open(self) -> tuple[int, bool]:
+        try:
+            return open_file(self._path, FILE_FLAGS, FILE_MODE), False
+        except PermissionError:
+            if not has_lender():
+                raise
+        return borrow(self._path), True
+
+    def _borrow_from_now_on(self) -> None:
+        self._borrower = os.getpid()
+        gevent.spawn(self._keep_borrowing)
+
+    def _has_moved(self) -> bool:
+        if self._fd < 0:
+            return True  # closed by logging.config, see NonBlockingHandler
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return True
+        return self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
 
     def _reopen(self) -> None:
         try:
-            new = self._open()
+            self._use(open_file(self._path, FILE_FLAGS, FILE_MODE))
         except (OSError, UntrustedPath) as error:
-            if self._complaints.allow("open") is not None:
-                why = error.strerror if isinstance(error, OSError) else error
-                _problems.error("cannot open the access log %s anew: %s", self._path, why)
+            if isinstance(error, PermissionError) and has_lender():
+                self._borrow_from_now_on()  # and not here: a record may come where nothing may wait
+            else:
+                self._complain(error)
+
+    def _keep_borrowing(self) -> None:
+        # A record may come long after the file was renamed, when the old one is compressed and gone: so not only then.
+        while self._fd >= 0:
+            try:
+                self._use(borrow(self._path))
+            except OSError as error:
+                self._complain(error)
+            gevent.sleep(LOOK_EVERY, ref=False)
+
+    def _complain(self, error: OSError | UntrustedPath) -> None:
+        if self._complaints.allow("open") is not None:
+            why = error.strerror if isinstance(error, OSError) else error
+            _problems.error("cannot open the access log %s anew: %s", self._path, why)
+
+    def _use(self, new: int) -> None:
+        status = os.fstat(new)
+        if self._identity is not None and (status.st_dev, status.st_ino) == self._identity[:2] and self._fd >= 0:
+            close_descriptor(new)
             return
         self.flush()
         old, self._fd = self._fd, new
         if old >= 0:
             close_descriptor(old)
-        status = os.fstat(new)
         self._identity = (status.st_dev, status.st_ino, status.st_mode)
         self._rest = b""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections import Counter
 from typing import Any
 
 from .errors import ConfigError
+from .lent_files import read_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,8 +32,7 @@ MOST_LINES_TRIED = 200
 def read_text(path: str) -> str:
     """The text of a file. Raises ConfigError: it cannot be read, or is not UTF-8."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return io.TextIOWrapper(io.BytesIO(read_file(path)), encoding="utf-8").read()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -15,6 +15,7 @@ from gtcpserver.cli.serve import process_options, serve_with
 from gtcpserver.cli.settings import SettingsGroup, obey_environment, warn_at_start
 from gtcpserver.errors import ConfigError
 from gtcpserver.supervisor import systemd
+from gtcpserver.supervisor.lending import NamedFiles
 
 try:
     from gtcpserver.proxy.build import check_closed
@@ -129,7 +130,10 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         log_to_file(now.access_log)
         return now.handler
 
-    serve_with(context, load, reads_files=config is not None)
+    def files() -> NamedFiles:
+        return _files_named(config, _config(config, options))
+
+    serve_with(context, load, reads_files=config is not None, files=files)
 
 
 # What is about clients and where they go has a file of its own; the rest is as of every server.
@@ -141,6 +145,13 @@ obey_environment(
 
 def _listed(proxy: Proxy) -> str:
     return ", ".join(map(str, proxy.addresses))
+
+
+def _files_named(path: str | None, config: ProxyConfig) -> NamedFiles:
+    read = [path, *(table.htpasswd for table in config.auth.values())]
+    for table in config.listener:
+        read += [table.tls_certfile, table.tls_keyfile, table.tls_client_ca]
+    return NamedFiles([name for name in read if name], [config.log.file] if config.log.file else [])
 
 
 def _load(path: str | None, options: dict[str, Any]) -> Proxy:

@@ -37,6 +37,7 @@ from gtcpserver.monitoring import Monitor
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
 from gtcpserver.stats import StopReport
 from gtcpserver.supervisor import systemd
+from gtcpserver.supervisor.lending import NamedFiles
 
 log = logging.getLogger("gtcpserver")
 
@@ -177,12 +178,18 @@ def send_back(conn: Connection) -> None:
         conn.sendall(data)
 
 
-def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]], reads_files: bool = False) -> None:
+def serve_with(
+    context: click.Context,
+    load: Callable[[], Callable[[Any], Any]],
+    reads_files: bool = False,
+    files: Callable[[], NamedFiles] = NamedFiles,
+) -> None:
     """Serves with the handler that `load` gives, in this process or, with --workers, in others.
 
     Args:
         reads_files: the handler comes of files, and not of code: at SIGHUP `load` makes another one, also in a single
             process. The old one's ``retire()`` is called then, and it serves the connections that it has.
+        files: names the files that `load` needs, besides those of the options.
     """
     fds = systemd.take_listen_fds()
     if fds:
@@ -192,7 +199,7 @@ def serve_with(context: click.Context, load: Callable[[], Callable[[Any], Any]],
         context.params["bind"] = (*bound_by_systemd(fds), *more)
     config = make_supervisor_config(context)
     if config is not None:
-        supervise(context, config, load, len(fds))
+        supervise(context, config, load, len(fds), files)
         return
     prepare(context)
     listen = make_listen_config(context)

@@ -40,6 +40,7 @@ from gtcpserver.supervisor import (
     WorkersCannotStart,
     current_worker,
 )
+from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import log_in_master
 from gtcpserver.tls import self_signed
 
@@ -58,13 +59,18 @@ class StartError(RunError):
 
 
 def supervise(
-    context: click.Context, config: SupervisorConfig, load: Callable[[], Callable[[Any], Any]], listen_fds: int
+    context: click.Context,
+    config: SupervisorConfig,
+    load: Callable[[], Callable[[Any], Any]],
+    listen_fds: int,
+    files: Callable[[], NamedFiles] = NamedFiles,
 ) -> None:
     """Serves with worker processes until told to stop.
 
     Args:
         load: gives the handler; it is called in each worker, so that a reload finds new code.
         listen_fds: how many of the addresses came from systemd.
+        files: names the files that `load` needs, besides those of the options.
 
     Raises:
         RunError: with exit status 3 (2 for a wrong call) where no worker could be started, otherwise 1.
@@ -83,12 +89,16 @@ def supervise(
         _find_modules()
         loaded.append(_told_to_the_master(load, context))
 
+    def prepare() -> NamedFiles:
+        if file_of(context) is not None:
+            read_settings_again(context)
+        more = files()
+        return NamedFiles([*_files_to_read(context), *more.read], [*_files_to_append(context), *more.append])
+
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
         _find_modules()
 
         def make() -> tuple[Server, Hooks]:
-            if file_of(context) is not None:
-                read_settings_again(context)
             context.params["bind"] = tuple(sockets)
             server = make_server(context, loaded[0] if loaded else load(), listen)
             hooks = {
@@ -113,6 +123,7 @@ def supervise(
         preload=preload,
         settle=freeze_garbage_collector if context.params["freeze_gc"] else None,
         log_style=style,
+        prepare=lambda: _told_to_the_master(prepare, context),
     )
     try:
         Master(program, config).run(listen_fds)
@@ -138,6 +149,17 @@ def read_settings_again(context: click.Context) -> None:
             # What an upgrade takes over is a socket as it is.
             takes = "a restart" if key.startswith("listen.") else "an upgrade (SIGUSR2) or a restart"
         log.warning("%s: %s changed: that takes %s", context.obj.path, key, takes)
+
+
+def _files_to_read(context: click.Context) -> list[str]:
+    names = ("tls_certfile", "tls_keyfile", "tls_client_ca", "tls_crl")
+    found = [context.params[name] for name in names] + [path for _, *pair in context.params["tls_sni"] for path in pair]
+    return [str(path) for path in (*found, file_of(context)) if path]
+
+
+def _files_to_append(context: click.Context) -> list[str]:
+    path = context.params.get("access_log_file")
+    return [path] if path else []
 
 
 def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:

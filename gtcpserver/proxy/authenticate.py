@@ -30,6 +30,7 @@ from gevent.lock import BoundedSemaphore
 from gevent.threadpool import ThreadPool
 
 from ..errors import ConfigError
+from ..lent_files import stat_file
 from ..logs import FaultLimiter, also
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
 from .target import IPAddress
@@ -290,7 +291,7 @@ def _compare(kept: str, password: bytes) -> bool | None:
 def _stamp(path: str) -> tuple[object, ...] | None:
     """What is different when a file is another one; None if there is none."""
     try:
-        found = os.stat(path)
+        found = stat_file(path)
     except OSError:
         return None
     is_young = 0 <= time.time() - found.st_mtime < YOUNG

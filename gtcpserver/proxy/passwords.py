@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 from ..errors import ConfigError
+from ..lent_files import read_file
 from .target import IPAddress
 
 #: Passwords that were right lately: how many, and for how many seconds they are believed without asking the hash.
@@ -103,23 +104,23 @@ def read_htpasswd(path: str) -> dict[bytes, str]:
     """
     users = {}
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if not line or line.startswith(b"#"):
-                    continue
-                name, colon, kept = line.partition(b":")
-                if not colon or not name:
-                    raise ConfigError(f"{path} line {number} must be name:hash")
-                try:
-                    users[name] = kept.decode("ascii")
-                    check_hash(users[name])
-                except UnicodeDecodeError:
-                    raise ConfigError(f"{path} line {number}: a hash must be ASCII") from None
-                except ConfigError as error:
-                    raise ConfigError(f"{path} line {number}: {error}") from None
+        content = read_file(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        line = line.strip()
+        if not line or line.startswith(b"#"):
+            continue
+        name, colon, kept = line.partition(b":")
+        if not colon or not name:
+            raise ConfigError(f"{path} line {number} must be name:hash")
+        try:
+            users[name] = kept.decode("ascii")
+            check_hash(users[name])
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} line {number}: a hash must be ASCII") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path} line {number}: {error}") from None
     return users
 
 

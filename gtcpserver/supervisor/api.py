@@ -11,16 +11,20 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gtcpserver.access_log import AccessLog
 from gtcpserver.address import parse_address
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import Server
 from gtcpserver.stats import StopReport
 from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import LogStyle
 from gtcpserver.supervisor.master import Master
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.worker import Hooks
+from gtcpserver.tls import TLSConfig
+from gtcpserver.tls.contexts import watched_files
 
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SupervisorConfig))
 HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))
@@ -57,12 +61,20 @@ def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: An
         for reference in (handler, *hooks.values()):
             load_name(reference)
 
+    def name_files() -> NamedFiles:
+        tls, access_log = options.get("tls"), options.get("access_log")
+        return NamedFiles(
+            list(watched_files(tls)) if isinstance(tls, TLSConfig) else [],
+            access_log.files if isinstance(access_log, AccessLog) else [],
+        )
+
     program = Program(
         addresses=addresses,
         listen=listen,
         build=build,
         preload=preload,
         preloaded=not isinstance(handler, str),
+        prepare=name_files,
         # Whoever has set up logging of his own keeps it.
         log_style=None if logging.getLogger().handlers else LogStyle(),
     )

@@ -92,10 +92,7 @@ class Channel:
         while self._outbox:
             packet = self._outbox[0]
             try:
-                rights = []
-                if packet.fd is not None:
-                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", packet.fd))]
-                self._sock.sendmsg([packet.data], rights)
+                self._sock.sendmsg([packet.data], _rights(packet.fd))
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
                     # Above net.core.wmem_default, which somebody has set lower than any message: it can never be sent.
@@ -116,12 +113,16 @@ class Channel:
             _sleep(RETRY_SECONDS)
         return True
 
-    def send_if_clear(self, kind: str, **fields: Any) -> bool:
-        """Send now or not at all; False if not. Also in a signal handler."""
+    def send_if_clear(self, kind: str, fd: int | None = None, **fields: Any) -> bool:
+        """Send now or not at all; False if not. Also in a signal handler.
+
+        Args:
+            fd: a descriptor to pass on; it stays the caller's, who may close it afterwards.
+        """
         if self._outbox:
             return False
         try:
-            self._sock.send(encode(kind, **fields))
+            self._sock.sendmsg([encode(kind, **fields)], _rights(fd))
         except OSError:
             return False
         return True
@@ -204,6 +205,10 @@ def adopt(fd: int, kinds: frozenset[str]) -> Channel:
     """The channel of an inherited descriptor."""
     os.set_inheritable(fd, False)
     return Channel(_own(fd), kinds)
+
+
+def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
+    return [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))]
 
 
 def _own(fd: int) -> socket.socket:

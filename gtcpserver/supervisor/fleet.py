@@ -134,6 +134,7 @@ class Fleet:
             number=number,
             generation=generation,
             build=self.program.build,
+            prepare=self.program.prepare,
             sockets=self.sockets.of_slot(number),
             channel=theirs,
             config=self.config,
@@ -203,6 +204,8 @@ class Fleet:
             worker.table = checked_table(message.fields.get("table"))
         elif message.kind == "reopen":
             worker.channel.send("reopen", fd=STDERR)
+        elif message.kind in ("names", "unprivileged", "borrow"):
+            worker.loans.hear(message, worker.channel)
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":

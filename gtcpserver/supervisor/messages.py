@@ -15,6 +15,9 @@ another type, and numbers that are none or beyond all measure, count as absent (
 | connections | its table of them |
 | drained | its listening sockets are drained and closed |
 | reopen | the descriptor of the new log file did not arrive: send it again |
+| names | the files that its options name: `read` and `append` are lists of paths (`lending`) |
+| unprivileged | it is another user from now on, and what it names does not count any more |
+| borrow | it needs a descriptor of the file `path`; `number` is that of the question |
 | stopped | all done; `finished`, `ended` connections, last `stats` |
 
 | from the master | means |
@@ -27,6 +30,7 @@ another type, and numbers that are none or beyond all measure, count as absent (
 | report | send stats |
 | connections | send a table of them, as one of `of` workers |
 | reopen | a new log file comes with the packet |
+| lent | the file of the question `number` comes with the packet; or `error` is an errno, and `why` a text |
 """
 
 from __future__ import annotations
@@ -64,9 +68,12 @@ NUMBERS = (*(field.name for field in dataclasses.fields(ServerStats) if field.na
 ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_name")  # and "where"
 
 WORKER_KINDS = frozenset(
-    {"ready", "failed", "beat", "stats", "retire", "dumped", "connections", "drained", "reopen", "stopped"}
+    {
+        *("ready", "failed", "beat", "stats", "retire", "dumped", "connections", "drained", "reopen", "stopped"),
+        *("names", "unprivileged", "borrow"),
+    }
 )
-MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen"})
+MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen", "lent"})
 HANDOVER_KINDS = frozenset({"ready", "failed"})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gtcpserver.listener import ListenConfig
 from gtcpserver.server import Server
+from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import LogStyle
 from gtcpserver.supervisor.worker import Hooks
 
@@ -25,6 +26,8 @@ class Program:
         preload: called once in the master, before the first worker, if the configuration says so.
         preloaded: the program is loaded already, in the process that calls us.
         settle: called in each worker when its server has started.
+        prepare: called before `build` in each new worker, while it still has the master's rights: reads the settings,
+            and names the files that the worker needs and its user perhaps may not open. Runs no code of the user's.
         log_style: how master and workers log; None leaves the logging of the calling program as it is.
     """
 
@@ -35,3 +38,4 @@ class Program:
     preloaded: bool = False
     settle: Callable[[], None] | None = None
     log_style: LogStyle | None = None
+    prepare: Callable[[], NamedFiles] | None = None

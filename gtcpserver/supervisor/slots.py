@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.lending import Loans
 from gtcpserver.supervisor.worker import BEAT_SECONDS
 
 LAG_SECONDS = 0.25
@@ -47,6 +48,7 @@ class WorkerProcess:
         stats: its counters as it last sent them.
         table: of its connections, if it has answered the last question for it.
         drained: its sockets are drained and closed.
+        loans: files that it may borrow.
     """
 
     slot: int
@@ -76,6 +78,7 @@ class WorkerProcess:
     ended: bool = False
     dump_asked_at: float | None = None
     dumped: bool = False
+    loans: Loans = field(default_factory=Loans)
 
     @property
     def leaving(self) -> bool:

@@ -28,6 +28,7 @@ import gevent
 from gevent import monkey
 from gevent.hub import get_hub
 
+from gtcpserver import lent_files
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.monitoring.connection_table import MOST, table_of
@@ -36,6 +37,7 @@ from gtcpserver.server import Server, State
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.supervisor.dump import format_stacks
+from gtcpserver.supervisor.lending import Borrower, NamedFiles
 from gtcpserver.supervisor.log_files import LogStyle, log_in_worker, log_with_details, write_stderr_to
 from gtcpserver.supervisor.messages import MAX_BYTES, Message
 from gtcpserver.supervisor.privileges import become, die_with_parent
@@ -103,6 +105,7 @@ class Job:
         number: of its slot, from 0.
         generation: counts the reloads.
         build: makes the server on these sockets, not started, and the hooks. May raise anything.
+        prepare: called first, with the master's rights.
         sockets: each with who accepts from it.
         predecessor: why the last worker of the slot died; "" if it did not.
         folder: to work in.
@@ -121,6 +124,7 @@ class Job:
     master: int
     folder: str
     settle: Callable[[], None] | None
+    prepare: Callable[[], NamedFiles] | None = None
 
 
 @dataclass
@@ -172,6 +176,7 @@ class _Life:
         self.unread: list[tuple[Message, int | None]] = []
         self.order: Callable[[], gevent.Greenlet] | None = None  # to end, from the master; it begins to obey
         self.obeying: gevent.Greenlet | None = None
+        self.borrower: Borrower | None = None
         # Commands that come while there is no server yet.
         self.early: list[Message] = []
         self.limit_of_accepts = _with_jitter(job.config)
@@ -216,7 +221,8 @@ class _Life:
         _work_in(job.folder)
         if job.cpu is not None:
             os.sched_setaffinity(0, {job.cpu})
-        become(job.config)
+        files = job.prepare() if job.prepare is not None else NamedFiles()
+        self.become_unprivileged(files)
         # After the change of user, which takes it away (prctl(2)).
         die_with_parent(signal.SIGTERM)
         if os.getppid() != job.master:
@@ -247,6 +253,18 @@ class _Life:
         for message in self.early:
             self.obey(message)
         return server
+
+    def become_unprivileged(self, files: NamedFiles) -> None:
+        was_root = os.geteuid() == 0
+        if was_root and self.job.config.user is not None:
+            self.borrower = Borrower(self.channel)
+            self.borrower.name(files, LAST_WORDS_SECONDS)
+        become(self.job.config)
+        if self.borrower is not None:
+            self.channel.send("unprivileged")
+            if not self.channel.finish(LAST_WORDS_SECONDS):
+                raise CannotStart("the master does not hear that this worker has another user")
+            lent_files.borrow_from(self.borrower)
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, CannotStart):
@@ -392,6 +410,9 @@ class _Life:
             message, fd = self.unread.pop(0)
             if message.kind == "reopen":
                 self.use_log_file(fd)
+            elif message.kind == "lent":
+                if self.borrower is not None:
+                    self.borrower.hear(message, fd)
             elif self.worker.server is None or self.worker.server.state is State.NEW:
                 self.early.append(message)
             else:

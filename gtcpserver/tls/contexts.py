@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ssl
+import _strptime  # type: ignore[import-not-found] # noqa: F401 of cert_time_to_seconds(); a worker may not find it
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ import gevent.ssl
 
 from ..descriptors import close_descriptor
 from ..errors import ConfigError
+from ..lent_files import files_in, is_folder, openable, read_file
 from ..trusted_path import UntrustedPath, open_file
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def watched_files(config: TLSConfig) -> Iterator[str]:
     if config.client_ca is not None:
         client_ca = str(config.client_ca)
         yield client_ca
-        if os.path.isdir(client_ca):
+        if is_folder(client_ca):
             yield from _files_in(client_ca)
     if config.crl is not None:
         yield str(config.crl)
@@ -172,8 +174,10 @@ def _load_pair(context: ssl.SSLContext, pair: CertificatePair, password: str | C
     key = f'{pair.where}keyfile "{pair.keyfile}"'
     if pair.keyfile == pair.certfile:
         key = f"{certificate} (no keyfile is given)"
-    _expect(_CERTIFICATE, _read(certificate, pair.certfile), certificate, "certificate")
-    _expect(_PRIVATE_KEY, _read(key, pair.keyfile), key, "private key")
+    certificate_content = _read(certificate, pair.certfile)
+    _expect(_CERTIFICATE, certificate_content, certificate, "certificate")
+    key_content = _read(key, pair.keyfile)
+    _expect(_PRIVATE_KEY, key_content, key, "private key")
     encrypted = False
 
     def ask() -> str:
@@ -186,7 +190,8 @@ def _load_pair(context: ssl.SSLContext, pair: CertificatePair, password: str | C
         raise ConfigError(f"password must be a function that returns text, but returned {type(answer).__name__}")
 
     try:
-        context.load_cert_chain(pair.certfile, pair.keyfile, ask)
+        with openable(pair.certfile, certificate_content) as certfile, openable(pair.keyfile, key_content) as keyfile:
+            context.load_cert_chain(certfile, keyfile, ask)
     except ssl.SSLError as error:
         if error.reason in _MISMATCH:
             message = f"{key} does not belong to {certificate}"
@@ -201,7 +206,7 @@ def _load_pair(context: ssl.SSLContext, pair: CertificatePair, password: str | C
             message = f"{key} is encrypted; expected a password with it"
         elif encrypted:
             message = f"{key}: the password does not open it"
-        elif _are_certificates_good(pair.certfile):
+        elif _are_certificates_good(pair.certfile, certificate_content):
             message = f"{key} cannot be read: it is damaged"
         else:
             message = f"{certificate} cannot be read: a certificate in it is damaged"
@@ -216,7 +221,7 @@ def _trust_clients(context: ssl.SSLContext, config: TLSConfig) -> None:
     path = str(config.client_ca)
     # A folder's files are read, each and now: OpenSSL's own way looks for names made by c_rehash, during handshakes,
     # and says nothing when there are none.
-    for name in _files_in(path) if os.path.isdir(path) else [path]:
+    for name in _files_in(path) if is_folder(path) else [path]:
         _load_trust(context, f'client_ca "{name}"', name, _CERTIFICATE, "certificate")
     if not context.cert_store_stats()["x509_ca"]:
         raise ConfigError(f'client_ca "{path}" has no certificate of a CA in it')
@@ -227,9 +232,11 @@ def _trust_clients(context: ssl.SSLContext, config: TLSConfig) -> None:
 
 
 def _load_trust(context: ssl.SSLContext, label: str, path: str, wanted: re.Pattern[bytes], meaning: str) -> None:
-    _expect(wanted, _read(label, path), label, meaning)
+    content = _read(label, path)
+    _expect(wanted, content, label, meaning)
     try:
-        context.load_verify_locations(cafile=path)
+        with openable(path, content) as name:
+            context.load_verify_locations(cafile=name)
     except OSError as error:
         raise ConfigError(f"{label} cannot be read: it is damaged, or not PEM (OpenSSL: {error})") from error
 
@@ -249,7 +256,7 @@ def _client_trust(config: TLSConfig) -> bytes:
     digest = hashlib.sha256()
     if config.client_ca is not None:
         path = str(config.client_ca)
-        for name in _files_in(path) if os.path.isdir(path) else [path]:
+        for name in _files_in(path) if is_folder(path) else [path]:
             digest.update(_read(f'client_ca "{name}"', name))
     if config.crl is not None:
         digest.update(_read(f'crl "{config.crl}"', str(config.crl)))
@@ -258,17 +265,14 @@ def _client_trust(config: TLSConfig) -> bytes:
 
 def _files_in(folder: str) -> list[str]:
     try:
-        with os.scandir(folder) as entries:
-            # Hidden ones too are left out: editors' and Kubernetes' own.
-            return sorted(entry.path for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        return files_in(folder)  # without hidden ones: editors' and Kubernetes' own
     except OSError as error:
         raise ConfigError(f'client_ca "{folder}" cannot be read: {error.strerror}') from error
 
 
 def _read(label: str, path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(path)
     except OSError as error:
         raise ConfigError(f"{label} cannot be read: {error.strerror}; expected a PEM file") from error
 
@@ -290,14 +294,16 @@ def _expect(wanted: re.Pattern[bytes], content: bytes, label: str, meaning: str)
 def _decode(pair: CertificatePair) -> dict[str, tuple[tuple[str, str], ...]]:
     # Private to the standard library, whose tests rely on it since Python 2.6; the other way is another dependency.
     try:
-        return cast("dict[str, tuple[tuple[str, str], ...]]", _ssl._test_decode_cert(pair.certfile))  # type: ignore[attr-defined]
+        with openable(pair.certfile, _read(f'{pair.where}certfile "{pair.certfile}"', pair.certfile)) as name:
+            return cast("dict[str, tuple[tuple[str, str], ...]]", _ssl._test_decode_cert(name))  # type: ignore[attr-defined]
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(f'{pair.where}certfile "{pair.certfile}" cannot be read: {error}') from error
 
 
-def _are_certificates_good(certfile: str) -> bool:
+def _are_certificates_good(certfile: str, content: bytes) -> bool:
     try:
-        SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cafile=certfile)
+        with openable(certfile, content) as name:
+            SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cafile=name)
     except OSError:
         return False
     return True

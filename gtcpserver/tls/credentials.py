@@ -13,7 +13,6 @@ context is left with half of each; and after a change from an RSA to an EC certi
 from __future__ import annotations
 
 import _ssl
-import os
 import ssl
 import sys
 import time
@@ -23,6 +22,7 @@ import gevent
 from gevent.hub import get_hub
 
 from ..errors import ConfigError
+from ..lent_files import stat_file
 from ..logs import own_logger
 from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
 from .contexts import ServerContexts, load_contexts, watched_files
@@ -127,15 +127,15 @@ class Credentials:
             self._timer = None
 
     def _look(self) -> None:
-        # In the event loop: a password function might wait, so the reading is done in a greenlet.
-        assert self.config is not None
-        if not self._reloading and _states(self.config) != self._states:
+        # In the event loop: a password function might wait, and so may a file that is borrowed.
+        if not self._reloading:
             self._reloading = True
             gevent.spawn(self._reload_changed)
 
     def _reload_changed(self) -> None:
         try:
-            self.reload()
+            if self.config is not None and _states(self.config) != self._states:
+                self.reload()
         except Exception as error:
             # Whatever a password function raises is no reason to stop looking.
             complaint = str(error) if isinstance(error, ConfigError) else repr(error)
@@ -213,7 +213,7 @@ def _states(config: TLSConfig) -> dict[str, _FileState]:
 
 def _state(path: str) -> _FileState:
     try:
-        found = os.stat(path)
+        found = stat_file(path)
     except OSError:
         return None
     # The inode for files replaced within one tick of the clock, ctime for permissions and for cp --preserve.

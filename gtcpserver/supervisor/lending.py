@@ -1,0 +1,188 @@
+"""A master of root's lends its workers, which are another user, the files that their options name (`lent_files`).
+
+While a new worker still is root, and no code of the user's has run in it, it names the files to its master. Then it
+becomes the other user, and says so: from then on it gets descriptors of these files, and can name no others. What it
+gets is opened for reading, or, of an access log, for appending: nothing that this worker, with these options, would
+not have had as root. The master opens along a path that no other user can change (`trusted_path`), or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from time import monotonic
+
+import gevent
+from gevent.event import AsyncResult
+from gevent.hub import get_hub
+from gevent.lock import BoundedSemaphore
+
+from gtcpserver.access_log import FILE_FLAGS, FILE_MODE
+from gtcpserver.descriptors import close_descriptor
+from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.messages import Message
+from gtcpserver.trusted_path import UntrustedPath, open_file
+
+log = logging.getLogger("gtcpserver")
+
+ANSWER_SECONDS = 5.0
+"""How long a worker waits for a file. The master answers at once; it may be stopped (SIGSTOP)."""
+
+PAUSE_SECONDS = 10.0
+"""After a question without an answer, during which others fail at once instead of waiting as well."""
+
+NAMES_AT_ONCE = 8  # in a packet: a path has up to 4 KiB (PATH_MAX), six bytes a character in JSON
+
+#: O_NONBLOCK: to open a FIFO would wait for its writer.
+READ_FLAGS = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
+
+
+@dataclass(frozen=True)
+class NamedFiles:
+    """Files that a worker's options name.
+
+    Attributes:
+        read: to read; of a folder, the files in it too.
+        append: to write at their end: access logs.
+    """
+
+    read: Collection[str] = ()
+    append: Collection[str] = ()
+
+
+# -- in the master -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loans:
+    """What one worker may borrow.
+
+    Attributes:
+        read, append: absolute paths.
+        complete: it is another user by now, and names no more.
+    """
+
+    read: set[str] = field(default_factory=set)
+    append: set[str] = field(default_factory=set)
+    complete: bool = False
+    _folders: set[str] = field(default_factory=set)
+
+    def hear(self, message: Message, channel: Channel) -> None:
+        """Obey "names" and "unprivileged", and answer "borrow"."""
+        if message.kind == "unprivileged":
+            self.complete = True
+        elif message.kind == "names":
+            if not self.complete:
+                self.read.update(_texts(message.fields.get("read")))
+                self.append.update(_texts(message.fields.get("append")))
+        else:
+            self._lend(message.text("path"), message.count("number"), channel)
+
+    def _lend(self, path: str, number: int, channel: Channel) -> None:
+        fd, error, why = -1, 0, ""
+        try:
+            fd = self._open(path)
+        except UntrustedPath as refused:
+            error, why = errno.EACCES, str(refused)
+        except (OSError, ValueError) as failed:  # ValueError: a NUL in it
+            error = getattr(failed, "errno", None) or errno.EINVAL
+        try:
+            # Now or never: a descriptor that waits in a queue is another file's by then. The worker asks again.
+            channel.send_if_clear("lent", fd if fd >= 0 else None, number=number, error=error, why=why)
+        finally:
+            if fd >= 0:
+                close_descriptor(fd)
+
+    def _open(self, path: str) -> int:
+        if path in self.append:
+            return open_file(path, FILE_FLAGS, FILE_MODE)
+        if path not in self.read and os.path.dirname(path) not in self._folders:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        fd = open_file(path, READ_FLAGS)
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISDIR(kind) and path in self.read:
+            self._folders.add(path)
+        elif not stat.S_ISREG(kind):
+            close_descriptor(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+# -- in a worker -------------------------------------------------------------------------------------------------------
+
+
+class Borrower:
+    """A worker's side; `lent_files` calls it.
+
+    Args:
+        channel: to the master.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._names: set[str] = set()
+        self._folders: set[str] = set()
+        self._lock = BoundedSemaphore()
+        self._number = 0
+        self._answer: AsyncResult[tuple[Message, int | None]] | None = None
+        self._again_at = 0.0
+        self._hub = get_hub()
+
+    def name(self, files: NamedFiles, seconds: float) -> None:
+        """Name the files, while this process is root. Raises TimeoutError: the master reads nothing."""
+        read, append = _absolute(files.read), _absolute(files.append)
+        self._names = {*read, *append}
+        self._folders = {path for path in read if os.path.isdir(path)}
+        for start in range(0, max(len(read), len(append)), NAMES_AT_ONCE):
+            part = slice(start, start + NAMES_AT_ONCE)
+            self._channel.send("names", read=read[part], append=append[part])
+            if not self._channel.finish(seconds):
+                raise TimeoutError(errno.ETIMEDOUT, "the master does not hear which files this worker needs")
+
+    def __call__(self, path: str) -> int:
+        """A descriptor of a file that was named. Waits in gevent, so not in the event loop, nor in other threads.
+
+        Raises:
+            OSError: it was not named, the master cannot open it, or does not answer.
+        """
+        path = os.path.abspath(path)
+        if path not in self._names and os.path.dirname(path) not in self._folders:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if get_hub() is not self._hub or gevent.getcurrent() is self._hub:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with self._lock:
+            if monotonic() < self._again_at:
+                raise TimeoutError(errno.ETIMEDOUT, "the master does not answer")
+            self._number += 1
+            self._answer = AsyncResult()
+            try:
+                self._channel.send("borrow", number=self._number, path=path)
+                message, fd = self._answer.get(timeout=ANSWER_SECONDS)
+            except gevent.Timeout:
+                self._again_at = monotonic() + PAUSE_SECONDS
+                raise TimeoutError(errno.ETIMEDOUT, "the master does not answer") from None
+            finally:
+                self._answer = None
+        if fd is None:
+            number = message.count("error") or errno.EMFILE  # of this process, which could not take it
+            raise OSError(number, message.text("why") or os.strerror(number))
+        return int(fd)
+
+    def hear(self, message: Message, fd: int | None) -> None:
+        """The master's answer, in the event loop."""
+        if self._answer is not None and not self._answer.ready() and message.count("number") == self._number:
+            self._answer.set((message, fd))
+        elif fd is not None:
+            close_descriptor(fd)  # nobody waits for it any more
+
+
+def _absolute(paths: Iterable[str]) -> list[str]:
+    return [os.path.abspath(path) for path in paths]
