@@ -58,7 +58,8 @@ class Listener:
 
     Attributes:
         socket: the socket, of the standard library's own class even in a monkey-patched program.
-        address: where it listens, with the real port, as `parse_address` reads it ("*:5000" stays "*:5000").
+        address: where it listens, with the real port, as `parse_address` reads it. "*:5000" stays "*:5000" where it
+            takes IPv4 and IPv6, and is "0.0.0.0:5000" or "[::]:5000" where it takes one of them.
         sockaddr: what its getsockname() says.
         family: socket.AF_INET, AF_INET6 or AF_UNIX.
         owned: False for a socket or descriptor that was given to us, which another process may hold as well. Set it
@@ -160,7 +161,7 @@ def open_listeners(
     Args:
         address: what `parse_address` reads, or a stream socket that is bound. A host name is resolved, and every
             address it has is listened on. "*" is every address of the host: one IPv6 socket that takes IPv4 connections
-            too, or an IPv4 one where the system has no IPv6. A port of 0 becomes one free port for all the sockets.
+            too, or an IPv4 one where the kernel has no IPv6. A port of 0 becomes one free port for all the sockets.
             "fd:3" adopts a listening descriptor, as does a socket object: they get the options of `config` that
             connections inherit and nothing else, are not `owned`, and are closed with the `Listener`.
         config: the sockets' options.
@@ -216,7 +217,7 @@ def _open_group(
     try:
         for number in range(count):
             sock = _bind(family, sockaddr, config, first=number == 0, wildcard=wildcard)
-            address = f"*:{sock.getsockname()[1]}" if wildcard else None
+            address = f"*:{sock.getsockname()[1]}" if wildcard and _takes_both(sock) else None
             listeners.append(Listener(sock, address=address))
             sockaddr = listeners[0].sockaddr
     except BaseException:
@@ -263,21 +264,36 @@ def _bind(
 
 
 def _wildcard(port: int) -> tuple[int, tuple[Any, ...]]:
-    if _has_ipv6():
+    # Whether the host has an IPv6 address is not asked: it may get one later, and a socket on :: takes IPv4 without.
+    if _can_bind("::"):
         return socket.AF_INET6, ("::", port, 0, 0)
     return socket.AF_INET, ("0.0.0.0", port)
 
 
-def _has_ipv6() -> bool:
-    # A kernel may have the family and yet no address of it (sysctl net.ipv6.conf.all.disable_ipv6=1, containers).
+def _takes_both(sock: socket.socket) -> bool:
+    return sock.family == socket.AF_INET6 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
+def _can_bind(address: str) -> bool:
+    """Whether the kernel has IPv6, and the host this address of it."""
     if not socket.has_ipv6:
         return False
     try:
         with _socket_class(socket.AF_INET6, socket.SOCK_STREAM) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
+            sock.bind((address, 0))
+    except OSError as exc:
+        # Out of descriptors, say: the socket that is to listen fails by itself, and with its reason.
+        return exc.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     return True
+
+
+def _has_ipv6_addresses() -> bool:
+    # Of a kernel with the family there may be none (sysctl net.ipv6.conf.all.disable_ipv6=1, containers).
+    try:
+        with open("/proc/net/if_inet6") as file:
+            return bool(file.read(1))
+    except OSError:
+        return _can_bind("::1")
 
 
 def _resolve(address: Address) -> list[tuple[int, tuple[Any, ...]]]:
@@ -286,10 +302,17 @@ def _resolve(address: Address) -> list[tuple[int, tuple[Any, ...]]]:
     except socket.gaierror as exc:
         raise socket.gaierror(exc.errno, f"{address}: {exc.strerror}") from exc
     endpoints = list(dict.fromkeys((int(family), sockaddr) for family, _, _, _, sockaddr in found))
-    if len(endpoints) > 1 and not _has_ipv6():
-        # /etc/hosts gives "localhost" its ::1 on systems without IPv6 too.
-        endpoints = [endpoint for endpoint in endpoints if endpoint[0] != socket.AF_INET6] or endpoints
+    if len(endpoints) > 1:
+        endpoints = [one for one in endpoints if not _is_of_no_use(*one)] or endpoints
     return endpoints
+
+
+def _is_of_no_use(family: int, sockaddr: tuple[Any, ...]) -> bool:
+    """Whether a name has this address besides others although the system lacks it: /etc/hosts gives "localhost" its ::1
+    everywhere, and others a host's IPv6 address although IPv6 is switched off."""
+    return (
+        family == socket.AF_INET6 and not _can_bind(sockaddr[0]) and (sockaddr[0] == "::1" or not _has_ipv6_addresses())
+    )
 
 
 def _explain(exc: OSError, family: int, sockaddr: tuple[Any, ...], config: ListenConfig) -> OSError:

@@ -30,7 +30,7 @@ from gtcpserver.listener import (
 TCP = socket.IPPROTO_TCP
 SO_DETACH_FILTER = 27
 
-needs_ipv6 = pytest.mark.skipif(not listener._has_ipv6(), reason="this system has no IPv6 loopback address")
+needs_ipv6 = pytest.mark.skipif(not listener._can_bind("::1"), reason="this system has no IPv6 loopback address")
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_the_wildcard_takes_ipv4_and_ipv6(opened):
 
 
 def test_the_wildcard_is_ipv4_where_the_system_has_no_ipv6(opened, monkeypatch):
-    monkeypatch.setattr(listener, "_has_ipv6", lambda: False)
+    monkeypatch.setattr(listener, "_can_bind", lambda _address: False)
     (one,) = opened("*:0")
     assert one.family == socket.AF_INET
     assert one.sockaddr[0] == "0.0.0.0"
-    assert one.address == f"*:{one.sockaddr[1]}"
+    assert one.address == f"0.0.0.0:{one.sockaddr[1]}"
 
 
 def resolve_to(monkeypatch, *addresses):
@@ -179,7 +179,7 @@ def test_a_port_that_is_taken_on_the_second_address_is_drawn_again(opened, monke
 
 def test_a_name_keeps_its_ipv4_address_where_the_system_has_no_ipv6(opened, monkeypatch):
     resolve_to(monkeypatch, "::1", "127.0.0.1")
-    monkeypatch.setattr(listener, "_has_ipv6", lambda: False)
+    monkeypatch.setattr(listener, "_can_bind", lambda _address: False)
     (one,) = opened("localhost:0")
     assert one.sockaddr[0] == "127.0.0.1"
 

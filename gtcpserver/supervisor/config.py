@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import math
 import os
 import pwd
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring.monitor import check_metrics_address
 from gtcpserver.options import check_number, check_whole_number
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT
+from gtcpserver.supervisor.cpus import count_cpus
 
 MAX_WORKERS = 1024
 """More is a mistake: each is a process, and the steering program of a group has two instructions a member, of which
@@ -34,7 +34,8 @@ class SupervisorConfig:
     """The options of a master and its workers.
 
     Attributes:
-        workers: worker processes at the start; "auto" is one for each CPU this process may use.
+        workers: worker processes at the start; "auto" is one for each CPU this process may use, by its affinity and the
+            quotas of its control groups.
         preload: import the program once, in the master, so that workers share its memory. A reload then starts workers
             with the same code; only an upgrade (USR2) reads it again.
         worker_timeout: seconds for which a worker's event loop may be blocked before its stacks are logged and it is
@@ -153,16 +154,3 @@ def _number(name: str, who: str | int) -> int:
 
 def _is_name(who: str | int) -> bool:
     return isinstance(who, str) and not (who.isascii() and who.isdigit())
-
-
-def count_cpus() -> int:
-    """CPUs that this process may use: its affinity mask, and the quota of its control group (cgroups(7))."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no cgroup v2, or no such controller
-    return max(1, cpus)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _ssl
-import _strptime  # type: ignore[import-not-found] # noqa: F401 of cert_time_to_seconds(); a worker may not find it
 import hashlib
 import os
 import re
@@ -22,6 +21,9 @@ from ..trusted_path import UntrustedPath, open_file
 
 if TYPE_CHECKING:
     from .config import TLSConfig
+
+# cert_time_to_seconds() imports a module at its first call, when a worker may not be able to read the installation.
+ssl.cert_time_to_seconds("Jan  1 00:00:00 2026 GMT")
 
 # gevent's class in every case: once a program is monkey-patched, the standard library's own class has setters that call
 # themselves for ever (it looks itself up by the name that gevent has taken over). gevent's works before and after.

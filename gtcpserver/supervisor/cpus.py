@@ -1,0 +1,87 @@
+"""How many CPUs this process may use: its affinity mask, and the quotas of its control groups (cgroups(7)).
+
+A quota counts for all groups below: of a systemd unit with CPUQuota=, its slice and a container around them, the least
+is what there is. So each group from this process's own up to the root of what is mounted here is asked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+
+V2 = "cgroup2"
+V1 = "cgroup"
+
+
+def count_cpus(root: str = "/") -> int:
+    """At least 1. A quota of one and a half CPUs is two.
+
+    Args:
+        root: where /proc and the control groups are.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    for folder in _groups(root):
+        quota = _quota(folder)
+        if quota is not None:
+            cpus = min(cpus, math.ceil(quota))
+    return max(1, cpus)
+
+
+def _groups(root: str) -> Iterator[str]:
+    """The folders of all control groups that this process is in and that may have a CPU quota."""
+    own = _own_groups(root)
+    for line in _read(root, "/proc/self/mountinfo").splitlines():
+        # proc_pid_mountinfo(5): ID, parent, device, root, mount point, options, ..., "-", type, source, options.
+        mount, _, kind = line.partition(" - ")
+        fields, (kind, _, *options) = mount.split(" "), [*kind.split(" "), "", ""]
+        if kind not in own or len(fields) < 5 or (kind == V1 and "cpu" not in options[0].split(",")):
+            continue
+        top, folder = map(_unescaped, fields[3:5])
+        folder = root.rstrip("/") + folder
+        # What is mounted may be a part of the hierarchy alone (a container's), seen by names of the whole or, in a
+        # namespace (cgroup_namespaces(7)), by names that do not fit.
+        path = own[kind]
+        inside = path.removeprefix(top).strip("/") if path == top or path.startswith(top.rstrip("/") + "/") else ""
+        names = inside.split("/") if inside and ".." not in inside.split("/") else []
+        for depth in range(len(names), -1, -1):
+            yield "/".join([folder, *names[:depth]])
+
+
+def _own_groups(root: str) -> dict[str, str]:
+    """The paths of this process's own groups, by the type of their file system."""
+    found = {}
+    for line in _read(root, "/proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            found[V2] = path
+        elif "cpu" in controllers.split(","):
+            found[V1] = path
+    return found
+
+
+def _quota(folder: str) -> float | None:
+    """CPUs; None: there is no limit."""
+    try:
+        words = _read(folder, "cpu.max").split()
+        if not words:
+            words = [_read(folder, f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        quota, period = map(int, words)  # not a number: "max", or there is no such file
+        return quota / period if quota > 0 else None  # -1: none, in version 1
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _read(folder: str, name: str) -> str:
+    try:
+        with open(f"{folder.rstrip('/')}/{name.lstrip('/')}", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _unescaped(text: str) -> str:
+    # "\040" is a space.
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
