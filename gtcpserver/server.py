@@ -28,6 +28,7 @@ from .acceptor import Acceptor
 from .access_log import AccessLog, Result
 from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
+from .callables import check_handler, check_hook
 from .client_limits import ClientLimits
 from .connection import Connection, Idle
 from .errors import ClientRefused, ConfigError, GtcpServerError
@@ -102,7 +103,8 @@ class Server:
             "unix:/run/x.sock", "fd:3", a port (on 127.0.0.1), a (host, port) tuple, a listening socket; or a list of
             these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
-            program, everything else cooperate. An object may also have ``server_stopped()``, called when the server
+            program, everything else cooperate. Async functions, generators and classes are refused. An object may
+            also have ``server_stopped()``, called when the server
             has stopped, and ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
         listen: options of the listening sockets.
         accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
@@ -167,11 +169,10 @@ class Server:
     ) -> None:
         open_standard_descriptors()
         check_event_loop()
-        if not callable(handler):
-            raise ConfigError(f"handler must be callable with a connection, got {handler!r}")
-        for name, hook in (("on_connect", on_connect), ("on_disconnect", on_disconnect), ("on_error", on_error)):
-            if hook is not None and not callable(hook):
-                raise ConfigError(f"{name} must be callable or None, got {hook!r}")
+        check_handler(handler)
+        check_hook("on_connect", on_connect)
+        check_hook("on_disconnect", on_disconnect)
+        check_hook("on_error", on_error)
         check_whole_number("accept_loops", accept_loops, least=1)
         check_whole_number("max_connections", max_connections, least=1, none="for no limit")
         check_whole_number("max_accepts", max_accepts, least=1, none="for no limit")

@@ -417,7 +417,7 @@ def test_many_clients_at_once(serve, in_thread):
 
 
 def test_what_is_no_application():
-    with pytest.raises(ConfigError, match="application must be callable, got 'x'"):
+    with pytest.raises(ConfigError, match="application 'x' is not callable, it is a str"):
         from_wsgi("x")
 
 

@@ -187,7 +187,7 @@ def test_without_click_one_line_says_what_to_install() -> None:
 def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
     server = set(inspect.signature(Server).parameters)
     server -= {"address", "handler", "listen", "tls", "proxy_protocol", "client_limits", "access_log"}
-    assert {name for name, _, _ in (*SERVER_OPTIONS, *OBJECT_OPTIONS)} == server
+    assert {option[0] for option in (*SERVER_OPTIONS, *OBJECT_OPTIONS)} == server
     assert {name for name, _, _ in LISTEN_OPTIONS} == {field.name for field in dataclasses.fields(ListenConfig)}
     assert {name for name, _, _ in BALANCER_OPTIONS} == {field.name for field in dataclasses.fields(ProxyProtocol)}
     assert {name for name, _, _ in CLIENT_OPTIONS} == set(inspect.signature(ClientLimits).parameters)

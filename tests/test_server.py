@@ -84,9 +84,9 @@ def reset(client):
         ("listen", {"backlog": 5}, "ListenConfig"),
         ("connection_class", socket.socket, "subclass of Connection"),
         ("connection_class", "Connection", "subclass of Connection"),
-        ("on_connect", 1, "callable or None"),
-        ("on_disconnect", "f", "callable or None"),
-        ("on_error", [], "callable or None"),
+        ("on_connect", 1, "is not callable, it is an int"),
+        ("on_disconnect", "f", "is not callable, it is a str"),
+        ("on_error", [], "is not callable, it is a list"),
     ],
 )
 def test_wrong_option_is_named_with_value_and_expectation(option, value, expectation):
@@ -100,7 +100,7 @@ def test_wrong_option_is_named_with_value_and_expectation(option, value, expecta
 
 @pytest.mark.parametrize("handler", [None, "echo", 5])
 def test_handler_must_be_callable(handler):
-    with pytest.raises(ConfigError, match=r"handler must be callable with a connection, got"):
+    with pytest.raises(ConfigError, match=rf"handler {handler!r} is not callable, it is an? \w+"):
         Server("127.0.0.1:0", handler)
 
 

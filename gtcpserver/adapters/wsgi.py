@@ -18,8 +18,8 @@ from urllib.parse import unquote
 from gevent import pywsgi
 from greenlet import GreenletExit
 
+from ..callables import check_application
 from ..connection import READ_AHEAD, Connection
-from ..errors import ConfigError
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from ..logs import FaultLimiter, also, fault_key, own_logger
 from ..outcome import is_client_error
@@ -325,8 +325,7 @@ class WSGIHandler:
     """
 
     def __init__(self, application: Callable[..., Any], access_log: bool = False) -> None:
-        if not callable(application):
-            raise ConfigError(f"application must be callable, got {application!r}")
+        check_application(application)
         self.counters: Counter[str] = Counter()
         self._faults = FaultLimiter()
         # It is never started: it holds what its handlers ask for.
@@ -381,6 +380,6 @@ def from_wsgi(application: Callable[..., Any], *, access_log: bool = False) -> C
     A stop finishes the requests that are under way and closes connections that wait for another.
 
     Raises:
-        ConfigError: it is not callable.
+        ConfigError: the application is not callable, async (made for ASGI), or takes other arguments.
     """
     return WSGIHandler(application, access_log)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import os
 import pkgutil
 import socketserver
@@ -18,6 +17,7 @@ from typing import Any
 import click
 
 from gtcpserver.adapters import from_socketserver, from_wsgi
+from gtcpserver.callables import check_application, check_handler, check_hook
 from gtcpserver.cli.commands import RunError
 from gtcpserver.errors import ConfigError
 
@@ -37,35 +37,29 @@ def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[
             return from_socketserver(found)  # type: ignore[arg-type]
         except ConfigError as error:
             raise _wrong(parameter, str(error).removeprefix("handler_class ")) from None
-    handler = load_callable(reference, parameter, 1)
-    if inspect.iscoroutinefunction(handler):
-        raise _wrong(parameter, f"{reference} is async; a handler is a plain function that blocks")
-    if inspect.isgeneratorfunction(handler):
-        raise _wrong(parameter, f"{reference} is a generator; a handler is a plain function that blocks")
-    return handler
+    _check(lambda: check_handler(found, reference), parameter)
+    return found  # type: ignore[no-any-return]
 
 
 def load_wsgi(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
     """Loads a WSGI application, and makes a handler of it. Raises as `load_handler`."""
-    return from_wsgi(load_callable(reference, parameter, 2, "two arguments, the environment and start_response"))
+    application = load_object(reference, parameter)
+    _check(lambda: check_application(application, reference), parameter)
+    return from_wsgi(application)
 
 
-def load_callable(reference: str, parameter: str, arguments: int, wanted: str = "") -> Callable[..., Any]:
-    """Loads a function and checks that it takes so many positional arguments, which are `wanted`. Raises as
-    `load_handler`."""
-    found: Callable[..., Any] = load_object(reference, parameter)
-    if not callable(found):
-        raise _wrong(parameter, f"{reference} is not callable, it is {_a(type(found).__name__)}")
+def load_hook(name: str, reference: str, parameter: str) -> Callable[..., Any]:
+    """Loads the function for the hook of this name. Raises as `load_handler`."""
+    hook: Callable[..., Any] = load_object(reference, parameter)
+    _check(lambda: check_hook(name, hook, reference), parameter)
+    return hook
+
+
+def _check(check: Callable[[], None], parameter: str) -> None:
     try:
-        signature = inspect.signature(found)
-    except (ValueError, TypeError):  # some builtins do not tell theirs
-        return found
-    try:
-        signature.bind(*[None] * arguments)
-    except TypeError:
-        usual = "one argument, the connection" if arguments == 1 else "two arguments, the connection and the exception"
-        raise _wrong(parameter, f"{reference} must take {wanted or usual}; it takes {signature}") from None
-    return found
+        check()
+    except ConfigError as error:
+        raise _wrong(parameter, str(error)) from None
 
 
 def load_object(reference: str, parameter: str) -> Any:
@@ -154,10 +148,6 @@ def _is_ours(filename: str) -> bool:
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, set(names), 3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _a(name: str) -> str:
-    return f"an {name}" if name[:1] in "aeiou" else f"a {name}"
 
 
 def _wrong(parameter: str, message: str) -> click.UsageError:

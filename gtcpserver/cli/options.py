@@ -16,7 +16,8 @@ from click.core import ParameterSource
 from gtcpserver.access_log import AccessLog
 from gtcpserver.address import Address, parse_address
 from gtcpserver.balancer import ProxyProtocol
-from gtcpserver.cli.loading import load_callable, load_object
+from gtcpserver.callables import HOOKS
+from gtcpserver.cli.loading import load_hook, load_object
 from gtcpserver.client_limits import ClientLimits
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
@@ -193,13 +194,13 @@ CLIENT_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("burst", WHOLE, "How many it may open at once after silence; none: those of one second."),
 )
 
-# These name objects of the user's; the number is that of a function's arguments.
-OBJECT_OPTIONS: tuple[tuple[str, int | None, str], ...] = (
-    ("connection_class", None, "The subclass of Connection that the handler gets."),
-    ("context", None, "An object that each connection has as its context."),
-    ("on_connect", 1, "Called first with each connection; it is closed unserved if this returns False."),
-    ("on_disconnect", 1, "Called with each connection when its handler has ended."),
-    ("on_error", 2, "Called with connection and exception when a handler fails, instead of the log."),
+# These name objects of the user's program.
+OBJECT_OPTIONS: tuple[tuple[str, str], ...] = (
+    ("connection_class", "The subclass of Connection that the handler gets."),
+    ("context", "An object that each connection has as its context."),
+    ("on_connect", "Called first with each connection; it is closed unserved if this returns False."),
+    ("on_disconnect", "Called with each connection when its handler has ended."),
+    ("on_error", "Called with connection and exception when a handler fails, instead of the log."),
 )
 
 LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -227,7 +228,7 @@ LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("extra", SocketOptionType(), "One more socket option, such as SOL_SOCKET:SO_MARK:7; may be repeated."),
 )
 
-FIELDS = frozenset(name for name, _, _ in (*SERVER_OPTIONS, *OBJECT_OPTIONS, *LISTEN_OPTIONS))
+FIELDS = frozenset(option[0] for option in (*SERVER_OPTIONS, *OBJECT_OPTIONS, *LISTEN_OPTIONS))
 
 # Fields of TLSConfig; the option is --tls- and the name. The password comes from a file, as every user of the machine
 # can read the command line (proc(5)).
@@ -275,11 +276,11 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("log_file", str, "Write standard error there; opened again at SIGUSR1."),
 )
 
-# Functions of the user's that workers call, with the number of arguments.
-HOOK_OPTIONS: tuple[tuple[str, int, str], ...] = (
-    ("worker_start", 1, "Called in each worker, with the Worker, before it is ready."),
-    ("worker_stop", 1, "Called in each worker, with the Worker, when its last connection has ended."),
-    ("worker_error", 2, "Called with a Worker and a text when a worker has failed."),
+# Functions of the user's that workers call.
+HOOK_OPTIONS: tuple[tuple[str, str], ...] = (
+    ("worker_start", "Called in each worker, with the Worker, before it is ready."),
+    ("worker_stop", "Called in each worker, with the Worker, when its last connection has ended."),
+    ("worker_error", "Called with a Worker and a text when a worker has failed."),
 )
 
 
@@ -329,7 +330,7 @@ def server_options_but_bind(command: Command) -> Command:
         command = _option(of_balancers(name), kind, text, balancers[name])(command)
     for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
         command = _option(name, kind, text, defaults[name])(command)
-    for name, _arguments, text in reversed(OBJECT_OPTIONS):
+    for name, text in reversed(OBJECT_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
     return command
 
@@ -338,7 +339,7 @@ def supervisor_options(command: Command) -> Command:
     """Adds the options of worker processes to a command."""
     defaults = {field.name: field.default for field in dataclasses.fields(SupervisorConfig)}
     defaults["workers"] = None  # a single process
-    for name, _arguments, text in reversed(HOOK_OPTIONS):
+    for name, text in reversed(HOOK_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
     for name, kind, text in reversed(SUPERVISOR_OPTIONS):
         command = _option(name, kind, text, defaults[name])(command)
@@ -347,7 +348,7 @@ def supervisor_options(command: Command) -> Command:
 
 def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
     """Makes the SupervisorConfig that was asked for; None without --workers. Raises click.UsageError."""
-    names = [name for name, _, _ in (*SUPERVISOR_OPTIONS, *HOOK_OPTIONS) if was_given(context, name)]
+    names = [option[0] for option in (*SUPERVISOR_OPTIONS, *HOOK_OPTIONS) if was_given(context, option[0])]
     if context.get_parameter_source("control") is ParameterSource.ENVIRONMENT and "workers" not in names:
         names.remove("control")  # GTCPSERVER_CONTROL is for gtcpserver ctl as well
     if "workers" not in names:
@@ -418,14 +419,10 @@ def make_server(
         load: load the user's objects and open the access log; without, only the other options are tried.
     """
     options = {name: context.params[name] for name, _, _ in SERVER_OPTIONS if was_given(context, name)}
-    for name, arguments, _text in OBJECT_OPTIONS:
+    for name, _ in OBJECT_OPTIONS:
         if load and was_given(context, name):
-            reference = context.params[name]
-            options[name] = (
-                load_object(reference, flag(name))
-                if arguments is None
-                else load_callable(reference, flag(name), arguments)
-            )
+            reference, option = context.params[name], flag(name)
+            options[name] = load_hook(name, reference, option) if name in HOOKS else load_object(reference, option)
     tls = {name: context.params[f"tls_{name}"] for name, _, _ in TLS_OPTIONS if was_given(context, f"tls_{name}")}
     if context.params["tls_self_signed"]:
         if "certfile" in tls:

@@ -15,7 +15,7 @@ import gevent
 from gtcpserver.address import Address
 from gtcpserver.block_detector import BlockDetector
 from gtcpserver.cli.commands import RunError, describe
-from gtcpserver.cli.loading import load_callable
+from gtcpserver.cli.loading import load_hook
 from gtcpserver.cli.options import (
     HOOK_OPTIONS,
     SUPERVISOR_OPTIONS,
@@ -102,8 +102,8 @@ def supervise(
             context.params["bind"] = tuple(sockets)
             server = make_server(context, loaded[0] if loaded else load(), listen)
             hooks = {
-                name: load_callable(context.params[name], flag(name), arguments)
-                for name, arguments, _ in HOOK_OPTIONS
+                name: load_hook(name, context.params[name], flag(name))
+                for name, _ in HOOK_OPTIONS
                 if was_given(context, name)
             }
             return server, Hooks(**hooks)

@@ -50,7 +50,8 @@ def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: An
             raise ConfigError(f"{name} cannot be used together with workers")
     listen = options.get("listen") or ListenConfig()
     # A mistake in the options is told here, once, and not by each worker.
-    Server("127.0.0.1:0", handler if callable(handler) else _nobody, **options)
+    Server("127.0.0.1:0", _nobody if isinstance(handler, str) else handler, **options)
+    Hooks(**{name: hook for name, hook in hooks.items() if not isinstance(hook, str)})
     addresses = [_parse(one) for one in (address if isinstance(address, list) else [address])]
 
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:

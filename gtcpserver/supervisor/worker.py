@@ -29,6 +29,7 @@ from gevent import monkey
 from gevent.hub import get_hub
 
 from gtcpserver import lent_files
+from gtcpserver.callables import check_hook
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.monitoring.connection_table import MOST, table_of
@@ -95,6 +96,10 @@ class Hooks:
     worker_start: Callable[[Worker], Any] | None = None
     worker_stop: Callable[[Worker], Any] | None = None
     worker_error: Callable[[Worker, str], Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, hook in vars(self).items():
+            check_hook(name, hook)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Checks of functions given as options: one clear message, when the option is given, for what can never work.
+
+The command line, Server and the adapters say the same words of the same mistake.
+"""
+
+from __future__ import annotations
+
+import inspect
+import socketserver
+from functools import partial
+from typing import Any
+
+from .errors import ConfigError
+
+_CONNECTION = "one argument, the connection"
+_WORKER = "one argument, the Worker"
+
+#: What hooks are called with, in words; each word list names as many arguments as it begins with.
+HOOKS = {
+    "on_connect": _CONNECTION,
+    "on_disconnect": _CONNECTION,
+    "on_error": "two arguments, the connection and the exception",
+    "worker_start": _WORKER,
+    "worker_stop": _WORKER,
+    "worker_error": "two arguments, the Worker and the text",
+}
+
+
+def check_handler(handler: Any, subject: str | None = None) -> None:
+    """Raise ConfigError unless ``handler`` can serve connections.
+
+    Args:
+        handler: what the user gave.
+        subject: its name in the message; None: "handler" and the name it was defined with.
+    """
+    subject = subject or f"handler {name_of(handler)}"
+    if isinstance(handler, type):
+        raise ConfigError(f"{subject} is a class; {_instead_of_class(handler)}")
+    _check(handler, subject, _CONNECTION, "a handler")
+
+
+def check_hook(name: str, hook: Any, subject: str | None = None) -> None:
+    """Raise ConfigError unless ``hook`` is None or can be the hook of this name, one of HOOKS.
+
+    An async ``on_connect`` would admit every client: the coroutine that it returns is not False.
+    """
+    if hook is not None:
+        _check(hook, subject or f"{name} {name_of(hook)}", HOOKS[name], "a hook")
+
+
+def check_application(application: Any, subject: str | None = None) -> None:
+    """Raise ConfigError unless ``application`` can be one of WSGI: any callable but async ones, which are for ASGI."""
+    subject = subject or f"application {name_of(application)}"
+    _check(application, subject, "two arguments, the environment and start_response", "a WSGI application")
+
+
+def _check(found: Any, subject: str, wanted: str, kind: str) -> None:
+    """Raise ConfigError unless a call of ``found`` with the ``wanted`` arguments runs it to its end."""
+    if not callable(found):
+        raise ConfigError(f"{subject} is not callable, it is {_a(type(found).__name__)}")
+    function = _called_first(found)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{subject} is async; {kind} is a plain function that blocks")
+    # PEP 3333: an application may be one, it is the result that is iterated.
+    if inspect.isgeneratorfunction(function) and kind != "a WSGI application":
+        raise ConfigError(f"{subject} is a generator; {kind} is a plain function that blocks")
+    try:
+        # Not the signature of what a decorator wraps: the decorator may add arguments of its own.
+        signature = inspect.signature(found, follow_wrapped=False)
+    except (ValueError, TypeError):  # some builtins have none
+        return
+    try:
+        signature.bind(*[None] * (2 if wanted.startswith("two") else 1))
+    except TypeError:
+        # Decorator libraries set __signature__ to that of the wrapped function, too.
+        if getattr(found, "__signature__", None) is None:
+            raise ConfigError(f"{subject} must take {wanted}; it takes {signature}") from None
+
+
+def name_of(found: Any) -> str:
+    """Return the full name of a function, method or class, such as "app.Chat.serve"; the repr of anything else."""
+    name = getattr(found, "__qualname__", None)
+    if not isinstance(name, str):
+        return repr(found)
+    module = getattr(found, "__module__", None)
+    return f"{module}.{name}" if isinstance(module, str) and module != "__main__" else name
+
+
+def _called_first(found: Any) -> Any:
+    """Return the function whose code a call of ``found`` runs: that of a partial, or the ``__call__`` of an object."""
+    while isinstance(found, partial):
+        found = found.func
+    if isinstance(found, type) or inspect.isroutine(found):
+        return found
+    return type(found).__call__
+
+
+def _instead_of_class(found: type) -> str:
+    name = found.__name__
+    if issubclass(found, (socketserver.BaseRequestHandler, socketserver.BaseServer)):
+        return f"give from_socketserver({name})"
+    if "__call__" in dir(found):
+        return f"its instances are handlers: give one, such as {name}()"
+    return f"give a function, such as lambda conn: {name}(conn)"
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1].lower() in tuple("aeiou") else f"a {name}"
