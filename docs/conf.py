@@ -10,6 +10,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode.parser import VariableCommentPicker
 
 import gtcpserver
 
@@ -41,10 +42,13 @@ nitpicky = True
 # Types of Python, gevent and others: their documentation is on the network, and what is inside of ours is not public.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
-    ("py:class", r"gtcpserver\.testing\.client\.Result"),  # a type variable
+    ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT)"),  # type variables
     ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet)\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(gate|limits|record|rules|target|this_host)\.\w+"),
 ]
+
+# Overloads are for type checkers. The signature beside them has all options by name, with their defaults.
+VariableCommentPicker.is_overload = lambda self, decorators: False  # type: ignore[method-assign]
 
 PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:examples|loadtests|tests)/[^)]*)\)")

@@ -53,11 +53,13 @@ def work(conn: Connection, seconds: int) -> None:
 
 
 def watch(conn: Connection) -> None:
-    stats = conn.server.stats
+    server = conn.server
+    assert server is not None
     while True:
-        conn.sendall(b"%d accepted, %d open, %d idle\n" % (stats().accepted, stats().active, stats().idle))
+        stats = server.stats()
+        conn.sendall(b"%d accepted, %d open, %d idle\n" % (stats.accepted, stats.active, stats.idle))
         # Work without an end looks whether the server stops, or every stop would have to cut it.
-        if conn.server.stopping_event.wait(WATCH_SECONDS):
+        if server.stopping_event.wait(WATCH_SECONDS):
             conn.sendall(b"BYE\n")
             return
 

@@ -144,7 +144,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         except BaseException as error:
             try:
                 # Not getattr: gevent's sockets look up what they miss in their _sock.
-                connection_class._sock.__get__(connection).close()  # type: ignore[misc]
+                connection_class._sock.__get__(connection).close()
             except AttributeError:
                 close_descriptor(fd)  # it failed before the socket was made
             if isinstance(error, Exception):

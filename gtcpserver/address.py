@@ -25,6 +25,11 @@ LOOPBACK = "127.0.0.1"
 """Not "localhost", which may be two addresses, of which port 0 would get two ports."""
 
 
+#: What ``accept``, ``getsockname`` and ``getpeername`` give: IPv4's (host, port), IPv6's (host, port, flow info, scope
+#: id), or the path of a unix socket. (An abstract name comes as bytes, which programs hardly ever meet.)
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | str
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where to listen. Made by `parse_address`, which checks it; `str` prints what `parse_address` reads.
@@ -49,6 +54,10 @@ class Address:
         if self.kind == "fd":
             return f"fd:{self.fd}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+#: What Server listens on, or a list of these.
+ListenAddress = str | int | tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int] | Address | socket.socket
 
 
 def parse_address(address: str | int | tuple[Any, ...]) -> Address:

@@ -13,6 +13,7 @@ from .address import parse_address
 from .connection import Connection
 from .errors import ConfigError
 from .event_loop import check_event_loop
+from .signatures import ConnectionT
 
 #: Addresses of one name that are tried, of both families if it has both. Whose name it is decides how many it has: some
 #: thousand fit into one answer of a name server, and each may be silent. Large sites have 2 to 8.
@@ -24,8 +25,8 @@ def connect(
     timeout: float | None = None,
     *,
     source_address: tuple[str, int] | None = None,
-    connection_class: type[Connection] = Connection,
-) -> Connection:
+    connection_class: type[ConnectionT] = Connection,  # type: ignore[assignment]
+) -> ConnectionT:
     """Connect, and have the same kind of socket that a handler gets; an upstream for :func:`relay`, say.
 
     Args:
@@ -92,8 +93,8 @@ def _some(found: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
 
 
 def _connect(
-    connection_class: type[Connection], family: int, sockaddr: Any, source_address: tuple[str, int] | None
-) -> Connection:
+    connection_class: type[ConnectionT], family: int, sockaddr: Any, source_address: tuple[str, int] | None
+) -> ConnectionT:
     connection = connection_class(family, socket.SOCK_STREAM)
     try:
         connection.settimeout(None)

@@ -13,14 +13,14 @@ from functools import wraps
 from io import RawIOBase
 from socket import getdefaulttimeout
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import ref
 
-import gevent.socket
 from gevent._socket3 import _closedsocket
 from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
+from . import transfer
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer, handshake_failed
 from .logs import own_logger
@@ -29,21 +29,37 @@ from .ssl_methods import SSLMethods, refuse
 from .stream import Stream
 from .tls import ConnectionTLS, Credentials
 from .transfer.ends import reset_on_close
-from .transfer.recv_to_file import recv_to_file
-from .transfer.sendfile import sendfile
 
 if TYPE_CHECKING:
-    from io import BufferedReader, BufferedRWPair, BufferedWriter, TextIOWrapper
+    import ssl
     from types import TracebackType
-    from typing import Literal, overload
 
-    from typing_extensions import Buffer  # which type checkers have
+    from typing_extensions import Buffer, Self  # which type checkers have
 
-    ConnectionT = TypeVar("ConnectionT", bound="Connection")
-
+    from .address import SocketAddress
     from .linger import Linger
     from .proxy_protocol import ProxyHeader
     from .server import Server
+    from .tls import TLSConfig
+    from .transfer.files import Readable, Writable
+
+    class _Socket(_stdlib_socket.socket):
+        """gevent's class, which has no types of its own: typeshed's stubs of gevent, too, take it for this one.
+
+        What follows is what gevent's has more, and what we use of its private parts.
+        """
+
+        _gevent_sock_class: ClassVar[type[Any]]
+        _closed: bool
+        _io_refs: int
+        _sock: Any
+        hub: Any
+
+        @property
+        def closed(self) -> bool: ...
+        def _drop_ref_on_close(self, sock: Any) -> None: ...
+else:
+    from gevent.socket import socket as _Socket
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
@@ -89,7 +105,7 @@ def _noted(method: MethodT) -> MethodT:
     return cast("MethodT", noted)
 
 
-class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
+class Connection(SSLMethods, _Socket):
     """A client's connection: a blocking, cooperative socket with the answers a handler asks for.
 
     All of the socket API works. Time-outs count the time in which nothing moved: ``settimeout(30)`` ends a ``recv`` or
@@ -100,7 +116,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
             "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
             :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
-            ``client_limits`` count the connection.
+            ``client_limits`` count the connection. None for a connection that was not accepted.
         started_at: when it was accepted, seconds since the epoch.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
@@ -117,49 +133,15 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
     _log_fields: Any
     _proxied: Any
     _readers: Any
-    client_address: Any
+    client_address: SocketAddress
     context: Any
     server: Server | None
     started_at: float
 
     if TYPE_CHECKING:
-        # gevent's class has no types: these are the standard library's, for what handlers call most. The first two are
-        # slots, which _begin fills.
+        # Slots, which _begin fills.
         def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
         def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
-        def close(self) -> None: ...
-        def detach(self) -> int: ...
-        def fileno(self) -> int: ...
-        def getpeername(self) -> Any: ...
-        def getsockname(self) -> Any: ...
-        @overload
-        def getsockopt(self, level: int, option: int, /) -> int: ...
-        @overload
-        def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
-        def getsockopt(self, *arguments: int) -> int | bytes: ...
-        def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None: ...
-        def setblocking(self, flag: bool) -> None: ...
-        @overload
-        def makefile(self, mode: Literal["rb", "br"], buffering: int | None = None) -> BufferedReader: ...
-        @overload
-        def makefile(self, mode: Literal["wb", "bw"], buffering: int | None = None) -> BufferedWriter: ...
-        @overload
-        def makefile(self, mode: Literal["rwb"], buffering: int | None = None) -> BufferedRWPair: ...
-        @overload
-        def makefile(
-            self,
-            mode: Literal["r", "w", "rw"] = "r",
-            buffering: int | None = None,
-            *,
-            encoding: str | None = None,
-            errors: str | None = None,
-            newline: str | None = None,
-        ) -> TextIOWrapper: ...
-        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any: ...
-        def __enter__(self: ConnectionT) -> ConnectionT: ...
-        def __exit__(
-            self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None, /
-        ) -> None: ...
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
@@ -188,7 +170,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         _set_recv(self, stream.recv)
         _set_sendall(self, stream.sendall)
         self._idle: Idle | None = None
-        self.client_address = self.server = self.context = None
+        self.client_address = self.server = self.context = None  # type: ignore[assignment]
         self.started_at = time()
 
     if not TYPE_CHECKING:
@@ -198,12 +180,13 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             return super().getpeername()
 
     @property
-    def server_address(self) -> Any:
+    def server_address(self) -> SocketAddress:
         """The address the client connected to, as ``getsockname`` says it."""
-        return self._sock.getsockname()
+        address: SocketAddress = self._sock.getsockname()
+        return address
 
     @property
-    def peer_address(self) -> Any:
+    def peer_address(self) -> SocketAddress:
         """Who is at the other end of the socket, the client or the balancer it came by."""
         proxied = self._behind_balancer()
         return self.client_address if proxied is None else proxied[1]
@@ -214,10 +197,10 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         proxied = self._behind_balancer()
         return None if proxied is None else proxied[0]
 
-    def _behind_balancer(self) -> tuple[ProxyHeader, Any] | None:
+    def _behind_balancer(self) -> tuple[ProxyHeader, SocketAddress] | None:
         # Set for those connections alone: a slot that is set for all costs each of them.
         try:
-            proxied: tuple[ProxyHeader, Any] = _get_proxied(self)
+            proxied: tuple[ProxyHeader, SocketAddress] = _get_proxied(self)
         except AttributeError:
             return None
         return proxied
@@ -335,7 +318,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+    def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a writable buffer; returns the number of bytes, 0 at the peer's end. Errors as ``recv``."""
         return self._stream.recv_into(buffer, nbytes, flags)
 
@@ -436,14 +419,19 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def send(self, data: Any, flags: int = 0) -> int:
+    def send(self, data: Buffer, flags: int = 0) -> int:
         """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
         return self._stream.send(data, flags)
 
     # -- files (transfer/) -------------------------------------------------------------------------------------------
 
-    sendfile = sendfile
-    recv_to_file = recv_to_file
+    if TYPE_CHECKING:
+
+        def sendfile(self, file: Readable, offset: int = 0, count: int | None = None) -> int: ...
+        def recv_to_file(self, file: Writable, count: int | None = None) -> int: ...
+    else:
+        sendfile = transfer.sendfile
+        recv_to_file = transfer.recv_to_file
 
     # -- TLS ---------------------------------------------------------------------------------------------------------
 
@@ -453,7 +441,9 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         layer = self._stream.tls
         return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
 
-    def start_tls(self, tls: Any = None, *, timeout: float | None = None) -> ConnectionTLS:
+    def start_tls(
+        self, tls: TLSConfig | ssl.SSLContext | Credentials | None = None, *, timeout: float | None = None
+    ) -> ConnectionTLS:
         """Encrypt this connection from here on, as its server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
 
         Args:
@@ -519,7 +509,7 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
         stream.io, stream.tls = stream.sock, None
         stream.drained = stream.at_eof = False  # the end was that of the encrypted part
 
-    def unwrap(self) -> Connection:
+    def unwrap(self) -> Self:
         """``stop_tls`` by the name it has in ``ssl.SSLSocket``; returns this connection."""
         self._ssl_object()
         self.stop_tls()
@@ -670,12 +660,12 @@ class Connection(SSLMethods, gevent.socket.socket):  # type: ignore[misc]
             self._drop_events_and_close(closefd=reason == "closed")
             self._sock = _closedsocket(-1, -1, -1, None, reason)
 
-    def dup(self) -> Connection:
+    def dup(self) -> Self:
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
         if self._stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
         self._stream.shared = True
-        copy: Connection = super().dup()
+        copy = super().dup()
         copy._stream.share_mark(self._stream)
         return copy
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .server import Handler, Server
+from .server import Server
+from .signatures import ConnectionT, Handler
 from .standard_descriptors import open_standard_descriptors
 from .stats import StopReport
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack, overload  # which type checkers have
+
+    from .address import ListenAddress
+    from .connection import Connection
+    from .signatures import RunOptions
+
+if TYPE_CHECKING:
+    # To type checkers the handler and the hooks are for connections of connection_class.
+    @overload
+    def run(
+        handler: Handler[Connection] | str,
+        address: ListenAddress | list[Any] = ...,
+        *,
+        bind: ListenAddress | list[Any] | None = ...,
+        workers: int | Literal["auto"] | None = ...,
+        metrics: str | int | None = ...,
+        **options: Unpack[RunOptions],
+    ) -> StopReport: ...
+    @overload
+    def run(
+        handler: Handler[ConnectionT] | str,
+        address: ListenAddress | list[Any] = ...,
+        *,
+        bind: ListenAddress | list[Any] | None = ...,
+        workers: int | Literal["auto"] | None = ...,
+        metrics: str | int | None = ...,
+        connection_class: type[ConnectionT],
+        **options: Unpack[RunOptions[ConnectionT]],
+    ) -> StopReport: ...
+
 
 def run(
-    handler: Handler | str,
-    address: Any = "127.0.0.1:5000",
+    handler: Handler[Any] | str,
+    address: ListenAddress | list[Any] = "127.0.0.1:5000",
     *,
-    bind: Any = None,
+    bind: ListenAddress | list[Any] | None = None,
     workers: int | Literal["auto"] | None = None,
     metrics: str | int | None = None,
     **options: Any,
@@ -37,12 +69,13 @@ def run(
     """
     open_standard_descriptors()
     # Worker processes and monitoring are not loaded by those who have none.
-    from .supervisor.api import load_name, run_workers
+    from .supervisor.api import check_needs_no_workers, load_name, run_workers
 
     if bind is not None:
         address = bind
     if workers is not None:
         return run_workers(handler, address, workers=workers, metrics=metrics, **options)
+    check_needs_no_workers(options)
     server = Server(address, load_name(handler), **options)
     if metrics is None:
         return server.serve_forever()

@@ -49,6 +49,7 @@ from .outcome import COUNTER, log_client_error, log_fault, outcome_of, system_ha
 from .overseer import Overseer
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
+from .signatures import ConnectionT, Handler, OnFull
 from .standard_descriptors import open_standard_descriptors
 from .stats import Counters, CutConnection, ServerStats, StopReport
 from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers
@@ -56,15 +57,16 @@ from .tls import Credentials
 from .transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
+    import ssl
     from types import TracebackType
 
+    from typing_extensions import Self, Unpack, overload  # which type checkers have
+
+    from .address import ListenAddress
+    from .signatures import ServerOptions
+    from .tls import TLSConfig
 
 log = logging.getLogger("gtcpserver")
-
-#: One for a subclass of Connection, or for any socket, will do as well: to type checkers Connection has a base class
-#: without types (gevent's), so that it may be anything.
-Handler = Callable[[Connection], Any]
-OnFull = Literal["wait", "reject", "close_idle"]
 
 #: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
 QUEUE_WAIT_EVERY = 64
@@ -104,8 +106,8 @@ class Server:
             these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. Async functions, generators and classes are refused. An object may
-            also have ``server_stopped()``, called when the server
-            has stopped, and ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
+            also have ``server_stopped()``, called when the server has stopped, and ``counters``, a mapping of names to
+            numbers that appears in :meth:`stats`.
         listen: options of the listening sockets.
         accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
             measured, more make no connection faster, and each has a queue of its own to drain at a stop.
@@ -141,10 +143,26 @@ class Server:
         ConfigError: an option that cannot work; the message names it.
     """
 
+    if TYPE_CHECKING:
+        # To type checkers the handler and the hooks are for connections of connection_class.
+        @overload
+        def __init__(
+            self, address: ListenAddress | list[Any], handler: Handler[Connection], **options: Unpack[ServerOptions]
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            address: ListenAddress | list[Any],
+            handler: Handler[ConnectionT],
+            *,
+            connection_class: type[ConnectionT],
+            **options: Unpack[ServerOptions[ConnectionT]],
+        ) -> None: ...
+
     def __init__(
         self,
-        address: Any,
-        handler: Handler,
+        address: ListenAddress | list[Any],
+        handler: Handler[ConnectionT],
         *,
         listen: ListenConfig | None = None,
         accept_loops: int = 1,
@@ -157,15 +175,15 @@ class Server:
         min_rate: float | None = None,
         min_rate_window: float = 10.0,
         linger: float = 2.0,
-        tls: Any = None,
+        tls: TLSConfig | ssl.SSLContext | Credentials | None = None,
         proxy_protocol: ProxyProtocol | None = None,
         client_limits: ClientLimits | None = None,
-        connection_class: type[Connection] = Connection,
+        connection_class: type[ConnectionT] = Connection,  # type: ignore[assignment]
         context: Any = None,
         access_log: AccessLog | Literal["text", "json"] | None = None,
-        on_connect: Callable[[Connection], Any] | None = None,
-        on_disconnect: Callable[[Connection], Any] | None = None,
-        on_error: Callable[[Connection, BaseException], Any] | None = None,
+        on_connect: Callable[[ConnectionT], bool | None] | None = None,
+        on_disconnect: Callable[[ConnectionT], None] | None = None,
+        on_error: Callable[[ConnectionT, BaseException], None] | None = None,
     ) -> None:
         open_standard_descriptors()
         check_event_loop()
@@ -203,7 +221,8 @@ class Server:
             raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
         if access_log is not None and not isinstance(access_log, AccessLog):
             access_log = AccessLog(access_log)
-        self.handler = handler
+        # connection_class makes every connection that they get.
+        self.handler: Handler[Any] = handler
         self.pool = pool
         self.places = pool.places  # looked at once a request
         #: Certificates and keys; None on a plain server. ``reload_tls`` reads them again.
@@ -213,10 +232,10 @@ class Server:
         self.max_connections = max_connections
         self.max_accepts = max_accepts
         self.on_full: OnFull = on_full
-        self.on_connect = on_connect
-        self.on_disconnect = on_disconnect
-        self.on_error = on_error
-        self.connection_class = connection_class
+        self.on_connect: Callable[[Any], bool | None] | None = on_connect
+        self.on_disconnect: Callable[[Any], None] | None = on_disconnect
+        self.on_error: Callable[[Any, BaseException], None] | None = on_error
+        self.connection_class: type[Connection] = connection_class
         self.state = State.NEW
         #: Set when a stop begins. Handlers with work of their own wait on it.
         self.stopping_event = Event()
@@ -368,7 +387,7 @@ class Server:
             self._begin_stop(stop_timeout)
             self._signal_missed = 0
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -213,6 +213,12 @@ def test_run_refuses_them_before_it_listens(options):
         run(5, "127.0.0.1:0", **options)
 
 
+@pytest.mark.parametrize("option", [{"pin_cpus": True}, {"worker_start": print}])
+def test_run_without_workers_names_an_option_that_needs_them(option):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} needs workers; workers=1 is a master with one worker"):
+        run(print, "127.0.0.1:0", **option)
+
+
 def test_run_with_workers_refuses_a_hook_of_workers_before_it_listens():
     with pytest.raises(ConfigError, match=r"worker_start .* is async"):
         run(print, "127.0.0.1:0", workers=2, worker_start=coroutine)

@@ -75,9 +75,10 @@ class _Standin:
         self.RequestHandlerClass = handler_class
         self.socket = conn
         self.server_address = address = conn.server_address
-        is_tcp = isinstance(address, tuple)
-        self.server_name: str = address[0] if is_tcp else str(address)
-        self.server_port: int = address[1] if is_tcp else 0
+        if isinstance(address, tuple):
+            self.server_name, self.server_port = address[0], address[1]
+        else:
+            self.server_name, self.server_port = str(address), 0
 
     def shutdown(self) -> None:
         """Begin a stop. It returns at once: this handler is one of those that the stop waits for."""

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from gevent import pywsgi
@@ -26,6 +26,9 @@ from ..outcome import is_client_error
 from ..overseer import HandlerTimedOut, TooSlow
 from ..stopping import peer
 from .wsgi_body import BodyError, RequestBody
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
 
 log = own_logger("gtcpserver.wsgi")
 
@@ -324,7 +327,7 @@ class WSGIHandler:
         counters: "bad_request": requests refused, or ended, because they break the rules of HTTP.
     """
 
-    def __init__(self, application: Callable[..., Any], access_log: bool = False) -> None:
+    def __init__(self, application: WSGIApplication, access_log: bool = False) -> None:
         check_application(application)
         self.counters: Counter[str] = Counter()
         self._faults = FaultLimiter()
@@ -366,7 +369,7 @@ class _ForConnection:
         return environ
 
 
-def from_wsgi(application: Callable[..., Any], *, access_log: bool = False) -> Callable[[Connection], None]:
+def from_wsgi(application: WSGIApplication, *, access_log: bool = False) -> Callable[[Connection], None]:
     """A handler for :class:`Server` that runs a WSGI application (PEP 3333), by ``gevent.pywsgi``.
 
     Args:

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gtcpserver.access_log import AccessLog
@@ -81,6 +81,13 @@ def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: An
     )
     fleet = Master(program, config).run()
     return StopReport(fleet.finished, fleet.ended)
+
+
+def check_needs_no_workers(options: Iterable[str]) -> None:
+    """Raise ConfigError for an option that concerns worker processes alone."""
+    for name in options:
+        if name in CONFIG_FIELDS | HOOK_FIELDS:
+            raise ConfigError(f"{name} needs workers; workers=1 is a master with one worker")
 
 
 def load_name(reference: Any) -> Any:

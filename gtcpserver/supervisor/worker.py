@@ -93,9 +93,9 @@ class Hooks:
             else in the one that takes its place.
     """
 
-    worker_start: Callable[[Worker], Any] | None = None
-    worker_stop: Callable[[Worker], Any] | None = None
-    worker_error: Callable[[Worker, str], Any] | None = None
+    worker_start: Callable[[Worker], None] | None = None
+    worker_stop: Callable[[Worker], None] | None = None
+    worker_error: Callable[[Worker, str], None] | None = None
 
     def __post_init__(self) -> None:
         for name, hook in vars(self).items():

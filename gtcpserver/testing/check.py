@@ -6,19 +6,25 @@ import ssl
 from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 
 from ..errors import ConfigError
 from ..options import check_number, check_whole_number
 from ..proxy_protocol import ProxyHeader
-from ..server import Handler
+from ..signatures import ConnectionT, Handler
 from .client import Client
 from .conversation import Conversation, Turn, WrongAnswer
 from .faults import FAULTS, Player
 from .report import FaultReport, Kind, Problem
 from .sandbox import Blocked, Died, Look, Sandbox
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack, overload  # which type checkers have
+
+    from ..connection import Connection
+    from ..signatures import ServerOptions
 
 MANY_CONNECTIONS = "many connections"
 
@@ -40,9 +46,39 @@ ENOUGH_PROBLEMS = 5
 
 _LEAKS: tuple[Kind, ...] = ("descriptors", "greenlets")
 
+if TYPE_CHECKING:
+    # To type checkers the handler and the hooks are for connections of connection_class.
+    @overload
+    def check_faults(
+        handler: Handler[Connection],
+        conversation: Iterable[Turn],
+        *,
+        leave_out: Collection[str] = ...,
+        patience: float = ...,
+        stall_timeout: float | None = ...,
+        max_memory_growth: int = ...,
+        client_tls: ssl.SSLContext | None = ...,
+        client_proxy: ProxyHeader | str | None = ...,
+        **options: Unpack[ServerOptions],
+    ) -> FaultReport: ...
+    @overload
+    def check_faults(
+        handler: Handler[ConnectionT],
+        conversation: Iterable[Turn],
+        *,
+        leave_out: Collection[str] = ...,
+        patience: float = ...,
+        stall_timeout: float | None = ...,
+        max_memory_growth: int = ...,
+        client_tls: ssl.SSLContext | None = ...,
+        client_proxy: ProxyHeader | str | None = ...,
+        connection_class: type[ConnectionT],
+        **options: Unpack[ServerOptions[ConnectionT]],
+    ) -> FaultReport: ...
+
 
 def check_faults(
-    handler: Handler,
+    handler: Handler[Any],
     conversation: Iterable[Turn],
     *,
     leave_out: Collection[str] = (),

@@ -30,7 +30,8 @@ from greenlet import getcurrent, greenlet
 from ..connection import Connection
 from ..logs import fault_key
 from ..pool import Worker
-from ..server import Handler, Server
+from ..server import Server
+from ..signatures import Handler
 from ..stopping import describe, peer
 from ..transfer.pipes import PIPES
 
@@ -93,7 +94,7 @@ class Sandbox:
         ConfigError: as Server.
     """
 
-    def __init__(self, handler: Handler, options: Mapping[str, Any], patience: float) -> None:
+    def __init__(self, handler: Handler[Any], options: Mapping[str, Any], patience: float) -> None:
         Server("127.0.0.1:0", handler, **options)  # a mistake in the options is told here
         self._patience = patience
         self._stacks = os.memfd_create("stacks")
@@ -214,7 +215,7 @@ def _socketpair() -> tuple[int, int]:
 # -- the child -------------------------------------------------------------------------------------------------------
 
 
-def _run_child(control: int, stacks: int, handler: Handler, options: Mapping[str, Any]) -> NoReturn:
+def _run_child(control: int, stacks: int, handler: Handler[Any], options: Mapping[str, Any]) -> NoReturn:
     status = 1
     try:
         _get_own_event_loop()
@@ -261,7 +262,7 @@ def _forget_the_test() -> None:
 class _Child:
     """Runs the server, and answers."""
 
-    def __init__(self, control: Any, handler: Handler, options: Mapping[str, Any]) -> None:
+    def __init__(self, control: Any, handler: Handler[Any], options: Mapping[str, Any]) -> None:
         self._control = control
         self._errors: list[str] = []
         self._faults: dict[Any, int] = {}

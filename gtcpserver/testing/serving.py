@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..connection import Connection
 from ..logs import own_logger
-from ..server import Handler, Server
+from ..server import Server
+from ..signatures import ConnectionT, Handler
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from typing_extensions import Unpack, overload  # which type checkers have
+
+    from ..address import ListenAddress
+    from ..signatures import ServerOptions
 
 log = own_logger("gtcpserver.testing")
 
@@ -34,7 +43,28 @@ class ServerUnderTest(Server):
             long is the client's doing, and not among them (but is counted, see ``stats()``).
     """
 
-    def __init__(self, handler: Handler, address: Any = "127.0.0.1:0", **options: Any) -> None:
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self,
+            handler: Handler[Connection],
+            address: ListenAddress | list[Any] = ...,
+            **options: Unpack[ServerOptions],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            handler: Handler[ConnectionT],
+            address: ListenAddress | list[Any] = ...,
+            *,
+            connection_class: type[ConnectionT],
+            **options: Unpack[ServerOptions[ConnectionT]],
+        ) -> None: ...
+
+    def __init__(
+        self, handler: Handler[Any], address: ListenAddress | list[Any] = "127.0.0.1:0", **options: Any
+    ) -> None:
         self.errors: list[BaseException] = []
         self._on_error_of_user: Callable[[Any, BaseException], Any] | None = options.pop("on_error", None)
         super().__init__(address, handler, on_error=self._note_error, **options)
@@ -49,10 +79,33 @@ class ServerUnderTest(Server):
             self._on_error_of_user(connection, error)
 
 
+if TYPE_CHECKING:
+
+    @overload
+    def serving(
+        handler: Handler[Connection],
+        address: ListenAddress | list[Any] = ...,
+        *,
+        allow_errors: bool = ...,
+        stop_timeout: float = ...,
+        **options: Unpack[ServerOptions],
+    ) -> AbstractContextManager[ServerUnderTest]: ...
+    @overload
+    def serving(
+        handler: Handler[ConnectionT],
+        address: ListenAddress | list[Any] = ...,
+        *,
+        allow_errors: bool = ...,
+        stop_timeout: float = ...,
+        connection_class: type[ConnectionT],
+        **options: Unpack[ServerOptions[ConnectionT]],
+    ) -> AbstractContextManager[ServerUnderTest]: ...
+
+
 @contextmanager
 def serving(
-    handler: Handler,
-    address: Any = "127.0.0.1:0",
+    handler: Handler[Any],
+    address: ListenAddress | list[Any] = "127.0.0.1:0",
     *,
     allow_errors: bool = False,
     stop_timeout: float = STOP_SECONDS,

@@ -7,12 +7,24 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gevent.hub import get_hub
 
 from ..descriptors import close_descriptor
 from ..watcher import watch
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from _typeshed import FileDescriptorOrPath, SupportsWrite
+    from typing_extensions import Buffer  # which type checkers have
+
+    class _Reads(Protocol):
+        def read(self, size: int, /) -> Buffer: ...
+
+    Readable = FileDescriptorOrPath | _Reads
+    Writable = FileDescriptorOrPath | SupportsWrite[bytes]
 
 
 def descriptor_of(file: Any) -> int | None:

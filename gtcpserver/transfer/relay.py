@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .ends import note_error
 from .move import AnyFlow, Move, check_seconds
+
+if TYPE_CHECKING:
+    import socket  # to type checkers gevent's sockets are sockets of this module
 
 Direction = Literal["a_to_b", "b_to_a"]
 Reason = Literal["closed", "idle", "half_closed", "lifetime", "reset_a", "reset_b"]
@@ -39,8 +42,8 @@ class RelayResult:
 
 
 def relay(
-    a: Any,
-    b: Any,
+    a: socket.socket,
+    b: socket.socket,
     *,
     idle_timeout: float | None = None,
     half_closed_timeout: float | None = None,
@@ -85,8 +88,8 @@ def relay(
 
 
 def pipe(
-    source: Any,
-    sink: Any,
+    source: socket.socket,
+    sink: socket.socket,
     *,
     count: int | None = None,
     idle_timeout: float | None = None,

@@ -1,6 +1,6 @@
-"""A user's program that uses every public name, for `mypy --strict` (tests/test_typing.py). It is not meant to be run.
+"""A user's program that uses every public name, for `mypy --strict` and pyright (tests/test_typing.py). It is not run.
 
-A comment `# revealed: T` says what type the checker must see on its line.
+A comment `# revealed: T` says what type the checkers must see on its line, `# revealed: T or U` where they differ.
 """
 
 from __future__ import annotations
@@ -111,6 +111,13 @@ def handle(conn: Connection) -> None:
     reveal_type(conn.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))  # revealed: int
     reveal_type(conn.tls)  # revealed: ConnectionTLS | None
     reveal_type(conn.server)  # revealed: Server | None
+    reveal_type(conn.client_address)  # revealed: tuple[str, int] | tuple[str, int, int, int] | str
+    reveal_type(conn.server_address)  # revealed: tuple[str, int] | tuple[str, int, int, int] | str
+    reveal_type(conn.peer_address)  # revealed: tuple[str, int] | tuple[str, int, int, int] | str
+    reveal_type(conn.dup())  # revealed: Connection
+    reveal_type(conn.timeout)  # revealed: float | None
+    reveal_type(conn.closed)  # revealed: bool
+    reveal_type(conn.family)  # revealed: AddressFamily
     reveal_type(conn.proxy_header)  # revealed: ProxyHeader | None
     reveal_type(conn.bytes_received + conn.bytes_sent)  # revealed: int
     reveal_type(conn.started_at)  # revealed: float
@@ -147,6 +154,11 @@ def handle_session(conn: Session) -> None:
     conn.name = conn.recv_until(b"\n").decode()
     with conn as same:
         reveal_type(same)  # revealed: Session
+        reveal_type(same.dup())  # revealed: Session
+
+
+def admit_session(conn: Session) -> bool:
+    return conn.name != ""
 
 
 def handle_any_socket(sock: socket.socket) -> None:
@@ -172,7 +184,7 @@ def upgrade(conn: Connection) -> None:
     except StartTLSError:
         return
     reveal_type(tls)  # revealed: ConnectionTLS
-    reveal_type(tls.cipher)  # revealed: tuple[str, int, fallback=Cipher] | None
+    reveal_type(tls.cipher)  # revealed: tuple[str, int, fallback=Cipher] | None or Cipher | None
     show(tls)
     conn.stop_tls()
 
@@ -194,7 +206,7 @@ def forward(conn: Connection) -> None:
 
 
 def admit(conn: Connection) -> bool:
-    return bool(conn.client_address[0] != "192.0.2.1")
+    return conn.client_address[0] != "192.0.2.1"
 
 
 def failed(conn: Connection, error: BaseException) -> None:
@@ -237,7 +249,9 @@ def main() -> None:
     for connection in report.cut:
         reveal_type(connection)  # revealed: CutConnection
         describe(connection)
-    Server("*:0", handle_session, connection_class=Session).halt()
+    Server("*:0", handle_session, connection_class=Session, on_connect=admit_session, on_error=failed).halt()
+    Server("*:0", lambda conn: print(conn.name), connection_class=Session)
+    reveal_type(connect("127.0.0.1:5000", connection_class=Session))  # revealed: Session
     Server(0, handle_any_socket, on_error=report_fault)
     Server(0, Counting())
     Server(0, upgrade, tls=ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
@@ -251,6 +265,7 @@ def main() -> None:
         with BlockDetector(0.1):
             run(handle, "127.0.0.1:5000", pool=10)
         run("app:handle", bind="0.0.0.0:5000", workers="auto")
+        run(handle_session, connection_class=Session, workers=2, pin_cpus=True, worker_start=started)
     except GtcpServerError as error:
         print(__version__, error)
 

@@ -1,0 +1,86 @@
+"""Types of what Server and run are called with, for type checkers.
+
+``typing.Unpack`` is Python 3.11's, and a generic TypedDict, too: only type checkers read them, which have
+typing_extensions. Each option stands here a second time; tests/test_typing.py compares both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import ssl
+    from typing import Any, Generic, TypedDict
+
+    from typing_extensions import TypeVar
+
+    from .access_log import AccessLog
+    from .balancer import ProxyProtocol
+    from .client_limits import ClientLimits
+    from .connection import Connection
+    from .listener import ListenConfig
+    from .pool import HandlerPool
+    from .supervisor import Worker
+    from .tls import Credentials, TLSConfig
+
+    ConnectionT = TypeVar("ConnectionT", bound=Connection, default=Connection)
+else:
+    from typing import TypeVar
+
+    ConnectionT = TypeVar("ConnectionT")
+
+#: Nobody reads what a handler returns; None keeps out async functions and generators, which would not even begin. One
+#: that takes any socket will do as well.
+Handler = Callable[[ConnectionT], None]
+OnFull = Literal["wait", "reject", "close_idle"]
+
+if TYPE_CHECKING:
+
+    class ServerOptions(TypedDict, Generic[ConnectionT], total=False):
+        """The keyword arguments of Server but ``connection_class``."""
+
+        listen: ListenConfig | None
+        accept_loops: int
+        pool: HandlerPool | int | None
+        on_full: OnFull
+        max_connections: int | None
+        max_accepts: int | None
+        timeout: float | None
+        handler_timeout: float | None
+        min_rate: float | None
+        min_rate_window: float
+        linger: float
+        tls: TLSConfig | ssl.SSLContext | Credentials | None
+        proxy_protocol: ProxyProtocol | None
+        client_limits: ClientLimits | None
+        context: Any
+        access_log: AccessLog | Literal["text", "json"] | None
+        on_connect: Callable[[ConnectionT], bool | None] | None
+        on_disconnect: Callable[[ConnectionT], None] | None
+        on_error: Callable[[ConnectionT, BaseException], None] | None
+
+    class RunOptions(ServerOptions[ConnectionT], total=False):
+        """The same, and the fields of SupervisorConfig and Hooks, which need ``workers``."""
+
+        preload: bool
+        worker_timeout: float | None
+        graceful_timeout: float | None
+        retire_timeout: float | None
+        max_retired: int | None
+        probation: float
+        reload_one_by_one: bool
+        drain_delay: float
+        recycle_after: int | None
+        recycle_jitter: int | None
+        recycle_memory: float | None
+        pin_cpus: bool
+        pid_file: str | None
+        user: str | int | None
+        group: str | int | None
+        umask: int | None
+        control: str | None
+        log_file: str | None
+        worker_start: Callable[[Worker], None] | str | None
+        worker_stop: Callable[[Worker], None] | str | None
+        worker_error: Callable[[Worker, str], None] | str | None
