@@ -105,9 +105,9 @@ class Server:
             "unix:/run/x.sock", "fd:3", a port (on 127.0.0.1), a (host, port) tuple, a listening socket; or a list of
             these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
-            program, everything else cooperate. Async functions, generators and classes are refused. An object may
-            also have ``server_stopped()``, called when the server has stopped, and ``counters``, a mapping of names to
-            numbers that appears in :meth:`stats`.
+            program, everything else cooperate. What it returns is not used. Async functions, generators and classes are
+            refused. An object may also have ``server_stopped()``, called when the server has stopped, and
+            ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
         listen: options of the listening sockets.
         accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
             measured, more make no connection faster, and each has a queue of its own to drain at a stop.

@@ -420,6 +420,8 @@ def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Runnin
         (["serve", "app:two"], "MODULE:HANDLER: app:two must take one argument, the connection; it takes (conn, more)"),
         (["serve", "app:coroutine"], "MODULE:HANDLER: app:coroutine is async"),
         (["serve", "app:generator"], "MODULE:HANDLER: app:generator is a generator"),
+        (["serve", "app:Group"], "MODULE:HANDLER: app:Group is a class; give a function"),
+        (["serve", "app:handler", "--on-connect", "app:coroutine"], "--on-connect: app:coroutine is async; a hook is"),
         (["serve", "nope.py:handler"], "MODULE:HANDLER: no file 'nope.py'"),
         (["serve", "app:handler", "--on-error", "app:refuse"], "--on-error: app:refuse must take two arguments"),
         (["serve", "app:handler", "--connection-class", "app:Group"], "--connection-class: must be a subclass"),
