@@ -5,6 +5,7 @@ import socket
 import ssl
 
 import gevent
+import gevent.socket
 import pytest
 from conftest import SOON, wait_until
 from test_tls import MemoryClient, echo, memory_shutdown, read_all, read_exactly, strict_context, tls_client
@@ -233,3 +234,23 @@ def test_a_write_that_timed_out_does_not_end_in_order(serve, tls, tls_client, in
     wait_until(lambda: server.stats().timeouts == 1)
     with pytest.raises((ConnectionError, ssl.SSLError)):
         in_thread(read_all, client)
+
+
+def test_a_handler_that_has_caught_the_timeout_of_its_write_does_not_end_in_order(serve, tls, tls_client, in_thread):
+    """There is room for the rest of the record and a close_notify behind it again; they would say that all is there."""
+    timed_out = gevent.event.Event()
+
+    def handle(conn):
+        conn.settimeout(0.02)
+        with pytest.raises(TimeoutError):
+            conn.sendall(PLENTY * 32)
+        timed_out.set()
+        gevent.socket.wait_write(conn.fileno())
+
+    server = serve(handle, tls=tls)
+    client = tls_client(server, context=strict_context())
+    client.suppress_ragged_eofs = False
+    assert timed_out.wait(SOON)
+    with pytest.raises(ssl.SSLEOFError):
+        in_thread(read_all, client)
+    assert server.stats().handler_errors == 0
