@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from injection.strace import injecting, needs_strace
+from injection.strace import command, injecting, needs_strace
 from supervised import APP, Master, alive, wait_until
 
 from gtcpserver.supervisor import ControlError
@@ -133,6 +133,38 @@ def test_the_control_socket_waits_for_descriptors_and_does_not_spin(start: Start
             assert time.monotonic() - began > 0.3
         client.settimeout(60)
         assert client.makefile("rb").readline().startswith(b'{"state": "serving"')
+
+
+@needs_strace
+@pytest.mark.parametrize("error", ["ECONNABORTED", "EINTR", "EPERM", "ENOBUFS"])
+def test_a_client_of_the_control_socket_that_is_gone_keeps_it_from_no_other(
+    start: Start, tmp_path: Path, error: str
+) -> None:
+    """ECONNABORTED: it has left before it was accepted, accept(2). EPERM: a firewall's rule."""
+    master = start("--workers", "1")
+    with injecting(master.pid, tmp_path / "trace", f"accept4:error={error}:when=1..2", follow=False) as trace:
+        assert master.ask("status")["state"] == "serving"
+        assert trace.failed() == 2
+    assert "the master failed" not in master.log()
+    assert master.ask("reload") == {"ok": True}
+    assert master.stop() == 0
+
+
+@needs_strace
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["single", "workers"])
+def test_a_limit_of_open_files_that_may_not_be_read_is_told_and_left(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    """prlimit(2), refused by a seccomp filter."""
+    (tmp_path / "app.py").write_text(APP)
+    prefix = command(["prlimit64:error=EPERM"], tmp_path / "trace", follow=False)
+    master = Master(tmp_path, ("serve", "app:handler", "--bind", "127.0.0.1:0", *workers), prefix=prefix)
+    try:
+        master.wait_listening()
+        assert "WARNING" in master.wait_for(".*cannot read the limit of open files: .*")
+        assert master.request()[1] == "more"
+        os.kill(int(master.wait_for(r"listening on .*\(pid (\d+)")), signal.SIGTERM)
+        assert master.process.wait(20) == 0
+    finally:
+        master.kill_all()
 
 
 @needs_strace
