@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from injection.strace import command, needs_strace
 
 PROGRAM = """
 import gevent.socket
@@ -56,3 +57,15 @@ def test_libuv_is_refused_in_one_line(arguments):
 def test_libuv_is_refused_for_a_connection_to_another_server():
     done = run_with("libuv", "-c", "import gtcpserver; gtcpserver.connect('127.0.0.1:1')")
     assert "ConfigError: gevent's event loop must be libev" in done.stderr
+
+
+@needs_strace
+@pytest.mark.parametrize("options", [(), ("--metrics", "0")], ids=["", "metrics"])
+def test_a_loop_that_cannot_wait_ends_the_process_with_one_line(tmp_path, options):
+    """None of epoll_wait(2)'s errors but EINTR is one that passes."""
+    words = [sys.executable, "-m", "gtcpserver", "echo", "--bind", "127.0.0.1:0", *options]
+    strace = command(["epoll_wait:error=EINVAL:when=4+", "epoll_pwait2:error=EINVAL:when=4+"], tmp_path / "trace")
+    done = subprocess.run([*strace, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[-1] == "gtcpserver: the event loop failed: epoll_wait: Invalid argument"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1

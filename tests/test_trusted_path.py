@@ -381,9 +381,17 @@ def test_a_device_is_not_replaced_by_a_pid_file(folder: Path) -> None:
         pytest.skip("no devices can be made here")
     command = [*COMMAND, "echo", "--bind", "127.0.0.1:0", "--workers", "1", "--pid-file", str(path)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr == f"gtcpserver: cannot start: PID file {path}: a device; left alone\n"
-    assert done.returncode == 1
+    assert done.stderr == f"gtcpserver: PID file {path} must be a file, it is a device; left alone\n"
+    assert done.returncode == 2
     assert path.is_char_device()
+
+
+def test_a_folder_is_no_pid_file(folder: Path) -> None:
+    (folder / "pids").mkdir()
+    command = [*COMMAND, "echo", "--bind", "127.0.0.1:0", "--workers", "1", "--pid-file", "pids"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == f"gtcpserver: PID file {folder / 'pids'} must be a file, it is a folder\n"
+    assert done.returncode == 2
 
 
 def test_a_temporary_name_that_exists_is_not_followed(folder: Path) -> None:

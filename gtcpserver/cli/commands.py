@@ -29,6 +29,9 @@ COMMANDS = {
     "completion": "gtcpserver.cli.completion:completion",
 }
 
+LIBEV = "(libev) "
+"""What the messages of a SystemError begin with that ends gevent's loop, such as an error of epoll_wait(2)."""
+
 EPILOG = """Exit status: 0 stopped or done; 1 failed at work (address in use, an exception in the handler's module);
 2 called wrongly; 3 worker processes cannot start."""
 
@@ -124,6 +127,11 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except click.Abort:
         return 130
+    except SystemError as error:
+        if not str(error).startswith(LIBEV):
+            raise
+        complain(f"the event loop failed: {str(error).removeprefix(LIBEV)}")
+        return 1
     except BrokenPipeError:
         # `gtcpserver check | head`: nobody wants the rest. What is buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 
 from gtcpserver.descriptors import close_descriptor
+from gtcpserver.errors import ConfigError
 from gtcpserver.trusted_path import UntrustedPath, trusted_place
 
 # struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
@@ -36,7 +37,8 @@ class PidFile:
         """See that the file may be written.
 
         Raises:
-            OSError: EEXIST: a running process has it, or it is a device.
+            OSError: EEXIST: a running process has it.
+            ConfigError: it is a device, or a folder.
             UntrustedPath: another user could change where the path leads.
         """
         with _named(self.path), trusted_place(self.path, follow=False) as place:
@@ -45,7 +47,9 @@ class PidFile:
                 if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
                     # Root would put a file in place of the host's /dev/null. (Other users cannot make devices, and so
                     # cannot keep us from starting by one.)
-                    raise OSError(errno.EEXIST, "a device; left alone")
+                    raise ConfigError(f"PID file {self.path} must be a file, it is a device; left alone")
+                if stat.S_ISDIR(mode):
+                    raise ConfigError(f"PID file {self.path} must be a file, it is a folder")
                 # O_NONBLOCK: it may be a FIFO.
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(place.name, flags, dir_fd=place.folder)
