@@ -10,6 +10,7 @@ from .block_detector import BlockDetector
 from .client_limits import ClientLimits
 from .connect import connect
 from .connection import Connection
+from .coroutines import run_coroutine
 from .errors import (
     ClientRefused,
     ConfigError,
@@ -69,4 +70,5 @@ __all__ = [
     "pipe",
     "relay",
     "run",
+    "run_coroutine",
 ]

@@ -50,6 +50,7 @@ from gtcpserver import (
     pipe,
     relay,
     run,
+    run_coroutine,
 )
 from gtcpserver.adapters import SocketServerHandler, WSGIHandler
 from gtcpserver.forwarder import Forwarder, Target
@@ -268,6 +269,15 @@ def main() -> None:
         run(handle_session, connection_class=Session, workers=2, pin_cpus=True, worker_start=started)
     except GtcpServerError as error:
         print(__version__, error)
+
+
+async def fetch(key: str) -> bytes:
+    return key.encode()
+
+
+def answer(conn: Connection) -> None:
+    reveal_type(run_coroutine(fetch("name"), timeout=5))  # revealed: bytes
+    conn.sendall(run_coroutine(fetch("name")))
 
 
 def report_fault(conn: Connection, error: BaseException) -> None:

@@ -1,0 +1,356 @@
+"""run_coroutine: asyncio in a handler.
+
+asyncio runs one event loop a thread, and all handlers share one: the second ``asyncio.run`` at a time fails ("cannot be
+called from a running event loop"), in a monkey-patched program, or keeps all others waiting, in one that is not. So
+there is one loop of asyncio for the process, in a native thread of its own, and a handler waits for it as for anything
+else. Other than an ``async_to_sync`` (asgiref) or a portal (anyio), nothing that waits here blocks a thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import gevent
+from gevent._hub_local import get_hub_if_exists
+from gevent.hub import Waiter, get_hub
+from gevent.monkey import get_original, is_module_patched
+from greenlet import getcurrent
+
+from .errors import GtcpServerError
+from .options import check_number
+from .stream import WAIT_IN_HUB
+
+if TYPE_CHECKING:
+    import asyncio
+
+T = TypeVar("T")
+
+log = logging.getLogger("gtcpserver")
+
+#: Seconds that coroutines which are cancelled at the end of the process get for their ``finally`` blocks.
+TIME_TO_END = 1.0
+
+#: Native threads of ``asyncio.to_thread`` in a monkey-patched program; further calls wait in turn. As many as the
+#: standard library's executor has at most.
+MOST_THREADS = 32
+
+#: Seconds until the event loop is run again after its selector has failed: it may fail again at once.
+PAUSE_AFTER_ERROR = 0.1
+
+# The real ones, also in a monkey-patched program.
+_start_thread = get_original("_thread", "start_new_thread")
+_native_lock = get_original("_thread", "allocate_lock")
+_get_ident = get_original("_thread", "get_ident")
+_native_sleep = get_original("time", "sleep")
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    """Run a coroutine of asyncio, and wait for it as for anything else: the other handlers run meanwhile.
+
+    All coroutines of the process run in one event loop of asyncio, in a native thread that the first call starts: what
+    belongs to a loop (a session of aiohttp, a pool of asyncpg) can be made by one call and used by others. Each gets
+    its caller's ``contextvars``. Works with and without monkey patching, and in worker processes, each of which has a
+    loop of its own.
+
+    Where the wait ends early (a time-out, a kill, a stop of the server), the coroutine is cancelled, and not waited
+    for. Those that are still under way when the process ends are cancelled, and get a second.
+
+    Args:
+        coroutine: what a call of an ``async def`` function returns.
+        timeout: seconds; None waits for ever.
+
+    Returns:
+        What the coroutine returns.
+
+    Raises:
+        TimeoutError: the coroutine was not done in time.
+        Exception: whatever the coroutine raises.
+        asyncio.CancelledError: something else has cancelled the coroutine.
+        TypeError: ``coroutine`` is none.
+        ConfigError: ``timeout`` is no number above 0.
+        GtcpServerError: called in the thread of that event loop, where a coroutine can ``await`` instead.
+        OSError, RuntimeError: no event loop, or no thread for it, can be had.
+    """
+    if not isinstance(coroutine, Coroutine):
+        hint = "; call it first" if callable(coroutine) else ""
+        raise TypeError(f"coroutine must be what a call of an async function returns, got {coroutine!r}{hint}")
+    try:
+        check_number("timeout", timeout, above=0, none="to wait for ever")
+        hub = get_hub()
+        if getcurrent() is hub:
+            raise AssertionError(WAIT_IN_HUB)
+        loop = _get_loop()
+        if loop.thread == _get_ident():
+            raise GtcpServerError("run_coroutine was called in the event loop that would run it: await the coroutine")
+        waiter = Waiter(hub)
+        awaker = hub.loop.async_()  # how gevent is woken by another thread
+        call = _Call(coroutine, awaker)
+        late = TimeoutError(f"{_name_of(coroutine)} was not done within {timeout} s")
+    except BaseException:
+        coroutine.close()
+        raise
+    try:
+        awaker.start(waiter.switch, None)  # first: a stopped one wakes nobody
+        loop.submit(call.start, call.context)
+        try:
+            with gevent.Timeout._start_new_or_dummy(timeout, late):
+                waiter.get()
+        except BaseException:
+            loop.submit(call.cancel)
+            raise
+    finally:
+        awaker.stop()
+        awaker.close()
+        del late  # it refers to this frame once it was raised, as does the error below: cycles
+    error = call.error
+    if error is None:
+        return call.result  # type: ignore[no-any-return]
+    try:
+        raise error
+    finally:
+        del error, call
+
+
+def _name_of(coroutine: Any) -> str:
+    return str(getattr(coroutine, "__qualname__", None) or type(coroutine).__name__)
+
+
+class _Call:
+    """A coroutine, and the greenlet that waits for it.
+
+    Attributes:
+        context: to run it in.
+        result, error: how it has ended.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], awaker: Any) -> None:
+        self._coroutine: Any = coroutine
+        self._awaker = awaker
+        self._task: asyncio.Task[Any] | None = None
+        self.context = copy_context()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    # -- in the thread of the event loop -----------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._task = loop.create_task(self._coroutine)
+            self._task.add_done_callback(self._done)
+        except BaseException as error:  # no memory
+            self._end(error)
+        self._coroutine = None
+
+    def cancel(self, _loop: asyncio.AbstractEventLoop) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        try:
+            self.result = task.result()
+        except BaseException as error:
+            self._end(error)
+        else:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._task = None
+        self.error = error
+        try:
+            self._awaker.send()
+        except Exception:
+            pass  # the caller's event loop is gone
+
+
+class _Loop:
+    """An event loop of asyncio in a thread.
+
+    Attributes:
+        thread: its native number.
+
+    Raises:
+        RuntimeError: there is no thread to be had.
+        OSError: there is no event loop to be had (no descriptors).
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed: BaseException | None = None
+        self._ending = False
+        self._begun, self._ended = _native_lock(), _native_lock()
+        self._begun.acquire()
+        self._ended.acquire()
+        _check_descriptors()
+        self.thread: int = _start_thread(self._run, ())
+        self._begun.acquire()  # once a process, 1 ms
+        if self._failed is not None:
+            raise self._failed
+
+    def submit(self, function: Callable[[asyncio.AbstractEventLoop], object], context: Context | None = None) -> None:
+        """Call a function with the loop, in its thread. From any thread; in the order of the calls.
+
+        Raises:
+            RuntimeError: the loop has ended, at the end of the process.
+        """
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(function, self._loop, context=context)
+
+    def end(self) -> None:
+        """Cancel what is under way, end the thread. It blocks: only at the end of the process."""
+        self._ending = True
+        self.submit(lambda loop: loop.stop())
+        self._ended.acquire(timeout=TIME_TO_END + 1)
+
+    # -- in the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            # Not at the top: every program that imports this package would pay for it (40 ms, 5 MiB).
+            import asyncio
+
+            # In here: patched ones belong to the thread that has made them (their selector is gevent's).
+            self._loop = loop = asyncio.new_event_loop()
+            if is_module_patched("threading"):
+                loop.set_default_executor(_make_executor())
+            asyncio.set_event_loop(loop)
+        except BaseException as error:
+            self._failed = error
+            return
+        finally:
+            self._begun.release()
+        try:
+            while not self._ending:
+                self._run_once(loop)
+            loop.run_until_complete(_cancel_all())
+        finally:
+            loop.close()
+            self._ended.release()
+
+    def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            pass  # a task has raised it, and whoever waits for that has got it
+        except BaseException:
+            log.exception("the event loop of asyncio failed; running it again")
+            _native_sleep(PAUSE_AFTER_ERROR)
+
+
+def _check_descriptors() -> None:
+    """Raise OSError if there are no descriptors for an event loop of gevent and one of asyncio, which need 6.
+
+    libev tries for ever to make its pipe (evpipe_init in its ev.c), and the thread would never begin.
+    """
+    pipes: list[int] = []
+    try:
+        for _ in range(4):
+            pipes += os.pipe()
+    finally:
+        for fd in pipes:
+            os.close(fd)
+
+
+def _make_executor() -> Any:
+    """What runs ``asyncio.to_thread`` and look-ups of names in a monkey-patched program: native threads.
+
+    The standard library's "threads" would be greenlets of the event loop's thread, for which the end of the process
+    would wait for ever: they cannot be woken by the main thread's.
+    """
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    class Executor(ThreadPoolExecutor):  # asyncio takes nothing else
+        def __init__(self) -> None:
+            super().__init__(MOST_THREADS)
+            self._native = _native_lock()
+            self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+            self._running = 0
+
+        def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            with self._native:
+                self._jobs.append((future, partial(function, *args, **options)))
+                if self._running < MOST_THREADS:
+                    try:
+                        _start_thread(self._work, ())
+                        self._running += 1
+                    except BaseException:
+                        if not self._running:  # otherwise those that run take it in turn
+                            self._jobs.pop()
+                            raise
+            return future
+
+        def _work(self) -> None:
+            while True:
+                with self._native:
+                    if not self._jobs:
+                        self._running -= 1
+                        break
+                    future, function = self._jobs.popleft()
+                _run_job(future, function)
+                del future, function
+            hub = get_hub_if_exists()
+            if hub is not None:
+                hub.destroy(destroy_loop=True)
+
+    return Executor()
+
+
+def _run_job(future: Any, function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        _check_descriptors()  # a patched call makes an event loop
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+async def _cancel_all() -> None:
+    import asyncio
+
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=TIME_TO_END)
+
+
+_loop: _Loop | None = None
+_starting = _native_lock()
+_left_behind: list[_Loop] = []
+
+
+def _get_loop() -> _Loop:
+    global _loop
+    with _starting:  # nothing in here lets other greenlets run
+        if _loop is None:
+            _loop = _Loop()
+        return _loop
+
+
+def _end() -> None:
+    if _loop is not None:
+        _loop.end()
+
+
+def _forget() -> None:
+    # In a forked child, which has the thread's memory and not the thread. The copy is kept: were it closed,
+    # epoll_ctl(2) would take descriptors out of the parent's epoll instance, and asyncio complain of lost tasks.
+    global _loop, _starting
+    _starting = _native_lock()
+    if _loop is not None:
+        _left_behind.append(_loop)
+        _loop = None
+
+
+atexit.register(_end)
+os.register_at_fork(after_in_child=_forget)
