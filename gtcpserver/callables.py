@@ -20,6 +20,7 @@ HOOKS = {
     "on_connect": _CONNECTION,
     "on_disconnect": _CONNECTION,
     "on_error": "two arguments, the connection and the exception",
+    "on_stop": "one argument, the Server",
     "worker_start": _WORKER,
     "worker_stop": _WORKER,
     "worker_error": "two arguments, the Worker and the text",

@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from gevent import pool as gevent_pool
 from gevent.exceptions import HubDestroyed
@@ -32,6 +33,10 @@ IDLE_WORKER_SECONDS = 5.0
 #: The default number of handlers at once: ten thousand blocked handlers take about 100 MiB with their sockets, and
 #: most systems allow more descriptors than that once asked. Above it the kernel's queue holds new connections.
 DEFAULT_SIZE = 10_000
+
+#: A key in the ``spawn_tree_locals`` of greenlets that a handler has spawned, and of those that these spawn, and so on.
+#: gevent hands that dictionary down, unless it is told not to (GEVENT_TRACK_GREENLET_TREE=0).
+HANDLER_ORIGIN = "gtcpserver.handler"
 
 _NO_LIMIT = sys.maxsize
 
@@ -196,6 +201,15 @@ def _call(function_and_arguments: tuple[Callable[..., Any], tuple[Any, ...]]) ->
     function(*arguments)
 
 
+class Origin:
+    """Stands for one run of a handler that has spawned greenlets, while any of them exists."""
+
+    __slots__ = ("__weakref__",)
+
+
+origins: WeakSet[Origin] = WeakSet()
+
+
 # By name, since type checkers would otherwise not know those of greenlet's class.
 _WORKER_SLOTS = ("_links", "_number", "_pool", "_seen", "_working", "loop")
 
@@ -267,6 +281,16 @@ class Worker(greenlet):  # type: ignore[misc]
             self._pool._wait_for_work(self)
 
     # -- what gevent expects of a greenlet ---------------------------------------------------------------------------
+
+    @property
+    def spawn_tree_locals(self) -> dict[Any, Any]:
+        """What greenlets share with those they spawn; asked for when the handler spawns one."""
+        tree: dict[Any, Any] | None = self.__dict__.get("spawn_tree_locals")
+        if tree is None:
+            origin = Origin()
+            origins.add(origin)
+            tree = self.__dict__["spawn_tree_locals"] = {HANDLER_ORIGIN: origin}
+        return tree
 
     def rawlink(self, callback: Callable[[Any], Any]) -> None:
         """Call ``callback(self)`` when the function that runs now has ended (at once if none runs)."""

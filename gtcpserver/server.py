@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import inf
@@ -26,6 +28,7 @@ from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
 from .access_log import AccessLog, Result
+from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
 from .callables import check_handler, check_hook
@@ -52,7 +55,15 @@ from .signals import StopSignals
 from .signatures import ConnectionT, Handler, OnFull
 from .standard_descriptors import open_standard_descriptors
 from .stats import Counters, CutConnection, ServerStats, StopReport
-from .stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, describe, drain_and_close, end_handlers
+from .stopping import (
+    KILL_SECONDS,
+    LONGEST_DRAIN,
+    LONGEST_DRAIN_OF_DEFERRED,
+    Steps,
+    describe,
+    drain_and_close,
+    end_handlers,
+)
 from .tls import Credentials
 from .transfer.ends import reset_on_close
 
@@ -81,6 +92,9 @@ WATCHDOG_SECONDS = 1.0
 
 #: Seconds until a stop that waits for connections looks by itself whether there are any.
 LONGEST_WITHOUT_A_LOOK = 1.0
+
+#: Seconds that the hook on_stop gets at least, if nothing is left of the time of the stop.
+ON_STOP_SECONDS = 1.0
 
 #: Seconds from accept in which a stop leaves alone a connection that has not sent a byte: its first request is on its
 #: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
@@ -138,6 +152,8 @@ class Server:
         on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
         on_error: called with (connection, exception) for every exception that left the handler, instead of the log;
             :func:`is_client_error` tells those that the client is to blame for.
+        on_stop: called with this server at a stop, when the last connection has ended, to end helpers and to flush what
+            they hold. It has what is left of the stop's time, and a second at least.
 
     Raises:
         ConfigError: an option that cannot work; the message names it.
@@ -184,6 +200,7 @@ class Server:
         on_connect: Callable[[ConnectionT], bool | None] | None = None,
         on_disconnect: Callable[[ConnectionT], None] | None = None,
         on_error: Callable[[ConnectionT, BaseException], None] | None = None,
+        on_stop: Callable[[Server], None] | None = None,
     ) -> None:
         open_standard_descriptors()
         check_event_loop()
@@ -191,6 +208,7 @@ class Server:
         check_hook("on_connect", on_connect)
         check_hook("on_disconnect", on_disconnect)
         check_hook("on_error", on_error)
+        check_hook("on_stop", on_stop)
         check_whole_number("accept_loops", accept_loops, least=1)
         check_whole_number("max_connections", max_connections, least=1, none="for no limit")
         check_whole_number("max_accepts", max_accepts, least=1, none="for no limit")
@@ -235,6 +253,7 @@ class Server:
         self.on_connect: Callable[[Any], bool | None] | None = on_connect
         self.on_disconnect: Callable[[Any], None] | None = on_disconnect
         self.on_error: Callable[[Any, BaseException], None] | None = on_error
+        self.on_stop: Callable[[Server], None] | None = on_stop
         self.connection_class: type[Connection] = connection_class
         self.state = State.NEW
         #: Set when a stop begins. Handlers with work of their own wait on it.
@@ -272,6 +291,7 @@ class Server:
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
+        self._stop_until: float | None = None  # monotonic
         self._patient = False  # the stop waits for first requests however long they take
         self._signalled_early = 0
         self._started_at = 0.0
@@ -345,8 +365,12 @@ class Server:
         In the main thread, in any of its greenlets, SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)`` of all
         servers there; a second one is ``halt()``.
 
+        Called by the main thread itself, and not by a greenlet, it takes its return for the end of the program: what
+        handlers have left to threads, executors, greenlets and processes gets what is left of ``stop_timeout``, then it
+        is cut, which the log and the report say. The interpreter's exit does not wait for it any more.
+
         Args:
-            stop_timeout: seconds that handlers get to finish after a signal; None waits for ever.
+            stop_timeout: seconds that handlers, and then background work, get to finish; None waits for ever.
 
         Returns:
             the report of the stop.
@@ -356,6 +380,9 @@ class Server:
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
         self.stop_timeout = stop_timeout
+        is_main = threading.current_thread() is threading.main_thread() and getcurrent().parent is None
+        if is_main:
+            threads_of_handlers_are_no_daemons()
         # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
         with StopSignals(lambda number: self._stop_by_signal(number, stop_timeout)):
             if self.state is State.NEW:
@@ -367,6 +394,8 @@ class Server:
             except BaseException:
                 self.halt()
                 raise
+            if is_main:
+                self._report = replace(self._wait_for_report(), background=self.end_background_work())
         if self.fatal_error is not None:
             raise self.fatal_error
         assert self._report is not None
@@ -380,6 +409,9 @@ class Server:
             self._signalled_early = number
         elif self.state is State.STOPPING:
             log.warning("%s again: ending %d handlers now", name, len(self._connections))
+            self._hurry.set()
+        elif self.state is State.STOPPED:
+            log.warning("%s again: ending background work now", name)
             self._hurry.set()
         elif self.state is State.SERVING:
             log.info("%s: stopping, %d connections", name, len(self._connections))
@@ -808,7 +840,7 @@ class Server:
         A patient stop (see :meth:`stop`) is one no longer: connections that have not sent a byte have a second.
         """
         check_number("timeout", timeout, least=0)
-        if self.state is State.STOPPING:
+        if self.stopping:  # also when it only waits for background work
             self._patient = False
             self._end_idle_connections()
             gevent.spawn_later(timeout, self.halt)
@@ -822,7 +854,21 @@ class Server:
         self._hurry.set()
         return self._wait_for_report()
 
+    def end_background_work(self) -> tuple[str, ...]:
+        """When it has stopped and the process is to end: give background work the rest of the stop's time, then cut it.
+
+        Without a limit for that stop, :attr:`stop_timeout` is the time. See :mod:`gtcpserver.background`.
+
+        Returns:
+            the name of each job that was cut.
+        """
+        until = self._stop_until
+        if until is None and self.stop_timeout is not None:
+            until = monotonic() + self.stop_timeout
+        return end_background_work(until, self._hurry)
+
     def _begin_stop(self, timeout: float | None, leave_listening: bool = False) -> None:
+        self._stop_until = None if timeout is None else monotonic() + timeout
         # Handlers that had ended before: the report is about the others.
         ended_before = self._handled() - len(self._connections)
         self._spawn_stop = partial(gevent.spawn, self._stop, timeout, leave_listening, ended_before)
@@ -946,6 +992,8 @@ class Server:
             # What was told to end because it is idle does so in the loop's next turn, and is not cut.
             steps.do("let idle connections end", gevent.sleep, 0)
             cut = self._end_handlers(steps)
+            if self.on_stop is not None:
+                steps.do("call on_stop", self._call_on_stop, until)
             if not self._hurry.is_set():
                 steps.do("wait for lingering connections", self._wait_for_lingering, until)
         finally:
@@ -968,6 +1016,27 @@ class Server:
                 stopped()
             except Exception:
                 log.exception("server_stopped() of the handler failed")
+
+    def _call_on_stop(self, until: float | None) -> None:
+        assert self.on_stop is not None
+        at_least = monotonic() + ON_STOP_SECONDS
+        called = gevent.spawn(self._guarded_on_stop, self.on_stop)
+        while not called.ready():
+            hurried = self._hurry.is_set()
+            end = at_least if hurried else max(at_least, inf if until is None else until)
+            left = min(LONGEST_WITHOUT_A_LOOK, end - monotonic())
+            if left <= 0:
+                break
+            gevent.wait([called] if hurried else [called, self._hurry], timeout=left, count=1)
+        if not called.ready():
+            log.error("on_stop did not end within the time of the stop and was cut")
+            called.kill(timeout=KILL_SECONDS)
+
+    def _guarded_on_stop(self, on_stop: Callable[[Server], Any]) -> None:
+        try:
+            on_stop(self)
+        except Exception:
+            log.exception("on_stop failed")
 
     def _wait_until_nobody_is_connected(self, until: float | None) -> None:
         # By the books, and not by the event alone: that may have failed to be set.

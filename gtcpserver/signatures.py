@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .connection import Connection
     from .listener import ListenConfig
     from .pool import HandlerPool
+    from .server import Server
     from .supervisor import Worker
     from .tls import Credentials, TLSConfig
 
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         on_connect: Callable[[ConnectionT], bool | None] | None
         on_disconnect: Callable[[ConnectionT], None] | None
         on_error: Callable[[ConnectionT, BaseException], None] | None
+        on_stop: Callable[[Server], None] | None
 
     class RunOptions(ServerOptions[ConnectionT], total=False):
         """The same, and the fields of SupervisorConfig and Hooks, which need ``workers``."""

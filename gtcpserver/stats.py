@@ -154,9 +154,12 @@ class StopReport:
         cut: one entry for each of those.
         failures: steps of the stop that failed, with the error of each; the others were done all the same. The command
             line ends with status 1 then.
+        background: of ``serve_forever``: the name of each job beside the handlers that was cut: threads, jobs of
+            executors, greenlets that handlers had spawned, processes.
     """
 
     finished: int
     ended: int
     cut: tuple[CutConnection, ...] = ()
     failures: tuple[str, ...] = ()
+    background: tuple[str, ...] = ()

@@ -937,7 +937,7 @@ def test_a_signal_around_the_moment_it_begins_to_listen_is_a_graceful_stop(pytho
     process = python(SIGNAL_AT_START, when)
     output, _ = in_thread(process.communicate)
     assert process.returncode == 0
-    assert output == b"StopReport(finished=0, ended=0, cut=(), failures=())\n"
+    assert output == b"StopReport(finished=0, ended=0, cut=(), failures=(), background=())\n"
 
 
 # -- a listening socket that is lost ---------------------------------------------------------------------------------

@@ -201,6 +201,7 @@ OBJECT_OPTIONS: tuple[tuple[str, str], ...] = (
     ("on_connect", "Called first with each connection; it is closed unserved if this returns False."),
     ("on_disconnect", "Called with each connection when its handler has ended."),
     ("on_error", "Called with connection and exception when a handler fails, instead of the log."),
+    ("on_stop", "Called with the Server at a stop, when its last connection has ended."),
 )
 
 LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (

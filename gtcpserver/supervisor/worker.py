@@ -29,6 +29,7 @@ from gevent import monkey
 from gevent.hub import get_hub
 
 from gtcpserver import lent_files
+from gtcpserver.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.callables import check_hook
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.logs import FaultLimiter, also, fault_key
@@ -198,10 +199,13 @@ class _Life:
         helpers = [gevent.spawn(self.beat), gevent.spawn(self.report), gevent.spawn(self.tell_when_drained, server)]
         server.wait_stopped()
         report = server.stop()
-        self.call_hook("worker_stop")
-        gevent.killall(helpers, block=False)
         for cut in report.cut:
             log.warning("cut %s", cut, extra={"client": cut.peer})
+        self.call_hook("worker_stop")
+        # The beats go on meanwhile, or the master would take this worker for one that is blocked.
+        server.end_background_work()
+        end_executors()
+        gevent.killall(helpers, block=False)
         fatal = f"the listening socket was lost: {server.fatal_error}" if server.fatal_error is not None else ""
         if fatal:
             self.call_hook("worker_error", fatal)
@@ -236,6 +240,7 @@ class _Life:
             log_in_worker(job.log_style)
         self.commands = get_hub().loop.io(self.channel.fileno(), 1, ref=False)
         self.commands.start(self.on_command)
+        threads_of_handlers_are_no_daemons()
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
         self.worker.server = server
