@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from time import time
+from time import monotonic
 from typing import Any, Literal
 
 import gevent
@@ -143,7 +143,7 @@ class AccessLog:
             "detail": end.detail or None,
             "bytes_received": stream.bytes_received,
             "bytes_sent": stream.bytes_sent,
-            "duration": round(max(0.0, time() - connection.started_at), 4),
+            "duration": round(monotonic() - connection._accepted_at, 4),
             "worker": self.worker,
         }
         for name, value in log_fields_of(connection).items():

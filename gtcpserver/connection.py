@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from io import RawIOBase
 from socket import getdefaulttimeout
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import ref
 
@@ -21,6 +21,7 @@ from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from . import transfer
+from .clock import wall_time
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .handshake import TLSLayer, handshake_failed
 from .logs import own_logger
@@ -76,6 +77,7 @@ _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
 _SLOTS = (
+    "_accepted_at",
     "_idle",
     "_lingerer",
     "_log_fields",
@@ -87,7 +89,6 @@ _SLOTS = (
     "recv",
     "sendall",
     "server",
-    "started_at",
 )
 
 
@@ -117,7 +118,7 @@ class Connection(SSLMethods, _Socket):
             "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
             :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
             ``client_limits`` count the connection. None for a connection that was not accepted.
-        started_at: when it was accepted, seconds since the epoch.
+        started_at: when it was accepted, seconds since the epoch, by the clock as it is set now.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
         recv: ``recv(bufsize, flags=0) -> bytes``: at most ``bufsize`` bytes; b"" when the peer has closed its side.
@@ -129,6 +130,7 @@ class Connection(SSLMethods, _Socket):
 
     __slots__ = _SLOTS
 
+    _accepted_at: float
     _lingerer: Any
     _log_fields: Any
     _proxied: Any
@@ -136,7 +138,6 @@ class Connection(SSLMethods, _Socket):
     client_address: SocketAddress
     context: Any
     server: Server | None
-    started_at: float
 
     if TYPE_CHECKING:
         # Slots, which _begin fills.
@@ -171,7 +172,11 @@ class Connection(SSLMethods, _Socket):
         _set_sendall(self, stream.sendall)
         self._idle: Idle | None = None
         self.client_address = self.server = self.context = None  # type: ignore[assignment]
-        self.started_at = time()
+        self._accepted_at = monotonic()
+
+    @property
+    def started_at(self) -> float:
+        return wall_time(self._accepted_at)
 
     if not TYPE_CHECKING:
 

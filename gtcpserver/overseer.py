@@ -5,7 +5,7 @@ A periodic look at the open connections instead of a timer for each: it costs no
 
 from __future__ import annotations
 
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 from gevent.hub import get_hub
@@ -80,8 +80,8 @@ class Overseer:
         for connection, worker in list(self._connections.items()):
             until = ends.get(connection)
             if until is None:
-                # It came after the last look, whatever the wall clock says, which may have been set meanwhile.
-                age = min(max(0.0, time() - connection.started_at), self._look_interval)
+                # It came after the last look; one that waited for a handler was accepted long before.
+                age = min(now - connection._accepted_at, self._look_interval)
                 until = ends[connection] = now - age + self._handler_timeout
             if now >= until:
                 # One that swallows it is told again later.

@@ -17,7 +17,7 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from math import inf
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 import gevent
@@ -794,7 +794,7 @@ class Server:
         if self._patient:
             return inf
         allowed = FIRST_REQUEST if connection.tls is None else FIRST_REQUEST_OVER_TLS
-        return max(0.0, connection.started_at + allowed - time())
+        return max(0.0, connection._accepted_at + allowed - monotonic())
 
     def _end_if_idle(self, connection: Connection) -> None:
         if connection._idle and connection._idle.active and not connection._closed:

@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -142,7 +142,7 @@ def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConn
     """What is known of a connection that is cut; ``worker`` is the greenlet of its handler, or None."""
     return CutConnection(
         peer=peer(connection),
-        age=time() - connection.started_at,
+        age=monotonic() - connection._accepted_at,
         bytes_received=connection.bytes_received,
         bytes_sent=connection.bytes_sent,
         where=_where(worker.gr_frame) if worker is not None else (),

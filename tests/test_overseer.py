@@ -176,7 +176,7 @@ def test_handler_timeout_does_not_follow_the_wall_clock(serve, connect, in_threa
     client = connect(server)
     assert in_thread(ask, client) == b"hello"
     jumped = time.time() + 86_400
-    monkeypatch.setattr("gtcpserver.overseer.time", lambda: jumped)
+    monkeypatch.setattr("gtcpserver.clock.time", lambda: jumped)
     looked = Event()
     for look in (server._overseer._end_long_ones, looked.set):
         gevent.get_hub().loop.run_callback(look)

@@ -816,7 +816,7 @@ def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connec
     seen = []
 
     def handle(conn):
-        conn.started_at -= 60
+        conn._accepted_at -= 60
         seen.append(conn)
         idle_echo(conn)
 
@@ -829,7 +829,7 @@ def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connec
 
 
 def idle_echo_of_an_old_connection(conn):
-    conn.started_at -= 60
+    conn._accepted_at -= 60
     idle_echo(conn)
 
 

@@ -1500,7 +1500,7 @@ def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
 
 def test_a_stop_allows_for_the_round_trips_of_tls_before_the_first_request(serve, tls, tls_client, in_thread):
     def handle(conn):
-        conn.started_at -= 1.2  # more than a plain connection gets
+        conn._accepted_at -= 1.2  # more than a plain connection gets
         with conn.idle():
             data = conn.recv(100)
         conn.sendall(data)

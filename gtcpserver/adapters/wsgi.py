@@ -181,6 +181,8 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     # -- the application ---------------------------------------------------------------------------------------------
 
     def _serve_application(self) -> None:
+        # What gevent's format_request prints the difference of.
+        begun = time.monotonic()
         self.time_start = time.time()
         self.status = self._orig_status = self.result = None
         self.headers_sent = self.response_use_chunked = self.connection_upgraded = False
@@ -200,7 +202,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
                 raise end
         finally:
             del end  # it refers to this frame: a cycle
-            self.time_finish = time.time()
+            self.time_finish = self.time_start + time.monotonic() - begun
             self.log_request()
 
     def _discard_body(self) -> None:

@@ -11,7 +11,7 @@ has, so the hot path of all others stays as it is.
 from __future__ import annotations
 
 from bisect import bisect_left
-from time import monotonic, time
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -130,8 +130,7 @@ def watch_latency(server: Server) -> Latency:
     def measure_and_forget(connection: Connection) -> None:
         idle: Any = connection._idle
         if idle is None:
-            # By the wall clock, since nothing else says when it began; it may have been set meanwhile.
-            latency.add(max(0.0, time() - connection.started_at))
+            latency.add(monotonic() - connection._accepted_at)
         elif type(idle) is TimedIdle:
             idle.end_of_request()
         forget(connection)
