@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import functools
+import grp
 import math
 import os
+import pwd
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +26,8 @@ _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 IP_FREEBIND = 15
 IP_TRANSPARENT = 19
 IPPROTO_MPTCP = 262
+
+NO_ID = 2**32 - 1  # (uid_t)-1, which is none: chown(2)
 
 MAX_KEEPALIVE_SECONDS = 32767  # MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, linux/tcp.h
 MAX_KEEPALIVE_COUNT = 127  # MAX_TCP_KEEPCNT
@@ -73,6 +78,8 @@ class ListenConfig:
         multipath: multipath TCP (RFC 8684); clients that speak plain TCP are served as ever.
         congestion: name of the congestion control (TCP_CONGESTION, tcp(7)), such as "bbr" or "cubic".
         unix_mode: permission bits of a unix socket's path, such as 0o660. None: 0o777 less the umask.
+        unix_owner: user that the path belongs to, by name or number; only root may give it away. None: this process's.
+        unix_group: group of the path, by name or number; who is not root must be in it. None: this process's.
         extra: more socket options, as tuples (level, option, value: int or bytes). Those of a level that a socket does
             not have (TCP options on a unix socket) are not applied to it.
 
@@ -101,6 +108,8 @@ class ListenConfig:
     multipath: bool = False
     congestion: str | None = None
     unix_mode: int | None = None
+    unix_owner: str | int | None = None
+    unix_group: str | int | None = None
     extra: tuple[tuple[int, int, int | bytes], ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,6 +129,7 @@ class ListenConfig:
         self._check_seconds("user_timeout", MAX_USER_TIMEOUT)
         if self.unix_mode is not None and (type(self.unix_mode) is not int or not 0 <= self.unix_mode <= 0o777):
             raise ConfigError(f"unix_mode must be permission bits from 0 to 0o777, or None, got {self.unix_mode!r}")
+        unix_ids(self)
         # IFNAMSIZ and TCP_CA_NAME_MAX: both are 16 bytes with the closing NUL.
         self._check_name("device", "the name of a network interface")
         self._check_name("congestion", "the name of a congestion control")
@@ -170,6 +180,28 @@ class ListenConfig:
                 raise ConfigError(f"{expected}, got {entry!r}")
 
 
+def unix_ids(config: ListenConfig) -> tuple[int, int]:
+    """User and group that a unix socket's path is given to; -1: as it is (chown(2)). Raises ConfigError."""
+    return (
+        _id("unix_owner", config.unix_owner, lambda name: pwd.getpwnam(name).pw_uid),
+        _id("unix_group", config.unix_group, lambda name: grp.getgrnam(name).gr_gid),
+    )
+
+
+def _id(field: str, value: Any, find: Callable[[str], int]) -> int:
+    if value is None:
+        return -1
+    if type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10):
+        if 0 <= int(value) < NO_ID:
+            return int(value)
+    elif isinstance(value, str):
+        try:
+            return find(value)
+        except (KeyError, ValueError):  # ValueError: a NUL in it
+            pass
+    raise ConfigError(f"{field} must be a {'user' if field == 'unix_owner' else 'group'} of this host, got {value!r}")
+
+
 def create_socket(
     config: ListenConfig, family: int, socket_class: type[socket.socket] = _socket_class
 ) -> socket.socket:
@@ -197,6 +229,24 @@ def set_reuse_port(sock: socket.socket, config: ListenConfig) -> None:
     if config.reuse_port:
         option = getattr(socket, "SO_REUSEPORT", None)
         _apply(sock, config, iter([("shared" if config.shared else "reuse_port", socket.SOL_SOCKET, option, 1)]))
+
+
+@functools.cache
+def has_reuse_port() -> bool:
+    """Whether this system has SO_REUSEPORT: sandboxes such as older gVisor's may not."""
+    try:
+        # Not socket.socket, which in a monkey-patched program makes an event loop; a master must not have one.
+        sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        finally:
+            sock.close()
+    except AttributeError:
+        return False
+    except OSError as exc:
+        # Others, such as EMFILE, say nothing of it.
+        return exc.errno not in (errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+    return True
 
 
 def apply_address_options(sock: socket.socket, config: ListenConfig) -> None:

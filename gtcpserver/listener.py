@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
@@ -28,7 +29,9 @@ from gtcpserver.listen_config import (
     apply_address_options,
     apply_connection_options,
     create_socket,
+    has_reuse_port,
     set_reuse_port,
+    unix_ids,
 )
 from gtcpserver.port_holder import describe_holder
 from gtcpserver.unix_path import bind_unix, remove_if_ours
@@ -43,6 +46,8 @@ __all__ = [
     "steer",
     "unsteer",
 ]
+
+log = logging.getLogger("gtcpserver")
 
 # The real ones, also in a program that gevent.monkey has patched: a listening socket waits in an accept loop's watcher
 # and never in a call of its own, and names are resolved before anything is served.
@@ -166,7 +171,8 @@ def open_listeners(
             connections inherit and nothing else, are not `owned`, and are closed with the `Listener`.
         config: the sockets' options.
         count: TCP sockets for each address, which form a SO_REUSEPORT group (in the order of the result), over which
-            the kernel spreads the connections. Unix sockets and adopted ones are always single.
+            the kernel spreads the connections. Unix sockets and adopted ones are always single, and so are all where
+            the system has no SO_REUSEPORT.
 
     Raises:
         ConfigError: the address or the options are wrong.
@@ -186,6 +192,9 @@ def open_listeners(
         return [_adopt_descriptor(address.fd, config)]
     if address.kind == "unix":
         return [_open_unix(address.path, config)]
+    if count > 1 and not has_reuse_port():
+        log.warning("this system has no SO_REUSEPORT: %s has one listening socket instead of %d", address, count)
+        count = 1
     return _open_tcp(address, config, count)
 
 
@@ -338,7 +347,7 @@ def _open_unix(path: str, config: ListenConfig) -> Listener:
     try:
         apply_connection_options(sock, config)
         apply_accept_options(sock, config)
-        identity = bind_unix(sock, path, config.unix_mode, accepted_backlog(config))
+        identity = bind_unix(sock, path, config.unix_mode, accepted_backlog(config), unix_ids(config))
         return Listener(sock, path_identity=identity)
     except BaseException:
         sock.close()

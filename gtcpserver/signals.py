@@ -20,6 +20,9 @@ _native_id: Callable[[], int] = get_original("threading", "get_native_id")
 class StopSignals:
     """Within a ``with`` block, in the main thread: calls ``told(number)`` in the hub for each SIGTERM and SIGINT.
 
+    As process 1, for SIGQUIT as well: the kernel does nothing by itself there (pid_namespaces(7)), so a container with
+    STOPSIGNAL SIGQUIT would have to be killed. Elsewhere SIGQUIT dumps core, as always.
+
     In any greenlet of that thread, that is; where several have such a block, all of them are told. In another thread it
     does nothing: Python lets only the main thread have signal handlers.
     """
@@ -60,7 +63,7 @@ class _Handlers:
         self._loop = get_hub().loop
         self._missed = 0
         self._waker = Waker(self._tell_missed)
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGINT] + [signal.SIGQUIT] * (self.process == 1)
         self._before = [(number, signal.signal(number, self._on_signal)) for number in numbers]
 
     def _on_signal(self, number: int, _frame: Any) -> None:

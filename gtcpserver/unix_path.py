@@ -23,13 +23,16 @@ LOCK_SECONDS = 0.5
 """How long to wait for the directory's lock. Servers hold it for microseconds; past this somebody else uses it."""
 
 
-def bind_unix(sock: socket.socket, path: str, mode: int | None, backlog: int) -> tuple[int, int] | None:
+def bind_unix(
+    sock: socket.socket, path: str, mode: int | None, backlog: int, owner: tuple[int, int] = (-1, -1)
+) -> tuple[int, int] | None:
     """Bind and listen.
 
     Args:
         path: a path, or "@name" for an abstract socket, which has no file (unix(7)).
         mode: the path's permission bits; None: 0o777 less the umask.
         backlog: for listen(2).
+        owner: user and group that the path is given to; -1: as it is.
 
     Returns:
         The path's device and inode, by which `remove_if_ours` knows it again; None for an abstract socket.
@@ -41,7 +44,7 @@ def bind_unix(sock: socket.socket, path: str, mode: int | None, backlog: int) ->
         try:
             sock.bind("\0" + path[1:])
         except OSError as exc:
-            raise OSError(exc.errno, f"unix:{path}: {exc.strerror}") from exc
+            raise OSError(exc.errno, f"unix:{path}: {exc.strerror or exc}") from exc  # without: the path is too long
         sock.listen(backlog)
         return None
     try:
@@ -59,13 +62,18 @@ def bind_unix(sock: socket.socket, path: str, mode: int | None, backlog: int) ->
                 _remove_stale(path, name, folder)
                 sock.bind(path)
             made = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            # Nobody can connect before listen, so nobody is refused who is to get in.
-            if mode is not None and stat.S_IMODE(made.st_mode) != mode:
-                _give_back_what_the_umask_took(name, folder, made, mode)
-            sock.listen(backlog)
+            try:
+                # Nobody can connect before listen, so nobody is refused who is to get in.
+                if owner != (-1, -1) or (mode is not None and stat.S_IMODE(made.st_mode) != mode):
+                    _change(name, folder, made, mode, owner)
+                sock.listen(backlog)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=folder)
+                raise
     except OSError as exc:
         prefix = f"unix:{path}"
-        text = exc.strerror or ""
+        text = exc.strerror or str(exc)
         raise OSError(exc.errno, text if text.startswith(prefix) else f"{prefix}: {text}") from exc
     return made.st_dev, made.st_ino
 
@@ -84,13 +92,20 @@ def remove_if_ours(path: str, identity: tuple[int, int]) -> bool:
     return True
 
 
-def _give_back_what_the_umask_took(name: str, folder: int, made: os.stat_result, mode: int) -> None:
+def _change(name: str, folder: int, made: os.stat_result, mode: int | None, owner: tuple[int, int]) -> None:
+    """Give the path its owner, and back what the umask took of its mode."""
     # By a descriptor, and not by its path: another user's folder may have a link there by now.
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
         found = os.fstat(fd)
         if stat.S_ISSOCK(found.st_mode) and (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
-            os.chmod(f"/proc/self/fd/{fd}", mode)
+            if owner != (-1, -1):
+                try:
+                    os.chown(f"/proc/self/fd/{fd}", *owner)
+                except OSError as exc:
+                    raise OSError(exc.errno, f"cannot be given to user and group {owner}: {exc.strerror}") from exc
+            if mode is not None:
+                os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
         close_descriptor(fd)
 

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
+from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic before click 8.2
 
 VARIABLE = "GTCPSERVER_CONTROL"
 
-Where = tuple[str | None, float | None]
-"""Path of the control socket, and seconds to wait for an answer."""
+ANSWER_SECONDS = 10.0
+"""How long an answer may take that the master gives at once. One that is stopped (SIGSTOP) gives none."""
+
+WORK_SECONDS = UPGRADE_SECONDS + 30.0
+"""The same of a reload, an upgrade, another number of workers: workers start, which an upgrade waits for so long."""
+
+Where = tuple[str | None, float | str | None]
+"""Path of the control socket, and seconds to wait for an answer; None: for ever; "": each command's own."""
+
+
+class TimeoutType(ParamType):
+    name = "number|none"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> float | str | None:
+        if value in ("", "none"):
+            return "" if value == "" else None
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < math.inf:
+            self.fail(f'must be a number above 0, or "none", got {value!r}', parameter, context)
+        return seconds
 
 
 @click.group(epilog=EPILOG)
@@ -25,9 +55,15 @@ Where = tuple[str | None, float | None]
     metavar="PATH",
     help=f"The control socket, as given to serve --control; or in the environment as {VARIABLE}.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait for the answer.")
+@click.option(
+    "--timeout",
+    type=TimeoutType(),
+    default="",
+    help=f"Seconds to wait for the answer; none: for ever.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for reload, "
+    "upgrade and scale; none for stop, once the master has answered]",
+)
 @click.pass_context
-def ctl(context: click.Context, control: str | None, timeout: float | None) -> None:
+def ctl(context: click.Context, control: str | None, timeout: float | str | None) -> None:
     """Ask and steer a running server with worker processes."""
     context.obj = (control, timeout)
 
@@ -78,14 +114,14 @@ def workers(where: Where, as_json: bool) -> None:
 @click.pass_obj
 def reload(where: Where) -> None:
     """New workers, from the code on the disk; waits until they are ready. The old ones stay if one is not."""
-    request(where, "reload")
+    request(where, "reload", WORK_SECONDS)
 
 
 @ctl.command()
 @click.pass_obj
 def upgrade(where: Where) -> None:
     """A new master with the same sockets, from the code on the disk; waits until it is ready."""
-    request(where, "upgrade")
+    request(where, "upgrade", WORK_SECONDS)
 
 
 @ctl.command()
@@ -100,7 +136,7 @@ def reopen(where: Where) -> None:
 @click.pass_obj
 def scale(where: Where, count: int) -> None:
     """N workers from now on; waits until there are. No connection is lost."""
-    request(where, "scale", workers=count)
+    request(where, "scale", WORK_SECONDS, workers=count)
 
 
 @ctl.command()
@@ -108,11 +144,13 @@ def scale(where: Where, count: int) -> None:
 @click.pass_obj
 def stop(where: Where, now: bool) -> None:
     """Stop gracefully; waits for the end."""
-    request(where, "stop", now=now)
+    request(where, "status")  # a master that does not answer would be waited for without end
+    request(where, "stop", None, now=now)
 
 
-def request(where: Where, command: str, **more: Any) -> dict[str, Any]:
-    path, timeout = where
+def request(where: Where, command: str, seconds: float | None = ANSWER_SECONDS, **more: Any) -> dict[str, Any]:
+    path, asked = where
+    timeout = seconds if isinstance(asked, str) else asked
     if path is None:
         raise click.UsageError(f"missing --control PATH, or {VARIABLE} in the environment")
     try:

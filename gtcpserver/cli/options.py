@@ -226,6 +226,8 @@ LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("multipath", bool, "Multipath TCP."),
     ("congestion", str, "Congestion control, such as bbr or cubic (TCP_CONGESTION)."),
     ("unix_mode", OctalType(), "Permission bits of a unix socket's path, such as 660."),
+    ("unix_owner", str, "User that a unix socket's path belongs to, by name or number."),
+    ("unix_group", str, "Group of a unix socket's path, by name or number."),
     ("extra", SocketOptionType(), "One more socket option, such as SOL_SOCKET:SO_MARK:7; may be repeated."),
 )
 

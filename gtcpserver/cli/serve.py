@@ -208,6 +208,8 @@ def serve_with(
     server = make_server(context, load(), listen)
     if not os.isatty(0):  # otherwise the signal says that the terminal has gone, and so shall we
         obey_hangup(server, load if reads_files else None, file_of(context))
+    elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: os.kill(os.getpid(), signal.SIGTERM))  # gracefully
     serve_until_stopped(context, server)
 
 

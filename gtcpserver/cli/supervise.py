@@ -48,6 +48,9 @@ log = logging.getLogger("gtcpserver")
 
 SELF_SIGNED = "gtcpserver.self_signed"
 
+#: By the beginning of what the master says of a file.
+OPTION_OF = {"PID file ": "--pid-file: ", "log file ": "--log-file: ", "control socket ": "--control: "}
+
 
 class StartError(RunError):
     """No worker could be started: its error, and its exit status."""
@@ -130,7 +133,9 @@ def supervise(
     except WorkersCannotStart as error:
         raise StartError(error) from None
     except OSError as error:
-        raise RunError(f"cannot start: {name_option(error.strerror or str(error))}") from None
+        message = name_option(error.strerror or str(error))
+        option = next((option for what, option in OPTION_OF.items() if message.startswith(what)), "")
+        raise RunError(f"cannot start: {option}{message}") from None
 
 
 def read_settings_again(context: click.Context) -> None:

@@ -7,6 +7,7 @@ import os
 import pwd
 from dataclasses import dataclass
 
+from gtcpserver.address import MAX_UNIX_PATH
 from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring.monitor import check_metrics_address
 from gtcpserver.options import check_number, check_whole_number
@@ -115,6 +116,12 @@ class SupervisorConfig:
             path = getattr(self, name)
             if path is not None and (not path or "\0" in path):
                 raise ConfigError(f"{name} must be a path, got {path!r}")
+        if self.control is not None:
+            size = len(os.fsencode(self.control if self.control.startswith("@") else os.path.abspath(self.control)))
+            if size > MAX_UNIX_PATH:
+                raise ConfigError(
+                    f"control must be a path of at most {MAX_UNIX_PATH} bytes (unix(7)), got {size} of {self.control!r}"
+                )
         if self.metrics is not None:
             check_metrics_address(self.metrics)
         if self.user is not None or self.group is not None:

@@ -147,16 +147,18 @@ class ControlSocket:
             os.set_inheritable(inherited[0], False)
             self.identity = inherited[1]
         else:
-            if not self.path.startswith("@"):
-                try:
-                    check_path(self.path)
-                except UntrustedPath as error:
-                    raise UntrustedPath(f"control socket {error}") from None
             self.sock = _socket_class(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
+                if not self.path.startswith("@"):
+                    check_path(self.path)
                 self.identity = bind_unix(self.sock, self.path, MODE, MAX_CLIENTS)
-            except BaseException:
+            except BaseException as error:
                 self.sock.close()
+                if isinstance(error, UntrustedPath):
+                    raise UntrustedPath(f"control socket {error}") from None
+                if isinstance(error, OSError):
+                    why = (error.strerror or str(error)).removeprefix(f"unix:{self.path}").removeprefix(": ").strip()
+                    raise OSError(error.errno, f"control socket {self.path}: {why}") from None
                 raise
         self.sock.setblocking(False)
 
@@ -232,7 +234,7 @@ def ask(path: str, request: dict[str, Any], timeout: float | None = None) -> dic
                 if answer.get("end"):
                     lines.read()  # until the master has ended
         except TimeoutError:
-            raise ControlError(f"{path}: no answer within {timeout} s") from None
+            raise ControlError(f"{path}: no answer within {timeout:g} s") from None
         except OSError as error:
             raise ControlError(f"{path}: {error.strerror or error}; is a master running with this control?") from None
         except ValueError:

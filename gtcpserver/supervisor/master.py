@@ -4,7 +4,7 @@
 | --- | --- |
 | TERM, INT | graceful stop; a second one of either ends everything at once |
 | QUIT | end everything at once |
-| HUP | reload: new workers, then the old ones leave |
+| HUP | reload: new workers, then the old ones leave; of a terminal that was closed: graceful stop |
 | USR2 | upgrade: a new master with the same sockets, then this one leaves |
 | USR1 | open the log file again |
 | TTIN, TTOU | one worker more, one fewer |
@@ -48,6 +48,7 @@ from gtcpserver.supervisor.reload import Done
 from gtcpserver.supervisor.slots import WorkerProcess
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.spawn import MASTER_SIGNALS
+from gtcpserver.supervisor.surroundings import Terminal, who_ends_with_us
 from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
 from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart
 from gtcpserver.trusted_path import UntrustedPath
@@ -118,6 +119,7 @@ class Master:
         self._pid_file_due = False
         self._child_ended = True
         self._reap_at = 0.0
+        self._terminal = Terminal()
 
     @property
     def ready(self) -> bool:
@@ -237,7 +239,7 @@ class Master:
             load()
         except CannotStart as error:
             raise WorkersCannotStart(Failure(str(error), error.details, error.status)) from None
-        if threading.active_count() > 1:
+        if _has_other_threads():
             log.warning("the program starts threads while it is loaded: the workers will not have them")
         # The collector of a worker would write into every object, and so copy every page.
         gc.collect()
@@ -400,7 +402,7 @@ class Master:
         parts.append(self._go_on)
         if self._monitor is not None:
             parts.append(self._monitor.look_after)
-        return [*parts, self._write_pid_file, self._tell_systemd]
+        return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
 
     def _was_buried(self, pid: int) -> bool:
         """Whether a child that waitpid does not know is gone: the program may wait for children too."""
@@ -507,13 +509,23 @@ class Master:
         elif self.stopping:
             log.info("%s: too late, this master stops", name)
         elif number == signal.SIGHUP:
-            self.begin_reload(name, _nobody)
+            self._obey_hangup(name)
         elif number == signal.SIGUSR2:
             self.begin_upgrade(name, _nobody)
         elif number == signal.SIGTTIN:
             self.scale(min(MAX_WORKERS, self.fleet.target + 1))
         elif number == signal.SIGTTOU:
             self.scale(max(1, self.fleet.target - 1))
+
+    def _obey_hangup(self, name: str) -> None:
+        of_terminal = self._terminal.hung_up()
+        if of_terminal is None:
+            log.info("%s: the terminal is gone; going on, as nohup(1) asks", name)
+        elif of_terminal:
+            # Whoever started it there can stop it no more, and would find the port taken.
+            self.begin_stop(f"{name} of the terminal, which is gone")
+        else:
+            self.begin_reload(name, _nobody)
 
     # -- what it is told to do ---------------------------------------------------------------------------------------
 
@@ -570,8 +582,8 @@ class Master:
             error = "an upgrade is under way already"
         elif self.state is not MasterState.SERVING or self.fleet.reloading() or self.fleet.changing():
             error = "a start, a reload or a change of the number of workers is under way"
-        elif os.getpid() == 1:
-            error = "this is process 1, whose end is the end of its container: reload, or replace the container"
+        else:
+            error = who_ends_with_us()
         if error:
             log.error("no upgrade: %s", error)
             done(error)
@@ -635,6 +647,13 @@ def logical_folder() -> str:
     except OSError:
         same = False
     return named if same and os.path.isabs(named) else real
+
+
+def _has_other_threads() -> bool:
+    """Whether Python runs threads that a fork does not copy; those of a monkey-patched program are greenlets."""
+    ours = threading.main_thread().native_id
+    # None: of a thread that has not begun to run, a greenlet.
+    return any(thread.native_id not in (ours, None) for thread in threading.enumerate())
 
 
 def _exists(pid: int) -> bool:

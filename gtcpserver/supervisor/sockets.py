@@ -17,6 +17,7 @@ from gevent import monkey
 from gtcpserver.address import Address
 from gtcpserver.descriptors import close_descriptor
 from gtcpserver.draining import forget_member, queue_length
+from gtcpserver.listen_config import has_reuse_port
 from gtcpserver.listener import ListenConfig, Listener, open_listeners
 from gtcpserver.supervisor.steering import spread
 
@@ -91,7 +92,7 @@ class ListeningSockets:
     """All listening sockets of a master.
 
     TCP addresses have a group with one member a slot; unix sockets, sockets that were given to us, and TCP ones where
-    the ListenConfig rules out SO_REUSEPORT, are single and shared by all slots.
+    the ListenConfig or the system rules out SO_REUSEPORT, are single and shared by all slots.
     """
 
     config: ListenConfig
@@ -123,7 +124,9 @@ class ListeningSockets:
 
     def _open(self, address: Any, asked: str, slots: Sequence[int]) -> None:
         is_tcp = isinstance(address, Address) and address.kind == "tcp"
-        if not is_tcp or not self.config.reuse_port:
+        if is_tcp and self.config.reuse_port and not has_reuse_port() and len(slots) > 1:
+            log.warning("this system has no SO_REUSEPORT: all workers accept from one socket for %s", asked)
+        if not is_tcp or not self.config.reuse_port or not has_reuse_port():
             for listener in open_listeners(address, self.config):
                 self.shared.append(Shared(asked, listener, external=not listener.owned))
             return
