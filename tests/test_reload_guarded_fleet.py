@@ -176,6 +176,44 @@ def test_an_upgrade_has_the_time_for_a_probation() -> None:
     assert 2 * LONGEST_PROBATION <= UPGRADE_SECONDS
 
 
+@pytest.mark.parametrize("most", [None, 1, 2])
+def test_reloads_and_recycling_wait_while_there_are_too_many_old_workers(
+    make_fleet: MakeFleet, caplog: pytest.LogCaptureFixture, most: int | None
+) -> None:
+    fleet = make_fleet(max_retired=most)
+    slot = fleet.slots[0]
+    oldest, _ = fleet.retire(5), fleet.retire(3)
+    slot.current = worker = fleet.add()
+    worker.wants_to_retire = "asks for it"
+    with caplog.at_level(logging.INFO, "gtcpserver"):
+        for _ in range(2):
+            fleet.look_after(monotonic())
+        assert (slot.next is None) == (most == 1)
+        slot.next = None
+        fleet.want_reload(lambda _: None)
+        for _ in range(2):
+            fleet.look_after(monotonic())
+    assert (fleet.reload is None) == (most == 1)
+    assert caplog.text.count("the reload waits for old workers to finish (--max-retired 1)") == (most == 1)
+    if most == 1:
+        assert slot.next is None
+        fleet.reap(oldest.pid, 0)
+        fleet.look_after(monotonic())
+        assert fleet.reload is not None
+
+
+def test_a_reload_does_not_wait_for_workers_that_ask_for_a_successor_later(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(slots=2, probation=0)
+    first, second = fleet.slots.values()
+    first.current, second.current = fleet.add(), fleet.add(number=1)
+    first.next = fleet.add()
+    second.current.wants_to_retire = "asks for it"
+    fleet.want_reload(lambda _: None)
+    fleet.look_after(monotonic())
+    assert fleet.reload is not None
+    assert second.next is None
+
+
 # -- one by one --------------------------------------------------------------------------------------------------------
 
 

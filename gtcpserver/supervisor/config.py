@@ -44,8 +44,8 @@ class SupervisorConfig:
         graceful_timeout: seconds that connections get to finish at a stop. None: for ever.
         retire_timeout: the same when another worker has taken their worker's place, at a reload, an upgrade, recycling
             or fewer workers. None: for ever, as nothing waits for them.
-        max_retired: how many workers whose place was taken may be there at once. Of more, the oldest are told to
-            finish: their connections get graceful_timeout. None: any number.
+        max_retired: how many workers whose place was taken may stay for their connections. Of more, the oldest are told
+            to finish: their connections get graceful_timeout, and the next reload waits for it. None: any number.
         probation: seconds that a new worker must live, once it is ready, before the one that it replaces leaves (at a
             reload, an upgrade or recycling). 0: none.
         reload_one_by_one: at a reload, replace one worker after the other, so that one more needs memory and not as

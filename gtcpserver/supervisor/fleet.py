@@ -106,6 +106,7 @@ class Fleet:
         self._reloads_wanted: list[Done] = []
         self._scaled: list[Done] = []
         self._warn_above = 0
+        self._reload_waits = False  # for old workers, of which the log knows
         self._folder = folder
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
@@ -352,16 +353,19 @@ class Fleet:
         if self.stopping:
             return
         self._complete_start()
+        if self.reload is None:
+            self._promote_proven()  # first, or a reload would wait until no worker is to be recycled any more
         if self.reload is not None:
             self.reload.go_on()
-        elif self._reloads_wanted and self.up and not self._replacing():
+        elif self._reloads_wanted and self.up and self._may_reload():
             done, self._reloads_wanted = self._reloads_wanted, []
+            self._reload_waits = False
             self.reload = Reload(self, done)
             self.reload.go_on()
         elif self.up:
-            self._promote_proven()
             self._scale_towards_target()
-            self._recycle(now)
+            if not self.too_many_retired():
+                self._recycle(now)
         for slot in self.active():
             if slot.current is None and slot.next is None and now >= slot.not_before and self._may_start():
                 self.restarts += self.up and bool(slot.why)
@@ -415,6 +419,14 @@ class Fleet:
     def reloading(self) -> bool:
         """Whether a reload is under way, or asked for and about to begin."""
         return self.reload is not None or bool(self._reloads_wanted)
+
+    def _may_reload(self) -> bool:
+        if self.too_many_retired():
+            if not self._reload_waits:
+                log.info("the reload waits for old workers to finish (--max-retired %d)", self.config.max_retired)
+            self._reload_waits = True
+            return False
+        return not self._replacing()
 
     def _replacing(self) -> bool:
         return any(slot.next is not None for slot in self.slots.values())
