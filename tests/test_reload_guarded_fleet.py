@@ -36,7 +36,9 @@ class Workers(Fleet):
     ends: dict[int, Channel]
 
     def start(self, slot: Slot, generation: int) -> WorkerProcess:
-        return self.add(WorkerState.STARTING, slot.number)
+        worker = self.add(WorkerState.STARTING, slot.number)
+        worker.generation = generation
+        return worker
 
     def add(self, state: WorkerState = WorkerState.READY, number: int = 0) -> WorkerProcess:
         ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
@@ -212,6 +214,25 @@ def test_a_reload_does_not_wait_for_workers_that_ask_for_a_successor_later(make_
     fleet.look_after(monotonic())
     assert fleet.reload is not None
     assert second.next is None
+
+
+def test_a_worker_that_an_earlier_reload_has_given_up_does_not_fail_the_next_one(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    slot = fleet.slots[0]
+    slot.current = fleet.add()
+    first = fleet.reload = Reload(fleet, [])
+    first.go_on()
+    given_up = slot.next
+    assert given_up is not None
+    first.abort("for a test")
+    second = fleet.reload = Reload(fleet, [])
+    second.go_on()
+    assert given_up.generation == second.generation
+    fleet.care._begin_to_end(given_up, monotonic())
+    assert fleet.reload is second
+    assert slot.next is not None
+    fleet.care._begin_to_end(slot.next, monotonic())
+    assert fleet.reload is None
 
 
 # -- one by one --------------------------------------------------------------------------------------------------------

@@ -71,9 +71,9 @@ class Care:
         slot.why = f"worker {worker.slot} (pid {worker.pid}) was replaced: its event loop was blocked"
         worker.dump_asked_at = now
         worker.signal(signal.SIGUSR2)
+        self._fleet.fail_with(worker, slot.why)
         # Its slot is free from now on: the next worker need not wait for the dump.
         self._fleet.let_go(slot, worker)
-        self._fleet.fail_with(worker, slot.why)
 
     def _end_blocked(self, worker: WorkerProcess, now: float) -> None:
         assert worker.dump_asked_at is not None

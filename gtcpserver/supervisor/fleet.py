@@ -327,6 +327,8 @@ class Fleet:
 
     def fail_with(self, worker: WorkerProcess, how: str) -> bool:
         """Ends the reload, or the upgrade, that has started a worker which failed; False if there is none."""
+        if worker.leaving:  # one of an earlier reload, which has failed
+            return False
         if self.reload is not None and self.reload.fails_with(worker):
             self.reload.abort(how)
             return True
