@@ -390,14 +390,14 @@ def test_recv_times_out_and_works_afterwards(pair):
 
 def test_a_timeout_begins_anew_with_each_wait(pair):
     connection, peer = pair()
-    connection.settimeout(0.2)
-    for _ in range(3):  # the timer of the first wait fires in one of these
+    connection.settimeout(0.6)
+    for _ in range(8):  # the timer of the first wait fires in one of these
         gevent.spawn_later(0.1, peer.sendall, b"x")
         assert connection.recv(10) == b"x"
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         connection.recv(10)
-    assert time.monotonic() - began >= 0.19
+    assert time.monotonic() - began >= 0.59
 
 
 def test_one_timer_serves_many_waits(pair):
@@ -453,17 +453,17 @@ def test_a_shorter_timeout_holds_from_the_next_wait_on(pair):
 
 def test_data_that_came_in_time_is_not_late_because_the_loop_was_held_up(pair):
     connection, peer = pair()
-    connection.settimeout(0.02)
+    connection.settimeout(0.3)
     reader = gevent.spawn(connection.recv, 10)
     waits_to_read(connection)
     peer.sendall(b"in time")
-    time.sleep(0.05)
+    time.sleep(0.35)
     assert reader.get(timeout=SOON) == b"in time"
 
 
 def test_reader_and_writer_time_out_each_by_its_own_clock(pair):
     connection, peer = pair()
-    connection.settimeout(0.1)
+    connection.settimeout(0.6)
 
     def write():
         with pytest.raises(TimeoutError):
@@ -471,10 +471,9 @@ def test_reader_and_writer_time_out_each_by_its_own_clock(pair):
 
     writer = gevent.spawn(write)
     waits_to_write(connection)
-    deadline = time.monotonic() + 0.3
-    while time.monotonic() < deadline:
+    while not writer.ready():
         gevent.spawn_later(0.02, peer.sendall, b"x")
-        assert connection.recv(10) == b"x"  # the reader is never 0.1 s without a byte
+        assert connection.recv(10) == b"x"  # the reader is never 0.6 s without a byte
     writer.get(timeout=0)
 
 
@@ -503,11 +502,11 @@ def test_sendall_to_a_client_that_never_reads_times_out(pair):
 
 def test_sendall_that_moves_does_not_time_out(pair):
     connection, peer = pair()
-    connection.settimeout(0.3)
+    connection.settimeout(0.6)
 
     def read_slowly():
         for _ in range(8):
-            gevent.sleep(0.06)
+            gevent.sleep(0.1)
             for _ in range(8):
                 peer.recv(BUFFER)
         return len(drain(peer))
@@ -517,7 +516,7 @@ def test_sendall_that_moves_does_not_time_out(pair):
     connection.sendall(bytes(LOTS))
     connection.close()
     assert reader.get(timeout=SOON)
-    assert time.monotonic() - began > 0.3
+    assert time.monotonic() - began > 0.6
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), "x"])

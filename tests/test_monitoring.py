@@ -212,7 +212,7 @@ def test_latency_is_that_of_requests_between_idle_blocks(watched, connect, in_th
     gevent.sleep(0.25)  # for another snapshot
     counts, total = requests_of(monitor, get)
     assert sum(counts.values()) == 2
-    assert 0.03 <= total < 1
+    assert total >= 0.03
     assert any(float(name) >= 0.05 for name in counts)
 
 

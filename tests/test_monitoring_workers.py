@@ -11,6 +11,7 @@ import time
 
 import gevent.socket
 import pytest
+from conftest import wait_until as wait_in_loop
 from prometheus_client.parser import text_string_to_metric_families as parse
 from supervised import APP, SOON, Master, alive, children, wait_until
 
@@ -295,11 +296,11 @@ def line():
 
 def test_a_master_that_stands_still_is_not_alive(line, monkeypatch):
     source, master = line
+    monkeypatch.setattr(from_master, "SILENCE", SOON)
+    master.sendall(b'{"health": {"ready": true, "word": "ready"}}\n')
+    wait_in_loop(lambda: source.health() == Health(True, True, "ready"))
     monkeypatch.setattr(from_master, "SILENCE", 0.05)
     monkeypatch.setattr(from_master, "ANSWER", 0.05)
-    master.sendall(b'{"health": {"ready": true, "word": "ready"}}\n')
-    gevent.sleep(0.01)
-    assert source.health() == Health(True, True, "ready")
     with pytest.raises(SourceError, match="has not answered"):
         source.status()
     assert (source.health().alive, source.health().ready) == (False, False)

@@ -342,23 +342,23 @@ def test_an_answer_given_before_the_upload_ended_arrives_although_its_server_clo
 
 
 def test_idle_timeout_counts_both_directions_together(relayed):
-    one = relayed(idle_timeout=0.2)
+    one = relayed(idle_timeout=0.6)
     for _ in range(8):
-        gevent.sleep(0.05)
+        gevent.sleep(0.1)
         one.server.sendall(b"x")  # only one direction is alive
         assert one.client.recv(10) == b"x"
     assert not one.greenlet.ready()
     result = one.result()
     assert result.reason == "idle"
-    assert 0.5 < result.duration < 5
+    assert result.duration > 1.3
     assert one.a.fileno() >= 0
 
 
 def test_a_relay_is_not_idle_when_data_has_come_while_the_loop_was_held_up(relayed):
-    one = relayed(idle_timeout=0.1)
+    one = relayed(idle_timeout=0.4)
     gevent.sleep(0.05)
     one.client.sendall(b"in time")
-    time.sleep(0.1)  # the time-out and the data are seen together
+    time.sleep(0.4)  # the time-out and the data are seen together
     assert one.server.recv(10) == b"in time"
     assert not one.greenlet.ready()
 
@@ -377,10 +377,10 @@ def test_half_closed_timeout_counts_from_the_end_of_one_side(relayed, size):
 
 
 def test_half_closed_timeout_gives_way_while_the_other_side_sends(relayed):
-    pair = relayed(half_closed_timeout=0.2)
+    pair = relayed(half_closed_timeout=0.6)
     pair.client.shutdown(socket.SHUT_WR)
-    for _ in range(4):
-        gevent.sleep(0.1)
+    for _ in range(5):
+        gevent.sleep(0.15)
         pair.server.sendall(b"x")
     pair.server.close()
     assert pair.result().reason == "closed"
@@ -456,13 +456,13 @@ def test_a_deadline_of_either_connection_ends_the_relay():
 def test_a_time_out_of_an_earlier_read_does_not_hit_the_relay():
     client, a = tcp_pair(Connection)
     server, b = tcp_pair(Connection)
-    a.settimeout(0.1)
+    a.settimeout(0.5)
     client.sendall(b"x")
     a.recv(1)
     later = gevent.spawn_later(0.02, client.sendall, b"x")
     a.recv(1)  # waits, so a timer runs on
     greenlet = gevent.spawn(relay, a, b)
-    gevent.sleep(0.2)
+    gevent.sleep(0.6)
     client.sendall(b"still there")
     assert server.recv(100) == b"still there"
     greenlet.kill()

@@ -238,11 +238,11 @@ def test_the_time_out_counts_from_the_last_byte(pair, tmp_path):
     file = tmp_path / "file"
     with file.open("wb") as whole:
         whole.truncate(100 << 20)
-    connection.settimeout(0.3)
+    connection.settimeout(0.6)
     sending = gevent.spawn(sendfile, connection, file)
     for _ in range(8):  # slow, but it moves: longer in all than the time-out
         receive(client, 4 << 20)
-        gevent.sleep(0.06)
+        gevent.sleep(0.1)
     assert not sending.ready()
     with pytest.raises(TimeoutError):
         sending.get(timeout=60)

@@ -471,14 +471,14 @@ def test_a_write_that_failed_for_want_of_buffers_leaves_no_gap(serve, tls, tls_c
 def test_a_large_write_that_moves_is_no_slow_client(serve, tls, shared, tls_client, in_thread, spawn_thread, quiet):
     """One call moves 3 MiB over longer than the window in which something must move."""
     size = 48 * 65536
-    server = serve(lambda conn: conn.sendall(bytes(size)), tls=tls, min_rate=1000, min_rate_window=0.2)
+    server = serve(lambda conn: conn.sendall(bytes(size)), tls=tls, min_rate=1000, min_rate_window=1.0)
     client = tls_client(server)
 
     def read_slowly():
         received = 0
         while more := client.recv(65536):
             received += len(more)
-            time.sleep(0.004)
+            time.sleep(0.025)
         return received
 
     assert spawn_thread(read_slowly).get(timeout=SOON) == size
