@@ -18,25 +18,26 @@ native_sleep = gevent.monkey.get_original("time", "sleep")
 
 
 def sleep_natively():
-    native_sleep(0.2)
+    native_sleep(0.6)
 
 
 def compute():
-    until = time.monotonic() + 0.2
+    until = time.monotonic() + 0.6
     while time.monotonic() < until:
         pass
 
 
 def hold_the_interpreter():
     # One call into C, which gives no other thread a turn.
-    until = time.monotonic() + 0.2
+    until = time.monotonic() + 0.6
     while time.monotonic() < until:
         sum(range(3_000_000))
 
 
 @pytest.fixture
 def detector(request):
-    with BlockDetector(getattr(request, "param", 0.05)) as running:
+    # High: a process that is kept waiting for a CPU stands still, too.
+    with BlockDetector(getattr(request, "param", 0.3)) as running:
         yield running
 
 
@@ -69,7 +70,13 @@ def test_what_blocks_is_counted_and_named(serve, connect, in_thread, detector, r
     began = time.monotonic()
     in_thread(ask, connect(server))
     # On a slow machine there is one while it lasts, too.
-    (record,) = wait_until(lambda: [one for one in reports() if "still is" not in one.getMessage()])
+    (record,) = wait_until(
+        lambda: [
+            one
+            for one in reports()
+            if f"in {function.__name__}" in one.getMessage() and "still is" not in one.getMessage()
+        ]
+    )
     took = time.monotonic() - began
     lines, first = inspect.getsourcelines(function)
     assert record.pathname == __file__
@@ -78,20 +85,21 @@ def test_what_blocks_is_counted_and_named(serve, connect, in_thread, detector, r
     assert f"{__file__}:{record.lineno} in {function.__name__}" in record.getMessage()
     # The whole way: the handler is in it as well.
     assert re.search(rf'File "{re.escape(__file__)}", line \d+, in handle\n    function\(\)', record.stack_info)
-    assert 0.05 <= record.blocked_seconds <= took
+    assert 0.3 <= record.blocked_seconds <= took
     stats = server.stats()
     assert (stats.blocked, stats.blocked_seconds) == (detector.blocked, detector.blocked_seconds)
-    assert stats.blocked == 1
-    assert stats.blocked_seconds == pytest.approx(record.blocked_seconds, abs=0.001)
+    ended = [one.blocked_seconds for one in reports() if "still is" not in one.getMessage()]
+    assert stats.blocked == len(ended)
+    assert stats.blocked_seconds == pytest.approx(sum(ended), abs=0.001)
 
 
 def test_what_waits_is_not_found_however_long(serve, connect, in_thread, detector, reports):
-    server = serve(work(lambda: gevent.sleep(0.3)))
+    server = serve(work(lambda: gevent.sleep(0.9)))
     in_thread(ask, connect(server))
     assert (detector.blocked, reports()) == (0, [])
 
 
-@pytest.mark.parametrize("detector", [0.2], indirect=True)
+@pytest.mark.parametrize("detector", [0.5], indirect=True)
 def test_load_is_not_found(serve, connect, detector, reports):
     """A hundred handlers that compute for 10 ms each, one after another: nobody of them blocks."""
     behind = []
@@ -112,7 +120,7 @@ def test_load_is_not_found(serve, connect, detector, reports):
     wait_until(lambda: server.stats().bytes_sent == 100)
     timer.close()
     # The loop has stood still for longer than the threshold all the same.
-    assert max(after - before for before, after in pairwise(behind)) > 0.25
+    assert max(after - before for before, after in pairwise(behind)) > 0.55
     assert (detector.blocked, reports()) == (0, [])
 
 
@@ -120,7 +128,8 @@ def test_one_that_may_never_end_is_told_while_it_blocks(serve, connect, in_threa
     with BlockDetector(0.05) as detector:
         in_thread(ask, connect(serve(work(lambda: native_sleep(0.7)))))
         wait_until(lambda: detector.blocked)
-        first, second = wait_until(lambda: len(reports()) == 2 and reports())
+        mine = lambda: [one for one in reports() if "in <lambda>" in one.getMessage()]  # noqa: E731
+        first, second = wait_until(lambda: len(mine()) == 2 and mine())
     assert first.getMessage().endswith("in <lambda>, and still is")
     assert second.getMessage().endswith("in <lambda>")
     assert 0.5 <= first.blocked_seconds < second.blocked_seconds
@@ -133,27 +142,29 @@ def test_a_flood_from_one_place_is_counted_and_thinned_out(reports):
             native_sleep(0.08)
             gevent.sleep(0.03)
         wait_until(lambda: detector.blocked >= 9)
-    assert 5 <= len(reports()) <= 6
+    here = test_a_flood_from_one_place_is_counted_and_thinned_out.__name__
+    assert 5 <= len([one for one in reports() if one.getMessage().endswith(f"in {here}")]) <= 6
 
 
 def test_it_ends_when_it_is_stopped_and_its_counters_stay(reports):
-    detector = BlockDetector(0.05)
+    detector = BlockDetector(0.3)
     wait_until(lambda: threads() == 0)  # those of other tests
     detector.start()
     with pytest.raises(GtcpServerError, match="started already"):
         detector.start()
     wait_until(lambda: threads() == 1)
-    native_sleep(0.12)
-    wait_until(lambda: detector.blocked == 1)
+    native_sleep(0.5)
+    wait_until(lambda: detector.blocked)
     detector.stop()
     detector.stop()
     wait_until(lambda: threads() == 0)
-    native_sleep(0.12)
+    counted = detector.blocked
+    native_sleep(0.5)
     gevent.sleep(0.1)
-    assert detector.blocked == 1
+    assert detector.blocked == counted
     with detector:
-        native_sleep(0.12)
-        wait_until(lambda: detector.blocked == 2)
+        native_sleep(0.5)
+        wait_until(lambda: detector.blocked > counted)
 
 
 @pytest.mark.parametrize("threshold", [0, 0.009, -1, float("nan"), "1", None])
