@@ -266,6 +266,18 @@ def test_a_bad_handler_is_found_out(handler, kind, says):
     assert re.search(says, str(report), re.MULTILINE)
 
 
+@pytest.mark.parametrize("handler", [keeps_a_buffer, reads_without_a_limit])
+def test_memory_is_found_although_the_process_has_much_of_it_free(handler):
+    del kept[:]
+    bytearray(30 << 20)  # glibc maps nothing smaller apart once that is freed: mallopt(3), M_MMAP_THRESHOLD
+    pieces = [bytearray(100_000) for _ in range(3000)]
+    last = pieces.pop()
+    del pieces[:]
+    report = check_faults(handler, LINES, **QUICK)
+    assert "memory" in found(report)
+    assert last
+
+
 def test_clients_that_stop_must_lose_their_connection_where_that_is_asked_for():
     report = check_faults(lines, LINES, stall_timeout=0.1, **QUICK, leave_out=["many connections"])
     assert found(report) == {"stall"}
