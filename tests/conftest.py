@@ -7,6 +7,7 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 import faulthandler
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,9 @@ _stderr = 2
 def pytest_configure(config):
     global _stderr
     _stderr = os.dup(2)  # before a test's output is captured
+    # A shell starts what it puts into the background with SIGINT ignored, which all that tests start would inherit.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_timeout_set_timer(item, settings):

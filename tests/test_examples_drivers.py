@@ -122,6 +122,7 @@ def database(run, tmp_path):
     process = run(
         *(program("mariadbd"), "--no-defaults", f"--datadir={tmp_path}", f"--socket={path}", "--skip-networking"),
         *("--skip-grant-tables", f"--pid-file={tmp_path}/pid", f"--log-error={tmp_path}/log"),
+        *("--connect-timeout=60",),  # on a busy machine 10 s are too short for 50 at once
         *("--innodb-buffer-pool-size=8M", "--innodb-log-file-size=4M", *(["--user=root"] if os.getuid() == 0 else [])),
     )
     with connecting(lambda: pymysql.connect(unix_socket=str(path), autocommit=True), process) as found:
