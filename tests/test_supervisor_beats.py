@@ -52,7 +52,7 @@ COUNT = 7
 @pytest.fixture
 def master(tmp_path: Path) -> Iterator[Master]:
     (tmp_path / "app.py").write_text(APP)
-    options = ("--workers", str(COUNT), "--worker-timeout", "1", "--worker-start", "app:start")
+    options = ("--workers", str(COUNT), "--worker-timeout", "2", "--worker-start", "app:start")
     bind = ("--bind", "127.0.0.1:0", "--control", str(tmp_path / "ctl"))
     one = Master(tmp_path, ("serve", "app:handler", *options, *bind))
     try:
@@ -64,7 +64,7 @@ def master(tmp_path: Path) -> Iterator[Master]:
 def test_a_worker_whose_counters_cannot_be_had_is_not_killed(master: Master) -> None:
     workers = master.settled(COUNT)
     # Twice the time-out and a beat, after the first report that fails.
-    time.sleep(3.25)
+    time.sleep(5.25)
     status = master.ask("status")
     assert [one["pid"] for one in status["workers"]] == workers
     assert status["restarts"] == 0

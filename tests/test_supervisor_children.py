@@ -334,11 +334,11 @@ _Life.look_whether_due = fails
 
 
 def test_a_worker_whose_beats_fail_in_part_is_not_taken_for_blocked(start: Start) -> None:
-    master = start("--workers", "1", "--worker-timeout", "1", app=FAILING_BEATS + APP)
+    master = start("--workers", "1", "--worker-timeout", "2", app=FAILING_BEATS + APP)
     before = master.pids()
     master.wait_for("a beat failed")
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() - began > 1.5)
+    wait_until(lambda: time.monotonic() - began > 2.5)
     assert master.settled(1) == before
     assert "blocked" not in master.log()
 
