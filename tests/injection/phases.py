@@ -440,6 +440,11 @@ class Bench:
         verdict.judge_log()
 
     def _judge_rest(self, subject: Subject, server: Server, before: dict[str, int], verdict: Verdict) -> None:
+        if subject.workers:
+            wanted = int(subject.arguments[subject.arguments.index("--workers") + 1])
+            if not wait_until(lambda: len(server.ready_workers()) == wanted, SOON):
+                verdict.faults.append(f"not {wanted} workers serve")
+                return
         target = self._target(subject, server)
         if before:
             wait_until(lambda: not _grown(before, descriptors(target)), CLOSING)
@@ -452,10 +457,6 @@ class Bench:
             time.sleep(1.0)
             if cpu_seconds(target) - begun > 0.5:
                 verdict.faults.append(f"spins: {cpu_seconds(target) - begun:.1f} s of CPU time in an idle second")
-        if subject.workers:
-            wanted = int(subject.arguments[subject.arguments.index("--workers") + 1])
-            if not wait_until(lambda: len(server.ready_workers()) == wanted, clients.PATIENCE):
-                verdict.faults.append(f"not {wanted} workers serve")
 
 
 def _grown(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:

@@ -108,8 +108,9 @@ class Server:
 
     def worker(self) -> int:
         """Process id of a worker that serves."""
-        assert wait_until(self.ready_workers), self.log()
-        return self.ready_workers()[-1]
+        found: list[int] = []
+        assert wait_until(lambda: found.extend(self.ready_workers()) or found), self.log()
+        return found[-1]
 
     def kill(self) -> None:
         """It and all it has started: they are one session."""
