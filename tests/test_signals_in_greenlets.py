@@ -1,5 +1,6 @@
 """serve_forever() in a greenlet, and in a thread: who gets SIGTERM."""
 
+import contextlib
 import os
 import signal
 
@@ -133,7 +134,11 @@ def test_a_server_in_a_forked_child_has_signals_of_its_own(python, in_thread):
     assert process.stdout.readline().split() == [b"parent", str(process.pid).encode()]
     name, pid = process.stdout.readline().split()
     assert name == b"child"
-    os.kill(int(pid), signal.SIGTERM)
-    assert process.stdout.readline() == b"7\n"
-    process.kill()
+    try:
+        os.kill(int(pid), signal.SIGTERM)
+        assert process.stdout.readline() == b"7\n"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+        process.kill()
     in_thread(process.communicate)

@@ -67,9 +67,22 @@ class Watched:
         (folder / "app.py").write_text(APP)
         self.folder = folder
         more = ("--control", str(folder / "ctl"), *arguments)
-        self.master = Master(folder, (*ARGUMENTS, *more), prefix=prefix)
+        # In a session of its own, so that a master after an upgrade is found, too.
+        self.master = Master(folder, (*ARGUMENTS, *more), prefix=prefix, start_new_session=True)
+        self.session = self.master.pid
+
+    def started(self) -> Watched:
         wait_until(lambda: "listening on" in self.log())
         self.master.port = int(re.findall(r"listening on 127.0.0.1:(\d+)", self.log())[0])
+        return self
+
+    def end(self) -> None:
+        """After a test: nothing stays, whatever has happened."""
+        try:
+            os.killpg(self.session, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.master.process.wait()
 
     def log(self) -> str:
         file = self.folder / "app.log"
@@ -102,8 +115,10 @@ class Watched:
 @pytest.fixture(params=WAYS)
 def watched(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Watched]:
     found = Watched(tmp_path, *WAYS[request.param])
-    yield found
-    found.master.kill_all()
+    try:
+        yield found.started()
+    finally:
+        found.end()
 
 
 def monitors(pid: int, workers: list[int]) -> list[int]:
@@ -168,10 +183,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.fixture(params=["--monkey-patch", "--no-monkey-patch"])
+def plain(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Watched]:
+    found = Watched(tmp_path, request.param, "--metrics", "0")
+    try:
+        yield found.started()
+    finally:
+        found.end()
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit(2)")
-@pytest.mark.parametrize("patch", ["--monkey-patch", "--no-monkey-patch"])
-def test_a_master_without_descriptors_serves_on_and_costs_nothing(tmp_path: Path, patch: str) -> None:
-    watched = Watched(tmp_path, patch, "--metrics", "0")
+def test_a_master_without_descriptors_serves_on_and_costs_nothing(plain: Watched) -> None:
+    watched = plain
     master = watched.master
     (worker,) = master.settled(1)
     wait_until(lambda: len(monitors(master.pid, [worker])) == 1)
@@ -203,14 +226,11 @@ def test_a_master_without_descriptors_serves_on_and_costs_nothing(tmp_path: Path
         resource.prlimit(master.pid, resource.RLIMIT_NOFILE, before)
         for client in clients:
             client.close()
-    try:
-        assert alive(master.pid)
-        assert len(master.settled(1)) == 1
-        assert master.request()[1] == "more"
-        assert watched.ask("reload") == {"ok": True}
-        assert master.stop() == 0
-    finally:
-        master.kill_all()
+    assert alive(master.pid)
+    assert len(master.settled(1)) == 1
+    assert master.request()[1] == "more"
+    assert watched.ask("reload") == {"ok": True}
+    assert master.stop() == 0
 
 
 @pytest.mark.parametrize("patched", ["patched", "not patched"])
