@@ -87,6 +87,7 @@ def reset(client):
         ("on_connect", 1, "is not callable, it is an int"),
         ("on_disconnect", "f", "is not callable, it is a str"),
         ("on_error", [], "is not callable, it is a list"),
+        ("on_stop", 1, "is not callable, it is an int"),
     ],
 )
 def test_wrong_option_is_named_with_value_and_expectation(option, value, expectation):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import gevent
 import pytest
 from conftest import SOON
 from supervised import Master
@@ -274,3 +275,47 @@ def test_processes_without_an_end_are_cut_and_named(start, workers):
     server.process.terminate()
     assert server.process.wait(SOON) == 0
     assert re.search(r"cut 2 background jobs: job of a ProcessPoolExecutor, process mine \(pid \d+\)", server.log())
+
+
+# -- the hook ----------------------------------------------------------------------------------------------------------
+
+
+def test_on_stop_is_called_when_the_last_connection_has_ended(serve, connect):
+    seen = []
+    server = serve(lambda conn: conn.recv(1), on_stop=lambda own: seen.append((own is server, own.active_connections)))
+    client = connect(server)
+    stopping = gevent.spawn(server.stop, None)
+    assert server.listening_ended.wait(SOON)
+    assert seen == []
+    client.sendall(b"x")
+    client.close()
+    stopping.get(timeout=SOON)
+    assert seen == [(True, 0)]
+
+
+@pytest.mark.parametrize("timeout", [0, None])
+def test_on_stop_has_a_second_and_is_cut_then(serve, monkeypatch, caplog, timeout):
+    monkeypatch.setattr("gtcpserver.server.ON_STOP_SECONDS", 0.05)
+    ended = []
+
+    def on_stop(_server):
+        try:
+            gevent.sleep(3600)
+        finally:
+            ended.append(True)
+
+    server = serve(lambda conn: None, on_stop=on_stop)
+    stopping = gevent.spawn(server.stop, timeout)
+    if timeout is None:
+        gevent.sleep(0.2)
+        assert not stopping.ready()
+        server.halt()
+    assert stopping.get(timeout=SOON).failures == ()
+    assert ended == [True]
+    assert "on_stop did not end within the time of the stop" in caplog.text
+
+
+def test_a_fault_of_on_stop_is_logged_and_the_stop_goes_on(serve, caplog):
+    server = serve(lambda conn: None, on_stop=lambda own: 1 / 0)
+    assert server.stop(None).failures == ()
+    assert "on_stop failed" in caplog.text
