@@ -174,14 +174,6 @@ def test_work_of_a_replaced_worker_is_cut_after_the_stop_time_although_connectio
     server.wait_for("has left")
 
 
-def run_script(tmp_path, patch, body):
-    patches = "from gevent import monkey; monkey.patch_all()" if patch else ""
-    (tmp_path / "script.py").write_text(f"{patches}\n{body}")
-    return subprocess.Popen(
-        [sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 SCRIPT = """
 import atexit, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -218,8 +210,17 @@ sys.exit(7)
 
 @pytest.mark.parametrize("patch", [True, False])
 def test_a_script_goes_on_and_its_exit_waits_for_what_was_not_cut_alone(tmp_path, patch):
-    process = run_script(tmp_path, patch, SCRIPT)
-    output = process.communicate(timeout=SOON)[0]
+    patches = "from gevent import monkey; monkey.patch_all()" if patch else ""
+    (tmp_path / "script.py").write_text(patches + SCRIPT)
+    process = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SOON,  # and kills it
+    )
+    output = process.stdout
     assert process.returncode == 7, output
     assert output.endswith("2\nlater work is waited for\nexit functions run\n"), output
     assert "cut 2 background jobs" in output
