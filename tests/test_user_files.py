@@ -113,6 +113,11 @@ def uids(pid: int) -> str:
     return re.findall(r"^Uid:\s+(.*)$", Path(f"/proc/{pid}/status").read_text(), re.M)[0]
 
 
+def opened_by(pid: int) -> list[str]:
+    folder = Path(f"/proc/{pid}/fd")
+    return [os.readlink(folder / name) for name in os.listdir(folder)]
+
+
 def tls_options(secret: Path) -> tuple[str, ...]:
     return ("--tls-certfile", str(secret / "cert.pem"), "--tls-keyfile", str(secret / "key.pem"))
 
@@ -137,7 +142,7 @@ def test_keys_and_logs_of_root_s_are_used_by_workers_that_are_not_root(start, fo
 
     # Renamed, as logrotate does it, without another word.
     access.rename(secret / "access.log.1")
-    wait_until(lambda: access.exists())
+    wait_until(lambda: all(str(access) in opened_by(pid) for pid in master.pids()))
     before = (secret / "access.log.1").read_text()
     authority.served(master.port)
     wait_until(lambda: "result=" in access.read_text())
