@@ -18,6 +18,7 @@ import gevent
 import pytest
 from gevent.threadpool import ThreadPool
 from hypothesis import HealthCheck, settings
+from patience import SOON
 
 from gtcpserver import Server
 
@@ -29,9 +30,6 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
-
-#: For whatever should happen at once; long enough for a machine that is busy with other things.
-SOON = 60.0
 
 
 def wait_until(condition, seconds=SOON):

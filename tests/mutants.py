@@ -166,10 +166,21 @@ class Copies:
             _kill_group(pid)
 
     def _run_tests(self, copy: Path, tests: Sequence[str], limit: float) -> Outcome:
-        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-v",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "timeout=30",
+        ]
         command += [f"--basetemp={copy / 't'}", *(f"tests/{test}" for test in tests)]
         # Before the installed package, also in programs that the tests start.
-        environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "200"}
+        environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "200", "TEST_PATIENCE": "15"}
         began = time.monotonic()
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from patience import SOON
+
 from gtcpserver.supervisor import ask
 
-SOON = 60.0
 COMMAND = [sys.executable, "-m", "gtcpserver"]
 
 APP = '''
