@@ -40,6 +40,7 @@ COMMAND = [sys.executable, "-m", "gtcpserver"]
 
 APP = """
 import socket, sys, time
+from gtcpserver import LimitExceeded
 
 def handler(conn):
     conn.sendall(conn.recv_until(b"\\n").upper())
@@ -63,8 +64,8 @@ def context(conn):
 def fail(conn):
     raise ZeroDivisionError("in the handler")
 
-def reset(conn):
-    raise ConnectionResetError("x" * 100)
+def too_long(conn):
+    raise LimitExceeded("x" * 100)
 
 async def coroutine(conn): ...
 def generator(conn): yield
@@ -347,11 +348,11 @@ def test_log_is_json_where_asked_for_with_the_counters(start: Callable[..., Runn
 
 
 def test_log_level_hides_what_is_below(start: Callable[..., Running]) -> None:
-    server = start("serve", "app:reset", "--bind", "127.0.0.1:0", "--log-level", "info")
+    server = start("serve", "app:too_long", "--bind", "127.0.0.1:0", "--log-level", "info")
     assert server.ask() == b""
     assert server.stop() == 0
     assert not any("xxx" in line for line in server.lines)
-    server = start("serve", "app:reset", "--bind", "127.0.0.1:0", "--log-level", "debug")
+    server = start("serve", "app:too_long", "--bind", "127.0.0.1:0", "--log-level", "debug")
     assert server.ask() == b""
     assert "DEBUG" in server.wait_for("xxx")
 
@@ -379,7 +380,7 @@ def test_garbage_collector_is_frozen_unless_told_otherwise(
 
 
 def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Running]) -> None:
-    server = start("serve", "app:reset", "--bind", "127.0.0.1:0", "--log-level", "debug")
+    server = start("serve", "app:too_long", "--bind", "127.0.0.1:0", "--log-level", "debug")
     connections = 1500  # of which each logs a line of more than 100 bytes, into a pipe that holds 65,536
     for _ in range(connections):
         assert server.ask() == b""
