@@ -1,14 +1,16 @@
 """Computing in a handler: what it does to the others, and the cure.
 
-    python examples/cpu_work.py, then: printf 'PING\\nTHREAD 2\\nPING\\n' | nc -N 127.0.0.1 5000
+    python examples/cpu_work.py, then: printf 'PING\\nPROCESS 2\\nPING\\n' | nc -N 127.0.0.1 5000
 
 All handlers share one thread. One that computes for 2 s (``HERE 2``) makes everybody wait for 2 s, as on every event
 loop. A thread of gevent's pool (``THREAD 2``) leaves the loop free: the interpreter switches between the threads
-every few milliseconds. What releases the GIL (hashing, compression) then runs beside; for more Python than one CPU
-can compute, use processes.
+every few milliseconds. What releases the GIL (hashing, compression) then runs beside. For more Python than one CPU can
+compute there is a pool of processes (``PROCESS 2``), whose answers a thread waits for: in a patched program no thread
+is needed, see docs/how-to/cpu-work-in-processes.md.
 """
 
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 from gevent import get_hub
 from serve import serve
@@ -16,6 +18,8 @@ from serve import serve
 from gtcpserver import Connection, EarlyEOF
 
 LONGEST = 10.0
+
+pool = ProcessPoolExecutor(2)
 
 
 def handle(conn: Connection) -> None:
@@ -34,8 +38,11 @@ def handle(conn: Connection) -> None:
             case [b"THREAD", number] if is_decimal(number):
                 get_hub().threadpool.apply(compute, (float(number),))
                 conn.sendall(b"DONE\n")
+            case [b"PROCESS", number] if is_decimal(number):
+                get_hub().threadpool.apply(pool.submit(compute, float(number)).result)
+                conn.sendall(b"DONE\n")
             case _:
-                conn.sendall(b"ERROR expected PING, HERE seconds or THREAD seconds\n")
+                conn.sendall(b"ERROR expected PING, HERE seconds, THREAD seconds or PROCESS seconds\n")
                 return
 
 

@@ -10,11 +10,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent.server
+from gevent._hub_local import get_loop
+from gevent.event import Event
 
 from .connection import Connection
 from .descriptors import close_descriptor
 from .draining import accept_any_ttl
 from .errors import GtcpServerError
+from .forked import keep, register
 from .logs import own_logger
 from .watcher import watch
 
@@ -82,6 +85,8 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     _drain_failed = False
     _watcher: Any
     _timer: Any
+    _stop_event: Any
+    loop: Any
     #: Its socket is being drained, or accepts no more for another reason of its owner's.
     leaving = False
 
@@ -115,6 +120,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         sock = self.socket
         # Plain numbers: the socket module's enums cost 1 us for each new connection.
         self._kind = (int(sock.family), int(sock.type), int(sock.proto))
+        register(self)
         self._make = self._make_plain if _is_plain(self.connection_class) else self._make_any
 
     def do_read(self) -> tuple[Any, Any] | None:
@@ -268,6 +274,21 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             self._back_off()
         finally:
             self.loop.handle_error((accepted[1:], self), *error)
+
+    def serves(self) -> bool:
+        return self._watcher is not None or self._timer is not None
+
+    def left_in_child(self, _own: Any = None) -> None:
+        """In a forked child: close the listening socket there. One that does not accept yet is the child's as well."""
+        if self.closed or not self.serves():
+            return
+        keep(self._stop_event)  # who waits for it is a copy
+        self._watcher = self._timer = None
+        self._stop_event = Event()
+        self._stop_event.set()
+        self.loop = get_loop() or self.loop
+        self.socket.close()
+        self.close()
 
     def mute(self) -> bool:
         """Begin no new connections; those whose handshake is under way are accepted as ever. See `Listener.mute`."""

@@ -24,6 +24,7 @@ from gevent.hub import Hub, get_hub
 from gevent.monkey import get_original
 
 from .errors import GtcpServerError
+from .forked import register
 from .logs import FaultLimiter, also
 from .options import check_number
 
@@ -106,6 +107,7 @@ class BlockDetector:
         if self._timer is not None:
             raise GtcpServerError("this BlockDetector has been started already")
         _latest = self
+        register(self)
         hub = get_hub()
         self._tracer = GreenletTracer()
         self._note_beat()
@@ -125,6 +127,14 @@ class BlockDetector:
             if _latest is self:
                 _latest = None
             self._end.release()
+
+    def serves(self) -> bool:
+        return False
+
+    def left_in_child(self, _own: Any) -> None:
+        """In a forked child of a serving process (see forked.py): it watches another event loop's thread."""
+        global _latest
+        _latest = self._timer = None
 
     def __enter__(self) -> BlockDetector:
         self.start()

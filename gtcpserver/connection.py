@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket as _stdlib_socket
+import struct
 from collections.abc import Callable
 from functools import wraps
 from io import RawIOBase
@@ -23,11 +24,12 @@ from gevent.socket import cancel_wait_ex
 from . import transfer
 from .clock import wall_time
 from .errors import EarlyEOF, LimitExceeded, StartTLSError
+from .forked import close_in_children
 from .handshake import TLSLayer, handshake_failed
 from .logs import own_logger
 from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
-from .stream import Stream
+from .stream import CHILD, SHARED, Stream, StreamInChild
 from .tls import ConnectionTLS, Credentials
 from .transfer.ends import reset_on_close
 
@@ -153,6 +155,8 @@ class Connection(SSLMethods, _Socket):
         sock = self._gevent_sock_class(family, type, proto, fileno)
         try:
             self._begin(sock)
+            # Those that a server accepts, it knows.
+            close_in_children(self)
         except BaseException:
             sock.close()  # at once: the error may be kept, and with it what its traceback refers to
             raise
@@ -639,7 +643,45 @@ class Connection(SSLMethods, _Socket):
             or stream.shared
             or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
         ):
+            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+                return
             super()._drop_ref_on_close(sock)
+
+    def _end_shared(self, stream: Stream, sock: Any, server: Server | None) -> bool:
+        """Tell the peer of the end although a forked child has the socket too. False: close it now."""
+        try:
+            if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
+                return False  # to be reset
+            if not stream.at_eof:
+                return self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended)
+            if server is not None or stream.bytes_sent:  # or the child may answer, see _linger
+                sock.shutdown(_stdlib_socket.SHUT_WR)
+        except OSError:
+            pass  # reset meanwhile
+        return False
+
+    # -- a fork in its handler (see forked.py) -----------------------------------------------------------------------
+
+    def shared_with_child(self) -> None:
+        """In the parent."""
+        self._stream.shared = self._stream.shared or CHILD
+
+    def taken_by_child(self) -> None:
+        """In the child: it reads and writes, and its end tells the peer nothing. Without a server."""
+        stream = self._stream
+        stream.leave_event_loop()
+        stream.__class__ = StreamInChild
+        stream.shared = SHARED
+        if stream.tls is not None:
+            stream.tls.broken = True
+        self.server = None
+        self._idle = None
+
+    def left_by_child(self) -> None:
+        """In the child: close another handler's there."""
+        self._stream.left_by_child()
+        self._sock = _CLOSED
+        self._closed = True
 
     def _linger(self, stream: Stream, sock: Any) -> bool:
         """Close politely without a Server, where :meth:`linger_with` has been called. False: close at once.
@@ -669,7 +711,7 @@ class Connection(SSLMethods, _Socket):
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
         if self._stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
-        self._stream.shared = True
+        self._stream.shared = SHARED
         copy = super().dup()
         copy._stream.share_mark(self._stream)
         return copy
@@ -690,6 +732,8 @@ class Connection(SSLMethods, _Socket):
             or stream.shared
             or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
         ):
+            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+                return
             super()._drop_ref_on_close(sock)
 
 

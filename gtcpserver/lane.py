@@ -88,6 +88,13 @@ class Lane:
         for step in list(self._under_way):
             step.fail(TimeoutError("the server stops"), kind="stopped")
 
+    def left_in_child(self) -> None:
+        """In a forked child: close them there."""
+        for step in self._under_way:
+            step.connection.left_by_child()
+        self._under_way = {}
+        self._timer = None
+
     def leave(self, step: Step) -> None:
         del self._under_way[step]
 

@@ -156,6 +156,15 @@ class Linger:
             entry.close()
         self._tell_if_nobody()
 
+    def left_in_child(self) -> None:
+        """In a forked child: close them there."""
+        for sock in (*self._fresh, *(entry._sock for entry in self._lingering)):
+            sock.close()
+        self._fresh = {}
+        self._lingering = {}
+        self._awaited = 0
+        self._first_look = self._timer = self._nobody = None
+
     def _start_timer(self, seconds: float) -> None:
         # ref=False: a program that has nothing else to do may end; the kernel finishes what it can.
         timer = get_hub().loop.timer(seconds, ref=False)

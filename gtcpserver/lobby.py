@@ -179,6 +179,15 @@ class Lobby:
         if counted_as is not None and self._limits is not None:
             self._limits.leave(counted_as)
 
+    def left_in_child(self) -> None:
+        """In a forked child: close them there."""
+        for connection in self.waiting:
+            connection.left_by_child()
+        self.waiting.clear()
+        for lane in (self._headers, self._handshakes):
+            if lane is not None:
+                lane.left_in_child()
+
     def end_all(self) -> None:
         """Drop those who have something to do yet."""
         for lane in (self._headers, self._handshakes):

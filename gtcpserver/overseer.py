@@ -66,6 +66,9 @@ class Overseer:
             timer.close()
         self._timers.clear()
 
+    def left_in_child(self) -> None:
+        self._timers = []
+
     def _every(self, seconds: float, look: Any) -> None:
         timer = get_hub().loop.timer(seconds, seconds, ref=False)
         timer.start(look)

@@ -25,7 +25,9 @@ from gevent.exceptions import HubDestroyed
 from gevent.greenlet import SpawnedLink
 from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
-from greenlet import GreenletExit, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from .forked import end_process, keep
 
 #: Workers in no use for so long end, seconds. ultrapool's default; a burst comes back sooner or not at all.
 IDLE_WORKER_SECONDS = 5.0
@@ -141,6 +143,17 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         del waiting[: len(leaving)]
         for worker in leaving:
             get_hub().loop.run_callback(worker.switch, None, None)
+
+    def left_in_child(self) -> None:
+        """In a forked child of the process: all its greenlets are copies, which do not run."""
+        keep(self._waiting_workers, self.greenlets, self.places)
+        self._waiting_workers = []
+        self.greenlets: set[Any] = set()
+        # The one that has forked holds none, and waits for none.
+        self._semaphore = self.places = Places(None)
+        self._retire_timer = None
+        forker, finished = getcurrent(), self._finished
+        self._finished = lambda worker: end_process() if worker is forker else finished(worker)  # type: ignore
 
     # A worker has finished its function. Once a connection: what release() and _wait_for_work() do is written out.
     def _finished(self, worker: Worker) -> None:

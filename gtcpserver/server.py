@@ -36,6 +36,7 @@ from .client_limits import ClientLimits
 from .connection import Connection, Idle
 from .errors import ClientRefused, ConfigError, GtcpServerError
 from .event_loop import check_event_loop
+from .forked import end_process, keep, register, runs_handler
 from .idle import PlacelessIdle
 from .linger import LOOK_SECONDS, Linger
 from .listener import (
@@ -338,6 +339,7 @@ class Server:
                 )
                 acceptor._place_wanted = self._wake_accept_loops_later  # type: ignore[method-assign]
                 self._acceptors.append(acceptor)
+            register(self)
             self.state = State.SERVING
             self._started_at = monotonic()
             for acceptor in self._acceptors:
@@ -1101,6 +1103,47 @@ class Server:
         if self.state is State.SERVING:
             self._begin_stop(self.stop_timeout)
 
+    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+
+    def serves(self) -> bool:
+        return self.state in (State.SERVING, State.STOPPING)
+
+    def left_in_child(self, own: Connection | None) -> None:
+        """In a forked child: nothing of this server is there. One that has not been started is the child's as well."""
+        if not self.serves():
+            return
+        for group in self._groups:
+            for listener in group:
+                listener.close()
+        for acceptor in self._acceptors:
+            acceptor.left_in_child()
+        for connection in (*self._connections, *self._held):
+            if connection is not own:
+                connection.left_by_child()
+        self.lingerer.left_in_child()
+        if self._lobby is not None:
+            self._lobby.left_in_child()
+        self._overseer.left_in_child()
+        self.pool.left_in_child()
+        self.places = self.pool.places
+        if self.tls is not None:
+            self.tls.left_in_child()
+        keep(self._connections, self._held, self._stopping)
+        self._connections, self._held = {}, deque()
+        self._watchdog = self._stopping = None
+        self.state = State.STOPPED
+        self._report = StopReport(0, 0)
+        for name in ("stopping_event", "listening_ended", "_stopped", "_hurry", "_nobody_connected"):
+            keep(getattr(self, name))  # who waits for it is a copy
+            event = Event()
+            event.set()
+            setattr(self, name, event)
+        # What a handler that has forked comes back to.
+        self.handler = lambda _connection: end_process()
+        self.on_disconnect = None
+        self._handler_raised = lambda _connection, error: end_process(error)  # type: ignore
+        self._forget = lambda _connection: end_process()  # type: ignore
+
     # -- counters ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> ServerStats:
@@ -1142,6 +1185,9 @@ class Server:
             blocked_seconds=blocked_seconds,
             tls_floods=dict(counters.tls_floods),
         )
+
+
+runs_handler(Server._serve, lambda variables, _in_child: variables["connection"])
 
 
 def _counters_of(handler: Any) -> dict[str, int]:

@@ -12,6 +12,7 @@ from gevent.hub import get_hub
 from gevent.monkey import get_original
 
 from .descriptors import close_descriptor
+from .forked import register
 from .watcher import watch
 
 _native_id: Callable[[], int] = get_original("threading", "get_native_id")
@@ -62,7 +63,8 @@ class _Handlers:
         self.told: list[Callable[[int], Any]] = []
         self._loop = get_hub().loop
         self._missed = 0
-        self._waker = Waker(self._tell_missed)
+        self._waker: Waker | None = Waker(self._tell_missed)
+        register(self)
         numbers = [signal.SIGTERM, signal.SIGINT] + [signal.SIGQUIT] * (self.process == 1)
         self._before = [(number, signal.signal(number, self._on_signal)) for number in numbers]
 
@@ -91,7 +93,22 @@ class _Handlers:
     def restore(self) -> None:
         for number, before in self._before:
             signal.signal(number, before)
-        self._waker.close()
+        if self._waker is not None:
+            self._waker.close()
+
+    def serves(self) -> bool:
+        return False  # its server does
+
+    def left_in_child(self, _own: Any) -> None:
+        """In a forked child (see forked.py)."""
+        global _handlers
+        for number, handler in self._before:
+            signal.signal(number, handler)
+        self._before = []
+        if self._waker is not None:
+            self._waker.left_in_child()
+            self._waker = None
+        _handlers = None
 
 
 _handlers: _Handlers | None = None
@@ -125,12 +142,23 @@ class Waker:
             pass  # it is tried again. An error raised here would end the watch.
         self._woken()
 
+    def loop_is_gone(self) -> bool:
+        return not self._watcher.loop.ptr
+
+    def left_in_child(self) -> None:
+        """In a forked child, whose event loop does not know of it."""
+        signal.set_wakeup_fd(-1)
+        self._close_pipe()
+
     def close(self) -> None:
         now = signal.set_wakeup_fd(self._before)
         if now not in (-1, self._pipe[1]):
             signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # the program has set one of its own
         self._watcher.stop()
         self._watcher.close()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
         for fd in self._pipe:
             try:
                 close_descriptor(fd)

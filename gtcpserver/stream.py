@@ -26,6 +26,7 @@ from weakref import ReferenceType, ref
 
 from gevent._hub_local import get_hub_if_exists
 from gevent.exceptions import ConcurrentObjectUseError
+from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -47,6 +48,9 @@ FULL_READS_IN_A_ROW = 16
 #: Bytes that ``recv_exactly`` asks for at once beyond its first read.
 SMALL_ROOM = 64 * 1024
 LARGE_ROOM = 1024 * 1024
+
+#: What `Stream.shared` may be, besides False.
+SHARED, CHILD = 1, 2
 
 WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
 
@@ -81,7 +85,7 @@ class Stream:
         bytes_received, bytes_sent: so far.
         mark: set on each error that this stream has raised (see :meth:`note`); None: none so far.
         progress: a note of the overseer's.
-        shared: somebody else has the socket too.
+        shared: somebody else has the socket too: SHARED, or CHILD where that is a forked child of the handler's.
         shut_for_writing: the program has shut down its side; not set before that.
         tls: the TLS layer that ``io`` is, or None.
     """
@@ -129,7 +133,8 @@ class Stream:
         self.deadline: float | None = None
         self.deadlines: tuple[float, ...] = ()
         self._read_until = self._write_until = inf
-        self.drained = self.at_eof = self.ending = self.ended = self.shared = False
+        self.drained = self.at_eof = self.ending = self.ended = False
+        self.shared = 0
         self._full_reads = 0
         self.kept = b""
         self.mark: object | None = None
@@ -535,6 +540,19 @@ class Stream:
     def closed(self) -> bool:
         return self.io is _closed
 
+    def leave_event_loop(self) -> None:
+        """In a forked child: forget what hangs on the parent's event loop, which is gone."""
+        self.drained = self.ending = False
+        self.reading = self.writing = self._parked = self._timer = None
+        self._timer_at = self._read_until = self._write_until = inf
+
+    def left_by_child(self) -> None:
+        """In a forked child: close the socket there."""
+        self.leave_event_loop()
+        self.kept = b""
+        self.io = _closed
+        self.sock.close()
+
     def __del__(self) -> None:
         # Dropped without a close. A started watcher must not outlive its descriptor: libev aborts the process.
         if self.reading is None and self._timer is None:
@@ -546,6 +564,16 @@ class Stream:
                 self._hub.loop.run_callback_threadsafe(_stop, self.reading, self._timer, self.sock)
         except Exception:
             pass  # the event loop is gone, and the watchers with it
+
+
+class StreamInChild(Stream):
+    """A stream that has gone over to a forked child, with an event loop that is made when it first waits."""
+
+    __slots__ = ()
+
+    @property
+    def _hub(self) -> Any:
+        return get_hub()
 
 
 class _Closed:

@@ -434,6 +434,22 @@ def test_cpu_work_in_a_thread_leaves_others_served(start: Start, connect: Connec
     assert ask(start("cpu_work.py"), b"THREAD 0.01\nPING\n") == b"DONE\nPONG\n"
 
 
+def test_cpu_work_in_a_process_leaves_others_served(start: Start, connect: Connect) -> None:
+    example = start("cpu_work.py")
+    computing, waiting = connect(example), connect(example)
+    waiting.send("PING")
+    assert waiting.read() == "PONG"
+    computing.send("PROCESS 1")
+    served = 0
+    while not select.select([computing.sock], [], [], 0)[0]:
+        waiting.send("PING")
+        assert waiting.read() == "PONG"
+        served += 1
+    assert served > 3
+    assert computing.read() == "DONE"
+    example.stop()
+
+
 def test_cpu_work_in_the_handler_holds_up_others(start: Start, connect: Connect) -> None:
     example = start("cpu_work.py")
     computing, waiting = connect(example), connect(example)

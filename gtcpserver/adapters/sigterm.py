@@ -117,6 +117,9 @@ class DieGracefully:
         caught = self._loop is not None
         self._dying = None
         self._told = False
+        if self._waker is not None and self._waker.loop_is_gone():
+            self._waker.left_in_child()
+            self._waker = None
         self._leave_off()
         if caught:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent
 
 from ..acceptor import FATAL_ERRNOS, Acceptor
 from ..connection import Connection
+from ..forked import close_in_child, close_in_children, end_process, keep, runs_handler
 from ..handshake import HandshakeStep
 from ..lane import Lane
 from ..linger import LOOK_SECONDS, Linger
@@ -290,12 +291,14 @@ class StreamServer(Acceptor):
         seconds = self.handshake_timeout
         try:
             with Timeout._start_new_or_dummy(seconds, TimeoutError(f"no TLS handshake within {seconds} s")):
-                return self.wrap_socket(client_socket, **self.ssl_args)
+                encrypted = self.wrap_socket(client_socket, **self.ssl_args)
         except (ssl.SSLError, ConnectionError, TimeoutError) as error:
             kind = classify_handshake_error(error)
             self._handshake_failures[kind] += 1
             log.debug("TLS handshake with %s failed (%s): %s", client_socket.client_address, kind, error)
             return None
+        close_in_children(encrypted)
+        return encrypted
 
     # -- wait for a place in the pool --------------------------------------------------------------------------------
 
@@ -322,6 +325,44 @@ class StreamServer(Acceptor):
             raise
         except BaseException as error:
             self._report(error, args[0], (args[1:], self))
+
+    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+
+    def serves(self) -> bool:
+        return bool(super().serves() or self._open or self._held or self._handshakes)
+
+    def left_in_child(self, own: Any = None) -> None:
+        """In a forked child: nothing of this server is there. One that does not accept yet is the child's as well."""
+        if not self.serves():
+            return
+        super().left_in_child(own)
+        for connection in (*self._open, *(args[0] for _, args in self._held)):
+            if connection is not own:
+                close_in_child(connection)
+        if self._handshakes is not None:
+            self._handshakes.left_in_child()
+            self._handshakes = None
+        self._lingerer.left_in_child()
+        keep(self._open, self._held, self._changed, self._stopping)
+        self._open, self._held, self._drained, self._stopping = {}, deque(), set(), set()
+        self._changed = None
+        if "_workers" in vars(self):
+            self._workers.left_in_child()
+        # What a handler that has forked comes back to. The child may start it anew.
+        forker, raised, forget = getcurrent(), self._handler_raised, self._forget
+
+        def handler_raised(error: BaseException, args: tuple[Any, ...]) -> None:
+            if getcurrent() is forker:
+                end_process(error)
+            raised(error, args)
+
+        def forgotten(connection: Any) -> None:
+            if getcurrent() is forker:
+                end_process()
+            forget(connection)
+
+        self._handler_raised = handler_raised  # type: ignore[method-assign]
+        self._forget = forgotten  # type: ignore[method-assign]
 
     def _what_serves(self, name: str) -> Any:
         """The attribute of that name, which ``close`` has deleted perhaps."""
@@ -467,6 +508,9 @@ class StreamServer(Acceptor):
         self.stop(timeout)
         self._wait_while(lambda: self._open or self._held or self._handshakes, until)
         self._wait_for_lingering(until)
+
+
+runs_handler(StreamServer._handle_and_close, lambda variables, _in_child: variables["connection"])
 
 
 def _has_raised(sock: Any, error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -20,6 +20,7 @@ from greenlet import GreenletExit
 
 from ..callables import check_application
 from ..connection import READ_AHEAD, Connection
+from ..forked import end_process, runs_handler
 from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from ..logs import FaultLimiter, also, fault_key, own_logger
 from ..outcome import is_client_error
@@ -252,6 +253,13 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self._end_in_disorder()
         return fault
 
+    # -- a fork in the application (see forked.py) -------------------------------------------------------------------
+
+    def forked(self) -> None:
+        """In the child: what the application comes back to. It is not to answer a second time."""
+        self.process_result = self._sendall = lambda *_: end_process()  # type: ignore[method-assign]
+        self._application_raised = lambda error: end_process(error)  # type: ignore[method-assign]
+
     # -- the answer --------------------------------------------------------------------------------------------------
 
     def finalize_headers(self) -> None:
@@ -311,6 +319,16 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
+
+
+def _forked_in_application(variables: Mapping[str, Any], in_child: bool) -> None:
+    # An application answers by what it returns, so its child does not get the connection.
+    if in_child:
+        handler: _WSGIHandler = variables["self"]
+        handler.forked()
+
+
+runs_handler(_WSGIHandler._serve_application, _forked_in_application)
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:

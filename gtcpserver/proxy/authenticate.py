@@ -30,6 +30,7 @@ from gevent.lock import BoundedSemaphore
 from gevent.threadpool import ThreadPool
 
 from ..errors import ConfigError
+from ..forked import close_in_children
 from ..lent_files import stat_file
 from ..logs import FaultLimiter, also
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
@@ -445,6 +446,7 @@ class _Helper:
             raise HelperError(f"cannot be started: {error.strerror}") from None
         finally:
             theirs.close()
+        close_in_children(ours)
         self._socket = ours
 
     def _exchange(self, question: bytes) -> bytes:

@@ -13,6 +13,7 @@ from gevent.event import Event
 from greenlet import GreenletExit
 
 from ..connection import READ_AHEAD, Connection
+from ..forked import close_in_children
 from .dial import keep_alive, way_out
 from .gate import Denied, Visitor, result_of
 from .target import IPAddress, Target, unmapped
@@ -89,6 +90,7 @@ def _listen(visitor: Visitor, peer: IPAddress) -> Any:
     listening = gevent.socket.socket(
         socket.AF_INET6 if isinstance(peer, IPv6Address) else socket.AF_INET, socket.SOCK_STREAM
     )
+    close_in_children(listening)
     try:
         # What is accepted has the options of the listening socket.
         keep_alive(listening)

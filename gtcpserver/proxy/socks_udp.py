@@ -12,6 +12,7 @@ import gevent.socket
 
 from ..connection import Connection
 from ..errors import DeadlineExceeded
+from ..forked import close_in_children
 from . import socks5
 from .errors import ProtocolError
 from .gate import Visitor, result_of
@@ -186,6 +187,7 @@ def _udp_socket(address: IPAddress) -> Any:
     sock = gevent.socket.socket(
         socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET, socket.SOCK_DGRAM
     )
+    close_in_children(sock)
     try:
         sock.bind((str(address), 0))
     except BaseException:

@@ -32,6 +32,7 @@ from gevent import monkey
 
 from gtcpserver.descriptors import close_descriptor
 from gtcpserver.errors import ConfigError, GtcpServerError
+from gtcpserver.forked import register
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.care import TICK_SECONDS
@@ -50,7 +51,7 @@ from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.spawn import MASTER_SIGNALS
 from gtcpserver.supervisor.surroundings import Terminal, who_ends_with_us
 from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
-from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart
+from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart, end_child
 from gtcpserver.trusted_path import UntrustedPath
 
 log = logging.getLogger("gtcpserver")
@@ -115,7 +116,7 @@ class Master:
         self._listen_fds = 0
         self._first_stderr = -1
         self._faults = FaultLimiter()
-        self._failed = False
+        self._failed = self._in_child = False
         self._pid_file_due = False
         self._child_ended = True
         self._reap_at = 0.0
@@ -235,9 +236,14 @@ class Master:
                 close_descriptor(fd)
 
     def _preload(self, load: Callable[[], None]) -> None:
+        register(self)
         try:
             load()
-        except CannotStart as error:
+            self._end_child()
+        except BaseException as error:
+            self._end_child(error)
+            if not isinstance(error, CannotStart):
+                raise
             raise WorkersCannotStart(Failure(str(error), error.details, error.status)) from None
         if _has_other_threads():
             log.warning("the program starts threads while it is loaded: the workers will not have them")
@@ -288,6 +294,26 @@ class Master:
         self.fleet.sockets.close_copies()
         for worker in self.fleet.workers.values():
             worker.channel.close()
+
+    def serves(self) -> bool:
+        return True
+
+    def left_in_child(self, _own: Any) -> None:
+        """In a child that the program has forked, of its own, while or after it was preloaded (see forked.py)."""
+        self._in_child = True
+        if hasattr(self, "fleet"):
+            self.close_in_monitor()
+            if self._monitor is not None:
+                self._monitor.close_in_child(sockets=True)
+        else:
+            self._close_in_child()
+            if self._handover is not None:
+                for fd in self._handover.fds():
+                    close_descriptor(fd)
+
+    def _end_child(self, error: BaseException | None = None) -> None:
+        if self._in_child:
+            end_child(error)
 
     def _close_in_child(self) -> None:
         self._close_pipe()

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import gevent
 from gevent import monkey
 
+from gtcpserver.forked import own_fork
+
 log = logging.getLogger("gtcpserver")
 
 _fork: Callable[[], int] = monkey.get_original("os", "fork")
@@ -89,7 +91,8 @@ def _in_child(what: Callable[[], int]) -> int:
     # Between fork and the child's own handlers a signal would be written into the pipe it shares with its parent.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        pid = _fork()
+        with own_fork():
+            pid = _fork()
         if pid:
             return pid
         status = 3

@@ -65,6 +65,11 @@ class Handover:
     listen_fds: int
     metrics: list[Inherited]
 
+    def fds(self) -> list[int]:
+        """All descriptors but the channel."""
+        control = [self.control[0]] if self.control is not None else []
+        return [one.fd for one in (*self.sockets, *self.metrics)] + control
+
 
 def take_handover() -> Handover | None:
     """What the last master left in the environment, which is cleared; None for a first start.

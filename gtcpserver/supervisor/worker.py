@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import gevent
 from gevent import monkey
@@ -32,6 +32,7 @@ from gtcpserver import lent_files
 from gtcpserver.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.callables import check_hook
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.forked import end_process, register
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.monitoring.connection_table import MOST, table_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
@@ -44,6 +45,7 @@ from gtcpserver.supervisor.log_files import LogStyle, log_in_worker, log_with_de
 from gtcpserver.supervisor.messages import MAX_BYTES, Message
 from gtcpserver.supervisor.privileges import become, die_with_parent
 from gtcpserver.supervisor.sockets import Use
+from gtcpserver.supervisor.spawn import IGNORED_BY_WORKERS
 
 log = logging.getLogger("gtcpserver")
 
@@ -185,15 +187,18 @@ class _Life:
         self.borrower: Borrower | None = None
         # Commands that come while there is no server yet.
         self.early: list[Message] = []
+        self.in_child = False  # a program has forked this process: it is no worker
         self.limit_of_accepts = _with_jitter(job.config)
         self.limit_of_memory = job.config.recycle_memory and job.config.recycle_memory * (1 + random.random() / 10)
 
     # -- begin -------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
+        register(self)
         try:
             server = self.start()
         except BaseException as error:
+            self.end_child(error)
             self.fail(error)
             return 3
         helpers = [gevent.spawn(self.beat), gevent.spawn(self.report), gevent.spawn(self.tell_when_drained, server)]
@@ -243,6 +248,7 @@ class _Life:
         threads_of_handlers_are_no_daemons()
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
+        self.end_child()
         self.worker.server = server
         if server.access_log is not None:
             server.access_log.worker = job.number
@@ -258,6 +264,7 @@ class _Life:
             job.settle()
         if self.hooks.worker_start is not None:
             self.hooks.worker_start(self.worker)
+            self.end_child()
         self.worker.ready = True
         self.channel.send("ready")
         for message in self.early:
@@ -294,6 +301,28 @@ class _Life:
             hook(self.worker, *arguments)
         except Exception:
             log.exception("the hook %s failed", name)
+        self.end_child()
+
+    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+
+    def serves(self) -> bool:
+        return True
+
+    def left_in_child(self, _own: Any) -> None:
+        global _current
+        _current = None
+        self.in_child = True
+        self.channel.close()
+        for sock, _ in self.job.sockets:
+            sock.close()
+        for number in IGNORED_BY_WORKERS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def end_child(self, error: BaseException | None = None) -> None:
+        """After code of the user's has run: if it has forked and come back here in the child, end that."""
+        if self.in_child:
+            end_child(error)
 
     # -- serve -------------------------------------------------------------------------------------------------------
 
@@ -497,6 +526,14 @@ class _Life:
             os._exit(3)
         get_hub().loop.run_callback(gevent.spawn, self.stop, ORPHAN_SECONDS, (Use.SLOT, Use.SHARED))
         get_hub().loop.run_callback(gevent.spawn_later, ORPHAN_SECONDS, server.halt)
+
+
+def end_child(error: BaseException | None) -> NoReturn:
+    """End a child that the program has forked; ``error``: what has left the program, or what was made of it here."""
+    if isinstance(error, CannotStart):
+        while error.__context__ is not None:
+            error = error.__context__
+    end_process(error)
 
 
 def _end_later() -> None:

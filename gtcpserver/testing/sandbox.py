@@ -29,6 +29,7 @@ from gevent.hub import Hub, get_hub
 from greenlet import getcurrent, greenlet
 
 from ..connection import Connection
+from ..forked import own_fork
 from ..logs import fault_key
 from ..pool import Worker
 from ..server import Server
@@ -109,7 +110,8 @@ class Sandbox:
         with warnings.catch_warnings():
             # Of threads (Python 3.12): the child only runs a server, in the thread that has forked.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid: int = monkey.get_original("os", "fork")()
+            with own_fork():
+                self.pid: int = monkey.get_original("os", "fork")()
         if not self.pid:
             os.close(ours)
             _run_child(theirs, self._stacks, handler, options)

@@ -126,6 +126,10 @@ class Credentials:
             self._timer.close()
             self._timer = None
 
+    def left_in_child(self) -> None:
+        """In a forked child, which has another event loop."""
+        self._timer = None
+
     def _look(self) -> None:
         # In the event loop: a password function might wait, and so may a file that is borrowed.
         if not self._reloading:

@@ -16,6 +16,7 @@ import resource
 import socket
 from collections import deque
 from time import monotonic
+from weakref import WeakSet
 
 from ..descriptors import close_descriptor
 from ..logs import own_logger
@@ -62,7 +63,7 @@ _NONBLOCK = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "splice") els
 class Pipe:
     """A non-blocking pipe: ``input`` and ``output`` are its descriptors, ``size`` its capacity in bytes."""
 
-    __slots__ = ("input", "output", "size")
+    __slots__ = ("__weakref__", "input", "output", "size")
 
     def __init__(self, size: int) -> None:
         self.output, self.input = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -115,6 +116,7 @@ class PipePool:
 
     def __init__(self) -> None:
         self._idle: deque[Pipe] = deque()
+        self._made: WeakSet[Pipe] = WeakSet()  # all there are, for a forked child
         self._refused_at = -PAUSE_AFTER_REFUSAL
         self.taken = 0
         self.refused = 0
@@ -175,6 +177,7 @@ class PipePool:
             if most_descriptors == resource.RLIM_INFINITY or self.taken < most_descriptors // 8:
                 size = next((size for until, size in SIZES if self.taken < until), SMALLEST)
                 pipe = Pipe(size)
+                self._made.add(pipe)
                 if pipe.size >= SMALLEST:
                     return pipe
                 pipe.close()
@@ -184,7 +187,10 @@ class PipePool:
 
     def _forget(self) -> None:
         # In a forked child: the parent goes on to use these very pipes. Closing our descriptors of them does no harm.
-        self.close_idle()
+        for pipe in self._made:
+            pipe.close()
+        self._made.clear()
+        self._idle.clear()
         self.taken = self.refused = self.refused_splices = 0
 
 
