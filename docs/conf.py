@@ -42,8 +42,8 @@ nitpicky = True
 # Types of Python, gevent and others: their documentation is on the network, and what is inside of ours is not public.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
-    ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT)"),  # type variables
-    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet)\.\w+"),
+    ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT|coroutines\.T)"),  # type variables
+    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet|supervisor\.lending)\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(gate|limits|record|rules|target|this_host)\.\w+"),
 ]
 

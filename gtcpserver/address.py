@@ -64,8 +64,8 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
     """Read an address.
 
     Args:
-        address: text in one of the forms above (":80" is "*:80"); a port, as text or number, on 127.0.0.1; or a tuple
-            (host, port) or (host, port, flow info, scope id) as `socket.getsockname` gives it.
+        address: text in one of the forms above (":80" is ``"*:80"``); a port, as text or number, on 127.0.0.1; or a
+            tuple (host, port) or (host, port, flow info, scope id) as `socket.getsockname` gives it.
 
     Raises:
         ConfigError: it is none of these; the message says what was given and what was expected.

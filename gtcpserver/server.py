@@ -859,7 +859,8 @@ class Server:
     def end_background_work(self) -> tuple[str, ...]:
         """When it has stopped and the process is to end: give background work the rest of the stop's time, then cut it.
 
-        Without a limit for that stop, :attr:`stop_timeout` is the time. See :mod:`gtcpserver.background`.
+        Without a limit for that stop, :attr:`stop_timeout` is the time. docs/how-to/deployment.md says what counts as
+        background work.
 
         Returns:
             the name of each job that was cut.
