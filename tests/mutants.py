@@ -166,18 +166,8 @@ class Copies:
             _kill_group(pid)
 
     def _run_tests(self, copy: Path, tests: Sequence[str], limit: float) -> Outcome:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-v",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "timeout=30",
-        ]
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-o", "timeout=30"]  # less patience, here and below: what a mutant breaks is waited for in vain
         command += [f"--basetemp={copy / 't'}", *(f"tests/{test}" for test in tests)]
         # Before the installed package, also in programs that the tests start.
         environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "200", "TEST_PATIENCE": "15"}
