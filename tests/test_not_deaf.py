@@ -6,7 +6,7 @@ import signal
 import gevent
 import pytest
 from conftest import wait_until
-from injection.started import receive_all
+from injection.started import receive_all, received_from
 from injection.strace import needs_strace, rule
 
 from gtcpserver import server as server_module
@@ -70,8 +70,7 @@ def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected
         before.sendall(b"before")
         assert before.recv(100) == b"before"
         with subject.injecting(rule("epoll_ctl", "ENOSPC")):
-            with subject.connect() as client:
-                assert receive_all(client).how != "nothing"
+            assert received_from(subject).how != "nothing"
             before.sendall(b"watched already")
             assert before.recv(100) == b"watched already"
         used = subject.cpu_seconds()
@@ -83,9 +82,8 @@ def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected
 @needs_strace
 def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(injected):
     subject = injected(DOWNLOAD)
-    with subject.injecting(rule("epoll_ctl", "ENOMEM")), subject.connect(receive_buffer=4096) as client:
-        subject.wait_for_log("the event loop cannot watch this descriptor")
-        assert receive_all(client).size < 20_000_000
+    with subject.injecting(rule("epoll_ctl", "ENOMEM")):
+        assert received_from(subject, 4096, once="the event loop cannot watch this descriptor").size < 20_000_000
     assert subject.cpu_seconds() < 5
 
 
@@ -104,9 +102,8 @@ def test_an_upload_whose_watcher_cannot_be_made_is_reset(injected, error):
 @pytest.mark.parametrize("error", ["EAGAIN", "EBUSY"])
 def test_a_download_whose_watcher_cannot_be_made_is_reset(injected, error):
     subject = injected(DOWNLOAD)
-    with subject.injecting(rule("fcntl", error)), subject.connect(receive_buffer=4096) as client:
-        subject.wait_for_log("the event loop cannot watch this descriptor")
-        assert receive_all(client).how == "reset"
+    with subject.injecting(rule("fcntl", error)):
+        assert received_from(subject, 4096, once="the event loop cannot watch this descriptor").how == "reset"
 
 
 @needs_strace

@@ -196,6 +196,20 @@ def receive_all(sock: socket.socket) -> Received:
     return Received(size, digest.hexdigest(), how)
 
 
+def received_from(subject: Injected, receive_buffer: int | None = None, once: str = "") -> Received:
+    """What a server that may reset its clients at once sends to one: a reset may come before `connect` has looked.
+
+    Args:
+        once: nothing is read before the server has logged it.
+    """
+    try:
+        with subject.connect(receive_buffer) as client:
+            subject.wait_for_log(once)
+            return receive_all(client)
+    except ConnectionResetError:
+        return Received(0, hashlib.sha256().hexdigest(), "reset")
+
+
 def whole(data: bytes) -> Received:
     """All of it came, and the connection ended in order."""
     return Received(len(data), hashlib.sha256(data).hexdigest(), "end")
