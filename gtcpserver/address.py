@@ -115,7 +115,7 @@ def _parse_text(text: str) -> Address:
     scheme, is_url, rest = text.partition("://")
     if is_url and scheme.isalnum():
         plain = rest.partition("/")[0] or "host:port"
-        raise ConfigError(f'address is written without a scheme: "{plain}", got {text!r}')
+        raise ConfigError(f"address is written without a scheme: {plain!r}, got {text!r}")
     if text.startswith("["):
         host, bracket, port = text[1:].rpartition("]:")
         if not bracket:

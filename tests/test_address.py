@@ -64,12 +64,13 @@ def test_port_error_says_the_range():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("tcp://127.0.0.1:5000", "127.0.0.1:5000"), ("http://[::1]:80/x", "[::1]:80")]
+    ("wrong", "right"),
+    [("tcp://127.0.0.1:5000", "127.0.0.1:5000"), ("http://[::1]:80/x", "[::1]:80"), ("x://a\nb", "a\nb")],
 )
 def test_a_url_is_answered_with_what_to_write(wrong, right):
     with pytest.raises(ConfigError) as caught:
         parse_address(wrong)
-    assert str(caught.value) == f'address is written without a scheme: "{right}", got {wrong!r}'
+    assert str(caught.value) == f"address is written without a scheme: {right!r}, got {wrong!r}"
 
 
 def test_a_unix_path_may_be_as_long_as_the_kernel_takes():
