@@ -286,7 +286,8 @@ class AccessFile(NonBlockingHandler):
 
     def close(self) -> None:
         super().close()
-        self._borrower = 0
+        if self._borrower == os.getpid():
+            return  # logging.config closes handlers that stay in use; a borrowed file is not had again at once
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1

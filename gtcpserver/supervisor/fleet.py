@@ -16,6 +16,7 @@ from gtcpserver.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.supervisor.care import Care
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.supervisor.lending import Loans
 from gtcpserver.supervisor.log_files import STDERR, log_with_details
 from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
 from gtcpserver.supervisor.program import Program
@@ -162,7 +163,8 @@ class Fleet:
             self._start_failed(slot, f"cannot start worker {number}: {error.strerror}")
             return None
         theirs.close()
-        worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation)
+        loans = Loans(complete=self.config.user is None or os.geteuid() != 0)  # it becomes no other user
+        worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation, loans=loans)
         return worker
 
     def _start_failed(self, slot: Slot, what: str) -> None:

@@ -63,7 +63,7 @@ class Loans:
 
     Attributes:
         read, append: absolute paths.
-        complete: it is another user by now, and names no more.
+        complete: it names no more: it is another user by now, or becomes none.
     """
 
     read: set[str] = field(default_factory=set)
