@@ -291,7 +291,7 @@ def _processes() -> list[Job]:
     return [
         Job(f"process {one.name} (pid {one.pid})", process=one)
         for one in module.active_children()
-        if not one.daemon and one.pid not in of_executors
+        if not one.daemon and one.pid not in of_executors and one._parent_pid == os.getpid()
     ]
 
 

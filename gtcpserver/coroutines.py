@@ -327,13 +327,19 @@ async def _cancel_all() -> None:
 _loop: _Loop | None = None
 _starting = _native_lock()
 _left_behind: list[_Loop] = []
+_ends_at_exit = True
 
 
 def _get_loop() -> _Loop:
-    global _loop
+    global _loop, _ends_at_exit
     with _starting:  # nothing in here lets other greenlets run
         if _loop is None:
             _loop = _Loop()
+            if not _ends_at_exit:
+                # A worker process begins without its master's exit functions.
+                atexit.unregister(_end)
+                atexit.register(_end)
+                _ends_at_exit = True
         return _loop
 
 
@@ -345,8 +351,9 @@ def _end() -> None:
 def _forget() -> None:
     # In a forked child, which has the thread's memory and not the thread. The copy is kept: were it closed,
     # epoll_ctl(2) would take descriptors out of the parent's epoll instance, and asyncio complain of lost tasks.
-    global _loop, _starting
+    global _loop, _starting, _ends_at_exit
     _starting = _native_lock()
+    _ends_at_exit = False
     if _loop is not None:
         _left_behind.append(_loop)
         _loop = None

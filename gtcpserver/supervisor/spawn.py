@@ -110,6 +110,7 @@ def _in_child(what: Callable[[], int]) -> int:
 
 def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -> int:
     atexit._clear()
+    _forget_processes()
     for number in MASTER_SIGNALS:
         if number in IGNORED_BY_WORKERS:
             _ignore(number)
@@ -128,6 +129,18 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
         except (OSError, ValueError, AttributeError):
             pass
     return status
+
+
+def _forget_processes() -> None:
+    """Make multiprocessing, where it is loaded already, see to this process's children, and to those alone.
+
+    Its exit function, which ends daemons, was dropped with the others; and it takes the master's children for ours.
+    """
+    process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
+    if process is not None:
+        process._children.clear()
+    if util is not None:
+        atexit.register(util._exit_function)
 
 
 def _ignore(number: int) -> None:
