@@ -209,8 +209,14 @@ def serve_with(
     if not os.isatty(0):  # otherwise the signal says that the terminal has gone, and so shall we
         obey_hangup(server, load if reads_files else None, file_of(context))
     elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda _number, _frame: os.kill(os.getpid(), signal.SIGTERM))  # gracefully
+        signal.signal(signal.SIGHUP, _stop_gracefully)
     serve_until_stopped(context, server)
+
+
+def _stop_gracefully(_number: int, _frame: Any) -> None:
+    # The kernel and the shell (bash(1), "SIGNALS") may send one each; a second SIGTERM would end everything at once.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None, settings: str | None = None) -> None:
