@@ -293,6 +293,7 @@ class Server:
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
         self._stop_until: float | None = None  # monotonic
+        self._ends_background_work = False
         self._patient = False  # the stop waits for first requests however long they take
         self._signalled_early = 0
         self._started_at = 0.0
@@ -868,7 +869,11 @@ class Server:
         until = self._stop_until
         if until is None and self.stop_timeout is not None:
             until = monotonic() + self.stop_timeout
-        return end_background_work(until, self._hurry)
+        self._ends_background_work = True
+        try:
+            return end_background_work(until, self._hurry)
+        finally:
+            self._ends_background_work = False
 
     def _begin_stop(self, timeout: float | None, leave_listening: bool = False) -> None:
         self._stop_until = None if timeout is None else monotonic() + timeout
@@ -1017,7 +1022,7 @@ class Server:
         if stopped is not None:
             try:
                 stopped()
-            except Exception:
+            except BaseException:  # SystemExit, gevent.Timeout: the stop is to be complete all the same
                 log.exception("server_stopped() of the handler failed")
 
     def _call_on_stop(self, until: float | None) -> None:
@@ -1036,9 +1041,14 @@ class Server:
             called.kill(timeout=KILL_SECONDS)
 
     def _guarded_on_stop(self, on_stop: Callable[[Server], Any]) -> None:
+        process = os.getpid()
         try:
             on_stop(self)
-        except Exception:
+        except GreenletExit:
+            raise
+        except BaseException:  # SystemExit, which gevent would raise in the main greenlet: it waits for the stop
+            if os.getpid() != process:
+                raise  # of a child that it has forked, whose end this is
             log.exception("on_stop failed")
 
     def _wait_until_nobody_is_connected(self, until: float | None) -> None:
@@ -1107,7 +1117,8 @@ class Server:
     # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
 
     def serves(self) -> bool:
-        return self.state in (State.SERVING, State.STOPPING)
+        # Background work may fork as well, and this would be waited for in both processes.
+        return self.state in (State.SERVING, State.STOPPING) or self._ends_background_work
 
     def left_in_child(self, own: Connection | None) -> None:
         """In a forked child: nothing of this server is there. One that has not been started is the child's as well."""

@@ -299,7 +299,8 @@ class _Life:
             return
         try:
             hook(self.worker, *arguments)
-        except Exception:
+        except (Exception, SystemExit) as error:  # this process ends in its own way
+            self.end_child(error)
             log.exception("the hook %s failed", name)
         self.end_child()
 
