@@ -267,18 +267,11 @@ class LastResort(logging.Handler):
         self.lock = _native_rlock()  # as NonBlockingHandler's
 
     def emit(self, record: logging.LogRecord) -> None:
-        if logging.lastResort is None or self._has_company(logging.getLogger(record.name)):
+        if logging.lastResort is None or _has_handler(logging.getLogger(record.name)):
             return
         if sys.stderr is not self._stream:
             self._follow_stderr()
         (self._to_stream or logging.lastResort).handle(record)
-
-    def _has_company(self, asked: logging.Logger | None) -> bool:
-        while asked is not None:
-            if any(handler is not self for handler in asked.handlers):
-                return True
-            asked = asked.parent if asked.propagate else None
-        return False
 
     def _follow_stderr(self) -> None:
         self._stream = sys.stderr
@@ -295,6 +288,19 @@ class LastResort(logging.Handler):
     def flush(self) -> None:
         if self._to_stream is not None:
             self._to_stream.flush()
+
+
+def _has_handler(asked: logging.Logger | None) -> bool:
+    while asked is not None:
+        if any(not isinstance(handler, LastResort) for handler in asked.handlers):
+            return True
+        asked = asked.parent if asked.propagate else None
+    return False
+
+
+def is_logging_configured() -> bool:
+    """Return whether the program has decided where this library's records go, or that they go nowhere."""
+    return logging.lastResort is None or not logger.propagate or _has_handler(logger)
 
 
 class TextFormatter(logging.Formatter):

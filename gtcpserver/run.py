@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from .server import Server
+from gevent.monkey import is_module_patched
+
+from .block_detector import DEFAULT_THRESHOLD, PLACES, SHORTEST_THRESHOLD, BlockDetector, start_detector
+from .logs import configure_logging, is_logging_configured
+from .options import check_number
+from .run_log import log_listening, log_report
+from .server import DEFAULT_STOP_TIMEOUT, Server
 from .signatures import ConnectionT, Handler
 from .standard_descriptors import open_standard_descriptors
 from .stats import StopReport
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
         bind: ListenAddress | list[Any] | None = ...,
         workers: int | Literal["auto"] | None = ...,
         metrics: str | int | None = ...,
+        stop_timeout: float | None = ...,
+        monkey_patch: bool = ...,
+        block_detector: float | Literal["auto"] | None = ...,
         **options: Unpack[RunOptions],
     ) -> StopReport: ...
     @overload
@@ -36,6 +45,9 @@ if TYPE_CHECKING:
         bind: ListenAddress | list[Any] | None = ...,
         workers: int | Literal["auto"] | None = ...,
         metrics: str | int | None = ...,
+        stop_timeout: float | None = ...,
+        monkey_patch: bool = ...,
+        block_detector: float | Literal["auto"] | None = ...,
         connection_class: type[ConnectionT],
         **options: Unpack[RunOptions[ConnectionT]],
     ) -> StopReport: ...
@@ -48,9 +60,15 @@ def run(
     bind: ListenAddress | list[Any] | None = None,
     workers: int | Literal["auto"] | None = None,
     metrics: str | int | None = None,
+    stop_timeout: float | None = DEFAULT_STOP_TIMEOUT,
+    monkey_patch: bool = False,
+    block_detector: float | Literal["auto"] | None = "auto",
     **options: Any,
 ) -> StopReport:
-    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``.
+    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``, and say so.
+
+    Where the server listens and how it has stopped is logged (info, logger "gtcpserver"). In a program that has not set
+    up logging, log lines go to stderr as those of the command line.
 
     Args:
         handler: called with each connection; or its name, "module:name".
@@ -60,6 +78,14 @@ def run(
             by each worker, so that a reload (SIGHUP) finds new code.
         metrics: where metrics, health checks and a status page are served over HTTP, such as "127.0.0.1:9100"; a port
             alone is on 127.0.0.1. None: nowhere.
+        stop_timeout: seconds that handlers get to finish at a stop; None: any time. With workers it is another name of
+            ``graceful_timeout``.
+        monkey_patch: patch the standard library as ``gevent.monkey.patch_all()``, unless it is patched; names imported
+            before (``from time import sleep``) are patched, too. What was made before (subclasses of sockets, locks)
+            still blocks: a warning lists what is found. A handler given by its name is imported after it.
+        block_detector: seconds. What holds the event loop for longer, and keeps everybody else waiting, is logged once
+            for each place, with file, line and the cure: see :class:`BlockDetector`. "auto": 0.1 in a program that is
+            not monkey-patched, otherwise None; None: no detector.
         **options: as :class:`Server`; with workers, the fields of ``SupervisorConfig`` and the hooks worker_start,
             worker_stop and worker_error as well.
 
@@ -68,18 +94,49 @@ def run(
         gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
     """
     open_standard_descriptors()
+    check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
+    if block_detector != "auto":
+        check_number("block_detector", block_detector, least=SHORTEST_THRESHOLD, none="for no detector")
+    if workers is None and not is_logging_configured():
+        configure_logging()  # a master has no event loop, and does it otherwise
+    if monkey_patch:
+        from .monkey_patch import patch_all
+
+        patch_all()
+    if block_detector == "auto":
+        block_detector = None if is_module_patched("socket") else DEFAULT_THRESHOLD
     # Worker processes and monitoring are not loaded by those who have none.
     from .supervisor.api import check_needs_no_workers, load_name, run_workers
 
     if bind is not None:
         address = bind
     if workers is not None:
-        return run_workers(handler, address, workers=workers, metrics=metrics, **options)
+        options.setdefault("graceful_timeout", stop_timeout)
+        return run_workers(handler, address, workers=workers, metrics=metrics, block_detector=block_detector, **options)
     check_needs_no_workers(options)
     server = Server(address, load_name(handler), **options)
     if metrics is None:
-        return server.serve_forever()
+        return _serve(server, stop_timeout, block_detector)
     from .monitoring import Monitor
 
     with Monitor(server, metrics):
-        return server.serve_forever()
+        return _serve(server, stop_timeout, block_detector)
+
+
+def _serve(server: Server, stop_timeout: float | None, threshold: float | None) -> StopReport:
+    detectors: list[BlockDetector | None] = []
+
+    def announce(server: Server) -> None:
+        if threshold is not None:
+            detectors.append(start_detector(threshold, bytearray(PLACES)))
+        log_listening(server)
+
+    server._on_serving = announce
+    try:
+        report = server.serve_forever(stop_timeout)
+    finally:
+        for detector in detectors:
+            if detector is not None:
+                detector.stop()
+    log_report(report)
+    return report

@@ -292,6 +292,7 @@ class Server:
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
+        self._on_serving: Callable[[Server], object] | None = None  # run(): it listens, and signals are graceful stops
         self._stop_until: float | None = None  # monotonic
         self._ends_background_work = False
         self._patient = False  # the stop waits for first requests however long they take
@@ -393,6 +394,8 @@ class Server:
                 if self._signalled_early:
                     self._stop_by_signal(self._signalled_early, stop_timeout)
             try:
+                if self._on_serving is not None:
+                    self._on_serving(self)
                 self._stopped.wait()
             except BaseException:
                 self.halt()

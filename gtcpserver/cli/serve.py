@@ -34,8 +34,8 @@ from gtcpserver.connection import Connection
 from gtcpserver.errors import ConfigError
 from gtcpserver.logs import configure_logging
 from gtcpserver.monitoring import Monitor
+from gtcpserver.run_log import log_listening, log_report
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
-from gtcpserver.stats import StopReport
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
 
@@ -295,22 +295,3 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
 def make_monitor(context: click.Context, server: Server) -> Monitor | None:
     address = context.params["metrics"]
     return None if address is None else explained(lambda: Monitor(server, address), fields=("metrics",))
-
-
-def log_listening(server: Server) -> None:
-    loops = len(server._acceptors)
-    pool = "no limit" if server.pool.size is None else str(server.pool.size)
-    log.info(
-        "listening on %s (pid %d, %d accept loop%s, pool %s)",
-        ", ".join(server.addresses),
-        os.getpid(),
-        loops,
-        "" if loops == 1 else "s",
-        pool,
-    )
-
-
-def log_report(report: StopReport) -> None:
-    for cut in report.cut:
-        log.warning("cut %s", cut, extra={"client": cut.peer})
-    log.info("stopped: %d connections finished, %d cut", report.finished, report.ended)

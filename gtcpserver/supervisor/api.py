@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from mmap import mmap
 from typing import Any
+
+import gevent
 
 from gtcpserver.access_log import AccessLog
 from gtcpserver.address import parse_address
+from gtcpserver.block_detector import PLACES, start_detector
 from gtcpserver.errors import ConfigError
 from gtcpserver.listener import ListenConfig
+from gtcpserver.logs import is_logging_configured
 from gtcpserver.server import Server
 from gtcpserver.stats import StopReport
 from gtcpserver.supervisor.config import SupervisorConfig
@@ -30,12 +34,15 @@ CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SupervisorC
 HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))
 
 
-def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: Any) -> StopReport:
+def run_workers(
+    handler: Callable[[Any], Any] | str, address: Any, *, block_detector: float | None = None, **options: Any
+) -> StopReport:
     """Serves with worker processes until told to stop; see :func:`gtcpserver.run`.
 
     Args:
         handler: a callable, which workers get as it is now, or "module:name", which each worker imports.
         address: as Server; a list for several.
+        block_detector: the threshold of each worker's BlockDetector, seconds; None: no detector.
         **options: fields of SupervisorConfig and Hooks (hooks may be names too), and what Server takes.
 
     Raises:
@@ -69,15 +76,23 @@ def run_workers(handler: Callable[[Any], Any] | str, address: Any, **options: An
             access_log.files if isinstance(access_log, AccessLog) else [],
         )
 
+    reported = mmap(-1, PLACES)  # shared: what one worker has reported, the others do not
+
+    def watch_event_loop() -> None:
+        if block_detector is not None:
+            # When the loop runs: the worker's start takes its time.
+            gevent.spawn(start_detector, block_detector, reported)
+
     program = Program(
         addresses=addresses,
         listen=listen,
         build=build,
         preload=preload,
         preloaded=not isinstance(handler, str),
+        settle=watch_event_loop,
         prepare=name_files,
-        # Whoever has set up logging of his own keeps it.
-        log_style=None if logging.getLogger().handlers else LogStyle(),
+        # A program that has set up logging of its own keeps it.
+        log_style=None if is_logging_configured() else LogStyle(),
     )
     fleet = Master(program, config).run()
     return StopReport(fleet.finished, fleet.ended)

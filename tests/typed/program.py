@@ -264,7 +264,9 @@ def main() -> None:
     reveal_type(address.port)  # revealed: int
     try:
         with BlockDetector(0.1):
-            run(handle, "127.0.0.1:5000", pool=10)
+            run(handle, "127.0.0.1:5000", pool=10, stop_timeout=None)
+        run(handle, monkey_patch=True, block_detector=None)
+        run(handle, block_detector=0.5)
         run("app:handle", bind="0.0.0.0:5000", workers="auto")
         run(handle_session, connection_class=Session, workers=2, pin_cpus=True, worker_start=started)
     except GtcpServerError as error:

@@ -117,6 +117,8 @@ def options() -> None:
     run(handle, pool="5")  # refused
     run(handle, bind=5.0)  # refused
     run(handle, workers="all")  # refused
+    run(handle, monkey_patch="yes")  # refused
+    run(handle, block_detector="on")  # refused
     run(handle, pin_cpus="yes")  # refused
     run(handle_session, connection_class=Session, pol=5)  # refused
     Server("127.0.0.1:5000", handle, pol=5)  # refused
