@@ -1,6 +1,6 @@
 """Existing blocking code in a handler, in a monkey-patched program: an HTTP client and sqlite3.
 
-    python examples/blocking_code.py, then: printf 'http://127.0.0.1:8000/\\n' | nc -N 127.0.0.1 5000
+    python examples/blocking_code.py [ADDRESS], then: printf 'http://127.0.0.1:8000/\\n' | nc -N 127.0.0.1 5000
 
 For each URL it fetches the page with the standard library, notes it in a database, and answers how often the URL was
 asked for. While one handler waits for its web server the others run: ``patch_all`` makes the standard library's
@@ -14,6 +14,7 @@ from gevent import monkey
 monkey.patch_all()
 
 import sqlite3
+import sys
 import tempfile
 import urllib.request
 from contextlib import closing
@@ -21,9 +22,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import gevent
-from serve import serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 #: For a page in all. urlopen's own timeout starts anew with each byte.
 FETCH_SECONDS = 10.0
@@ -66,4 +66,4 @@ if __name__ == "__main__":
         database = str(Path(folder, "seen.db"))
         with closing(sqlite3.connect(database)) as connection, connection:
             connection.execute("CREATE TABLE seen (url TEXT PRIMARY KEY, times INTEGER)")
-        serve(handle, context=database)
+        run(handle, *sys.argv[1:], context=database)

@@ -1,18 +1,18 @@
 """A chat room: one greenlet reads from a connection while another writes to it.
 
-    python examples/chat.py, then in two terminals: nc 127.0.0.1 5000
+    python examples/chat.py [ADDRESS], then in two terminals: nc 127.0.0.1 5000
 
 A member who does not read holds up nobody: what waits for each member is a queue of its own, which only that member's
 writer waits for. When it is full, that member misses lines, and is told so.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import gevent
 from gevent.queue import Full, Queue
-from serve import serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 LONGEST_LINE = 1024  # bytes
 LONGEST_NAME = 32
@@ -91,4 +91,4 @@ def read_line(conn: Connection) -> str:
 
 
 if __name__ == "__main__":
-    serve(handle)
+    run(handle, *sys.argv[1:])

@@ -1,21 +1,21 @@
 """Computing in a handler: what it does to the others, and the cure.
 
-    python examples/cpu_work.py, then: printf 'PING\\nPROCESS 2\\nPING\\n' | nc -N 127.0.0.1 5000
+    python examples/cpu_work.py [ADDRESS], then: printf 'PING\\nPROCESS 2\\nPING\\n' | nc -N 127.0.0.1 5000
 
 All handlers share one thread. One that computes for 2 s (``HERE 2``) makes everybody wait for 2 s, as on every event
-loop. A thread of gevent's pool (``THREAD 2``) leaves the loop free: the interpreter switches between the threads
-every few milliseconds. What releases the GIL (hashing, compression) then runs beside. For more Python than one CPU can
-compute there is a pool of processes (``PROCESS 2``), whose answers a thread waits for: in a patched program no thread
-is needed, see docs/how-to/cpu-work-in-processes.md.
+loop; ``run`` logs where. A thread of gevent's pool (``THREAD 2``) leaves the loop free: the interpreter switches
+between the threads every few milliseconds. What releases the GIL (hashing, compression) then runs beside. For more
+Python than one CPU can compute there is a pool of processes (``PROCESS 2``), whose answers a thread waits for: in a
+patched program no thread is needed, see docs/how-to/cpu-work-in-processes.md.
 """
 
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 from gevent import get_hub
-from serve import serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 LONGEST = 10.0
 
@@ -58,4 +58,4 @@ def is_decimal(number: bytes) -> bool:
 
 
 if __name__ == "__main__":
-    serve(handle)
+    run(handle, *sys.argv[1:])

@@ -1,6 +1,6 @@
 """A database in a handler: PyMySQL and a pool of connections, for MariaDB or MySQL.
 
-    python examples/database.py, then: printf 'ADD hello\\nGET 1\\n' | nc -N 127.0.0.1 5000
+    python examples/database.py [ADDRESS], then: printf 'ADD hello\\nGET 1\\n' | nc -N 127.0.0.1 5000
 
 PyMySQL is plain Python on sockets: in a monkey-patched program a query waits on the event loop, and others run. (A
 driver in C, such as mysqlclient, would make all handlers wait.) A connection does one query at a time, and a database
@@ -15,14 +15,14 @@ monkey.patch_all()
 
 import os
 import queue
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pymysql
-from serve import end, serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 MY_CNF = os.environ.get("MY_CNF", "~/.my.cnf")
 
@@ -93,14 +93,11 @@ def handle(conn: Connection) -> None:
 
 if __name__ == "__main__":
     pool = Pool(POOL_SIZE)
-
-    def make_table() -> None:
-        try:
-            pool.ask(
-                "CREATE TABLE IF NOT EXISTS notes "
-                "(id INTEGER AUTO_INCREMENT PRIMARY KEY, text VARCHAR(1024)) CHARACTER SET utf8mb4"
-            )
-        except pymysql.Error as problem:
-            end(1, f"no database as in {MY_CNF}: {problem.args[-1]}")
-
-    serve(handle, context=pool, prepare=make_table)
+    try:
+        pool.ask(
+            "CREATE TABLE IF NOT EXISTS notes "
+            "(id INTEGER AUTO_INCREMENT PRIMARY KEY, text VARCHAR(1024)) CHARACTER SET utf8mb4"
+        )
+    except pymysql.Error as problem:
+        sys.exit(f"no database as in {MY_CNF}: {problem.args[-1]}")
+    run(handle, *sys.argv[1:], context=pool)

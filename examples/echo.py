@@ -6,9 +6,9 @@
 waits for it until its client has left, 30 s at most; line_protocol.py shows how a client that waits is let go at once.
 """
 
-from serve import serve
+import sys
 
-from gtcpserver import Connection
+from gtcpserver import Connection, run
 
 
 def echo(conn: Connection) -> None:
@@ -17,4 +17,4 @@ def echo(conn: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(echo)  # in a program of your own: gtcpserver.run(echo, "127.0.0.1:5000")
+    run(echo, *sys.argv[1:])  # the address; by default 127.0.0.1:5000

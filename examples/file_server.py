@@ -3,9 +3,10 @@
 python examples/file_server.py [ADDRESS], then: curl -r 0-99 http://127.0.0.1:5000/README.md
 """
 
-from serve import serve
+import sys
 
+from gtcpserver import run
 from gtcpserver.static_files import StaticFiles
 
 if __name__ == "__main__":
-    serve(StaticFiles(".", listing=True))
+    run(StaticFiles(".", listing=True), *sys.argv[1:])

@@ -1,14 +1,14 @@
 """A key-value store with a line protocol: framing, deadlines, idle connections.
 
-    python examples/line_protocol.py, then: printf 'SET name 5\\nAda L\\nGET name\\n' | nc -N 127.0.0.1 5000
+    python examples/line_protocol.py [ADDRESS], then: printf 'SET name 5\\nAda L\\nGET name\\n' | nc -N 127.0.0.1 5000
 
 Requests: ``GET key``; ``SET key length``, then so many bytes of any kind and a line feed; ``QUIT``.
 Answers: ``VALUE length`` and the value, ``NONE``, ``OK``, ``ERROR reason``.
 """
 
-from serve import serve
+import sys
 
-from gtcpserver import Connection, EarlyEOF, LimitExceeded
+from gtcpserver import Connection, EarlyEOF, LimitExceeded, run
 
 LONGEST_LINE = 256
 LONGEST_VALUE = 1 << 20
@@ -62,4 +62,4 @@ def answer(conn: Connection, words: list[bytes]) -> bool:
 
 
 if __name__ == "__main__":
-    serve(handle)
+    run(handle, *sys.argv[1:])

@@ -1,6 +1,6 @@
 """Only clients with a certificate are served, and greeted by what is in it.
 
-    python examples/mutual_tls.py 127.0.0.1:5000 CLIENT_CA [CERTFILE [KEYFILE]]
+    python examples/mutual_tls.py ADDRESS CLIENT_CA [CERTFILE [KEYFILE]]
 
     openssl s_client -quiet -connect 127.0.0.1:5000 -cert client.pem -key client.key
 
@@ -8,9 +8,9 @@ CLIENT_CA: a file with the certificate of the CA that signs the clients'. Withou
 certificate of its own for development.
 """
 
-from serve_tls import serve_tls
+import sys
 
-from gtcpserver import Connection, TLSConfig
+from gtcpserver import Connection, TLSConfig, run
 from gtcpserver.tls import self_signed
 
 
@@ -23,9 +23,8 @@ def handle(conn: Connection) -> None:
     conn.sendall(f"Hello {', '.join(names)}.\n".encode())
 
 
-def config(files: list[str]) -> TLSConfig:
-    return TLSConfig(*(files[1:] or self_signed()), client_auth="required", client_ca=files[0])
-
-
 if __name__ == "__main__":
-    serve_tls(handle, config, "CLIENT_CA [CERTFILE [KEYFILE]]", files=(1, 2, 3))
+    if len(sys.argv) < 3:
+        sys.exit("usage: python mutual_tls.py ADDRESS CLIENT_CA [CERTFILE [KEYFILE]]")
+    address, client_ca, *files = sys.argv[1:]
+    run(handle, address, tls=TLSConfig(*(files or self_signed()), client_auth="required", client_ca=client_ca))

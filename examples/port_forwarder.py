@@ -5,11 +5,13 @@
 This is all there is to it; `gtcpserver forward` adds more targets, their health, and balance.
 """
 
+import logging
 import os
+import sys
 
-from serve import serve
+from gtcpserver import Connection, connect, relay, run
 
-from gtcpserver import Connection, connect, relay
+log = logging.getLogger("port_forwarder")
 
 TARGET = os.environ.get("TARGET", "127.0.0.1:6379")
 
@@ -18,13 +20,13 @@ def forward(conn: Connection) -> None:
     try:
         upstream = connect(TARGET, timeout=5)
     except OSError as error:
-        print(f"{TARGET}: {error}", flush=True)
+        log.warning("%s: %s", TARGET, error)
         conn.abort()  # the client sees that something failed, and not an answer without a byte
         return
     with upstream:
         result = relay(conn, upstream, idle_timeout=300)
-    print(f"{result.bytes_a_to_b} bytes there, {result.bytes_b_to_a} back: {result.reason}", flush=True)
+    log.info("%d bytes there, %d back: %s", result.bytes_a_to_b, result.bytes_b_to_a, result.reason)
 
 
 if __name__ == "__main__":
-    serve(forward)
+    run(forward, *sys.argv[1:])

@@ -1,6 +1,6 @@
 """redis-py in a handler: a queue that many clients wait at.
 
-    python examples/redis_queue.py, then: printf 'PUT hello\\nTAKE\\n' | nc -N 127.0.0.1 5000
+    python examples/redis_queue.py [ADDRESS], then: printf 'PUT hello\\nTAKE\\n' | nc -N 127.0.0.1 5000
 
 redis-py is plain Python on sockets, so ``patch_all`` is all it needs: TAKE waits in redis (BLPOP) for a few seconds if
 need be, and holds up nobody. Each that waits has a connection to redis; the pool bounds their number and lets further
@@ -14,13 +14,13 @@ from gevent import monkey
 monkey.patch_all()
 
 import os
+import sys
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from serve import end, serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 QUEUE = "gtcpserver-example"
@@ -59,11 +59,8 @@ if __name__ == "__main__":
     once = Retry(NoBackoff(), 0)
     pool = redis.BlockingConnectionPool.from_url(URL, max_connections=POOL_SIZE, timeout=POOL_TIMEOUT, retry=once)
     queue = redis.Redis(connection_pool=pool)
-
-    def look_for_redis() -> None:
-        try:
-            queue.ping()
-        except redis.RedisError as problem:
-            end(1, f"no redis at {URL}: {problem}")
-
-    serve(handle, context=queue, prepare=look_for_redis)
+    try:
+        queue.ping()
+    except redis.RedisError as problem:
+        sys.exit(f"no redis at {URL}: {problem}")
+    run(handle, *sys.argv[1:], context=queue)

@@ -1,6 +1,6 @@
 """requests in a handler: pages of a web server behind us, over connections that are kept.
 
-    python examples/requests_client.py, then: printf '/\\n' | nc -N 127.0.0.1 5000
+    python examples/requests_client.py [ADDRESS], then: printf '/\\n' | nc -N 127.0.0.1 5000
 
 For each path it answers with the status and the size of the page. requests and urllib3 are plain Python on sockets:
 ``patch_all`` is all they need. One session for all handlers keeps connections to the web server open; its adapter
@@ -14,12 +14,12 @@ from gevent import monkey
 monkey.patch_all()
 
 import os
+import sys
 
 import requests
 from requests.adapters import HTTPAdapter
-from serve import serve
 
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 BACKEND = os.environ.get("BACKEND", "http://127.0.0.1:8000").rstrip("/")
 CONNECTIONS = 50
@@ -60,4 +60,4 @@ def make_session() -> requests.Session:
 
 
 if __name__ == "__main__":
-    serve(handle, context=make_session())
+    run(handle, *sys.argv[1:], context=make_session())

@@ -1,13 +1,13 @@
 """Two names on one port, a certificate each, and an answer that depends on the name (SNI, RFC 6066 section 3).
 
-    python examples/sni.py, then: curl -k --resolve one.example:5000:127.0.0.1 https://one.example:5000/
+    python examples/sni.py [ADDRESS], then: curl -k --resolve one.example:5000:127.0.0.1 https://one.example:5000/
 
 Other names, and none, get the certificate of localhost.
 """
 
-from serve_tls import serve_tls
+import sys
 
-from gtcpserver import Connection, EarlyEOF, TLSConfig
+from gtcpserver import Connection, EarlyEOF, TLSConfig, run
 from gtcpserver.tls import self_signed
 
 SITES = {"one.example": b"This is one.\n", "two.example": b"This is two.\n"}
@@ -24,9 +24,6 @@ def handle(conn: Connection) -> None:
     conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
 
 
-def config(_files: list[str]) -> TLSConfig:
-    return TLSConfig(*self_signed(), sni={name: self_signed([name]) for name in SITES})
-
-
 if __name__ == "__main__":
-    serve_tls(handle, config)
+    tls = TLSConfig(*self_signed(), sni={name: self_signed([name]) for name in SITES})
+    run(handle, *sys.argv[1:], tls=tls)

@@ -1,13 +1,15 @@
 """A line protocol that begins in the clear and goes to TLS on request, as SMTP and IMAP do.
 
-    python examples/starttls_lines.py, then: openssl s_client -quiet -starttls smtp -connect 127.0.0.1:5000
+    python examples/starttls_lines.py [ADDRESS [CERTFILE [KEYFILE]]]
+
+    openssl s_client -quiet -starttls smtp -connect 127.0.0.1:5000
 
 Requests: ``EHLO name``, ``STARTTLS``, ``NOTE text`` (only encrypted), ``QUIT``. Answers are as in SMTP (RFC 5321).
 """
 
-from serve_tls import serve_tls
+import sys
 
-from gtcpserver import Connection, EarlyEOF, LimitExceeded, StartTLSError, TLSConfig
+from gtcpserver import Connection, EarlyEOF, LimitExceeded, StartTLSError, TLSConfig, run
 from gtcpserver.tls import self_signed
 
 LONGEST_LINE = 512  # RFC 5321 section 4.5.3.1.4
@@ -52,9 +54,7 @@ def answer(conn: Connection, line: bytes) -> bool:
     return True
 
 
-def config(files: list[str]) -> TLSConfig:
-    return TLSConfig(*(files or self_signed()))
-
-
 if __name__ == "__main__":
-    serve_tls(handle, config, "[CERTFILE [KEYFILE]]", files=(0, 1, 2), at_once=False)
+    address, *files = sys.argv[1:] or ["127.0.0.1:5000"]
+    # Not as tls=...: the handler begins in the clear, and has it as conn.context.
+    run(handle, address, context=TLSConfig(*(files or self_signed())))

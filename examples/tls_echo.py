@@ -1,15 +1,13 @@
 """Sends back what it gets, encrypted.
 
-    python examples/tls_echo.py, then: openssl s_client -quiet -connect 127.0.0.1:5000
-
-    python examples/tls_echo.py 127.0.0.1:5000 CERTFILE [KEYFILE]
+    python examples/tls_echo.py [ADDRESS [CERTFILE [KEYFILE]]], then: openssl s_client -quiet -connect 127.0.0.1:5000
 
 Without files it makes a certificate for development, which clients have no reason to trust.
 """
 
-from serve_tls import serve_tls
+import sys
 
-from gtcpserver import Connection, TLSConfig
+from gtcpserver import Connection, TLSConfig, run
 from gtcpserver.tls import self_signed
 
 
@@ -18,9 +16,6 @@ def echo(conn: Connection) -> None:
         conn.sendall(data)
 
 
-def config(files: list[str]) -> TLSConfig:
-    return TLSConfig(*(files or self_signed()))
-
-
 if __name__ == "__main__":
-    serve_tls(echo, config, "[CERTFILE [KEYFILE]]", files=(0, 1, 2))
+    address, *files = sys.argv[1:] or ["127.0.0.1:5000"]
+    run(echo, address, tls=TLSConfig(*(files or self_signed())))

@@ -8,11 +8,10 @@ Each file is answered by "STORED name size" or "ERROR why". A file appears under
 
 import os
 import re
+import sys
 import tempfile
 
-from serve import serve
-
-from gtcpserver import Connection, EarlyEOF
+from gtcpserver import Connection, EarlyEOF, run
 
 UPLOADS = os.environ.get("UPLOADS", ".")
 
@@ -62,4 +61,4 @@ def store(conn: Connection, name: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(take_files)
+    run(take_files, *sys.argv[1:])
