@@ -4,7 +4,6 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 `in_thread(sock.recv, 100)` does that in a native thread.
 """
 
-import faulthandler
 import logging
 import os
 import signal
@@ -22,7 +21,10 @@ from patience import SOON
 
 from gtcpserver import Server
 
-pytest_plugins = ["injection.started"]  # the fixture of that name
+pytest_plugins = ["injection.started", "watchdog"]
+
+# An ordinary user's PATH has no sshd, nginx or ip.
+os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 # The same examples each time, and no judgement of how long a busy machine takes for them. To look further:
 # HYPOTHESIS_PROFILE=default.
@@ -41,30 +43,18 @@ def wait_until(condition, seconds=SOON):
     return value
 
 
-_stderr = 2
-
-
 def pytest_configure(config):
-    global _stderr
-    _stderr = os.dup(2)  # before a test's output is captured
     # A shell starts what it puts into the background with SIGINT ignored, which all that tests start would inherit.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_timeout_set_timer(item, settings):
-    """End a test that hangs by ending its process, with the stacks of all threads; with -n the run goes on in another.
-
-    pytest-timeout's own signal raises an exception in whichever greenlet runs, and one that hangs in the hub swallows
-    it. faulthandler's thread needs no lock of the interpreter, so that it also ends what hangs in C.
-    """
-    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=_stderr)
-    return True
-
-
-def pytest_timeout_cancel_timer(item):
-    faulthandler.cancel_dump_traceback_later()
-    return True
+def pytest_terminal_summary(terminalreporter):
+    """Write the tests that were skipped into the file TEST_SKIPPED, one a line: .ci/run runs them as root."""
+    if path := os.environ.get("TEST_SKIPPED"):
+        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
+        with open(path, "w") as file:
+            file.writelines(f"{nodeid}\n" for nodeid in skipped)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
-"""The test suite itself: a test that hangs fails, and the others still run."""
+"""The test suite itself: whatever a test does, the others still run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from patience import SOON
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,22 +37,42 @@ def test_that_passes():
 """
 
 
+UNSENDABLE = """
+import pytest
+
+def test_that_fails():
+    raise ValueError("message \\udca0")
+
+def test_that_prints():
+    print("output \\udca1")
+    raise ValueError
+
+@pytest.mark.skip(reason="reason \\udca2")
+def test_that_is_skipped():
+    pass
+
+def test_that_passes():
+    pass
+"""
+
+
+def run_suite(folder, source, *options, **environment):
+    """pytest on a file of its own, in two processes, with nothing but what is looked at: it is slow enough."""
+    (folder / "test_it.py").write_text(source)
+    plugins = [f"-p{name}" for name in ("xdist", "pytest_timeout", "watchdog", "no:cacheprovider")]
+    where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
+    environment |= {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *plugins, *where, *options, str(folder)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * SOON)
+
+
 def test_tests_that_hang_fail_and_the_others_run(tmp_path):
-    (tmp_path / "test_hanging.py").write_text(HANGING)
-    options = [
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        "--rootdir",
-        str(tmp_path),
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "conftest",
-        "-n",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-m", "pytest", "-q", *options, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
+    done = run_suite(tmp_path, HANGING)
     assert "2 failed, 1 passed" in done.stdout
     assert "in spin" in done.stdout + done.stderr  # where it hangs
+
+
+def test_tests_whose_report_cannot_be_sent_fail_and_the_others_run(tmp_path):
+    done = run_suite(tmp_path, UNSENDABLE)
+    assert "2 failed, 1 passed, 1 skipped" in done.stdout
+    assert {"message \\udca0", "output \\udca1", "reason \\udca2"} <= set(re.findall(r"[a-z]+ \\udca.", done.stdout))
