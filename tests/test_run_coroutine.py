@@ -12,8 +12,9 @@ import traceback
 
 import gevent
 import pytest
-from conftest import SOON, free_port, wait_for_port, wait_until
+from conftest import SOON, wait_for_port, wait_until
 from gevent.hub import get_hub
+from ports import free_port
 
 from gtcpserver import ConfigError, GtcpServerError, run_coroutine
 
