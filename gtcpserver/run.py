@@ -70,6 +70,8 @@ def run(
     Where the server listens and how it has stopped is logged (info, logger "gtcpserver"). In a program that has not set
     up logging, log lines go to stderr as those of the command line.
 
+    Under systemd, a unit with ``Type=notify`` is told when the server listens and when its stop begins.
+
     Args:
         handler: called with each connection; or its name, "module:name".
         address: where to listen, as :class:`Server`.
@@ -124,6 +126,8 @@ def run(
 
 
 def _serve(server: Server, stop_timeout: float | None, threshold: float | None) -> StopReport:
+    from .supervisor.service_state import service_state_told
+
     detectors: list[BlockDetector | None] = []
 
     def announce(server: Server) -> None:
@@ -133,7 +137,8 @@ def _serve(server: Server, stop_timeout: float | None, threshold: float | None) 
 
     server._on_serving = announce
     try:
-        report = server.serve_forever(stop_timeout)
+        with service_state_told(server):
+            report = server.serve_forever(stop_timeout)
     finally:
         for detector in detectors:
             if detector is not None:

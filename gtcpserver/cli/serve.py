@@ -38,6 +38,7 @@ from gtcpserver.run_log import log_listening, log_report
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
+from gtcpserver.supervisor.service_state import service_state_told
 
 log = logging.getLogger("gtcpserver")
 
@@ -274,18 +275,18 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         server.start()
         # They run when serve_forever waits, and a signal is then a graceful stop: whoever reads that we listen may
         # send one at once.
-        helpers = [gevent.spawn(log_listening, server), gevent.spawn(systemd.notify, "READY=1")]
+        helpers = [gevent.spawn(log_listening, server)]
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))
         if context.params["block_detector"]:
             helpers.append(gevent.spawn(BlockDetector(context.params["block_detector"]).start))
-        report = server.serve_forever(context.params["stop_timeout"])
+        with service_state_told(server):
+            report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
     finally:
         if monitor is not None:
             monitor.stop()
-    systemd.notify("STOPPING=1")
     gevent.killall(helpers)
     log_report(report)
     if report.failures:
