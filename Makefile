@@ -87,7 +87,7 @@ docs-serve: docs
 	exec $(BIN)/gtcpserver files docs/_build/html --bind '$(DOCS_ADDRESS)'
 
 load: $(VENV)/load.stamp
-	$(BIN)/locust -f loadtests/locustfile.py --start-servers
+	$(BIN)/locust -f loadtests/locustfile.py --start-servers --web-host 127.0.0.1
 
 # Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
 $(BIN)/python:

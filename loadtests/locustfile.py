@@ -1,6 +1,6 @@
 """Load tests with locust, of gtcpserver's own servers and of yours.
 
-    locust -f loadtests/locustfile.py --start-servers                 # the web interface, on http://localhost:8089
+    locust -f loadtests/locustfile.py --start-servers --web-host 127.0.0.1   # the web interface, http://localhost:8089
     locust -f loadtests/locustfile.py --start-servers --headless -u 50 -r 50 -t 15s --fail-ratio 0 --html report.html
     locust -f loadtests/locustfile.py --echo-server 10.0.0.7:5000 --headless -u 500 -r 100 -t 5m EchoUser
 
@@ -153,6 +153,10 @@ def set_up(environment: Any, web_ui: Any = None, **_: Any) -> None:
         flags = ", ".join("--" + option.replace("_", "-") for option in SERVERS)
         end(2, f"no server to load: give --start-servers, or the address of one: {flags}")
     environment.user_classes = taking_part
+    if not environment.host:
+        for user_class in taking_part:
+            # For the web interface, which warns of users without an address.
+            user_class.host = user_class.url(getattr(options, user_class.server))
     if environment.host and not named:
         end(
             2,
@@ -181,7 +185,8 @@ class Paced(User):
         self._next = 0.0
         super().__init__(environment)
 
-    def url(self, host: str) -> str:
+    @classmethod
+    def url(cls, host: str) -> str:
         return host
 
     def wait_time(self) -> float:
@@ -339,7 +344,8 @@ class HttpUser(Paced, FastHttpUser):
     server = "http_server"
     weight = 2
 
-    def url(self, host: str) -> str:
+    @classmethod
+    def url(cls, host: str) -> str:
         try:
             return http_url(host)
         except ValueError as mistake:

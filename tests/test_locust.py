@@ -399,6 +399,7 @@ def test_the_web_interface_starts_a_test_and_shows_it(tmp_path):
         page = browse(url, tmp_path)
         assert "Start new load test" in page
         assert 'name="pace"' in page  # what this locustfile adds
+        assert '"missing_host_warning": false' in ask("/").decode()  # every kind of user has its server
         assert json.loads(ask("/swarm", user_count=10, spawn_rate=10, size=64, pace=50))["success"] is True
         wait(lambda: json.loads(ask("/stats/requests"))["stats"][-1]["num_requests"] > 100)
         page = browse(url, tmp_path)
