@@ -9,6 +9,7 @@
 | json | parsed |
 | text, or indented | output and pictures, no code |
 | anything else | must be marked |
+| sh, in a page that is typed from an empty folder | run: it makes the folder and the environment of all that follows |
 
 A comment right before a block:
 
@@ -53,6 +54,7 @@ class Block:
         line: of the page, from 1.
         language: the first word behind the fence.
         marks: from the comments beside it: name and text.
+        before: the paragraph above it.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Block:
     language: str
     code: str
     marks: dict[str, str] = field(default_factory=dict)
+    before: str = ""
 
     def __str__(self) -> str:
         return f"{self.path.name}:{self.line} ({self.language or 'no language'})"
@@ -77,6 +80,7 @@ def find_blocks(path: Path) -> list[Block]:
     """The code blocks of a page, in order; directives of Sphinx are none."""
     blocks: list[Block] = []
     marks: dict[str, str] = {}
+    before = ""
     for token in MarkdownIt("commonmark").parse(path.read_text()):
         if token.type == "html_block":
             found = {name: (text or "").strip("\n") for name, text in MARK.findall(token.content)}
@@ -87,8 +91,10 @@ def find_blocks(path: Path) -> list[Block]:
             info = token.info.split() if token.type == "fence" else ["indented"]
             language = info[0] if info else ""
             if not language.startswith("{"):
-                blocks.append(Block(path, token.map[0] + 1, language, token.content, marks))
-            marks = {}
+                blocks.append(Block(path, token.map[0] + 1, language, token.content, marks, before))
+            marks, before = {}, ""
+        elif token.type == "inline":
+            before = token.content
         elif token.level == 0 and token.type.endswith("_open"):
             assert not marks, f"{path}: {marks} is not right before a code block"
     assert not marks, f"{path}: {marks} is not right before a code block"

@@ -29,6 +29,7 @@ from doc_blocks import (
     replace_ports,
     steps,
 )
+from doc_fresh import make_machine, run_in_terminal, run_setup
 from ports import free_port
 
 import gtcpserver
@@ -38,6 +39,9 @@ from gtcpserver.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
 BIN = Path(sys.executable).parent
+
+#: Pages that are typed from an empty folder, on a machine with nothing of the tests: see doc_fresh.py.
+TYPED = ("docs/learn/get-started.md", "docs/learn/tutorial.md")
 
 SERVES = re.compile(r"gtcpserver (serve|echo|files|forward|proxy)\b(?! (check|hash-password))|.*&$", re.DOTALL)
 SERVES_IN_PYTHON = re.compile(r"^[^#\n]*\b(serve_forever\(|run\(\s*[\w\"])", re.MULTILINE)
@@ -72,6 +76,10 @@ def certificates(tmp_path_factory):
 class Place:
     """Where the blocks of one page run: a folder, ports that are free, and the servers that are up."""
 
+    python = sys.executable
+    first_lines = "from doc_helpers import talk\n"
+    stop_signal = signal.SIGTERM
+
     def __init__(self, folder, certificates, ports):
         self.folder = folder
         self.ports = ports
@@ -97,11 +105,22 @@ class Place:
         self.servers.append((process, log, ours))
         return process, log
 
+    def run(self, words, seconds):
+        return subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+        )
+
     def stop(self):
         """All servers must end in order."""
         while self.servers:
             process, log, ours = self.servers.pop()
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(self.stop_signal)
             try:
                 status = process.wait(SOON)
             except subprocess.TimeoutExpired:
@@ -109,13 +128,46 @@ class Place:
             output = read(log)
             log.close()
             # Others' programs may have no such thing as an orderly end.
-            assert status in ((0,) if ours else (0, -signal.SIGTERM)), f"{process.args}: {status}\n{output}"
+            assert status in ((0,) if ours else (0, -self.stop_signal)), f"{process.args}: {status}\n{output}"
 
     def kill(self):
         for process, log, _ in self.servers:
             process.kill()
             process.wait()
             log.close()
+
+
+class FreshPlace(Place):
+    """The same for a page that is typed: with nothing but what the page makes, installs and says, in a terminal."""
+
+    python = "python"
+    first_lines = ""
+    stop_signal = signal.SIGINT
+
+    def __init__(self, folder, ports):
+        self.folder = folder
+        self.ports = ports
+        self.servers = []
+        self.environment = make_machine(folder)
+
+    def run(self, words, seconds):
+        return run_in_terminal(words, self.folder, self.environment, seconds)
+
+    def enter(self, block):
+        """Run the lines that make the folder and the environment."""
+        try:
+            self.folder, self.environment = run_setup(block.code, self.folder, self.environment, 2 * SOON)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            pytest.fail(f"{block}: {error}")
+
+    def check_told(self, block):
+        """The reader must be told what marks tell the tests."""
+        hidden = {"not run", "given", "then", "continues"} & block.marks.keys()
+        assert not hidden, f"{block} is typed by the reader, who sees nothing of {hidden}"
+        if "restart" in block.marks:
+            assert "Ctrl-C" in block.before, f"{block}: the reader is not told to stop the last server"
+        if "file" in block.marks:
+            assert f"`{block.marks['file']}`" in block.before, f"{block}: the reader is not told where to save this"
 
 
 def read(log):
@@ -127,7 +179,7 @@ def read(log):
 def place(request, tmp_path, certificates):
     path = request.node.callspec.params["path"]
     ports = {port: free_port() for port in sorted(find_ports(path.read_text()))}
-    place = Place(tmp_path, certificates, ports)
+    place = FreshPlace(tmp_path, ports) if name_of(path) in TYPED else Place(tmp_path, certificates, ports)
     yield place
     place.kill()
 
@@ -143,6 +195,8 @@ def test_blocks_of_page_do_what_it_says(path, place):
     for number, block in enumerate(blocks):
         block.code = replace_ports(block.code, place.ports)
         marks = block.marks
+        if isinstance(place, FreshPlace):
+            place.check_told(block)
         if "needs" in marks and importlib.util.find_spec(marks["needs"]) is None:
             left_out.append(f"{block} needs {marks['needs']}")
         elif "file" in marks:
@@ -157,6 +211,8 @@ def test_blocks_of_page_do_what_it_says(path, place):
             code = f"{hidden[0]}\n{block.code}\n{hidden[1]}\n"
             script = script + code if "continues" in marks else code
             run_python(place, block, script)
+        elif block.language == "sh" and isinstance(place, FreshPlace):
+            place.enter(block)
         elif block.language in ("", "sh", "bash", "shell"):
             check_commands(block)
         elif block.language == "console" and "not run" not in marks:
@@ -180,9 +236,9 @@ def write_file(place, block, later):
 
 def run_python(place, block, code):
     source = place.folder / f"block-{block.line}.py"
-    source.write_text("from doc_helpers import talk\n" + code)
+    source.write_text(place.first_lines + code)
     tests = re.search(r"^def test_", code, re.MULTILINE)
-    process, log = place.start([sys.executable, *(("-m", "pytest", "-q", "--rootdir=.") if tests else ()), source])
+    process, log = place.start([place.python, *(("-m", "pytest", "-q", "--rootdir=.") if tests else ()), source])
     if SERVES_IN_PYTHON.search(code):
         wait_until_listening(process, log, [int(port) for port in PORT.findall(code)], block)
         process.send_signal(signal.SIGTERM)
@@ -261,15 +317,7 @@ def wait_for(process, block, command, condition, log):
 
 def run_command(place, block, command, output, fails=False):
     try:
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command],
-            cwd=place.folder,
-            env=place.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=2 * SOON,
-        )
+        done = place.run(["bash", "-o", "pipefail", "-c", command], 2 * SOON)
     except subprocess.TimeoutExpired as error:
         logs = "\n".join(read(log) for _, log, _ in place.servers)
         pytest.fail(f"{block}: {command} does not end: {error.output}\n{logs}")
@@ -478,3 +526,57 @@ def test_a_command_that_cannot_be_is_told(tmp_path, line):
 def test_a_mark_that_marks_nothing_is_told(tmp_path):
     with pytest.raises(AssertionError, match="not right before"):
         find_blocks(page(tmp_path, "<!-- not run: why -->\n\nText.\n\n```ini\n```\n"))
+
+
+# -- pages that are typed ----------------------------------------------------------------------------------------------
+
+SETUP = "```sh\nmkdir new\ncd new\npython3 -m venv .venv\n. .venv/bin/activate\npip install '../gtcpserver%s'\n```\n\n"
+
+
+def typed(tmp_path, text):
+    (tmp_path / "place").mkdir()
+    place = FreshPlace(tmp_path / "place", {})
+    try:
+        test_blocks_of_page_do_what_it_says(page(tmp_path, text), place)
+    finally:
+        place.kill()
+
+
+def test_a_typed_page_has_what_it_installs(tmp_path):
+    text = (
+        "```console\n$ ls -A\n.venv\n$ python -c 'import gtcpserver, click'\n$ [ -t 1 ] && gtcpserver --version\n"
+        "gtcpserver...\n$ pip install 'gtcpserver[metrics]'\n$ python -c 'import prometheus_client'\n```\n"
+    )
+    typed(tmp_path, SETUP % "[cli]" + text)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "python\nimport pytest",
+        "python\nimport prometheus_client",
+        "python\nimport doc_helpers",
+        "python\nimport echo",  # of examples/
+        "console\n$ python -m pytest --version",
+        "console\n$ cat cert.pem",
+        "console\n$ gtcpserver --version",  # it has no click
+        "console\n$ pip install no-such-distribution",
+    ],
+)
+def test_a_typed_page_has_nothing_else(tmp_path, code):
+    with pytest.raises(AssertionError, match="ended with status"):
+        typed(tmp_path, f"{SETUP % ''}```{code}\n```\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Save this:\n\n<!-- file: x.py -->\n```python\nx = 1\n```\n\nIt is `x.py`.", "where to save"),
+        ("Again:\n\n<!-- restart -->\n```console\n$ true\n```\n", "to stop"),
+        ("<!-- given: x = 1 -->\n```python\nprint(x)\n```\n", "sees nothing"),
+    ],
+    ids=["file", "restart", "given"],
+)
+def test_what_the_reader_of_a_typed_page_is_not_told(tmp_path, text, told):
+    with pytest.raises(AssertionError, match=told):
+        typed(tmp_path, text)
