@@ -225,7 +225,7 @@ def test_what_is_no_file(path, told):
 
 @given(st.text())
 def test_any_text_has_users_or_a_mistake_without_the_text(tmp_path_factory, text):
-    path = secret(tmp_path_factory.getbasetemp() / "any", text)
+    path = secret(tmp_path_factory.getbasetemp() / "any-secret", text)
     for read in (read_users, read_url):
         found, told = None, ""
         try:

@@ -86,7 +86,7 @@ def test_the_timeout_bounds_all_of_it(listening, monkeypatch):
         connect("slow.example:80", timeout=0.05)
 
 
-@pytest.mark.parametrize("address", ["*:80", "fd:3", "127.0.0.1:0", 80, "nonsense"])
+@pytest.mark.parametrize("address", ["*:80", ":80", "fd:3", "127.0.0.1:0", 0, "nonsense"])
 def test_what_cannot_be_connected_to(address):
     with pytest.raises(ConfigError):
         connect(address)

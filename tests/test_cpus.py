@@ -117,7 +117,7 @@ def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
 
 @given(texts=st.lists(st.text(st.sampled_from(" -:/.,\n0189cgroupxma2\\"), max_size=80), min_size=3, max_size=3))
 def test_any_text_is_a_number_of_cpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
-    root = tmp_path_factory.getbasetemp() / "any"
+    root = tmp_path_factory.getbasetemp() / "any-cpus"
     system = System(root, texts[0], texts[1], V2)
     system.write("/sys/fs/cgroup/cpu.max", texts[2])
     assert 1 <= system.count() <= 16
