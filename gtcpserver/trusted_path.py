@@ -115,6 +115,21 @@ def check_path(path: str) -> None:
         close_descriptor(_walk(path).folder)
 
 
+def check_content(path: str) -> None:
+    """Raise UntrustedPath if this process is root and another user could change what is in a file; or OSError."""
+    if os.geteuid() != 0:
+        return
+    with trusted_place(path) as place:
+        found = os.stat(place.name, dir_fd=place.folder, follow_symlinks=place.own)
+    if found.st_uid not in _trusted_users():
+        raise _refused(path, f"it belongs to user {_user(found.st_uid)}")
+    if stat.S_ISREG(found.st_mode):
+        if found.st_mode & stat.S_IWOTH:
+            raise _refused(path, "every user may write to it")
+        if found.st_mode & stat.S_IWGRP and found.st_gid >= FIRST_USERS_GROUP:
+            raise _refused(path, f"group {_group(found.st_gid)} may write to it")
+
+
 def _walk(path: str, follow: bool = True) -> Place:
     rest = _parts(os.path.abspath(path))
     if not rest:

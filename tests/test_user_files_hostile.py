@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervised import SOON, Master, wait_until
+from tests.supervised import COMMAND, SOON, Master, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user")
 
@@ -108,3 +110,34 @@ def test_a_lent_access_log_goes_on_after_the_program_sets_up_logging(start, fold
     log.rename(secret / "old")
     wait_until(log.exists, 3)
     wait_until(lambda: ask(master.port) and log.read_text(), 3)
+
+
+@pytest.mark.parametrize("command", ["echo", "proxy"])
+@pytest.mark.parametrize("writable", ["file", "folder", "mode"])
+def test_a_settings_file_that_another_user_may_change_names_no_files_of_root_s(folder, command, writable):
+    (folder / "secret").mkdir(mode=0o700)
+    (folder / "settings").mkdir()
+    log, settings = folder / "secret" / "log", folder / "settings" / "settings.toml"
+    if command == "echo":
+        settings.write_text(f'access_log_file = "{log}"\n')
+        arguments = ["echo", "--config", str(settings), "--bind", "127.0.0.1:0"]
+    else:
+        settings.write_text(f'[[listener]]\nlisten = "127.0.0.1:0"\n[log]\nfile = "{log}"\n')
+        arguments = ["proxy", "--config", str(settings)]
+    nobody = pwd.getpwnam("nobody").pw_uid
+    if writable == "mode":
+        settings.chmod(0o666)
+    else:
+        os.chown(settings if writable == "file" else settings.parent, nobody, -1)
+    done = subprocess.run(
+        [*COMMAND, *arguments, "--workers", "1", "--user" if command == "echo" else "--worker-user", "nobody"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+        check=False,
+    )
+    assert done.returncode in (2, 3), done.stderr
+    assert "Permission denied" in done.stderr
+    assert "not lent" in done.stderr
+    assert not log.exists()

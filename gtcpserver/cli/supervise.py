@@ -43,6 +43,7 @@ from gtcpserver.supervisor import (
 from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import log_in_master
 from gtcpserver.tls import self_signed
+from gtcpserver.trusted_path import UntrustedPath, check_content
 
 log = logging.getLogger("gtcpserver")
 
@@ -95,8 +96,11 @@ def supervise(
     def prepare() -> NamedFiles:
         if file_of(context) is not None:
             read_settings_again(context)
+        if config.user is None:
+            return NamedFiles()
         more = files()
-        return NamedFiles([*_files_to_read(context), *more.read], [*_files_to_append(context), *more.append])
+        named = NamedFiles([*_files_to_read(context), *more.read], [*_files_to_append(context), *more.append])
+        return named if _only_root_has_named(context, named) else NamedFiles()
 
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
         _find_modules()
@@ -165,6 +169,20 @@ def _files_to_read(context: click.Context) -> list[str]:
 def _files_to_append(context: click.Context) -> list[str]:
     path = context.params.get("access_log_file")
     return [path] if path else []
+
+
+def _only_root_has_named(context: click.Context, named: NamedFiles) -> bool:
+    """Whether no other user could have had a worker name a file of root's, through a file that says what to use."""
+    for path in (file_of(context), context.params.get("config")):
+        try:
+            if path and (named.read or named.append):
+                check_content(path)
+        except (OSError, UntrustedPath) as error:
+            worker = current_worker()
+            if worker is None or worker.number == 0:  # one of them says it for all
+                log.warning("files that only root may open are not lent to workers: %s", error)
+            return False
+    return True
 
 
 def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:
