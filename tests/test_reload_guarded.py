@@ -208,6 +208,8 @@ def test_a_stop_on_probation_loses_nothing(start: Start, load: Callable[..., Loa
     assert all(answer.endswith(b"last\n") for answer in answers)
     assert master.wait() == 0
     assert "0 cut" in master.log()
+    assert "ERROR" not in master.log()
+    assert "reload 1 is given up: the master stops" in master.log()
     assert not alive(new)
     # What comes after the end is refused; nothing that was accepted is cut.
     assert not [failure for failure in clients.end()["failures"] if "Refused" not in failure[1]]

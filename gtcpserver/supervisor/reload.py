@@ -133,6 +133,10 @@ class Reload:
                 continue
             if not fleet.stopping:
                 fleet.let_go(slot, worker)
+        if fleet.stopping:
+            log.info("reload %d is given up: %s", self.generation - 1, why)
+            self._tell(why)
+            return
         if not self._replaced:
             log.error("reload %d failed, the old workers serve on: %s", self.generation - 1, why)
             self._tell(why)
