@@ -28,6 +28,9 @@ myst_url_schemes = ("http", "https", "mailto")
 
 html_theme = "furo"
 html_title = f"gtcpserver {release}"
+html_static_path = ["_static"]
+html_css_files = ["gtcpserver.css"]
+html_favicon = "_static/favicon.svg"
 html_show_sphinx = False
 html_copy_source = False
 

@@ -120,7 +120,6 @@ class Connection(SSLMethods, _Socket):
             "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
             :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
             ``client_limits`` count the connection. None for a connection that was not accepted.
-        started_at: when it was accepted, seconds since the epoch, by the clock as it is set now.
         server: the Server it belongs to; None for a connection made by hand.
         context: whatever the server was given as ``context``; assign to it to keep data by the connection.
         recv: ``recv(bufsize, flags=0) -> bytes``: at most ``bufsize`` bytes; b"" when the peer has closed its side.
@@ -180,6 +179,7 @@ class Connection(SSLMethods, _Socket):
 
     @property
     def started_at(self) -> float:
+        """When the connection was accepted, in seconds since the epoch, by the clock as it is set now."""
         return wall_time(self._accepted_at)
 
     if not TYPE_CHECKING:

@@ -129,6 +129,7 @@ class Master:
 
     @property
     def stopping(self) -> bool:
+        """Whether the master has begun to stop, or has stopped."""
         return self.state not in (MasterState.STARTING, MasterState.SERVING)
 
     @property
