@@ -2,6 +2,7 @@
 
 import gevent
 from gevent import socket
+from patience import SOON
 
 from gtcpserver import Server
 
@@ -10,7 +11,7 @@ def talk(handler, *exchange, address="127.0.0.1:0", wrap=lambda sock: sock, **op
     """Serves with a handler, sends and expects in turn, and stops. Bytes to send and bytes to expect; None: the end."""
     server = Server(address, handler, **options)
     server.start()
-    with gevent.Timeout(15), wrap(socket.create_connection(("127.0.0.1", server.port))) as client:
+    with gevent.Timeout(SOON), wrap(socket.create_connection(("127.0.0.1", server.port))) as client:
         for request, answer in zip(exchange[::2], exchange[1::2], strict=True):
             client.sendall(request)
             got = b""
@@ -21,4 +22,4 @@ def talk(handler, *exchange, address="127.0.0.1:0", wrap=lambda sock: sock, **op
                 got += data
             # One answer may be longer than what is said of it.
             assert got[: len(answer)] == answer if answer else not got, f"expected {answer!r}, got {got!r}"
-    return server.stop(timeout=5)
+    return server.stop(timeout=SOON)

@@ -182,7 +182,7 @@ def test_without_click_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['click'] = None; sys.argv[1:] = ['check']; import gtcpserver.cli as c; c.main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert result.stderr == 'the command line needs click: pip install "gtcpserver[cli]"\n'
+    assert result.stderr == "the command line needs click: pip install 'gtcpserver[cli]'\n"
 
 
 def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:

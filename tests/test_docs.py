@@ -77,6 +77,8 @@ class Place:
     """Where the blocks of one page run: a folder, ports that are free, and the servers that are up."""
 
     python = sys.executable
+    # Only our own plugin: to load the others of this environment (hypothesis) takes longer than most blocks.
+    pytest = ("-m", "pytest", "-q", "--rootdir=.", "-p", "gtcpserver", "-p", "no:cacheprovider")
     first_lines = "from doc_helpers import talk\n"
     stop_signal = signal.SIGTERM
 
@@ -95,6 +97,7 @@ class Place:
                 map(str, (ROOT, *(ROOT / name for name in ("tests", "loadtests", "examples"))))
             ),
             "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
 
     def start(self, command, ours=True):
@@ -141,6 +144,7 @@ class FreshPlace(Place):
     """The same for a page that is typed: with nothing but what the page makes, installs and says, in a terminal."""
 
     python = "python"
+    pytest = ("-m", "pytest", "-q")
     first_lines = ""
     stop_signal = signal.SIGINT
 
@@ -238,7 +242,7 @@ def run_python(place, block, code):
     source = place.folder / f"block-{block.line}.py"
     source.write_text(place.first_lines + code)
     tests = re.search(r"^def test_", code, re.MULTILINE)
-    process, log = place.start([place.python, *(("-m", "pytest", "-q", "--rootdir=.") if tests else ()), source])
+    process, log = place.start([place.python, *(place.pytest if tests else ()), source])
     if SERVES_IN_PYTHON.search(code):
         wait_until_listening(process, log, [int(port) for port in PORT.findall(code)], block)
         process.send_signal(signal.SIGTERM)

@@ -1368,5 +1368,5 @@ def test_names_that_cannot_be_in_a_certificate_are_refused(names):
 
 def test_without_cryptography_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(ConfigError, match=r"pip install gtcpserver\[tls\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'gtcpserver\[tls\]'"):
         self_signed()

@@ -30,7 +30,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
-        print('the command line needs click: pip install "gtcpserver[cli]"', file=sys.stderr)
+        print("the command line needs click: pip install 'gtcpserver[cli]'", file=sys.stderr)
         sys.exit(2)
     from gtcpserver.cli.commands import run
 

@@ -25,7 +25,7 @@ try:
     from gtcpserver.proxy.passwords import hash_password
     from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
 except ModuleNotFoundError as missing:
-    raise RunError(f'the proxy needs {missing.name}: pip install "gtcpserver[proxy]"') from None
+    raise RunError(f"the proxy needs {missing.name}: pip install 'gtcpserver[proxy]'") from None
 
 #: The authenticator of --user.
 USERS = "users"

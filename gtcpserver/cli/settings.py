@@ -156,7 +156,7 @@ def _read_into(context: click.Context, _parameter: click.Parameter, path: str | 
     try:
         from gtcpserver.toml_file import Lines, parse_text, read_text
     except ModuleNotFoundError as missing:  # tomli, before Python 3.11
-        raise RunError(f'--config needs {missing.name}: pip install "gtcpserver[cli]"') from None
+        raise RunError(f"--config needs {missing.name}: pip install 'gtcpserver[cli]'") from None
     text = read_text(path)
     data = parse_text(text, path)
     settings: Settings = context.obj

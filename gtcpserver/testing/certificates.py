@@ -56,7 +56,7 @@ def certificates(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> It
     try:
         import trustme
     except ImportError as error:
-        raise ConfigError("certificates need the package trustme: pip install gtcpserver[testing]") from error
+        raise ConfigError("certificates need the package trustme: pip install 'gtcpserver[testing]'") from error
     ca = trustme.CA()
     certificate = ca.issue_cert(*names)
     with tempfile.TemporaryDirectory(prefix="gtcpserver-testing-") as folder:

@@ -46,7 +46,7 @@ def self_signed(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> Cer
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError as error:
-        raise ConfigError("self_signed needs the package cryptography: pip install gtcpserver[tls]") from error
+        raise ConfigError("self_signed needs the package cryptography: pip install 'gtcpserver[tls]'") from error
     if isinstance(names, str) or not names:
         raise ConfigError(
             f'names must be a sequence of host names and addresses, such as ("localhost",), got {names!r}'
