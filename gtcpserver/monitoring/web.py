@@ -16,6 +16,12 @@ from .source import Fresh, Source, SourceError
 
 PAGE = Path(__file__).with_name("status.html").read_bytes()
 
+#: Browsers ask for /favicon.ico by themselves, also beside /metrics, and call a 404 an error.
+ICON = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4" fill="#1f5fd0"/>'
+    b'<path d="M3 11V8h3v3zm3.5 0V5h3v6zM10 11V3h3v8z" fill="#fff"/></svg>\n'
+)
+
 TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
 
@@ -29,7 +35,7 @@ def _policy(page: bytes) -> str:
 
     return (
         f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
@@ -87,6 +93,8 @@ class Web:
         if self._for_this_host and not is_this_host(environ.get("HTTP_HOST", "")):
             return "421 Misdirected Request", TEXT, b"this address answers to localhost and IP addresses alone\n"
         answer = self._paths.get(environ["PATH_INFO"])
+        if environ["PATH_INFO"] == "/favicon.ico" and method in ("GET", "HEAD"):
+            return "200 OK", "image/svg+xml", ICON
         if answer is None:
             return "404 Not Found", TEXT, f"there are {', '.join(self._paths)}\n".encode()
         if method not in ("GET", "HEAD"):
