@@ -24,6 +24,7 @@ from .descriptors import close_descriptor
 from .errors import ConfigError
 from .lent_files import borrow, has_lender
 from .logs import FaultLimiter, NonBlockingHandler, own_logger
+from .plural import counted
 from .strict_json import as_text, to_json, to_short_json
 from .trusted_path import UntrustedPath, open_file
 
@@ -280,7 +281,10 @@ class AccessFile(NonBlockingHandler):
         if self.dropped > self._told:
             if self._complaints.allow("dropped") is not None:
                 _problems.error(
-                    "cannot write the access log %s: %s; %d lines dropped", self._path, self._reason, self.dropped
+                    "cannot write the access log %s: %s; %s dropped",
+                    self._path,
+                    self._reason,
+                    counted(self.dropped, "line"),
                 )
             self._told = self.dropped
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gtcpserver.errors import ConfigError
@@ -77,6 +78,31 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
     if isinstance(address, tuple):
         return _parse_tuple(address)
     raise ConfigError(f"address must be {EXPECTED}, a port number or a tuple (host, port), got {address!r}")
+
+
+def check_none_twice(addresses: Iterable[Any]) -> None:
+    """Raise ConfigError where an address is given twice, or two are the same by RFC 6761: localhost is 127.0.0.1, ::1.
+
+    What is the same only by a name's addresses, or as a part of "*", fails when it is bound.
+
+    Args:
+        addresses: as `parse_address` takes them, or sockets.
+    """
+    given: dict[Any, Any] = {}
+    for one in addresses:
+        address = one if isinstance(one, Address) or hasattr(one, "getsockname") else parse_address(one)
+        keys = [address]
+        if isinstance(address, Address) and address.kind == "tcp":
+            if address.port == 0:
+                continue
+            if address.host.lower() == "localhost":
+                keys = [replace(address, host=host) for host in ("127.0.0.1", "::1")]
+        for key in keys:
+            if key in given:
+                first = given[key]
+                same = "twice" if str(first) == str(one) else f'twice, the other time as "{first}"'
+                raise ConfigError(f'address "{one}" is given {same}')
+        given |= dict.fromkeys(keys, one)
 
 
 def format_sockaddr(sockaddr: Any, family: int) -> str:

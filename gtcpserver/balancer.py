@@ -16,6 +16,7 @@ from .errors import ConfigError, DeadlineExceeded
 from .lane import Step
 from .networks import IPNetwork, as_ip, is_in, parse_network
 from .options import check_number
+from .plural import counted
 from .proxy_protocol import LONGEST_V2, TLS, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, parse_header
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class HeaderReader:
             except BlockingIOError:
                 return None
             if not more:
-                raise ProxyProtocolError(f"the peer closed after {len(self._data)} bytes of a PROXY header")
+                raise ProxyProtocolError(f"the peer closed after {counted(len(self._data), 'byte')} of a PROXY header")
             found = parse_header(self._data + more)
             # All of it belongs to the header as long as that has not ended.
             size = len(more) if found is None else found[1] - len(self._data)

@@ -27,6 +27,7 @@ from .errors import EarlyEOF, LimitExceeded, StartTLSError
 from .forked import close_in_children
 from .handshake import TLSLayer, handshake_failed
 from .logs import own_logger
+from .plural import counted
 from .proxy_protocol import Transport
 from .ssl_methods import SSLMethods, refuse
 from .stream import CHILD, SHARED, Stream, StreamInChild
@@ -765,7 +766,7 @@ def is_open(file: Any) -> bool:
 
 
 def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
-    return EarlyEOF(f"the peer closed after {len(data)} bytes, before {separator!r}", data)
+    return EarlyEOF(f"the peer closed after {counted(len(data), 'byte')}, before {separator!r}", data)
 
 
 def log_fields_of(connection: Connection) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .connection import Connection
 from .errors import ConfigError
 from .logs import own_logger
 from .options import check_number
+from .plural import counted
 from .transfer import relay
 
 log = own_logger("gtcpserver.forward")
@@ -130,10 +131,10 @@ class Forwarder:
             finally:
                 target.active -= 1
             log.debug(
-                "%s to %s: %d bytes there, %d back in %.3f s (%s)",
+                "%s to %s: %s there, %d back in %.3f s (%s)",
                 conn.client_address,
                 target.address,
-                result.bytes_a_to_b,
+                counted(result.bytes_a_to_b, "byte"),
                 result.bytes_b_to_a,
                 result.duration,
                 result.reason,

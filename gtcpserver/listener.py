@@ -33,7 +33,7 @@ from gtcpserver.listen_config import (
     set_reuse_port,
     unix_ids,
 )
-from gtcpserver.port_holder import describe_holder
+from gtcpserver.port_holder import THIS_PROCESS, describe_holder
 from gtcpserver.unix_path import bind_unix, remove_if_ours
 
 __all__ = [
@@ -328,8 +328,11 @@ def _explain(exc: OSError, family: int, sockaddr: tuple[Any, ...], config: Liste
     where = format_sockaddr(sockaddr, family)
     number = exc.errno or 0
     if number == errno.EADDRINUSE:
-        message = f"{where} is already in use {describe_holder(sockaddr)}"
-        if config.shared:
+        holder = describe_holder(sockaddr)
+        message = f"{where} is already in use {holder}"
+        if holder == THIS_PROCESS:
+            message += ": given twice, by another name, or as a part of *?"
+        elif config.shared:
             message += "; to share a port, every server on it needs SO_REUSEPORT and the same user"
         else:
             message += "; to share the port on purpose use ListenConfig(shared=True)"

@@ -23,6 +23,7 @@ import gevent
 from gevent.monkey import get_original
 
 from .descriptors import close_descriptor
+from .plural import counted
 from .strict_json import to_short_json
 
 
@@ -197,7 +198,7 @@ class NonBlockingHandler(logging.Handler):
         return data + b"\n"
 
     def _notice(self) -> logging.LogRecord:
-        message = f"{self._unreported} log line{'s' if self._unreported > 1 else ''} dropped: {self._reason}"
+        message = f"{counted(self._unreported, 'log line')} dropped: {self._reason}"
         return logging.LogRecord("gtcpserver", logging.WARNING, __file__, 0, message, None, None)
 
     def _write_rest(self) -> bool:

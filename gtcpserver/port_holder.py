@@ -9,6 +9,8 @@ from typing import Any
 
 from .networks import IPAddress, as_ip, unmapped
 
+THIS_PROCESS = "by this process"
+
 TCP_LISTEN = "0A"
 
 
@@ -19,7 +21,7 @@ def describe_holder(sockaddr: tuple[Any, ...]) -> str:
         return "(no server was found to listen there: it may be a connection's own port; see `ss -tanp`)"
     for pid in _processes():
         if _holds(pid, inodes):
-            return f"by another server (pid {pid} {_name(pid)}{', this process' if pid == os.getpid() else ''})"
+            return THIS_PROCESS if pid == os.getpid() else f"by another server (pid {pid} {_name(pid)})"
     return "by another server (`ss -ltnp` run as root says which)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from .plural import counted
 from .server import Server
 from .stats import StopReport
 
@@ -15,11 +16,10 @@ def log_listening(server: Server) -> None:
     loops = len(server._acceptors)
     pool = "no limit" if server.pool.size is None else str(server.pool.size)
     log.info(
-        "listening on %s (pid %d, %d accept loop%s, pool %s)",
+        "listening on %s (pid %d, %s, pool %s)",
         ", ".join(server.addresses),
         os.getpid(),
-        loops,
-        "" if loops == 1 else "s",
+        counted(loops, "accept loop"),
         pool,
     )
 
@@ -27,4 +27,4 @@ def log_listening(server: Server) -> None:
 def log_report(report: StopReport) -> None:
     for cut in report.cut:
         log.warning("cut %s", cut, extra={"client": cut.peer})
-    log.info("stopped: %d connections finished, %d cut", report.finished, report.ended)
+    log.info("stopped: %s finished, %d cut", counted(report.finished, "connection"), report.ended)

@@ -28,6 +28,7 @@ from greenlet import GreenletExit, getcurrent
 
 from .acceptor import Acceptor
 from .access_log import AccessLog, Result
+from .address import check_none_twice
 from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .balancer import ProxyProtocol
 from .block_detector import blocked_so_far
@@ -51,6 +52,7 @@ from .logs import FaultLimiter, also
 from .options import check_number, check_whole_number
 from .outcome import COUNTER, log_client_error, log_fault, outcome_of, system_has_failed
 from .overseer import Overseer
+from .plural import counted
 from .pool import DEFAULT_SIZE, HandlerPool, check_size
 from .signals import StopSignals
 from .signatures import ConnectionT, Handler, OnFull
@@ -264,6 +266,8 @@ class Server:
         #: The error of a listening socket that stopped the server.
         self.fatal_error: OSError | None = None
         self._asked_addresses: list[Any] = list(address) if isinstance(address, list) else [address]
+        if len(self._asked_addresses) > 1:
+            check_none_twice(self._asked_addresses)
         self._listen = listen if listen is not None else ListenConfig()
         self._accept_loops = accept_loops
         self._acceptors: list[Acceptor] = []
@@ -414,13 +418,13 @@ class Server:
                 os._exit(128 + number)
             self._signalled_early = number
         elif self.state is State.STOPPING:
-            log.warning("%s again: ending %d handlers now", name, len(self._connections))
+            log.warning("%s again: ending %s now", name, counted(len(self._connections), "handler"))
             self._hurry.set()
         elif self.state is State.STOPPED:
             log.warning("%s again: ending background work now", name)
             self._hurry.set()
         elif self.state is State.SERVING:
-            log.info("%s: stopping, %d connections", name, len(self._connections))
+            log.info("%s: stopping, %s", name, counted(len(self._connections), "connection"))
             self._signal_missed = number
             self._begin_stop(stop_timeout)
             self._signal_missed = 0

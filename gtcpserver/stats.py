@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .plural import counted
+
 
 @dataclass(slots=True)
 class Counters:
@@ -139,7 +141,8 @@ class CutConnection:
     def __str__(self) -> str:
         where = " < ".join(reversed(self.where)) or "not started"
         return (
-            f"{self.peer}, {self.age:.1f} s old, {self.bytes_received} bytes in, {self.bytes_sent} out, at {where}"
+            f"{self.peer}, {self.age:.1f} s old, "
+            f"{counted(self.bytes_received, 'byte')} in, {self.bytes_sent} out, at {where}"
             + ("" if self.ended else ", would not end")
         )
 

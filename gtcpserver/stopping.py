@@ -17,6 +17,7 @@ from .acceptor import Acceptor
 from .address import format_sockaddr
 from .connection import Connection
 from .draining import HANDSHAKE_SECONDS, handshakes_under_way, queue_length
+from .plural import counted
 from .stats import CutConnection
 
 log = logging.getLogger("gtcpserver")
@@ -91,7 +92,9 @@ def drain_and_close(
         steps.do("drain", acceptor.drain, admit)
         listener = acceptor.listener
         if listener.owned and not acceptor.closed and (left := queue_length(listener.socket)):
-            steps.failed("drain", f"{left} connections in the queue of {listener.address} could not be accepted")
+            steps.failed(
+                "drain", f"{counted(left, 'connection')} in the queue of {listener.address} could not be accepted"
+            )
         steps.do("close the accept loop", acceptor.close)
         steps.do("close the listening socket", listener.close)
 

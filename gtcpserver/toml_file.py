@@ -45,7 +45,7 @@ def parse_text(text: str, path: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}{_described(str(error), text)}") from None
     except RecursionError:
         raise ConfigError(f"{path}{_line_that_nests(text)}: {_TOO_DEEP}") from None
     except ValueError:  # of int(), which has a limit of its own, and from Python 3.12 on for more than decimal ones
@@ -54,6 +54,19 @@ def parse_text(text: str, path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: {_TOO_LARGE}") from None
     _check_values(data, text, path)
     return data
+
+
+_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+def _described(said: str, text: str) -> str:
+    """ " line 3: what is wrong (column 5)" of what the parser says, in the form of all other mistakes."""
+    found = _PLACE.search(said)
+    if found is None:
+        return f": {said[:1].lower()}{said[1:]}"
+    line = found[1] or len(text.rstrip().split("\n"))
+    where = f"column {found[2]}" if found[2] else "at the end of the file"
+    return f" line {line}: {said[:1].lower()}{said[1 : found.start()]} ({where})"
 
 
 _TOO_DEEP = f"values must not be nested deeper than {DEEPEST}"

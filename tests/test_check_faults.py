@@ -247,11 +247,11 @@ def ends_the_process(conn):
         (
             spins_and_lets_others_run,
             "endless handler",
-            r"3 handlers run on 2.0 s after their clients have gone:\n(.*\n)*.* in spins_and_lets_others_run$",
+            r"3 handlers still running 2.0 s after the client left:\n(.*\n)*.* in spins_and_lets_others_run$",
         ),
         (spins_whatever_happens, ("blocked", "endless handler"), r" in spins_whatever_happens$"),
         (computes_at_the_end, "blocked", r"stands still, for all clients, here:\n.* in computes_at_the_end$"),
-        (swallows_its_end, "endless handler", r"^- end: 4 handlers do not end when a stop tells them to"),
+        (swallows_its_end, "endless handler", r"^- end: 4 handlers still running when told to end at a stop"),
         (waits_for_what_never_comes, "endless handler", r"in waits_for_what_never_comes$"),
         (holds_a_lock_after_a_reset, "not served", r"a good client is not served"),
         (holds_the_whole_process, "blocked", r"in holds_the_whole_process$"),

@@ -323,7 +323,7 @@ def test_stop_waits_for_handlers(start: Callable[..., Running]) -> None:
         client.sendall(b"go on\n")
         assert lines.readline() == b"done\n"
     assert server.process.wait(60) == 0
-    assert "1 connections finished, 0 cut" in server.wait_for("stopped:")
+    assert "1 connection finished, 0 cut" in server.wait_for("stopped:")
 
 
 def test_each_cut_connection_is_reported(start: Callable[..., Running]) -> None:

@@ -74,7 +74,7 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ("[resolver]\ntimeout = 0", "line 2: timeout must be"),
         ('[log]\nstyle = "xml"', "line 2: Invalid enum value 'xml'"),
         ('[[listener]]\nlisten = "0.0.0.0:1"\n[rules]\nclients = ["allow any"]', "line 4: 'allow any' opens the proxy"),
-        ("[[listener]\n", "proxy.toml: "),
+        ("[[listener]\n", "proxy.toml line 1: expected "),
         ('[auth.staff.users]\n\nada = "plain"', "line 1: a password must be a hash"),
         ('[auth]\nstaff = { users = { ada = "plain" } }', "line 2: a password must be a hash"),
         ('auth.staff.htpasswd = "/no/such"', "line 1: cannot read /no/such"),
@@ -211,7 +211,7 @@ def run(*arguments):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     (tmp_path / "bad.toml").write_text("[timeouts]\nconect = 5\n")
-    wrong = f"gtcpserver: {tmp_path}/bad.toml line 2: there is no conect (at timeouts.conect)"
+    wrong = f"gtcpserver: {tmp_path}/bad.toml line 2: there is no conect (at timeouts.conect); did you mean connect?"
     assert run("check", f"{tmp_path}/bad.toml") == (2, wrong)
     assert run("--config", f"{tmp_path}/bad.toml") == (2, wrong)
     assert run("--user", "ada") == (2, "gtcpserver: --user: must be NAME:PASSWORD, got 'ada'")

@@ -368,7 +368,7 @@ def test_the_oldest_of_too_many_retired_workers_is_told_to_finish(start: Start) 
             master.ask("reload")
     first, second, third = held
     told = master.wait_for(
-        r"worker 0 \(pid \d+\) has 5 s to finish its 1 connections: 2 retired workers, at most 1 may stay"
+        r"worker 0 \(pid \d+\) has 5 s to finish its 1 connection: 2 retired workers, at most 1 may stay"
     )
     assert told
     # No other is touched.
@@ -413,4 +413,4 @@ def test_retired_workers_are_bounded_in_a_master_that_was_left_too(start: Start,
         master.send_signal(signal.SIGTERM)
     assert old.recv(100) == b""
     assert master.process.wait(20) == 0
-    assert ("to finish its 1 connections" in master.log()) == (stopped == "upgrade")
+    assert ("to finish its 1 connection" in master.log()) == (stopped == "upgrade")

@@ -248,7 +248,7 @@ def test_a_file_that_is_none(run, folder) -> None:
     (folder / "bad.toml").write_text("pool = = 5")
     (folder / "latin.toml").write_bytes(b"handler = '\xe4'")
     for name, words in (
-        ("bad.toml", "bad.toml: Invalid value (at line 1"),
+        ("bad.toml", "bad.toml line 1: invalid value (column"),
         ("latin.toml", "must be UTF-8"),
         ("no.toml", "cannot read no.toml"),
     ):

@@ -142,7 +142,7 @@ def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypa
     assert [r.message for r in caplog.records if "cannot drain" in r.message] == [
         f"cannot drain {acceptor.address}: [Errno {errno.EMFILE}] Too many open files"
     ]
-    assert report.failures == (f"drain: 1 connections in the queue of {server.address} could not be accepted",)
+    assert report.failures == (f"drain: 1 connection in the queue of {server.address} could not be accepted",)
     client.close()
 
 

@@ -77,7 +77,7 @@ def test_a_master_whose_terminal_is_closed_stops_gracefully(start) -> None:
             assert client.makefile("rb").readline().endswith(b" last\n")
         assert master.wait() == 0
     assert "SIGHUP of the terminal, which is gone: stopping" in master.log()
-    assert "1 connections finished, 0 cut" in master.log()
+    assert "1 connection finished, 0 cut" in master.log()
 
 
 def test_a_hangup_while_the_terminal_is_there_is_a_reload(start) -> None:

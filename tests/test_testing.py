@@ -135,7 +135,7 @@ def test_a_handler_that_would_not_end_fails_the_block():
             except gevent.GreenletExit:
                 pass
 
-    says = r"1 handlers would not end: .* in stubborn, would not end"
+    says = r"1 handler would not end: .* in stubborn, would not end"
     with pytest.raises(HandlerFailed, match=says), serving(stubborn, stop_timeout=0.01) as server:
         connect(server)
     over.set()

@@ -41,7 +41,8 @@ def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] 
     """Reads --monkey-patch/--no-monkey-patch ahead of click, which must be imported after the patch; where it is not
     given, the environment and the file with the settings (gtcpserver.cli.settings)."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    if command not in MONKEY_PATCHED or "--help" in arguments:
+    loads = command == "config" and "--load" in arguments  # the program, as `serve` would
+    if not (command in MONKEY_PATCHED or loads) or "--help" in arguments:
         return False
     flags = [argument for argument in arguments if argument in ("--monkey-patch", "--no-monkey-patch")]
     if flags:
@@ -50,6 +51,8 @@ def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] 
     if said:
         return said not in ("0", "false", "f", "no", "n", "off")  # click's words
     path = environment.get("GTCPSERVER_CONFIG", "")
+    if loads:
+        path = next(filter(os.path.isfile, arguments), "")
     for place, argument in enumerate(arguments):
         if argument == "--config" and place + 1 < len(arguments):
             path = arguments[place + 1]

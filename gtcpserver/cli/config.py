@@ -6,25 +6,34 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
+import sys
 from typing import Any
 
 import click
 
 from gtcpserver.address import Address
 from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.callables import HOOKS
 from gtcpserver.cli.commands import EPILOG, describe, load_command
+from gtcpserver.cli.loading import load_handler, load_hook, load_object, load_wsgi
 from gtcpserver.cli.options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
+    HOOK_OPTIONS,
     LISTEN_OPTIONS,
+    OBJECT_OPTIONS,
     SERVER_OPTIONS,
     SUPERVISOR_OPTIONS,
     TLS_OPTIONS,
     OctalType,
+    check_addresses,
+    flag,
     make_listen_config,
     make_server,
     make_supervisor_config,
     of_balancers,
+    was_given,
 )
 from gtcpserver.cli.settings import SECRET, key_of, settings_of, source_of, told, unknown_variables
 from gtcpserver.client_limits import ClientLimits
@@ -88,22 +97,46 @@ def show(context: click.Context, name: str, as_json: bool, options: tuple[str, .
 
 @config.command(epilog=EPILOG)
 @of_command
+@click.option("--load", is_flag=True, help="Import the handler and the hooks, and say what is wrong with them.")
 @click.argument("file", metavar="FILE")
 @click.pass_context
-def check(context: click.Context, name: str, file: str) -> None:
+def check(context: click.Context, name: str, load: bool, file: str) -> None:
     """Say whether a file with settings is good, and what is wrong with it: exit status 2.
 
-    The environment is as it is: what the file leaves open may be there. The handler is not loaded.
+    The environment is as it is: what the file leaves open may be there. The program is not imported, unless --load is
+    given; then an exception that it raises is exit status 1.
     """
     of = _read(name, ["--config", file], context)
     try:
         if isinstance(of.params["bind"], Address):
             of.params["bind"] = (of.params["bind"],)
+        check_addresses(of)
         make_supervisor_config(of)
         make_server(of, lambda _connection: None, make_listen_config(of), load=False)
+        loaded = _load(of) if load else []
     except click.UsageError as error:
         raise click.UsageError(told(of, describe(error))) from None
-    click.echo(f"{file} is good")
+    can = f": {', '.join(loaded)} can be loaded" if loaded else ""
+    click.echo(f"{file} is good{can}")
+
+
+def _load(of: click.Context) -> list[str]:
+    """Import what the settings name, in the order of a start, and say what it was. Raises as `load_handler`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    loaded = []
+    if "handler" in of.params:
+        handler = of.params["handler"]
+        if not handler:
+            raise click.UsageError("--load: the settings name no handler")
+        (load_wsgi if of.params["wsgi"] else load_handler)(handler)
+        loaded.append(handler)
+    for option, _ in (*OBJECT_OPTIONS, *HOOK_OPTIONS):
+        if was_given(of, option):
+            reference, shown = of.params[option], flag(option)
+            load_hook(option, reference, shown) if option in HOOKS else load_object(reference, shown)
+            loaded.append(reference)
+    return loaded
 
 
 def _read(name: str, arguments: list[str], parent: click.Context) -> click.Context:

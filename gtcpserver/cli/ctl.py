@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gtcpserver.cli.commands import EPILOG, RunError
+from gtcpserver.plural import counted
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
 from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
@@ -48,20 +50,47 @@ class TimeoutType(ParamType):
         return seconds
 
 
-@click.group(epilog=EPILOG)
-@click.option(
-    "--control",
-    envvar=VARIABLE,
-    metavar="PATH",
-    help=f"The control socket, as given to serve --control; or in the environment as {VARIABLE}.",
-)
-@click.option(
-    "--timeout",
-    type=TimeoutType(),
-    default="",
-    help=f"Seconds to wait for the answer; none: for ever.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for reload, "
-    "upgrade and scale; none for stop, once the master has answered]",
-)
+def where_options(command: Any, envvar: str | None = None) -> Any:
+    """Adds --control and --timeout."""
+    for option in (
+        click.option(
+            "--timeout",
+            type=TimeoutType(),
+            default="",
+            help=f"Seconds to wait for the answer; none: for ever.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for "
+            "reload, upgrade and scale; none for stop, once the master has answered]",
+        ),
+        click.option(
+            "--control",
+            envvar=envvar,
+            metavar="PATH",
+            help=f"The control socket, as given to serve --control; or in the environment as {VARIABLE}.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+class _Command(click.Command):
+    """A command that takes the options of ctl behind its name, too: there most people write them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        where_options(self)
+
+    def invoke(self, context: click.Context) -> Any:
+        control, timeout = context.params.pop("control"), context.params.pop("timeout")
+        before: Where = context.obj
+        context.obj = (before[0] if control is None else control, before[1] if timeout == "" else timeout)
+        return super().invoke(context)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, epilog=EPILOG)
+@partial(where_options, envvar=VARIABLE)
 @click.pass_context
 def ctl(context: click.Context, control: str | None, timeout: float | str | None) -> None:
     """Ask and steer a running server with worker processes."""
@@ -79,8 +108,8 @@ def status(where: Where, as_json: bool) -> None:
     else:
         click.echo(
             f"{answer['state']}, {'ready' if answer['ready'] else 'not ready'}: "
-            f"{len(answer['workers'])} workers of {answer['target']} wanted, {answer.get('retired', 0)} retired, "
-            f"generation {answer['generation']}, "
+            f"{counted(len(answer['workers']), 'worker')} of {answer['target']} wanted, "
+            f"{answer.get('retired', 0)} retired, generation {answer['generation']}, "
             f"{answer['restarts']} replaced, master {answer['pid']}, up {answer['uptime']:.0f} s"
         )
         click.echo(f"listening on {', '.join(answer['addresses'])}")

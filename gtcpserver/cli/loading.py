@@ -122,7 +122,27 @@ def _run_file(path: str, parameter: str) -> ModuleType:
 
 def _failed(name: str, error: BaseException) -> RunError:
     kind = type(error).__name__
-    return RunError(f"{name} raised {kind} while it was imported", details=user_traceback(error))
+    message = f"{name} raised {kind} while it was imported{_hint_of_package(name, error)}"
+    return RunError(message, details=user_traceback(error))
+
+
+def _hint_of_package(name: str, error: BaseException) -> str:
+    """Where the file that was named imports relatively, which only a part of a package can: its name there."""
+    if not isinstance(error, ImportError) or "attempted relative import" not in str(error):
+        return ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    path = os.path.abspath(frames[-1].filename) if frames else ""
+    if path not in (os.path.abspath(name), os.path.abspath(name.replace(".", os.sep) + ".py")):
+        return ""  # a module of the program's own
+    words = [os.path.splitext(os.path.basename(path))[0]]
+    folder = os.path.dirname(path)
+    while len(words) == 1 or os.path.isfile(os.path.join(folder, "__init__.py")):
+        folder, word = os.path.split(folder)
+        words.insert(0, word)
+    if not all(word.isidentifier() for word in words):
+        return ""
+    where = "" if folder == os.getcwd() else f", in the folder {folder}"
+    return f'; it is part of a package: give "{".".join(words)}:..."{where}'
 
 
 def user_traceback(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from gtcpserver.access_log import AccessLog
-from gtcpserver.address import Address, parse_address
+from gtcpserver.address import Address, check_none_twice, parse_address
 from gtcpserver.balancer import ProxyProtocol
 from gtcpserver.callables import HOOKS
 from gtcpserver.cli.loading import load_hook, load_object
@@ -347,6 +347,21 @@ def supervisor_options(command: Command) -> Command:
     for name, kind, text in reversed(SUPERVISOR_OPTIONS):
         command = _option(name, kind, text, defaults[name])(command)
     return command
+
+
+def check_addresses(context: click.Context) -> None:
+    """Raise click.UsageError where two of the addresses to listen on are the same."""
+    bind, metrics = context.params["bind"], context.params["metrics"]
+    if metrics is not None:
+        try:
+            parse_address(metrics)
+        except ConfigError:  # told when it is used
+            metrics = None
+    for option, addresses in (("--bind", bind), ("--metrics", (*bind, metrics) if metrics is not None else ())):
+        try:
+            check_none_twice(addresses)
+        except ConfigError as error:
+            raise click.UsageError(f"{option}: {error}") from None
 
 
 def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:

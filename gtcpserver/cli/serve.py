@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -18,6 +19,7 @@ from gtcpserver.cli.loading import load_handler, load_wsgi
 from gtcpserver.cli.options import (
     OrNone,
     access_log_options,
+    check_addresses,
     explained,
     make_listen_config,
     make_server,
@@ -198,6 +200,7 @@ def serve_with(
         # One that was named as well ("fd:3") is not adopted twice.
         more = [address for address in given if not (address.kind == "fd" and address.fd in fds)]
         context.params["bind"] = (*bound_by_systemd(fds), *more)
+    check_addresses(context)
     config = make_supervisor_config(context)
     if config is not None:
         supervise(context, config, load, len(fds), files)
@@ -211,6 +214,7 @@ def serve_with(
         obey_hangup(server, load if reads_files else None, file_of(context))
     elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _stop_gracefully)
+    obey_user_signals()
     serve_until_stopped(context, server)
 
 
@@ -218,6 +222,21 @@ def _stop_gracefully(_number: int, _frame: Any) -> None:
     # The kernel and the shell (bash(1), "SIGNALS") may send one each; a second SIGTERM would end everything at once.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def obey_user_signals() -> None:
+    """From now on SIGUSR1 and SIGUSR2, which a master obeys, do not end a single process, as they do by default."""
+    for number, line in (
+        (signal.SIGUSR1, "SIGUSR1: there is no log file to open again; an access log that was renamed is opened anew"),
+        (signal.SIGUSR2, "SIGUSR2: an upgrade takes worker processes (--workers 1); nothing was done"),
+    ):
+        if signal.getsignal(number) is signal.SIG_DFL:  # otherwise the program has a use of its own for it
+            signal.signal(number, partial(_log_in_loop, line))
+
+
+def _log_in_loop(line: str, _number: int, _frame: Any) -> None:
+    # A signal handler runs between any two bytecodes, also of a log handler.
+    gevent.get_hub().loop.run_callback(log.warning, line)
 
 
 def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None, settings: str | None = None) -> None:

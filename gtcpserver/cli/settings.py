@@ -187,7 +187,10 @@ class _Reader:
         for key, value in self._entries(data):
             parameter = self._known.get(key)
             if parameter is None:
-                self._note(key, f"there is no key {key}{self._near(key)}")
+                if isinstance(value, dict) and "." not in key:
+                    self._note(key, f"there is no table [{key}]{self._near_table(key)}")
+                else:
+                    self._note(key, f"there is no key {key}{self._near(key)}")
                 continue
             try:
                 values[str(parameter.name)] = _checked(parameter, value)
@@ -207,6 +210,12 @@ class _Reader:
 
     def _note(self, key: str, message: str) -> None:
         self.mistakes.append(f"{place_of(self._settings, key)}: {message}")
+
+    def _near_table(self, table: str) -> str:
+        near = difflib.get_close_matches(table.replace("-", "_"), self._tables, 1)
+        if near:
+            return f"; did you mean [{near[0]}]?"
+        return f"; there are {', '.join(f'[{one}]' for one in sorted(self._tables))}" if self._tables else ""
 
     def _near(self, key: str) -> str:
         name = key.rpartition(".")[2].replace("-", "_")

@@ -33,6 +33,7 @@ from ..errors import ConfigError
 from ..forked import close_in_children
 from ..lent_files import stat_file
 from ..logs import FaultLimiter, also
+from ..plural import counted
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
 from .target import IPAddress
 
@@ -254,7 +255,7 @@ class HashedUsers(RememberingAuthenticator):
             log.error("%s; the users stay as they were", error)
             return
         if self._set_users(users):
-            log.info("%s was read again: %d users", path, len(users))
+            log.info("%s was read again: %s", path, counted(len(users), "user"))
 
     def _set_users(self, users: Mapping[bytes, str]) -> bool:
         hashes = {**self._listed, **users}
@@ -432,7 +433,7 @@ class _Helper:
     def _start(self) -> None:
         wait = self._not_before - time.monotonic()
         if wait > 0:
-            raise HelperError(f"has ended {self._deaths} times, and is not started again for {wait:.0f} s")
+            raise HelperError(f"has ended {counted(self._deaths, 'time')}, and is not started again for {wait:.0f} s")
         ours, theirs = gevent.socket.socketpair()
         os.set_blocking(theirs.fileno(), True)
         try:

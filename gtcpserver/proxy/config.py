@@ -17,9 +17,10 @@ Every mistake is told with its line and what was expected, and a key that does n
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -105,22 +106,33 @@ def _mistakes_in(value: Any, kind: type[Any], name: str, text: str) -> Iterator[
         return
     except msgspec.ValidationError as error:
         if "missing required" in str(error):
-            yield _mistake_of_form(error, name, text)
+            yield _mistake_of_form(error, kind, name, text)
     for entry in entries:
         try:
             msgspec.convert(entry, kind, strict=True)
         except msgspec.ValidationError as error:
             if "missing required" not in str(error):
-                yield _mistake_of_form(error, name, text)
+                yield _mistake_of_form(error, kind, name, text)
 
 
-def _mistake_of_form(error: msgspec.ValidationError, name: str, text: str) -> str:
+def _mistake_of_form(error: msgspec.ValidationError, kind: type[Any], name: str, text: str) -> str:
     message, _, where = str(error).partition(" - at `$")
     unknown = re.search(r"unknown field `(.*)`", message)
     keys = name + where.rstrip("`") + (f".{unknown[1]}" if unknown else "")
     keys = keys.lstrip(".")
     message = message.replace("Object contains unknown field", "there is no").replace("Object missing", "there is no")
-    return f"{_line_of(text, keys)}: {message.replace('`', '')}{f' (at {keys})' if keys else ''}"
+    near = _near(unknown[1], kind, where.rstrip("`")) if unknown else ""
+    return f"{_line_of(text, keys)}: {message.replace('`', '')}{f' (at {keys})' if keys else ''}{near}"
+
+
+def _near(unknown: str, kind: Any, where: str) -> str:
+    """What a key that there is not may have been meant for, in the table at ``where`` of one that is a ``kind``."""
+    for word in where.strip(".").split("."):
+        kind = get_type_hints(kind).get(word, None) if word else kind
+        if not hasattr(kind, "__struct_fields__"):
+            return ""
+    near = difflib.get_close_matches(unknown.replace("-", "_"), kind.__struct_fields__, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 # -- meaning -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 from ..errors import GtcpServerError
 from ..http_head import HttpError, check_head
+from ..plural import counted
 
 #: A request line longer than this is answered by 414 (RFC 9112 section 3 recommends to take 8000 octets; nginx: 8 KiB).
 LONGEST_TARGET = 8 * 1024
@@ -165,7 +166,7 @@ def wanted_range(fields: Mapping[str, str], size: int, etag: str, modified: int)
         if match[2] and int(match[2]) < first:
             return None  # not a range
     if first > last:
-        raise BadRequest(416, f"the file has {size} bytes")
+        raise BadRequest(416, f"the file has {counted(size, 'byte')}")
     return first, last - first + 1
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from gtcpserver.plural import counted
 from gtcpserver.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.supervisor.care import Care
 from gtcpserver.supervisor.channel import make_pair
@@ -319,7 +320,7 @@ class Fleet:
         active = worker.stats.get("active", 0)
         lived = monotonic() - worker.ready_at
         slot.why = how + (f": {worker.fatal}" if worker.fatal else "")
-        log.error("%s; it had about %d connections", slot.why, active)
+        log.error("%s; it had about %s", slot.why, counted(active, "connection"))
         how = f"{how}, {lived:.2f} s after it was ready"
         if self.fail_with(worker, how) and (was_next or not self.up):
             return
@@ -461,12 +462,12 @@ class Fleet:
                 continue
             worker.hastened = True
             log.warning(
-                "worker %d (pid %d) has %g s to finish its %d connections: %d retired workers, at most %d may stay",
+                "worker %d (pid %d) has %g s to finish its %s: %s, at most %d may stay",
                 worker.slot,
                 worker.pid,
                 timeout,
-                worker.stats.get("active", 0),
-                len(retired),
+                counted(worker.stats.get("active", 0), "connection"),
+                counted(len(retired), "retired worker"),
                 most,
             )
             self._hasten(worker, timeout)
@@ -602,7 +603,7 @@ class Fleet:
         draining = {w.slot for w in self.workers.values() if w.state is WorkerState.STOPPING and not w.drained}
         for slot in self.slots.values():
             if slot.number not in draining and (lost := self.sockets.close_slot(slot.number)):
-                log.warning("%d queued connections of slot %d were reset: it had no worker", lost, slot.number)
+                log.warning("%s of slot %d reset: it had no worker", counted(lost, "queued connection"), slot.number)
         if not draining:
             self.sockets.close_shared()
 

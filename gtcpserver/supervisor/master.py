@@ -34,6 +34,7 @@ from gtcpserver.descriptors import close_descriptor
 from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.forked import register
 from gtcpserver.logs import FaultLimiter, also, fault_key
+from gtcpserver.plural import counted
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.care import TICK_SECONDS
 from gtcpserver.supervisor.channel import RETRY_SECONDS
@@ -209,9 +210,9 @@ class Master:
             for number, handler in before:
                 _signal(number, handler)
             self._close_pipe()
-        log.info("stopped: %d connections finished, %d cut", self.fleet.finished, self.fleet.ended)
         if self.fleet.first_failure is not None:
             raise WorkersCannotStart(self.fleet.first_failure)
+        log.info("stopped: %s finished, %d cut", counted(self.fleet.finished, "connection"), self.fleet.ended)
         return self.fleet
 
     def _close(self, sockets: ListeningSockets) -> None:
@@ -475,16 +476,15 @@ class Master:
             if not say_ready(handover):
                 log.error("the old master (pid %d) cannot be told that this one is ready", handover.pid)
         log.info(
-            "listening on %s (pid %d, %d worker%s)",
+            "listening on %s (pid %d, %s)",
             ", ".join(self.addresses),
             os.getpid(),
-            self.fleet.target,
-            "" if self.fleet.target == 1 else "s",
+            counted(self.fleet.target, "worker"),
         )
 
     def _tell_systemd(self, now: float) -> None:
         serving = sum(slot.serves() for slot in self.fleet.slots.values())
-        status = f"STATUS={self.state.value}: {serving} of {self.fleet.target} workers are ready"
+        status = f"STATUS={self.state.value}: {serving} of {counted(self.fleet.target, 'worker')} ready"
         if self.state is MasterState.SERVING and not self.fleet.reloading():
             status += f"\nREADY=1\nMAINPID={os.getpid()}"
         elif self.stopping and self._left_to is None:
@@ -523,7 +523,8 @@ class Master:
         name = signal.Signals(number).name
         graceful = number in (signal.SIGTERM, signal.SIGINT)  # INT is Ctrl-C
         if graceful and self._left_to is not None and not self.fleet.ending:
-            log.info("%s: ending %d workers within the time of a stop", name, len(self.fleet.workers))
+            workers = counted(len(self.fleet.workers), "worker")
+            log.info("%s: ending %s within the time of a stop", name, workers)
             self.fleet.hasten()
         elif number == signal.SIGQUIT or (graceful and self.stopping):
             self.halt(name)
@@ -575,7 +576,7 @@ class Master:
         if self._upgrade.under_way:
             done("an upgrade is under way")
             return
-        log.info("from %d to %d workers", self.fleet.target, count)
+        log.info("from %d to %s", self.fleet.target, counted(count, "worker"))
         self.fleet.want_scale(count, done)
 
     def reopen_log(self) -> None:
@@ -654,7 +655,7 @@ class Master:
 
     def halt(self, why: str) -> None:
         """Ends everything now."""
-        log.warning("%s: ending %d workers now", why, len(self.fleet.workers))
+        log.warning("%s: ending %s now", why, counted(len(self.fleet.workers), "worker"))
         self._upgrade.fail("the old master stops")
         self._stop_at = None
         self.state = MasterState.STOPPING

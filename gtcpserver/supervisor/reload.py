@@ -7,6 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from gtcpserver.plural import counted
 from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Reload:
         self._leaving: list[WorkerProcess] = []
         self._finishing = False
         self._give_up_at = 0.0
-        log.info("reload %d begins: %d workers", self.generation - 1, len(self._slots))
+        log.info("reload %d begins: %s", self.generation - 1, counted(len(self._slots), "worker"))
 
     def go_on(self) -> None:
         """Takes the next step if the last one is done."""
@@ -141,7 +142,7 @@ class Reload:
             log.error("reload %d failed, the old workers serve on: %s", self.generation - 1, why)
             self._tell(why)
             return
-        how_far = f"{self._replaced} of {len(self._slots)} workers have the new code"
+        how_far = f"{self._replaced} of {counted(len(self._slots), 'worker')} have the new code"
         log.error("reload %d failed, %s, the others serve on: %s", self.generation - 1, how_far, why)
         self._tell(f"{why}; {how_far}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gevent import monkey
 
-from gtcpserver.address import Address
+from gtcpserver.address import Address, check_none_twice
 from gtcpserver.descriptors import close_descriptor
 from gtcpserver.draining import forget_member, queue_length
 from gtcpserver.listen_config import has_reuse_port
@@ -105,8 +105,9 @@ class ListeningSockets:
         """Opens what is asked for, but for what the last master left us.
 
         Raises:
-            ConfigError, OSError: as `open_listeners`; nothing stays open.
+            ConfigError, OSError: as `open_listeners`, or one is given twice; nothing stays open.
         """
+        check_none_twice(addresses)
         try:
             for address in addresses:
                 asked = describe(address)

@@ -36,6 +36,7 @@ from gtcpserver.forked import end_process, register
 from gtcpserver.logs import FaultLimiter, also, fault_key
 from gtcpserver.monitoring.connection_table import MOST, table_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
+from gtcpserver.plural import counted
 from gtcpserver.server import Server, State
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.config import SupervisorConfig
@@ -403,7 +404,7 @@ class _Life:
             return
         why = self.wants_to_retire
         if not why and self.limit_of_accepts is not None and server.accepted_connections >= self.limit_of_accepts:
-            why = f"has accepted {server.accepted_connections} connections"
+            why = f"has accepted {counted(server.accepted_connections, 'connection')}"
         if not why and self.limit_of_memory and resident_bytes() > self.limit_of_memory * 2**20:
             why = f"uses {resident_bytes() >> 20} MiB"
         if why:

@@ -12,6 +12,7 @@ import gevent
 
 from ..errors import ConfigError
 from ..options import check_number, check_whole_number
+from ..plural import counted
 from ..proxy_protocol import ProxyHeader
 from ..signatures import ConnectionT, Handler
 from .client import Client
@@ -238,8 +239,8 @@ class _Check:
             where = "\n".join(look.where[self._stuck :][:5])
             self._found(
                 "endless handler",
-                f"{look.active - self._stuck} handlers run on {self._patience:.1f} s after their clients have gone:\n"
-                f"{where}",
+                f"{counted(look.active - self._stuck, 'handler')} still running {self._patience:.1f} s "
+                f"after the client left:\n{where}",
             )
         self._stuck = max(self._stuck, look.open)
         look = self._look()

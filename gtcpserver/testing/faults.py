@@ -14,6 +14,7 @@ from random import Random
 from time import monotonic
 from typing import Any
 
+from ..plural import counted
 from .client import Client, connect
 from .conversation import Conversation, WrongAnswer, short
 from .report import Kind
@@ -255,7 +256,8 @@ def end_the_handlers(player: Player) -> None:
     if standing:
         player.found(
             "endless handler",
-            f"{len(standing)} handlers do not end when a stop tells them to (by GreenletExit):\n" + "\n".join(standing),
+            f"{counted(len(standing), 'handler')} still running when told to end at a stop (GreenletExit):\n"
+            + "\n".join(standing),
         )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Literal
 
+from ..plural import counted
+
 Kind = Literal[
     "conversation",
     "descriptors",
@@ -66,9 +68,10 @@ class FaultReport:
         return not self.problems
 
     def __str__(self) -> str:
-        found = f"{len(self.problems)} problems" if len(self.problems) != 1 else "1 problem"
+        found = counted(len(self.problems), "problem")
         lines = [
-            f"{found if self.problems else 'nothing found'}: {len(self.played)} faults, {self.connections} connections,"
+            f"{found if self.problems else 'nothing found'}: {counted(len(self.played), 'fault')}, "
+            f"{counted(self.connections, 'connection')},"
             f" {self.seconds:.1f} s, memory grew by {self.memory_growth / 1024:.0f} KiB"
         ]
         for problem in self.problems:

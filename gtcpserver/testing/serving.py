@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..connection import Connection
 from ..logs import own_logger
+from ..plural import counted
 from ..server import Server
 from ..signatures import ConnectionT, Handler
 
@@ -140,7 +141,7 @@ def serving(
     if allow_errors:
         return
     if endless:
-        raise HandlerFailed(f"{len(endless)} handlers would not end: {'; '.join(endless)}")
+        raise HandlerFailed(f"{counted(len(endless), 'handler')} would not end: {'; '.join(endless)}")
     if server.errors:
         first, more = server.errors[0], len(server.errors) - 1
         also = f" ({more} more exceptions)" if more else ""
