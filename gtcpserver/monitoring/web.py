@@ -18,8 +18,8 @@ PAGE = Path(__file__).with_name("status.html").read_bytes()
 
 #: Browsers ask for /favicon.ico by themselves, also beside /metrics, and call a 404 an error.
 ICON = (
-    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4" fill="#1f5fd0"/>'
-    b'<path d="M3 11V8h3v3zm3.5 0V5h3v6zM10 11V3h3v8z" fill="#fff"/></svg>\n'
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#2a6fdb"/>'
+    b'<path d="M3 6h8L8.5 3.5M13 10H5l2.5 2.5" fill="none" stroke="#fff" stroke-width="2"/></svg>\n'
 )
 
 TEXT = "text/plain; charset=utf-8"
