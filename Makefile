@@ -8,11 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help serve test matrix core fuzz inject mutants check bench bench-programs docs docs-serve load sslyze clean
+.PHONY: help serve test test-quick matrix core fuzz inject mutants check bench bench-programs docs docs-serve load sslyze clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
-	@echo 'make test    the tests'
+	@echo 'make test    the tests; make test-quick those of them that are quick, in a minute'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
@@ -31,6 +31,10 @@ serve: $(VENV)/serve.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 3
+
+# Without those of tests/slow.txt.
+test-quick: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 # What depends on the interpreter and on gevent's greenlets most.
 CORE := $(addprefix tests/test_,$(addsuffix .py,server connection stop pool tls relay acceptor supervisor proxy_socks \

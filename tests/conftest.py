@@ -6,6 +6,7 @@ The tests' own greenlet runs the server's event loop whenever it waits, so it mu
 
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from patience import SOON
 
 from gtcpserver import Server
 
-pytest_plugins = ["injection.started", "watchdog"]
+pytest_plugins = ["injection.started", "selection", "watchdog"]
 
 # An ordinary user's PATH has no sshd, nginx or ip.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -50,14 +51,6 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Write the tests that were skipped into the file TEST_SKIPPED, one a line: .ci/run runs them as root."""
-    if path := os.environ.get("TEST_SKIPPED"):
-        skipped = dict.fromkeys(report.nodeid for report in terminalreporter.stats.get("skipped", []))
-        with open(path, "w") as file:
-            file.writelines(f"{nodeid}\n" for nodeid in skipped)
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +83,20 @@ def wait_for_port(port, process):
             assert process.poll() is None, f"{process.args} has ended"
             assert time.monotonic() < give_up, f"{process.args} does not listen"
             time.sleep(0.01)
+
+
+@pytest.fixture
+def need_descriptors():
+    """`need_descriptors(n)` raises the soft limit for this test, or skips it where the hard one is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def need(number):
+        if number > hard != resource.RLIM_INFINITY:
+            pytest.skip(f"needs {number} descriptors, and ulimit -Hn is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
+
+    yield need
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

@@ -76,3 +76,9 @@ def test_tests_whose_report_cannot_be_sent_fail_and_the_others_run(tmp_path):
     done = run_suite(tmp_path, UNSENDABLE)
     assert "2 failed, 1 passed, 1 skipped" in done.stdout
     assert {"message \\udca0", "output \\udca1", "reason \\udca2"} <= set(re.findall(r"[a-z]+ \\udca.", done.stdout))
+
+
+def test_each_test_of_the_slow_ones_is_there():
+    for name in (ROOT / "tests" / "slow.txt").read_text().split():
+        path, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / path).read_text(), f"{name}: take it out of tests/slow.txt"
