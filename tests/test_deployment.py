@@ -71,7 +71,8 @@ def load(port, size, stop, keep, failures, counts):
 
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is missing")
-def test_two_instances_behind_haproxy_are_replaced_without_a_lost_request(tmp_path):
+def test_two_instances_behind_haproxy_are_replaced_without_a_lost_request(tmp_path, need_descriptors):
+    need_descriptors(8192)  # haproxy's, for its maxconn
     (tmp_path / "index.html").write_bytes(b"")
     (tmp_path / "file").write_bytes(b"x" * 1000)
     ports = [free_port() for _ in range(3)]

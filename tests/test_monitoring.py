@@ -440,7 +440,7 @@ def test_the_table_is_bounded(watched, connect, get, monkeypatch):
 def test_many_silent_clients_neither_disturb_the_service_nor_the_scrapes(watched, connect, in_thread, get):
     server, monitor = watched()
     client = connect(server)
-    silent = [connect(monitor.address) for _ in range(10 * MOST_CONNECTIONS)]
+    silent = [connect(monitor.address) for _ in range(5 * MOST_CONNECTIONS)]
     for _ in range(20):
         assert ask(in_thread, client) == b"x"
     assert get(monitor, "/metrics")[0] == 200

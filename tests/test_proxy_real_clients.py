@@ -219,7 +219,8 @@ def test_python_socks(proxy, serve, in_thread):
         assert in_thread(talk, scheme) == b"hello"
 
 
-def test_500_clients_that_drip_do_not_keep_a_good_one_out(proxy, serve, connect, in_thread):
+def test_500_clients_that_drip_do_not_keep_a_good_one_out(proxy, serve, connect, in_thread, need_descriptors):
+    need_descriptors(2000)
     origin, server = serve(echo), proxy()
     dripping = [connect(server) for _ in range(500)]
     for number, client in enumerate(dripping):

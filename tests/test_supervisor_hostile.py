@@ -23,7 +23,7 @@ from gtcpserver.supervisor.monitor import MAX_ANSWERS, MonitorProcess
 from gtcpserver.supervisor.totals import Totals
 
 HOSTILE = r"""
-import array, json, os, socket, stat
+import array, errno, json, os, socket, stat, time
 from gtcpserver.supervisor import current_worker
 
 def channel():
@@ -39,6 +39,16 @@ def channel():
             return sock
     raise SystemExit("no channel")
 
+def send(line, data, rights):
+    # Under way may be as many as an ordinary user may have open (ETOOMANYREFS, unix(7)).
+    while True:
+        try:
+            return line.sendmsg([data], rights)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            time.sleep(0.001)
+
 def handler(conn):
     while line := conn.recv_until(b"\n", 200_000):
         if line == b"who\n":
@@ -53,7 +63,7 @@ def handler(conn):
                 for kind in ("beat", "ready", "nonsense"):
                     for _ in range(20):
                         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
-                        line.sendmsg([json.dumps({"kind": kind, "lag": 0}).encode()], rights)
+                        send(line, json.dumps({"kind": kind, "lag": 0}).encode(), rights)
             conn.sendall(b"sent\n")
         elif line == b"flood\n":
             line = channel()
