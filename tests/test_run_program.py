@@ -1,6 +1,7 @@
 """run() in programs as a user writes them: what they say of themselves, and of what stops everybody."""
 
 import logging
+import os
 import re
 import signal
 import socket
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import threading
 
+import gevent
 import pytest
-from conftest import SOON
+from conftest import SOON, wait_until
 
-from gtcpserver import ConfigError, GtcpServerError, block_detector, run
+from gtcpserver import BlockDetector, ConfigError, GtcpServerError, block_detector, run
 from gtcpserver.block_detector import PLACES, _Holder, _ThreadClock, _Times, start_detector
 
 #: `line` is what the handler does with each byte; HEAD comes first, OPTIONS is what run() is called with.
@@ -238,9 +240,20 @@ def test_time_in_which_others_had_the_cpu_does_not_count():
     assert holder.seconds(11.0, _Times(1.2, 0.0)) == 1.0  # /proc could be read before, and cannot now
 
 
+def test_a_detector_leaves_no_descriptor_behind(monkeypatch):
+    before = set(os.listdir("/proc/self/fd"))
+    with BlockDetector(0.05):
+        gevent.sleep(0.06)
+    wait_until(lambda: set(os.listdir("/proc/self/fd")) <= before)
+    monkeypatch.setattr(block_detector, "_start_thread", lambda *_args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        BlockDetector(0.05).start()
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_thread_clock_without_proc_tells_of_computation_alone():
     clock = _ThreadClock()
-    clock._path = "/nowhere"
+    clock.close()
     before = clock.read()
     sum(range(1_000_000))
     after = clock.read()
