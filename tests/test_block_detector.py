@@ -115,6 +115,7 @@ def test_load_is_not_found(serve, connect, detector, reports):
     wait_until(lambda: server.active_connections == 100)
     gevent.sleep(0.01)
     timer = gevent.get_hub().loop.timer(0.001, 0.001)
+    behind.append(time.monotonic())
     timer.start(lambda: behind.append(time.monotonic()))
     for client in clients:
         client.sendall(b"x")

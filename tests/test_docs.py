@@ -50,7 +50,7 @@ SERVES_IN_PYTHON = re.compile(r"^[^#\n]*\b(serve_forever\(|run\(\s*[\w\"])", re.
 RUN = ("console", "python")
 
 #: Programs from Debian that console blocks use.
-PROGRAMS = ("curl", "haproxy", "ncat", "openssl", "redis-benchmark", "redis-cli")
+PROGRAMS = ("curl", "haproxy", "nc", "ncat", "openssl", "redis-benchmark", "redis-cli")
 
 
 def name_of(path):

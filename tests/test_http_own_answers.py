@@ -14,7 +14,7 @@ import pytest
 from conftest import SOON, wait_for_port
 from gevent.event import Event
 from ports import free_port
-from test_proxy_real_clients import needs
+from programs import needs
 from test_proxy_socks import OnePassword
 
 import gtcpserver.proxy

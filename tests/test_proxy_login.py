@@ -13,7 +13,8 @@ import pytest
 import trustme
 from browser import Browser
 from conftest import SOON
-from test_proxy_real_clients import in_thread_for, needs
+from programs import needs
+from test_proxy_real_clients import in_thread_for
 from test_proxy_socks import ANYWHERE, OnePassword
 
 from gtcpserver import TLSConfig

@@ -14,8 +14,8 @@ import pytest
 import trustme
 from conftest import SOON, wait_for_port
 from ports import free_port
+from programs import needs
 from test_proxy_keys import read, reply, socks
-from test_proxy_real_clients import needs
 from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, bind_request, named_address
 
 from gtcpserver import TLSConfig

@@ -21,6 +21,7 @@ import pytest
 import trustme
 from conftest import SOON, wait_for_port, wait_until
 from ports import free_port
+from programs import needs
 from test_proxy_keys import http, read, reply, socks
 from test_proxy_passwords import QUICK
 from test_server import echo
@@ -33,11 +34,6 @@ from gtcpserver.static_files import StaticFiles
 
 ANYBODY = [parse_client_rule("allow any")]
 ANYWHERE = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
-
-
-def needs(*programs):
-    missing = [program for program in programs if shutil.which(program) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import gevent
 import gevent.ssl
 import pytest
 from conftest import SOON, wait_until
+from programs import needs
 from test_tls_config import Files, client_context, read
 
 from gtcpserver import (
@@ -113,6 +114,7 @@ def failures(server):
 # -- the openssl command ----------------------------------------------------------------------------------------------
 
 
+@needs("openssl")
 @pytest.mark.parametrize(("option", "version"), [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")])
 def test_the_openssl_command_and_the_version(serve, tls, shared, in_thread, option, version):
     seen = []
@@ -131,6 +133,7 @@ def test_the_openssl_command_and_the_version(serve, tls, shared, in_thread, opti
     assert failures(server) == {}
 
 
+@needs("openssl")
 @pytest.mark.parametrize("option", ["-tls1", "-tls1_1"])
 def test_versions_that_are_too_old_are_refused(serve, tls, in_thread, option, quiet):
     server = serve(hello, tls=tls)
@@ -141,6 +144,7 @@ def test_versions_that_are_too_old_are_refused(serve, tls, in_thread, option, qu
     assert server.stats().handler_errors == 0
 
 
+@needs("openssl")
 def test_the_openssl_command_gets_the_certificate_of_the_name_it_asks_for(serve, shared, in_thread):
     seen = []
     config = TLSConfig(*shared.server, sni={"other.example.com": shared.other})
@@ -154,6 +158,7 @@ def test_the_openssl_command_gets_the_certificate_of_the_name_it_asks_for(serve,
     assert seen == ["other.example.com", None]
 
 
+@needs("openssl")
 def test_the_openssl_command_agrees_on_a_protocol(serve, shared, in_thread):
     seen = []
     config = TLSConfig(*shared.server, alpn=["h2", "http/1.1"])
@@ -163,6 +168,7 @@ def test_the_openssl_command_agrees_on_a_protocol(serve, shared, in_thread):
     assert seen == ["h2", None]
 
 
+@needs("openssl")
 @pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
 def test_the_openssl_command_shows_a_certificate(serve, shared, in_thread, option, quiet):
     seen = []
@@ -179,6 +185,7 @@ def test_the_openssl_command_shows_a_certificate(serve, shared, in_thread, optio
     assert len(seen) == 1
 
 
+@needs("openssl")
 @pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
 def test_the_openssl_command_resumes_a_session(serve, tls, in_thread, tmp_path, option):
     seen = []
@@ -196,6 +203,7 @@ def test_the_openssl_command_resumes_a_session(serve, tls, in_thread, tmp_path, 
     assert seen == [False, True, True]
 
 
+@needs("openssl")
 def test_the_openssl_command_reconnects(serve, tls, in_thread):
     server = serve(lambda conn: gevent.sleep(0.05), tls=tls)
     _, output = in_thread(s_client, server, "-tls1_2", "-reconnect")
@@ -1150,6 +1158,7 @@ def test_clients_that_close_in_the_handshake(serve, tls, connect, end, quiet):
     wait_until(lambda: failures(server) == {"eof": 1})
 
 
+@needs("openssl")
 @pytest.mark.parametrize(
     ("options", "client", "kind"),
     [

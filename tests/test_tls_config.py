@@ -22,6 +22,7 @@ from conftest import SOON, wait_until
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from programs import needs
 
 from gtcpserver.errors import ConfigError
 from gtcpserver.tls import (
@@ -852,6 +853,7 @@ def resume(credentials, listening, session, *options):
     return owner.reused
 
 
+@needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_a_session_is_resumed_before_and_after_a_reload(files, listening, option, version):
     names = ["-servername", "server.example.com", option]
@@ -867,6 +869,7 @@ def test_a_session_is_resumed_before_and_after_a_reload(files, listening, option
     assert resume(credentials, listening, session, *names)
 
 
+@needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_a_session_is_resumed_at_another_worker_process(files, listening, option, version):
     credentials = Credentials(TLSConfig(*files.issue("server")))
@@ -892,6 +895,7 @@ def test_a_session_is_resumed_at_another_worker_process(files, listening, option
     assert "Reused, " in in_worker()
 
 
+@needs("openssl")
 def test_sessions_are_not_resumed_when_clients_are_judged_anew(files, listening):
     client = files.issue("client", "client@example.com")
     server = files.issue("server")
@@ -914,6 +918,7 @@ def test_sessions_are_not_resumed_when_clients_are_judged_anew(files, listening)
         serve_once(credentials.context, listening)
 
 
+@needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_without_session_tickets_none_are_sent(shared, listening, option, version):
     context = build_context(TLSConfig(*shared.server, session_tickets=0))
@@ -924,6 +929,7 @@ def test_without_session_tickets_none_are_sent(shared, listening, option, versio
     assert "session ticket" not in output.lower().replace("session ticket: none", "")
 
 
+@needs("openssl")
 def test_a_resumed_session_keeps_the_clients_certificate(shared, listening, tmp_path):
     context = build_context(TLSConfig(*shared.server, client_auth="required", client_ca=shared.ca_file))
     session = str(tmp_path / "session")
@@ -1256,6 +1262,7 @@ def test_a_silent_client_is_a_timeout(shared, listening):
     assert classify_handshake_error(caught.value) == "timeout"
 
 
+@needs("openssl")
 @pytest.mark.parametrize(
     ("server", "client", "kind"),
     [
@@ -1312,6 +1319,7 @@ def test_a_self_signed_certificate_is_good_for_its_names(listening, spawn_thread
         assert client.get(timeout=SOON) == b"hello\n"
 
 
+@needs("curl")
 def test_curl_takes_a_self_signed_certificate(listening):
     made = self_signed()
     context = build_context(TLSConfig(*made))

@@ -5,6 +5,7 @@ import ssl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import needs
 from test_tls import s_client
 from test_tls_config import Files, client_context
 
@@ -76,6 +77,7 @@ def test_without_strict_sni_the_connection_tells_what_was_asked_for(serve, share
     assert resume(server, V12, name) == repr((name, True))
 
 
+@needs("openssl")
 @pytest.mark.parametrize("version", [V12, V13])
 def test_the_openssl_command(serve, shared, in_thread, tmp_path, version):
     server = serve(tell, tls=TLSConfig(*shared.server, strict_sni=True))
