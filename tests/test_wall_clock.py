@@ -1,6 +1,7 @@
 """The wall clock may be set at any time: nothing but what people read goes by it."""
 
 import ast
+import contextlib
 import signal
 import socket
 import time
@@ -103,16 +104,22 @@ def set_clock(process, number):
     assert process.stdout.readline() == b"set\n"
 
 
-STEPS = pytest.mark.parametrize("step", [signal.SIGUSR1, signal.SIGUSR2], ids=["back", "forward"])
-
-
-@STEPS
-def test_a_stop_takes_as_long_as_ever(start, step):
+@contextlib.contextmanager
+def client_of_stopping(start, step):
     process, port = start(HOUR, HOUR)
     with socket.create_connection(("127.0.0.1", port), SOON) as client:
         assert process.stdout.readline() == b"accepted\n"
         set_clock(process, step)
         process.terminate()
+        yield process, client
+
+
+STEPS = pytest.mark.parametrize("step", [signal.SIGUSR1, signal.SIGUSR2], ids=["back", "forward"])
+
+
+@STEPS
+def test_a_stop_takes_as_long_as_ever(start, step):
+    with client_of_stopping(start, step) as (process, client):
         # It has a second for its first request, and has it whole.
         client.settimeout(SOON)
         client.sendall(b"hello")
@@ -125,11 +132,7 @@ def test_a_stop_takes_as_long_as_ever(start, step):
 
 @STEPS
 def test_a_silent_client_holds_up_a_stop_no_longer_and_is_not_cut(start, step):
-    process, port = start(HOUR, HOUR)
-    with socket.create_connection(("127.0.0.1", port), SOON) as client:
-        assert process.stdout.readline() == b"accepted\n"
-        set_clock(process, step)
-        process.terminate()
+    with client_of_stopping(start, step) as (process, client):
         assert client.recv(100) == b""
     output, errors = process.communicate(timeout=SOON)
     assert output == b"1 0\n", errors
