@@ -103,12 +103,15 @@ class Loans:
         if path not in self.read and os.path.dirname(path) not in self._folders:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         fd = open_file(path, READ_FLAGS)
-        kind = os.fstat(fd).st_mode
-        if stat.S_ISDIR(kind) and path in self.read:
-            self._folders.add(path)
-        elif not stat.S_ISREG(kind):
+        try:
+            kind = os.fstat(fd).st_mode
+            if stat.S_ISDIR(kind) and path in self.read:
+                self._folders.add(path)
+            elif not stat.S_ISREG(kind):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except BaseException:
             close_descriptor(fd)
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise
         return fd
 
 
@@ -162,15 +165,20 @@ class Borrower:
             if monotonic() < self._again_at:
                 raise TimeoutError(errno.ETIMEDOUT, "the master does not answer")
             self._number += 1
-            self._answer = AsyncResult()
+            answer = self._answer = AsyncResult()
+            taken = False
             try:
                 self._channel.send("borrow", number=self._number, path=path)
-                message, fd = self._answer.get(timeout=ANSWER_SECONDS)
+                message, fd = answer.get(timeout=ANSWER_SECONDS)
+                taken = True
             except gevent.Timeout:
                 self._again_at = monotonic() + PAUSE_SECONDS
                 raise TimeoutError(errno.ETIMEDOUT, "the master does not answer") from None
             finally:
                 self._answer = None
+                # It may have come in the same turn of the loop as what has ended the wait.
+                if not taken and answer.ready() and answer.value[1] is not None:
+                    close_descriptor(answer.value[1])
         if fd is None:
             number = message.count("error") or errno.EMFILE  # of this process, which could not take it
             raise OSError(number, message.text("why") or os.strerror(number))
