@@ -45,6 +45,9 @@ SHORTEST_THRESHOLD = 0.01
 LOOKS = 5
 """Looks in the time of the threshold. What blocks for half as long again is always found, and never less than it."""
 
+LONGEST_INTERVAL = 3600.0
+"""Seconds between two looks at most: the wait of a lock has a limit (threading.TIMEOUT_MAX)."""
+
 STILL_BLOCKED = 10
 """What blocks for so many thresholds is reported while it lasts, too: it may never end."""
 
@@ -170,7 +173,7 @@ class BlockDetector:
         self.threshold = threshold
         self.blocked = 0
         self.blocked_seconds = 0.0
-        self._interval = threshold / LOOKS
+        self._interval = min(threshold / LOOKS, LONGEST_INTERVAL)
         self._faults = FaultLimiter()
         self._reported: bytearray | mmap | None = None  # by a hash of the place: it has been; None: again and again
         self._beat = (0.0, 0)  # when the timer ran last, and the switches up to then

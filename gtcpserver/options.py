@@ -22,10 +22,17 @@ def check_number(
     """Raise ConfigError unless ``value`` is a finite number within its bound (or None, as above)."""
     if value is None and none is not None:
         return
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
     if not good or (least is not None and value < least) or (above is not None and not value > above):
         bound = f"more than {above}" if above is not None else f"{least} or more"
         raise ConfigError(f"{name} must be a number, {bound}{_or_none(none)}, got {value!r}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _or_none(none: str | None) -> str:
