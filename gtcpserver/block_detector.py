@@ -195,18 +195,22 @@ class BlockDetector:
         if self._timer is not None:
             raise GtcpServerError("this BlockDetector has been started already")
         hub = get_hub()
-        self._tracer = GreenletTracer()
-        self._note_beat()
-        self._timer = hub.loop.timer(self._interval, self._interval, ref=False)
-        self._timer.start(self._note_beat)
         self._end = _native_lock()
         self._end.acquire()
-        self._clock = _ThreadClock()
+        # Before the tracer, which would go on counting if this failed.
+        timer = hub.loop.timer(self._interval, self._interval, ref=False)
+        self._tracer = GreenletTracer()
+        self._timer = timer
+        clock: _ThreadClock | None = None
         try:
-            _start_thread(self._watch, (hub.thread_ident, self._end, self._clock))
+            self._note_beat()
+            timer.start(self._note_beat)
+            self._clock = clock = _ThreadClock()
+            _start_thread(self._watch, (hub.thread_ident, self._end, clock))
         except BaseException:
             self.stop()
-            self._clock.close()
+            if clock is not None:
+                clock.close()
             raise
         _latest = self
         register(self)

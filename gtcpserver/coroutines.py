@@ -83,6 +83,8 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         raise TypeError(f"coroutine must be what a call of an async function returns, got {coroutine!r}{hint}")
     try:
         check_number("timeout", timeout, above=0, none="to wait for ever")
+        if get_hub_if_exists() is None:
+            _check_descriptors()  # a native thread of the program's own, which gets its event loop now
         hub = get_hub()
         if getcurrent() is hub:
             raise AssertionError(WAIT_IN_HUB)
