@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -11,6 +13,7 @@ import greenlet
 import pytest
 
 from gtcpserver import BlockDetector
+from gtcpserver.supervisor import systemd
 
 SECOND_HUB = """
 import os, resource, threading
@@ -84,3 +87,23 @@ def test_a_block_detector_that_cannot_start_counts_no_switches(fails_at_start: b
     with detector:
         pass
     assert greenlet.gettrace() is before
+
+
+def test_a_notification_for_which_there_is_no_memory_is_said_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(5)
+        notifier = systemd.Notifier()
+        with monkeypatch.context() as patch:
+            patch.setattr(systemd, "_socket_class", no_memory)
+            notifier.say("READY=1")
+        assert notifier.flush()
+        assert manager.recv(100) == b"READY=1"

@@ -92,6 +92,8 @@ def notify(state: str) -> bool:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
     except OSError as error:
         return error.errno not in PASSING
+    except MemoryError:
+        return False
     return True
 
 
