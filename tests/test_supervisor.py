@@ -11,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,12 @@ ORDINARY_USER = 65534  # nobody
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "app.py").write_text(APP)
-    return tmp_path
+def folder() -> Iterator[Path]:
+    """One that every user may enter: not tmp_path, which each pytest that starts closes to others again."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        (Path(name) / "app.py").write_text(APP)
+        yield Path(name)
 
 
 @pytest.fixture
@@ -53,13 +57,6 @@ def ordinary_user_can(what: str) -> bool:
     """Python may be where an ordinary user may not read it, or not start it again."""
     code = f"import os, sys, gtcpserver.cli.serve; sys.exit(not ({what}))"
     return subprocess.run([*AS_ORDINARY_USER, sys.executable, "-c", code], capture_output=True, cwd="/").returncode == 0
-
-
-def open_folders(folder: Path) -> None:
-    """Lets other users get there."""
-    for one in (folder, *folder.parents):
-        if str(one).startswith("/tmp/"):
-            one.chmod(0o755)
 
 
 def ctl(master: Master, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -323,7 +320,6 @@ def test_workers_drop_privileges_and_the_master_keeps_the_port(start: Start, fol
         "import os\ndef handler(conn):\n    os.umask(mask := os.umask(0))\n"
         "    conn.sendall(f'{os.getuid()} {os.geteuid()} {os.getgid()} {os.getgroups()} {mask:o}\\n'.encode())\n"
     )
-    open_folders(folder)
     master = start("--workers", "2", "--user", "nobody", "--group", "daemon", "--umask", "027", handler="who:handler")
     gid = int(subprocess.run(["id", "-g", "daemon"], capture_output=True, text=True).stdout)
     for _ in range(2):
@@ -343,7 +339,6 @@ def test_workers_drop_privileges_and_the_master_keeps_the_port(start: Start, fol
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_everything_works_for_an_ordinary_user(folder: Path) -> None:
     shutil.chown(folder, ORDINARY_USER, ORDINARY_USER)
-    open_folders(folder)
     if not ordinary_user_can("True"):
         pytest.skip("an ordinary user cannot run this Python")
     master = Master(
@@ -644,7 +639,6 @@ def test_the_control_socket_is_closed_to_other_users(start: Start, folder: Path)
     assert os.stat(master.control).st_mode & 0o777 == 0o600
     code = "import sys; from gtcpserver.supervisor import ask; ask(sys.argv[1], {'command': 'stop'}, 10)"
     ask_as_nobody = [*AS_ORDINARY_USER, sys.executable, "-c", code, master.control]
-    open_folders(folder)
     if not ordinary_user_can("True"):
         pytest.skip("an ordinary user cannot run this Python")
     for mode in (0o600, 0o666):  # its mode, and whom the kernel says has connected
