@@ -1,16 +1,14 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
-from .acceptor import Acceptor
-from .access_log import AccessLog
 from .adapters import from_socketserver, from_wsgi
 from .adapters.stream_server import StreamServer
 from .address import Address, parse_address
-from .balancer import ProxyProtocol
-from .block_detector import BlockDetector
-from .client_limits import ClientLimits
-from .connect import connect
-from .connection import Connection
+from .admission.client_limits import ClientLimits
+from .admission.proxy_header import ProxyProtocol
+from .connection.connect import connect
+from .connection.connection import Connection
 from .coroutines import run_coroutine
+from .diagnostics.block_detector import BlockDetector
 from .errors import (
     ClientRefused,
     ConfigError,
@@ -22,12 +20,14 @@ from .errors import (
     TLSFlood,
     TruncatedStream,
 )
-from .listener import ListenConfig
-from .outcome import is_client_error
-from .pool import HandlerPool
+from .listening.listener import ListenConfig
+from .pool.pool import HandlerPool
 from .run import run
-from .server import Server, State
-from .stats import CutConnection, ServerStats, StopReport
+from .server.acceptor import Acceptor
+from .server.access_log import AccessLog
+from .server.outcome import is_client_error
+from .server.server import Server, State
+from .server.stats import CutConnection, ServerStats, StopReport
 from .tls import ConnectionTLS, TLSConfig
 from .transfer import RelayResult, pipe, relay
 

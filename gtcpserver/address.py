@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gtcpserver.errors import ConfigError
+from .errors import ConfigError
 
 MAX_UNIX_PATH = 107
 """Bytes: sockaddr_un.sun_path holds 108 with the closing NUL, or with an abstract name's leading one; unix(7)."""

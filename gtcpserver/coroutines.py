@@ -23,9 +23,9 @@ from gevent.hub import Waiter, get_hub
 from gevent.monkey import get_original, is_module_patched
 from greenlet import getcurrent
 
+from .checks import check_number
+from .connection.stream import WAIT_IN_HUB
 from .errors import GtcpServerError
-from .options import check_number
-from .stream import WAIT_IN_HUB
 
 if TYPE_CHECKING:
     import asyncio

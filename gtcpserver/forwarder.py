@@ -12,12 +12,12 @@ import gevent
 import gevent.ssl
 
 from .address import parse_address
-from .balancer import ProxyVersion, check_version, header_of
-from .connect import connect
-from .connection import Connection
+from .admission.proxy_header import ProxyVersion, check_version, header_of
+from .checks import check_number
+from .connection.connect import connect
+from .connection.connection import Connection
+from .diagnostics.logs import own_logger
 from .errors import ConfigError
-from .logs import own_logger
-from .options import check_number
 from .plural import counted
 from .transfer import relay
 

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gevent.monkey import is_module_patched
 
-from .block_detector import DEFAULT_THRESHOLD, PLACES, SHORTEST_THRESHOLD, BlockDetector, start_detector
-from .logs import configure_logging, is_logging_configured
-from .options import check_number
+from .checks import check_number
+from .diagnostics.block_detector import DEFAULT_THRESHOLD, PLACES, SHORTEST_THRESHOLD, BlockDetector, start_detector
+from .diagnostics.logs import configure_logging, is_logging_configured
+from .process.standard_descriptors import open_standard_descriptors
 from .run_log import log_listening, log_report
-from .server import DEFAULT_STOP_TIMEOUT, Server
+from .server.server import DEFAULT_STOP_TIMEOUT, Server
+from .server.stats import StopReport
 from .signatures import ConnectionT, Handler
-from .standard_descriptors import open_standard_descriptors
-from .stats import StopReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack, overload  # which type checkers have
 
     from .address import ListenAddress
-    from .connection import Connection
+    from .connection.connection import Connection
     from .signatures import RunOptions
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run(
     if workers is None and not is_logging_configured():
         configure_logging()  # a master has no event loop, and does it otherwise
     if monkey_patch:
-        from .monkey_patch import patch_all
+        from .process.monkey_patch import patch_all
 
         patch_all()
     if block_detector == "auto":

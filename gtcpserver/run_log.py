@@ -6,8 +6,8 @@ import logging
 import os
 
 from .plural import counted
-from .server import Server
-from .stats import StopReport
+from .server.server import Server
+from .server.stats import StopReport
 
 log = logging.getLogger("gtcpserver")
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeVar
 
-    from .access_log import AccessLog
-    from .balancer import ProxyProtocol
-    from .client_limits import ClientLimits
-    from .connection import Connection
-    from .listener import ListenConfig
-    from .pool import HandlerPool
-    from .server import Server
+    from .admission.client_limits import ClientLimits
+    from .admission.proxy_header import ProxyProtocol
+    from .connection.connection import Connection
+    from .listening.listener import ListenConfig
+    from .pool.pool import HandlerPool
+    from .server.access_log import AccessLog
+    from .server.server import Server
     from .supervisor import Worker
     from .tls import Credentials, TLSConfig
 

@@ -3,7 +3,7 @@
 import os as _os
 import sys as _sys
 
-# As gtcpserver.standard_descriptors, without gtcpserver and gevent: the peers' memory is measured.
+# As gtcpserver.process.standard_descriptors, without gtcpserver and gevent: the peers' memory is measured.
 for _fd, _name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(_sys, _name) is None and _os.open(_os.devnull, _os.O_RDWR) == _fd:
         _os.set_inheritable(_fd, True)

@@ -18,9 +18,9 @@ import gevent
 from gevent.os import tp_read
 
 from gtcpserver import Server, TLSConfig, from_socketserver, from_wsgi
-from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.admission.proxy_header import ProxyProtocol
+from gtcpserver.diagnostics.logs import configure_logging
 from gtcpserver.forwarder import Forwarder
-from gtcpserver.logs import configure_logging
 from gtcpserver.monitoring import Monitor
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler

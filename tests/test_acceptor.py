@@ -13,8 +13,8 @@ from conftest import SOON, wait_until
 from gevent.hub import get_hub
 
 from gtcpserver import Connection
-from gtcpserver import acceptor as acceptor_module
-from gtcpserver.acceptor import Acceptor
+from gtcpserver.server import acceptor as acceptor_module
+from gtcpserver.server.acceptor import Acceptor
 
 
 class FaultyListener(socket.socket):

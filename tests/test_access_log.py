@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtcpserver import AccessLog, ClientLimits, ConfigError, ProxyProtocol, TLSConfig
-from gtcpserver.access_log import MOST_DETAIL, Result, write_line
-from gtcpserver.logs import JsonFormatter
+from gtcpserver.diagnostics.logs import JsonFormatter
+from gtcpserver.server.access_log import MOST_DETAIL, Result, write_line
 
 DOCS = (Path(__file__).parent.parent / "docs" / "logging.md").read_text()
 

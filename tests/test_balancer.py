@@ -17,7 +17,7 @@ from ports import free_port
 
 from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.forwarder import Forwarder
-from gtcpserver.proxy_protocol import LONGEST_V2, ProxyHeader, Transport, Type
+from gtcpserver.proxy_protocol.header import LONGEST_V2, ProxyHeader, Transport, Type
 
 CLIENT = (ip_address("192.0.2.7"), 1234), (ip_address("198.51.100.1"), 443)
 V1 = ProxyHeader(*CLIENT, version=1).to_bytes()

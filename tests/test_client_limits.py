@@ -9,7 +9,7 @@ from conftest import wait_until
 from test_server import echo
 
 from gtcpserver import ClientLimits, ConfigError, ProxyProtocol
-from gtcpserver import client_limits as module
+from gtcpserver.admission import client_limits as module
 from gtcpserver.proxy_protocol import ProxyHeader
 from gtcpserver.testing import certificates
 

@@ -15,8 +15,8 @@ from test_proxy_socks import ANYBODY, ANYWHERE
 from test_server import echo
 
 from gtcpserver import ClientLimits, ClientRefused, ProxyProtocol
-from gtcpserver import client_limits as module
-from gtcpserver.balancer import network_address, read_proxy_header
+from gtcpserver.admission import client_limits as module
+from gtcpserver.admission.proxy_header import network_address, read_proxy_header
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits

@@ -18,10 +18,10 @@ from gtcpserver.cli import _read_monkey_patch
 from gtcpserver.cli.commands import load_command
 from gtcpserver.cli.settings import key_of, settings_of
 from gtcpserver.errors import ConfigError
+from gtcpserver.files.toml_file import DEEPEST, Lines, parse_text
 from gtcpserver.proxy import settings
 from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.toml_file import DEEPEST, Lines, parse_text
 
 # -- texts that parsers stumble over -----------------------------------------------------------------------------------
 

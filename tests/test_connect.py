@@ -11,7 +11,7 @@ from gevent import socket as gevent_socket
 from ports import free_port
 
 from gtcpserver import Connection
-from gtcpserver.connect import connect
+from gtcpserver.connection.connect import connect
 from gtcpserver.errors import ConfigError
 
 

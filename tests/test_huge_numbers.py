@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gtcpserver import BlockDetector, ConfigError
-from gtcpserver.options import check_number
+from gtcpserver.checks import check_number
 
 
 def test_a_whole_number_beyond_every_float_is_refused_by_name() -> None:

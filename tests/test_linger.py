@@ -9,8 +9,8 @@ from conftest import SOON, wait_until
 from gevent.event import Event
 from test_server import reset
 
-from gtcpserver import linger
-from gtcpserver.linger import Linger
+from gtcpserver.connection import lingering as linger
+from gtcpserver.connection.lingering import Linger
 
 ANSWER = bytes(range(256)) * 4096  # 1 MiB
 

@@ -8,9 +8,9 @@ import gevent
 import pytest
 from conftest import SOON, wait_until
 
-from gtcpserver import linger
 from gtcpserver.adapters.stream_server import StreamServer
-from gtcpserver.linger import Linger
+from gtcpserver.connection import lingering as linger
+from gtcpserver.connection.lingering import Linger
 from gtcpserver.server import Server
 
 LONG = 3600.0  # no test waits for it

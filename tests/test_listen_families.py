@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = """
 import socket, sys
-from gtcpserver.listener import ListenConfig, open_listeners
+from gtcpserver.listening.listener import ListenConfig, open_listeners
 
 def reached(address, *hosts, config=None, name="*:0"):
     listeners = open_listeners(name, config)
@@ -65,7 +65,7 @@ def test_the_wildcard_takes_both_where_only_the_loopback_interface_has_no_ipv6()
 def test_a_name_loses_only_the_loopback_address_that_is_missing() -> None:
     told = in_network(
         *WITHOUT_LOOPBACK,
-        "from gtcpserver import listener",
+        "from gtcpserver.listening import listener",
         "def named(*addresses):",
         "    listener._getaddrinfo = lambda *a, **k: [",
         "        (socket.AF_INET6, 1, 6, '', (one, 0, 0, 0)) if ':' in one else (socket.AF_INET, 1, 6, '', (one, 0))",
@@ -102,7 +102,7 @@ def test_the_wildcard_says_so_when_it_is_one_family() -> None:
         "    def __init__(self, family=-1, *arguments, **options):",
         "        if family == socket.AF_INET6: raise OSError(97, 'Address family not supported by protocol')",
         "        super().__init__(family, *arguments, **options)",
-        "from gtcpserver import listener",
+        "from gtcpserver.listening import listener",
         "listener._socket_class = NoIPv6",
         'reached("*", "127.0.0.1")',
     )

@@ -14,10 +14,11 @@ import pytest
 from gevent import socket as gevent_socket
 from ports import free_port
 
-from gtcpserver import draining, listen_config, listener
 from gtcpserver.address import Address, parse_address
 from gtcpserver.errors import ConfigError
-from gtcpserver.listener import (
+from gtcpserver.listening import config as listen_config
+from gtcpserver.listening import draining, listener
+from gtcpserver.listening.listener import (
     ListenConfig,
     Listener,
     forget_member,
@@ -95,7 +96,7 @@ def run_python(code, *args, **kwargs):
 
 OPEN_ELSEWHERE = """
 import sys
-from gtcpserver.listener import ListenConfig, open_listeners
+from gtcpserver.listening.listener import ListenConfig, open_listeners
 try:
     open_listeners(sys.argv[1], ListenConfig(shared="shared" in sys.argv), count=2)
     print("opened")
@@ -656,7 +657,7 @@ def test_a_second_server_in_the_same_process_is_told_so(opened):
 
 
 def test_a_holder_that_cannot_be_seen_is_told_with_how_to_find_it(opened, monkeypatch):
-    monkeypatch.setattr("gtcpserver.port_holder._processes", list)
+    monkeypatch.setattr("gtcpserver.listening.port_holder._processes", list)
     (one,) = opened("127.0.0.1:0")
     with pytest.raises(OSError, match=r"another server .*`ss -ltnp`"):
         open_listeners(one.address)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtcpserver.logs import FaultLimiter, JsonFormatter, NonBlockingHandler, TextFormatter, fault_key
+from gtcpserver.diagnostics.logs import FaultLimiter, JsonFormatter, NonBlockingHandler, TextFormatter, fault_key
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_two_handlers_racing_for_the_last_room_of_a_pipe_do_not_wait(
         def poll(self, timeout: int) -> list[int]:
             return [1]
 
-    monkeypatch.setattr("gtcpserver.logs._poll", AlwaysReady)
+    monkeypatch.setattr("gtcpserver.diagnostics.logs._poll", AlwaysReady)
     try:
         while True:
             os.pwritev(writer, [b"x" * 4096], -1, os.RWF_NOWAIT)
@@ -327,7 +327,7 @@ def test_configured_process_logs_greenlet_errors_warnings_and_unraisable_excepti
         patch
         + """
 import gevent, warnings, logging
-from gtcpserver.logs import configure_logging
+from gtcpserver.diagnostics.logs import configure_logging
 configure_logging("info", "json")
 def fail(): raise ZeroDivisionError("in a greenlet")
 gevent.spawn(fail).join()
@@ -351,7 +351,7 @@ def test_unread_stderr_does_not_stop_the_event_loop_when_greenlets_fail() -> Non
     code = """
 from gevent import monkey; monkey.patch_all()
 import gevent
-from gtcpserver.logs import configure_logging
+from gtcpserver.diagnostics.logs import configure_logging
 handler = configure_logging()
 exec("\\n".join(f"def fail{i}(): raise ValueError({i}, 'x' * 200)" for i in range(2000)))
 for i in range(2000):
@@ -373,8 +373,8 @@ def test_process_started_with_stderr_closed_runs() -> None:
         [
             "sh",
             "-c",
-            f'{sys.executable} -c "from gtcpserver.logs import configure_logging as c; import logging, os; h = c();'
-            "fd = os.open('/dev/null', os.O_WRONLY); logging.error('x'); print(h.dropped)\" 2>&-",
+            f'{sys.executable} -c "from gtcpserver.diagnostics.logs import configure_logging as c; import logging, os;'
+            "h = c(); fd = os.open('/dev/null', os.O_WRONLY); logging.error('x'); print(h.dropped)\" 2>&-",
         ],
         capture_output=True,
         text=True,
@@ -385,7 +385,7 @@ def test_process_started_with_stderr_closed_runs() -> None:
 
 @pytest.mark.parametrize(("options", "said"), [({"level": "loud"}, "LOUD"), ({"format": "xml"}, "log format must be")])
 def test_unknown_level_or_format_is_an_error(options: dict[str, str], said: str) -> None:
-    result = run_python(f"from gtcpserver.logs import configure_logging; configure_logging(**{options!r})")
+    result = run_python(f"from gtcpserver.diagnostics.logs import configure_logging; configure_logging(**{options!r})")
     assert result.returncode == 1
     assert "ValueError" in result.stderr
     assert said in result.stderr

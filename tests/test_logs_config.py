@@ -12,7 +12,7 @@ import pytest
 from conftest import SOON
 from supervised import Master, wait_until
 
-from gtcpserver.logs import own_logger
+from gtcpserver.diagnostics.logs import own_logger
 
 APP = """
 import logging, logging.config

@@ -9,9 +9,9 @@ from conftest import wait_until
 from injection.started import receive_all, received_from
 from injection.strace import needs_strace, rule
 
-from gtcpserver import server as server_module
-from gtcpserver import watcher as watcher_module
-from gtcpserver.acceptor import Acceptor
+from gtcpserver.process import watcher as watcher_module
+from gtcpserver.server import server as server_module
+from gtcpserver.server.acceptor import Acceptor
 
 ECHO = """
 def echo(conn):

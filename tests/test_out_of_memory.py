@@ -7,9 +7,9 @@ import pytest
 from conftest import wait_until
 
 from gtcpserver import ClientLimits, ProxyProtocol
-from gtcpserver import lane as lane_module
-from gtcpserver import pool as pool_module
+from gtcpserver.admission import steps as lane_module
 from gtcpserver.pool import HandlerPool
+from gtcpserver.pool import pool as pool_module
 from gtcpserver.testing.certificates import certificates
 
 
@@ -229,7 +229,7 @@ def talk_tls(connect, server, made):
 
 
 def test_sockets_that_cannot_linger_are_closed(serve, connect, in_thread, monkeypatch):
-    from gtcpserver import linger as linger_module
+    from gtcpserver.connection import lingering as linger_module
 
     server = serve(lambda conn: None, linger=30)
     monkeypatch.setattr(linger_module, "_Lingering", lambda *_: (_ for _ in ()).throw(MemoryError))

@@ -9,7 +9,7 @@ from gevent.event import Event
 from test_server import ask, echo, idle_echo
 
 from gtcpserver import DeadlineExceeded
-from gtcpserver.overseer import HandlerTimedOut, TooSlow
+from gtcpserver.server.time_limits import HandlerTimedOut, TooSlow
 
 WINDOW = 0.2  # seconds
 
@@ -176,7 +176,7 @@ def test_handler_timeout_does_not_follow_the_wall_clock(serve, connect, in_threa
     client = connect(server)
     assert in_thread(ask, client) == b"hello"
     jumped = time.time() + 86_400
-    monkeypatch.setattr("gtcpserver.clock.time", lambda: jumped)
+    monkeypatch.setattr("gtcpserver.process.clock.time", lambda: jumped)
     looked = Event()
     for look in (server._overseer._end_long_ones, looked.set):
         gevent.get_hub().loop.run_callback(look)

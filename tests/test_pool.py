@@ -20,7 +20,7 @@ from gevent.hub import get_hub
 from greenlet import getcurrent
 
 from gtcpserver import HandlerPool
-from gtcpserver import pool as pool_module
+from gtcpserver.pool import pool as pool_module
 
 
 def run(pool, function, *args):

@@ -5,7 +5,7 @@ import http.client
 import pytest
 from test_proxy_http_forward import OK, client, no_faults, origin, proxy, records  # noqa: F401
 
-from gtcpserver.http_chunks import MANY_LINES, ChunkReader
+from gtcpserver.http1.chunks import MANY_LINES, ChunkReader
 from gtcpserver.proxy.http_body import PACED_PIECE
 from gtcpserver.proxy.http_forward import MOST_INTERIM
 from gtcpserver.proxy.http_origin import LONGEST_ANSWER_HEAD, MOST_ANSWER_FIELDS

@@ -5,7 +5,7 @@ import pytest
 from test_proxy_http_forward import OK, client, no_faults, origin, proxy, records  # noqa: F401
 from test_proxy_socks import ANYBODY, ANYWHERE
 
-from gtcpserver.http_head import MOST_EMPTY_LINES
+from gtcpserver.http1.head import MOST_EMPTY_LINES
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 

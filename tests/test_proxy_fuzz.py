@@ -17,9 +17,9 @@ from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword
 from test_server import echo
 
 from gtcpserver import Server
-from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.errors import GtcpServerError
-from gtcpserver.http_head import LONGEST_HEAD, HttpError, find_end_of_head
+from gtcpserver.http1.head import LONGEST_HEAD, HttpError, find_end_of_head
 from gtcpserver.proxy import socks4
 from gtcpserver.proxy.errors import ProtocolError
 from gtcpserver.proxy.gate import Gate, Timeouts

@@ -21,7 +21,7 @@ from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword, read
 from test_server import echo
 
 from gtcpserver import TLSConfig
-from gtcpserver.http_head import HttpError, check_head, find_end_of_head
+from gtcpserver.http1.head import HttpError, check_head, find_end_of_head
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_fields import end_to_end

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gtcpserver.http_chunks import (
+from gtcpserver.http1.chunks import (
     LONGEST_LINE,
     MOST_OVERHEAD,
     ChunkError,
@@ -16,7 +16,7 @@ from gtcpserver.http_chunks import (
     chunk,
     last_chunk,
 )
-from gtcpserver.http_head import LONGEST_HEAD, LONGEST_TARGET, MOST_FIELDS, HttpError, check_head, find_end_of_head
+from gtcpserver.http1.head import LONGEST_HEAD, LONGEST_TARGET, MOST_FIELDS, HttpError, check_head, find_end_of_head
 from gtcpserver.proxy.http_fields import (
     basic_credentials,
     check_loop,

@@ -13,7 +13,7 @@ from test_connect import listening
 from test_proxy_keys import http, reply, socks
 from test_proxy_socks import ANYBODY, ANYWHERE
 
-from gtcpserver.connect import MOST_ADDRESSES, connect
+from gtcpserver.connection.connect import MOST_ADDRESSES, connect
 from gtcpserver.proxy import dial as dial_module
 from gtcpserver.proxy import resolve as resolve_module
 from gtcpserver.proxy.dial import MOST_AT_ONCE, dial
@@ -254,7 +254,7 @@ def test_connect_tries_a_few_addresses_of_a_name_of_both_families(monkeypatch, l
     found += [(socket.AF_INET, 0, 0, "", ("127.0.0.1", port))] * 2
     monkeypatch.setattr(gevent.socket, "getaddrinfo", lambda *args, **options: found)
     tried = []
-    module = sys.modules["gtcpserver.connect"]  # of which the package has the function by this name
+    module = sys.modules["gtcpserver.connection.connect"]
     original = module._connect
 
     def note(cls, family, sockaddr, source):

@@ -14,7 +14,7 @@ from conftest import SOON
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtcpserver.proxy_protocol import (
+from gtcpserver.proxy_protocol.header import (
     LONGEST_V1,
     LONGEST_V2,
     TLS,

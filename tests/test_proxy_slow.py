@@ -15,7 +15,7 @@ from test_proxy_socks import ANYBODY, ANYWHERE
 from test_server import echo
 
 from gtcpserver import TLSConfig
-from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.proxy import handler, resolve
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler

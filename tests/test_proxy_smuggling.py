@@ -18,7 +18,7 @@ from smuggling_corpus import BAD_CHUNKS, DISGUISES, LENGTHS, SMUGGLED
 from test_proxy_socks import ANYBODY, ANYWHERE
 
 from gtcpserver import Server
-from gtcpserver.http_head import check_head
+from gtcpserver.http1.head import check_head
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.http_session import HttpSession
 

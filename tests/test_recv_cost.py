@@ -6,10 +6,10 @@ import time
 import pytest
 from gevent.hub import get_hub
 
-from gtcpserver.connection import READ_AHEAD, Connection
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.connection.stream import LARGE_ROOM, SMALL_ROOM, Stream
 from gtcpserver.errors import EarlyEOF, LimitExceeded
-from gtcpserver.http_head import find_end_of_head
-from gtcpserver.stream import LARGE_ROOM, SMALL_ROOM, Stream
+from gtcpserver.http1.head import find_end_of_head
 from gtcpserver.testing import Client
 
 

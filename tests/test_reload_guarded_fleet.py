@@ -12,8 +12,8 @@ import pytest
 
 from gtcpserver.address import parse_address
 from gtcpserver.errors import ConfigError
-from gtcpserver.listener import ListenConfig
-from gtcpserver.server import DEFAULT_STOP_TIMEOUT
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.supervisor import fleet as fleet_module
 from gtcpserver.supervisor import reload as reload_module
 from gtcpserver.supervisor.channel import Channel, make_pair

@@ -13,8 +13,9 @@ import gevent
 import pytest
 from conftest import SOON, wait_until
 
-from gtcpserver import BlockDetector, ConfigError, GtcpServerError, block_detector, run
-from gtcpserver.block_detector import PLACES, _Holder, _ThreadClock, _Times, start_detector
+from gtcpserver import BlockDetector, ConfigError, GtcpServerError, run
+from gtcpserver.diagnostics import block_detector
+from gtcpserver.diagnostics.block_detector import PLACES, _Holder, _ThreadClock, _Times, start_detector
 
 #: `line` is what the handler does with each byte; HEAD comes first, OPTIONS is what run() is called with.
 PROGRAM = """
@@ -206,7 +207,7 @@ def test_worker_processes_report_a_place_once_for_all(start):
 )
 def test_nothing_watches_where_it_is_switched_off_or_the_program_is_patched(start, options, head):
     line = "conn.sendall(b'%d' % (block_detector._latest is not None))"
-    program = start(line, options, head=f"{head}\nfrom gtcpserver import block_detector")
+    program = start(line, options, head=f"{head}\nfrom gtcpserver.diagnostics import block_detector")
     with program.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"0"

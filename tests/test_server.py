@@ -15,7 +15,7 @@ from greenlet import getcurrent
 from ports import free_port
 
 from gtcpserver import ConfigError, Connection, EarlyEOF, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
-from gtcpserver.listener import _can_bind
+from gtcpserver.listening.listener import _can_bind
 
 needs_ipv6 = pytest.mark.skipif(not _can_bind("::1"), reason="this system has no IPv6 loopback address")
 
@@ -475,7 +475,7 @@ def test_log_handler_that_waits_and_is_killed_loses_nothing(serve, connect, monk
         waiting.set()
         Event().wait()
 
-    monkeypatch.setattr("gtcpserver.server.log.error", slow_log)
+    monkeypatch.setattr("gtcpserver.server.server.log.error", slow_log)
     server = serve(lambda conn: 1 / 0)
     connect(server)
     waiting.wait(SOON)
@@ -882,7 +882,7 @@ def test_second_signal_ends_handlers_at_once(python, connect, in_thread, numbers
 
 SIGNAL_AT_START = """
     import os, signal, sys
-    import gtcpserver, gtcpserver.server as module
+    import gtcpserver, gtcpserver.server.server as module
 
     real = module.open_listeners
 
@@ -905,7 +905,7 @@ SIGNAL_AT_START = """
 SIGNAL_JUST_BEFORE_THE_LOOP_SLEEPS = """
     import os, signal
     import gevent, gevent.event
-    from gtcpserver.signals import StopSignals
+    from gtcpserver.server.signals import StopSignals
 
     kept = []
     told = gevent.event.Event()

@@ -22,7 +22,7 @@ from gtcpserver.cli.commands import load_command
 from gtcpserver.cli.commands import run as run_command
 from gtcpserver.cli.config import library_defaults
 from gtcpserver.cli.settings import key_of, settings_of
-from gtcpserver.toml_file import Lines, parse_text
+from gtcpserver.files.toml_file import Lines, parse_text
 
 COMMAND = [sys.executable, "-m", "gtcpserver"]
 SOON = 60.0

@@ -295,7 +295,7 @@ listening = __import__("socket").socket()
 os.dup2(listening.fileno(), 0)
 sys.stdin = None
 before = [os.fstat(fd) for fd in (0, 1, 2)]
-from gtcpserver.standard_descriptors import open_standard_descriptors
+from gtcpserver.process.standard_descriptors import open_standard_descriptors
 open_standard_descriptors()
 assert all(map(os.path.samestat, before, [os.fstat(fd) for fd in (0, 1, 2)]))
 assert sys.stdin is None

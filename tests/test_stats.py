@@ -10,7 +10,7 @@ from gevent.event import Event
 from test_server import ask, echo, idle_echo, reset
 
 from gtcpserver import ServerStats, StopReport
-from gtcpserver.server import QUEUE_WAIT_EVERY
+from gtcpserver.server.server import QUEUE_WAIT_EVERY
 
 
 def test_stats_are_a_plain_dataclass_of_plain_values(serve):

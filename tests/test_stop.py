@@ -14,8 +14,9 @@ from conftest import SOON, wait_until
 from gevent.event import Event
 from test_server import ask, echo, idle_echo
 
-from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport, draining
-from gtcpserver import server as server_module
+from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport
+from gtcpserver.listening import draining
+from gtcpserver.server import server as server_module
 
 LONG = 3600.0
 

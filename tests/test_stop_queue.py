@@ -8,9 +8,10 @@ from conftest import SOON, wait_until
 from gevent.event import Event
 from test_server import reset
 
-from gtcpserver import ListenConfig, StopReport, stopping
-from gtcpserver import server as server_module
-from gtcpserver.draining import handshakes_under_way
+from gtcpserver import ListenConfig, StopReport
+from gtcpserver.listening.draining import handshakes_under_way
+from gtcpserver.server import server as server_module
+from gtcpserver.server import stopping
 
 #: The kernel takes no connection for complete that has sent nothing: as if its last ACK were still on its way.
 UNDER_WAY = ListenConfig(defer_accept=60)

@@ -13,10 +13,11 @@ import pytest
 from conftest import SOON, wait_until
 from injection.strace import needs_strace, rule
 
-from gtcpserver import ClientLimits, draining
-from gtcpserver import server as server_module
-from gtcpserver import stopping as stopping_module
+from gtcpserver import ClientLimits
+from gtcpserver.listening import draining
 from gtcpserver.server import State
+from gtcpserver.server import server as server_module
+from gtcpserver.server import stopping as stopping_module
 
 ECHO = """
 def echo(conn):

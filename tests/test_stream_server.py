@@ -16,7 +16,7 @@ from greenlet import getcurrent
 
 import gtcpserver
 from gtcpserver import Connection, HandlerPool, StreamServer
-from gtcpserver.pool import Worker
+from gtcpserver.pool.pool import Worker
 
 RUN_GEVENTS_TESTS = """
 import sys, unittest

@@ -14,7 +14,7 @@ import pytest
 from supervised import APP, Master, state_of, wait_until
 
 from gtcpserver.address import parse_address
-from gtcpserver.listener import ListenConfig
+from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.supervisor.fleet import Fleet

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from supervised import COMMAND, Master, alive, wait_until
 
-from gtcpserver.stats import ServerStats
+from gtcpserver.server.stats import ServerStats
 from gtcpserver.supervisor.messages import MAX_NAMES, MAX_NUMBER, checked_stats, checked_table
 from gtcpserver.supervisor.monitor import MAX_ANSWERS, MonitorProcess
 from gtcpserver.supervisor.totals import Totals

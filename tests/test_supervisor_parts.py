@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtcpserver import ConfigError, ListenConfig, parse_address
-from gtcpserver.draining import BPF_LOAD_WORD, BPF_RETURN
-from gtcpserver.listener import open_listeners
+from gtcpserver.listening.draining import BPF_LOAD_WORD, BPF_RETURN
+from gtcpserver.listening.listener import open_listeners
 from gtcpserver.supervisor import SupervisorConfig, systemd
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.dump import format_stacks

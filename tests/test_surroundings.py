@@ -24,7 +24,7 @@ import pytest
 
 from gtcpserver.cli import ctl as ctl_module
 from gtcpserver.errors import ConfigError
-from gtcpserver.listener import ListenConfig, open_listeners
+from gtcpserver.listening.listener import ListenConfig, open_listeners
 from gtcpserver.supervisor.control import ControlError
 from tests.supervised import APP, COMMAND, SOON, Master, wait_until
 
@@ -355,14 +355,14 @@ def test_an_owner_that_this_host_does_not_have(field: str, value: Any) -> None:
 def test_a_socket_that_cannot_be_given_away_is_not_left_behind(tmp_path: Path) -> None:
     program = (
         "import os, sys; os.setresuid(65534, 65534, 65534)\n"
-        "from gtcpserver.listener import *\n"
+        "from gtcpserver.listening.listener import *\n"
         "try: open_listeners('unix:' + sys.argv[1], ListenConfig(unix_owner=0))\n"
         "except OSError as error: print(error.strerror)\n"
     )
     os.chmod(tmp_path, 0o777)
     path = f"/tmp/gtcpserver-test-{os.getpid()}"
     done = subprocess.run(
-        [sys.executable, "-c", f"import gtcpserver.listener, socket, encodings.idna\n{program}", path],
+        [sys.executable, "-c", f"import gtcpserver.listening.listener, socket, encodings.idna\n{program}", path],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert f"unix:{path}: cannot be given to user and group (0, -1): Operation not permitted" in done.stdout, (

@@ -30,7 +30,7 @@ from gtcpserver import (
     TLSConfig,
     TruncatedStream,
 )
-from gtcpserver import server as server_module
+from gtcpserver.server import server as server_module
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
 PLENTY = bytes(range(256)) * 4096  # 1 MiB

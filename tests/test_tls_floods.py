@@ -22,8 +22,9 @@ from tls_records import (
     plain,
 )
 
-from gtcpserver import TLSConfig, TLSFlood, handshake
-from gtcpserver.handshake import MAX_HANDSHAKE_RECORDS, MAX_RECORDS_WITHOUT_DATA, RECORDS_IN_A_TURN
+from gtcpserver import TLSConfig, TLSFlood
+from gtcpserver.connection import tls_layer as handshake
+from gtcpserver.connection.tls_layer import MAX_HANDSHAKE_RECORDS, MAX_RECORDS_WITHOUT_DATA, RECORDS_IN_A_TURN
 
 V12, V13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 

@@ -16,11 +16,11 @@ import pytest
 from supervised import COMMAND, Master, wait_until
 
 from gtcpserver import ConfigError, ListenConfig
-from gtcpserver.access_log import AccessLog
-from gtcpserver.listener import open_listeners
+from gtcpserver.files.trusted_path import FIRST_USERS_GROUP, UntrustedPath, check_path, open_file, trusted_place
+from gtcpserver.listening.listener import open_listeners
+from gtcpserver.server.access_log import AccessLog
 from gtcpserver.supervisor.log_files import open_log_file
 from gtcpserver.supervisor.pid_file import PidFile
-from gtcpserver.trusted_path import FIRST_USERS_GROUP, UntrustedPath, check_path, open_file, trusted_place
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root is led anywhere")
 

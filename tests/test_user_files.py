@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have wo
 APP = """
 import os
 
-from gtcpserver import lent_files
+from gtcpserver.files import lent as lent_files
 
 def borrow(path):
     try:

@@ -49,7 +49,7 @@ def ask(port: int, line: bytes = b"\n") -> bytes:
 
 DROPS = """
 import os, pwd
-from gtcpserver import lent_files
+from gtcpserver.files import lent as lent_files
 from gtcpserver.supervisor import current_worker
 
 def drop(worker):

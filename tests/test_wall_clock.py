@@ -11,8 +11,8 @@ import pytest
 from conftest import SOON, wait_until
 
 import gtcpserver
-from gtcpserver import clock
-from gtcpserver.clock import wall_time
+from gtcpserver.process import clock
+from gtcpserver.process.clock import wall_time
 
 HOUR = 3600.0
 
@@ -64,7 +64,7 @@ for number, step in ((signal.SIGUSR1, -3600), (signal.SIGUSR2, 3600)):
 
 import gevent, logging
 from gtcpserver import Server
-from gtcpserver.logs import configure_logging
+from gtcpserver.diagnostics.logs import configure_logging
 
 def say(*words):
     print(*words, flush=True)

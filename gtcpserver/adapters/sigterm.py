@@ -11,7 +11,7 @@ from typing import Any
 import gevent
 from gevent.hub import get_hub
 
-from ..signals import Waker, in_main_thread
+from gtcpserver.server.signals import Waker, in_main_thread
 
 
 class DieGracefully:

@@ -12,11 +12,11 @@ from weakref import WeakSet
 
 import gevent
 
-from ..connection import Connection
-from ..errors import ConfigError
-from ..logs import NonBlockingHandler, own_logger
-from ..outcome import is_client_error
-from ..overseer import HandlerTimedOut
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.logs import NonBlockingHandler, own_logger
+from gtcpserver.errors import ConfigError
+from gtcpserver.server.outcome import is_client_error
+from gtcpserver.server.time_limits import HandlerTimedOut
 
 log = own_logger("gtcpserver.http")
 

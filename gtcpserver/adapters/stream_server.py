@@ -19,20 +19,21 @@ from gevent.lock import Semaphore
 from gevent.timeout import Timeout
 from greenlet import GreenletExit, getcurrent
 
-from ..acceptor import FATAL_ERRNOS, Acceptor
-from ..connection import Connection
-from ..forked import close_in_child, close_in_children, end_process, keep, runs_handler
-from ..handshake import HandshakeStep
-from ..lane import Lane
-from ..linger import LOOK_SECONDS, Linger
-from ..listener import Listener
-from ..logs import FaultLimiter, also, fault_key
-from ..outcome import COUNTER, log_client_error, log_fault, outcome_of
-from ..pool import HandlerPool
-from ..standard_descriptors import open_standard_descriptors
-from ..stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
-from ..tls import Credentials, classify_handshake_error
-from ..tls.config import DEFAULT_MAX_HANDSHAKES
+from gtcpserver.admission.steps import Lane
+from gtcpserver.connection.connection import Connection
+from gtcpserver.connection.lingering import LOOK_SECONDS, Linger
+from gtcpserver.connection.tls_layer import HandshakeStep
+from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
+from gtcpserver.listening.listener import Listener
+from gtcpserver.pool.pool import HandlerPool
+from gtcpserver.process.forked import close_in_child, close_in_children, end_process, keep, runs_handler
+from gtcpserver.process.standard_descriptors import open_standard_descriptors
+from gtcpserver.server.acceptor import FATAL_ERRNOS, Acceptor
+from gtcpserver.server.outcome import COUNTER, log_client_error, log_fault, outcome_of
+from gtcpserver.server.stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
+from gtcpserver.tls import Credentials, classify_handshake_error
+from gtcpserver.tls.config import DEFAULT_MAX_HANDSHAKES
+
 from .sigterm import DieGracefully
 from .stream_server_tls import StreamServerTLS
 
@@ -530,7 +531,7 @@ def _left(until: float) -> float | None:
 def _hub_is_customised() -> bool:
     """Whether the program has replaced what gevent's hub does with errors (``gevent.hub.Hub.handle_error``)."""
     hub = get_hub()
-    usual = ("gevent.hub", "gtcpserver.logs")
+    usual = ("gevent.hub", "gtcpserver.diagnostics.logs")
     methods = (hub.handle_error, hub.print_exception)
     return "exception_stream" in vars(hub) or any(getattr(one, "__module__", None) not in usual for one in methods)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gevent.ssl
 
-from ..tls import Credentials
+from gtcpserver.tls import Credentials
 
 #: The arguments of ``gevent.ssl.wrap_socket`` that say which context to make.
 _CONTEXT_ARGUMENTS = {"server_side", "certfile", "keyfile", "cert_reqs", "ssl_version", "ca_certs", "ciphers"}

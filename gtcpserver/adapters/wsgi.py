@@ -18,14 +18,15 @@ from urllib.parse import unquote
 from gevent import pywsgi
 from greenlet import GreenletExit
 
-from ..callables import check_application
-from ..connection import READ_AHEAD, Connection
-from ..forked import end_process, runs_handler
-from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
-from ..logs import FaultLimiter, also, fault_key, own_logger
-from ..outcome import is_client_error
-from ..overseer import HandlerTimedOut, TooSlow
-from ..stopping import peer
+from gtcpserver.callables import check_application
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key, own_logger
+from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
+from gtcpserver.process.forked import end_process, runs_handler
+from gtcpserver.server.outcome import is_client_error
+from gtcpserver.server.stopping import peer
+from gtcpserver.server.time_limits import HandlerTimedOut, TooSlow
+
 from .wsgi_body import BodyError, RequestBody
 
 if TYPE_CHECKING:

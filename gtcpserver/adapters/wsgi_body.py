@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from ..connection import READ_AHEAD, Connection
-from ..http_chunks import ChunkError, ChunkReader
-from ..http_head import Head
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.http1.chunks import ChunkError, ChunkReader
+from gtcpserver.http1.head import Head
 
 #: Seconds in which the rest of a body that the application has not read is read and thrown away, so that the client
 #: sees the answer, and the next request can follow. nginx: lingering_time, 30 s.

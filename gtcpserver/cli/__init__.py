@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from gtcpserver.standard_descriptors import open_standard_descriptors
+from gtcpserver.process.standard_descriptors import open_standard_descriptors
 
 # The commands that run a user's blocking code, which has to wait on gevent's loop.
 MONKEY_PATCHED = ("serve", "echo")
@@ -32,7 +32,7 @@ def main() -> None:
             raise
         print("the command line needs click: pip install 'gtcpserver[cli]'", file=sys.stderr)
         sys.exit(2)
-    from gtcpserver.cli.commands import run
+    from .commands import run
 
     sys.exit(run(arguments))
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import click
 import gevent
 
-from gtcpserver import draining
+from gtcpserver.listening import draining
 from gtcpserver.strict_json import to_json
 
 BACKLOG_WANTED = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from gtcpserver.cli.commands import EPILOG, RunError, gtcpserver
+from .commands import EPILOG, RunError, gtcpserver
 
 PROGRAM = "gtcpserver"
 VARIABLE = "_GTCPSERVER_COMPLETE"  # click's name for it, by the program's

@@ -13,11 +13,18 @@ from typing import Any
 import click
 
 from gtcpserver.address import Address
-from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.admission.client_limits import ClientLimits
+from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.callables import HOOKS
-from gtcpserver.cli.commands import EPILOG, describe, load_command
-from gtcpserver.cli.loading import load_handler, load_hook, load_object, load_wsgi
-from gtcpserver.cli.options import (
+from gtcpserver.listening.config import ListenConfig
+from gtcpserver.server.server import Server
+from gtcpserver.strict_json import to_json
+from gtcpserver.supervisor.config import SupervisorConfig
+from gtcpserver.tls import TLSConfig
+
+from .commands import EPILOG, describe, load_command
+from .loading import load_handler, load_hook, load_object, load_wsgi
+from .options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     HOOK_OPTIONS,
@@ -35,13 +42,7 @@ from gtcpserver.cli.options import (
     of_balancers,
     was_given,
 )
-from gtcpserver.cli.settings import SECRET, key_of, settings_of, source_of, told, unknown_variables
-from gtcpserver.client_limits import ClientLimits
-from gtcpserver.listen_config import ListenConfig
-from gtcpserver.server import Server
-from gtcpserver.strict_json import to_json
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.tls import TLSConfig
+from .settings import SECRET, key_of, settings_of, source_of, told, unknown_variables
 
 NOT_SHOWN = "(not shown)"
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gtcpserver.cli.commands import EPILOG, RunError
 from gtcpserver.plural import counted
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
 from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
+
+from .commands import EPILOG, RunError
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]

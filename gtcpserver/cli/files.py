@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from gtcpserver.cli.commands import EPILOG
-from gtcpserver.cli.options import access_log_options, explained, server_options, supervisor_options
-from gtcpserver.cli.serve import process_options, serve_with
-from gtcpserver.cli.settings import SettingsCommand, config_option, made_anew
 from gtcpserver.static_files import StaticFiles
+
+from .commands import EPILOG
+from .options import access_log_options, explained, server_options, supervisor_options
+from .serve import process_options, serve_with
+from .settings import SettingsCommand, config_option, made_anew
 
 FIELDS = ("index", "cache_control")
 

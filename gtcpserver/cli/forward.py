@@ -8,8 +8,10 @@ from typing import Any
 import click
 import gevent.ssl
 
-from gtcpserver.cli.commands import EPILOG
-from gtcpserver.cli.options import (
+from gtcpserver.forwarder import Forwarder
+
+from .commands import EPILOG
+from .options import (
     AddressType,
     OrNone,
     access_log_options,
@@ -17,9 +19,8 @@ from gtcpserver.cli.options import (
     server_options_but_bind,
     supervisor_options,
 )
-from gtcpserver.cli.serve import process_options, serve_with
-from gtcpserver.cli.settings import SettingsCommand, config_option, made_anew
-from gtcpserver.forwarder import Forwarder
+from .serve import process_options, serve_with
+from .settings import SettingsCommand, config_option, made_anew
 
 FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
 

@@ -18,8 +18,9 @@ import click
 
 from gtcpserver.adapters import from_socketserver, from_wsgi
 from gtcpserver.callables import check_application, check_handler, check_hook
-from gtcpserver.cli.commands import RunError
 from gtcpserver.errors import ConfigError
+
+from .commands import RunError
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -7,8 +7,14 @@ from typing import Any
 
 import click
 
-from gtcpserver.balancer import ProxyProtocol
-from gtcpserver.cli.options import (
+from gtcpserver.admission.client_limits import ClientLimits
+from gtcpserver.admission.proxy_header import ProxyProtocol
+from gtcpserver.errors import ConfigError
+from gtcpserver.listening.config import ListenConfig
+from gtcpserver.server.server import Server
+from gtcpserver.supervisor.config import SupervisorConfig
+
+from .options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     LISTEN_OPTIONS,
@@ -19,11 +25,6 @@ from gtcpserver.cli.options import (
     tls_config,
     was_given,
 )
-from gtcpserver.client_limits import ClientLimits
-from gtcpserver.errors import ConfigError
-from gtcpserver.listen_config import ListenConfig
-from gtcpserver.server import Server
-from gtcpserver.supervisor.config import SupervisorConfig
 
 
 def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:

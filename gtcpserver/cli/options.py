@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from gtcpserver.access_log import AccessLog
 from gtcpserver.address import Address, check_none_twice, parse_address
-from gtcpserver.balancer import ProxyProtocol
+from gtcpserver.admission.client_limits import ClientLimits
+from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.callables import HOOKS
-from gtcpserver.cli.loading import load_hook, load_object
-from gtcpserver.client_limits import ClientLimits
+from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.errors import ConfigError
-from gtcpserver.listener import ListenConfig
-from gtcpserver.logs import own_logger
-from gtcpserver.server import Server
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.server.access_log import AccessLog
+from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig, self_signed
+
+from .loading import load_hook, load_object
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]

@@ -10,7 +10,7 @@ import signal
 
 import gevent
 
-from gtcpserver.server import Server
+from gtcpserver.server.server import Server
 
 log = logging.getLogger("gtcpserver")
 

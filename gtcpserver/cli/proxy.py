@@ -7,15 +7,16 @@ from typing import Any, get_args
 
 import click
 
-from gtcpserver.access_log import log_to_file
-from gtcpserver.cli.commands import EPILOG, RunError
-from gtcpserver.cli.options import flag, server_options_but_bind, supervisor_options, was_given
-from gtcpserver.cli.secret_files import STANDARD_INPUT, read_url, read_users
-from gtcpserver.cli.serve import process_options, serve_with
-from gtcpserver.cli.settings import SettingsGroup, obey_environment, warn_at_start
 from gtcpserver.errors import ConfigError
+from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
+
+from .commands import EPILOG, RunError
+from .options import flag, server_options_but_bind, supervisor_options, was_given
+from .secret_files import STANDARD_INPUT, read_url, read_users
+from .serve import process_options, serve_with
+from .settings import SettingsGroup, obey_environment, warn_at_start
 
 try:
     from gtcpserver.proxy.build import check_closed

@@ -13,10 +13,20 @@ from typing import Any, TypeVar
 import click
 import gevent
 
-from gtcpserver.block_detector import DEFAULT_THRESHOLD, SHORTEST_THRESHOLD, BlockDetector
-from gtcpserver.cli.commands import EPILOG, RunError, describe
-from gtcpserver.cli.loading import load_handler, load_wsgi
-from gtcpserver.cli.options import (
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.block_detector import DEFAULT_THRESHOLD, SHORTEST_THRESHOLD, BlockDetector
+from gtcpserver.diagnostics.logs import configure_logging
+from gtcpserver.errors import ConfigError
+from gtcpserver.monitoring import Monitor
+from gtcpserver.run_log import log_listening, log_report
+from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT, Server
+from gtcpserver.supervisor import systemd
+from gtcpserver.supervisor.lending import NamedFiles
+from gtcpserver.supervisor.service_state import service_state_told
+
+from .commands import EPILOG, RunError, describe
+from .loading import load_handler, load_wsgi
+from .options import (
     OrNone,
     access_log_options,
     check_addresses,
@@ -29,18 +39,9 @@ from gtcpserver.cli.options import (
     supervisor_options,
     was_given,
 )
-from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit, unblock_signals
-from gtcpserver.cli.settings import SettingsCommand, config_option, file_of, warnings_at_start
-from gtcpserver.cli.supervise import bound_by_systemd, supervise
-from gtcpserver.connection import Connection
-from gtcpserver.errors import ConfigError
-from gtcpserver.logs import configure_logging
-from gtcpserver.monitoring import Monitor
-from gtcpserver.run_log import log_listening, log_report
-from gtcpserver.server import DEFAULT_STOP_TIMEOUT, Server
-from gtcpserver.supervisor import systemd
-from gtcpserver.supervisor.lending import NamedFiles
-from gtcpserver.supervisor.service_state import service_state_told
+from .process import freeze_garbage_collector, log_stats, raise_descriptor_limit, unblock_signals
+from .settings import SettingsCommand, config_option, file_of, warnings_at_start
+from .supervise import bound_by_systemd, supervise
 
 log = logging.getLogger("gtcpserver")
 

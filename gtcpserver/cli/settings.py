@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from gtcpserver.cli.commands import COMMANDS, RunError, describe, load_command
-from gtcpserver.cli.mistakes import mistakes
-from gtcpserver.cli.options import (
+from gtcpserver.errors import ConfigError
+
+from .commands import COMMANDS, RunError, describe, load_command
+from .mistakes import mistakes
+from .options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     LISTEN_OPTIONS,
@@ -31,10 +33,9 @@ from gtcpserver.cli.options import (
     WorkersType,
     of_balancers,
 )
-from gtcpserver.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gtcpserver.toml_file import Lines
+    from gtcpserver.files.toml_file import Lines
 
 PREFIX = "GTCPSERVER_"
 
@@ -154,7 +155,7 @@ def _read_into(context: click.Context, _parameter: click.Parameter, path: str | 
     if not path or context.resilient_parsing:
         return
     try:
-        from gtcpserver.toml_file import Lines, parse_text, read_text
+        from gtcpserver.files.toml_file import Lines, parse_text, read_text
     except ModuleNotFoundError as missing:  # tomli, before Python 3.11
         raise RunError(f"--config needs {missing.name}: pip install 'gtcpserver[cli]'") from None
     text = read_text(path)

@@ -13,23 +13,10 @@ import click
 import gevent
 
 from gtcpserver.address import Address
-from gtcpserver.block_detector import BlockDetector
-from gtcpserver.cli.commands import RunError, describe
-from gtcpserver.cli.loading import load_hook
-from gtcpserver.cli.options import (
-    HOOK_OPTIONS,
-    SUPERVISOR_OPTIONS,
-    explained,
-    flag,
-    make_listen_config,
-    make_server,
-    name_option,
-    was_given,
-)
-from gtcpserver.cli.process import freeze_garbage_collector, log_stats, raise_descriptor_limit
-from gtcpserver.cli.settings import FIXED, file_of, read_again, told, warnings_at_start
+from gtcpserver.diagnostics.block_detector import BlockDetector
 from gtcpserver.errors import ConfigError
-from gtcpserver.server import Server
+from gtcpserver.files.trusted_path import UntrustedPath, check_content
+from gtcpserver.server.server import Server
 from gtcpserver.supervisor import (
     CannotStart,
     Hooks,
@@ -43,7 +30,21 @@ from gtcpserver.supervisor import (
 from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import log_in_master
 from gtcpserver.tls import self_signed
-from gtcpserver.trusted_path import UntrustedPath, check_content
+
+from .commands import RunError, describe
+from .loading import load_hook
+from .options import (
+    HOOK_OPTIONS,
+    SUPERVISOR_OPTIONS,
+    explained,
+    flag,
+    make_listen_config,
+    make_server,
+    name_option,
+    was_given,
+)
+from .process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from .settings import FIXED, file_of, read_again, told, warnings_at_start
 
 log = logging.getLogger("gtcpserver")
 

@@ -15,9 +15,9 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from ..connection import Connection, Idle
-from ..idle import PlacelessIdle
-from ..server import Server
+from gtcpserver.connection.connection import Connection, Idle
+from gtcpserver.server.idle import PlacelessIdle
+from gtcpserver.server.server import Server
 
 #: Upper bounds in seconds. Prometheus's own begin at 5 ms, where most requests of a TCP server have long ended; the
 #: last ones are for handlers whose whole connection counts.

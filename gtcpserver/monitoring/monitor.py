@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import gtcpserver
+from gtcpserver.adapters import from_wsgi
+from gtcpserver.address import Address, parse_address
+from gtcpserver.errors import ConfigError
+from gtcpserver.listening.config import ListenConfig
+from gtcpserver.networks import as_ip
+from gtcpserver.server.server import Server
 
-from ..adapters import from_wsgi
-from ..address import Address, parse_address
-from ..errors import ConfigError
-from ..listen_config import ListenConfig
-from ..networks import as_ip
-from ..server import Server
 from .source import FromServer, Source
 from .watch import Watch
 

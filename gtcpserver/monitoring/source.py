@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from gevent.lock import Semaphore
 
-from ..server import Server, State
+from gtcpserver.server.server import Server, State
+
 from .connection_table import MOST, table_of
 from .watch import Watch, resident_bytes
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from gevent.hub import get_hub
 
-from ..server import Server
+from gtcpserver.server.server import Server
+
 from .latency import watch_latency
 
 #: How often it is looked whether the event loop is late, seconds, and how many of these a figure is the worst of.

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..strict_json import to_json
+from gtcpserver.strict_json import to_json
+
 from . import metrics
 from .source import Fresh, Source, SourceError
 

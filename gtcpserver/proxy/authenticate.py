@@ -29,11 +29,12 @@ from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.threadpool import ThreadPool
 
-from ..errors import ConfigError
-from ..forked import close_in_children
-from ..lent_files import stat_file
-from ..logs import FaultLimiter, also
-from ..plural import counted
+from gtcpserver.diagnostics.logs import FaultLimiter, also
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import stat_file
+from gtcpserver.plural import counted
+from gtcpserver.process.forked import close_in_children
+
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
 from .target import IPAddress
 

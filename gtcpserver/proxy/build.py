@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from ipaddress import IPv6Network, ip_address
 from typing import Any, get_args
 
-from ..address import Address, parse_address
-from ..balancer import ProxyProtocol
-from ..errors import ConfigError
-from ..networks import as_ip
-from ..options import check_number
-from ..tls import Credentials, TLSConfig
+from gtcpserver.address import Address, parse_address
+from gtcpserver.admission.proxy_header import ProxyProtocol
+from gtcpserver.checks import check_number
+from gtcpserver.errors import ConfigError
+from gtcpserver.networks import as_ip
+from gtcpserver.tls import Credentials, TLSConfig
+
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
 from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
 from .handler import ProxyHandler, Speaks

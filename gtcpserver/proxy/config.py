@@ -24,9 +24,10 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from ..address import parse_address
-from ..errors import ConfigError
-from ..toml_file import Lines, parse_text, read_text
+from gtcpserver.address import parse_address
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.toml_file import Lines, parse_text, read_text
+
 from .build import (
     Proxy,
     check_certificates,

@@ -16,9 +16,10 @@ from typing import Any
 import gevent
 from gevent.queue import SimpleQueue
 
-from ..connection import Connection
-from ..errors import DeadlineExceeded
-from ..listen_config import ListenConfig
+from gtcpserver.connection.connection import Connection
+from gtcpserver.errors import DeadlineExceeded
+from gtcpserver.listening.config import ListenConfig
+
 from .errors import TTL_EXPIRED, LimitReached
 from .limits import Attempts
 from .target import IPAddress

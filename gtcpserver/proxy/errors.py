@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from ..errors import ConfigError, GtcpServerError
+from gtcpserver.errors import ConfigError, GtcpServerError
 
 #: The `errno` of a failure to connect because packets took too many hops. The system says EHOSTUNREACH, as of a host
 #: that is not there; ETIME is nothing else's.

@@ -16,11 +16,12 @@ from typing import Any, Literal, Protocol, get_args
 
 import gevent
 
-from ..balancer import network_address
-from ..connection import Connection
-from ..errors import GtcpServerError
-from ..networks import as_ip
-from ..tls import ConnectionTLS
+from gtcpserver.admission.proxy_header import network_address
+from gtcpserver.connection.connection import Connection
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.networks import as_ip
+from gtcpserver.tls import ConnectionTLS
+
 from .dial import dial
 from .errors import TTL_EXPIRED, LimitReached
 from .limits import LimitKeeper, TokenBucket

@@ -9,13 +9,14 @@ from typing import Literal, get_args
 
 from greenlet import GreenletExit
 
-from ..balancer import ProxyProtocol, network_address, read_proxy_header
-from ..connection import READ_AHEAD, Connection
-from ..errors import ClientRefused, ConfigError, DeadlineExceeded
-from ..networks import as_ip
-from ..outcome import is_client_error, was_raised_by_connection
-from ..proxy_protocol import ProxyProtocolError
-from ..tls import Credentials, TLSConfig
+from gtcpserver.admission.proxy_header import ProxyProtocol, network_address, read_proxy_header
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.errors import ClientRefused, ConfigError, DeadlineExceeded
+from gtcpserver.networks import as_ip
+from gtcpserver.proxy_protocol.header import ProxyProtocolError
+from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
+from gtcpserver.tls import Credentials, TLSConfig
+
 from .errors import ProtocolError
 from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from ..connection import Connection
-from ..http_chunks import ChunkError, ChunkReader, chunk, last_chunk
-from ..http_head import Head, Header, HttpError
-from ..transfer import pipe
+from gtcpserver.connection.connection import Connection
+from gtcpserver.http1.chunks import ChunkError, ChunkReader, chunk, last_chunk
+from gtcpserver.http1.head import Head, Header, HttpError
+from gtcpserver.transfer import pipe
+
 from .http_fields import forwarded_trailers
 from .http_messages import own_answer
 from .limits import rest

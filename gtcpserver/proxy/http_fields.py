@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import ConfigError
-from ..http_head import Head, Header, HttpError, options_of
+from gtcpserver.errors import ConfigError
+from gtcpserver.http1.head import Head, Header, HttpError, options_of
+
 from .target import IPAddress
 
 #: Fields that are for the next hop only (RFC 9110 section 7.6.1), and their old relatives.

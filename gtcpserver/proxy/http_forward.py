@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import h11
 
-from ..connection import Connection
-from ..http_head import Head, Header, HttpError
+from gtcpserver.connection.connection import Connection
+from gtcpserver.http1.head import Head, Header, HttpError
+
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
 from .http_fields import (

@@ -1,7 +1,7 @@
 """Requests to a proxy and its own answers (RFC 9110, RFC 9112). No I/O.
 
 What a proxy forwards is always written anew and never the bytes that came. The heads of requests are read by
-`gtcpserver.http_head`; those of answers are read by h11 (`http_origin`).
+`gtcpserver.http1.head`; those of answers are read by h11 (`http_origin`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from http import HTTPStatus
 
-from ..http_head import Head, Header, HttpError
+from gtcpserver.http1.head import Head, Header, HttpError
+
 from .errors import BadTarget
 from .target import Target, parse_authority
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import gevent
 import h11
 
-from ..connection import READ_AHEAD, Connection
-from ..http_head import Header, HttpError, options_of
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.http1.head import Header, HttpError, options_of
+
 from .gate import Denied, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
 from .target import Target

@@ -8,9 +8,10 @@ from time import monotonic
 
 from greenlet import GreenletExit
 
-from ..connection import READ_AHEAD, Connection
-from ..http_head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
-from ..outcome import is_client_error, was_raised_by_connection
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
+from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
+
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop

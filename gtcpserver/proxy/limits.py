@@ -16,9 +16,10 @@ from weakref import WeakValueDictionary
 
 import gevent
 
-from ..client_limits import ClientKey, ClientLimits, client_key
-from ..networks import as_ip
-from ..options import check_number, check_whole_number
+from gtcpserver.admission.client_limits import ClientKey, ClientLimits, client_key
+from gtcpserver.checks import check_number, check_whole_number
+from gtcpserver.networks import as_ip
+
 from .errors import LimitReached
 
 #: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.

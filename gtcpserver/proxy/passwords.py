@@ -13,8 +13,9 @@ from ipaddress import IPv6Address, IPv6Network
 from time import monotonic
 from typing import Any
 
-from ..errors import ConfigError
-from ..lent_files import read_file
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import read_file
+
 from .target import IPAddress
 
 #: Passwords that were right lately: how many, and for how many seconds they are believed without asking the hash.

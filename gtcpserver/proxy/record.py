@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Literal
 
-from ..access_log import log, utc, write_line
+from gtcpserver.server.access_log import log, utc, write_line
 
 Result = Literal[
     "ok",  # relayed, and both sides ended in order

@@ -24,9 +24,10 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
-from ..connect import MOST_ADDRESSES
-from ..errors import ConfigError
-from ..options import check_number
+from gtcpserver.checks import check_number
+from gtcpserver.connection.connect import MOST_ADDRESSES
+from gtcpserver.errors import ConfigError
+
 from .target import IPAddress, unmapped
 
 Family = Literal["any", "ipv4", "ipv6", "prefer-ipv4"]

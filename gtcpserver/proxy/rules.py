@@ -34,7 +34,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Network
 from typing import Any, Literal
 
-from ..networks import parse_network
+from gtcpserver.networks import parse_network
+
 from .errors import BadTarget, RuleError
 from .target import (
     KINDS,

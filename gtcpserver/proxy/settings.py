@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from ..balancer import ProxyVersion
+from gtcpserver.admission.proxy_header import ProxyVersion
+
 from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
 from .http_fields import ForwardedField, ForwardedMode

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from ..http_head import MOST_EMPTY_LINES
+from gtcpserver.http1.head import MOST_EMPTY_LINES
+
 from . import socks4, socks5
 from .errors import ProtocolError
 

@@ -12,8 +12,9 @@ import gevent.socket
 from gevent.event import Event
 from greenlet import GreenletExit
 
-from ..connection import READ_AHEAD, Connection
-from ..forked import close_in_children
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.process.forked import close_in_children
+
 from .dial import keep_alive, way_out
 from .gate import Denied, Visitor, result_of
 from .target import IPAddress, Target, unmapped

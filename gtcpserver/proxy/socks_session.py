@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from ..connection import READ_AHEAD, Connection
-from ..networks import as_ip
-from ..transfer import relay
+from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.networks import as_ip
+from gtcpserver.transfer import relay
+
 from . import gate, socks4, socks5
 from .gate import Denied, Visitor
 from .limits import rest

@@ -10,9 +10,10 @@ from typing import Any
 import gevent
 import gevent.socket
 
-from ..connection import Connection
-from ..errors import DeadlineExceeded
-from ..forked import close_in_children
+from gtcpserver.connection.connection import Connection
+from gtcpserver.errors import DeadlineExceeded
+from gtcpserver.process.forked import close_in_children
+
 from . import socks5
 from .errors import ProtocolError
 from .gate import Visitor, result_of

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
-from ..networks import IPAddress as IPAddress
-from ..networks import IPNetwork as IPNetwork
-from ..networks import unmapped as unmapped
+from gtcpserver.networks import IPAddress as IPAddress
+from gtcpserver.networks import IPNetwork as IPNetwork
+from gtcpserver.networks import unmapped as unmapped
+
 from .errors import BadTarget
 
 #: RFC 1035 section 2.3.4: 255 octets on the wire, which are 253 characters.

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
 
-from ..balancer import ProxyVersion, header_of
-from ..connection import Connection
-from ..errors import ConfigError, EarlyEOF, LimitExceeded
+from gtcpserver.admission.proxy_header import ProxyVersion, header_of
+from gtcpserver.connection.connection import Connection
+from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
+
 from . import socks5
 from .errors import TTL_EXPIRED, BadTarget, LimitReached
 from .rules import DestinationRule, RuleMatch, parse_way

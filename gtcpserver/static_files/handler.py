@@ -16,12 +16,13 @@ from time import monotonic, time
 from typing import Any
 from urllib.parse import quote
 
-from ..connection import Connection
-from ..descriptors import close_descriptor
-from ..errors import ConfigError, DeadlineExceeded
-from ..logs import FaultLimiter, also, own_logger
-from ..options import check_number
-from ..transfer.disk import in_thread
+from gtcpserver.checks import check_number
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.logs import FaultLimiter, also, own_logger
+from gtcpserver.errors import ConfigError, DeadlineExceeded
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.transfer.disk import in_thread
+
 from .lookup import Directory, is_directory, is_file, list_directory
 from .request import END_OF_HEAD, LONGEST_HEAD, BadRequest, Request, is_unchanged, parse_head, wanted_range
 

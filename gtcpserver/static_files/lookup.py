@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from gevent.monkey import get_original
 
-from ..descriptors import close_descriptor
-from ..transfer.disk import in_thread
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.transfer.disk import in_thread
 
 #: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import unquote_to_bytes
 
-from ..errors import GtcpServerError
-from ..http_head import HttpError, check_head
-from ..plural import counted
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.http1.head import HttpError, check_head
+from gtcpserver.plural import counted
 
 #: A request line longer than this is answered by 414 (RFC 9112 section 3 recommends to take 8000 octets; nginx: 8 KiB).
 LONGEST_TARGET = 8 * 1024

@@ -7,12 +7,12 @@ of that slot: a queue outlives its worker. `master` is the loop and the signals,
 `worker` is what runs in them, `sockets` holds the listening sockets.
 """
 
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.control import ControlError, ask
-from gtcpserver.supervisor.log_files import LogStyle
-from gtcpserver.supervisor.master import Master, WorkersCannotStart
-from gtcpserver.supervisor.program import Program
-from gtcpserver.supervisor.worker import CannotStart, Hooks, Worker, current_worker
+from .config import SupervisorConfig
+from .control import ControlError, ask
+from .log_files import LogStyle
+from .master import Master, WorkersCannotStart
+from .program import Program
+from .worker import CannotStart, Hooks, Worker, current_worker
 
 __all__ = [
     "CannotStart",

@@ -13,22 +13,23 @@ from typing import Any
 
 import gevent
 
-from gtcpserver.access_log import AccessLog
 from gtcpserver.address import parse_address
-from gtcpserver.block_detector import PLACES, start_detector
+from gtcpserver.diagnostics.block_detector import PLACES, start_detector
+from gtcpserver.diagnostics.logs import is_logging_configured
 from gtcpserver.errors import ConfigError
-from gtcpserver.listener import ListenConfig
-from gtcpserver.logs import is_logging_configured
-from gtcpserver.server import Server
-from gtcpserver.stats import StopReport
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.lending import NamedFiles
-from gtcpserver.supervisor.log_files import LogStyle
-from gtcpserver.supervisor.master import Master
-from gtcpserver.supervisor.program import Program
-from gtcpserver.supervisor.worker import Hooks
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.server.access_log import AccessLog
+from gtcpserver.server.server import Server
+from gtcpserver.server.stats import StopReport
 from gtcpserver.tls import TLSConfig
 from gtcpserver.tls.contexts import watched_files
+
+from .config import SupervisorConfig
+from .lending import NamedFiles
+from .log_files import LogStyle
+from .master import Master
+from .program import Program
+from .worker import Hooks
 
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SupervisorConfig))
 HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))

@@ -7,10 +7,10 @@ import signal
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
+from .slots import WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
-    from gtcpserver.supervisor.fleet import Fleet
+    from .fleet import Fleet
 
 log = logging.getLogger("gtcpserver")
 

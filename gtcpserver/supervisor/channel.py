@@ -15,8 +15,9 @@ from typing import Any
 
 from gevent import monkey
 
-from gtcpserver.descriptors import close_descriptor
-from gtcpserver.supervisor.messages import MAX_BYTES, Message, MessageError, decode, encode
+from gtcpserver.process.descriptors import close_descriptor
+
+from .messages import MAX_BYTES, Message, MessageError, decode, encode
 
 log = logging.getLogger("gtcpserver")
 

@@ -6,12 +6,12 @@ import os
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from gtcpserver.supervisor.config import MAX_WORKERS
-from gtcpserver.supervisor.slots import Slot, WorkerProcess
+from .config import MAX_WORKERS
+from .slots import Slot, WorkerProcess
 
 if TYPE_CHECKING:
-    from gtcpserver.supervisor.control import Reply
-    from gtcpserver.supervisor.master import Master
+    from .control import Reply
+    from .master import Master
 
 REPORT_SECONDS = 0.5
 """How long an answer waits for workers to send their newest counters; a blocked one is told by its last."""

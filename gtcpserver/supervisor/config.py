@@ -8,11 +8,12 @@ import pwd
 from dataclasses import dataclass
 
 from gtcpserver.address import MAX_UNIX_PATH
+from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring.monitor import check_metrics_address
-from gtcpserver.options import check_number, check_whole_number
-from gtcpserver.server import DEFAULT_STOP_TIMEOUT
-from gtcpserver.supervisor.cpus import count_cpus
+from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
+
+from .cpus import count_cpus
 
 MAX_WORKERS = 1024
 """More is a mistake: each is a process, and the steering program of a group has two instructions a member, of which

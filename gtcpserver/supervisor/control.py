@@ -19,11 +19,11 @@ from typing import Any
 
 from gevent import monkey
 
+from gtcpserver.diagnostics.logs import FaultLimiter, also
 from gtcpserver.errors import GtcpServerError
-from gtcpserver.logs import FaultLimiter, also
+from gtcpserver.files.trusted_path import UntrustedPath, check_path
+from gtcpserver.listening.unix_path import bind_unix, remove_if_ours
 from gtcpserver.strict_json import to_json
-from gtcpserver.trusted_path import UntrustedPath, check_path
-from gtcpserver.unix_path import bind_unix, remove_if_ours
 
 log = logging.getLogger("gtcpserver")
 

@@ -13,20 +13,21 @@ from time import monotonic
 from typing import Any
 
 from gtcpserver.plural import counted
-from gtcpserver.server import DEFAULT_STOP_TIMEOUT
-from gtcpserver.supervisor.care import Care
-from gtcpserver.supervisor.channel import make_pair
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.lending import Loans
-from gtcpserver.supervisor.log_files import STDERR, log_with_details
-from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
-from gtcpserver.supervisor.program import Program
-from gtcpserver.supervisor.reload import Done, Reload
-from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState, describe_status
-from gtcpserver.supervisor.sockets import ListeningSockets
-from gtcpserver.supervisor.spawn import fork_worker
-from gtcpserver.supervisor.totals import Totals
-from gtcpserver.supervisor.worker import Job, run_worker
+from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
+
+from .care import Care
+from .channel import make_pair
+from .config import SupervisorConfig
+from .lending import Loans
+from .log_files import STDERR, log_with_details
+from .messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
+from .program import Program
+from .reload import Done, Reload
+from .slots import Slot, WorkerProcess, WorkerState, describe_status
+from .sockets import ListeningSockets
+from .spawn import fork_worker
+from .totals import Totals
+from .worker import Job, run_worker
 
 log = logging.getLogger("gtcpserver")
 

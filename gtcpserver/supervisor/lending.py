@@ -21,11 +21,12 @@ from gevent.event import AsyncResult
 from gevent.hub import get_hub
 from gevent.lock import BoundedSemaphore
 
-from gtcpserver.access_log import FILE_FLAGS, FILE_MODE
-from gtcpserver.descriptors import close_descriptor
-from gtcpserver.supervisor.channel import Channel
-from gtcpserver.supervisor.messages import Message
-from gtcpserver.trusted_path import UntrustedPath, open_file
+from gtcpserver.files.trusted_path import UntrustedPath, open_file
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.server.access_log import FILE_FLAGS, FILE_MODE
+
+from .channel import Channel
+from .messages import Message
 
 log = logging.getLogger("gtcpserver")
 

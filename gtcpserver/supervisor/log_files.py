@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from gtcpserver.descriptors import close_descriptor
-from gtcpserver.logs import JsonFormatter, NonBlockingHandler, TextFormatter, configure_logging
-from gtcpserver.trusted_path import UntrustedPath, open_file
+from gtcpserver.diagnostics.logs import JsonFormatter, NonBlockingHandler, TextFormatter, configure_logging
+from gtcpserver.files.trusted_path import UntrustedPath, open_file
+from gtcpserver.process.descriptors import close_descriptor
 
 log = logging.getLogger("gtcpserver")
 

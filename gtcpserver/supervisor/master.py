@@ -30,30 +30,31 @@ from typing import Any
 
 from gevent import monkey
 
-from gtcpserver.descriptors import close_descriptor
+from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import ConfigError, GtcpServerError
-from gtcpserver.forked import register
-from gtcpserver.logs import FaultLimiter, also, fault_key
+from gtcpserver.files.trusted_path import UntrustedPath
 from gtcpserver.plural import counted
-from gtcpserver.supervisor import systemd
-from gtcpserver.supervisor.care import TICK_SECONDS
-from gtcpserver.supervisor.channel import RETRY_SECONDS
-from gtcpserver.supervisor.commands import Commands
-from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
-from gtcpserver.supervisor.control import ControlSocket
-from gtcpserver.supervisor.fleet import Failure, Fleet
-from gtcpserver.supervisor.log_files import STDERR, log_in_master, open_log_file, write_stderr_to
-from gtcpserver.supervisor.monitor import MonitorProcess
-from gtcpserver.supervisor.pid_file import PidFile
-from gtcpserver.supervisor.program import Program
-from gtcpserver.supervisor.reload import Done
-from gtcpserver.supervisor.slots import WorkerProcess
-from gtcpserver.supervisor.sockets import ListeningSockets
-from gtcpserver.supervisor.spawn import MASTER_SIGNALS
-from gtcpserver.supervisor.surroundings import Terminal, who_ends_with_us
-from gtcpserver.supervisor.upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
-from gtcpserver.supervisor.worker import LAST_WORDS_SECONDS, CannotStart, end_child
-from gtcpserver.trusted_path import UntrustedPath
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.process.forked import register
+
+from . import systemd
+from .care import TICK_SECONDS
+from .channel import RETRY_SECONDS
+from .commands import Commands
+from .config import MAX_WORKERS, SupervisorConfig
+from .control import ControlSocket
+from .fleet import Failure, Fleet
+from .log_files import STDERR, log_in_master, open_log_file, write_stderr_to
+from .monitor import MonitorProcess
+from .pid_file import PidFile
+from .program import Program
+from .reload import Done
+from .slots import WorkerProcess
+from .sockets import ListeningSockets
+from .spawn import MASTER_SIGNALS
+from .surroundings import Terminal, who_ends_with_us
+from .upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
+from .worker import LAST_WORDS_SECONDS, CannotStart, end_child
 
 log = logging.getLogger("gtcpserver")
 

@@ -40,7 +40,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gtcpserver.stats import ServerStats
+from gtcpserver.server.stats import ServerStats
 
 MAX_BYTES = 128 * 1024
 """Bytes of a packet. A unix socket's send buffer, which a packet must fit into, is 208 KiB (net.core.wmem_default)."""

@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 from gevent import monkey
 
-from gtcpserver.listener import ListenConfig
+from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.monitoring.monitor import check_metrics_address, url_of
 from gtcpserver.strict_json import to_json
-from gtcpserver.supervisor.channel import GONE, RETRY_SECONDS
-from gtcpserver.supervisor.slots import WorkerProcess, WorkerState, describe_status
-from gtcpserver.supervisor.sockets import Inherited, ListeningSockets
-from gtcpserver.supervisor.spawn import fork_worker
+
+from .channel import GONE, RETRY_SECONDS
+from .slots import WorkerProcess, WorkerState, describe_status
+from .sockets import Inherited, ListeningSockets
+from .spawn import fork_worker
 
 if TYPE_CHECKING:
-    from gtcpserver.supervisor.master import Master
+    from .master import Master
 
 log = logging.getLogger("gtcpserver")
 

@@ -10,9 +10,9 @@ import stat
 import struct
 from collections.abc import Iterator
 
-from gtcpserver.descriptors import close_descriptor
 from gtcpserver.errors import ConfigError
-from gtcpserver.trusted_path import UntrustedPath, trusted_place
+from gtcpserver.files.trusted_path import UntrustedPath, trusted_place
+from gtcpserver.process.descriptors import close_descriptor
 
 # struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
 FLOCK = struct.Struct("hhqqi4x")

@@ -7,7 +7,7 @@ import logging
 import os
 import pwd
 
-from gtcpserver.supervisor.config import SupervisorConfig
+from .config import SupervisorConfig
 
 log = logging.getLogger("gtcpserver")
 

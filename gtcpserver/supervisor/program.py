@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gtcpserver.listener import ListenConfig
-from gtcpserver.server import Server
-from gtcpserver.supervisor.lending import NamedFiles
-from gtcpserver.supervisor.log_files import LogStyle
-from gtcpserver.supervisor.worker import Hooks
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.server.server import Server
+
+from .lending import NamedFiles
+from .log_files import LogStyle
+from .worker import Hooks
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from gtcpserver.plural import counted
-from gtcpserver.supervisor.slots import Slot, WorkerProcess, WorkerState
+
+from .slots import Slot, WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
-    from gtcpserver.supervisor.fleet import Fleet
+    from .fleet import Fleet
 
 log = logging.getLogger("gtcpserver")
 

@@ -12,7 +12,7 @@ import gevent
 from .systemd import Notifier, notify, watchdog_interval
 
 if TYPE_CHECKING:
-    from ..server import Server
+    from gtcpserver.server.server import Server
 
 #: Seconds between two attempts while the manager's queue is full. A unix datagram socket that is not connected cannot
 #: be waited for (unix(7)): poll(2) says nothing of the receiver's queue.

@@ -10,9 +10,9 @@ from enum import Enum
 from time import monotonic
 from typing import Any
 
-from gtcpserver.supervisor.channel import Channel
-from gtcpserver.supervisor.lending import Loans
-from gtcpserver.supervisor.worker import BEAT_SECONDS
+from .channel import Channel
+from .lending import Loans
+from .worker import BEAT_SECONDS
 
 LAG_SECONDS = 0.25
 """A loop that is later than this is taken out of new connections. A healthy one is late by a millisecond or two."""

@@ -15,11 +15,12 @@ from typing import Any
 from gevent import monkey
 
 from gtcpserver.address import Address, check_none_twice
-from gtcpserver.descriptors import close_descriptor
-from gtcpserver.draining import forget_member, queue_length
-from gtcpserver.listen_config import has_reuse_port
-from gtcpserver.listener import ListenConfig, Listener, open_listeners
-from gtcpserver.supervisor.steering import spread
+from gtcpserver.listening.config import has_reuse_port
+from gtcpserver.listening.draining import forget_member, queue_length
+from gtcpserver.listening.listener import ListenConfig, Listener, open_listeners
+from gtcpserver.process.descriptors import close_descriptor
+
+from .steering import spread
 
 log = logging.getLogger("gtcpserver")
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import gevent
 from gevent import monkey
 
-from gtcpserver.forked import own_fork
+from gtcpserver.process.forked import own_fork
 
 log = logging.getLogger("gtcpserver")
 

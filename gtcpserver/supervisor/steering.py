@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gtcpserver.draining import (
+from gtcpserver.listening.draining import (
     BPF_JUMP_IF_EQUAL,
     BPF_LOAD_WORD,
     BPF_RETURN,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gtcpserver.supervisor.messages import MAX_NAMES
+from .messages import MAX_NAMES
 
 Stats = dict[str, Any]
 

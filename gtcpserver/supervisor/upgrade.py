@@ -24,12 +24,13 @@ from time import monotonic
 from typing import Any
 
 from gtcpserver.errors import GtcpServerError
-from gtcpserver.supervisor.channel import Channel, adopt, make_pair
-from gtcpserver.supervisor.messages import HANDOVER_KINDS
-from gtcpserver.supervisor.reload import Done
-from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, describe_status
-from gtcpserver.supervisor.sockets import Inherited
-from gtcpserver.supervisor.spawn import fork_and_exec
+
+from .channel import Channel, adopt, make_pair
+from .messages import HANDOVER_KINDS
+from .reload import Done
+from .slots import KILL_AGAIN_SECONDS, describe_status
+from .sockets import Inherited
+from .spawn import fork_and_exec
 
 log = logging.getLogger("gtcpserver")
 

@@ -28,25 +28,26 @@ import gevent
 from gevent import monkey
 from gevent.hub import get_hub
 
-from gtcpserver import lent_files
-from gtcpserver.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.callables import check_hook
+from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import GtcpServerError
-from gtcpserver.forked import end_process, register
-from gtcpserver.logs import FaultLimiter, also, fault_key
+from gtcpserver.files import lent as lent_files
 from gtcpserver.monitoring.connection_table import MOST, table_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.plural import counted
-from gtcpserver.server import Server, State
-from gtcpserver.supervisor.channel import Channel
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.dump import format_stacks
-from gtcpserver.supervisor.lending import Borrower, NamedFiles
-from gtcpserver.supervisor.log_files import LogStyle, log_in_worker, log_with_details, write_stderr_to
-from gtcpserver.supervisor.messages import MAX_BYTES, Message
-from gtcpserver.supervisor.privileges import become, die_with_parent
-from gtcpserver.supervisor.sockets import Use
-from gtcpserver.supervisor.spawn import IGNORED_BY_WORKERS
+from gtcpserver.process.forked import end_process, register
+from gtcpserver.server.background import end_executors, threads_of_handlers_are_no_daemons
+from gtcpserver.server.server import Server, State
+
+from .channel import Channel
+from .config import SupervisorConfig
+from .dump import format_stacks
+from .lending import Borrower, NamedFiles
+from .log_files import LogStyle, log_in_worker, log_with_details, write_stderr_to
+from .messages import MAX_BYTES, Message
+from .privileges import become, die_with_parent
+from .sockets import Use
+from .spawn import IGNORED_BY_WORKERS
 
 log = logging.getLogger("gtcpserver")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..tls import TLSConfig
+from gtcpserver.errors import ConfigError
+from gtcpserver.tls import TLSConfig
 
 
 @dataclass(frozen=True)

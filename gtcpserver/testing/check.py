@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from ..errors import ConfigError
-from ..options import check_number, check_whole_number
-from ..plural import counted
-from ..proxy_protocol import ProxyHeader
-from ..signatures import ConnectionT, Handler
+from gtcpserver.checks import check_number, check_whole_number
+from gtcpserver.errors import ConfigError
+from gtcpserver.plural import counted
+from gtcpserver.proxy_protocol.header import ProxyHeader
+from gtcpserver.signatures import ConnectionT, Handler
+
 from .client import Client
 from .conversation import Conversation, Turn, WrongAnswer
 from .faults import FAULTS, Player
@@ -24,8 +25,8 @@ from .sandbox import Blocked, Died, Look, Sandbox
 if TYPE_CHECKING:
     from typing_extensions import Unpack, overload  # which type checkers have
 
-    from ..connection import Connection
-    from ..signatures import ServerOptions
+    from gtcpserver.connection.connection import Connection
+    from gtcpserver.signatures import ServerOptions
 
 MANY_CONNECTIONS = "many connections"
 

@@ -14,12 +14,12 @@ import gevent
 import gevent.socket
 from gevent.threadpool import ThreadPool
 
-from ..address import parse_address
-from ..connect import connect as connect_to
-from ..errors import ConfigError
-from ..proxy_protocol import ProxyHeader
-from ..server import Server
-from ..tls.info import is_unannounced_end
+from gtcpserver.address import parse_address
+from gtcpserver.connection.connect import connect as connect_to
+from gtcpserver.errors import ConfigError
+from gtcpserver.proxy_protocol.header import ProxyHeader
+from gtcpserver.server.server import Server
+from gtcpserver.tls.info import is_unannounced_end
 
 Result = TypeVar("Result")
 

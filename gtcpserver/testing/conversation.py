@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from ..errors import ConfigError
+from gtcpserver.errors import ConfigError
+
 from .client import Client
 
 #: b"...": exactly these bytes; a pattern: bytes that it matches from their beginning on.

@@ -14,7 +14,8 @@ from random import Random
 from time import monotonic
 from typing import Any
 
-from ..plural import counted
+from gtcpserver.plural import counted
+
 from .client import Client, connect
 from .conversation import Conversation, WrongAnswer, short
 from .report import Kind

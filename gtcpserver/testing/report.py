@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Literal
 
-from ..plural import counted
+from gtcpserver.plural import counted
 
 Kind = Literal[
     "conversation",

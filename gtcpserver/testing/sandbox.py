@@ -28,14 +28,14 @@ from gevent import monkey
 from gevent.hub import Hub, get_hub
 from greenlet import getcurrent, greenlet
 
-from ..connection import Connection
-from ..forked import own_fork
-from ..logs import fault_key
-from ..pool import Worker
-from ..server import Server
-from ..signatures import Handler
-from ..stopping import describe, peer
-from ..transfer.pipes import PIPES
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.logs import fault_key
+from gtcpserver.pool.pool import Worker
+from gtcpserver.process.forked import own_fork
+from gtcpserver.server.server import Server
+from gtcpserver.server.stopping import describe, peer
+from gtcpserver.signatures import Handler
+from gtcpserver.transfer.pipes import PIPES
 
 #: A process that nobody ends (its test was killed, and it computes for ever) is ended by the kernel, CPU seconds.
 MOST_CPU_SECONDS = 120

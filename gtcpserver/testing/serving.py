@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..connection import Connection
-from ..logs import own_logger
-from ..plural import counted
-from ..server import Server
-from ..signatures import ConnectionT, Handler
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.logs import own_logger
+from gtcpserver.plural import counted
+from gtcpserver.server.server import Server
+from gtcpserver.signatures import ConnectionT, Handler
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from typing_extensions import Unpack, overload  # which type checkers have
 
-    from ..address import ListenAddress
-    from ..signatures import ServerOptions
+    from gtcpserver.address import ListenAddress
+    from gtcpserver.signatures import ServerOptions
 
 log = own_logger("gtcpserver.testing")
 

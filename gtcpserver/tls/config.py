@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
-from ..errors import ConfigError
-from ..options import check_number, check_whole_number
+from gtcpserver.checks import check_number, check_whole_number
+from gtcpserver.errors import ConfigError
+
 from .contexts import VERSIONS, CertificatePair, load_contexts
 
 Path = str | os.PathLike[str]

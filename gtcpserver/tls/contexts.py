@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import gevent.ssl
 
-from ..descriptors import close_descriptor
-from ..errors import ConfigError
-from ..lent_files import files_in, is_folder, openable, read_file
-from ..trusted_path import UntrustedPath, open_file
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import files_in, is_folder, openable, read_file
+from gtcpserver.files.trusted_path import UntrustedPath, open_file
+from gtcpserver.process.descriptors import close_descriptor
 
 if TYPE_CHECKING:
     from .config import TLSConfig

@@ -21,9 +21,10 @@ from typing import Any, cast
 import gevent
 from gevent.hub import get_hub
 
-from ..errors import ConfigError
-from ..lent_files import stat_file
-from ..logs import own_logger
+from gtcpserver.diagnostics.logs import own_logger
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import stat_file
+
 from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
 from .contexts import ServerContexts, load_contexts, watched_files
 

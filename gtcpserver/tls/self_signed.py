@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ConfigError
+from gtcpserver.errors import ConfigError
 
 if TYPE_CHECKING:
     from cryptography import x509

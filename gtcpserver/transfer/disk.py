@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from gevent.hub import get_hub
 from gevent.threadpool import ThreadPool
 
-from gtcpserver.descriptors import close_descriptor
+from gtcpserver.process.descriptors import close_descriptor
 
 #: Reads and writes under way at once. A pool of our own: gevent's default one also resolves host names, and those must
 #: not queue behind a disk that hangs.

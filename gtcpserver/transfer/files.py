@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gevent.hub import get_hub
 
-from ..descriptors import close_descriptor
-from ..watcher import watch
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.process.watcher import watch
 
 if TYPE_CHECKING:
     from typing import Protocol

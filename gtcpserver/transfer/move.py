@@ -9,7 +9,8 @@ from typing import Any
 
 from gevent.hub import Waiter, get_hub
 
-from ..errors import DeadlineExceeded
+from gtcpserver.errors import DeadlineExceeded
+
 from .buffered import BufferedFlow
 from .ends import End, Stopped, is_plain, note_error
 from .flow import Flow

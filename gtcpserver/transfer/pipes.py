@@ -18,8 +18,9 @@ from collections import deque
 from time import monotonic
 from weakref import WeakSet
 
-from ..descriptors import close_descriptor
-from ..logs import own_logger
+from gtcpserver.diagnostics.logs import own_logger
+from gtcpserver.process.descriptors import close_descriptor
+
 from .ends import has_ended
 
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.

@@ -8,7 +8,8 @@ import stat
 from time import monotonic
 from typing import Any
 
-from ..descriptors import close_descriptor
+from gtcpserver.process.descriptors import close_descriptor
+
 from .disk import pool
 from .ends import is_plain, note_error
 from .files import descriptor_of, opened, wait_for

@@ -14,9 +14,9 @@ from fuzz.targets.helpers import Choices
 from gtcpserver.cli.commands import load_command
 from gtcpserver.cli.settings import settings_of
 from gtcpserver.errors import ConfigError
+from gtcpserver.files.toml_file import Lines, parse_text
 from gtcpserver.proxy.config import MOST_MISTAKES, parse_config
 from gtcpserver.proxy.settings import ProxyConfig
-from gtcpserver.toml_file import Lines, parse_text
 
 
 def proxy_config(data: bytes) -> None:

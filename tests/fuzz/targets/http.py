@@ -12,8 +12,8 @@ import h11
 from fuzz.engine import Target
 from fuzz.targets.helpers import REFUSED, Choices, cuts_of, outcome, pieces_of
 from gtcpserver.errors import GtcpServerError
-from gtcpserver.http_chunks import LONGEST_LINE, ChunkError, ChunkReader, chunk, last_chunk
-from gtcpserver.http_head import END_OF_HEAD, LONGEST_HEAD, MOST_FIELDS, Head, HttpError, check_head, find_end_of_head
+from gtcpserver.http1.chunks import LONGEST_LINE, ChunkError, ChunkReader, chunk, last_chunk
+from gtcpserver.http1.head import END_OF_HEAD, LONGEST_HEAD, MOST_FIELDS, Head, HttpError, check_head, find_end_of_head
 from gtcpserver.proxy.http_body import OriginFailed
 from gtcpserver.proxy.http_fields import (
     Forwarded,

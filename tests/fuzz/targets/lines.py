@@ -11,8 +11,8 @@ from typing import Any
 
 from fuzz.engine import Target
 from fuzz.targets.helpers import Choices
-from gtcpserver.access_log import write_line
-from gtcpserver.logs import JsonFormatter, NonBlockingHandler, TextFormatter
+from gtcpserver.diagnostics.logs import JsonFormatter, NonBlockingHandler, TextFormatter
+from gtcpserver.server.access_log import write_line
 from gtcpserver.strict_json import as_text
 
 RECORD_BEGINS = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ gtcpserver: ")

@@ -16,7 +16,7 @@ from gtcpserver.proxy.errors import ProtocolError
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.target import make_target
 from gtcpserver.proxy.upstream import UpstreamError, parse_upstream
-from gtcpserver.proxy_protocol import LONGEST_V2, ProxyHeader, ProxyProtocolError, Type, parse_header
+from gtcpserver.proxy_protocol.header import LONGEST_V2, ProxyHeader, ProxyProtocolError, Type, parse_header
 
 
 def proxy_header(data: bytes) -> None:

@@ -1,0 +1,149 @@
+"""ClientLimits: who may connect, how many connections a client may have, and how fast it may open new ones.
+
+An IPv6 client has a whole /64 for itself (RFC 6177), so that is what is counted. An IPv4 client is one address: behind
+a carrier's NAT that may be many people, for whom the limits must be wide.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from ipaddress import IPv4Address
+from time import monotonic
+from typing import Any, Literal
+
+from gtcpserver.checks import check_number, check_whole_number
+from gtcpserver.errors import ConfigError
+from gtcpserver.networks import IPAddress, IPNetwork, as_ip, is_in, parse_network
+
+Refusal = Literal["client_denied", "client_connections", "client_rate"]
+
+#: Clients whose rate is remembered; beyond it the one longest not seen is forgotten. 300 bytes each.
+MOST_CLIENTS = 100_000
+
+ClientKey = Any  # an IPv4Address, or the first 64 bits of an IPv6 one as an int
+
+
+class ClientLimits:
+    """Limits for each client of a server, or of several servers that are given the same object.
+
+    Clients that come by a unix socket are on this host, and not limited.
+
+    Args:
+        allow: networks and addresses of clients that may connect, such as "10.0.0.0/8"; none: all.
+        deny: those that may not, even if they are in `allow`.
+        connections: that a client may have at once; None for no limit.
+        new_per_second: connections that a client may open in a second, on average; None for no limit.
+        burst: how many it may open at once after it was silent; None: those of one second, at least 1.
+
+    Attributes:
+        refused: counts connections that were closed, by the reason: "client_denied", "client_connections",
+            "client_rate".
+
+    Raises:
+        ConfigError: a network or number that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        connections: int | None = None,
+        new_per_second: float | None = None,
+        burst: int | None = None,
+    ) -> None:
+        self._allow = _networks("allow", allow)
+        self._deny = _networks("deny", deny)
+        check_whole_number("connections", connections, least=1, none="for no limit")
+        check_number("new_per_second", new_per_second, above=0, none="for no limit")
+        check_whole_number("burst", burst, least=1, none="for those of one second")
+        if burst is not None and new_per_second is None:
+            raise ConfigError("burst must come together with new_per_second")
+        self._connections = connections
+        self._rate = new_per_second
+        self._burst = float(burst if burst is not None else max(1.0, new_per_second or 0.0))
+        self._open: dict[ClientKey, int] = {}
+        self._buckets: OrderedDict[ClientKey, tuple[float, float]] = OrderedDict()
+        self.refused: Counter[str] = Counter()
+
+    def enter(self, address: Any) -> Refusal | None:
+        """A client wants to connect. None: it may, and `leave` must be told when its connection ends.
+
+        Args:
+            address: as ``accept`` names it.
+        """
+        if not isinstance(address, tuple):
+            return None
+        ip = as_ip(address[0])
+        refusal = self._refusal(ip, client_key(ip))
+        if refusal is not None:
+            self.refused[refusal] += 1
+        return refusal
+
+    def _refusal(self, ip: IPAddress, key: ClientKey) -> Refusal | None:
+        if is_in(ip, self._deny) or (self._allow and not is_in(ip, self._allow)):
+            return "client_denied"
+        if self._connections is not None and self._open.get(key, 0) >= self._connections:
+            return "client_connections"
+        if self._rate is not None and not self._take_token(key, self._rate):
+            return "client_rate"
+        if self._connections is not None:
+            self._open[key] = self._open.get(key, 0) + 1
+        return None
+
+    def _take_token(self, key: ClientKey, rate: float) -> bool:
+        """A token bucket: one connection is one token, and `rate` of them come back each second."""
+        now = monotonic()
+        tokens, since = self._buckets.pop(key, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - since) * rate)
+        self._buckets[key] = (tokens - 1 if tokens >= 1 else tokens, now)
+        if len(self._buckets) > MOST_CLIENTS:
+            self._buckets.popitem(last=False)
+        return tokens >= 1
+
+    def leave(self, address: Any) -> None:
+        """A connection that was let in has ended.
+
+        Args:
+            address: the one that `enter` was given.
+        """
+        if self._connections is None or not isinstance(address, tuple):
+            return
+        key = client_key(as_ip(address[0]))
+        left = self._open.pop(key, 0) - 1
+        if left > 0:
+            self._open[key] = left
+
+    def move(self, address: Any, client: Any) -> Refusal | None:
+        """Count a connection that was let in as another client's: a balancer's header has named it.
+
+        Args:
+            address: the one that `enter` was given.
+            client: the named one.
+
+        Returns:
+            None: `leave` must be told of ``client`` when it ends. Otherwise it is nobody's, and must be closed.
+        """
+        self.leave(address)
+        if self._rate is not None and isinstance(address, tuple):
+            key = client_key(as_ip(address[0]))
+            if key in self._buckets:
+                tokens, since = self._buckets[key]
+                self._buckets[key] = (min(self._burst, tokens + 1), since)
+        return self.enter(client)
+
+
+def client_key(ip: IPAddress) -> ClientKey:
+    """What counts as one client: an IPv4 address, or an IPv6 network of 64 bits."""
+    return ip if isinstance(ip, IPv4Address) else int(ip) >> 64
+
+
+def _networks(name: str, texts: Sequence[str]) -> tuple[IPNetwork, ...]:
+    found = []
+    for text in (texts,) if isinstance(texts, str) else texts:
+        try:
+            found.append(parse_network(text))
+        except ValueError as error:
+            raise ConfigError(f"{name} must be networks or addresses, got {text!r} ({error})") from None
+    return tuple(found)

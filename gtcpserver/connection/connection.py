@@ -1,0 +1,838 @@
+"""Connection: the socket that a handler gets.
+
+A Connection is a gevent socket, so whatever takes a socket takes it. How it waits and moves bytes is in stream.py.
+The order below: construct, read, write, bound, idle, close.
+"""
+
+from __future__ import annotations
+
+import os
+import socket as _stdlib_socket
+import struct
+from collections.abc import Callable
+from functools import wraps
+from io import RawIOBase
+from socket import getdefaulttimeout
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from weakref import ref
+
+from gevent._socket3 import _closedsocket
+from gevent.hub import get_hub
+from gevent.socket import cancel_wait_ex
+
+from gtcpserver import transfer
+from gtcpserver.diagnostics.logs import own_logger
+from gtcpserver.errors import EarlyEOF, LimitExceeded, StartTLSError
+from gtcpserver.plural import counted
+from gtcpserver.process.clock import wall_time
+from gtcpserver.process.forked import close_in_children
+from gtcpserver.proxy_protocol.header import Transport
+from gtcpserver.tls import ConnectionTLS, Credentials
+from gtcpserver.transfer.ends import reset_on_close
+
+from .ssl_methods import SSLMethods, refuse
+from .stream import CHILD, SHARED, Stream, StreamInChild
+from .tls_layer import TLSLayer, handshake_failed
+
+if TYPE_CHECKING:
+    import ssl
+    from types import TracebackType
+
+    from typing_extensions import Buffer, Self  # which type checkers have
+
+    from gtcpserver.address import SocketAddress
+    from gtcpserver.proxy_protocol.header import ProxyHeader
+    from gtcpserver.server.server import Server
+    from gtcpserver.tls import TLSConfig
+    from gtcpserver.transfer.files import Readable, Writable
+
+    from .lingering import Linger
+
+    class _Socket(_stdlib_socket.socket):
+        """gevent's class, which has no types of its own: typeshed's stubs of gevent, too, take it for this one.
+
+        What follows is what gevent's has more, and what we use of its private parts.
+        """
+
+        _gevent_sock_class: ClassVar[type[Any]]
+        _closed: bool
+        _io_refs: int
+        _sock: Any
+        hub: Any
+
+        @property
+        def closed(self) -> bool: ...
+        def _drop_ref_on_close(self, sock: Any) -> None: ...
+else:
+    from gevent.socket import socket as _Socket
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+log = own_logger("gtcpserver.tls")
+
+#: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
+READ_AHEAD = 16 * 1024
+
+# Plain numbers: the socket module's enums cost 0.1 us a call.
+_SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_LINGER)
+
+_new = object.__new__
+_set_up = Stream.__init__
+
+# By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
+_SLOTS = (
+    "_accepted_at",
+    "_idle",
+    "_lingerer",
+    "_log_fields",
+    "_proxied",
+    "_readers",
+    "_stream",
+    "client_address",
+    "context",
+    "recv",
+    "sendall",
+    "server",
+)
+
+
+def _noted(method: MethodT) -> MethodT:
+    """Mark what a method raises as this connection's errors (:meth:`Stream.note`)."""
+
+    @wraps(method)
+    def noted(self: Connection, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except OSError as error:
+            self._stream.note(error)
+            raise
+
+    return cast("MethodT", noted)
+
+
+class Connection(SSLMethods, _Socket):
+    """A client's connection: a blocking, cooperative socket with the answers a handler asks for.
+
+    All of the socket API works. Time-outs count the time in which nothing moved: ``settimeout(30)`` ends a ``recv`` or
+    a ``sendall`` after 30 seconds without a byte, not a ``sendall`` that moves (the standard library's bounds it in
+    total; :meth:`deadline` does that here).
+
+    Attributes:
+        client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
+            "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
+            :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
+            ``client_limits`` count the connection. None for a connection that was not accepted.
+        server: the Server it belongs to; None for a connection made by hand.
+        context: whatever the server was given as ``context``; assign to it to keep data by the connection.
+        recv: ``recv(bufsize, flags=0) -> bytes``: at most ``bufsize`` bytes; b"" when the peer has closed its side.
+            Raises TimeoutError when nothing came for ``settimeout`` seconds, DeadlineExceeded inside :meth:`deadline`,
+            OSError as recv(2); EBADF when another greenlet closed the connection meanwhile.
+        sendall: ``sendall(data, flags=0) -> None``: all of ``data`` (any contiguous buffer). Raises TimeoutError when
+            the peer took nothing for ``settimeout`` seconds (some of the data may have gone), otherwise as ``recv``.
+    """
+
+    __slots__ = _SLOTS
+
+    _accepted_at: float
+    _lingerer: Any
+    _log_fields: Any
+    _proxied: Any
+    _readers: Any
+    client_address: SocketAddress
+    context: Any
+    server: Server | None
+
+    if TYPE_CHECKING:
+        # Slots, which _begin fills.
+        def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
+        def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
+        if fileno is None:
+            family = _stdlib_socket.AF_INET if family == -1 else family
+            type = _stdlib_socket.SOCK_STREAM if type == -1 else type
+            proto = 0 if proto == -1 else proto
+        sock = self._gevent_sock_class(family, type, proto, fileno)
+        try:
+            self._begin(sock)
+            # Those that a server accepts, it knows.
+            close_in_children(self)
+        except BaseException:
+            sock.close()  # at once: the error may be kept, and with it what its traceback refers to
+            raise
+
+    def _begin(self, sock: Any) -> None:
+        # Once a connection; the acceptor, which knows what it has accepted, calls it without the constructor.
+        sock.setblocking(False)
+        self._sock = sock
+        self.hub = hub = get_hub()
+        self._io_refs = 0
+        self._closed = False
+        # Not Stream(...): a call of a class costs 0.2 us more than a function's.
+        self._stream = stream = _new(Stream)
+        _set_up(stream, sock, hub, getdefaulttimeout())
+        # The stream's own methods, not wrappers of them: 0.1 us a call. Set past a subclass that overrides them.
+        _set_recv(self, stream.recv)
+        _set_sendall(self, stream.sendall)
+        self._idle: Idle | None = None
+        self.client_address = self.server = self.context = None  # type: ignore[assignment]
+        self._accepted_at = monotonic()
+
+    @property
+    def started_at(self) -> float:
+        """When the connection was accepted, in seconds since the epoch, by the clock as it is set now."""
+        return wall_time(self._accepted_at)
+
+    if not TYPE_CHECKING:
+
+        @_noted
+        def getpeername(self):  # ENOTCONN when the client has reset the connection
+            return super().getpeername()
+
+    @property
+    def server_address(self) -> SocketAddress:
+        """The address the client connected to, as ``getsockname`` says it."""
+        address: SocketAddress = self._sock.getsockname()
+        return address
+
+    @property
+    def peer_address(self) -> SocketAddress:
+        """Who is at the other end of the socket, the client or the balancer it came by."""
+        proxied = self._behind_balancer()
+        return self.client_address if proxied is None else proxied[1]
+
+    @property
+    def proxy_header(self) -> ProxyHeader | None:
+        """What the balancer has said of the client (PROXY protocol); None where none has."""
+        proxied = self._behind_balancer()
+        return None if proxied is None else proxied[0]
+
+    def _behind_balancer(self) -> tuple[ProxyHeader, SocketAddress] | None:
+        # Set for those connections alone: a slot that is set for all costs each of them.
+        try:
+            proxied: tuple[ProxyHeader, SocketAddress] = _get_proxied(self)
+        except AttributeError:
+            return None
+        return proxied
+
+    def note_proxy_header(self, header: ProxyHeader) -> None:
+        """Take for the client's address what a balancer says it is, and count that client (``client_limits``).
+
+        A header without an address (LOCAL, UNKNOWN, UNSPEC) changes nothing: the client is whom the connection is from.
+        Nor does one of datagrams, whose sources can be forged: this is a stream (haproxy and nginx do the same).
+
+        Raises:
+            ClientRefused: it is beyond a limit. The connection has been reset.
+        """
+        self._proxied = (header, self.client_address)
+        source = header.source
+        if source is None or header.transport is not Transport.STREAM:
+            return
+        if isinstance(source, bytes):
+            self.client_address = os.fsdecode(source)
+        else:
+            ip, port = source
+            self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
+        if self.server is not None:
+            self.server._client_named(self)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What the handler adds to this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
+
+        Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
+        """
+        try:
+            fields: dict[str, Any] = _get_log_fields(self)
+        except AttributeError:
+            # Made for those that use it alone, as for _proxied.
+            fields = self._log_fields = {}
+        return fields
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read through this object."""
+        return self._stream.bytes_received
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes written through this object."""
+        return self._stream.bytes_sent
+
+    # -- time-outs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds without progress until TimeoutError, as ``settimeout`` set it."""
+        return self._stream.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        stream = self._stream
+        stream.timeout = seconds
+        if seconds is None and stream.deadline is None:
+            stream.forget_bounds()
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Raise TimeoutError from a read or write in which nothing moved for so many seconds; None waits for ever.
+
+        0 makes the socket non-blocking: BlockingIOError instead of waiting.
+        """
+        if seconds is not None:
+            seconds = float(seconds)
+            if not seconds >= 0:
+                raise ValueError("Timeout value out of range")
+        self.timeout = seconds
+
+    def gettimeout(self) -> float | None:
+        """What ``settimeout`` set."""
+        return self._stream.timeout
+
+    def deadline(self, seconds: float) -> Deadline:
+        """Bound all calls on this connection within a ``with`` block together.
+
+        ``settimeout`` starts anew with each byte; a deadline does not, so a client that drips cannot stretch it.
+        Blocks nest; the earlier end holds. Only this connection's calls are bound: to interrupt any other waiting,
+        use ``gevent.Timeout``.
+
+        Args:
+            seconds: from now; more than 0.
+
+        Raises (from the calls inside):
+            DeadlineExceeded: a TimeoutError.
+        """
+        if not seconds > 0:
+            raise ValueError(f"seconds must be more than 0, got {seconds!r}")
+        return Deadline(self._stream, seconds)
+
+    # -- waiting, as gevent's methods ask for it ---------------------------------------------------------------------
+
+    @property
+    def _read_event(self) -> Any:
+        stream = self._stream
+        return stream.reading or (None if self._closed else stream.make_read_watcher())
+
+    @property
+    def _write_event(self) -> Any:
+        stream = self._stream
+        return stream.writing or (None if self._closed else stream.make_write_watcher())
+
+    def _wait(self, watcher: Any, timeout_exc: Any = None) -> None:
+        # gevent's own methods (recvfrom, recvmsg, connect, sendmsg ...) come here after an EAGAIN.
+        if watcher is None:
+            raise cancel_wait_ex()
+        if watcher is self._stream.writing:
+            self._stream.wait_writable()
+        else:
+            self._stream.wait_readable(certain=True)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive into a writable buffer; returns the number of bytes, 0 at the peer's end. Errors as ``recv``."""
+        return self._stream.recv_into(buffer, nbytes, flags)
+
+    def recv_exactly(self, n: int) -> bytes:
+        """Receive exactly ``n`` bytes.
+
+        Raises:
+            EarlyEOF: the peer closed first; ``partial`` holds what had come.
+            TimeoutError, DeadlineExceeded, OSError: as ``recv``.
+        """
+        return self._stream.recv_exactly(n)
+
+    def recv_until(self, separator: bytes = b"\n", limit: int = 64 * 1024) -> bytes:
+        """Receive up to and including the next ``separator``.
+
+        What came behind it is kept and given to the next call of ``recv``, :meth:`recv_into`, :meth:`recv_exactly`,
+        this one, or a file made by ``makefile`` (not to reads from the bare descriptor).
+
+        Args:
+            separator: bytes that end a message, for instance b"\\r\\n".
+            limit: largest message, separator included, in bytes.
+
+        Raises:
+            LimitExceeded: no separator within ``limit`` bytes. The stream is out of step: close the connection.
+            EarlyEOF: the peer closed before a separator; ``partial`` holds what had come, b"" for none.
+            TimeoutError, DeadlineExceeded, OSError: as ``recv``.
+        """
+        if not separator:
+            raise ValueError("separator must not be empty")
+        stream = self._stream
+        data = stream.kept
+        while True:
+            found = data.find(separator)
+            if found >= 0:
+                end = found + len(separator)
+                if end > limit:
+                    break
+                stream.kept = data[end:]
+                return data[:end]
+            if len(data) >= limit:
+                break
+            # While more is read, what came is not kept: recv would hand it out again.
+            stream.kept = b""
+            try:
+                more = stream.recv(READ_AHEAD)
+            except BaseException:
+                stream.kept = data
+                raise
+            if not more and not (data and stream.goes_on()):
+                raise stream.note(_no_separator(data, separator))
+            if data:
+                return self._recv_until_in_pieces(separator, limit, bytearray(data), more)
+            data = more
+        stream.kept = data
+        raise stream.note(LimitExceeded(f"no {separator!r} within {limit} bytes"))
+
+    def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
+        """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
+        that drips has nothing copied or searched a second time for each of its bytes."""
+        stream = self._stream
+        try:
+            while True:
+                searched = max(0, len(data) - len(separator) + 1)
+                data += more
+                found = data.find(separator, searched)
+                end = found + len(separator)
+                if found >= 0 and end <= limit:
+                    message = bytes(memoryview(data)[:end])
+                    del data[:end]
+                    return message
+                if found >= 0 or len(data) >= limit:
+                    raise stream.note(LimitExceeded(f"no {separator!r} within {limit} bytes"))
+                more = stream.recv(READ_AHEAD)
+                if not more and not stream.goes_on():
+                    early = stream.note(_no_separator(bytes(data), separator))
+                    data.clear()
+                    raise early
+        finally:
+            stream.kept = bytes(data)
+
+    if not TYPE_CHECKING:
+
+        def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            file = super().makefile(mode, *arguments, **options)
+            # What reads ahead is beneath a text file, which may be taken off it.
+            reader = getattr(file, "buffer", file)
+            if "r" in mode and not isinstance(reader, RawIOBase):
+                self._readers = [*(one for one in _readers_of(self) if one() is not None), ref(reader)]
+            return file
+
+    def _is_read_by_file(self) -> bool:
+        """Whether a file of :meth:`makefile` is open that may have read ahead."""
+        return any(is_open(one()) for one in _readers_of(self))
+
+    def unread(self, data: bytes) -> None:
+        """Give back bytes that were read: the next read, or a relay, gets them first."""
+        self._stream.kept = data + self._stream.kept
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def send(self, data: Buffer, flags: int = 0) -> int:
+        """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
+        return self._stream.send(data, flags)
+
+    # -- files (transfer/) -------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+
+        def sendfile(self, file: Readable, offset: int = 0, count: int | None = None) -> int: ...
+        def recv_to_file(self, file: Writable, count: int | None = None) -> int: ...
+    else:
+        sendfile = transfer.sendfile
+        recv_to_file = transfer.recv_to_file
+
+    # -- TLS ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def tls(self) -> ConnectionTLS | None:
+        """What TLS agreed on (version, cipher, server name, ALPN, peer certificate); None on a plain connection."""
+        layer = self._stream.tls
+        return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
+
+    def start_tls(
+        self, tls: TLSConfig | ssl.SSLContext | Credentials | None = None, *, timeout: float | None = None
+    ) -> ConnectionTLS:
+        """Encrypt this connection from here on, as its server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
+
+        Args:
+            tls: a TLSConfig or ssl.SSLContext; None: the server's.
+            timeout: seconds for the handshake; None: the configuration's.
+
+        Raises:
+            StartTLSError: there is nothing to start it with; it has been started; a buffered file of ``makefile`` is
+                open for reading; or bytes came behind the client's request for TLS, before the handshake, and were
+                read already: a man in the middle may have put them there to be taken for encrypted ones (RFC 3207
+                section 6). Close the connection.
+            OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
+        """
+        stream = self._stream
+        if stream.tls is not None:
+            raise StartTLSError("TLS has been started on this connection already")
+        if stream.kept:
+            raise stream.note(StartTLSError(f"{len(stream.kept)} unencrypted bytes came before the TLS handshake"))
+        if self._is_read_by_file():
+            raise StartTLSError(
+                "a file of makefile() is open for reading, and may hold unencrypted bytes: close it before, and make "
+                "another afterwards"
+            )
+        if tls is None and self.server is not None:
+            tls = self.server.tls
+        if tls is None:
+            raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
+        credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
+        layer = TLSLayer(self, credentials.context, credentials.report_truncation)
+        seconds = credentials.handshake_timeout if timeout is None else timeout
+        try:
+            with self.deadline(seconds):
+                layer.handshake()
+        except OSError as error:
+            self._note_failed_handshake(error)
+            raise
+        stream.io = stream.tls = layer
+        stream.drained = False
+        return ConnectionTLS(layer.object, layer.server_name)
+
+    def _note_failed_handshake(self, error: OSError) -> None:
+        self._stream.note(error)
+        kind = handshake_failed(self, error)
+        if self.server is not None:
+            self.server._counters.handshake_failures[kind] += 1
+        log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
+
+    def stop_tls(self) -> None:
+        """Go back to plain text: tell the peer (close_notify), wait for its answer.
+
+        Raises:
+            StartTLSError: the connection is not encrypted.
+            OSError: the peer closed or sent something else instead; time-outs as ``recv``.
+        """
+        stream = self._stream
+        if stream.tls is None:
+            raise StartTLSError("the connection is not encrypted")
+        try:
+            stream.kept += stream.tls.unwrap()
+        except OSError as error:
+            stream.note(error)
+            raise
+        stream.io, stream.tls = stream.sock, None
+        stream.drained = stream.at_eof = False  # the end was that of the encrypted part
+
+    def unwrap(self) -> Self:
+        """``stop_tls`` by the name it has in ``ssl.SSLSocket``; returns this connection."""
+        self._ssl_object()
+        self.stop_tls()
+        return self
+
+    # -- the rest of the socket's methods, counted -------------------------------------------------------------------
+
+    @_noted
+    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
+        if self._stream.tls is not None:
+            refuse(self, "recvfrom", ValueError)
+        data, address = super().recvfrom(bufsize, flags)
+        return self._count_received(data, len(data), flags), address
+
+    @_noted
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        if self._stream.tls is not None:
+            refuse(self, "recvfrom_into", ValueError)
+        size, address = super().recvfrom_into(buffer, nbytes, flags)
+        return self._count_received(size, size, flags), address
+
+    @_noted
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
+        if self._stream.tls is not None:
+            refuse(self, "recvmsg", NotImplementedError)
+        message = super().recvmsg(bufsize, ancbufsize, flags)
+        return self._count_received(message, len(message[0]), flags)
+
+    @_noted
+    def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
+        if self._stream.tls is not None:
+            refuse(self, "recvmsg_into", NotImplementedError)
+        message = super().recvmsg_into(buffers, ancbufsize, flags)
+        return self._count_received(message, message[0], flags)
+
+    def _count_received(self, result: Any, size: int, flags: int) -> Any:
+        if not flags & _stdlib_socket.MSG_PEEK:
+            self._stream.bytes_received += size
+        return result
+
+    @_noted
+    def sendto(self, *args: Any) -> int:
+        if self._stream.tls is not None:
+            refuse(self, "sendto", ValueError)
+        return self._count_sent(super().sendto(*args))
+
+    @_noted
+    def sendmsg(self, *args: Any) -> int:
+        if self._stream.tls is not None:
+            refuse(self, "sendmsg", NotImplementedError)
+        return self._count_sent(super().sendmsg(*args))
+
+    def _count_sent(self, size: int) -> int:
+        self._stream.bytes_sent += size
+        return size
+
+    # -- idle --------------------------------------------------------------------------------------------------------
+
+    def idle(self) -> Idle:
+        """Mark the wait between two requests: ``with conn.idle(): data = conn.recv(4096)``.
+
+        An idle connection holds no place in the server's pool. When the server stops, its ``recv`` gives b"" at once,
+        as if the peer had closed, unless a request has already come. Without a server it does nothing.
+        """
+        return self._idle or self._make_idle()
+
+    def _make_idle(self) -> Idle:
+        self._idle = idle = Idle(self) if self.server is None else self.server._make_idle(self)
+        return idle
+
+    def _end_idle(self) -> None:
+        """Let the read that idles give b"", as if the peer had closed, unless data has come. Only from the hub."""
+        stream = self._stream
+        stream.ending = True
+        stream.drained = False
+        reader = stream.reader()
+        if reader is not None:
+            reader.switch()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    @_noted
+    def shutdown(self, how: int) -> None:
+        """Shut down one or both sides, as ``shutdown(2)``. Over TLS, the peer is told first (close_notify).
+
+        A greenlet that waits on that side is woken by the kernel: a reader gets b"", a writer EPIPE.
+        """
+        if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
+            self._stream.tls.close_notify_and_read_on()
+        self._sock.shutdown(how)
+        if how != _stdlib_socket.SHUT_RD:
+            self._stream.shut_for_writing = True
+
+    def abort(self) -> None:
+        """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
+
+        For a proxy whose other side failed; SO_LINGER with a time of 0, socket(7). Closed already: does nothing.
+        """
+        if not self._closed:
+            reset_on_close(self)
+            self.close()
+
+    def _real_close(self) -> None:
+        # Called by gevent's close() when no file made by makefile() is open any more.
+        if self._sock:
+            self._end(self._stream, self.server)
+
+    def _end(self, stream: Stream, server: Server | None) -> None:
+        # Once a connection, and little of it reads attributes of self (see stream.py).
+        if stream.tls is not None:
+            stream.tls.close_notify()
+        sock = stream.sock
+        self._sock = _CLOSED
+        waiting = stream.close()
+        if waiting is not None:
+            self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
+        # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
+        # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
+        # its end before it has the next request: no stop waits for it.
+        elif (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
+            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+                return
+            super()._drop_ref_on_close(sock)
+
+    def _end_shared(self, stream: Stream, sock: Any, server: Server | None) -> bool:
+        """Tell the peer of the end although a forked child has the socket too. False: close it now."""
+        try:
+            if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
+                return False  # to be reset
+            if not stream.at_eof:
+                return self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended)
+            if server is not None or stream.bytes_sent:  # or the child may answer, see _linger
+                sock.shutdown(_stdlib_socket.SHUT_WR)
+        except OSError:
+            pass  # reset meanwhile
+        return False
+
+    # -- a fork in its handler (see forked.py) -----------------------------------------------------------------------
+
+    def shared_with_child(self) -> None:
+        """In the parent."""
+        self._stream.shared = self._stream.shared or CHILD
+
+    def taken_by_child(self) -> None:
+        """In the child: it reads and writes, and its end tells the peer nothing. Without a server."""
+        stream = self._stream
+        stream.leave_event_loop()
+        stream.__class__ = StreamInChild
+        stream.shared = SHARED
+        if stream.tls is not None:
+            stream.tls.broken = True
+        self.server = None
+        self._idle = None
+
+    def left_by_child(self) -> None:
+        """In the child: close another handler's there."""
+        self._stream.left_by_child()
+        self._sock = _CLOSED
+        self._closed = True
+
+    def _linger(self, stream: Stream, sock: Any) -> bool:
+        """Close politely without a Server, where :meth:`linger_with` has been called. False: close at once.
+
+        A handler that has written nothing may have left the answer to another process that holds the socket, which a
+        shutdown would silence. One that has set SO_LINGER has decided by itself how its socket closes.
+        """
+        try:
+            lingerer: Linger = _get_lingerer(self)
+            if not stream.bytes_sent or sock.getsockopt(_SOL_SOCKET, _SO_LINGER):
+                return False
+        except (AttributeError, OSError):
+            return False
+        return lingerer.take(sock)
+
+    def linger_with(self, lingerer: Linger) -> None:
+        """Let ``lingerer`` close the socket of a connection that has no Server."""
+        self._lingerer = lingerer
+
+    def _detach_socket(self, reason: str) -> None:
+        # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
+        if self._sock:
+            self._drop_events_and_close(closefd=reason == "closed")
+            self._sock = _closedsocket(-1, -1, -1, None, reason)
+
+    def dup(self) -> Self:
+        """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
+        if self._stream.tls is not None:
+            refuse(self, "dup", NotImplementedError)
+        self._stream.shared = SHARED
+        copy = super().dup()
+        copy._stream.share_mark(self._stream)
+        return copy
+
+    def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
+        # Called by gevent's detach().
+        waiting = self._stream.close()
+        if waiting is not None:
+            self.hub.cancel_waits_close_and_then(waiting, error, self._drop_ref_on_close if closefd else id, self._sock)
+        elif closefd:
+            self._drop_ref_on_close(self._sock)
+
+    def _drop_ref_on_close(self, sock: Any) -> None:
+        # Called when no greenlet waits on the socket any more. What holds of it: see _end.
+        server, stream = self.server, self._stream
+        if (
+            stream.at_eof
+            or stream.shared
+            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+        ):
+            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+                return
+            super()._drop_ref_on_close(sock)
+
+
+_CLOSED = _closedsocket(-1, -1, -1, None, "closed")
+
+# The slots' own descriptors.
+_set_recv = cast(Any, Connection.recv).__set__
+_set_sendall = cast(Any, Connection.sendall).__set__
+# A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
+_get_proxied = cast(Any, Connection._proxied).__get__
+_get_lingerer = cast(Any, Connection._lingerer).__get__
+_get_log_fields = cast(Any, Connection._log_fields).__get__
+_get_readers = cast(Any, Connection._readers).__get__
+
+
+def _readers_of(connection: Connection) -> list[Any]:
+    try:
+        return _get_readers(connection)  # type: ignore[no-any-return]
+    except AttributeError:
+        return []
+
+
+def is_open(file: Any) -> bool:
+    """Whether a file (or None) can still be read from."""
+    try:
+        return file is not None and not file.closed
+    except ValueError:
+        return False  # what it has read ahead went when its raw file was taken off it
+
+
+def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
+    return EarlyEOF(f"the peer closed after {counted(len(data), 'byte')}, before {separator!r}", data)
+
+
+def log_fields_of(connection: Connection) -> dict[str, Any]:
+    """What is in its :attr:`Connection.log_fields`, without making any."""
+    try:
+        fields: dict[str, Any] = _get_log_fields(connection)
+    except AttributeError:
+        return {}
+    return fields
+
+
+class Deadline:
+    """The ``with`` block of :meth:`Connection.deadline`."""
+
+    __slots__ = ("_seconds", "_stream", "_until")
+
+    def __init__(self, stream: Stream, seconds: float) -> None:
+        self._stream = stream
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        stream = self._stream
+        self._until = until = monotonic() + self._seconds
+        if stream.deadline is None:
+            stream.deadlines = (until,)
+            stream.deadline = until
+        else:
+            stream.deadlines += (until,)
+            stream.deadline = min(stream.deadlines)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        # Not simply the one before: a greenlet that reads and one that writes may have overlapping blocks.
+        stream = self._stream
+        if len(stream.deadlines) == 1:
+            stream.deadlines = ()
+            stream.deadline = None
+        else:
+            others = list(stream.deadlines)
+            others.remove(self._until)
+            stream.deadlines = tuple(others)
+            stream.deadline = min(others)
+        if stream.deadline is None and stream.timeout is None:
+            stream.forget_bounds()
+
+
+class Idle:
+    """The ``with`` block of :meth:`Connection.idle`; one object a connection, used again and again.
+
+    Attributes:
+        active: the connection is idle now.
+    """
+
+    __slots__ = ("active", "connection")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.active = False
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.active = False

@@ -1,0 +1,605 @@
+"""Stream: how a connection waits and moves bytes. The hot path of the library.
+
+A Connection (connection.py) is a gevent socket, and gevent's class has a ``__getattr__``: on CPython 3.11 that makes
+every attribute of an object 20 ns dearer, 0.3 us a request. So what runs once a read or write lives here, in a plain
+object, and the connection's ``recv`` and ``sendall`` are this object's bound methods.
+
+What it does differently from gevent is wait:
+
+* gevent's ``recv`` asks first, fails with EAGAIN (an exception: 1.3 us), then makes a Waiter, starts a watcher,
+  switches, stops the watcher. Here a read that came back short is remembered: the socket is drained, so the next
+  ``recv`` waits before it asks. The read watcher stays started for the life of the connection.
+* The started watcher's callback is the ``switch`` of the greenlet that waits, and while none waits it is the
+  watcher's own ``stop`` ("parked"). libev looks the callback up when it fires, so an event that was already pending
+  when a wait ended (time-out, kill) finds the parked callback: no greenlet is switched into that does not wait.
+* A time-out is a deadline written down at each wait. One timer a connection serves them all: when it fires too early
+  it is started again for what is left.
+"""
+
+from __future__ import annotations
+
+import socket
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import ReferenceType, ref
+
+from gevent._hub_local import get_hub_if_exists
+from gevent.exceptions import ConcurrentObjectUseError
+from gevent.hub import get_hub
+from gevent.socket import cancel_wait_ex
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from gtcpserver.errors import DeadlineExceeded, EarlyEOF
+from gtcpserver.process.watcher import check_watched, parking, stop_watcher, watch
+
+if TYPE_CHECKING:
+    from .tls_layer import TLSLayer
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+#: Name of the attribute of an error that says which stream has raised it.
+MARK = "_gtcpserver_mark"
+
+#: After so many reads in a row that filled the caller's buffer, wait once, so that one fast sender cannot keep the
+#: event loop to itself. gevent never does. 16 reads of 64 KiB are about 0.3 ms.
+FULL_READS_IN_A_ROW = 16
+
+#: Bytes that ``recv_exactly`` asks for at once beyond its first read.
+SMALL_ROOM = 64 * 1024
+LARGE_ROOM = 1024 * 1024
+
+#: What `Stream.shared` may be, besides False.
+SHARED, CHILD = 1, 2
+
+WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
+
+# The hub is entered by greenlet's own switch: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
+# greenlet, which costs 0.3 us a wait. A greenlet class that defines the hook is not called back from our waits.
+_switch_to = greenlet.switch
+
+# As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
+_PEEK, _WAITALL, _DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_WAITALL), int(socket.MSG_DONTWAIT)
+
+
+class Stream:
+    """The moving parts of one connection.
+
+    Args:
+        sock: the raw socket, non-blocking.
+        hub: the gevent hub of this thread.
+        timeout: seconds without progress until TimeoutError; None waits for ever; 0.0 never waits.
+
+    Attributes:
+        io: what is read from and written to: the raw socket, or what stands in for it (``recv``, ``recv_into``,
+            ``send``; BlockingIOError to say "wait").
+        reading, writing: the io watchers, made when first waited for.
+        timeout: as above; may be changed at any time between two calls.
+        deadline: the monotonic time at which every call ends with DeadlineExceeded; None: no such time.
+        deadlines: all that hold now; ``deadline`` is the earliest.
+        drained: the last read came back short, and ``reading`` is there: wait before the next.
+        kept: bytes read ahead by ``recv_until``, which come first.
+        at_eof: the peer has closed its side and everything was read.
+        ending: reads that would wait give b"" instead (an idle connection that is being ended).
+        ended: such a read gave b"".
+        bytes_received, bytes_sent: so far.
+        mark: set on each error that this stream has raised (see :meth:`note`); None: none so far.
+        progress: a note of the overseer's.
+        shared: somebody else has the socket too: SHARED, or CHILD where that is a forked child of the handler's.
+        shut_for_writing: the program has shut down its side; not set before that.
+        tls: the TLS layer that ``io`` is, or None.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_full_reads",
+        "_hub",
+        "_parked",
+        "_read_until",
+        "_timer",
+        "_timer_at",
+        "_write_until",
+        "at_eof",
+        "bytes_received",
+        "bytes_sent",
+        "deadline",
+        "deadlines",
+        "drained",
+        "ended",
+        "ending",
+        "io",
+        "kept",
+        "mark",
+        "progress",
+        "reading",
+        "shared",
+        "shut_for_writing",
+        "sock",
+        "timeout",
+        "tls",
+        "writing",
+    )
+
+    def __init__(self, sock: Any, hub: Any, timeout: float | None) -> None:
+        self.sock = self.io = sock
+        self.tls: TLSLayer | None = None
+        self._hub = hub
+        self.timeout = timeout
+        self.reading: Any = None
+        self.writing: Any = None
+        self._parked: Any = None
+        self._timer: Any = None
+        self._timer_at = inf
+        self.deadline: float | None = None
+        self.deadlines: tuple[float, ...] = ()
+        self._read_until = self._write_until = inf
+        self.drained = self.at_eof = self.ending = self.ended = False
+        self.shared = 0
+        self._full_reads = 0
+        self.kept = b""
+        self.mark: object | None = None
+        self.shut_for_writing: bool
+        self.progress: tuple[int, int] | None = None
+        self.bytes_received = self.bytes_sent = 0
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def wait_readable(self, certain: bool = False) -> None:
+        """Wait until there is something to read (or the end, or an error).
+
+        Args:
+            certain: the socket was found empty just now. Otherwise return at once where the watcher has seen input
+                while nobody waited.
+        """
+        me = getcurrent()
+        if me is self._hub:
+            raise AssertionError(WAIT_IN_HUB)
+        watcher = self.reading or self.make_read_watcher()
+        if watcher.callback is self._parked:
+            watcher.callback = me.switch
+        else:
+            self._check_one_reader(watcher)
+            if not certain:
+                return
+            watcher.start(me.switch)
+        try:
+            if self.timeout is not None or self.deadline is not None:
+                self._bound_read()
+            _switch_to(self._hub)
+        except BaseException as error:
+            watcher.callback = self._parked
+            self._note_thrown(error)
+            raise
+        watcher.callback = self._parked
+
+    def _check_one_reader(self, watcher: Any) -> None:
+        if watcher.callback is not None:
+            raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {watcher.callback!r}")
+
+    def _bound_read(self) -> bool:
+        """Write down when the wait that begins now is over; False if there must be none."""
+        if self.timeout == 0.0:
+            return False
+        self._read_until = until = self._end_of_wait()
+        if until < self._timer_at:
+            self._start_timer(until)
+        return True
+
+    def forget_bounds(self) -> None:
+        """Neither time-out nor deadline holds any more: a wait without one must not be judged by an earlier one's."""
+        self._read_until = self._write_until = inf
+
+    def _end_of_wait(self) -> float:
+        until = inf if self.timeout is None else monotonic() + self.timeout
+        return until if self.deadline is None else min(until, self.deadline)
+
+    def make_read_watcher(self) -> Any:
+        watcher = self.reading = watch(self._hub.loop, self.sock.fileno(), 1)
+        self._parked = parking(watcher)
+        watcher.start(self._parked)
+        return watcher
+
+    def wait_writable(self) -> None:
+        """Wait until the socket takes more. A writable socket is the normal state, so this watcher runs only here."""
+        watcher = self.writing
+        if watcher is None:
+            watcher = self.make_write_watcher()
+        if watcher.callback is not None:
+            raise ConcurrentObjectUseError(f"another greenlet writes to this connection: {watcher.callback!r}")
+        if self.timeout is not None or self.deadline is not None:
+            self._write_until = until = self._end_of_wait()
+            if until < self._timer_at:
+                self._start_timer(until)
+        hub = self._hub
+        me = getcurrent()
+        if me is hub:
+            raise AssertionError(WAIT_IN_HUB)
+        watcher.start(me.switch)
+        try:
+            _switch_to(hub)
+            check_watched(watcher)
+        except BaseException as error:
+            self._note_thrown(error)
+            raise
+        finally:
+            stop_watcher(watcher)
+
+    def make_write_watcher(self) -> Any:
+        self.writing = watch(self._hub.loop, self.sock.fileno(), 2)
+        return self.writing
+
+    def reader(self) -> Any:
+        """The greenlet that waits to read, or None."""
+        callback = self.reading.callback if self.reading is not None else None
+        return None if callback is None or callback is self._parked else callback.__self__
+
+    def writer(self) -> Any:
+        """The greenlet that waits to write, or None."""
+        callback = self.writing.callback if self.writing is not None else None
+        return None if callback is None else callback.__self__
+
+    def _start_timer(self, until: float) -> None:
+        if self._timer is not None:
+            self._timer.close()
+        self._timer_at = until
+        self._timer = self._hub.loop.timer(max(0.0, until - monotonic()))
+        # update: a loop that has just been held up by a computation thinks it is still earlier.
+        # Weak: a timer must not keep a connection open that everybody else has dropped.
+        self._timer.start(_on_timer_of, ref(self), update=True)
+
+    def _on_timer(self) -> None:
+        """In the hub: end the waits whose time is over, or sleep on for what is left."""
+        self._timer_at = inf
+        if self.timeout is None and self.deadline is None:
+            return  # armed for an earlier wait, which had a time-out
+        now = monotonic()
+        # After the loop was held up, time-outs and the data that would have prevented them come together, and libev
+        # runs the time-outs first: what has come in time is not late.
+        reader = self.reader()
+        if reader is not None:
+            if now < self._read_until:
+                self._start_timer(self._read_until)
+            elif not self.reading.pending:
+                reader.throw(self.timeout_error(now))
+        writer = self.writer()
+        if writer is not None:
+            if now < self._write_until:
+                if self._write_until < self._timer_at:
+                    self._start_timer(self._write_until)
+            elif not self.writing.pending:
+                writer.throw(self.timeout_error(now))
+
+    def timeout_error(self, now: float) -> TimeoutError:
+        if self.deadline is not None and now >= self.deadline:
+            return self.note(DeadlineExceeded("the deadline for this block of calls has passed"))
+        return self.note(TimeoutError("timed out"))
+
+    # -- errors ------------------------------------------------------------------------------------------------------
+
+    def note(self, error: ErrorT) -> ErrorT:
+        """Mark an error as raised by this connection, and not by something else that its handler uses; returns it.
+
+        What a client does is counted, and what its handler does wrong is logged (outcome.py). The class of an error
+        does not tell which it was: a database may reset its connection just as a client may. The mark is on the error
+        itself, since one connection may have several at a time, and is nothing that refers to the connection.
+        """
+        if getattr(self, "shut_for_writing", False) and (
+            isinstance(error, BrokenPipeError) or getattr(error, "reason", None) == "PROTOCOL_IS_SHUTDOWN"
+        ):
+            return error  # nobody can send after a shutdown of his own
+        # Past a __setattr__ of a class of the program's own.
+        error.__dict__[MARK] = self._get_mark()
+        return error
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Whether an error is one of this connection."""
+        return self.mark is not None and error.__dict__.get(MARK) is self.mark
+
+    def _get_mark(self) -> object:
+        if self.mark is None:
+            self.mark = object()
+        return self.mark
+
+    def share_mark(self, other: Stream) -> None:
+        """Both streams are of one socket."""
+        self.mark = other._get_mark()
+
+    def _note_thrown(self, error: BaseException) -> None:
+        """``note`` what has ended a wait, such as a gevent.Timeout, unless another connection has raised it."""
+        if MARK not in error.__dict__ and not isinstance(error, GreenletExit):
+            self.note(error)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        # Hot: see Connection for what it promises. The wait is wait_readable() written out: 0.15 us.
+        if flags or self.kept or self.deadline is not None:
+            return self._recv_with_care(bufsize, flags)
+        if self.drained and bufsize:
+            watcher = self.reading
+            if watcher.callback is self._parked:
+                if self.timeout is None or self._bound_read():
+                    # (In the hub itself this returns at once, and the wait below says what is wrong.)
+                    watcher.callback = getcurrent().switch
+                    try:
+                        _switch_to(self._hub)
+                    except BaseException as error:
+                        watcher.callback = self._parked
+                        self._note_thrown(error)
+                        raise
+                    watcher.callback = self._parked
+            else:
+                self._check_one_reader(watcher)
+        while True:
+            try:
+                data: bytes = self.io.recv(bufsize)
+                break
+            except BlockingIOError:
+                if self.timeout == 0.0:
+                    raise
+                if self.ending:
+                    self.ended = True
+                    return b""
+            except OSError as error:
+                self.note(error)
+                raise
+            self.wait_readable(True)
+        size = len(data)
+        if size < bufsize:
+            self.drained = self._parked is not None
+            if not size:
+                self.at_eof = True
+        else:
+            self._read_was_full()
+        self.bytes_received += size
+        return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        room = nbytes or len(buffer)
+        if flags or self.kept or self.deadline is not None:
+            view = memoryview(buffer).cast("B")
+            data = self._recv_with_care(nbytes or len(view), flags)
+            view[: len(data)] = data
+            return len(data)
+        if self.drained and room:
+            self.wait_readable()
+        while True:
+            try:
+                size: int = self.io.recv_into(buffer, nbytes)
+                break
+            except BlockingIOError:
+                if self.timeout == 0.0:
+                    raise
+                if self.ending:
+                    self.ended = True
+                    return 0
+            except OSError as error:
+                self.note(error)
+                raise
+            self.wait_readable(True)
+        if size < room:
+            self.drained = self._parked is not None
+            if not size:
+                self.at_eof = True
+        else:
+            self._read_was_full()
+        self.bytes_received += size
+        return size
+
+    def _read_was_full(self) -> None:
+        """There may be more: ask before waiting, but not for ever."""
+        self._full_reads += 1
+        self.drained = False
+        if self._full_reads >= FULL_READS_IN_A_ROW:
+            self._full_reads = 0
+            # What TLS has decrypted already does not make the socket readable.
+            self.drained = self.tls is None or not self.tls.pending()
+            watcher = self.reading or self.make_read_watcher()
+            if self.drained and watcher.callback is None:
+                # A stopped watcher means "there is input, do not wait": started again it means a turn for the others.
+                watcher.start(self._parked)
+
+    def _recv_with_care(self, bufsize: int, flags: int) -> bytes:
+        """recv with flags, without waiting, within a deadline, or after ``recv_until`` has read ahead."""
+        if self.deadline is not None and monotonic() >= self.deadline:
+            raise self.timeout_error(self.deadline)
+        if self.kept:
+            kept = self.kept
+            if flags & _PEEK:
+                return kept[:bufsize]
+            self.kept = kept[bufsize:]
+            return self._recv_rest(kept[:bufsize], bufsize) if flags & _WAITALL else kept[:bufsize]
+        if flags and self.tls is not None:
+            raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
+        if self.drained and bufsize and not flags and self.timeout != 0.0:
+            self.wait_readable()
+        while True:
+            try:
+                data: bytes = self.sock.recv(bufsize, flags) if flags else self.io.recv(bufsize)
+                break
+            except BlockingIOError:
+                if self.timeout == 0.0 or flags & _DONTWAIT:
+                    raise
+                if self.ending:
+                    self.ended = True
+                    return b""
+            except OSError as error:
+                self.note(error)
+                raise
+            self.wait_readable(True)
+        self.drained = not flags and len(data) < bufsize and self._parked is not None
+        if not flags & _PEEK:
+            self.bytes_received += len(data)
+            self.at_eof = self.at_eof or (not data and bufsize > 0)
+            if flags & _WAITALL and data:
+                return self._recv_rest(data, bufsize)
+        return data
+
+    def _recv_rest(self, data: bytes, bufsize: int) -> bytes:
+        """For MSG_WAITALL: ``data`` and what follows, ``bufsize`` bytes in all unless the peer closes before."""
+        try:
+            return data + self.recv_exactly(bufsize - len(data))
+        except EarlyEOF as early:
+            return data + early.partial
+        except BaseException:
+            self.kept = data + self.kept
+            raise
+
+    def recv_exactly(self, n: int) -> bytes:
+        if n < 0:
+            raise ValueError(f"n must not be negative, got {n}")
+        data = self.recv(n) if n else b""
+        if len(data) == n:
+            return data
+        buffer = bytearray(data)
+        try:
+            while (data or (buffer and self.goes_on())) and len(buffer) < n:
+                # Room for much only where much comes: for 1 MiB the allocator asks the kernel, 12 us for each dripped
+                # byte.
+                data = self.recv(min(n - len(buffer), SMALL_ROOM if len(data) < SMALL_ROOM else LARGE_ROOM))
+                buffer += data
+        except BaseException:
+            # A time-out or a kill loses nothing: the next read begins where this one began.
+            self.kept = bytes(buffer) + self.kept
+            raise
+        if len(buffer) < n:
+            raise self.note(EarlyEOF(f"the peer closed after {len(buffer)} of {n} bytes", bytes(buffer)))
+        return bytes(buffer)
+
+    def goes_on(self) -> bool:
+        """After a read gave b"" in the midst of a message: it was told to end while idle, which it no longer is."""
+        ended, self.ended = self.ended, False
+        if ended:
+            self.ending = False
+        return ended
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        if self.deadline is not None and monotonic() >= self.deadline:
+            raise self.timeout_error(self.deadline)
+        while True:
+            try:
+                sent: int = self.io.send(data, flags)
+                break
+            except BlockingIOError:
+                if self.timeout == 0.0 or flags & _DONTWAIT:
+                    raise
+            except OSError as error:
+                self.note(error)
+                raise
+            self.wait_writable()
+        self.bytes_sent += sent
+        return sent
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        # Hot: small answers go in one call.
+        sent = 0
+        if not flags and self.deadline is None:
+            try:
+                sent = self.io.send(data)
+            except BlockingIOError:
+                if self.timeout == 0.0:
+                    raise
+            except OSError as error:
+                self.note(error)
+                raise
+            self.bytes_sent += sent
+            if sent == len(data) and type(data) is bytes:
+                return
+        view = memoryview(data).cast("B")
+        while sent < len(view):
+            sent += self.send(view[sent:], flags)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> tuple[Any, Any] | None:
+        """Let nothing wait or move any more. Returns the watchers on which somebody waits, to be cancelled, or None."""
+        self.drained = False
+        self.kept = b""
+        self.io = _closed
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+            self._timer_at = inf
+        reading, writing = self.reading, self.writing
+        self.reading = self.writing = None
+        if reading is not None and reading.callback is self._parked:
+            stop_watcher(reading)
+        if (reading is None or reading.callback is None) and (writing is None or writing.callback is None):
+            # Most closes.
+            if writing is not None:
+                writing.close()
+            return None
+        # gevent closes a watcher on which somebody waits a little later. If that one leaves before, the watcher is
+        # still started and must have something to call.
+        self._parked = _ignore
+        return reading, writing
+
+    @property
+    def closed(self) -> bool:
+        return self.io is _closed
+
+    def leave_event_loop(self) -> None:
+        """In a forked child: forget what hangs on the parent's event loop, which is gone."""
+        self.drained = self.ending = False
+        self.reading = self.writing = self._parked = self._timer = None
+        self._timer_at = self._read_until = self._write_until = inf
+
+    def left_by_child(self) -> None:
+        """In a forked child: close the socket there."""
+        self.leave_event_loop()
+        self.kept = b""
+        self.io = _closed
+        self.sock.close()
+
+    def __del__(self) -> None:
+        # Dropped without a close. A started watcher must not outlive its descriptor: libev aborts the process.
+        if self.reading is None and self._timer is None:
+            return
+        try:
+            if get_hub_if_exists() is self._hub:
+                _stop(self.reading, self._timer, self.sock)
+            else:  # the garbage collector runs in another thread
+                self._hub.loop.run_callback_threadsafe(_stop, self.reading, self._timer, self.sock)
+        except Exception:
+            pass  # the event loop is gone, and the watchers with it
+
+
+class StreamInChild(Stream):
+    """A stream that has gone over to a forked child, with an event loop that is made when it first waits."""
+
+    __slots__ = ()
+
+    @property
+    def _hub(self) -> Any:
+        return get_hub()
+
+
+class _Closed:
+    """What a closed stream reads from and writes to."""
+
+    def recv(self, *args: Any) -> Any:
+        raise cancel_wait_ex()
+
+    recv_into = send = recv
+
+
+_closed = _Closed()
+
+
+def _ignore() -> None:
+    pass
+
+
+def _stop(reading: Any, timer: Any, _sock: Any) -> None:
+    # _sock: kept open until the watchers are stopped.
+    for watcher in (reading, timer):
+        if watcher is not None:
+            watcher.close()
+
+
+def _on_timer_of(stream: ReferenceType[Stream]) -> None:
+    alive = stream()
+    if alive is not None:
+        alive._on_timer()

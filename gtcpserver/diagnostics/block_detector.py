@@ -1,0 +1,472 @@
+"""BlockDetector: finds what blocks the event loop: where it stands, and for how long.
+
+All handlers share one thread. One that computes, or calls what cannot be patched (a driver written in C, a lock of the
+system), makes all others wait, and nothing tells. Here a timer in the loop says that it runs, and a native thread looks
+at where the loop's thread stands when the timer is late. Greenlets' switches are counted: many that hold the loop for a
+short time each are load, and none of them is to blame.
+
+gevent's own monitor thread (``gevent.config.monitor_thread``) was not taken: it does not know for how long something
+has blocked, and its report, the tree of all greenlets, goes to a stream that may itself block.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+import time
+import traceback
+import zlib
+from collections.abc import Iterable
+from mmap import mmap
+from time import monotonic
+from types import CodeType, TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+from gevent._tracer import GreenletTracer  # what gevent's monitor thread counts with; chains to one that is there
+from gevent.hub import Hub, get_hub
+from gevent.monkey import get_original, is_module_patched
+
+from gtcpserver.checks import check_number
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.process.forked import register
+
+from .logs import FaultLimiter, also
+
+log = logging.getLogger("gtcpserver")
+
+DEFAULT_THRESHOLD = 0.1
+"""Seconds. Nobody at a screen notices less, and a handler that computes for longer is worth a thread."""
+
+SHORTEST_THRESHOLD = 0.01
+"""Threads of Python take turns every 5 ms (sys.setswitchinterval): looks cannot follow each other closer than that."""
+
+LOOKS = 5
+"""Looks in the time of the threshold. What blocks for half as long again is always found, and never less than it."""
+
+LONGEST_INTERVAL = 3600.0
+"""Seconds between two looks at most: the wait of a lock has a limit (threading.TIMEOUT_MAX)."""
+
+STILL_BLOCKED = 10
+"""What blocks for so many thresholds is reported while it lasts, too: it may never end."""
+
+MOST_LOOKS = 200
+"""Remembered of one that blocks; by then it has been reported."""
+
+#: What to do about it, the last line of a report.
+COMPUTED = (
+    "This is computation. Run it in a thread, gevent.get_hub().threadpool.apply(function, arguments), or in a process "
+    "(docs/blocking.md)."
+)
+WAITED_UNPATCHED = (
+    "The call blocks the thread, as this program is not monkey-patched. Pass monkey_patch=True to run(), or begin the "
+    "program with 'from gevent import monkey; monkey.patch_all()': the standard library and what is built on it "
+    "(time.sleep, sockets, requests) then wait on the event loop (docs/blocking.md)."
+)
+WAITED_PATCHED = (
+    "The call blocks the thread in spite of monkey patching: a file, C code, or a name imported before the patch. Run "
+    "it in a thread, gevent.get_hub().threadpool.apply(function, arguments) (docs/blocking.md)."
+)
+
+#: Of what has held the loop, the part of its time on a CPU from which it computed. What waits has next to none; what
+#: computes may have little on a busy host, whose hypervisor tells nothing.
+COMPUTING = 0.2
+
+#: Places that are told apart where each is reported once: one byte each, which worker processes can share.
+PLACES = 4096
+
+_start_thread = get_original("_thread", "start_new_thread")
+_native_lock = get_original("_thread", "allocate_lock")
+
+
+class Place(NamedTuple):
+    """One frame of a stack."""
+
+    code: CodeType
+    instruction: int
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+
+    def is_library(self) -> bool:
+        """Whether it is code of Python's, of an installed package, or of this one, and not of the program."""
+        path = self.code.co_filename
+        return path.startswith(_LIBRARIES) or "/site-packages/" in path or "/dist-packages/" in path
+
+
+_LIBRARIES = (
+    "<frozen ",
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+)
+
+
+class _Times(NamedTuple):
+    """Of a thread, since it was started; seconds.
+
+    Attributes:
+        computing: on a CPU.
+        starved: ready to run, while others had the CPU (/proc/pid/schedstat: Linux's
+            Documentation/scheduler/sched-stats.rst); 0.0 where the kernel does not tell.
+    """
+
+    computing: float
+    starved: float
+
+
+class _ThreadClock:
+    """Tells a thread's times to another one. Made in the thread itself."""
+
+    def __init__(self) -> None:
+        self._clock = time.pthread_getcpuclockid(get_original("_thread", "get_ident")())
+        path = f"/proc/self/task/{get_original('_thread', 'get_native_id')()}/schedstat"
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # no /proc, no descriptor is free, a kernel without it
+            self._fd = -1
+
+    def read(self) -> _Times:
+        try:
+            computing = time.clock_gettime(self._clock)
+        except OSError:  # the thread has ended
+            return _Times(0.0, 0.0)
+        try:
+            starved = int(os.pread(self._fd, 100, 0).split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            starved = 0.0
+        return _Times(computing, starved)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            close_descriptor(fd)
+
+
+class BlockDetector:
+    """Watches the event loop of one thread; counts and logs what blocks it.
+
+    ``start`` it in that thread, before or while servers run, and ``stop`` it there; or use it in a ``with``. Servers
+    show its counters in ``stats``.
+
+    Each time one greenlet has held the loop for longer than the threshold, a line with its stack and the cure is logged
+    (warning, logger "gtcpserver"), for the same place less and less often. Time in which the thread was ready to run,
+    and other programs had the CPU, does not count.
+
+    It costs 0.1 us a switch of greenlets, of which a request has two; and a timer in the loop and a native thread wake
+    up five times in the time of the threshold: 0.8 % of a CPU with the default. Without it there is no cost.
+
+    Args:
+        threshold: seconds, 0.01 or more.
+
+    Attributes:
+        blocked: how often something has blocked the loop.
+        blocked_seconds: for how long, all together.
+
+    Raises:
+        ConfigError: a threshold that cannot be.
+    """
+
+    def __init__(self, threshold: float = DEFAULT_THRESHOLD) -> None:
+        check_number("threshold", threshold, least=SHORTEST_THRESHOLD)
+        self.threshold = threshold
+        self.blocked = 0
+        self.blocked_seconds = 0.0
+        self._interval = min(threshold / LOOKS, LONGEST_INTERVAL)
+        self._faults = FaultLimiter()
+        self._reported: bytearray | mmap | None = None  # by a hash of the place: it has been; None: again and again
+        self._beat = (0.0, 0)  # when the timer ran last, and the switches up to then
+        self._timer: Any = None
+        self._tracer: Any = None
+        self._clock: _ThreadClock | None = None
+        self._end: Any = None  # a lock that the thread waits for; it ends when it gets it
+
+    # -- in the thread of the loop -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Watch this thread's event loop from now on.
+
+        Raises:
+            GtcpServerError: it does so already.
+            RuntimeError: the system starts no more threads.
+        """
+        global _latest
+        if self._timer is not None:
+            raise GtcpServerError("this BlockDetector has been started already")
+        hub = get_hub()
+        self._end = _native_lock()
+        self._end.acquire()
+        # Before the tracer, which would go on counting if this failed.
+        timer = hub.loop.timer(self._interval, self._interval, ref=False)
+        self._tracer = GreenletTracer()
+        self._timer = timer
+        clock: _ThreadClock | None = None
+        try:
+            self._note_beat()
+            timer.start(self._note_beat)
+            self._clock = clock = _ThreadClock()
+            _start_thread(self._watch, (hub.thread_ident, self._end, clock))
+        except BaseException:
+            self.stop()
+            if clock is not None:
+                clock.close()
+            raise
+        _latest = self
+        register(self)
+
+    def stop(self) -> None:
+        """Watch no longer. The counters stay; servers' stats show them no more."""
+        global _latest
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+            self._tracer.kill()
+            if _latest is self:
+                _latest = None
+            self._end.release()
+
+    def serves(self) -> bool:
+        return False
+
+    def left_in_child(self, _own: Any) -> None:
+        """In a forked child of a serving process (see forked.py): it watches another event loop's thread."""
+        global _latest
+        _latest = self._timer = None
+        if self._clock is not None:
+            self._clock.close()
+
+    def __enter__(self) -> BlockDetector:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _note_beat(self) -> None:
+        self._beat = (monotonic(), self._tracer.greenlet_switch_counter)
+
+    # -- in its own thread -------------------------------------------------------------------------------------------
+
+    def _watch(self, thread: int, end: Any, clock: _ThreadClock) -> None:
+        try:
+            self._look_until(end, thread, clock)
+        finally:
+            clock.close()
+
+    def _look_until(self, end: Any, thread: int, clock: _ThreadClock) -> None:
+        tracer = self._tracer
+        seen = looked, switches = self._beat
+        holder: _Holder | None = None
+        times = clock.read()
+        while not end.acquire(timeout=self._interval):
+            beat, now = self._beat, monotonic()
+            times_before, times = times, clock.read()
+            if beat is not seen:
+                if holder is not None:
+                    was_one = self._is_one(beat[1] - switches, beat[0] - looked)
+                    self._count(holder, *((beat[0], times) if was_one else (looked, times_before)))
+                    holder = None
+                seen = looked, switches = beat
+            due = seen[0] + self._interval
+            if now - due < self._interval / 4:  # timers are late for a moment
+                continue
+            before, switches = switches, tracer.greenlet_switch_counter
+            stack = _stack_of(thread)
+            if stack and holder is not None and switches == before and holder.look(stack, now):
+                pass
+            else:
+                if holder is not None:
+                    self._count(holder, looked, times_before)
+                # Who stands here came after the last look, or, if that was in time, before the timer was due.
+                since = max(looked, due)
+                if not self._is_one(switches - before, now - since):
+                    since = now
+                holder = _Holder(stack, since, now, times_before) if stack else None
+            looked = now
+            if holder is not None and not holder.told:
+                seconds = holder.seconds(now, times)
+                if seconds >= STILL_BLOCKED * self.threshold:
+                    holder.told = True
+                    self._log(holder, seconds, times, "still is")
+
+    def _is_one(self, switches: int, seconds: float) -> bool:
+        """Whether it was one greenlet, for the most part, that held the loop for so long.
+
+        More than one switch is nothing unusual: others ran for a moment before it. But while a call into C holds the
+        interpreter there can be no look, and to this thread it is as if it had got no CPU.
+        """
+        return switches <= 1 or seconds / switches >= self.threshold
+
+    def _count(self, holder: _Holder, until: float, times: _Times) -> None:
+        seconds = holder.seconds(until, times)
+        if seconds >= self.threshold:
+            self.blocked += 1
+            self.blocked_seconds += seconds
+            self._log(holder, seconds, times)
+
+    def _log(self, holder: _Holder, seconds: float, times: _Times, more: str = "") -> None:
+        stack = holder.stack()
+        place = stack[-1]
+        # What the program itself has called: a socket's read in the standard library is everybody's.
+        caller = next((one for one in reversed(stack) if not one.is_library()), place)
+        computed = times.computing - holder.times.computing >= seconds * COMPUTING
+        left_out = self._allow(place, caller, computed, more)
+        if left_out is None:
+            return
+        message = f"the event loop was blocked for {seconds:.2f} s by {place}"
+        message += "" if caller is place else f", called at {caller}"
+        message += f", and {more}" if more else also(left_out)
+        if log.isEnabledFor(logging.WARNING):
+            where = caller.code.co_filename, caller.line
+            extra = {"blocked_seconds": round(seconds, 3)}
+            log.handle(
+                log.makeRecord(
+                    log.name,
+                    logging.WARNING,
+                    *where,
+                    message,
+                    (),
+                    None,
+                    caller.code.co_name,
+                    extra,
+                    sinfo=f"{format_stack(stack)}\n{_cure(computed)}",
+                )
+            )
+
+    def _allow(self, place: Place, caller: Place, computed: bool, more: str) -> int | None:
+        """As FaultLimiter.allow."""
+        if self._reported is None:
+            return self._faults.allow((place.code, more))
+        # Where it computes, the line is another one each time.
+        line = caller.code.co_firstlineno if computed else caller.line
+        number = zlib.crc32(f"{caller.code.co_filename}:{line}:{computed}".encode("utf-8", "replace")) % PLACES
+        if self._reported[number]:
+            return None
+        self._reported[number] = 1
+        return 0
+
+
+def _cure(computed: bool) -> str:
+    if computed:
+        return COMPUTED
+    return WAITED_PATCHED if is_module_patched("socket") else WAITED_UNPATCHED
+
+
+#: Runs now; of several in several threads, the last one.
+_latest: BlockDetector | None = None
+
+
+def is_watched() -> bool:
+    """Whether a BlockDetector runs in this process."""
+    return _latest is not None
+
+
+def start_detector(threshold: float, reported: bytearray | mmap) -> BlockDetector | None:
+    """Start a BlockDetector that reports each place once, unless one runs.
+
+    Args:
+        reported: PLACES zeros; one becomes 1 with each report. Processes may share them.
+
+    Returns:
+        None: one runs, or it cannot be started, which is logged: a server can do without.
+    """
+    if is_watched():
+        return None
+    detector = BlockDetector(threshold)
+    detector._reported = reported
+    try:
+        detector.start()
+    except (RuntimeError, MemoryError) as error:
+        log.warning("what blocks the event loop will not be reported: %s", error)
+        return None
+    return detector
+
+
+def blocked_so_far() -> tuple[int, float]:
+    """How often, and for how many seconds, something has blocked the event loop since the BlockDetector that runs was
+    started; (0, 0.0) if none runs."""
+    return (_latest.blocked, _latest.blocked_seconds) if _latest is not None else (0, 0.0)
+
+
+class _Holder:
+    """A greenlet that holds the loop.
+
+    Attributes:
+        since: when it began, as far as known (monotonic).
+        times: its thread's, when it began.
+        told: that it blocks has been logged while it lasts.
+    """
+
+    def __init__(self, stack: list[Place], since: float, now: float, times: _Times) -> None:
+        self.since = since
+        self.times = times
+        self.told = False
+        self._looks: list[tuple[list[Place], float]] = [(stack, now - since)]
+        self._looked = now
+
+    def seconds(self, until: float, times: _Times) -> float:
+        """For how long it has held the loop, without the time in which others had the CPU."""
+        return until - self.since - max(0.0, times.starved - self.times.starved)
+
+    def look(self, stack: list[Place], now: float) -> bool:
+        """It was seen again. False: that is another callback of the loop."""
+        if stack[0].code is not self._looks[-1][0][0].code:
+            return False
+        if len(self._looks) < MOST_LOOKS:
+            self._looks.append((stack, now - self._looked))
+        self._looked = now
+        return True
+
+    def stack(self) -> list[Place]:
+        """Where it was, outermost first, down to the innermost frame that it was in for more than half of the time.
+
+        The last look often finds it behind what has taken the time: there it first lets go of the interpreter.
+        """
+        found: list[Place] = []
+        looks = self._looks
+        half = sum(seconds for _, seconds in looks) / 2
+        while looks := [(stack, seconds) for stack, seconds in looks if len(stack) > len(found)]:
+            depth = len(found)
+            code, seconds = _longest((stack[depth].code, seconds) for stack, seconds in looks)
+            if seconds < half:
+                break
+            looks = [(stack, seconds) for stack, seconds in looks if stack[depth].code is code]
+            place, _ = _longest((stack[depth], seconds) for stack, seconds in looks)
+            looks = [(stack, seconds) for stack, seconds in looks if stack[depth] == place]
+            found.append(place)
+        return found
+
+
+Seen = TypeVar("Seen")
+
+
+def _longest(times: Iterable[tuple[Seen, float]]) -> tuple[Seen, float]:
+    """The one with most seconds, all of its together."""
+    sums: dict[Seen, float] = {}
+    for seen, seconds in times:
+        sums[seen] = sums.get(seen, 0.0) + seconds
+    return max(sums.items(), key=lambda item: item[1])
+
+
+def format_stack(stack: list[Place]) -> str:
+    # With the words that Python's tracebacks have: editors find the lines by them.
+    frames = [traceback.FrameSummary(place.code.co_filename, place.line, place.code.co_name) for place in stack]
+    return "Stack (most recent call last):\n" + "".join(traceback.StackSummary.from_list(frames).format()).rstrip()
+
+
+def _stack_of(thread: int) -> list[Place]:
+    """Where the thread of a loop stands, outermost first; empty: it waits for events, or runs none of Python's code."""
+    places = []
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        # The loop runs callbacks one after another in its own greenlet: each of them counts as one.
+        if frame.f_code is not Hub.run.__code__:
+            places.append(Place(frame.f_code, frame.f_lasti, frame.f_lineno))
+        # It is not kept: what it refers to would end in this thread, and sockets and greenlets must not.
+        frame = frame.f_back
+    places.reverse()
+    return places

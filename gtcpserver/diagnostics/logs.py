@@ -1,0 +1,503 @@
+"""Logging that cannot stop a server: it never waits for whoever reads stderr, and a flood of one fault is thinned out.
+
+A pipe nobody reads is full after 64 KiB, and a write to it then blocks the whole event loop, not only the greenlet that
+logs: stock gevent is frozen after some 80 tracebacks. Here a record that cannot be written at once is dropped and
+counted, and the count is the first thing written when there is a reader again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import stat
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import gevent
+from gevent.monkey import get_original
+
+from gtcpserver.plural import counted
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.strict_json import to_short_json
+
+
+class _OwnLogger(logging.Logger):
+    """A logger that `logging.config` configures when it names it, and otherwise leaves alone.
+
+    By default dictConfig and fileConfig disable every logger that exists and that they do not name, and empty those
+    below one that they do name. A program that sets up its own logging would silence the server: no traceback of a
+    handler, no line in the access log.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if sys._getframe(1).f_code.co_name != "_handle_existing_loggers":  # of logging.config
+            super().__setattr__(name, value)
+
+
+def own_logger(name: str) -> logging.Logger:
+    """Return the logger of a name, one of this library's; the program configures it as any other."""
+    found = logging.getLogger(name)
+    kind = type(found)  # a program may have set a class of its own (logging.setLoggerClass)
+    if not issubclass(kind, _OwnLogger):
+        found.__class__ = type("OwnLogger", (_OwnLogger, kind), {}) if kind is not logging.Logger else _OwnLogger
+    return found
+
+
+logger = own_logger("gtcpserver")
+
+_poll = get_original("select", "poll")
+_native_rlock = get_original("threading", "RLock")
+
+# pwritev2(2): fail with EAGAIN instead of waiting. Two workers that share one pipe can both be told by poll() that
+# there is room for one more line; with this flag the loser drops its line, without it he waits for a reader. Pipes
+# know the flag since Linux 6.4, sockets for longer.
+_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+# The longest record written. More than a pipe's default capacity (64 KiB, pipe(7)) could never leave in one go.
+_MAX_RECORD = 64 * 1024
+
+LogFormat = Literal["text", "json"]
+
+
+def configure_logging(
+    level: int | str = "INFO", format: LogFormat = "text", stream: IO[str] | int | None = None
+) -> NonBlockingHandler:
+    """Sends every logger's records to stderr, never waiting for its reader.
+
+    Replaces the root logger's handlers. Python warnings, errors of greenlets that gevent would print by itself and
+    exceptions that Python can raise to nobody (`sys.unraisablehook`) go the same way, as they would block alike.
+
+    Args:
+        level: "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL" in any case, or logging's number.
+        format: "text", a line a record with its traceback indented below, or "json", always one line a record.
+        stream: a file object or descriptor; None is stderr. It is not closed by the handler.
+
+    Returns:
+        The handler; its `dropped` counts the records that nobody will read.
+
+    Raises:
+        ValueError: an unknown level or format.
+    """
+    if format not in ("text", "json"):
+        raise ValueError(f'log format must be "text" or "json", got {format!r}')
+    handler = NonBlockingHandler(_descriptor(stream))
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.setLevel(level.upper() if isinstance(level, str) else level)
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    faults = FaultLimiter()
+
+    def log_greenlet_error(
+        context: object, kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        suppressed = faults.allow(fault_key(kind, trace))
+        if suppressed is not None:
+            details = (kind, error, trace) if error is not None else None
+            # A greenlet that has ended is false.
+            who = context if context is not None else "event loop"
+            logger.error("%s failed%s", who, also(suppressed), exc_info=details)
+
+    def log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+        suppressed = faults.allow(fault_key(unraisable.exc_type, unraisable.exc_traceback))
+        if suppressed is not None:
+            logger.error(
+                "%s %r%s",
+                unraisable.err_msg or "exception ignored in",
+                unraisable.object,
+                also(suppressed),
+                exc_info=(unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback),  # type: ignore[arg-type]
+            )
+
+    gevent.get_hub().print_exception = log_greenlet_error
+    sys.unraisablehook = log_unraisable
+    return handler
+
+
+class NonBlockingHandler(logging.Handler):
+    """Writes records to a descriptor without ever waiting.
+
+    A record that cannot be written at once is dropped; the next that can is preceded by the line "N log lines
+    dropped: nobody was reading". A record longer than PIPE_BUF of which a part went out is kept, and its rest written
+    before anything else, so that no record is torn. Errors of the descriptor (closed, no reader, disk full) are
+    swallowed and counted the same way.
+
+    Attributes:
+        dropped: records dropped since the handler was made.
+    """
+
+    def __init__(self, fd: int, level: int | str = logging.NOTSET) -> None:
+        super().__init__(level)
+        self.dropped = 0
+        self._unreported = 0
+        self._reason = ""
+        self._rest = b""
+        self._fd = fd
+        self._identity = _identity(fd)
+        self._terminal = _reopen_terminal(fd)
+        self._was_closed = False
+
+    def createLock(self) -> None:
+        super().createLock()
+        # Nothing in here waits, so the lock need not be gevent's, which makes a hub in every thread that meets another.
+        self.lock = _native_rlock()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._was_closed:  # by logging.config, which closes all there are, also those that stay in use
+            self._was_closed = False
+            self._terminal = _reopen_terminal(self._fd)
+        line = self._encode(record)
+        if self._write_rest():
+            if self._unreported:
+                line = self._encode(self._notice()) + line
+            written = self._write(line)
+            if written:
+                self._unreported = 0
+                self._rest = line[written:]
+                return
+        self.dropped += 1
+        self._unreported += 1
+
+    def flush(self) -> None:
+        """Writes what is left over if it can be written now; called at interpreter exit."""
+        self.acquire()
+        try:
+            if self._write_rest() and self._unreported:
+                line = self._encode(self._notice())
+                written = self._write(line)
+                if written:
+                    self._unreported = 0
+                    self._rest = line[written:]
+        finally:
+            self.release()
+
+    def close(self) -> None:
+        self.flush()
+        if self._terminal >= 0:
+            close_descriptor(self._terminal)
+            self._terminal = -1
+        self._was_closed = True
+        super().close()
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
+        try:
+            text = self.format(record)
+        except Exception as error:  # a wrong format string must not raise in whoever logs, nor print to stderr
+            text = _escape(f"cannot format log record {record.msg!r}: {error!r}")
+        data = text.encode("utf-8", "backslashreplace")
+        if len(data) > _MAX_RECORD:
+            data = data[:_MAX_RECORD] + f"... {len(data) - _MAX_RECORD} bytes cut".encode()
+        return data + b"\n"
+
+    def _notice(self) -> logging.LogRecord:
+        message = f"{counted(self._unreported, 'log line')} dropped: {self._reason}"
+        return logging.LogRecord("gtcpserver", logging.WARNING, __file__, 0, message, None, None)
+
+    def _write_rest(self) -> bool:
+        if self._rest:
+            self._rest = self._rest[self._write(self._rest) :]
+        return not self._rest
+
+    def _write(self, data: bytes) -> int:
+        """Writes from the start of `data` what can be written now, returns how many bytes that was."""
+        done = 0
+        try:
+            while done < len(data):
+                # Writes of at most PIPE_BUF are atomic on pipes (pipe(7)), and go in whenever poll() says so; ending
+                # them with a line keeps the lines of several processes on one pipe apart.
+                end = done + select.PIPE_BUF
+                if end < len(data):
+                    end = data.rfind(b"\n", done, end) + 1 or end
+                done += self._write_some(data[done:end])
+        except BlockingIOError:
+            self._reason = "nobody was reading"
+        except OSError as error:
+            self._reason = os.strerror(error.errno) if error.errno else str(error)
+        return done
+
+    def _write_some(self, data: bytes) -> int:
+        fd = self._fd
+        identity = _identity(fd)
+        if identity is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        kind = identity[2]
+        if identity != self._identity:
+            # stderr was closed and its number given out again. A log file or /dev/null put there on purpose is fine;
+            # a socket or pipe may be a client's connection.
+            if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        elif self._terminal >= 0:
+            return os.write(self._terminal, data)
+        if stat.S_ISREG(kind):
+            return os.write(fd, data)
+        poller = _poll()
+        poller.register(fd, select.POLLOUT)
+        if not poller.poll(0):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if _RWF_NOWAIT:
+            try:
+                return os.pwritev(fd, [data], -1, _RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE):
+                    raise
+        return os.write(fd, data)
+
+
+class LastResort(logging.Handler):
+    """Write this library's warnings and errors to stderr in a program that has set up no logging, without waiting.
+
+    `logging.lastResort` does that with a write that waits for stderr's reader, in the event loop. Where any other
+    handler gets the record, or `logging.lastResort` is None, this one does nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._stream: object = None
+        self._to_stream: NonBlockingHandler | None = None
+
+    def createLock(self) -> None:
+        super().createLock()
+        self.lock = _native_rlock()  # as NonBlockingHandler's
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.lastResort is None or _has_handler(logging.getLogger(record.name)):
+            return
+        if sys.stderr is not self._stream:
+            self._follow_stderr()
+        (self._to_stream or logging.lastResort).handle(record)
+
+    def _follow_stderr(self) -> None:
+        self._stream = sys.stderr
+        if self._to_stream is not None:
+            self._to_stream.close()
+            self._to_stream = None
+        try:
+            fd = _descriptor(None)
+        except (AttributeError, OSError):
+            return  # a file object of the program's own, without a descriptor
+        self._to_stream = NonBlockingHandler(fd)
+        self._to_stream.setFormatter(TextFormatter())
+
+    def flush(self) -> None:
+        if self._to_stream is not None:
+            self._to_stream.flush()
+
+
+def _has_handler(asked: logging.Logger | None) -> bool:
+    while asked is not None:
+        if any(not isinstance(handler, LastResort) for handler in asked.handlers):
+            return True
+        asked = asked.parent if asked.propagate else None
+    return False
+
+
+def is_logging_configured() -> bool:
+    """Return whether the program has decided where this library's records go, or that they go nowhere."""
+    return logging.lastResort is None or not logger.propagate or _has_handler(logger)
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z INFO gtcpserver: message`: one line, and tracebacks indented below it.
+
+    Control characters of the message are escaped and the lines of a traceback indented, so that no text a client
+    sends can look like a record of its own or drive the terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_utc(record.created)} {record.levelname} {record.name}: {_escape(_message(record))}"
+        details = _details(self, record)
+        if details:
+            line += "".join("\n    " + _escape(part) for part in details.split("\n"))
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, pid, message; where given, exception and the fields of `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": _utc(record.created),
+            "level": record.levelname,
+            "logger": record.name,
+            "pid": record.process,
+            "message": _message(record),
+        }
+        details = _details(self, record)
+        if details:
+            fields["exception"] = details
+        for name, value in record.__dict__.items():
+            if name not in RECORD_FIELDS and name not in fields:
+                fields[name] = value
+        return to_short_json(fields, _MAX_RECORD)
+
+
+class FaultLimiter:
+    """Thins out a flood of the same fault: a few at once, then one an interval, with the number left out.
+
+    Each key has a token bucket: `burst` occurrences pass at once (so that a developer sees his first errors all), then
+    one each `interval` seconds. With the defaults a fault that happens on every connection is printed 8,640 times a
+    day at most. Not more than `max_keys` keys are remembered; while all of them are active, further keys
+    share one bucket, so that neither memory nor the log can be flooded with ever new keys.
+
+    Args:
+        burst: occurrences that pass at once, 1 or more.
+        interval: seconds for one more to pass, more than 0.
+        max_keys: keys remembered, 1 or more.
+        clock: seconds, monotonic.
+
+    Attributes:
+        suppressed: occurrences left out, all keys together.
+    """
+
+    def __init__(
+        self,
+        burst: int = 5,
+        interval: float = 10.0,
+        max_keys: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if burst < 1 or interval <= 0 or max_keys < 1:
+            raise ValueError("burst and max_keys must be 1 or more and interval more than 0")
+        self.suppressed = 0
+        self._burst = burst
+        self._interval = interval
+        self._max_keys = max_keys
+        self._clock = clock
+        self._buckets: OrderedDict[Hashable, _Bucket] = OrderedDict()
+        self._shared = _Bucket(burst, clock())
+
+    def allow(self, key: Hashable) -> int | None:
+        """Asks whether this occurrence may be logged.
+
+        Returns:
+            None: leave it out. A number: log it; so many of the same key were left out since the last one logged.
+        """
+        now = self._clock()
+        bucket = self._bucket(key, now)
+        bucket.tokens = min(float(self._burst), bucket.tokens + (now - bucket.seen) / self._interval)
+        bucket.seen = now
+        if bucket.tokens < 1.0:
+            bucket.suppressed += 1
+            self.suppressed += 1
+            return None
+        bucket.tokens -= 1.0
+        suppressed, bucket.suppressed = bucket.suppressed, 0
+        return suppressed
+
+    def _bucket(self, key: Hashable, now: float) -> _Bucket:
+        bucket = self._buckets.get(key)
+        if bucket is not None:
+            self._buckets.move_to_end(key)
+            return bucket
+        if len(self._buckets) >= self._max_keys:
+            oldest_key, oldest = next(iter(self._buckets.items()))
+            if now - oldest.seen < self._burst * self._interval:
+                return self._shared
+            # Its bucket is full again: to forget it changes nothing.
+            del self._buckets[oldest_key]
+        bucket = self._buckets[key] = _Bucket(self._burst, now)
+        return bucket
+
+
+class _Bucket:
+    __slots__ = ("seen", "suppressed", "tokens")
+
+    def __init__(self, tokens: float, seen: float) -> None:
+        self.tokens = tokens
+        self.seen = seen
+        self.suppressed = 0
+
+
+def fault_key(kind: type[BaseException], trace: TracebackType | None) -> tuple[object, ...]:
+    """What makes two faults the same for a FaultLimiter: the exception's type and the line that raised it."""
+    if trace is None:
+        return (kind,)
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return (kind, trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+
+
+def also(suppressed: int) -> str:
+    """The end of a log message that stands for others too: "" or " (and 17 more like this)"."""
+    return f" (and {suppressed} more like this)" if suppressed else ""
+
+
+# A record's own attributes; whatever else it carries came by `extra`.
+RECORD_FIELDS = frozenset((*logging.LogRecord("", 0, "", 0, "", None, None).__dict__, "message", "asctime", "taskName"))
+
+
+def _message(record: logging.LogRecord) -> str:
+    """A record's message; one whose arguments do not fit is shown as it is."""
+    try:
+        return record.getMessage()
+    except Exception as error:
+        return f"cannot format log record {record.msg!r}: {error!r}"
+
+
+# C0 and C1 controls, DEL, and the Unicode line ends and direction marks that make a line look like something else.
+_UNSAFE = {
+    number: ascii(chr(number))[1:-1]
+    for number in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def _escape(text: str) -> str:
+    return text if text.isascii() and text.isprintable() else text.translate(_UNSAFE)
+
+
+def _utc(seconds: float) -> str:
+    milliseconds = int(seconds * 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(milliseconds // 1000))}.{milliseconds % 1000:03d}Z"
+
+
+def _details(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    if record.exc_info and not record.exc_text:
+        record.exc_text = formatter.formatException(record.exc_info)
+    parts = [record.exc_text or ""]
+    if record.stack_info:
+        parts.append(formatter.formatStack(record.stack_info))
+    return "\n".join(part for part in parts if part)
+
+
+def _descriptor(stream: IO[str] | int | None) -> int:
+    if isinstance(stream, int):
+        return stream
+    # sys.stderr is None when descriptor 2 was closed at start; number 2 may then be given to anything.
+    stream = stream if stream is not None else sys.stderr
+    try:
+        return stream.fileno() if stream is not None else -1
+    except ValueError:  # a closed file object
+        return -1
+
+
+def _identity(fd: int) -> tuple[int, int, int] | None:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mode
+
+
+def _reopen_terminal(fd: int) -> int:
+    """A non-blocking descriptor of our own for the terminal `fd` is, or -1.
+
+    Terminals do not know RWF_NOWAIT and poll() promises room for one byte only; and to set O_NONBLOCK on `fd` would
+    set it for every process that shares the terminal, the user's shell among them.
+    """
+    try:
+        if not os.isatty(fd):
+            return -1
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+logger.addHandler(LastResort())

@@ -1,0 +1,115 @@
+"""Open files that only a more privileged process may open: it lends a descriptor.
+
+Workers of `--user` are ordinary users, and the files that their options name often are root's alone: TLS keys of mode
+0600, access logs in a folder of mode 0700. Their master is root still. So a file is opened as always, and where that is
+refused (EACCES, EPERM), the lender of this process is asked (`supervisor.lending`), if it has one. To ask waits in
+gevent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from gtcpserver.process.descriptors import close_descriptor
+
+#: Gives a descriptor of a file that may be used; raises OSError.
+Lender = Callable[[str], int]
+
+_lender: Lender | None = None
+
+
+def borrow_from(lender: Lender | None) -> None:
+    """From now on ask this one, in this process. None: nobody."""
+    global _lender
+    _lender = lender
+
+
+def has_lender() -> bool:
+    """Whether there is somebody to ask."""
+    return _lender is not None
+
+
+def borrow(path: str) -> int:
+    """A descriptor from the lender, as it was opened there: its mode is not for the borrower to choose.
+
+    Raises:
+        OSError: there is no lender (EACCES), or what it says.
+    """
+    if _lender is None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return _lender(path)
+
+
+def read_file(path: str) -> bytes:
+    """Its content. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except PermissionError:
+        if _lender is None:
+            raise
+    with open(_lender(path), "rb") as file:
+        return file.read()
+
+
+def stat_file(path: str) -> os.stat_result:
+    """As os.stat. Raises OSError."""
+    try:
+        return os.stat(path)
+    except PermissionError:
+        if _lender is None:
+            raise
+    with _borrowed(path) as fd:
+        return os.fstat(fd)
+
+
+def is_folder(path: str) -> bool:
+    """As os.path.isdir."""
+    try:
+        return stat.S_ISDIR(stat_file(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def files_in(folder: str) -> list[str]:
+    """The paths of the files in a folder, sorted, without the hidden ones. Raises OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    except PermissionError:
+        if _lender is None:
+            raise
+        with _borrowed(folder) as fd, os.scandir(fd) as entries:
+            # Where a link leads is not to be seen from here: whoever reads it will know.
+            names = [entry.name for entry in entries if entry.is_symlink() or entry.is_file(follow_symlinks=False)]
+    return sorted(os.path.join(folder, name) for name in names if not name.startswith("."))
+
+
+@contextlib.contextmanager
+def openable(path: str, content: bytes) -> Iterator[str]:
+    """A path by which a library can open the file that has this content: its own, or one in memory (memfd_create(2)).
+
+    Raises:
+        OSError: there is no memory, or no descriptor.
+    """
+    if _lender is None or os.access(path, os.R_OK):
+        yield path
+        return
+    fd = os.memfd_create("lent", os.MFD_CLOEXEC)
+    with open(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{fd}"
+
+
+@contextlib.contextmanager
+def _borrowed(path: str) -> Iterator[int]:
+    fd = borrow(path)
+    try:
+        yield fd
+    finally:
+        close_descriptor(fd)

@@ -1,0 +1,1 @@
+"""Listening sockets, from option to close: nothing here knows a Connection."""

@@ -1,0 +1,5 @@
+"""The greenlets that run handlers: limited in number, resizable, used again."""
+
+from .pool import HandlerPool
+
+__all__ = ["HandlerPool"]

@@ -1,0 +1,1 @@
+"""What belongs to the whole process: its event loop, descriptors, clock, and forks."""

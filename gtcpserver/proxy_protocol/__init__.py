@@ -1,0 +1,17 @@
+"""HAProxy's PROXY protocol, versions 1 and 2: the header, read and written without I/O.
+
+https://www.haproxy.org/download/3.1/doc/proxy-protocol.txt
+"""
+
+from .header import TLS, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, crc32c, parse_header
+
+__all__ = [
+    "TLS",
+    "TLV",
+    "ProxyHeader",
+    "ProxyProtocolError",
+    "Transport",
+    "Type",
+    "crc32c",
+    "parse_header",
+]

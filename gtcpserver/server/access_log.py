@@ -1,0 +1,369 @@
+"""The access log: one line a connection, written when it has ended.
+
+A line is for people and for programs, and holds what clients have sent (server names, names in certificates, what a
+handler adds): all of it is quoted, so that no client can end a line or forge another one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from time import monotonic
+from typing import Any, Literal
+
+import gevent
+
+from gtcpserver.address import format_sockaddr
+from gtcpserver.connection.connection import Connection, log_fields_of
+from gtcpserver.diagnostics.logs import FaultLimiter, NonBlockingHandler, own_logger
+from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import borrow, has_lender
+from gtcpserver.files.trusted_path import UntrustedPath, open_file
+from gtcpserver.plural import counted
+from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.strict_json import as_text, to_json, to_short_json
+
+log = own_logger("gtcpserver.access")
+_problems = logging.getLogger("gtcpserver")
+
+Style = Literal["text", "json"]
+
+#: Characters of ``detail``. An exception may quote what the client has sent, and many of them would fill the disk.
+MOST_DETAIL = 300
+
+#: Bytes of a line, which must not be cut where it is JSON; longer ones are by every log handler.
+LONGEST_LINE = 48 * 1024
+
+#: What a file is made with: addresses of clients are not for every user of the machine.
+FILE_MODE = 0o640
+
+#: How it is opened. O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and nothing waits for one.
+FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK
+
+#: Seconds between two looks at a file that this process may not open itself, and borrows (`lent_files`).
+LOOK_EVERY = 1.0
+
+Result = Literal[
+    "ok",  # the handler has returned
+    "idle_closed",  # it was idle, and was closed at a stop or to make room
+    "reset",  # the peer had gone: a reset, or an end in the midst of a message
+    "timeout",  # nothing moved for too long
+    "deadline",  # Connection.deadline
+    "handler_timeout",
+    "slow",  # min_rate
+    "limit",  # LimitExceeded: the client sent more than the protocol allows
+    "error",  # the handler failed; detail says how
+    "stopped",  # cut by a stop
+    "killed",  # the same, by somebody else
+    "refused",  # on_connect said so
+    "rejected",  # the server was full
+    "client_denied",
+    "client_connections",
+    "client_rate",
+    "proxy_header",  # none came from a balancer, or a bad one; detail says which
+    "handshake_failed",  # of TLS; detail says why
+]
+
+
+class AccessLog:
+    """The access log of a server, or of several: ``Server(..., access_log=AccessLog("json", "/var/log/app.log"))``.
+
+    ``Server(..., access_log="text")`` is short for ``AccessLog("text")``. A handler adds fields of its own by
+    ``conn.log_fields["user"] = "ada"``.
+
+    Args:
+        style: "text" (key=value) or "json" (an object a line).
+        file: append to this file, which is opened anew when it was renamed or removed (logrotate). None: the lines go
+            to the logger "gtcpserver.access". Nothing waits for a file that is a pipe which nobody reads: lines are
+            dropped and counted.
+
+    Attributes:
+        worker: number of the worker process, which is in each line; None for none.
+
+    Raises:
+        ConfigError: another style, or a file that cannot be opened.
+    """
+
+    def __init__(self, style: Style = "text", file: str | os.PathLike[str] | None = None) -> None:
+        if style not in ("text", "json"):
+            raise ConfigError(f'access_log must be "text", "json" or an AccessLog, got {style!r}')
+        self.style: Style = style
+        self.worker: int | None = None
+        self._log = log
+        self._open: dict[Connection, _End] = {}
+        if file is not None:
+            # Not one of logging's tree: two servers may have a file each.
+            self._log = logging.Logger("gtcpserver.access", logging.INFO)
+            self._log.addHandler(_open_handler(os.fspath(file)))
+
+    @property
+    def files(self) -> list[str]:
+        """The path of its file, if it has one."""
+        return [one._path for one in self._log.handlers if isinstance(one, AccessFile)]
+
+    def begin(self, connection: Connection) -> None:
+        """Its handler is about to run."""
+        # Now, since the handler may close it.
+        self._open[connection] = _End(_server_address(connection))
+
+    def note(self, connection: Connection, result: Result, detail: str = "") -> None:
+        """How it ends; the first word counts."""
+        end = self._open.get(connection)
+        if end is not None and end.result == "ok":
+            end.result, end.detail = result, detail[:MOST_DETAIL]
+
+    def end(self, connection: Connection) -> dict[str, Any]:
+        """It is about to be closed: the fields of its line, which :meth:`write` takes. Never waits, nor raises."""
+        return self._fields(connection, self._open.pop(connection, _End("")))
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Write a line."""
+        write_line(self._log, fields, self.style)
+
+    def write_unserved(self, connection: Connection, result: Result, detail: str = "") -> None:
+        """Write the line of a connection that no handler gets, before it is closed."""
+        self.write(self._fields(connection, _End(_server_address(connection), result, detail)))
+
+    def _fields(self, connection: Connection, end: _End) -> dict[str, Any]:
+        stream = connection._stream
+        result = "idle_closed" if end.result == "ok" and stream.ended else end.result
+        client = printed(connection.client_address)
+        balancer = printed(connection.peer_address)
+        fields: dict[str, Any] = {
+            "time": utc(connection.started_at),
+            "client": client,
+            "balancer": balancer if balancer != client else None,
+            "server": end.server or None,
+            **_tls_fields(connection),
+            "result": result,
+            "detail": end.detail or None,
+            "bytes_received": stream.bytes_received,
+            "bytes_sent": stream.bytes_sent,
+            "duration": round(monotonic() - connection._accepted_at, 4),
+            "worker": self.worker,
+        }
+        for name, value in log_fields_of(connection).items():
+            # Ours are what they are, whatever a handler, or a client through it, calls its own.
+            fields.setdefault(str(name), value)
+        return fields
+
+
+@dataclass(slots=True)
+class _End:
+    """What is known of a connection before its line is written."""
+
+    server: str
+    result: Result = "ok"
+    detail: str = ""
+
+
+def printed(address: Any) -> str:
+    """An address as ``accept`` gives it, printed."""
+    if not isinstance(address, tuple):
+        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
+    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
+
+
+def utc(seconds: float) -> str:
+    """Seconds since the epoch, as "2026-01-31T12:00:00.123+00:00"."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _server_address(connection: Connection) -> str:
+    try:
+        return printed(connection._sock.getsockname())
+    except OSError:
+        return ""
+
+
+def _tls_fields(connection: Connection) -> dict[str, Any]:
+    tls = connection.tls
+    if tls is None:
+        return {}
+    fields = {"tls": tls.version, "server_name": tls.server_name, "alpn": tls.alpn}
+    certificate = tls.peer_certificate
+    if certificate is not None:
+        fields["certificate"] = _certificate_name(certificate)
+    return fields
+
+
+def _certificate_name(certificate: Mapping[str, Any]) -> str:
+    """Its common name, or its first alternative one (RFC 9525 section 2)."""
+    for part in certificate.get("subject", ()):
+        for key, value in part:
+            if key == "commonName":
+                return str(value)
+    names = certificate.get("subjectAltName", ())
+    return str(names[0][1]) if names else ""
+
+
+# -- lines, which the proxy's access log has too -----------------------------------------------------------------------
+
+
+def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> None:
+    """Write a line to a logger. The record has the fields as ``access``; "time" is not in the text, and None nowhere
+    in it."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    if style == "json":
+        log.info("%s", to_short_json(fields, LONGEST_LINE), extra={"access": fields})
+        return
+    words = (
+        f"{quoted(name)}={quoted(value)}" for name, value in fields.items() if name != "time" and value is not None
+    )
+    log.info("%s", " ".join(words), extra={"access": fields})
+
+
+def quoted(value: object) -> str:
+    """A word, in quotation marks where it must be: nothing of a client's ends the line, or looks like another field."""
+    text = as_text(value)
+    return text if text.isascii() and text.isprintable() and not set(text) & set(' "=\\') else json.dumps(text)
+
+
+def log_to_file(path: str | None) -> None:
+    """From now on append what the logger "gtcpserver.access" gets to a file, which is opened anew when it was renamed
+    (logrotate); None: to where all other messages go.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    handlers = [] if path is None else [_open_handler(path)]
+    for old in log.handlers[:]:
+        log.removeHandler(old)
+        old.close()
+    for new in handlers:
+        log.addHandler(new)
+    log.propagate = not handlers
+
+
+def _open_handler(path: str) -> AccessFile:
+    try:
+        handler = AccessFile(path)
+    except UntrustedPath as error:
+        raise ConfigError(f"access log {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot open the access log {path}: {error.strerror}") from None
+    handler.setFormatter(_FileFormatter())
+    return handler
+
+
+class AccessFile(NonBlockingHandler):
+    """Appends records to a file, and never waits: a disk that is full, or a pipe that nobody reads, costs lines.
+
+    Before each record it looks whether the path is still the file it has, and opens it anew if not. Where it cannot,
+    it goes on with the one it has, and says so now and then. A file that is not this process's to open is borrowed, and
+    looked at once a second.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)
+        self._complaints = FaultLimiter(burst=1, interval=60.0)
+        self._borrower = 0  # the process that borrows the file: a fork may do so, and has none of our greenlets
+        fd, borrowed = self._open()
+        super().__init__(fd)
+        if borrowed:
+            self._borrow_from_now_on()
+        # Told once a flood, where other messages go.
+        self._told = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._borrower != os.getpid() and self._has_moved():
+            self._reopen()
+        super().emit(record)
+        if self.dropped > self._told:
+            if self._complaints.allow("dropped") is not None:
+                _problems.error(
+                    "cannot write the access log %s: %s; %s dropped",
+                    self._path,
+                    self._reason,
+                    counted(self.dropped, "line"),
+                )
+            self._told = self.dropped
+
+    def close(self) -> None:
+        super().close()
+        if self._borrower == os.getpid():
+            return  # logging.config closes handlers that stay in use; a borrowed file is not had again at once
+        if self._fd >= 0:
+            close_descriptor(self._fd)
+            self._fd = -1
+
+    def _open(self) -> tuple[int, bool]:
+        try:
+            return open_file(self._path, FILE_FLAGS, FILE_MODE), False
+        except PermissionError:
+            if not has_lender():
+                raise
+        return borrow(self._path), True
+
+    def _borrow_from_now_on(self) -> None:
+        self._borrower = os.getpid()
+        gevent.spawn(self._keep_borrowing)
+
+    def _has_moved(self) -> bool:
+        if self._fd < 0:
+            return True  # closed by logging.config, see NonBlockingHandler
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return True
+        return self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
+
+    def _reopen(self) -> None:
+        try:
+            self._use(open_file(self._path, FILE_FLAGS, FILE_MODE))
+        except (OSError, UntrustedPath) as error:
+            if isinstance(error, PermissionError) and has_lender():
+                self._borrow_from_now_on()  # and not here: a record may come where nothing may wait
+            else:
+                self._complain(error)
+
+    def _keep_borrowing(self) -> None:
+        # A record may come long after the file was renamed, when the old one is compressed and gone: so not only then.
+        while self._fd >= 0:
+            try:
+                self._use(borrow(self._path))
+            except OSError as error:
+                self._complain(error)
+            gevent.sleep(LOOK_EVERY, ref=False)
+
+    def _complain(self, error: OSError | UntrustedPath) -> None:
+        if self._complaints.allow("open") is not None:
+            why = error.strerror if isinstance(error, OSError) else error
+            _problems.error("cannot open the access log %s anew: %s", self._path, why)
+
+    def _use(self, new: int) -> None:
+        status = os.fstat(new)
+        if self._identity is not None and (status.st_dev, status.st_ino) == self._identity[:2] and self._fd >= 0:
+            close_descriptor(new)
+            return
+        self.flush()
+        old, self._fd = self._fd, new
+        if old >= 0:
+            close_descriptor(old)
+        self._identity = (status.st_dev, status.st_ino, status.st_mode)
+        self._rest = b""
+
+
+class _FileFormatter(logging.Formatter):
+    """A line: the time, unless it is in it."""
+
+    _json = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        access = record.__dict__.get("access")
+        if access is not None:
+            self._json = message.startswith("{")
+            return message if self._json else f"{access['time']} {message}"
+        # A notice of dropped lines, or a line of another kind.
+        time = utc(record.created)
+        return to_json({"time": time, "message": message}) if self._json else f"{time} {message}"

@@ -1,0 +1,181 @@
+"""How a server stops: listening sockets are drained before they are closed, handlers are waited for, then ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent.event import Event
+
+from gtcpserver.address import format_sockaddr
+from gtcpserver.connection.connection import Connection
+from gtcpserver.listening.draining import HANDSHAKE_SECONDS, handshakes_under_way, queue_length
+from gtcpserver.plural import counted
+
+from .acceptor import Acceptor
+from .stats import CutConnection
+
+log = logging.getLogger("gtcpserver")
+
+#: How long a greenlet that was killed may take to end, seconds, before it is told again; and how often it is told.
+KILL_SECONDS = 0.25
+KILL_ATTEMPTS = 4
+
+#: How long a stop waits at most for handshakes that are under way, seconds. Far clients need a round trip; with
+#: defer_accept, and where the system refuses socket filters (see draining), the kernel has to repeat its SYN-ACK, after
+#: 1 s, before a client that has sent nothing comes through.
+LONGEST_DRAIN = 1.0
+LONGEST_DRAIN_OF_DEFERRED = 2.5
+
+
+class Steps:
+    """The steps of a stop: each is done, whatever has become of those before it.
+
+    Attributes:
+        failures: those that failed, with the error of each.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def do(self, what: str, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a step; returns what it returns, or None if it has failed."""
+        try:
+            return step(*arguments)
+        except Exception as error:
+            self.failed(what, error)
+            return None
+
+    def failed(self, what: str, error: BaseException | str) -> None:
+        """Note it, and log it once."""
+        failure = f"{what}: {error or type(error).__name__}"
+        if failure not in self.failures:
+            self.failures.append(failure)
+            log.error("stopping: %s", failure)
+
+
+def drain_and_close(
+    acceptors: Sequence[Acceptor],
+    admit: Callable[[Connection, Any], Any],
+    longest: float,
+    hurry: Event,
+    steps: Steps | None = None,
+) -> None:
+    """Accept what the kernel has queued, until no handshake is under way any more, and close.
+
+    Args:
+        acceptors: whose sockets get no new connections (muted, or steered away from).
+        admit: called with each connection and its address; it must not wait.
+        longest: seconds to wait for handshakes.
+        hurry: when set, waits no longer.
+        steps: note what fails; None: of a single accept loop that is closed.
+    """
+    steps = steps or Steps()
+    for acceptor in acceptors:
+        acceptor.leaving = True
+        steps.do("accept no more", acceptor.stop_accepting)
+        steps.do("drain", acceptor.drain, admit)
+    give_up = monotonic() + longest
+    while True:
+        # Handshakes that had begun come into the queue now.
+        steps.do("wait for handshakes", gevent.sleep, HANDSHAKE_SECONDS)
+        for acceptor in acceptors:
+            steps.do("drain", acceptor.drain, admit)
+        if monotonic() > give_up or hurry.is_set() or not any(map(_expects_more, acceptors)):
+            break
+    for acceptor in acceptors:
+        steps.do("drain", acceptor.drain, admit)
+        listener = acceptor.listener
+        if listener.owned and not acceptor.closed and (left := queue_length(listener.socket)):
+            steps.failed(
+                "drain", f"{counted(left, 'connection')} in the queue of {listener.address} could not be accepted"
+            )
+        steps.do("close the accept loop", acceptor.close)
+        steps.do("close the listening socket", listener.close)
+
+
+def _expects_more(acceptor: Acceptor) -> bool:
+    # A socket that others hold too is theirs to serve.
+    if not acceptor.listener.owned or acceptor.closed:
+        return False
+    # What is still queued after a drain could not be accepted for want of descriptors: handlers that end give some.
+    sock = acceptor.listener.socket
+    return bool(handshakes_under_way(sock)) or queue_length(sock) > 0
+
+
+def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event) -> list[CutConnection]:
+    """End every handler by GreenletExit; whoever swallows it is told again and finds its socket shut.
+
+    Args:
+        connections: the open connections and the greenlet of each; handlers that end leave it.
+        nobody_connected: set when it is empty.
+
+    Returns:
+        what each was doing when it was ended.
+    """
+    cut = {connection: _described(connection, worker) for connection, worker in connections.items()}
+    for attempt in range(KILL_ATTEMPTS):
+        if not connections:
+            break
+        for connection, worker in list(connections.items()):
+            if attempt:
+                _shut(connection)
+            worker.kill(block=False)
+        nobody_connected.wait(KILL_SECONDS)
+    for connection, worker in list(connections.items()):
+        cut[connection] = _described(connection, worker, ended=False)
+        log.error("a handler would not end: %s", cut[connection])
+    return list(cut.values())
+
+
+def _described(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+    """As :func:`describe`, which must not keep a handler from being ended."""
+    try:
+        return describe(connection, worker, ended)
+    except Exception as error:
+        return CutConnection("?", 0.0, 0, 0, (f"({error or type(error).__name__})",), ended)
+
+
+def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+    """What is known of a connection that is cut; ``worker`` is the greenlet of its handler, or None."""
+    return CutConnection(
+        peer=peer(connection),
+        age=monotonic() - connection._accepted_at,
+        bytes_received=connection.bytes_received,
+        bytes_sent=connection.bytes_sent,
+        where=_where(worker.gr_frame) if worker is not None else (),
+        ended=ended,
+    )
+
+
+def peer(connection: Connection) -> str:
+    """The client's address, printed."""
+    address = connection.client_address
+    if not isinstance(address, tuple):
+        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
+    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
+
+
+def _shut(connection: Connection) -> None:
+    try:
+        connection._sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # closed already
+
+
+def _where(frame: Any) -> tuple[str, ...]:
+    """The frames of a handler that waits, without this library's, outermost first."""
+    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    # Not extract_stack, which looks into the source files for each of them.
+    calls = [] if frame is None else [(one.f_code, line) for one, line in traceback.walk_stack(frame)]
+    return tuple(
+        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"
+        for code, line in reversed(calls)
+        if not code.co_filename.startswith(own)
+    )

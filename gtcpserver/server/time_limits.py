@@ -1,0 +1,113 @@
+"""Overseer: ends handlers that take too long, and clients that drip.
+
+A periodic look at the open connections instead of a timer for each: it costs nothing on a connection's own path.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+from gevent.hub import get_hub
+
+from gtcpserver.connection.connection import Connection
+from gtcpserver.errors import DeadlineExceeded
+
+#: How often within ``min_rate_window`` a connection is looked at. It counts as slow only if its handler was waiting for
+#: the client each time, so that one which computes or asks a database is not blamed on the client.
+LOOKS_A_WINDOW = 4
+
+#: A handler's time-out is noticed after a tenth of it, within these bounds (seconds).
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
+
+
+class HandlerTimedOut(DeadlineExceeded):
+    """Raised in a handler that has used up ``handler_timeout``."""
+
+
+class TooSlow(TimeoutError):
+    """Raised in a handler whose client moves fewer bytes than ``min_rate``."""
+
+
+class Overseer:
+    """Looks after the connections of one server.
+
+    Args:
+        connections: the open connections in the order they came, and the greenlet of each.
+        handler_timeout: seconds, or None.
+        min_rate: bytes a second, or None.
+        window: seconds over which ``min_rate`` is taken.
+    """
+
+    def __init__(
+        self,
+        connections: dict[Connection, Any],
+        handler_timeout: float | None,
+        min_rate: float | None,
+        window: float,
+    ) -> None:
+        self._connections = connections
+        self._handler_timeout = handler_timeout
+        self._least_bytes = None if min_rate is None else min_rate * window
+        self._window = window
+        self._timers: list[Any] = []
+        self._look_interval = 0.0
+        self._until: dict[Connection, float] = {}
+
+    def start(self) -> None:
+        if self._handler_timeout is not None:
+            self._look_interval = min(LONGEST_INTERVAL, max(SHORTEST_INTERVAL, self._handler_timeout / 10))
+            self._every(self._look_interval, self._end_long_ones)
+        if self._least_bytes is not None:
+            self._every(self._window / LOOKS_A_WINDOW, self._end_slow_ones)
+
+    def stop(self) -> None:
+        for timer in self._timers:
+            timer.close()
+        self._timers.clear()
+
+    def left_in_child(self) -> None:
+        self._timers = []
+
+    def _every(self, seconds: float, look: Any) -> None:
+        timer = get_hub().loop.timer(seconds, seconds, ref=False)
+        timer.start(look)
+        self._timers.append(timer)
+
+    def _end_long_ones(self) -> None:
+        assert self._handler_timeout is not None
+        now = monotonic()
+        ends = self._until
+        for connection in [gone for gone in ends if gone not in self._connections]:
+            del ends[connection]
+        for connection, worker in list(self._connections.items()):
+            until = ends.get(connection)
+            if until is None:
+                # It came after the last look; one that waited for a handler was accepted long before.
+                age = min(now - connection._accepted_at, self._look_interval)
+                until = ends[connection] = now - age + self._handler_timeout
+            if now >= until:
+                # One that swallows it is told again later.
+                ends[connection] = now + self._handler_timeout
+                worker.throw(HandlerTimedOut(f"the handler has run for more than {self._handler_timeout:g} s"))
+
+    def _end_slow_ones(self) -> None:
+        assert self._least_bytes is not None
+        for connection in list(self._connections):
+            stream = connection._stream
+            waiter = stream.reader() or stream.writer()
+            if waiter is None or (connection._idle and connection._idle.active):
+                stream.progress = None
+                continue
+            moved = stream.bytes_received + stream.bytes_sent
+            progress = stream.progress
+            if progress is None:
+                stream.progress = (moved, 1)
+            elif progress[1] < LOOKS_A_WINDOW:
+                stream.progress = (progress[0], progress[1] + 1)
+            elif moved - progress[0] >= self._least_bytes:
+                stream.progress = (moved, 1)
+            else:
+                stream.progress = None
+                few = f"{moved - progress[0]} bytes in {self._window:g} s, at least {self._least_bytes:g} wanted"
+                waiter.throw(stream.note(TooSlow(few)))
