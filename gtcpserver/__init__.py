@@ -4,7 +4,6 @@ from .adapters import from_socketserver, from_wsgi
 from .adapters.stream_server import StreamServer
 from .address import Address, parse_address
 from .admission.client_limits import ClientLimits
-from .admission.proxy_header import ProxyProtocol
 from .connection.connect import connect
 from .connection.connection import Connection
 from .coroutines import run_coroutine
@@ -22,6 +21,7 @@ from .errors import (
 )
 from .listening.listener import ListenConfig
 from .pool.pool import HandlerPool
+from .proxy_protocol.trust import ProxyProtocol
 from .run import run
 from .server.acceptor import Acceptor
 from .server.access_log import AccessLog

@@ -12,10 +12,10 @@ import gevent
 import gevent.ssl
 
 from .address import parse_address
-from .admission.proxy_header import ProxyVersion, check_version, header_of
 from .checks import check_number
 from .connection.connect import connect
 from .connection.connection import Connection
+from .connection.proxy_header import ProxyVersion, check_version, header_of
 from .diagnostics.logs import own_logger
 from .errors import ConfigError
 from .plural import counted

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
     from .admission.client_limits import ClientLimits
-    from .admission.proxy_header import ProxyProtocol
     from .connection.connection import Connection
     from .listening.listener import ListenConfig
     from .pool.pool import HandlerPool
+    from .proxy_protocol.trust import ProxyProtocol
     from .server.access_log import AccessLog
     from .server.server import Server
     from .supervisor import Worker

@@ -18,13 +18,13 @@ import gevent
 from gevent.os import tp_read
 
 from gtcpserver import Server, TLSConfig, from_socketserver, from_wsgi
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.diagnostics.logs import configure_logging
 from gtcpserver.forwarder import Forwarder
 from gtcpserver.monitoring import Monitor
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.static_files import StaticFiles
 
 

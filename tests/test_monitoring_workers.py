@@ -15,10 +15,9 @@ from conftest import wait_until as wait_in_loop
 from prometheus_client.parser import text_string_to_metric_families as parse
 from supervised import APP, SOON, Master, alive, children, wait_until
 
-from gtcpserver.monitoring import from_master
-from gtcpserver.monitoring.from_master import FromMaster
 from gtcpserver.monitoring.source import Health, SourceError
-from gtcpserver.supervisor import control
+from gtcpserver.supervisor import control, monitor_source
+from gtcpserver.supervisor.monitor_source import FromMaster
 
 
 @pytest.fixture
@@ -296,11 +295,11 @@ def line():
 
 def test_a_master_that_stands_still_is_not_alive(line, monkeypatch):
     source, master = line
-    monkeypatch.setattr(from_master, "SILENCE", SOON)
+    monkeypatch.setattr(monitor_source, "SILENCE", SOON)
     master.sendall(b'{"health": {"ready": true, "word": "ready"}}\n')
     wait_in_loop(lambda: source.health() == Health(True, True, "ready"))
-    monkeypatch.setattr(from_master, "SILENCE", 0.05)
-    monkeypatch.setattr(from_master, "ANSWER", 0.05)
+    monkeypatch.setattr(monitor_source, "SILENCE", 0.05)
+    monkeypatch.setattr(monitor_source, "ANSWER", 0.05)
     with pytest.raises(SourceError, match="has not answered"):
         source.status()
     assert (source.health().alive, source.health().ready) == (False, False)

@@ -17,7 +17,6 @@ from test_proxy_socks import ANYBODY, ANYWHERE, OnePassword
 from test_server import echo
 
 from gtcpserver import Server
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.http1.head import LONGEST_HEAD, HttpError, find_end_of_head
 from gtcpserver.proxy import socks4
@@ -27,6 +26,7 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.target import make_target, parse_authority
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 
 WITH_PASSWORD = [parse_client_rule("allow from any to any with auth staff")]
 

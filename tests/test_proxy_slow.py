@@ -15,12 +15,12 @@ from test_proxy_socks import ANYBODY, ANYWHERE
 from test_server import echo
 
 from gtcpserver import TLSConfig
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.proxy import handler, resolve
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.resolve import Resolver
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 
 
 def gate(**options):

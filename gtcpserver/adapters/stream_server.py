@@ -20,9 +20,9 @@ from gevent.timeout import Timeout
 from greenlet import GreenletExit, getcurrent
 
 from gtcpserver.admission.steps import Lane
+from gtcpserver.admission.tls_handshake import HandshakeStep
 from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.lingering import LOOK_SECONDS, Linger
-from gtcpserver.connection.tls_layer import HandshakeStep
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.listening.listener import Listener
 from gtcpserver.pool.pool import HandlerPool

@@ -10,13 +10,14 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gtcpserver.connection.tls_layer import HandshakeStep
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.tls import Credentials
 from gtcpserver.tls.config import DEFAULT_MAX_HANDSHAKES
 
 from .client_limits import ClientLimits, Refusal
-from .proxy_header import HeaderStep, ProxyProtocol, network_address
+from .proxy_header import HeaderStep, network_address
 from .steps import Lane
+from .tls_handshake import HandshakeStep
 
 if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection

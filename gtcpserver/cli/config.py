@@ -14,9 +14,9 @@ import click
 
 from gtcpserver.address import Address
 from gtcpserver.admission.client_limits import ClientLimits
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.callables import HOOKS
 from gtcpserver.listening.config import ListenConfig
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.server import Server
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.config import SupervisorConfig

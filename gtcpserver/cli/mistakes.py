@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from gtcpserver.admission.client_limits import ClientLimits
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.errors import ConfigError
 from gtcpserver.listening.config import ListenConfig
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
 

@@ -15,11 +15,11 @@ from click.core import ParameterSource
 
 from gtcpserver.address import Address, check_none_twice, parse_address
 from gtcpserver.admission.client_limits import ClientLimits
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.callables import HOOKS
 from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.errors import ConfigError
 from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.access_log import AccessLog
 from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig

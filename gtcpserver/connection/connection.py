@@ -31,9 +31,10 @@ from gtcpserver.proxy_protocol.header import Transport
 from gtcpserver.tls import ConnectionTLS, Credentials
 from gtcpserver.transfer.ends import reset_on_close
 
+from .handshake_failure import handshake_failed
 from .ssl_methods import SSLMethods, refuse
 from .stream import CHILD, SHARED, Stream, StreamInChild
-from .tls_layer import TLSLayer, handshake_failed
+from .tls_layer import TLSLayer
 
 if TYPE_CHECKING:
     import ssl

@@ -1,4 +1,4 @@
-"""TLS on a connection: the layer that a Stream reads from and writes to, and the handshake that leads to it.
+"""TLS on a connection: the layer that a Stream reads from and writes to.
 
 OpenSSL never touches the socket. Left to itself, one SSL_read goes on until a record holds application data: a client
 that sends nothing but key updates (RFC 8446 section 4.6.3; 27 bytes, 24 us of CPU) keeps it, and the event loop with
@@ -9,7 +9,6 @@ itself, since it asks the kernel twice for each record.
 
 from __future__ import annotations
 
-import socket
 from ssl import MemoryBIO, SSLWantReadError, SSLWantWriteError, SSLZeroReturnError
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -19,20 +18,14 @@ import gevent
 from gevent.socket import cancel_wait_ex
 from greenlet import getcurrent
 
-from gtcpserver.admission.steps import Step
 from gtcpserver.errors import TLSFlood, TruncatedStream
 from gtcpserver.process.watcher import stop_watcher
-from gtcpserver.tls import Credentials, HandshakeFailure, classify_handshake_error
 from gtcpserver.tls.client_hello import server_name_in
 from gtcpserver.tls.info import is_unannounced_end
 from gtcpserver.transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
     from .connection import Connection
-
-#: What a client gets that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a record
-#: of its own. OpenSSL sends nothing to such a client.
-NOT_TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x0a"
 
 #: Encrypted and sent at once: two records. Four cost 5 % less CPU a MiB, and one 5 % more; but a MemoryBIO keeps the
 #: largest buffer that it ever needed, 4/3 of this, for as long as the connection lives.
@@ -65,12 +58,6 @@ MAX_HANDSHAKE_RECORDS = 128
 
 #: Records of one connection that are served, without a wait for its socket, before the others get a turn.
 RECORDS_IN_A_TURN = 64
-
-#: What a client gets that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
-PLAIN_HTTP_ANSWER = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 43\r\n\r\n"
-    b"This port speaks TLS. Use https:// instead."
-)
 
 #: Content types of records, RFC 8446 section 5.1.
 APPLICATION_DATA = 23
@@ -545,63 +532,3 @@ def _kind_of_record(record: bytes, version: str | None) -> str:
     if content != APPLICATION_DATA:
         return _CONTENT.get(content, "other")
     return _LENGTHS.get(len(record) - HEADER, "other") if version == "TLSv1.3" else "empty"
-
-
-class HandshakeStep(Step):
-    """A TLS handshake under way, in a lane."""
-
-    __slots__ = ("_layer",)
-
-    def __init__(self, connection: Connection, credentials: Credentials) -> None:
-        super().__init__(connection)
-        self._layer = TLSLayer(connection, credentials.context, credentials.report_truncation)
-
-    def advance(self) -> Any:
-        stream = self.connection._stream
-        try:
-            self._layer.advance_handshake()
-        except SSLWantReadError:
-            return stream.reading
-        except SSLWantWriteError:
-            return stream.writing or stream.make_write_watcher()
-        stream.io = stream.tls = self._layer
-        return None
-
-    def kind_of(self, error: BaseException) -> str:
-        return handshake_failed(self.connection, error)
-
-
-def handshake_failed(connection: Connection, error: BaseException) -> HandshakeFailure:
-    """The kind of a failed handshake. Gives a client that speaks no TLS an answer, and resets one that floods."""
-    if isinstance(error, TLSFlood):
-        reset_on_close(connection)
-        return "too_many_records"
-    kind = _kind_of_failure(connection._sock, error)
-    _answer_plain_text(connection._sock, kind)
-    return kind
-
-
-def _kind_of_failure(sock: Any, error: BaseException) -> HandshakeFailure:
-    # Told also from what the client sent behind the five bytes that OpenSSL has got.
-    kind = classify_handshake_error(error)
-    if kind == "not_tls":
-        try:
-            rest: bytes = sock.recv(1024, socket.MSG_PEEK)
-        except OSError:
-            return kind
-        # OpenSSL knows GET, POST, HEAD, PUT and CONNECT. RFC 9112 section 3: method, target, version.
-        if b" HTTP/" in rest.partition(b"\n")[0]:
-            return "http_request"
-    return kind
-
-
-def _answer_plain_text(sock: Any, kind: str) -> None:
-    """Tell a client that speaks no TLS what is wrong, if it can be told without waiting."""
-    answer = {"http_request": PLAIN_HTTP_ANSWER, "not_tls": NOT_TLS_ALERT}.get(kind)
-    if answer is not None:
-        try:
-            sock.send(answer)
-            # A close with input unread would reset the connection, and the answer with it.
-            sock.recv(64 * 1024)
-        except OSError:
-            pass

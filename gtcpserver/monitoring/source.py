@@ -1,4 +1,4 @@
-"""Where a monitor gets what it tells: a server of this process (here), or a master (`from_master`)."""
+"""Where a monitor gets what it tells: a server of this process (here), or a master (`supervisor.monitor_source`)."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from ipaddress import IPv6Network, ip_address
 from typing import Any, get_args
 
 from gtcpserver.address import Address, parse_address
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.checks import check_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.networks import as_ip
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers

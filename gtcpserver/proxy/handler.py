@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 from greenlet import GreenletExit
 
-from gtcpserver.admission.proxy_header import ProxyProtocol, network_address, read_proxy_header
+from gtcpserver.admission.proxy_header import network_address, read_proxy_header
 from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.errors import ClientRefused, ConfigError, DeadlineExceeded
 from gtcpserver.networks import as_ip
 from gtcpserver.proxy_protocol.header import ProxyProtocolError
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 from gtcpserver.tls import Credentials, TLSConfig
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from gtcpserver.admission.proxy_header import ProxyVersion
+from gtcpserver.connection.proxy_header import ProxyVersion
 
 from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks

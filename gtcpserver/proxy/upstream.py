@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
 
-from gtcpserver.admission.proxy_header import ProxyVersion, header_of
 from gtcpserver.connection.connection import Connection
+from gtcpserver.connection.proxy_header import ProxyVersion, header_of
 from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
 
 from . import socks5

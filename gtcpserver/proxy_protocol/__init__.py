@@ -4,11 +4,13 @@ https://www.haproxy.org/download/3.1/doc/proxy-protocol.txt
 """
 
 from .header import TLS, TLV, ProxyHeader, ProxyProtocolError, Transport, Type, crc32c, parse_header
+from .trust import ProxyProtocol
 
 __all__ = [
     "TLS",
     "TLV",
     "ProxyHeader",
+    "ProxyProtocol",
     "ProxyProtocolError",
     "Transport",
     "Type",

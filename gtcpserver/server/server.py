@@ -29,7 +29,6 @@ from greenlet import GreenletExit, getcurrent
 from gtcpserver.address import check_none_twice
 from gtcpserver.admission.admission import Lobby
 from gtcpserver.admission.client_limits import ClientLimits
-from gtcpserver.admission.proxy_header import ProxyProtocol
 from gtcpserver.callables import check_handler, check_hook
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.connection.connection import Connection, Idle
@@ -49,6 +48,7 @@ from gtcpserver.pool.pool import DEFAULT_SIZE, HandlerPool, check_size
 from gtcpserver.process.event_loop import check_event_loop
 from gtcpserver.process.forked import end_process, keep, register, runs_handler
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
+from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.signatures import ConnectionT, Handler, OnFull
 from gtcpserver.tls import Credentials
 from gtcpserver.transfer.ends import reset_on_close

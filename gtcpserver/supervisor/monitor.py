@@ -173,7 +173,7 @@ class MonitorProcess:
 
         def begin() -> int:
             # Imported there alone: this process stays small.
-            process = importlib.import_module("gtcpserver.monitoring.process")
+            process = importlib.import_module("gtcpserver.supervisor.monitor_process")
             sockets = [one.listener.socket for one in self._sockets.shared]
             job = process.Job(self._address, sockets, theirs, master.config, master.program.log_style, master_pid)
             status: int = process.run_monitor(job)

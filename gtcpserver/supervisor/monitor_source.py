@@ -1,4 +1,4 @@
-"""A source that asks the master of worker processes; lines of JSON over a pair of sockets, see `supervisor.monitor`."""
+"""A source that asks the master of worker processes; lines of JSON over a pair of sockets, see `monitor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import gevent
 from gevent.event import AsyncResult, Event
 
-from .source import Health, SourceError, Status
+from gtcpserver.monitoring.source import Health, SourceError, Status
 
 #: Seconds without a word of the master, which speaks once a second: it is stopped, or blocked.
 SILENCE = 5.0

@@ -1,4 +1,4 @@
-"""What runs in the monitor process of a master: the pages, told by the master. See `supervisor.monitor` for the why."""
+"""What runs in the monitor process of a master: the pages, told by the master. See `monitor` for the why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import gevent
 import gevent.socket
 
 from gtcpserver.address import Address
+from gtcpserver.monitoring import web  # noqa: F401 as long as this is who may read all of the installation
+from gtcpserver.monitoring.monitor import make_pages
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.supervisor.log_files import LogStyle, log_in_worker
 from gtcpserver.supervisor.privileges import become, die_with_parent
 
-from . import web  # noqa: F401 as long as this is who may read all of the installation
-from .from_master import FromMaster
-from .monitor import make_pages
+from .monitor_source import FromMaster
 
 #: Seconds that answers under way get when it is to leave.
 LEAVE_SECONDS = 1.0

@@ -1,0 +1,59 @@
+"""What becomes of a client whose TLS handshake failed: the kind of failure, and an answer where it speaks no TLS."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from gtcpserver.errors import TLSFlood
+from gtcpserver.tls import HandshakeFailure, classify_handshake_error
+from gtcpserver.transfer.ends import reset_on_close
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+#: What a client gets that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a record
+#: of its own. OpenSSL sends nothing to such a client.
+NOT_TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x0a"
+
+#: What a client gets that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
+PLAIN_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 43\r\n\r\n"
+    b"This port speaks TLS. Use https:// instead."
+)
+
+
+def handshake_failed(connection: Connection, error: BaseException) -> HandshakeFailure:
+    """The kind of a failed handshake. Gives a client that speaks no TLS an answer, and resets one that floods."""
+    if isinstance(error, TLSFlood):
+        reset_on_close(connection)
+        return "too_many_records"
+    kind = _kind_of_failure(connection._sock, error)
+    _answer_plain_text(connection._sock, kind)
+    return kind
+
+
+def _kind_of_failure(sock: Any, error: BaseException) -> HandshakeFailure:
+    # Told also from what the client sent behind the five bytes that OpenSSL has got.
+    kind = classify_handshake_error(error)
+    if kind == "not_tls":
+        try:
+            rest: bytes = sock.recv(1024, socket.MSG_PEEK)
+        except OSError:
+            return kind
+        # OpenSSL knows GET, POST, HEAD, PUT and CONNECT. RFC 9112 section 3: method, target, version.
+        if b" HTTP/" in rest.partition(b"\n")[0]:
+            return "http_request"
+    return kind
+
+
+def _answer_plain_text(sock: Any, kind: str) -> None:
+    """Tell a client that speaks no TLS what is wrong, if it can be told without waiting."""
+    answer = {"http_request": PLAIN_HTTP_ANSWER, "not_tls": NOT_TLS_ALERT}.get(kind)
+    if answer is not None:
+        try:
+            sock.send(answer)
+            # A close with input unread would reset the connection, and the answer with it.
+            sock.recv(64 * 1024)
+        except OSError:
+            pass
