@@ -1,5 +1,6 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
+from ._version import __version__
 from .adapters import from_socketserver, from_wsgi
 from .adapters.stream_server import StreamServer
 from .address import Address, parse_address
@@ -30,8 +31,6 @@ from .server.server import Server, State
 from .server.stats import CutConnection, ServerStats, StopReport
 from .tls import ConnectionTLS, TLSConfig
 from .transfer import RelayResult, pipe, relay
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Acceptor",

@@ -7,7 +7,6 @@ what no socket shows.
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import os
 import platform
 import resource
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 import click
 import gevent
+import greenlet
 
 from gtcpserver.listening import draining
 from gtcpserver.strict_json import to_json
@@ -320,7 +320,7 @@ def gevent_loop() -> Finding:
     loop = gevent.get_hub().loop
     library = type(loop).__module__
     backend = getattr(loop, "backend", "")
-    version = f"gevent {gevent.__version__}, greenlet {importlib.metadata.version('greenlet')}"
+    version = f"gevent {gevent.__version__}, greenlet {greenlet.__version__}"
     good = "libev" in library and backend in ("epoll", "linuxaio", "iouring", "kqueue")
     return Finding(
         "event loop",

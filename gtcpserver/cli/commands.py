@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import sys
@@ -14,6 +13,7 @@ import click
 import gevent
 from click.shell_completion import CompletionItem
 
+from gtcpserver._version import __version__
 from gtcpserver.errors import ConfigError
 
 # Where each command lives: imported when it is called, so that a command whose libraries are missing harms no other.
@@ -96,7 +96,7 @@ class CommandTable(click.Group):
 def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         click.echo(
-            f"gtcpserver {importlib.metadata.version('gtcpserver')}, gevent {gevent.__version__}, "
+            f"gtcpserver {__version__}, gevent {gevent.__version__}, "
             f"{platform.python_implementation()} {platform.python_version()}, "
             f"{platform.system()} {platform.release()}"
         )

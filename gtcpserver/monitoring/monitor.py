@@ -8,7 +8,7 @@ import logging
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import gtcpserver
+from gtcpserver._version import __version__
 from gtcpserver.adapters import from_wsgi
 from gtcpserver.address import Address, parse_address
 from gtcpserver.errors import ConfigError
@@ -90,7 +90,7 @@ def make_pages(source: Source, address: Address, sockets: list[socket.socket] | 
         sockets: that listen already; otherwise it opens its own.
     """
     web = importlib.import_module("gtcpserver.monitoring.web")
-    application = web.Web(source, gtcpserver.__version__, for_this_host=is_loopback(address))
+    application = web.Web(source, __version__, for_this_host=is_loopback(address))
     return Server(
         sockets if sockets is not None else str(address),
         from_wsgi(application),
