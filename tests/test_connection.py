@@ -70,11 +70,11 @@ def event_loop_errors(monkeypatch):
 
 
 def waits_to_read(connection):
-    return wait_until(connection._stream.reader)
+    return wait_until(connection.stream.reader)
 
 
 def waits_to_write(connection):
-    return wait_until(connection._stream.writer)
+    return wait_until(connection.stream.writer)
 
 
 def drain(sock):
@@ -115,7 +115,7 @@ def test_recv_of_nothing_does_not_wait(pair):
     assert connection.recv(1000) == b"x"
     assert connection.recv(0) == b""
     assert connection.recv_into(bytearray()) == 0
-    assert not connection._stream.at_eof
+    assert not connection.stream.at_eof
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_one_timer_serves_many_waits(pair):
     for _ in range(50):
         connection.sendall(b"x")
         connection.recv(10)
-        timers.add(connection._stream._timer)
+        timers.add(connection.stream._timer)
     echo.get(timeout=SOON)
     assert len(timers) == 1
 
@@ -433,7 +433,7 @@ def test_a_write_timeout_taken_back_does_not_end_a_later_wait(pair):
     connection.settimeout(0.05)
     with pytest.raises(TimeoutError):
         connection.sendall(bytes(LOTS))
-    connection._stream._start_timer(time.monotonic() + 0.05)  # as left over from a wait that ended in time
+    connection.stream._start_timer(time.monotonic() + 0.05)  # as left over from a wait that ended in time
     connection.settimeout(None)
     writer = gevent.spawn(connection.sendall, bytes(LOTS))
     gevent.sleep(0.15)
@@ -611,7 +611,7 @@ def test_overlapping_deadlines_of_two_greenlets_leave_none_behind(pair):
     peer.sendall(b"x")
     assert connection.recv(1) == b"x"
     write.__exit__(None, None, None)
-    assert connection._stream.deadline is None
+    assert connection.stream.deadline is None
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
@@ -960,7 +960,7 @@ def test_close_wakes_a_reader_and_a_writer(pair):
 def test_a_reader_that_leaves_just_after_a_close_leaves_no_broken_callback(pair):
     connection, _peer = pair()
     reader = gevent.spawn(connection.recv, 5)
-    watcher = waits_to_read(connection) and connection._stream.reading
+    watcher = waits_to_read(connection) and connection.stream.reading
     seen = []
 
     def close_and_leave():
@@ -1211,7 +1211,7 @@ def test_interruptions_at_any_moment_leave_no_stale_watcher(pair, seed):
     assert enough()
     assert all(flow["wrong"] == 0 for flow in flows)
     for connection, other in pairs:
-        assert connection._stream.reader() is connection._stream.writer() is None
+        assert connection.stream.reader() is connection.stream.writer() is None
         for source, target, flow in ((connection, other, flows.pop(0)), (other, connection, flows.pop(0))):
             target.settimeout(SOON)
             target.recv_exactly(flow["sent"] - flow["received"])
@@ -1260,7 +1260,7 @@ def test_a_killed_writer_leaves_the_connection_usable(pair):
     writer = gevent.spawn(connection.sendall, bytes(LOTS))
     waits_to_write(connection)
     writer.kill()
-    assert connection._stream.writer() is None
+    assert connection.stream.writer() is None
     sent = connection.bytes_sent
     reader = gevent.spawn(drain, peer)
     connection.sendall(b"end")

@@ -293,7 +293,7 @@ def test_a_full_pool_is_shared_fairly_by_connections_that_are_timed(watched, con
     two.sendall(b"two")
     gevent.sleep(0.02)
     assert server.pool.places.taken == 1
-    assert isinstance(next(iter(server._connections))._idle, TimedIdle)
+    assert isinstance(next(iter(server._connections)).idle_block, TimedIdle)
     go_on.set()
     assert in_thread(one.recv, 10) == b"hold"
     assert in_thread(two.recv, 10) == b"two"
@@ -308,7 +308,7 @@ def test_a_server_without_a_monitor_measures_nothing(serve, connect, in_thread):
     client = connect(server)
     assert ask(in_thread, client) == b"x"
     assert not {"_make_idle", "_forget"} & vars(server).keys()
-    assert type(next(iter(server._connections))._idle) is not TimedIdle
+    assert type(next(iter(server._connections)).idle_block) is not TimedIdle
 
 
 # -- health, JSON, pages -----------------------------------------------------------------------------------------------

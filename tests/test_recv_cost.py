@@ -34,7 +34,7 @@ def dripping():
     def make(pieces):
         ours, theirs = socket.socketpair()
         connection = Connection(fileno=ours.detach())
-        stream = connection._stream = Dripping(connection._sock, get_hub(), None)
+        stream = connection.stream = Dripping(connection._sock, get_hub(), None)
         stream.pieces, stream.asked = iter(pieces), []
         kept.extend((connection, theirs))
         return connection
@@ -60,7 +60,7 @@ def test_recv_until_costs_the_same_for_each_byte(dripping, separator):
     def read(size):
         connection = dripping([*[b"x"] * size, *(separator[at : at + 1] for at in range(len(separator)))])
         took = cpu(lambda: connection.recv_until(separator, 1 << 20))
-        assert connection._stream.kept == b""
+        assert connection.stream.kept == b""
         return took
 
     few, many = (min(read(size) for _ in range(2)) for size in SIZES)
@@ -77,15 +77,15 @@ def test_recv_exactly_has_room_for_much_where_much_comes(dripping):
     connection = dripping([b"x", b"y", b"z" * SMALL_ROOM, b"z"])
     with pytest.raises(EarlyEOF):
         connection.recv_exactly(5_000_000)
-    assert connection._stream.asked == [5_000_000, SMALL_ROOM, SMALL_ROOM, LARGE_ROOM, SMALL_ROOM]
+    assert connection.stream.asked == [5_000_000, SMALL_ROOM, SMALL_ROOM, LARGE_ROOM, SMALL_ROOM]
 
 
 @pytest.mark.parametrize("pieces", [[b"ab;cd"], [b"a", b"b;cd"], [b"a", b"b", b";cd"], [b"a", b"b;", b"cd"]])
 def test_recv_until_keeps_what_comes_behind(dripping, pieces):
     connection = dripping(pieces)
     assert connection.recv_until(b";") == b"ab;"
-    assert connection._stream.kept == (b"" if pieces[-1] == b"cd" else b"cd")
-    assert set(connection._stream.asked) == {READ_AHEAD}
+    assert connection.stream.kept == (b"" if pieces[-1] == b"cd" else b"cd")
+    assert set(connection.stream.asked) == {READ_AHEAD}
 
 
 @pytest.mark.parametrize("before", [[], [b"a"], [b"a", b"b"]])
@@ -95,7 +95,7 @@ def test_an_interrupted_recv_until_loses_nothing(dripping, before):
         with pytest.raises(error):
             connection.recv_until(b";")
     assert connection.recv_until(b";") == b"".join(before) + b"cd;"
-    assert connection._stream.kept == b"e"
+    assert connection.stream.kept == b"e"
 
 
 @pytest.mark.parametrize("pieces", [[b"abcd"], [b"ab", b"cd"], [b"a", b"b", b"cd"], [b"a", b"b", b"cd;"]])
@@ -103,7 +103,7 @@ def test_a_limit_is_a_limit_however_it_comes(dripping, pieces):
     connection = dripping(pieces)
     with pytest.raises(LimitExceeded):
         connection.recv_until(b";", 4)
-    assert connection._stream.kept == b"".join(pieces)
+    assert connection.stream.kept == b"".join(pieces)
 
 
 @pytest.mark.parametrize("pieces", [[], [b"ab"], [b"a", b"b"]])
@@ -112,7 +112,7 @@ def test_an_early_end_is_told_with_what_came(dripping, pieces):
     with pytest.raises(EarlyEOF) as told:
         connection.recv_until(b";")
     assert told.value.partial == b"".join(pieces)
-    assert connection._stream.kept == b""
+    assert connection.stream.kept == b""
 
 
 def test_a_head_that_drips_is_searched_once():

@@ -556,7 +556,7 @@ def test_who_ends_a_slow_connection_by_throwing_at_its_reader_ends_the_relay():
     server, b = tcp_pair(Connection)
     greenlet = gevent.spawn(relay, a, b)
     gevent.sleep(0)
-    gevent.get_hub().loop.run_callback(a._stream.reader().throw, TimeoutError("too slow"))
+    gevent.get_hub().loop.run_callback(a.stream.reader().throw, TimeoutError("too slow"))
     with pytest.raises(TimeoutError, match="too slow"):
         greenlet.get(timeout=60)
     for sock in (client, a, server, b):

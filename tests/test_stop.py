@@ -817,7 +817,7 @@ def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connec
     seen = []
 
     def handle(conn):
-        conn._accepted_at -= 60
+        conn.accepted_at -= 60
         seen.append(conn)
         idle_echo(conn)
 
@@ -830,7 +830,7 @@ def test_a_connection_that_has_been_silent_for_longer_ends_at_once(serve, connec
 
 
 def idle_echo_of_an_old_connection(conn):
-    conn._accepted_at -= 60
+    conn.accepted_at -= 60
     idle_echo(conn)
 
 

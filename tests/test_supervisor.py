@@ -113,7 +113,7 @@ def test_a_reload_cuts_no_connection_however_short_the_time_for_a_stop_is(start:
 
 OLD_CONNECTIONS = """
 def handler(conn):
-    conn._accepted_at -= 60  # longer ago than any time that a stop gives to first requests
+    conn.accepted_at -= 60  # longer ago than any time that a stop gives to first requests
     while True:
         try:
             with conn.idle():

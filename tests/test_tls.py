@@ -460,7 +460,7 @@ def test_what_a_client_gets_of_a_write_that_timed_out_is_its_beginning(serve, tl
 
 def test_a_write_that_failed_for_want_of_buffers_leaves_no_gap(serve, tls, tls_client, in_thread):
     def handler(conn):
-        layer = conn._stream.tls
+        layer = conn.stream.tls
         transmit = layer._transmit
 
         def fail_once(data):
@@ -1509,7 +1509,7 @@ def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
 
 def test_a_stop_allows_for_the_round_trips_of_tls_before_the_first_request(serve, tls, tls_client, in_thread):
     def handle(conn):
-        conn._accepted_at -= 1.2  # more than a plain connection gets
+        conn.accepted_at -= 1.2  # more than a plain connection gets
         with conn.idle():
             data = conn.recv(100)
         conn.sendall(data)

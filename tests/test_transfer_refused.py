@@ -315,13 +315,13 @@ def test_an_end_that_cannot_be_passed_on_breaks_the_relay():
         def shutdown(self, how):
             raise broken(errno.ENOMEM)
 
-    b._sock = b._stream.sock = NoShutdown(b._sock)
+    b._sock = b.stream.sock = NoShutdown(b._sock)
     running = gevent.spawn(relay, a, b)
     client.shutdown(socket.SHUT_WR)
     assert running.get(timeout=60).reason == "reset_b"
     for sock in (client, a, server):
         sock.close()
-    b._sock = b._stream.sock = b._sock._sock
+    b._sock = b.stream.sock = b._sock._sock
     b.close()
 
 

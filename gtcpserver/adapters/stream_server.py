@@ -276,7 +276,7 @@ class StreamServer(Acceptor):
                 except BaseException as error:
                     # It marks no errors, as a Connection does.
                     if isinstance(client_socket, Connection) and _has_raised(encrypted, error):
-                        client_socket._stream.note(error)
+                        client_socket.stream.note(error)
                     raise
         with client_socket:
             try:

@@ -91,7 +91,7 @@ class RequestBody(io.RawIOBase):
     def _send_100(self) -> None:
         self.awaits_100 = False
         # Part of the body has come: the client does not wait (RFC 9110 section 10.1.1).
-        if not self._conn._stream.kept:
+        if not self._conn.peeked:
             self._conn.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_counted(self, most: int) -> bytes:
@@ -120,4 +120,4 @@ class RequestBody(io.RawIOBase):
         return data
 
     def _broken(self, message: str, *, malformed: bool) -> BodyError:
-        return self._conn._stream.note(BodyError(message, malformed=malformed))
+        return self._conn.stream.note(BodyError(message, malformed=malformed))

@@ -137,7 +137,7 @@ class Lobby:
 
     def not_served(self, connection: Connection) -> None:
         """One that has passed could not be served, unless it was and has ended."""
-        if not connection._closed:
+        if not connection.closed:
             self.left(connection)
             self._fail(connection, "error", "no memory", reset=True)
 

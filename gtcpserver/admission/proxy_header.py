@@ -69,9 +69,10 @@ class HeaderStep(Step):
         self._reader = HeaderReader()
 
     def advance(self) -> Any:
-        header = self._reader.read(self.connection._sock)
+        stream = self.connection.stream
+        header = self._reader.read(stream.sock)
         if header is None:
-            return self.connection._stream.reading
+            return stream.reading
         self.connection.note_proxy_header(header)
         return None
 
@@ -92,10 +93,10 @@ def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
     if not balancers.trusts(network_address(connection)):
         return
     reader = HeaderReader()
-    stream = connection._stream
+    stream = connection.stream
     try:
         with connection.deadline(balancers.timeout):
-            while (header := reader.read(connection._sock)) is None:
+            while (header := reader.read(stream.sock)) is None:
                 stream.wait_readable(True)
     except DeadlineExceeded:
         text = f"no PROXY header within {balancers.timeout:g} seconds"

@@ -73,7 +73,7 @@ class Lane:
             if len(self._under_way) > self._most:
                 oldest = next(iter(self._under_way))
                 oldest.fail(TimeoutError(f"too many at once, this {self.what} was the oldest"), kind="crowded_out")
-            step.wait(connection._stream.reading or connection._stream.make_read_watcher())
+            step.wait(connection.stream.reading or connection.stream.make_read_watcher())
             if self._timer is None:
                 self._start_timer(self._seconds)
         except BaseException:
@@ -151,7 +151,7 @@ class Step:
             if watcher is not None:
                 self.wait(watcher)
                 return
-            self._park()
+            self.connection.stream.take_back()
         except Exception as error:
             self.fail(error)
             return
@@ -160,7 +160,7 @@ class Step:
 
     def wait(self, watcher: Any) -> None:
         """Run again when this watcher says so, and no other."""
-        stream = self.connection._stream
+        stream = self.connection.stream
         for other in (stream.reading, stream.writing):
             if other is not None and other is not watcher:
                 other.stop()
@@ -169,19 +169,9 @@ class Step:
         else:
             watcher.callback = self.run
 
-    def _park(self) -> None:
-        """Leave the watchers as a stream has them that nobody reads."""
-        stream = self.connection._stream
-        if stream.writing is not None:
-            stream.writing.stop()
-        if stream.reading.callback is None:
-            stream.reading.start(stream._parked)  # it waited to write
-        else:
-            stream.reading.callback = stream._parked
-
     def let_go(self) -> None:
         """Leave the watchers stopped: the connection is about to be closed."""
-        stream = self.connection._stream
+        stream = self.connection.stream
         for watcher in (stream.reading, stream.writing):
             if watcher is not None:
                 watcher.stop()

@@ -25,7 +25,7 @@ class HandshakeStep(Step):
         self._layer = TLSLayer(connection, credentials.context, credentials.report_truncation)
 
     def advance(self) -> Any:
-        stream = self.connection._stream
+        stream = self.connection.stream
         try:
             self._layer.advance_handshake()
         except SSLWantReadError:

@@ -29,11 +29,11 @@ from gtcpserver.process.clock import wall_time
 from gtcpserver.process.forked import close_in_children
 from gtcpserver.proxy_protocol.header import Transport
 from gtcpserver.tls import ConnectionTLS, Credentials
-from gtcpserver.transfer.ends import reset_on_close
+from gtcpserver.transfer.ends import HasStream, reset_on_close
 
 from .handshake_failure import handshake_failed
 from .ssl_methods import SSLMethods, refuse
-from .stream import CHILD, SHARED, Stream, StreamInChild
+from .stream import CHILD, CLOSED, SHARED, Stream, StreamInChild
 from .tls_layer import TLSLayer
 
 if TYPE_CHECKING:
@@ -83,18 +83,18 @@ _set_up = Stream.__init__
 
 # By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
 _SLOTS = (
-    "_accepted_at",
-    "_idle",
     "_lingerer",
     "_log_fields",
     "_proxied",
     "_readers",
-    "_stream",
+    "accepted_at",
     "client_address",
     "context",
+    "idle_block",
     "recv",
     "sendall",
     "server",
+    "stream",
 )
 
 
@@ -106,13 +106,13 @@ def _noted(method: MethodT) -> MethodT:
         try:
             return method(self, *args, **options)
         except OSError as error:
-            self._stream.note(error)
+            self.stream.note(error)
             raise
 
     return cast("MethodT", noted)
 
 
-class Connection(SSLMethods, _Socket):
+class Connection(SSLMethods, HasStream, _Socket):
     """A client's connection: a blocking, cooperative socket with the answers a handler asks for.
 
     All of the socket API works. Time-outs count the time in which nothing moved: ``settimeout(30)`` ends a ``recv`` or
@@ -135,11 +135,11 @@ class Connection(SSLMethods, _Socket):
 
     __slots__ = _SLOTS
 
-    _accepted_at: float
     _lingerer: Any
     _log_fields: Any
     _proxied: Any
     _readers: Any
+    accepted_at: float
     client_address: SocketAddress
     context: Any
     server: Server | None
@@ -172,19 +172,19 @@ class Connection(SSLMethods, _Socket):
         self._io_refs = 0
         self._closed = False
         # Not Stream(...): a call of a class costs 0.2 us more than a function's.
-        self._stream = stream = _new(Stream)
+        self.stream = stream = _new(Stream)
         _set_up(stream, sock, hub, getdefaulttimeout())
         # The stream's own methods, not wrappers of them: 0.1 us a call. Set past a subclass that overrides them.
         _set_recv(self, stream.recv)
         _set_sendall(self, stream.sendall)
-        self._idle: Idle | None = None
+        self.idle_block: Idle | None = None
         self.client_address = self.server = self.context = None  # type: ignore[assignment]
-        self._accepted_at = monotonic()
+        self.accepted_at = monotonic()
 
     @property
     def started_at(self) -> float:
         """When the connection was accepted, in seconds since the epoch, by the clock as it is set now."""
-        return wall_time(self._accepted_at)
+        return wall_time(self.accepted_at)
 
     if not TYPE_CHECKING:
 
@@ -255,23 +255,23 @@ class Connection(SSLMethods, _Socket):
     @property
     def bytes_received(self) -> int:
         """Bytes read through this object."""
-        return self._stream.bytes_received
+        return self.stream.bytes_received
 
     @property
     def bytes_sent(self) -> int:
         """Bytes written through this object."""
-        return self._stream.bytes_sent
+        return self.stream.bytes_sent
 
     # -- time-outs ---------------------------------------------------------------------------------------------------
 
     @property
     def timeout(self) -> float | None:
         """Seconds without progress until TimeoutError, as ``settimeout`` set it."""
-        return self._stream.timeout
+        return self.stream.timeout
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        stream = self._stream
+        stream = self.stream
         stream.timeout = seconds
         if seconds is None and stream.deadline is None:
             stream.forget_bounds()
@@ -289,7 +289,7 @@ class Connection(SSLMethods, _Socket):
 
     def gettimeout(self) -> float | None:
         """What ``settimeout`` set."""
-        return self._stream.timeout
+        return self.stream.timeout
 
     def deadline(self, seconds: float) -> Deadline:
         """Bound all calls on this connection within a ``with`` block together.
@@ -306,34 +306,34 @@ class Connection(SSLMethods, _Socket):
         """
         if not seconds > 0:
             raise ValueError(f"seconds must be more than 0, got {seconds!r}")
-        return Deadline(self._stream, seconds)
+        return Deadline(self.stream, seconds)
 
     # -- waiting, as gevent's methods ask for it ---------------------------------------------------------------------
 
     @property
     def _read_event(self) -> Any:
-        stream = self._stream
+        stream = self.stream
         return stream.reading or (None if self._closed else stream.make_read_watcher())
 
     @property
     def _write_event(self) -> Any:
-        stream = self._stream
+        stream = self.stream
         return stream.writing or (None if self._closed else stream.make_write_watcher())
 
     def _wait(self, watcher: Any, timeout_exc: Any = None) -> None:
         # gevent's own methods (recvfrom, recvmsg, connect, sendmsg ...) come here after an EAGAIN.
         if watcher is None:
             raise cancel_wait_ex()
-        if watcher is self._stream.writing:
-            self._stream.wait_writable()
+        if watcher is self.stream.writing:
+            self.stream.wait_writable()
         else:
-            self._stream.wait_readable(certain=True)
+            self.stream.wait_readable(certain=True)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a writable buffer; returns the number of bytes, 0 at the peer's end. Errors as ``recv``."""
-        return self._stream.recv_into(buffer, nbytes, flags)
+        return self.stream.recv_into(buffer, nbytes, flags)
 
     def recv_exactly(self, n: int) -> bytes:
         """Receive exactly ``n`` bytes.
@@ -342,7 +342,7 @@ class Connection(SSLMethods, _Socket):
             EarlyEOF: the peer closed first; ``partial`` holds what had come.
             TimeoutError, DeadlineExceeded, OSError: as ``recv``.
         """
-        return self._stream.recv_exactly(n)
+        return self.stream.recv_exactly(n)
 
     def recv_until(self, separator: bytes = b"\n", limit: int = 64 * 1024) -> bytes:
         """Receive up to and including the next ``separator``.
@@ -361,7 +361,7 @@ class Connection(SSLMethods, _Socket):
         """
         if not separator:
             raise ValueError("separator must not be empty")
-        stream = self._stream
+        stream = self.stream
         data = stream.kept
         while True:
             found = data.find(separator)
@@ -391,7 +391,7 @@ class Connection(SSLMethods, _Socket):
     def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
         """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
         that drips has nothing copied or searched a second time for each of its bytes."""
-        stream = self._stream
+        stream = self.stream
         try:
             while True:
                 searched = max(0, len(data) - len(separator) + 1)
@@ -426,15 +426,23 @@ class Connection(SSLMethods, _Socket):
         """Whether a file of :meth:`makefile` is open that may have read ahead."""
         return any(is_open(one()) for one in _readers_of(self))
 
+    @property
+    def peeked(self) -> bytes:
+        """What ``recv_until`` has read ahead, or :meth:`unread` given back. For this package.
+
+        :meta private:
+        """
+        return self.stream.kept
+
     def unread(self, data: bytes) -> None:
         """Give back bytes that were read: the next read, or a relay, gets them first."""
-        self._stream.kept = data + self._stream.kept
+        self.stream.kept = data + self.stream.kept
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def send(self, data: Buffer, flags: int = 0) -> int:
         """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
-        return self._stream.send(data, flags)
+        return self.stream.send(data, flags)
 
     # -- files (transfer/) -------------------------------------------------------------------------------------------
 
@@ -451,7 +459,7 @@ class Connection(SSLMethods, _Socket):
     @property
     def tls(self) -> ConnectionTLS | None:
         """What TLS agreed on (version, cipher, server name, ALPN, peer certificate); None on a plain connection."""
-        layer = self._stream.tls
+        layer = self.stream.tls
         return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
 
     def start_tls(
@@ -470,7 +478,7 @@ class Connection(SSLMethods, _Socket):
                 section 6). Close the connection.
             OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
         """
-        stream = self._stream
+        stream = self.stream
         if stream.tls is not None:
             raise StartTLSError("TLS has been started on this connection already")
         if stream.kept:
@@ -498,7 +506,7 @@ class Connection(SSLMethods, _Socket):
         return ConnectionTLS(layer.object, layer.server_name)
 
     def _note_failed_handshake(self, error: OSError) -> None:
-        self._stream.note(error)
+        self.stream.note(error)
         kind = handshake_failed(self, error)
         if self.server is not None:
             self.server._counters.handshake_failures[kind] += 1
@@ -511,7 +519,7 @@ class Connection(SSLMethods, _Socket):
             StartTLSError: the connection is not encrypted.
             OSError: the peer closed or sent something else instead; time-outs as ``recv``.
         """
-        stream = self._stream
+        stream = self.stream
         if stream.tls is None:
             raise StartTLSError("the connection is not encrypted")
         try:
@@ -532,51 +540,51 @@ class Connection(SSLMethods, _Socket):
 
     @_noted
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "recvfrom", ValueError)
         data, address = super().recvfrom(bufsize, flags)
         return self._count_received(data, len(data), flags), address
 
     @_noted
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "recvfrom_into", ValueError)
         size, address = super().recvfrom_into(buffer, nbytes, flags)
         return self._count_received(size, size, flags), address
 
     @_noted
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "recvmsg", NotImplementedError)
         message = super().recvmsg(bufsize, ancbufsize, flags)
         return self._count_received(message, len(message[0]), flags)
 
     @_noted
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "recvmsg_into", NotImplementedError)
         message = super().recvmsg_into(buffers, ancbufsize, flags)
         return self._count_received(message, message[0], flags)
 
     def _count_received(self, result: Any, size: int, flags: int) -> Any:
         if not flags & _stdlib_socket.MSG_PEEK:
-            self._stream.bytes_received += size
+            self.stream.bytes_received += size
         return result
 
     @_noted
     def sendto(self, *args: Any) -> int:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "sendto", ValueError)
         return self._count_sent(super().sendto(*args))
 
     @_noted
     def sendmsg(self, *args: Any) -> int:
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "sendmsg", NotImplementedError)
         return self._count_sent(super().sendmsg(*args))
 
     def _count_sent(self, size: int) -> int:
-        self._stream.bytes_sent += size
+        self.stream.bytes_sent += size
         return size
 
     # -- idle --------------------------------------------------------------------------------------------------------
@@ -587,15 +595,29 @@ class Connection(SSLMethods, _Socket):
         An idle connection holds no place in the server's pool. When the server stops, its ``recv`` gives b"" at once,
         as if the peer had closed, unless a request has already come. Without a server it does nothing.
         """
-        return self._idle or self._make_idle()
+        return self.idle_block or self._make_idle()
 
     def _make_idle(self) -> Idle:
-        self._idle = idle = Idle(self) if self.server is None else self.server._make_idle(self)
-        return idle
+        self.idle_block = block = Idle(self) if self.server is None else self.server._make_idle(self)
+        return block
 
-    def _end_idle(self) -> None:
-        """Let the read that idles give b"", as if the peer had closed, unless data has come. Only from the hub."""
-        stream = self._stream
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits between two requests (:meth:`idle`). For this package.
+
+        :meta private:
+        """
+        block = self.idle_block
+        return block is not None and block.active
+
+    def end_idle(self) -> None:
+        """Let the read that idles give b"", as if the peer had closed, unless data has come. Only from the hub.
+
+        For this package.
+
+        :meta private:
+        """
+        stream = self.stream
         stream.ending = True
         stream.drained = False
         reader = stream.reader()
@@ -610,11 +632,11 @@ class Connection(SSLMethods, _Socket):
 
         A greenlet that waits on that side is woken by the kernel: a reader gets b"", a writer EPIPE.
         """
-        if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
-            self._stream.tls.close_notify_and_read_on()
+        if self.stream.tls is not None and how != _stdlib_socket.SHUT_RD:
+            self.stream.tls.close_notify_and_read_on()
         self._sock.shutdown(how)
         if how != _stdlib_socket.SHUT_RD:
-            self._stream.shut_for_writing = True
+            self.stream.shut_for_writing = True
 
     def abort(self) -> None:
         """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
@@ -628,14 +650,20 @@ class Connection(SSLMethods, _Socket):
     def _real_close(self) -> None:
         # Called by gevent's close() when no file made by makefile() is open any more.
         if self._sock:
-            self._end(self._stream, self.server)
+            self.end()
 
-    def _end(self, stream: Stream, server: Server | None) -> None:
+    def end(self) -> None:
+        """Close it, whatever file of :meth:`makefile` is open still. For this package: handlers call ``close``.
+
+        :meta private:
+        """
         # Once a connection, and little of it reads attributes of self (see stream.py).
+        stream, server = self.stream, self.server
+        self._closed = True
         if stream.tls is not None:
             stream.tls.close_notify()
         sock = stream.sock
-        self._sock = _CLOSED
+        self._sock = CLOSED
         waiting = stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
@@ -668,23 +696,23 @@ class Connection(SSLMethods, _Socket):
 
     def shared_with_child(self) -> None:
         """In the parent."""
-        self._stream.shared = self._stream.shared or CHILD
+        self.stream.shared = self.stream.shared or CHILD
 
     def taken_by_child(self) -> None:
         """In the child: it reads and writes, and its end tells the peer nothing. Without a server."""
-        stream = self._stream
+        stream = self.stream
         stream.leave_event_loop()
         stream.__class__ = StreamInChild
         stream.shared = SHARED
         if stream.tls is not None:
             stream.tls.broken = True
         self.server = None
-        self._idle = None
+        self.idle_block = None
 
     def left_by_child(self) -> None:
         """In the child: close another handler's there."""
-        self._stream.left_by_child()
-        self._sock = _CLOSED
+        self.stream.left_by_child()
+        self._sock = CLOSED
         self._closed = True
 
     def _linger(self, stream: Stream, sock: Any) -> bool:
@@ -713,24 +741,25 @@ class Connection(SSLMethods, _Socket):
 
     def dup(self) -> Self:
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
-        if self._stream.tls is not None:
+        if self.stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
-        self._stream.shared = SHARED
+        self.stream.shared = SHARED
         copy = super().dup()
-        copy._stream.share_mark(self._stream)
+        copy.stream.share_mark(self.stream)
         return copy
 
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
         # Called by gevent's detach().
-        waiting = self._stream.close()
+        waiting = self.stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, error, self._drop_ref_on_close if closefd else id, self._sock)
         elif closefd:
             self._drop_ref_on_close(self._sock)
 
     def _drop_ref_on_close(self, sock: Any) -> None:
-        # Called when no greenlet waits on the socket any more. What holds of it: see _end.
-        server, stream = self.server, self._stream
+        # Called when no greenlet waits on the socket any more. What holds of it: see end().
+        server, stream = self.server, self.stream
+        stream.sock = CLOSED
         if (
             stream.at_eof
             or stream.shared
@@ -740,8 +769,6 @@ class Connection(SSLMethods, _Socket):
                 return
             super()._drop_ref_on_close(sock)
 
-
-_CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 # The slots' own descriptors.
 _set_recv = cast(Any, Connection.recv).__set__

@@ -28,8 +28,8 @@ def handshake_failed(connection: Connection, error: BaseException) -> HandshakeF
     if isinstance(error, TLSFlood):
         reset_on_close(connection)
         return "too_many_records"
-    kind = _kind_of_failure(connection._sock, error)
-    _answer_plain_text(connection._sock, kind)
+    kind = _kind_of_failure(connection.stream.sock, error)
+    _answer_plain_text(connection.stream.sock, kind)
     return kind
 
 

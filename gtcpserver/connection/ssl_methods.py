@@ -16,10 +16,10 @@ class SSLMethods:
 
     __slots__ = ()
 
-    _stream: Stream
+    stream: Stream
 
     def _ssl_object(self) -> Any:
-        layer = self._stream.tls
+        layer = self.stream.tls
         if layer is None:
             raise ValueError(f"No SSL wrapper around {self}")  # the standard library's words
         return layer.object
@@ -51,7 +51,7 @@ class SSLMethods:
     def pending(self) -> int:
         """Bytes that were decrypted and not read; at least 1 while a record is there for which the socket will not
         become readable."""
-        layer = self._stream.tls
+        layer = self.stream.tls
         return layer.pending() if layer is not None else int(self._ssl_object().pending())
 
     def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
@@ -65,13 +65,13 @@ class SSLMethods:
         try:
             self._ssl_object().verify_client_post_handshake()
         except OSError as error:
-            self._stream.note(error)  # a client that cannot be asked (RFC 8446 section 4.2.6)
+            self.stream.note(error)  # a client that cannot be asked (RFC 8446 section 4.2.6)
             raise
 
     @property
     def server_side(self) -> bool | None:
         """True; None on a plain connection."""
-        return None if self._stream.tls is None else True
+        return None if self.stream.tls is None else True
 
     @property
     def server_hostname(self) -> None:
@@ -81,12 +81,12 @@ class SSLMethods:
     @property
     def session(self) -> Any:
         """The ssl.SSLSession."""
-        return None if self._stream.tls is None else self._stream.tls.object.session
+        return None if self.stream.tls is None else self.stream.tls.object.session
 
     @property
     def session_reused(self) -> bool | None:
         """Whether the client resumed an earlier session."""
-        return None if self._stream.tls is None else self._stream.tls.object.session_reused
+        return None if self.stream.tls is None else self.stream.tls.object.session_reused
 
 
 def refuse(connection: Any, method: str, error: type[Exception]) -> NoReturn:

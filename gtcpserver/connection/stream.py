@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
 from gevent._hub_local import get_hub_if_exists
+from gevent._socket3 import _closedsocket
 from gevent.exceptions import ConcurrentObjectUseError
 from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
@@ -52,6 +53,9 @@ LARGE_ROOM = 1024 * 1024
 #: What `Stream.shared` may be, besides False.
 SHARED, CHILD = 1, 2
 
+#: What stands in the place of a closed socket.
+CLOSED = _closedsocket(-1, -1, -1, None, "closed")
+
 WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
 
 # The hub is entered by greenlet's own switch: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
@@ -66,7 +70,7 @@ class Stream:
     """The moving parts of one connection.
 
     Args:
-        sock: the raw socket, non-blocking.
+        sock: the raw socket, non-blocking; once closed, one that raises EBADF.
         hub: the gevent hub of this thread.
         timeout: seconds without progress until TimeoutError; None waits for ever; 0.0 never waits.
 
@@ -237,6 +241,33 @@ class Stream:
         """The greenlet that waits to write, or None."""
         callback = self.writing.callback if self.writing is not None else None
         return None if callback is None else callback.__self__
+
+    # -- somebody else's callbacks on the watchers: a transfer's, a step of admission's --------------------------------
+
+    def lend(self) -> Any:
+        """Let callbacks take the place of a waiting greenlet; returns the read watcher. No time-out of ours counts."""
+        self._stop_timer()
+        self.forget_bounds()
+        return self.reading or self.make_read_watcher()
+
+    def is_parked(self) -> bool:
+        """Whether the read watcher runs and nobody waits."""
+        return self.reading is not None and self.reading.callback is self._parked
+
+    def take_back(self) -> None:
+        """Leave the watchers as they are while nobody waits."""
+        if self.writing is not None:
+            self.writing.stop()
+        if self.reading.callback is None:
+            self.reading.start(self._parked)  # it waited to write
+        else:
+            self.reading.callback = self._parked
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        self._timer_at = inf
 
     def _start_timer(self, until: float) -> None:
         if self._timer is not None:
@@ -530,6 +561,7 @@ class Stream:
             # Most closes.
             if writing is not None:
                 writing.close()
+            self.sock = CLOSED
             return None
         # gevent closes a watcher on which somebody waits a little later. If that one leaves before, the watcher is
         # still started and must have something to call.
@@ -552,6 +584,7 @@ class Stream:
         self.kept = b""
         self.io = _closed
         self.sock.close()
+        self.sock = CLOSED
 
     def __del__(self) -> None:
         # Dropped without a close. A started watcher must not outlive its descriptor: libev aborts the process.

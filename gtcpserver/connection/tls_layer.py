@@ -116,7 +116,7 @@ class TLSLayer:
 
     def __init__(self, connection: Connection, context: Any, report_truncation: bool = False) -> None:
         self._connection = ref(connection)
-        self._stream = stream = connection._stream
+        self._stream = stream = connection.stream
         self._report_truncation = report_truncation
         self.server_name: str | None = None
         self.broken = False

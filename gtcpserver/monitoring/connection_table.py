@@ -42,7 +42,7 @@ def _row(connection: Connection, worker: Any) -> dict[str, Any]:
         "age": round(known.age, 3),
         "bytes_received": known.bytes_received,
         "bytes_sent": known.bytes_sent,
-        "idle": bool(connection._idle and connection._idle.active),
+        "idle": connection.is_idle,
         "tls": tls.version if tls is not None else None,
         "server_name": tls.server_name if tls is not None else None,
         "where": list(known.where),

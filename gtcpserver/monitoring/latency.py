@@ -128,9 +128,9 @@ def watch_latency(server: Server) -> Latency:
         return TimedIdle(connection, server, latency)
 
     def measure_and_forget(connection: Connection) -> None:
-        idle: Any = connection._idle
+        idle: Any = connection.idle_block
         if idle is None:
-            latency.add(monotonic() - connection._accepted_at)
+            latency.add(monotonic() - connection.accepted_at)
         elif type(idle) is TimedIdle:
             idle.end_of_request()
         forget(connection)

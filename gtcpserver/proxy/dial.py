@@ -161,7 +161,7 @@ def _connect(
     # Hot: once a connection. By the socket beneath, and not by gevent's methods: 20 us and 3 system calls less.
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     connection = Connection(family, socket.SOCK_STREAM)
-    sock = connection._sock
+    sock = connection.stream.sock
     try:
         connection.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -178,10 +178,10 @@ def _connect(
         error = sock.connect_ex((socket.inet_ntop(family, ip.packed), port))  # str(ip) takes 1 us longer
         if error == errno.EINPROGRESS:
             if timeout is None:
-                connection._stream.wait_writable()
+                connection.stream.wait_writable()
             else:
                 with connection.deadline(timeout):
-                    connection._stream.wait_writable()
+                    connection.stream.wait_writable()
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error == errno.EHOSTUNREACH and _has_expired(sock):
             raise OSError(TTL_EXPIRED, "TTL expired in transit")

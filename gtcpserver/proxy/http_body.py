@@ -89,7 +89,7 @@ class RequestBody:
         Raises:
             HttpError: it is not well-formed. Nothing has been forwarded yet.
         """
-        size = len(self._conn._stream.kept)
+        size = len(self._conn.peeked)
         if self._chunks is not None and size:
             self._ready = self._decode(self._chunks, self._conn.recv(size))
             self.at_hand = self.consumed = self._chunks.done
@@ -216,11 +216,11 @@ class RequestBody:
                 self._conn, origin, count=self._left, idle_timeout=self._patience, on_bytes=self._note_moved
             )
         except TimeoutError as error:
-            if origin._stream.has_raised(error):
+            if origin.stream.has_raised(error):
                 raise HttpError(504, "The destination does not take the request.") from None
             raise HttpError(408, "The body of the request took too long.") from None
         except OSError as error:
-            if not self._conn._stream.has_raised(error):
+            if not self._conn.stream.has_raised(error):
                 raise
             self._left = -1
         if self._left:

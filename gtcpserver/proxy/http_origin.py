@@ -159,7 +159,7 @@ class Origin:
 
     def at_hand(self, most: int) -> bytes:
         """What was read together with the head of the answer."""
-        size = min(most, len(self.connection._stream.kept))
+        size = min(most, len(self.connection.peeked))
         data: bytes = self.connection.recv(size) if size else b""
         return data
 

@@ -218,5 +218,5 @@ def _socks4_reply(code: socks4.Reply, bound: tuple[IPAddress, int] | None = None
 
 
 def _bound_address(upstream: Connection) -> tuple[IPAddress, int]:
-    host, port = upstream._sock.getsockname()[:2]
+    host, port = upstream.stream.sock.getsockname()[:2]
     return as_ip(host), port

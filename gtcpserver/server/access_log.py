@@ -130,7 +130,7 @@ class AccessLog:
         self.write(self._fields(connection, _End(_server_address(connection), result, detail)))
 
     def _fields(self, connection: Connection, end: _End) -> dict[str, Any]:
-        stream = connection._stream
+        stream = connection.stream
         result = "idle_closed" if end.result == "ok" and stream.ended else end.result
         client = printed(connection.client_address)
         balancer = printed(connection.peer_address)
@@ -144,7 +144,7 @@ class AccessLog:
             "detail": end.detail or None,
             "bytes_received": stream.bytes_received,
             "bytes_sent": stream.bytes_sent,
-            "duration": round(monotonic() - connection._accepted_at, 4),
+            "duration": round(monotonic() - connection.accepted_at, 4),
             "worker": self.worker,
         }
         for name, value in log_fields_of(connection).items():
@@ -176,7 +176,7 @@ def utc(seconds: float) -> str:
 
 def _server_address(connection: Connection) -> str:
     try:
-        return printed(connection._sock.getsockname())
+        return printed(connection.stream.sock.getsockname())
     except OSError:
         return ""
 

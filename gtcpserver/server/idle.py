@@ -21,7 +21,7 @@ class PlacelessIdle(Idle):
     def __init__(self, connection: Connection, server: Server) -> None:
         super().__init__(connection)
         self._server = server
-        self._stream = connection._stream
+        self._stream = connection.stream
 
     def __enter__(self) -> None:
         self.active = True

@@ -41,7 +41,7 @@ def outcome_of(error: BaseException, connection: Connection) -> tuple[Result, st
         said += f": {error}" if str(error) else ""
     except Exception:  # an exception of the handler's own whose text raises another
         pass
-    return _result_of(error, connection._stream), said
+    return _result_of(error, connection.stream), said
 
 
 def is_client_error(error: BaseException, connection: Connection) -> bool:
@@ -56,7 +56,7 @@ def is_client_error(error: BaseException, connection: Connection) -> bool:
         error: what ``on_error`` is called with.
         connection: the client's.
     """
-    return _result_of(error, connection._stream) != "error"
+    return _result_of(error, connection.stream) != "error"
 
 
 def was_raised_by_connection(error: BaseException) -> bool:

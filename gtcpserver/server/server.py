@@ -495,7 +495,7 @@ class Server:
         # told to end has just got a request, the next that becomes idle makes them ask again.
         self._idle_wanted = True
         for connection in self._connections:
-            if connection._idle and connection._idle.active and not connection._stream.ending:
+            if connection.is_idle and not connection.stream.ending:
                 get_hub().loop.run_callback(self._end_if_idle, connection)
                 return
 
@@ -544,7 +544,7 @@ class Server:
             if self.access_log is not None:
                 connection.client_address = address
                 self.access_log.write_unserved(connection, "rejected")
-            if not self.lingerer.take(connection._sock):
+            if not self.lingerer.take(connection.stream.sock):
                 connection.close()
             return
         counters.accepted = number = counters.accepted + 1
@@ -644,7 +644,7 @@ class Server:
     def _measure_queue_wait(self, connection: Connection) -> None:
         # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it counts from the handshake.
         try:
-            info = connection._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+            info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
         except OSError:
             return  # not TCP
         waited = struct.unpack_from("=I", info, 44)[0] / 1000
@@ -683,17 +683,16 @@ class Server:
     def _forget(self, connection: Connection) -> None:
         """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
         counters = self._counters
-        stream = connection._stream
+        stream = connection.stream
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
         # It refers to the connection: no cycle for the garbage collector.
-        connection._idle = None
+        connection.idle_block = None
         connections = self._connections
         was_full = self.max_connections is not None and len(connections) >= self.max_connections
         try:
             if not stream.closed:
-                connection._closed = True
-                connection._end(stream, self)
+                connection.end()
         finally:
             if self._client_limits is not None and self._lobby is not None:
                 self._lobby.left(connection)
@@ -764,7 +763,7 @@ class Server:
         return PlacelessIdle(connection, self)
 
     def _idle_connections(self) -> list[Connection]:
-        return [connection for connection in self._connections if connection._idle and connection._idle.active]
+        return [connection for connection in self._connections if connection.is_idle]
 
     #: A connection that becomes idle is to be ended, or to make room for one in the queue.
     _idle_wanted = False
@@ -774,7 +773,7 @@ class Server:
             if self._time_for_first_request(connection) > 0:
                 self._end_idle_at_stop(connection)
             else:
-                connection._end_idle()
+                connection.end_idle()
         else:
             self._idle_wanted = False
             if self._lobby is not None and self._lobby.waiting:
@@ -805,11 +804,11 @@ class Server:
         if self._patient:
             return inf
         allowed = FIRST_REQUEST if connection.tls is None else FIRST_REQUEST_OVER_TLS
-        return max(0.0, connection._accepted_at + allowed - monotonic())
+        return max(0.0, connection.accepted_at + allowed - monotonic())
 
     def _end_if_idle(self, connection: Connection) -> None:
-        if connection._idle and connection._idle.active and not connection._closed:
-            connection._end_idle()
+        if connection.is_idle and not connection.closed:
+            connection.end_idle()
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
@@ -1101,7 +1100,7 @@ class Server:
             if self.access_log is not None:
                 self.access_log.write_unserved(connection, "stopped")
         finally:
-            connection._sock.close()
+            connection.stream.sock.close()
 
     def _end_waiting(self, connection: Connection, cut: list[CutConnection]) -> None:
         assert self._lobby is not None

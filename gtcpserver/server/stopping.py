@@ -146,7 +146,7 @@ def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConn
     """What is known of a connection that is cut; ``worker`` is the greenlet of its handler, or None."""
     return CutConnection(
         peer=peer(connection),
-        age=monotonic() - connection._accepted_at,
+        age=monotonic() - connection.accepted_at,
         bytes_received=connection.bytes_received,
         bytes_sent=connection.bytes_sent,
         where=_where(worker.gr_frame) if worker is not None else (),
@@ -164,7 +164,7 @@ def peer(connection: Connection) -> str:
 
 def _shut(connection: Connection) -> None:
     try:
-        connection._sock.shutdown(socket.SHUT_RDWR)
+        connection.stream.sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass  # closed already
 

@@ -84,7 +84,7 @@ class Overseer:
             until = ends.get(connection)
             if until is None:
                 # It came after the last look; one that waited for a handler was accepted long before.
-                age = min(now - connection._accepted_at, self._look_interval)
+                age = min(now - connection.accepted_at, self._look_interval)
                 until = ends[connection] = now - age + self._handler_timeout
             if now >= until:
                 # One that swallows it is told again later.
@@ -94,9 +94,9 @@ class Overseer:
     def _end_slow_ones(self) -> None:
         assert self._least_bytes is not None
         for connection in list(self._connections):
-            stream = connection._stream
+            stream = connection.stream
             waiter = stream.reader() or stream.writer()
-            if waiter is None or (connection._idle and connection._idle.active):
+            if waiter is None or connection.is_idle:
                 stream.progress = None
                 continue
             moved = stream.bytes_received + stream.bytes_sent

@@ -310,7 +310,7 @@ class StaticFiles:
                 conn.sendall(piece if request.old else b"%x\r\n%b\r\n" % (len(piece), piece))
                 size += len(piece)
                 # It is writable, but the other connections' events come first; sleep(0) would run before them.
-                conn._stream.wait_writable()
+                conn.stream.wait_writable()
             if not request.old:
                 conn.sendall(b"0\r\n\r\n")
         except BaseException:

@@ -11,8 +11,7 @@ import errno
 import os
 import socket
 import struct
-from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent.socket
 from gevent.exceptions import ConcurrentObjectUseError
@@ -23,6 +22,20 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 class Stopped(Exception):
     """Leaves a flow's callback after the whole move was stopped from within it. Never seen outside."""
+
+
+class HasStream:
+    """A socket that waits and moves its bytes by a Stream (connection/stream.py): a Connection.
+
+    A class to ask for: a gevent socket of the program's own may have a ``stream`` that is another thing.
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def stream(self) -> Any: ...
 
 
 class _Count:
@@ -53,19 +66,17 @@ class End:
         if sock.fileno() < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.sock = sock
-        self.raw = sock._sock
-        stream: Any = getattr(sock, "_stream", None)
-        self.stream = stream
-        self.count = _Count() if stream is None else stream
-        self.reading = sock._read_event
-        # Made when it is first wanted: a socket that always takes what it is given needs none. gevent's own have it.
-        self.writing = sock._write_event if stream is None else stream.writing
-        if stream is not None:
-            # Its time-outs are not counted while it is lent.
-            if stream._timer is not None:
-                stream._timer.close()
-                stream._timer = None
-            stream._timer_at = stream._read_until = stream._write_until = inf
+        self.raw = raw_of(sock)
+        self.stream = stream = stream_of(sock)
+        if stream is None:
+            self.count = _Count()
+            self.reading = sock._read_event  # noqa: SLF001 - gevent's
+            self.writing = sock._write_event  # noqa: SLF001
+        else:
+            self.count = stream
+            self.reading = stream.lend()
+            # Made when it is first wanted: a socket that always takes what it is given needs none.
+            self.writing = stream.writing
 
     def take_kept(self) -> bytes:
         """What ``recv_until`` had read ahead."""
@@ -83,16 +94,16 @@ class End:
         current = self.reading.callback
         if current is None:
             self.reading.start(callback)
-        elif self.stream is not None and current is self.stream._parked:
+        elif self.stream is not None and self.stream.is_parked():
             self.reading.callback = callback
         else:
             raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {current!r}")
 
     def start_writing(self, callback: Any) -> None:
         if self.writing is None:
-            self.writing = self.sock._write_event
-            if self.writing is None:  # closed meanwhile
+            if self.stream.closed:  # meanwhile
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self.writing = self.stream.writing or self.stream.make_write_watcher()
         current = self.writing.callback
         if current is not None:
             raise ConcurrentObjectUseError(f"another greenlet writes to this connection: {current!r}")
@@ -112,6 +123,26 @@ class End:
             self.stream.at_eof = True
 
 
+def stream_of(sock: Any) -> Any:
+    """A Connection's Stream; None for any other socket."""
+    return sock.stream if isinstance(sock, HasStream) else None
+
+
+def raw_of(sock: Any) -> Any:
+    """The non-blocking socket beneath a gevent socket, which a Connection is too."""
+    return sock._sock  # noqa: SLF001 - gevent's name for it
+
+
+def wait_readable(sock: Any) -> None:
+    """Wait until there is something to read, as gevent's own methods do. Errors as ``recv``."""
+    sock._wait(sock._read_event)  # noqa: SLF001 - gevent's names
+
+
+def wait_writable(sock: Any) -> None:
+    """Wait until the socket takes more, as gevent's own methods do. Errors as ``send``."""
+    sock._wait(sock._write_event)  # noqa: SLF001 - gevent's names
+
+
 def has_ended(sock: Any) -> bool:
     """Whether a TCP connection is over for the kernel, by an error or by the ends of both sides."""
     try:
@@ -123,18 +154,17 @@ def has_ended(sock: Any) -> bool:
 
 def note_error(sock: Any, error: BaseException) -> None:
     """Mark an error as raised by this socket, if it is a Connection (``Stream.note``)."""
-    # Of the class: a gevent socket that is closed raises for whatever it has not.
-    if hasattr(type(sock), "_stream"):
-        sock._stream.note(error)
+    if isinstance(sock, HasStream):
+        sock.stream.note(error)
 
 
 def reset_on_close(sock: Any) -> None:
     """Let the owner's ``close`` reset the connection instead of ending it in order."""
     try:
-        sock._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        raw_of(sock).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
     except OSError:
         return  # it is gone already
-    stream = getattr(sock, "_stream", None)
+    stream = stream_of(sock)
     if stream is not None:
         stream.at_eof = True  # so a server does not linger over it
         if stream.tls is not None:
@@ -151,8 +181,8 @@ def is_plain(sock: Any) -> bool:
     """
     if not isinstance(sock, gevent.socket.socket):
         raise TypeError(f"expected a Connection or a gevent socket, got {sock!r}")
-    if hasattr(sock, "_stream"):
-        return sock.tls is None
+    if isinstance(sock, HasStream):
+        return sock.stream.tls is None
     return type(sock) is gevent.socket.socket
 
 

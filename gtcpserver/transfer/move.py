@@ -12,7 +12,7 @@ from gevent.hub import Waiter, get_hub
 from gtcpserver.errors import DeadlineExceeded
 
 from .buffered import BufferedFlow
-from .ends import End, Stopped, is_plain, note_error
+from .ends import End, Stopped, is_plain, note_error, stream_of
 from .flow import Flow
 
 AnyFlow = Flow | BufferedFlow
@@ -199,5 +199,5 @@ def check_seconds(name: str, value: float | None) -> None:
 
 def deadline_of(sock: Any) -> float:
     """The monotonic time by which a Connection's owner wants everything done; inf for none, or any other socket."""
-    stream = getattr(sock, "_stream", None)
+    stream = stream_of(sock)
     return inf if stream is None or stream.deadline is None else stream.deadline

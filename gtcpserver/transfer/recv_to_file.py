@@ -11,7 +11,7 @@ from typing import Any
 from gtcpserver.process.descriptors import close_descriptor
 
 from .disk import pool
-from .ends import is_plain, note_error
+from .ends import is_plain, note_error, raw_of, stream_of, wait_readable
 from .files import descriptor_of, opened, wait_for
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
@@ -78,7 +78,7 @@ class _Receiving:
 
     def __init__(self, conn: Any, fd: int, count: int | None) -> None:
         self._conn = conn
-        self._stream: Any = getattr(conn, "_stream", None)
+        self._stream = stream_of(conn)
         self._fd = fd
         self._left = count
         self._slow_disk = False
@@ -89,7 +89,7 @@ class _Receiving:
         self._write_kept()
         while self._left is None or self._left > 0:
             # A wait before each read: one fast client must not keep the event loop.
-            conn._wait(conn._read_event)
+            wait_readable(conn)
             deadline = None if self._stream is None else self._stream.deadline
             if deadline is not None and monotonic() >= deadline:
                 raise self._stream.timeout_error(deadline)
@@ -108,7 +108,7 @@ class _Receiving:
                     raise
                 PIPES.refuse(error)
                 try:
-                    check_source(conn._sock, error)
+                    check_source(raw_of(conn), error)
                 except OSError as broken:
                     note_error(conn, broken)
                     raise

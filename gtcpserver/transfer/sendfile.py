@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from .disk import PageCache
-from .ends import has_ended, is_plain, note_error, reset_on_close
+from .ends import has_ended, is_plain, note_error, raw_of, reset_on_close, stream_of, wait_writable
 from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .pipes import REFUSALS
 
@@ -108,7 +108,7 @@ class _Sending:
     def by_kernel(self) -> bool:
         """By sendfile(2). False: it cannot read this file (some of /proc, some FUSE file systems), or is refused."""
         conn, fd = self._conn, self._fd
-        stream: Any = getattr(conn, "_stream", None)
+        stream = stream_of(conn)
         to_next_turn = CHUNK
         while chunk := self._chunk():
             if stream is not None and stream.deadline is not None and monotonic() >= stream.deadline:
@@ -117,13 +117,13 @@ class _Sending:
                 # The socket's descriptor is asked for each time: -1 once another greenlet has closed it.
                 sent = os.sendfile(conn.fileno(), fd, self.position, chunk)
             except BlockingIOError:
-                conn._wait(conn._write_event)
+                wait_writable(conn)
                 continue
             except OSError as error:
                 # An error of the connection or of the file comes again, there.
                 if error.errno in REFUSALS:
                     return False
-                if isinstance(error, ConnectionError) or has_ended(conn._sock):
+                if isinstance(error, ConnectionError) or has_ended(raw_of(conn)):
                     note_error(conn, error)  # otherwise it is one of the file
                 raise
             if not sent:
@@ -136,7 +136,7 @@ class _Sending:
             if self.position < self._size and (sent < chunk or to_next_turn <= 0):
                 # Either the socket is full (do not ask just to be told so), or it takes all we give: then this wait
                 # ends at once, but the other connections' events come first.
-                conn._wait(conn._write_event)
+                wait_writable(conn)
                 to_next_turn = CHUNK
         return True
 
