@@ -75,12 +75,12 @@ check: $(VENV)/dev.stamp
 
 # All of them, even where one fails.
 bench: bench-programs $(VENV)/bench.stamp
-	@status=0; for name in bench transfers proxies workers adapters monitoring options; do \
-	    $(BIN)/python -m loadtests.$$name || status=$$?; \
+	@status=0; for name in "" .transfers .proxies .workers .adapters .monitoring .options; do \
+	    $(BIN)/python -m loadtests.bench$$name || status=$$?; \
 	done; exit $$status
 
 bench-programs:
-	@$(PYTHON) -m loadtests.machine
+	@$(PYTHON) -m loadtests.bench.machine
 
 # -W: a link or anchor that leads nowhere, or a page that no table of contents has, is an error. All pages each time
 # (-E -a): one that has not changed may link to one that has.
@@ -91,7 +91,7 @@ docs-serve: docs
 	exec $(BIN)/gtcpserver files docs/_build/html --bind '$(DOCS_ADDRESS)'
 
 load: $(VENV)/load.stamp
-	$(BIN)/locust -f loadtests/locustfile.py --start-servers --web-host 127.0.0.1
+	$(BIN)/locust -f loadtests/load/locustfile.py --start-servers --web-host 127.0.0.1
 
 # Debian's python3 has no ensurepip without its package python3-venv: then the pip outside installs the one inside.
 $(BIN)/python:

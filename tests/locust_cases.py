@@ -29,15 +29,18 @@ from locust.exception import RescheduleTask, ResponseError, StopTest, StopUser
 from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "loadtests")]
-
-import locustfile  # noqa: E402
-import pass_criteria  # noqa: E402
-import shapes  # noqa: E402
-import tunnels  # noqa: E402
-from tcp_user import Address, ClosedByServer, Reconnect, RequestFailed, TcpUser, insecure_context  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from gtcpserver import Server, TLSConfig  # noqa: E402
+from loadtests.load import locustfile, pass_criteria, shapes, tunnels  # noqa: E402
+from loadtests.tcp_user import (  # noqa: E402
+    Address,
+    ClosedByServer,
+    Reconnect,
+    RequestFailed,
+    TcpUser,
+    insecure_context,
+)
 
 #: For whatever should happen at once.
 SOON = 60.0

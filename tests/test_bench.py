@@ -17,10 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests import (  # noqa: E402
+from loadtests.bench import (  # noqa: E402
     adapters,
     answers,
-    bench,
     compare,
     idle,
     machine,
@@ -31,12 +30,13 @@ from loadtests import (  # noqa: E402
     proxies,
     proxy_peers,
     publish,
+    request_cost,
     scenarios,
     servers,
     transfers,
     turns,
 )
-from loadtests.results import Figures, Ratio, Result, significant  # noqa: E402
+from loadtests.bench.results import Figures, Ratio, Result, significant  # noqa: E402
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is missing: apt-get install wrk")
 
@@ -77,7 +77,9 @@ def test_peers_answer_as_we_do(options):
 def test_peers_agree_on_the_same_tls_and_answer_the_same(tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("openssl is missing")
-    answers.check_answers(servers.installed(list(servers.SERVERS)), bench.make_certificate(str(tmp_path)), tls=True)
+    answers.check_answers(
+        servers.installed(list(servers.SERVERS)), request_cost.make_certificate(str(tmp_path)), tls=True
+    )
 
 
 @pytest.mark.parametrize("name", list(servers.SERVERS))
@@ -121,7 +123,7 @@ def test_an_unequal_answer_is_an_error(monkeypatch, options):
 
 
 def test_what_is_encrypted_is_compared_behind_the_key():
-    from loadtests.peers.common import encrypt
+    from loadtests.bench.peers.common import encrypt
 
     assert answers.decrypt(encrypt(b"x" * 1024)) == b"x" * 1024
     for content in (b"x" * 1040, b"", bytes(15)):
@@ -157,9 +159,9 @@ def test_a_server_that_answers_nothing_is_named_and_left_out(monkeypatch):
     def load(server, *_args, **_options):
         raise measure.NoAnswer("no answer to 10 clients within 1 s")
 
-    monkeypatch.setattr(bench, "load", load)
-    cell = bench.Cell("keepalive", 10, [servers.OURS])
-    found = bench.measure(cell, 2, 1, False, [], turns.Progress(1, 0))
+    monkeypatch.setattr(request_cost, "load", load)
+    cell = request_cost.Cell("keepalive", 10, [servers.OURS])
+    found = request_cost.measure(cell, 2, 1, False, [], turns.Progress(1, 0))
     assert (found.runs, found.failed) == ({}, {servers.OURS: "no answer to 10 clients within 1 s"})
     assert found.table().endswith("gtcpserver: no answer to 10 clients within 1 s.")
 
@@ -222,10 +224,10 @@ def test_a_chatty_server_is_measured_beside_ours_and_the_main_peers(tmp_path):
 
 
 def test_servers_that_are_named_are_the_only_ones_beside_ours():
-    alone = bench.parse(["--server", "threads", "--scenario", "keepalive", "--clients", "10"])
-    (cell,) = bench.cells_of(alone)
+    alone = request_cost.parse(["--server", "threads", "--scenario", "keepalive", "--clients", "10"])
+    (cell,) = request_cost.cells_of(alone)
     assert cell.servers == [servers.OURS, "threads"]
-    assert bench.against_of(scenarios.SCENARIOS["keepalive"], cell.servers) == [servers.OURS]
+    assert request_cost.against_of(scenarios.SCENARIOS["keepalive"], cell.servers) == [servers.OURS]
 
 
 def test_the_eight_tests_of_the_original():
@@ -250,19 +252,19 @@ def test_the_eight_tests_of_the_original():
 
 
 def test_clients_are_as_many_as_descriptors_allow(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "allow_descriptors", lambda: 20_000)
-    assert bench.parse([]).clients == [100, 1000, 10_000]
-    cells = {(cell.scenario, cell.clients) for cell in bench.cells_of(bench.parse(["--original"]))}
+    monkeypatch.setattr(request_cost, "allow_descriptors", lambda: 20_000)
+    assert request_cost.parse([]).clients == [100, 1000, 10_000]
+    cells = {(cell.scenario, cell.clients) for cell in request_cost.cells_of(request_cost.parse(["--original"]))}
     assert {("keepalive", 10_000), ("tls-keepalive", 1000), ("16k", 100)} <= cells
     assert ("tls-keepalive", 10_000) not in cells  # the handshakes alone would take longer than a run
-    asked = bench.parse(["--scenario", "tls-keepalive", "--clients", "10000"])
-    assert len(bench.cells_of(asked)) == 1
-    monkeypatch.setattr(bench, "allow_descriptors", lambda: 4096)
-    assert bench.parse([]).clients == [100, 1000]
+    asked = request_cost.parse(["--scenario", "tls-keepalive", "--clients", "10000"])
+    assert len(request_cost.cells_of(asked)) == 1
+    monkeypatch.setattr(request_cost, "allow_descriptors", lambda: 4096)
+    assert request_cost.parse([]).clients == [100, 1000]
     expected = "left out: 10,000 clients need more descriptors than the limit of 4,096: ulimit -Hn\n"
     assert capsys.readouterr().err == expected
     with pytest.raises(SystemExit):
-        bench.parse(["--clients", "5000"])
+        request_cost.parse(["--clients", "5000"])
     assert "5,000 clients need more descriptors" in capsys.readouterr().err
 
 
@@ -392,7 +394,7 @@ def test_missing_programs_are_installed_by_root(tmp_path):
     (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >>{log}\n')  # which does not install them
     (tmp_path / "apt-get").chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "-m", "loadtests.machine"],
+        [sys.executable, "-m", "loadtests.bench.machine"],
         cwd=ROOT,
         env={"PATH": str(tmp_path)},
         capture_output=True,
@@ -467,7 +469,7 @@ def test_compare_looks_at_other_figures_too(tmp_path, capsys, now, status):
 def test_compare_takes_the_same_settings_only_and_is_called_by_its_path(tmp_path):
     old = write_results(tmp_path / "old", gtcpserver=[10, 10])
     quick = write_results(tmp_path / "new", {"rounds": 2, "seconds": 1, "quick": True}, gtcpserver=[10, 10])
-    for how in (["loadtests/compare.py"], ["-m", "loadtests.compare"]):
+    for how in (["loadtests/bench/compare.py"], ["-m", "loadtests.bench.compare"]):
         for files, status, said in (([old, old], 0, ""), ([old, quick], 2, "they have another settings")):
             done = subprocess.run(
                 [sys.executable, *how, *files], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
@@ -487,7 +489,7 @@ def test_without_matplotlib_there_are_no_plots_and_that_is_said(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     results = write_results(tmp_path / "results.json", gtcpserver=[10, 11], peer=[20, 25])
     assert plots.main([results, str(tmp_path / "plot")]) == 2
-    assert capsys.readouterr().err == "python -m loadtests.plots: plots need matplotlib: pip install '.[bench]'\n"
+    assert capsys.readouterr().err == "python -m loadtests.bench.plots: plots need matplotlib: pip install '.[bench]'\n"
 
 
 def test_plots_are_made_for_light_and_dark_pages(tmp_path):
@@ -527,7 +529,7 @@ needs_peers = pytest.mark.skipif(
 def run_module(name, path, *options):
     """One of the benchmarks; what it has written."""
     done = subprocess.run(
-        [sys.executable, "-m", f"loadtests.{name}", "--json", str(path), *options],
+        [sys.executable, "-m", f"loadtests.bench.{name}", "--json", str(path), *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -733,7 +735,7 @@ def test_what_cannot_be_published_is_one_line(pages, capsys):
     before = (pages / "performance.md").read_text()
     for path in (pages / "x", pages / "none"):
         assert publish.main([str(path)]) == 2
-        assert capsys.readouterr().err.startswith(f"python -m loadtests.publish: {path} cannot be published")
+        assert capsys.readouterr().err.startswith(f"python -m loadtests.bench.publish: {path} cannot be published")
     assert (pages / "performance.md").read_text() == before
 
 
@@ -749,7 +751,7 @@ def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["adapter", "threads", "from_wsgi", "pywsgi", "wsgiref"])
 def test_existing_code_answers_the_same_on_each_server(monkeypatch, kind):
-    command = [servers.PYTHON, "loadtests/peers/existing.py", kind]
+    command = [servers.PYTHON, "loadtests/bench/peers/existing.py", kind]
     monkeypatch.setitem(servers.SERVERS, kind, command)
     with servers.serving(kind) as server:
         answer = answers.answer_of(server)

@@ -412,13 +412,17 @@ def check_pip(block, words):
 def check_python(block, words):
     """The module or file is there, and has the options."""
     if words[1] == "-m":
-        source = ROOT / (words[2].replace(".", "/") + ".py")
+        module = ROOT / words[2].replace(".", "/")
+        source = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
         given = words[3:]
     else:
         source, given = ROOT / words[1], words[2:]
     assert source.exists(), f"{block}: there is no {source}"
-    shared = [ROOT / "loadtests" / name for name in ("measure.py", "turns.py")]
-    known = "".join(path.read_text() for path in (source, *shared))
+    sources = [source, ROOT / "loadtests/bench/turns.py"]
+    if source.name == "__main__.py":  # may leave the options to a module beside it
+        names = re.findall(r"^from \.(\w+) import", source.read_text(), re.MULTILINE)
+        sources += [source.with_name(f"{name}.py") for name in names]
+    known = "".join(path.read_text() for path in sources)
     for option in (word.partition("=")[0] for word in given if word.startswith("--")):
         # "--no-x" is made of "--x" (argparse.BooleanOptionalAction).
         names = {f'"{option}"', f'"--{option.removeprefix("--no-")}"'}
@@ -426,7 +430,7 @@ def check_python(block, words):
 
 
 def check_locust(block, words):
-    sources = "".join(path.read_text() for path in ROOT.glob("loadtests/*.py"))
+    sources = "".join(path.read_text() for path in ROOT.glob("loadtests/load/*.py"))
     for word, value in zip(words[1:], [*words[2:], ""], strict=True):
         if word == "-f":
             assert (ROOT / value).exists(), f"{block}: there is no {value}"

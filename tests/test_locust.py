@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is m
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
 
 LOCUST = [sys.executable, "-m", "locust"]
-LOCUSTFILE = [*LOCUST, "-f", str(ROOT / "loadtests/locustfile.py")]
+LOCUSTFILE = [*LOCUST, "-f", str(ROOT / "loadtests/load/locustfile.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 #: What users of every kind report.

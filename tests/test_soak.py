@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # loadtests is not installed with the package
 
-from loadtests.soak_report import Limits, Sample, Soak, table  # noqa: E402
+from loadtests.soak.report import Limits, Sample, Soak, table  # noqa: E402
 
 needs_locust = pytest.mark.skipif(
     find_spec("locust") is None or find_spec("matplotlib") is None,
@@ -83,7 +83,7 @@ def test_reloads_fail_nothing(tmp_path):
 BAD = """
 import os
 import gevent
-from loadtests.soak_app import handle as good
+from loadtests.soak.app import handle as good
 
 kept = []
 

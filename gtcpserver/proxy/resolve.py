@@ -4,7 +4,7 @@ Look-ups are the system's own (getaddrinfo(3)), so that /etc/hosts, search domai
 set up count. They run in native threads of their own: gevent's default pool has 10 for everything, and names whose
 server does not answer (5 s and more each) fill it at once. The names of one domain may have some of the threads only,
 so that its server holds up nobody else. Clients that ask for the same name share one look-up, and names that nobody
-waits for any more are not looked up. loadtests/resolvers.py measures it; docs/proxy.md has the figures.
+waits for any more are not looked up. loadtests/bench/resolvers.py measures it; docs/proxy.md has the figures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plots of results, as SVG and PNG, for light and dark pages.
 
-python -m loadtests.plots results.json OUTPUT
+python -m loadtests.bench.plots results.json OUTPUT
 """
 
 from __future__ import annotations
@@ -144,17 +144,17 @@ def _ranges(bars: Bars, names: list[str]) -> Iterator[tuple[float, float]]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python -m loadtests.plots RESULTS.json OUTPUT", file=sys.stderr)
+        print("usage: python -m loadtests.bench.plots RESULTS.json OUTPUT", file=sys.stderr)
         return 2
     try:
         output = json.loads(Path(arguments[0]).read_text())
         for path in plot(output, Path(arguments[1])):
             print(path)
     except BenchError as error:
-        print(f"python -m loadtests.plots: {error}", file=sys.stderr)
+        print(f"python -m loadtests.bench.plots: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"python -m loadtests.plots: {arguments[0]} cannot be read: {error}", file=sys.stderr)
+        print(f"python -m loadtests.bench.plots: {arguments[0]} cannot be read: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""What loadtests/soak.py loads: the key-value store of examples/line_protocol.py, in a process that says how it is."""
+"""What loadtests/soak loads: the key-value store of examples/line_protocol.py, in a process that says how it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from greenlet import greenlet
 
 from gtcpserver import Connection, Server
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 import line_protocol
 

@@ -3,7 +3,7 @@
 import socketserver
 from typing import Any
 
-from loadtests.peers.common import announce, blocking_handler, host_and_port, options, tls_context
+from loadtests.bench.peers.common import announce, blocking_handler, host_and_port, options, tls_context
 
 given = options("socketserver.ThreadingTCPServer")
 handle = blocking_handler(given)

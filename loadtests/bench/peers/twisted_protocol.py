@@ -4,7 +4,7 @@ from typing import Any
 
 from twisted.internet import protocol, reactor, ssl
 
-from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options
+from loadtests.bench.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options
 
 given = options("Twisted")
 answer = answer_maker(given)

@@ -11,7 +11,7 @@ The server runs on one CPU, wrk on another. Servers take turns within a round, i
 the rounds, and a ratio is the median of the ratios within the rounds, since a machine's speed changes from minute to
 minute. CPU a request does not depend on whether the client or the server was the limit.
 
-Results go to loadtests/results: JSON (for loadtests/compare.py), a Markdown table, and plots.
+Results go to loadtests/results: JSON (for loadtests.bench.compare), a Markdown table, and plots.
 """
 
 from __future__ import annotations
@@ -241,7 +241,3 @@ def run_all(options: argparse.Namespace) -> int:
         except BenchError as lacking:
             print(lacking, file=sys.stderr)  # the figures are there
     return recording.end(options.publish)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

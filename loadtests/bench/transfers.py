@@ -1,6 +1,6 @@
 """Benchmarks of moving bytes: relays against haproxy and a recv/sendall relay, files against nginx.
 
-    python -m loadtests.transfers [--scenario NAME] [--rounds N] [--gib N]
+    python -m loadtests.bench.transfers [--scenario NAME] [--rounds N] [--gib N]
 
 Every server runs on one CPU, whatever loads it on the other. Servers take turns within a round; figures are medians,
 and ratios are medians of the rounds' ratios. Needs haproxy, nginx and wrk.
@@ -231,7 +231,9 @@ OTHERS = {"slow-relays": slow_relays, "cold-file": cold_file}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.transfers", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.transfers", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, *OTHERS], help="default: all")
     add_arguments(parser, rounds=5)
     parser.add_argument("--gib", type=float, default=2.0, help="moved in each run of bulk data; default: %(default)s")

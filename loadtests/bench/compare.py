@@ -1,6 +1,6 @@
 """What a change did: two results of the same benchmark, one before it and one after.
 
-    python loadtests/compare.py OLD.json NEW.json
+    python loadtests/bench/compare.py OLD.json NEW.json
 
 Exit status 1 if one of our servers is worse than before, beyond the noise: dearer, slower, with more errors, or it can
 no longer be measured. The machine's own change of speed is taken out by that of the peers, and what is left must be
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # called by its path, or by -m
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by its path, or by -m
 
-from loadtests.results import LEAST, Figures, Result, load_figures, load_result, noise_between, spread
+from loadtests.bench.results import LEAST, Figures, Result, load_figures, load_result, noise_between, spread
 
 #: Of a load: figure -> (what it is called, more is better, the least change that is called one). Of the rate and the
 #: latency the client has its part, which the peers' change does not take out.
@@ -147,7 +147,7 @@ def read(path: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python loadtests/compare.py OLD.json NEW.json", file=sys.stderr)
+        print("usage: python loadtests/bench/compare.py OLD.json NEW.json", file=sys.stderr)
         return 2
     try:
         old, new = map(read, arguments)

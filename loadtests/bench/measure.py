@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TICK = os.sysconf("SC_CLK_TCK")
 CPUS = sorted(os.sched_getaffinity(0))
 SERVER_CPU, CLIENT_CPU = CPUS[0], CPUS[min(1, len(CPUS) - 1)]
@@ -202,7 +202,7 @@ def warm_up(server: Listening, clients: int, tls: bool = False) -> None:
             process.send_signal(signal.SIGINT)  # it ends as if its time were over
 
 
-REPORT_SCRIPT = ROOT / "loadtests" / "report.lua"
+REPORT_SCRIPT = Path(__file__).with_name("report.lua")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Worker processes against one: throughput, and CPU a request.
 
-    python -m loadtests.workers [--workers N] [--rounds N] [--seconds N]
+    python -m loadtests.bench.workers [--workers N] [--rounds N] [--seconds N]
 
 The handler computes for 0.15 ms a request, so that the load generator, which shares the CPUs with the workers, needs a
 few per cent of them; its share is shown. One worker and N take turns.
@@ -30,7 +30,7 @@ COLUMNS = ["requests/s", "CPU µs a request", "the client's share of the CPUs"]
 @contextmanager
 def serving(workers: int) -> Iterator[Listening]:
     """The server, when all of its workers are ready."""
-    command = [PYTHON, "-m", "gtcpserver", "serve", "loadtests/peers/heavy.py:handle", "--bind", "127.0.0.1:0"]
+    command = [PYTHON, "-m", "gtcpserver", "serve", "loadtests/bench/peers/heavy.py:handle", "--bind", "127.0.0.1:0"]
     process = subprocess.Popen(
         [*command, "--workers", str(workers)],
         cwd=ROOT,
@@ -90,7 +90,9 @@ def words(figures: Figures) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.workers", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.workers", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument(
         "--workers",
         type=positive,

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
+from loadtests.bench.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
 
 given = options("asyncio streams", uvloop={"action": "store_true"})
 answer = answer_maker(given)

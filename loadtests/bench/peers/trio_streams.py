@@ -4,7 +4,7 @@ import math
 
 import trio
 
-from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
+from loadtests.bench.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
 
 given = options("trio")
 answer = answer_maker(given)

@@ -1,10 +1,10 @@
 """Existing code on our server and on its own: CPU, latency and memory, with many clients.
 
-    python -m loadtests.adapters [--clients N] [--rounds N] [--seconds N] [--publish]
+    python -m loadtests.bench.adapters [--clients N] [--rounds N] [--seconds N] [--publish]
 
 One socketserver handler class runs on socketserver.ThreadingTCPServer and by from_socketserver; one WSGI application on
-wsgiref's server with threads, on gevent.pywsgi.WSGIServer and by from_wsgi (loadtests/peers/existing.py). They take
-turns. wsgiref knows no keep-alive: it gets a new connection for each request, so that part of what its row costs is the
+wsgiref's server with threads, on gevent.pywsgi.WSGIServer and by from_wsgi (peers/existing.py). They take turns.
+wsgiref knows no keep-alive: it gets a new connection for each request, so that part of what its row costs is the
 connections'.
 """
 
@@ -43,7 +43,7 @@ def measure(title: str, clients: int, rounds: int, seconds: int, progress: Progr
     """One of GROUPS under load, and the memory of its idle connections."""
     kinds = GROUPS[title]
     for name, kind in kinds.items():
-        SERVERS[name] = [PYTHON, "loadtests/peers/existing.py", kind]
+        SERVERS[name] = [PYTHON, "loadtests/bench/peers/existing.py", kind]
 
     def run(name: str) -> Run:
         with serving(name) as server:
@@ -65,7 +65,9 @@ def measure(title: str, clients: int, rounds: int, seconds: int, progress: Progr
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.adapters", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.adapters", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--clients", type=positive, default=1000, help="default: %(default)s")
     add_arguments(parser, rounds=3)
     parser.add_argument("--seconds", type=positive, default=5, help="of each run; default: %(default)s")

@@ -1,8 +1,8 @@
 """Load tests with locust, of gtcpserver's own servers and of yours.
 
-    locust -f loadtests/locustfile.py --start-servers --web-host 127.0.0.1   # the web interface, http://localhost:8089
-    locust -f loadtests/locustfile.py --start-servers --headless -u 50 -r 50 -t 15s --fail-ratio 0 --html report.html
-    locust -f loadtests/locustfile.py --echo-server 10.0.0.7:5000 --headless -u 500 -r 100 -t 5m EchoUser
+    locust -f loadtests/load/locustfile.py --start-servers --web-host 127.0.0.1  # web interface, http://localhost:8089
+    locust -f loadtests/load/locustfile.py --start-servers --headless -u 50 -r 50 -t 15s --fail-ratio 0 --html load.html
+    locust -f loadtests/load/locustfile.py --echo-server 10.0.0.7:5000 --headless -u 500 -r 100 -t 5m EchoUser
 
 Each kind of user needs a server that speaks its protocol; those whose server has no address take no part. What a user
 of your own looks like: LineUser, below, and docs/load-testing.md.
@@ -16,17 +16,23 @@ import random
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import gevent
-import pass_criteria  # noqa: F401 (adds options)
-import shapes
-from local_servers import LocalServers, StartError, start_all
 from locust import FastHttpUser, User, events, tag, task
 from locust.exception import StopTest
 from locust.runners import WorkerRunner
-from tcp_user import Address, TcpUser, insecure_context
-from tunnels import connect_request, http_url, socks5_request
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # locust loads this file by its path
+
+from loadtests.load import (
+    pass_criteria,  # noqa: F401 (adds options)
+    shapes,
+)
+from loadtests.load.tunnels import connect_request, http_url, socks5_request
+from loadtests.local_servers import LocalServers, StartError, start_all
+from loadtests.tcp_user import Address, TcpUser, insecure_context
 
 #: Servers that users need -> what speaks the protocol here.
 SERVERS = {

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from loadtests.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
+from loadtests.bench.peers.common import END_OF_HEAD, announce, answer_maker, host_and_port, options, tls_context
 
 given = options("asyncio Protocol", uvloop={"action": "store_true"})
 keepalive = given.keepalive

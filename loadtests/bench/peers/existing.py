@@ -1,6 +1,6 @@
 """Existing code, served by each of those who can: one socketserver handler class, and one WSGI application.
 
-    python loadtests/peers/existing.py KIND [--listen HOST:PORT]
+    python loadtests/bench/peers/existing.py KIND [--listen HOST:PORT]
 
 KIND is threads (the handler class on socketserver.ThreadingTCPServer), adapter (the same by from_socketserver),
 wsgiref (the application on wsgiref's server with threads), pywsgi (on gevent.pywsgi.WSGIServer) or from_wsgi.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from loadtests.peers.common import announce, host_and_port, response
+from loadtests.bench.peers.common import announce, host_and_port, response
 
 BODY = b"x" * 1024
 ANSWER = response(BODY, True)

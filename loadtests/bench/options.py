@@ -1,6 +1,6 @@
 """What the options of the listening sockets, and worker processes, do here.
 
-    python -m loadtests.options [--rounds N] [--seconds N] [--publish]
+    python -m loadtests.bench.options [--rounds N] [--seconds N] [--publish]
 
 Each is measured in turn with the default. TCP Fast Open is tried on a link with a delay of 5 ms each way, which needs
 root.
@@ -26,7 +26,7 @@ from .results import Figures, Result
 from .servers import PYTHON
 from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
 
-EACH, KEPT = "loadtests/peers/served.py:each", "loadtests/peers/served.py:kept"
+EACH, KEPT = "loadtests/bench/peers/served.py:each", "loadtests/bench/peers/served.py:kept"
 
 #: title -> (handler, clients, name -> options)
 VARIANTS: dict[str, tuple[str, int, dict[str, list[str]]]] = {
@@ -110,13 +110,13 @@ def measure(title: str, rounds: int, seconds: int, progress: Progress) -> Result
 
 
 def fast_open(rounds: int) -> Figures:
-    """Time to the answer with and without TCP Fast Open; see loadtests.fast_open."""
+    """Time to the answer with and without TCP Fast Open; see loadtests.bench.fast_open."""
     figures = Figures(
         f"TCP Fast Open, {fast_open_link.DELAY * 1000:g} ms each way: until the answer on a new connection",
         ["ms", "of the connections, counted by the kernel as opened so"],
     )
     done = subprocess.run(
-        [PYTHON, "-m", "loadtests.fast_open", "--rounds", str(rounds)],
+        [PYTHON, "-m", "loadtests.bench.fast_open", "--rounds", str(rounds)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -133,7 +133,9 @@ def fast_open(rounds: int) -> Figures:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.options", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.options", description=(__doc__ or "").split("\n")[0]
+    )
     add_arguments(parser, rounds=9)
     parser.add_argument("--seconds", type=positive, default=2, help="of each run; default: %(default)s")
     given = parser.parse_args(arguments)

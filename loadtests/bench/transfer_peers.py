@@ -125,7 +125,12 @@ def _haproxy(port: int, target: int, folder: str) -> list[str]:
 RELAYS: dict[str, Relay] = {
     OURS: lambda port, target, _: [PYTHON, "-m", "gtcpserver", "forward", f"127.0.0.1:{port}", f"127.0.0.1:{target}"],
     "haproxy, splice forced": _haproxy,
-    "recv/sendall on gevent": lambda port, target, _: [PYTHON, "loadtests/peers/copy_relay.py", str(port), str(target)],
+    "recv/sendall on gevent": lambda port, target, _: [
+        PYTHON,
+        "loadtests/bench/peers/copy_relay.py",
+        str(port),
+        str(target),
+    ],
 }
 
 

@@ -4,7 +4,7 @@ from gevent import get_hub, sleep, ssl
 from gevent.pool import Pool
 from gevent.server import StreamServer
 
-from loadtests.peers.common import announce, blocking_handler, host_and_port, options, tls_context
+from loadtests.bench.peers.common import announce, blocking_handler, host_and_port, options, tls_context
 
 given = options("gevent StreamServer", pool={"type": int})
 handle = blocking_handler(given, sleep)

@@ -1,7 +1,7 @@
 """The servers that are compared, and how they are started: each says "listening on HOST:PORT", or is told its port.
 
 All of them know the same options: --listen HOST:PORT, --size BYTES, --no-keepalive, --sleep MS, --aes128, --timeout
-SECONDS, --tls-cert FILE, --tls-key FILE; and give the same answer, which loadtests.answers looks at.
+SECONDS, --tls-cert FILE, --tls-key FILE; and give the same answer, which loadtests.bench.answers looks at.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ SERVERS: dict[str, list[str]] = {
     # The same work as the peers' handlers do; in the next row the wait between requests is marked as well.
     OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
     "gtcpserver, idle()": [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
-    "gtcpserver StreamServer": [PYTHON, "loadtests/peers/gtcpserver_stream.py"],
-    "gevent StreamServer": [PYTHON, "loadtests/peers/gevent_stream.py"],
-    "gevent StreamServer, Pool": [PYTHON, "loadtests/peers/gevent_stream.py", "--pool", "10000"],
-    "asyncio streams": [PYTHON, "loadtests/peers/asyncio_streams.py"],
-    "asyncio Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py"],
-    "uvloop streams": [PYTHON, "loadtests/peers/asyncio_streams.py", "--uvloop"],
-    "uvloop Protocol": [PYTHON, "loadtests/peers/asyncio_protocol.py", "--uvloop"],
-    "Twisted": [PYTHON, "loadtests/peers/twisted_protocol.py"],
-    "trio": [PYTHON, "loadtests/peers/trio_streams.py"],
-    "threads": [PYTHON, "loadtests/peers/threads_socketserver.py"],
+    "gtcpserver StreamServer": [PYTHON, "loadtests/bench/peers/gtcpserver_stream.py"],
+    "gevent StreamServer": [PYTHON, "loadtests/bench/peers/gevent_stream.py"],
+    "gevent StreamServer, Pool": [PYTHON, "loadtests/bench/peers/gevent_stream.py", "--pool", "10000"],
+    "asyncio streams": [PYTHON, "loadtests/bench/peers/asyncio_streams.py"],
+    "asyncio Protocol": [PYTHON, "loadtests/bench/peers/asyncio_protocol.py"],
+    "uvloop streams": [PYTHON, "loadtests/bench/peers/asyncio_streams.py", "--uvloop"],
+    "uvloop Protocol": [PYTHON, "loadtests/bench/peers/asyncio_protocol.py", "--uvloop"],
+    "Twisted": [PYTHON, "loadtests/bench/peers/twisted_protocol.py"],
+    "trio": [PYTHON, "loadtests/bench/peers/trio_streams.py"],
+    "threads": [PYTHON, "loadtests/bench/peers/threads_socketserver.py"],
 }
-#: Those that have all CPUs but the client's. With two CPUs there are none: see loadtests.workers.
+#: Those that have all CPUs but the client's. With two CPUs there are none: see loadtests.bench.workers.
 WITH_WORKERS = f"gtcpserver, {WORKERS} workers"
 if WORKERS > 1:
     SERVERS[WITH_WORKERS] = [*SERVERS[OURS], "--workers", str(WORKERS)]

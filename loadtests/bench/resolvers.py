@@ -1,6 +1,6 @@
 """How long a look-up takes while others wait for a name server that does not answer: our resolver, and gevent's three.
 
-    python -m loadtests.resolvers [--slow 0,30,100,300,300/300]
+    python -m loadtests.bench.resolvers [--slow 0,30,100,300,300/300]
 
 It runs in a network namespace of its own (root, unshare(1), ip(8), dnsmasq): a dnsmasq knows every name below good.test
 at once, and asks a server that never answers about those of slow domains. So many clients as --slow says ask for one of
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 #: How each is chosen: GEVENT_RESOLVER (gevent's documentation, "Name Resolution (DNS)"); ours does not depend on it.
 KINDS = {"gtcpserver": "thread", "gevent thread": "thread", "gevent ares": "ares", "gevent dnspython": "dnspython"}
@@ -52,8 +52,8 @@ def main() -> None:
             inside(Path(folder), options.slow.split(","))
     else:
         if os.geteuid() != 0:
-            sys.exit("loadtests.resolvers: needs root, for a network namespace")
-        command = ["unshare", "--net", "--mount", sys.executable, "-m", "loadtests.resolvers", "--inside"]
+            sys.exit("loadtests.bench.resolvers: needs root, for a network namespace")
+        command = ["unshare", "--net", "--mount", sys.executable, "-m", "loadtests.bench.resolvers", "--inside"]
         sys.exit(subprocess.run([*command, "--slow", options.slow], cwd=ROOT).returncode)
 
 
@@ -75,7 +75,7 @@ def inside(folder: Path, slow: list[str]) -> None:
                     continue
                 found = []
                 for number in slow:
-                    command = [sys.executable, "-m", "loadtests.resolvers", "--one", kind, number]
+                    command = [sys.executable, "-m", "loadtests.bench.resolvers", "--one", kind, number]
                     environment = {**os.environ, "GEVENT_RESOLVER": chosen}
                     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
                     found.append(done.stdout.strip() or "fails")

@@ -1,9 +1,9 @@
 """Put results into the documentation: tables between the marks of docs/performance.md and README.md, and the plots.
 
-    python -m loadtests.publish RESULTS.json...
+    python -m loadtests.bench.publish RESULTS.json...
 
-Each is what a benchmark has written: loadtests.bench, transfers, proxies, workers, adapters, monitoring or options. All
-of them do this by themselves with --publish.
+Each is what a benchmark has written: loadtests.bench itself, or transfers, proxies, workers, adapters, monitoring or
+options in it. All of them do this by themselves with --publish.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _workers(found: dict[str, Result | Figures]) -> list[str]:
     assert isinstance(figures, Figures)
     client = figures.median(list(figures.runs)[-1])[2]
     work = f"a handler that computes for 0.15 ms, so that the load generator had {client:.0%} of the CPUs"
-    return [f"{words(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.workers`.)"]
+    return [f"{words(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.bench.workers`.)"]
 
 
 #: Program -> what of it is in README.md.
@@ -156,12 +156,12 @@ IN_README = {"bench": _bench, "transfers": _transfers, "proxies": _proxies, "wor
 
 def main(arguments: list[str]) -> int:
     if not arguments:
-        print("usage: python -m loadtests.publish RESULTS.json...", file=sys.stderr)
+        print("usage: python -m loadtests.bench.publish RESULTS.json...", file=sys.stderr)
         return 2
     try:
         publish_all(map(Path, arguments))
     except BenchError as problem:
-        print(f"python -m loadtests.publish: {problem}", file=sys.stderr)
+        print(f"python -m loadtests.bench.publish: {problem}", file=sys.stderr)
         return 2
     return 0
 

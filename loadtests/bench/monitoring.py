@@ -1,6 +1,6 @@
 """What a monitor costs: server CPU of a request with --metrics, scraped every second, against without, in turn.
 
-    python -m loadtests.monitoring [--rounds N] [--seconds N] [--clients N]
+    python -m loadtests.bench.monitoring [--rounds N] [--seconds N] [--clients N]
 
 The handler does next to nothing, so the ratio is the worst there is. The CPU time is that of the server's process,
 which answers the scrapes as well.
@@ -46,7 +46,15 @@ SCRAPE_SECONDS = 1.0
 @contextmanager
 def serving(metrics: bool) -> Iterator[tuple[Listening, str]]:
     """Yields the server, and where the metrics are ("" for nowhere)."""
-    command = [sys.executable, "-m", "gtcpserver", "serve", "loadtests/peers/idle.py:handle", "--bind", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "gtcpserver",
+        "serve",
+        "loadtests/bench/peers/idle.py:handle",
+        "--bind",
+        "127.0.0.1:0",
+    ]
     more = ["--metrics", "127.0.0.1:0"] if metrics else []
     process = subprocess.Popen(
         [*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=prepare(SERVER_CPU)
@@ -121,7 +129,9 @@ def words(figures: Figures) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.monitoring", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.monitoring", description=(__doc__ or "").split("\n")[0]
+    )
     add_arguments(parser, rounds=9)
     parser.add_argument("--seconds", type=positive, default=4, help="of each run; default: %(default)s")
     parser.add_argument("--clients", type=positive, default=100)

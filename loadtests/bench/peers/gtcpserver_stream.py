@@ -4,7 +4,7 @@ from gevent import sleep, ssl
 from gevent.pool import Pool
 
 from gtcpserver import StreamServer
-from loadtests.peers.common import announce, blocking_handler, host_and_port, options, tls_context
+from loadtests.bench.peers.common import announce, blocking_handler, host_and_port, options, tls_context
 
 given = options("gtcpserver StreamServer", pool={"type": int})
 handle = blocking_handler(given, sleep)

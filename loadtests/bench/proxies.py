@@ -1,6 +1,6 @@
 """Benchmarks of the proxy, in turn with others: short connections, bulk data, idle tunnels.
 
-    python -m loadtests.proxies [--scenario NAME] [--proxy NAME] [--rounds N] [--connections N] [--gib N] [--quick]
+    python -m loadtests.bench.proxies [--scenario NAME] [--proxy NAME] [--connections N] [--gib N] [--quick] ...
 
 Every proxy runs on one CPU, its clients and the destination on the other. CPU is that of all of its processes, those
 that have ended included. Servers take turns within a round; figures are medians, and ratios are medians of the rounds'
@@ -130,7 +130,9 @@ SCENARIOS: dict[str, tuple[str, Callable[[str, Options], Figures]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.proxies", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.proxies", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
     parser.add_argument("--proxy", action="append", choices=list(PROXIES), help="compare with these; default: all")
     add_arguments(parser, rounds=5)

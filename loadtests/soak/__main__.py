@@ -38,10 +38,10 @@ from locust.util.timespan import parse_timespan
 
 from gtcpserver.supervisor import ask
 
-from .local_servers import ROOT, LocalServers, StartError
-from .soak_app import EVERY, REPORT_TO
-from .soak_report import Limits, Sample, Soak, table
-from .tcp_user import TcpUser
+from ..local_servers import ROOT, LocalServers, StartError
+from ..tcp_user import TcpUser
+from .app import EVERY, REPORT_TO
+from .report import Limits, Sample, Soak, table
 
 #: Connections of users who have left must be gone from the server after so many seconds.
 DRAIN_SECONDS = 20.0
@@ -469,10 +469,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-greenlet-growth", type=whole(0), default=Limits.greenlets, metavar="N")
     parser.add_argument(
         "--handler",
-        default="loadtests.soak_app:handle",
+        default="loadtests.soak.app:handle",
         metavar="MODULE:NAME",
         help="what to test instead: it must speak the protocol of examples/line_protocol.py and import "
-        "loadtests.soak_app, which reports how the process is",
+        "loadtests.soak.app, which reports how the process is",
     )
     options = parser.parse_args(arguments)
     options.reload_every = options.reload_every or max(1.0, options.run_time / 10)

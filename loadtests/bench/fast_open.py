@@ -1,6 +1,6 @@
 """TCP Fast Open (RFC 7413) on a link with a delay: milliseconds until the answer to a request on a new connection.
 
-    python -m loadtests.fast_open [--rounds N]
+    python -m loadtests.bench.fast_open [--rounds N]
 
 Needs root. The client and the server are in network namespaces of their own. What links them is this program, which
 carries each packet from one TUN device to the other some milliseconds later: the kernel's own way of delaying packets
@@ -150,7 +150,9 @@ def measure(rounds: int) -> dict[str, list[list[float]]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.fast_open", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.fast_open", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     try:

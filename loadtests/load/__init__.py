@@ -1,0 +1,1 @@
+"""Load tests with locust: of gtcpserver's own servers, and of the user's."""
