@@ -36,7 +36,6 @@ from urllib.parse import urlsplit
 
 import gevent
 from locust import User, events
-from locust.event import EventHook
 from locust.exception import CatchResponseError, RescheduleTask, ResponseError, StopTest, StopUser
 
 #: What is asked of the kernel at once.
@@ -132,17 +131,19 @@ class TcpClient:
 
     Attributes:
         user: whose it is; its attributes are the options.
+        address: where it connects to.
         socket: the connection, gevent's socket or SSL socket, for what is not here; None while there is none.
+        failures: in a row; :meth:`connect` waits after one.
+        under_way: the request that is being measured.
     """
 
     def __init__(self, user: TcpUser, address: Address) -> None:
         self.user = user
         self.address = address
         self.socket: Any = None
-        self._event: EventHook = user.environment.events.request
+        self.failures = 0
+        self.under_way: Request | None = None
         self._kept = b""  # read, and not asked for yet
-        self._failures = 0  # in a row
-        self._request: Request | None = None  # the one under way
 
     # -- connecting --------------------------------------------------------------------------------------------------
 
@@ -154,25 +155,30 @@ class TcpClient:
         """
         if self.socket is not None:
             return
-        if self._request is None:
-            self._wait_to_reconnect()
+        if self.under_way is None:
+            self.wait_to_reconnect()
         self._measured(name, self._open)
         try:
             if self.address.tls or self.user.tls:
                 self.start_tls()
             self.user.on_connect()
         except BaseException:
-            self._drop()
-            self._failures = self._failures or 1
+            self.drop()
+            self.failures = self.failures or 1
             raise
 
-    def _wait_to_reconnect(self) -> None:
-        if not self._failures:
+    def wait_to_reconnect(self) -> None:
+        """Wait after a failure, as the user's ``reconnect`` says.
+
+        Raises:
+            StopUser: there were too many in a row.
+        """
+        if not self.failures:
             return
         policy = self.user.reconnect
-        if policy is None or (policy.attempts is not None and self._failures >= policy.attempts):
-            raise StopUser(f"gave up after {self._failures} failures in a row")
-        gevent.sleep(policy.wait(self._failures))
+        if policy is None or (policy.attempts is not None and self.failures >= policy.attempts):
+            raise StopUser(f"gave up after {self.failures} failures in a row")
+        gevent.sleep(policy.wait(self.failures))
 
     def _open(self) -> None:
         user, address = self.user, self.address
@@ -233,7 +239,7 @@ class TcpClient:
 
     def _measured(self, name: str, call: Callable[..., _T], *arguments: Any) -> _T:
         """A request of its own, or a part of the one under way."""
-        if self._request is not None:
+        if self.under_way is not None:
             return call(*arguments)
         if self.socket is None and call != self._open:
             self.connect()
@@ -351,7 +357,7 @@ class TcpClient:
         except TimeoutError:
             raise TimeoutError(f"no whole answer within {self.user.timeout} s") from None
         if data:
-            self._failures = 0  # it works again
+            self.failures = 0  # it works again
         return data
 
     def _closed(self, partial: bytes) -> ClosedByServer:
@@ -359,8 +365,8 @@ class TcpClient:
 
     @property
     def _count(self) -> Request:
-        assert self._request is not None  # see _measured
-        return self._request
+        assert self.under_way is not None  # see _measured
+        return self.under_way
 
     def _take(self, data: bytes) -> bytes:
         request = self._count
@@ -378,8 +384,8 @@ class TcpClient:
     def close(self) -> None:
         """Close the connection, if there is one. The next call connects again, at once."""
         if self.socket is not None:
-            self._failures = 0
-        self._drop()
+            self.failures = 0
+        self.drop()
 
     def reset(self) -> None:
         """Close with a reset, as a client does that crashes: the server gets ECONNRESET (SO_LINGER 0, socket(7))."""
@@ -387,8 +393,11 @@ class TcpClient:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
-    def _drop(self) -> None:
-        # After a failure too: what still comes on this connection would be taken for the answer to something else.
+    def drop(self) -> None:
+        """As :meth:`close`, but failures stay counted: for a connection that failed.
+
+        What still comes on it would be taken for the answer to something else.
+        """
         sock, self.socket, self._kept = self.socket, None, b""
         if sock is not None:
             sock.close()
@@ -410,6 +419,7 @@ class Request:
         response: for listeners of locust's event; the last bytes received, unless something else is assigned.
         response_length: for the column "Average size", bytes; None: those received, or sent where none were.
         context: for listeners of locust's event.
+        exception: what the request is reported to have failed by; None: it has not.
         received, sent: bytes so far.
     """
 
@@ -418,10 +428,10 @@ class Request:
         "_began",
         "_client",
         "_connect",
-        "_exception",
         "_paused",
         "_started",
         "context",
+        "exception",
         "name",
         "received",
         "response",
@@ -436,7 +446,7 @@ class Request:
         self._connect = connect
         self._began: float | None = None
         self._paused = 0.0
-        self._exception: BaseException | None = None
+        self.exception: BaseException | None = None
         self.name = name
         self.context = context
         self.response: Any = None
@@ -445,8 +455,8 @@ class Request:
 
     def failure(self, why: str | BaseException) -> None:
         """Report the request as failed. Give equal messages to equal failures: locust counts them by message."""
-        measured = self._client._request or self  # this one may be a part of another
-        measured._exception = why if isinstance(why, BaseException) else CatchResponseError(why)
+        measured = self._client.under_way or self  # this one may be a part of another
+        measured.exception = why if isinstance(why, BaseException) else CatchResponseError(why)
 
     def sleep(self, seconds: float) -> None:
         """Let the user pause in the midst of the request; the time reported is without it."""
@@ -456,20 +466,20 @@ class Request:
 
     def begin(self) -> None:
         """Start the clock."""
-        self._client._request = self
+        self._client.under_way = self
         self._started = time.time()
         self._began = time.perf_counter()
 
     def __enter__(self) -> Request:
         client = self._client
-        if client._request is not None:
+        if client.under_way is not None:
             return self  # a part of another: of one that connects and calls on_connect; or _measured has begun it
         if not self._connect:
             client.connect()
             self.begin()
             return self
         client.close()
-        client._wait_to_reconnect()
+        client.wait_to_reconnect()
         self.begin()
         try:
             client.connect()
@@ -485,23 +495,23 @@ class Request:
             return
         seconds = time.perf_counter() - self._began - self._paused
         client = self._client
-        client._request = None
+        client.under_way = None
         if error is not None:
-            client._drop()
+            client.drop()
             if not isinstance(error, Exception) or isinstance(error, (StopUser, StopTest)):
                 return  # locust ends this user; nothing has failed
-            client._failures += 1
-            self._exception = error
+            client.failures += 1
+            self.exception = error
         user = client.user
         length = self.response_length
-        client._event.fire(  # type: ignore[no-untyped-call]
+        user.environment.events.request.fire(
             request_type=user.request_type,
             name=self.name,
             response_time=seconds * 1000,
             response_length=(self.received or self.sent) if length is None else length,
             response=self.response,
             context={**user.context(), **(self.context or {})},
-            exception=self._exception,
+            exception=self.exception,
             start_time=self._started,
         )
         if isinstance(error, FAILURES):

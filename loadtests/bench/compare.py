@@ -108,9 +108,9 @@ def _of_one(kind: str, name: str, old: dict[str, Any], new: dict[str, Any]) -> I
         if server not in after.runs:
             yield Broken(name, server, f"missing: {after.failed.get(server, 'it took no part')}")
         elif isinstance(before, Result) and isinstance(after, Result):
-            errors, now = before.errors(server), after.errors(server)
-            if now > errors * MORE_ERRORS * len(after.runs[server]) / len(before.runs[server]):
-                yield Broken(name, server, f"{now} errors, {errors} before")
+            earlier, errors = before.errors(server), after.errors(server)
+            if errors > earlier * MORE_ERRORS * len(after.runs[server]) / len(before.runs[server]):
+                yield Broken(name, server, f"{errors} errors, {earlier} before")
     for title, more_is_better, least, was, now in _figures(before, after):
         both = [server for server in was if server in now]
         change = {server: statistics.median(now[server]) / (statistics.median(was[server]) or 1e-9) for server in both}

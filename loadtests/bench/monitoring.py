@@ -31,8 +31,7 @@ from .measure import (
     read_report,
     wrk,
 )
-from .results import Figures, Ratio
-from .servers import OURS
+from .results import OURS, Figures, Ratio
 from .turns import Recording, add_arguments, positive, seed_of, take_turns
 
 COLUMNS = ["CPU µs a request", "requests/s"]

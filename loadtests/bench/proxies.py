@@ -24,8 +24,7 @@ from functools import partial
 from .measure import CLIENT_CPU, BenchError, allow_descriptors
 from .proxy_clients import Holder, ShortTarget, short_connections, through
 from .proxy_peers import PROXIES, Proxy, Running, cpu_of, memory_of, running
-from .results import Figures
-from .servers import OURS
+from .results import OURS, Figures
 from .transfer_peers import CHUNK, GIB, Target, discard
 from .turns import Progress, Recording, add_arguments, seed_of, take_turns
 

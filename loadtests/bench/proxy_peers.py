@@ -23,7 +23,8 @@ from .measure import (
     prepare,
     processes,
 )
-from .servers import OURS, PYTHON, free_port
+from .results import OURS
+from .servers import PYTHON, free_port
 from .transfer_peers import HAPROXY
 
 OURS_FILE = """

@@ -17,10 +17,8 @@ from typing import Any
 
 from .measure import ROOT, BenchError
 from .plots import plot
-from .results import Figures, Result, load_figures, load_result, significant
+from .results import OURS, Figures, Ratio, Result, load_figures, load_result, significant
 from .scenarios import GEVENT, GEVENT_POOL, UVLOOP
-from .servers import OURS
-from .workers import words
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -142,12 +140,20 @@ def _proxies(found: dict[str, Result | Figures]) -> list[str]:
     return lines
 
 
+def several_against_one(figures: Figures) -> str:
+    """What N workers are to one: a sentence on the figures of loadtests.bench.workers."""
+    one, several = figures.runs
+    pairs = list(zip(figures.runs[several], figures.runs[one], strict=True))
+    rate, cpu = (Ratio.of(n[column] / one[column] for n, one in pairs) for column in (0, 1))
+    return f"{several.partition(', ')[2]} serve {rate} times the requests of one, at {cpu} of its CPU a request."
+
+
 def _workers(found: dict[str, Result | Figures]) -> list[str]:
     figures = found["workers"]
     assert isinstance(figures, Figures)
     client = figures.median(list(figures.runs)[-1])[2]
     work = f"a handler that computes for 0.15 ms, so that the load generator had {client:.0%} of the CPUs"
-    return [f"{words(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.bench.workers`.)"]
+    return [f"{several_against_one(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.bench.workers`.)"]
 
 
 #: Program -> what of it is in README.md.

@@ -28,10 +28,10 @@ from importlib.util import find_spec
 from .answers import check_answers
 from .idle import kind
 from .machine import need
-from .measure import CLIENT_CPU, SERVER_CPU, BenchError, Run, allow_descriptors, load, warm_up
-from .results import Result
+from .measure import CLIENT_CPU, CPUS, SERVER_CPU, BenchError, Run, allow_descriptors, load, warm_up
+from .results import OURS, Result
 from .scenarios import GEVENT, MAIN, ORIGINAL, OTHER_SERVERS, OTHERS, PUBLISHED, SCENARIOS, UVLOOP, Scenario
-from .servers import CPUS, OURS, OWN, SERVERS, WITH_WORKERS, WORKERS, add_server, installed, serving
+from .servers import OWN, SERVERS, WITH_WORKERS, WORKERS, add_server, installed, serving
 from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
 
 #: Those of the default. The last are left out where descriptors do not allow them.

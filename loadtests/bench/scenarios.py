@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .servers import OURS, SERVERS
+from .results import OURS
+from .servers import SERVERS
 
 GEVENT, GEVENT_POOL, UVLOOP = "gevent StreamServer", "gevent StreamServer, Pool", "uvloop Protocol"
 

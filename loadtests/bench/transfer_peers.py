@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .measure import ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, kill_all, prepare
-from .servers import OURS, PYTHON
+from .results import OURS
+from .servers import PYTHON
 
 GIB = 1 << 30
 CHUNK = 1 << 20

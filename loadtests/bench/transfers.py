@@ -25,8 +25,8 @@ from typing import Any
 
 from .machine import need
 from .measure import CLIENT_CPU, BenchError, Listening, allow_descriptors, cpu_seconds, load, memory_kib
-from .results import Figures
-from .servers import OURS, PYTHON, free_port
+from .results import OURS, Figures
+from .servers import PYTHON, free_port
 from .transfer_peers import CHUNK, FILE_SERVERS, GIB, MEDIUM, RELAYS, SMALL, Target, discard, running
 from .turns import Recording, add_arguments, seed_of, take_turns
 

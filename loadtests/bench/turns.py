@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from .machine import machine
 from .measure import ROOT, BenchError
+from .publish import publish_all
 from .results import Figures, Result
 
 RESULTS = ROOT / "loadtests" / "results"
@@ -127,8 +128,6 @@ class Recording:
         """The exit status: 1 if one of our own servers could not be measured."""
         print(self.path)
         if publish:
-            from .publish import publish_all
-
             publish_all([self.path])
         return int(self.ours_failed)
 

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 
 from .machine import need
 from .measure import CPUS, ROOT, START_TIMEOUT, BenchError, Listening, cpu_of_session, kill_all, read_report, wrk
-from .results import Figures, Ratio
-from .servers import OURS, PYTHON
+from .publish import several_against_one
+from .results import OURS, Figures
+from .servers import PYTHON
 from .turns import Recording, add_arguments, positive, seed_of, take_turns
 
 COLUMNS = ["requests/s", "CPU µs a request", "the client's share of the CPUs"]
@@ -81,14 +82,6 @@ def named(workers: int) -> str:
     return f"{OURS}, {workers} worker{'s' if workers > 1 else ''}"
 
 
-def words(figures: Figures) -> str:
-    """What N workers are to one."""
-    one, several = figures.runs
-    pairs = list(zip(figures.runs[several], figures.runs[one], strict=True))
-    rate, cpu = (Ratio.of(n[column] / one[column] for n, one in pairs) for column in (0, 1))
-    return f"{several.partition(', ')[2]} serve {rate} times the requests of one, at {cpu} of its CPU a request."
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.bench.workers", description=(__doc__ or "").split("\n")[0]
@@ -116,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = Figures(title, COLUMNS, found, failed, more_is_better=True)
         recording.figures("workers", figures)
         if not failed:
-            print(words(figures))
+            print(several_against_one(figures))
         return recording.end(options.publish)
     except (BenchError, OSError, subprocess.CalledProcessError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)

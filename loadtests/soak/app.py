@@ -6,18 +6,13 @@ import gc
 import json
 import os
 import socket
-import sys
-from pathlib import Path
 from typing import Any
 
 import gevent
 from greenlet import greenlet
 
+from examples import line_protocol
 from gtcpserver import Connection, Server
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-
-import line_protocol
 
 #: A unix datagram socket; not there when the program runs by itself.
 REPORT_TO = "GTCPSERVER_SOAK_REPORT_TO"

@@ -15,9 +15,9 @@ class Http(protocol.Protocol):
     def connectionMade(self) -> None:
         self.data = b""
         self.timer: Any = None
-        self.transport.setTcpNoDelay(True)  # type: ignore[union-attr]
+        self.transport.setTcpNoDelay(True)
         if timeout is not None:
-            self.timer = reactor.callLater(timeout, self.transport.abortConnection)  # type: ignore[attr-defined,union-attr]
+            self.timer = reactor.callLater(timeout, self.transport.abortConnection)
 
     def dataReceived(self, more: bytes) -> None:
         if self.timer is not None:
@@ -30,11 +30,11 @@ class Http(protocol.Protocol):
             else:
                 head, rest = rest[:end], rest[end:]
             if not head.startswith(b"GET /"):
-                self.transport.loseConnection()  # type: ignore[union-attr]
+                self.transport.loseConnection()
                 return
             keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
             if sleep:
-                reactor.callLater(sleep, self.answer, keep)  # type: ignore[attr-defined]
+                reactor.callLater(sleep, self.answer, keep)
             else:
                 self.answer(keep)
             if not keep:
@@ -42,9 +42,9 @@ class Http(protocol.Protocol):
         self.data = rest
 
     def answer(self, keep: bool) -> None:
-        self.transport.write(answer(keep))  # type: ignore[union-attr]
+        self.transport.write(answer(keep))
         if not keep:
-            self.transport.loseConnection()  # type: ignore[union-attr]
+            self.transport.loseConnection()
 
     def connectionLost(self, reason: Any = None) -> None:
         if self.timer is not None and self.timer.active():
@@ -55,9 +55,9 @@ factory = protocol.Factory.forProtocol(Http)
 host, port = host_and_port(given.listen)
 if given.tls_cert is not None:
     context = ssl.DefaultOpenSSLContextFactory(given.tls_key, given.tls_cert)
-    listening = reactor.listenSSL(port, factory, context, backlog=4096, interface=host)  # type: ignore[attr-defined]
+    listening = reactor.listenSSL(port, factory, context, backlog=4096, interface=host)
 else:
-    listening = reactor.listenTCP(port, factory, backlog=4096, interface=host)  # type: ignore[attr-defined]
+    listening = reactor.listenTCP(port, factory, backlog=4096, interface=host)
 where = listening.getHost()
 announce((where.host, where.port))
-reactor.run()  # type: ignore[attr-defined]
+reactor.run()
