@@ -1,4 +1,4 @@
-"""The servers that the locustfile's users talk to, each a process of its own, on ports that the system chooses."""
+"""What locust, the soak and the benchmarks share: where the repository is, and server processes of a test's own."""
 
 from __future__ import annotations
 
@@ -102,22 +102,3 @@ def _end_with_parent() -> None:
     # Between fork and exec.
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.setsid()  # a Ctrl-C is for locust, which stops the servers when its users have gone
-
-
-def start_all(servers: LocalServers) -> dict[str, str]:
-    """One of each.
-
-    Returns:
-        option of the locustfile -> address.
-    """
-    any_port = "127.0.0.1:0"
-    echo = servers.start("echo", "-m", "gtcpserver", "echo", "--bind", any_port)
-    # Private networks are reached through the proxy only by rules that name them.
-    proxy = ("-m", "gtcpserver", "proxy", "--mixed", any_port, "--allow-destination", echo)
-    return {
-        "echo_server": echo,
-        "tls_server": servers.start("tls_echo", "examples/tls_echo.py", any_port),
-        "line_server": servers.start("line_protocol", "examples/line_protocol.py", any_port),
-        "http_server": servers.start("http_server", "examples/http_server.py", "--listen", any_port),
-        "proxy_server": servers.start("proxy", *proxy),
-    }

@@ -10,7 +10,6 @@ connections'.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -19,8 +18,9 @@ from .idle import idle_memory
 from .machine import need
 from .measure import CLIENT_CPU, BenchError, Run, load, warm_up
 from .results import Figures, Result
-from .servers import PYTHON, SERVERS, serving
-from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
+from .servers import SERVERS, serving
+from .starting import PYTHON
+from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
 
 #: Of the tables: a title, and name -> KIND of peers/existing.py. Ours is the first.
 GROUPS = {
@@ -65,11 +65,8 @@ def measure(title: str, clients: int, rounds: int, seconds: int, progress: Progr
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.adapters", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("loadtests.bench.adapters", __doc__, rounds=3)
     parser.add_argument("--clients", type=positive, default=1000, help="default: %(default)s")
-    add_arguments(parser, rounds=3)
     parser.add_argument("--seconds", type=positive, default=5, help="of each run; default: %(default)s")
     options = parser.parse_args(arguments)
     need("workers")

@@ -1,6 +1,6 @@
 """What a change did: two results of the same benchmark, one before it and one after.
 
-    python loadtests/bench/compare.py OLD.json NEW.json
+    python -m loadtests.bench.compare OLD.json NEW.json
 
 Exit status 1 if one of our servers is worse than before, beyond the noise: dearer, slower, with more errors, or it can
 no longer be measured. The machine's own change of speed is taken out by that of the peers, and what is left must be
@@ -17,10 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by its path, or by -m
-
-from loadtests.bench.results import LEAST, Figures, Result, load_figures, load_result, noise_between, spread
+from .results import LEAST, Figures, Result, load_figures, load_result, noise_between, spread
 
 #: Of a load: figure -> (what it is called, more is better, the least change that is called one). Of the rate and the
 #: latency the client has its part, which the peers' change does not take out.
@@ -147,14 +144,14 @@ def read(path: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python loadtests/bench/compare.py OLD.json NEW.json", file=sys.stderr)
+        print("usage: python -m loadtests.bench.compare OLD.json NEW.json", file=sys.stderr)
         return 2
     try:
         old, new = map(read, arguments)
         changes = compare(old, new)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
-        print(f"compare.py: cannot compare {' and '.join(arguments)}: {why}", file=sys.stderr)
+        print(f"python -m loadtests.bench.compare: cannot compare {' and '.join(arguments)}: {why}", file=sys.stderr)
         return 2
     for fact in ("cpu", "kernel", "python", "gevent"):
         was, now = (file.get("machine", {}).get(fact) for file in (old, new))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from .measure import ROOT
+from ..local_servers import ROOT
 
 PACKAGES = ("gtcpserver", "gevent", "greenlet", "uvloop", "trio", "twisted", "cryptography")
 

@@ -1,4 +1,4 @@
-"""Starting a server, loading it, and reading what it cost: server CPU us a request, as the kernel accounts it."""
+"""Loading a server and reading what it cost: server CPU us a request, as the kernel accounts it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 TICK = os.sysconf("SC_CLK_TCK")
 CPUS = sorted(os.sched_getaffinity(0))
 SERVER_CPU, CLIENT_CPU = CPUS[0], CPUS[min(1, len(CPUS) - 1)]
-
-#: Seconds for a server to say that it listens: an import of everything takes 0.3 s on an idle machine.
-START_TIMEOUT = 20.0
 
 
 class BenchError(Exception):

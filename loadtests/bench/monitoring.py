@@ -8,7 +8,6 @@ which answers the scrapes as well.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -19,20 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .machine import need
-from .measure import (
-    CLIENT_CPU,
-    ROOT,
-    SERVER_CPU,
-    START_TIMEOUT,
-    BenchError,
-    Listening,
-    cpu_seconds,
-    prepare,
-    read_report,
-    wrk,
-)
+from .measure import CLIENT_CPU, SERVER_CPU, BenchError, cpu_seconds, prepare, read_report, wrk
 from .results import OURS, Figures, Ratio
-from .turns import Recording, add_arguments, positive, seed_of, take_turns
+from .starting import serving_handler
+from .turns import Recording, parser_of, positive, seed_of, take_turns
 
 COLUMNS = ["CPU µs a request", "requests/s"]
 
@@ -41,39 +30,7 @@ WAYS = {OURS: False, f"{OURS}, metrics scraped every second": True}
 
 SCRAPE_SECONDS = 1.0
 
-
-@contextmanager
-def serving(metrics: bool) -> Iterator[tuple[Listening, str]]:
-    """Yields the server, and where the metrics are ("" for nowhere)."""
-    command = [
-        sys.executable,
-        "-m",
-        "gtcpserver",
-        "serve",
-        "loadtests/bench/peers/idle.py:handle",
-        "--bind",
-        "127.0.0.1:0",
-    ]
-    more = ["--metrics", "127.0.0.1:0"] if metrics else []
-    process = subprocess.Popen(
-        [*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=prepare(SERVER_CPU)
-    )
-    try:
-        assert process.stderr is not None
-        url = ""
-        give_up = time.monotonic() + START_TIMEOUT
-        for line in process.stderr:
-            if found := re.search(r"status page on (http\S+)", line):
-                url = found[1]
-            elif found := re.search(r"listening on .*:(\d+) ", line):
-                yield Listening(process.pid, "127.0.0.1", int(found[1])), url
-                return
-            if time.monotonic() > give_up:
-                break
-        raise BenchError("the server did not start")
-    finally:
-        process.terminate()
-        process.communicate()
+HANDLER = "loadtests/bench/peers/idle.py:handle"
 
 
 @contextmanager
@@ -100,7 +57,9 @@ def scraping(url: str) -> Iterator[list[int]]:
 
 def run(metrics: bool, seconds: int, clients: int) -> list[float]:
     """The figures of COLUMNS."""
-    with serving(metrics) as (server, url):
+    with serving_handler(HANDLER, ["--metrics", "127.0.0.1:0"] if metrics else [], {SERVER_CPU}) as (server, said):
+        page = re.search(r"status page on (http\S+)", said)
+        url = page[1] if page else ""
         subprocess.run(wrk(server, 1, clients), capture_output=True, check=True, preexec_fn=prepare(CLIENT_CPU))
         with scraping(url) as sizes:
             before, began = sum(cpu_seconds(server.pid)), time.monotonic()
@@ -128,10 +87,7 @@ def words(figures: Figures) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.monitoring", description=(__doc__ or "").split("\n")[0]
-    )
-    add_arguments(parser, rounds=9)
+    parser = parser_of("loadtests.bench.monitoring", __doc__, rounds=9)
     parser.add_argument("--seconds", type=positive, default=4, help="of each run; default: %(default)s")
     parser.add_argument("--clients", type=positive, default=100)
     options = parser.parse_args(arguments)

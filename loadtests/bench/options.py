@@ -8,23 +8,18 @@ root.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
+from ..local_servers import ROOT
 from . import fast_open as fast_open_link
 from .machine import need
-from .measure import CPUS, ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, Run, kill_all, load, prepare, warm_up
+from .measure import CPUS, SERVER_CPU, BenchError, Run, load, warm_up
 from .results import Figures, Result
-from .servers import PYTHON
-from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
+from .starting import PYTHON, serving_handler
+from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
 
 EACH, KEPT = "loadtests/bench/peers/served.py:each", "loadtests/bench/peers/served.py:kept"
 
@@ -67,41 +62,12 @@ VARIANTS: dict[str, tuple[str, int, dict[str, list[str]]]] = {
 }
 
 
-@contextmanager
-def serving(handler: str, options: Sequence[str], cpus: set[int]) -> Iterator[Listening]:
-    process = subprocess.Popen(
-        [PYTHON, "-m", "gtcpserver", "serve", handler, "--bind", "127.0.0.1:0", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare(cpus),
-        start_new_session=True,
-    )
-    said: list[str] = []
-    try:
-        assert process.stderr is not None
-        give_up = time.monotonic() + START_TIMEOUT
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"listening on .*:(\d+)", line):
-                threading.Thread(target=process.stderr.read, daemon=True).start()  # or a full pipe stops it
-                yield Listening(process.pid, "127.0.0.1", int(found[1]))
-                return
-            if time.monotonic() > give_up:
-                break
-        raise BenchError(f"{' '.join(options)} did not start: {''.join(said)}")
-    finally:
-        kill_all(process.pid)
-        process.wait()
-
-
 def measure(title: str, rounds: int, seconds: int, progress: Progress) -> Result:
     handler, clients, variants = VARIANTS[title]
     cpus = set(CPUS) if "Workers" in title else {SERVER_CPU}
 
     def run(name: str) -> Run:
-        with serving(handler, variants[name], cpus) as server:
+        with serving_handler(handler, variants[name], cpus) as (server, _):
             warm_up(server, clients)
             return load(server, seconds, clients, cpus=len(cpus))
 
@@ -133,10 +99,7 @@ def fast_open(rounds: int) -> Figures:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.options", description=(__doc__ or "").split("\n")[0]
-    )
-    add_arguments(parser, rounds=9)
+    parser = parser_of("loadtests.bench.options", __doc__, rounds=9)
     parser.add_argument("--seconds", type=positive, default=2, help="of each run; default: %(default)s")
     given = parser.parse_args(arguments)
     need("workers")

@@ -10,7 +10,6 @@ tinyproxy, PyPI pproxy and proxy.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import struct
 import sys
@@ -26,7 +25,7 @@ from .proxy_clients import Holder, ShortTarget, short_connections, through
 from .proxy_peers import PROXIES, Proxy, Running, cpu_of, memory_of, running
 from .results import OURS, Figures
 from .transfer_peers import CHUNK, GIB, Target, discard
-from .turns import Progress, Recording, add_arguments, seed_of, take_turns
+from .turns import Progress, Recording, parser_of, seed_of, take_turns
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,9 @@ SCENARIOS: dict[str, tuple[str, Callable[[str, Options], Figures]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.proxies", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("loadtests.bench.proxies", __doc__, rounds=5)
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
     parser.add_argument("--proxy", action="append", choices=list(PROXIES), help="compare with these; default: all")
-    add_arguments(parser, rounds=5)
     parser.add_argument("--connections", type=int, default=6000, help="in each run; default: %(default)s")
     parser.add_argument("--gib", type=float, default=1.0, help="moved in each run of bulk data; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all of it works")

@@ -11,7 +11,7 @@ import time
 
 from .measure import CLIENT_CPU, BenchError, prepare
 from .proxy_peers import Running
-from .servers import PYTHON
+from .starting import PYTHON
 
 ANSWER = b"HTTP/1.0 200 OK\r\nContent-Length: 1024\r\n\r\n" + b"x" * 1024
 REQUEST = b"GET / HTTP/1.0\r\n\r\n"

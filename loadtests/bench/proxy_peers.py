@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,19 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .measure import (
-    ROOT,
-    SERVER_CPU,
-    START_TIMEOUT,
-    BenchError,
-    cpu_of_session,
-    kill_all,
-    memory_kib,
-    prepare,
-    processes,
-)
+from .measure import SERVER_CPU, cpu_of_session, memory_kib, processes
 from .results import OURS
-from .servers import PYTHON, free_port
+from .starting import PYTHON, free_port, started, wait_until_it_accepts
 from .transfer_peers import HAPROXY
 
 OURS_FILE = """
@@ -146,30 +134,10 @@ class Running:
 @contextmanager
 def running(proxy: Proxy, target: int, folder: str) -> Iterator[Running]:
     port = free_port()
-    process = subprocess.Popen(
-        proxy.command(port, target, folder),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=prepare(SERVER_CPU),
-        start_new_session=True,
-    )
-    try:
-        give_up = time.monotonic() + START_TIMEOUT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > give_up:
-                    raise BenchError(f"{proxy.program} did not start") from None
-                time.sleep(0.05)
+    with started(proxy.program, proxy.command(port, target, folder), {SERVER_CPU}) as process:
+        wait_until_it_accepts(proxy.program, process, port)
         time.sleep(0.3)  # danted listens before its children are there
         yield Running(proxy.speaks, port, process.pid)
-    finally:
-        kill_all(process.pid)
-        process.wait()
 
 
 def cpu_of(server: Running) -> float:

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .measure import ROOT, BenchError
+from ..local_servers import ROOT
+from .measure import BenchError
 from .plots import plot
-from .results import OURS, Figures, Ratio, Result, load_figures, load_result, significant
+from .results import OURS, Figures, Ratio, Result, facts, load_figures, load_result, significant
 from .scenarios import GEVENT, GEVENT_POOL, UVLOOP
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -81,10 +82,8 @@ def loaded(output: dict[str, Any]) -> dict[str, Result | Figures]:
 
 def of_page(output: dict[str, Any]) -> str:
     """The machine, and all tables."""
-    said = {**output["machine"], **output["settings"]}
-    line = ", ".join(f"{name} {value}" for name, value in said.items())
     picture = [MORE] if output["program"] == "bench" else []
-    return "\n\n".join([line, *(found.table() for found in loaded(output).values()), *picture])
+    return "\n\n".join([facts(output), *(found.table() for found in loaded(output).values()), *picture])
 
 
 def of_readme(output: dict[str, Any]) -> str:

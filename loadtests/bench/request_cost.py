@@ -32,7 +32,7 @@ from .measure import CLIENT_CPU, CPUS, SERVER_CPU, BenchError, Run, allow_descri
 from .results import OURS, Result
 from .scenarios import GEVENT, MAIN, ORIGINAL, OTHER_SERVERS, OTHERS, PUBLISHED, SCENARIOS, UVLOOP, Scenario
 from .servers import OWN, SERVERS, WITH_WORKERS, WORKERS, add_server, installed, serving
-from .turns import Progress, Recording, add_arguments, positive, seed_of, take_turns
+from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
 
 #: Those of the default. The last are left out where descriptors do not allow them.
 CLIENTS = (100, 1000, 10_000)
@@ -157,7 +157,7 @@ def _clients(text: str) -> list[int]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="Benchmarks against peers.")
+    parser = parser_of("loadtests.bench", __doc__, rounds=3)
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, *OTHERS], help="default: all")
     parser.add_argument("--original", action="store_true", help="the eight tests of the Go original")
     parser.add_argument(
@@ -168,7 +168,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="with a command: a server of your own, beside ours and the main peers; names alone: only these, and ours",
     )
     parser.add_argument("--clients", type=_clients, metavar="N,N", help="default: 100,1000,10000; --quick: 100")
-    add_arguments(parser, rounds=3)
     parser.add_argument("--seconds", type=positive, default=2, help="of each run; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 1 s, no warm-up, two or three peers")
     parser.add_argument("--no-plots", action="store_true", help="only JSON and tables")

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..local_servers import ROOT
 
 #: How each is chosen: GEVENT_RESOLVER (gevent's documentation, "Name Resolution (DNS)"); ours does not depend on it.
 KINDS = {"gtcpserver": "thread", "gevent thread": "thread", "gevent ares": "ares", "gevent dnspython": "dnspython"}
@@ -38,7 +38,9 @@ SILENT = ("127.0.0.9", 5353)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.bench.resolvers", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument(
         "--slow", default="0,30,100,300,300/300", help="clients that wait for names that nobody answers for [/domains]"
     )
@@ -52,7 +54,7 @@ def main() -> None:
             inside(Path(folder), options.slow.split(","))
     else:
         if os.geteuid() != 0:
-            sys.exit("loadtests.bench.resolvers: needs root, for a network namespace")
+            sys.exit("python -m loadtests.bench.resolvers: needs root, for a network namespace")
         command = ["unshare", "--net", "--mount", sys.executable, "-m", "loadtests.bench.resolvers", "--inside"]
         sys.exit(subprocess.run([*command, "--slow", options.slow], cwd=ROOT).returncode)
 

@@ -171,6 +171,12 @@ def noise_between(before: Sequence[float], after: Sequence[float], least: float 
     return max(least, APART[rounds] * (spread(before) + spread(after))) if rounds > 1 else float("inf")
 
 
+def facts(output: dict[str, Any]) -> str:
+    """One line: what was measured on what, and how."""
+    said = {**output["machine"], **output["settings"]}
+    return ", ".join(f"{name} {value}" for name, value in said.items())
+
+
 def load_result(item: dict[str, Any]) -> Result:
     """Of what was written as JSON."""
     runs = {name: [Run(**run) for run in found] for name, found in item["runs"].items()}

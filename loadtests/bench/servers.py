@@ -6,23 +6,16 @@ SECONDS, --tls-cert FILE, --tls-key FILE; and give the same answer, which loadte
 
 from __future__ import annotations
 
-import os
-import select
 import shlex
-import socket
 import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 
-from .measure import CPUS, ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, kill_all, prepare, read_address
+from .measure import CPUS, SERVER_CPU, Listening
 from .results import OURS
-
-PYTHON = sys.executable
+from .starting import PYTHON, drain, free_port, started, wait_until_it_accepts, wait_until_it_says_so
 
 #: Worker processes of the row with several: all CPUs but the client's.
 WORKERS = len(CPUS) - 1
@@ -117,77 +110,15 @@ def serving(name: str, options: Sequence[str] = ()) -> Iterator[Listening]:
     port = free_port() if any("{port}" in word for word in SERVERS[name]) else 0
     words = command_of(name, options, port)
     cpus = set(CPUS[:-1]) if name == WITH_WORKERS else {SERVER_CPU}
-    try:
-        process = _start(words, cpus)
-    except OSError as problem:
-        raise BenchError(f"{name} did not start: {problem}") from None
-    try:
-        if port:
-            _drain(process)
-            _wait_for(process, port)
-            yield Listening(process.pid, "127.0.0.1", port)
-            return
-        address = _address_said_by(process, name)
-        _drain(process)
-        yield Listening(process.pid, *address)
-    finally:
-        kill_all(process.pid)
-        process.wait()
-
-
-def _start(words: list[str], cpus: set[int]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        words,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        # Where there are worker processes, their master says it, in the log, when all are ready.
-        stderr=subprocess.STDOUT if "--workers" in words else None,
-        bufsize=0,
-        preexec_fn=prepare(cpus),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-
-
-def _drain(process: subprocess.Popen[bytes]) -> None:
-    """Read what it says from now on, or a full pipe stops it."""
-
-    def read() -> None:
+    # Where there are worker processes, their master says it, in the log, when all are ready.
+    stderr = subprocess.STDOUT if "--workers" in words else None
+    with started(name, words, cpus, subprocess.PIPE, stderr) as process:
         assert process.stdout is not None
-        with process.stdout:
-            while process.stdout.read(1 << 16):
-                pass
-
-    threading.Thread(target=read, daemon=True).start()
-
-
-def _address_said_by(process: subprocess.Popen[bytes], name: str) -> tuple[str, int]:
-    assert process.stdout is not None
-    give_up = time.monotonic() + START_TIMEOUT
-    said = "nothing said"
-    while select.select([process.stdout], [], [], max(0.0, give_up - time.monotonic()))[0]:
-        line = process.stdout.readline().decode(errors="replace")
-        if not line:
-            break
-        said = line
-        found = read_address(line)
-        if found is not None:
-            return found
-    raise BenchError(f"{name} did not start: {said!r}")
-
-
-def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
-    give_up = time.monotonic() + START_TIMEOUT
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > give_up:
-                raise BenchError(f"{process.args!r} did not start: nobody listens on port {port}") from None
-            time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+        if port:
+            drain(process.stdout)
+            wait_until_it_accepts(name, process, port)
+            yield Listening(process.pid, "127.0.0.1", port)
+        else:
+            host, number, _ = wait_until_it_says_so(name, process.stdout)
+            drain(process.stdout)
+            yield Listening(process.pid, host, number)

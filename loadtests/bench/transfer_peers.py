@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .measure import ROOT, SERVER_CPU, START_TIMEOUT, BenchError, Listening, kill_all, prepare
+from .measure import SERVER_CPU, BenchError, Listening
 from .results import OURS
-from .servers import PYTHON
+from .starting import PYTHON, drain, started, wait_until_it_accepts
 
 GIB = 1 << 30
 CHUNK = 1 << 20
@@ -51,33 +49,12 @@ http {{
 @contextmanager
 def running(command: list[str], port: int, cpu: int = SERVER_CPU) -> Iterator[Listening]:
     """Run a server that listens on a port it was told."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=prepare(cpu),
-        start_new_session=True,  # of which the account is read
-    )
-    try:
-        give_up = time.monotonic() + START_TIMEOUT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > give_up:
-                    process.kill()
-                    said = process.communicate()[1].decode().strip()
-                    raise BenchError(f"{' '.join(command)} did not start: {said}") from None
-                time.sleep(0.02)
-        # Nobody must be stopped by a full pipe of messages.
-        threading.Thread(target=process.communicate, daemon=True).start()
+    name = " ".join(command)
+    with started(name, command, {cpu}, stderr=subprocess.PIPE) as process:
+        wait_until_it_accepts(name, process, port)
+        assert process.stderr is not None
+        drain(process.stderr)
         yield Listening(process.pid, "127.0.0.1", port)
-    finally:
-        kill_all(process.pid)
-        process.wait()
 
 
 class Target:

@@ -8,7 +8,6 @@ and ratios are medians of the rounds' ratios. Needs haproxy, nginx and wrk.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import os
 import socket
@@ -26,9 +25,9 @@ from typing import Any
 from .machine import need
 from .measure import CLIENT_CPU, BenchError, Listening, allow_descriptors, cpu_seconds, load, memory_kib
 from .results import OURS, Figures
-from .servers import PYTHON, free_port
+from .starting import PYTHON, free_port
 from .transfer_peers import CHUNK, FILE_SERVERS, GIB, MEDIUM, RELAYS, SMALL, Target, discard, running
-from .turns import Recording, add_arguments, seed_of, take_turns
+from .turns import Recording, parser_of, seed_of, take_turns
 
 #: (servers, run, title) -> what each of them found, and why others have nothing; as turns.take_turns.
 Turns = Callable[[Mapping[str, Any], Callable[[str], list[float]], str], Figures]
@@ -231,11 +230,8 @@ OTHERS = {"slow-relays": slow_relays, "cold-file": cold_file}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.transfers", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("loadtests.bench.transfers", __doc__, rounds=5)
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS, *OTHERS], help="default: all")
-    add_arguments(parser, rounds=5)
     parser.add_argument("--gib", type=float, default=2.0, help="moved in each run of bulk data; default: %(default)s")
     options = parser.parse_args(arguments)
     if not 0 < options.gib <= 1024:

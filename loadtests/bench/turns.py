@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..local_servers import ROOT
 from .machine import machine
-from .measure import ROOT, BenchError
+from .measure import BenchError
 from .publish import publish_all
-from .results import Figures, Result
+from .results import Figures, Result, facts
 
 RESULTS = ROOT / "loadtests" / "results"
 
@@ -132,18 +133,20 @@ class Recording:
         return int(self.ours_failed)
 
 
-def facts(output: dict[str, Any]) -> str:
-    """One line: what was measured on what, and how."""
-    said = {**output["machine"], **output["settings"]}
-    return ", ".join(f"{name} {value}" for name, value in said.items())
+def parser_of(module: str, document: str | None, rounds: int) -> argparse.ArgumentParser:
+    """With the arguments that all benchmarks have.
 
-
-def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Those that all benchmarks have."""
+    Args:
+        module: as "loadtests.bench".
+        document: its docstring; the first line describes it.
+        rounds: unless one asks for others.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(document or "").split("\n")[0])
     parser.add_argument("--rounds", type=positive, default=rounds, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=None, help="of the order of the servers")
     parser.add_argument("--json", metavar="FILE", help="where to write the results; default: loadtests/results")
     parser.add_argument("--publish", action="store_true", help="put the results into the documentation")
+    return parser
 
 
 def positive(text: str) -> int:

@@ -8,57 +8,26 @@ few per cent of them; its share is shown. One worker and N take turns.
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .machine import need
-from .measure import CPUS, ROOT, START_TIMEOUT, BenchError, Listening, cpu_of_session, kill_all, read_report, wrk
+from .measure import CPUS, BenchError, cpu_of_session, read_report, wrk
 from .publish import several_against_one
 from .results import OURS, Figures
-from .servers import PYTHON
-from .turns import Recording, add_arguments, positive, seed_of, take_turns
+from .starting import serving_handler
+from .turns import Recording, parser_of, positive, seed_of, take_turns
 
 COLUMNS = ["requests/s", "CPU µs a request", "the client's share of the CPUs"]
 
-
-@contextmanager
-def serving(workers: int) -> Iterator[Listening]:
-    """The server, when all of its workers are ready."""
-    command = [PYTHON, "-m", "gtcpserver", "serve", "loadtests/bench/peers/heavy.py:handle", "--bind", "127.0.0.1:0"]
-    process = subprocess.Popen(
-        [*command, "--workers", str(workers)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stderr is not None
-        give_up = time.monotonic() + START_TIMEOUT
-        for line in process.stderr:
-            if found := re.search(r"listening on .*:(\d+) ", line):
-                # What it logs later are a few lines, which a pipe has room for.
-                yield Listening(process.pid, "127.0.0.1", int(found[1]))
-                return
-            if time.monotonic() > give_up:
-                break
-        raise BenchError("the server did not start")
-    finally:
-        kill_all(process.pid)
-        process.communicate()
+HANDLER = "loadtests/bench/peers/heavy.py:handle"
 
 
 def run(workers: int, seconds: int) -> list[float]:
     """The figures of COLUMNS."""
-    with serving(workers) as server:
+    with serving_handler(HANDLER, ["--workers", str(workers)], set(CPUS)) as (server, _):
         # The kernel spreads connections over workers by chance: few would make one of them idle.
         subprocess.run(wrk(server, 1, 64 * workers), capture_output=True, check=True)
         before, began = sum(cpu_of_session(server.pid)), time.monotonic()
@@ -83,16 +52,13 @@ def named(workers: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.bench.workers", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("loadtests.bench.workers", __doc__, rounds=5)
     parser.add_argument(
         "--workers",
         type=positive,
         default=max(2, len(CPUS)),
         help="against one; default: one for each CPU, %(default)s",
     )
-    add_arguments(parser, rounds=5)
     parser.add_argument("--seconds", type=positive, default=3, help="of each run; default: %(default)s")
     options = parser.parse_args(arguments)
     if options.workers < 2:

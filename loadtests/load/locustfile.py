@@ -30,18 +30,10 @@ from loadtests.load import (
     pass_criteria,  # noqa: F401 (adds options)
     shapes,
 )
+from loadtests.load.servers import SERVERS, start_all
 from loadtests.load.tunnels import connect_request, http_url, socks5_request
-from loadtests.local_servers import LocalServers, StartError, start_all
+from loadtests.local_servers import LocalServers, StartError
 from loadtests.tcp_user import Address, TcpUser, insecure_context
-
-#: Servers that users need -> what speaks the protocol here.
-SERVERS = {
-    "echo_server": "gtcpserver echo",
-    "tls_server": "examples/tls_echo.py",
-    "line_server": "examples/line_protocol.py",
-    "http_server": "examples/http_server.py",
-    "proxy_server": "gtcpserver proxy",
-}
 
 # -- options -----------------------------------------------------------------------------------------------------------
 
