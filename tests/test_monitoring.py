@@ -307,7 +307,7 @@ def test_a_server_without_a_monitor_measures_nothing(serve, connect, in_thread):
     server = serve(idle_echo)
     client = connect(server)
     assert ask(in_thread, client) == b"x"
-    assert not {"_make_idle", "_forget"} & vars(server).keys()
+    assert not {"make_idle", "_forget"} & vars(server).keys()
     assert type(next(iter(server._connections)).idle_block) is not TimedIdle
 
 

@@ -44,11 +44,12 @@ if TYPE_CHECKING:
 
     from gtcpserver.address import SocketAddress
     from gtcpserver.proxy_protocol.header import ProxyHeader
-    from gtcpserver.server.server import Server
+    from gtcpserver.server.server import Server  # what `server` is to its readers; we use it as an Owner
     from gtcpserver.tls import TLSConfig
     from gtcpserver.transfer.files import Readable, Writable
 
     from .lingering import Linger
+    from .owner import Owner
 
     class _Socket(_stdlib_socket.socket):
         """gevent's class, which has no types of its own: typeshed's stubs of gevent, too, take it for this one.
@@ -236,8 +237,9 @@ class Connection(SSLMethods, HasStream, _Socket):
         else:
             ip, port = source
             self.client_address = (str(ip), port) if ip.version == 4 else (str(ip), port, 0, 0)
-        if self.server is not None:
-            self.server._client_named(self)
+        owner: Owner | None = self.server
+        if owner is not None:
+            owner.client_named(self)
 
     @property
     def log_fields(self) -> dict[str, Any]:
@@ -488,8 +490,9 @@ class Connection(SSLMethods, HasStream, _Socket):
                 "a file of makefile() is open for reading, and may hold unencrypted bytes: close it before, and make "
                 "another afterwards"
             )
-        if tls is None and self.server is not None:
-            tls = self.server.tls
+        owner: Owner | None = self.server
+        if tls is None and owner is not None:
+            tls = owner.tls
         if tls is None:
             raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
@@ -508,8 +511,9 @@ class Connection(SSLMethods, HasStream, _Socket):
     def _note_failed_handshake(self, error: OSError) -> None:
         self.stream.note(error)
         kind = handshake_failed(self, error)
-        if self.server is not None:
-            self.server._counters.handshake_failures[kind] += 1
+        owner: Owner | None = self.server
+        if owner is not None:
+            owner.count_failed_handshake(kind)
         log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
 
     def stop_tls(self) -> None:
@@ -598,7 +602,8 @@ class Connection(SSLMethods, HasStream, _Socket):
         return self.idle_block or self._make_idle()
 
     def _make_idle(self) -> Idle:
-        self.idle_block = block = Idle(self) if self.server is None else self.server._make_idle(self)
+        owner: Owner | None = self.server
+        self.idle_block = block = Idle(self) if owner is None else owner.make_idle(self)
         return block
 
     @property
@@ -658,7 +663,8 @@ class Connection(SSLMethods, HasStream, _Socket):
         :meta private:
         """
         # Once a connection, and little of it reads attributes of self (see stream.py).
-        stream, server = self.stream, self.server
+        stream = self.stream
+        owner: Owner | None = self.server
         self._closed = True
         if stream.tls is not None:
             stream.tls.close_notify()
@@ -673,20 +679,20 @@ class Connection(SSLMethods, HasStream, _Socket):
         elif (
             stream.at_eof
             or stream.shared
-            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+            or not (self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended))
         ):
-            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+            if stream.shared == CHILD and self._end_shared(stream, sock, owner):
                 return
             super()._drop_ref_on_close(sock)
 
-    def _end_shared(self, stream: Stream, sock: Any, server: Server | None) -> bool:
+    def _end_shared(self, stream: Stream, sock: Any, owner: Owner | None) -> bool:
         """Tell the peer of the end although a forked child has the socket too. False: close it now."""
         try:
             if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
                 return False  # to be reset
             if not stream.at_eof:
-                return self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended)
-            if server is not None or stream.bytes_sent:  # or the child may answer, see _linger
+                return self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended)
+            if owner is not None or stream.bytes_sent:  # or the child may answer, see _linger
                 sock.shutdown(_stdlib_socket.SHUT_WR)
         except OSError:
             pass  # reset meanwhile
@@ -758,26 +764,27 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def _drop_ref_on_close(self, sock: Any) -> None:
         # Called when no greenlet waits on the socket any more. What holds of it: see end().
-        server, stream = self.server, self.stream
+        owner: Owner | None = self.server
+        stream = self.stream
         stream.sock = CLOSED
         if (
             stream.at_eof
             or stream.shared
-            or not (self._linger(stream, sock) if server is None else server.lingerer.take(sock, not stream.ended))
+            or not (self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended))
         ):
-            if stream.shared == CHILD and self._end_shared(stream, sock, server):
+            if stream.shared == CHILD and self._end_shared(stream, sock, owner):
                 return
             super()._drop_ref_on_close(sock)
 
 
 # The slots' own descriptors.
-_set_recv = cast(Any, Connection.recv).__set__
-_set_sendall = cast(Any, Connection.sendall).__set__
+_set_recv = vars(Connection)["recv"].__set__
+_set_sendall = vars(Connection)["sendall"].__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
-_get_proxied = cast(Any, Connection._proxied).__get__
-_get_lingerer = cast(Any, Connection._lingerer).__get__
-_get_log_fields = cast(Any, Connection._log_fields).__get__
-_get_readers = cast(Any, Connection._readers).__get__
+_get_proxied = vars(Connection)["_proxied"].__get__
+_get_lingerer = vars(Connection)["_lingerer"].__get__
+_get_log_fields = vars(Connection)["_log_fields"].__get__
+_get_readers = vars(Connection)["_readers"].__get__
 
 
 def _readers_of(connection: Connection) -> list[Any]:

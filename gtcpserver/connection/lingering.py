@@ -156,9 +156,20 @@ class Linger:
             entry.close()
         self._tell_if_nobody()
 
+    def forget(self, entry: _Lingering) -> bool:
+        """One is about to be closed; False: it has been already."""
+        # The values are None.
+        return self._lingering.pop(entry, entry) is None
+
+    def note_not_awaited(self) -> None:
+        """One that was awaited is no longer."""
+        self._awaited -= 1
+        if not self._awaited:
+            self._tell_if_nobody()
+
     def left_in_child(self) -> None:
         """In a forked child: close them there."""
-        for sock in (*self._fresh, *(entry._sock for entry in self._lingering)):
+        for sock in (*self._fresh, *(entry.sock for entry in self._lingering)):
             sock.close()
         self._fresh = {}
         self._lingering = {}
@@ -186,12 +197,12 @@ class Linger:
 class _Lingering:
     """A connection that was still open at the first look."""
 
-    __slots__ = ("_linger", "_sock", "_to_discard", "_watcher", "awaited", "heard_at", "until")
+    __slots__ = ("_linger", "_to_discard", "_watcher", "awaited", "heard_at", "sock", "until")
 
     def __init__(self, linger: Linger, sock: Any, until: float, awaited: bool, discarded: int) -> None:
         self._linger = linger
         self.awaited = awaited
-        self._sock = sock
+        self.sock = sock
         self._to_discard = MOST_DISCARDED - discarded
         self.until = until
         self.heard_at = until - linger.seconds  # the first look
@@ -200,7 +211,7 @@ class _Lingering:
 
     def readable(self) -> None:
         try:
-            discarded = self._sock.recv_into(_rubbish)
+            discarded = self.sock.recv_into(_rubbish)
         except BlockingIOError:
             return
         except OSError:
@@ -212,7 +223,7 @@ class _Lingering:
 
     def peer_has_everything(self) -> bool:
         """Whether the peer's system has all that was sent, and knows of the end; False where it cannot be known."""
-        sock = self._sock
+        sock = self.sock
         if sock.family == socket.AF_UNIX:
             return True  # a send puts it into the peer's own queue
         try:
@@ -225,18 +236,14 @@ class _Lingering:
             return False
 
     def await_no_more(self) -> None:
-        linger = self._linger
         if self.awaited:
             self.awaited = False
-            linger._awaited -= 1
-            if not linger._awaited:
-                linger._tell_if_nobody()
+            self._linger.note_not_awaited()
 
     def close(self) -> None:
-        linger = self._linger
-        if linger._lingering.pop(self, self) is not None:
+        if not self._linger.forget(self):
             return  # closed already
         self._watcher.close()
-        get_hub().loop.closing_fd(self._sock.fileno())
-        self._sock.close()
+        get_hub().loop.closing_fd(self.sock.fileno())
+        self.sock.close()
         self.await_no_more()

@@ -75,6 +75,7 @@ class Stream:
         timeout: seconds without progress until TimeoutError; None waits for ever; 0.0 never waits.
 
     Attributes:
+        hub: as above.
         io: what is read from and written to: the raw socket, or what stands in for it (``recv``, ``recv_into``,
             ``send``; BlockingIOError to say "wait").
         reading, writing: the io watchers, made when first waited for.
@@ -97,7 +98,6 @@ class Stream:
     __slots__ = (
         "__weakref__",
         "_full_reads",
-        "_hub",
         "_parked",
         "_read_until",
         "_timer",
@@ -111,6 +111,7 @@ class Stream:
         "drained",
         "ended",
         "ending",
+        "hub",
         "io",
         "kept",
         "mark",
@@ -127,7 +128,7 @@ class Stream:
     def __init__(self, sock: Any, hub: Any, timeout: float | None) -> None:
         self.sock = self.io = sock
         self.tls: TLSLayer | None = None
-        self._hub = hub
+        self.hub = hub
         self.timeout = timeout
         self.reading: Any = None
         self.writing: Any = None
@@ -156,7 +157,7 @@ class Stream:
                 while nobody waited.
         """
         me = getcurrent()
-        if me is self._hub:
+        if me is self.hub:
             raise AssertionError(WAIT_IN_HUB)
         watcher = self.reading or self.make_read_watcher()
         if watcher.callback is self._parked:
@@ -169,7 +170,7 @@ class Stream:
         try:
             if self.timeout is not None or self.deadline is not None:
                 self._bound_read()
-            _switch_to(self._hub)
+            _switch_to(self.hub)
         except BaseException as error:
             watcher.callback = self._parked
             self._note_thrown(error)
@@ -198,7 +199,7 @@ class Stream:
         return until if self.deadline is None else min(until, self.deadline)
 
     def make_read_watcher(self) -> Any:
-        watcher = self.reading = watch(self._hub.loop, self.sock.fileno(), 1)
+        watcher = self.reading = watch(self.hub.loop, self.sock.fileno(), 1)
         self._parked = parking(watcher)
         watcher.start(self._parked)
         return watcher
@@ -214,7 +215,7 @@ class Stream:
             self._write_until = until = self._end_of_wait()
             if until < self._timer_at:
                 self._start_timer(until)
-        hub = self._hub
+        hub = self.hub
         me = getcurrent()
         if me is hub:
             raise AssertionError(WAIT_IN_HUB)
@@ -229,7 +230,7 @@ class Stream:
             stop_watcher(watcher)
 
     def make_write_watcher(self) -> Any:
-        self.writing = watch(self._hub.loop, self.sock.fileno(), 2)
+        self.writing = watch(self.hub.loop, self.sock.fileno(), 2)
         return self.writing
 
     def reader(self) -> Any:
@@ -273,12 +274,12 @@ class Stream:
         if self._timer is not None:
             self._timer.close()
         self._timer_at = until
-        self._timer = self._hub.loop.timer(max(0.0, until - monotonic()))
+        self._timer = self.hub.loop.timer(max(0.0, until - monotonic()))
         # update: a loop that has just been held up by a computation thinks it is still earlier.
         # Weak: a timer must not keep a connection open that everybody else has dropped.
         self._timer.start(_on_timer_of, ref(self), update=True)
 
-    def _on_timer(self) -> None:
+    def on_timer(self) -> None:
         """In the hub: end the waits whose time is over, or sleep on for what is left."""
         self._timer_at = inf
         if self.timeout is None and self.deadline is None:
@@ -353,7 +354,7 @@ class Stream:
                     # (In the hub itself this returns at once, and the wait below says what is wrong.)
                     watcher.callback = getcurrent().switch
                     try:
-                        _switch_to(self._hub)
+                        _switch_to(self.hub)
                     except BaseException as error:
                         watcher.callback = self._parked
                         self._note_thrown(error)
@@ -591,10 +592,10 @@ class Stream:
         if self.reading is None and self._timer is None:
             return
         try:
-            if get_hub_if_exists() is self._hub:
+            if get_hub_if_exists() is self.hub:
                 _stop(self.reading, self._timer, self.sock)
             else:  # the garbage collector runs in another thread
-                self._hub.loop.run_callback_threadsafe(_stop, self.reading, self._timer, self.sock)
+                self.hub.loop.run_callback_threadsafe(_stop, self.reading, self._timer, self.sock)
         except Exception:
             pass  # the event loop is gone, and the watchers with it
 
@@ -605,7 +606,7 @@ class StreamInChild(Stream):
     __slots__ = ()
 
     @property
-    def _hub(self) -> Any:
+    def hub(self) -> Any:
         return get_hub()
 
 
@@ -635,4 +636,4 @@ def _stop(reading: Any, timer: Any, _sock: Any) -> None:
 def _on_timer_of(stream: ReferenceType[Stream]) -> None:
     alive = stream()
     if alive is not None:
-        alive._on_timer()
+        alive.on_timer()

@@ -26,6 +26,7 @@ from gtcpserver.transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .owner import Owner
 
 #: Encrypted and sent at once: two records. Four cost 5 % less CPU a MiB, and one 5 % more; but a MemoryBIO keeps the
 #: largest buffer that it ever needed, 4/3 of this, for as long as the connection lives.
@@ -123,7 +124,9 @@ class TLSLayer:
         self._incoming = MemoryBIO()
         self._outgoing = MemoryBIO()
         # The owner is what an SNI callback gets.
-        self.object = context._wrap_bio(self._incoming, self._outgoing, server_side=True, owner=self)
+        self.object = context._wrap_bio(  # noqa: SLF001 - the only way to name an owner
+            self._incoming, self._outgoing, server_side=True, owner=self
+        )
         self._read = self.object.read
         self._write = self.object.write
         self._feed = self._incoming.write
@@ -302,14 +305,15 @@ class TLSLayer:
         self._held, self._place, self._left_over = b"", 0, True
         if connection is not None:
             reset_on_close(connection)
-            if connection.server is not None:
-                connection.server._counters.tls_floods[kind] += 1
+            owner: Owner | None = connection.server
+            if owner is not None:
+                owner.count_tls_flood(kind)
         raise flood
 
     def _give_turn(self) -> None:
         """Let the others go on, unless this is a call that must not wait."""
         stream = self._stream
-        if stream.timeout != 0.0 and getcurrent() is not stream._hub:
+        if stream.timeout != 0.0 and getcurrent() is not stream.hub:
             gevent.sleep(0)
             if stream.closed:
                 raise cancel_wait_ex()

@@ -135,6 +135,6 @@ def watch_latency(server: Server) -> Latency:
             idle.end_of_request()
         forget(connection)
 
-    server._make_idle = make_idle  # type: ignore[method-assign]
+    server.make_idle = make_idle  # type: ignore[method-assign]
     server._forget = measure_and_forget  # type: ignore[method-assign]
     return latency

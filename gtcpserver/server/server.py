@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 
     from gtcpserver.address import ListenAddress
     from gtcpserver.signatures import ServerOptions
-    from gtcpserver.tls import TLSConfig
+    from gtcpserver.tls import HandshakeFailure, TLSConfig
 
 log = logging.getLogger("gtcpserver")
 
@@ -619,13 +619,30 @@ class Server:
             elif waiting:
                 self._serve_waiting_later()
 
-    def _client_named(self, connection: Connection) -> None:
-        """Count the client that a balancer has named. Raises ClientRefused."""
+    def client_named(self, connection: Connection) -> None:
+        """For this package (connection/owner.py).
+
+        :meta private:
+        """
         refusal = self._lobby.named(connection) if self._lobby is not None else None
         if refusal is not None:
             self._note_end(connection, refusal)
             connection.abort()
             raise ClientRefused(refusal)
+
+    def count_failed_handshake(self, kind: HandshakeFailure) -> None:
+        """For this package (connection/owner.py).
+
+        :meta private:
+        """
+        self._counters.handshake_failures[kind] += 1
+
+    def count_tls_flood(self, kind: str) -> None:
+        """For this package (connection/owner.py).
+
+        :meta private:
+        """
+        self._counters.tls_floods[kind] += 1
 
     def _note_if_nobody_is_connected(self) -> None:
         if not (self._connections or self._held or self._lobby):
@@ -759,7 +776,11 @@ class Server:
 
     # -- idle connections --------------------------------------------------------------------------------------------
 
-    def _make_idle(self, connection: Connection) -> Idle:
+    def make_idle(self, connection: Connection) -> Idle:
+        """For this package (connection/owner.py).
+
+        :meta private:
+        """
         return PlacelessIdle(connection, self)
 
     def _idle_connections(self) -> list[Connection]:
