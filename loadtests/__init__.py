@@ -1,4 +1,9 @@
-"""Benchmarks against peers, and load tests."""
+"""Benchmarks against peers, and load tests.
+
+bench/ measures what a request, a byte or a tunnel costs, side by side with other servers; load/ has the locustfile;
+soak/ looks for what grows in hours of mixed load and faults. None of the three imports another. What they share is
+here: local_servers.py, and tcp_user.py, which needs locust alone and can be copied.
+"""
 
 import os as _os
 import sys as _sys
