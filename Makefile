@@ -6,9 +6,14 @@ FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help serve test test-quick matrix core fuzz inject mutants check bench bench-programs docs docs-serve load sslyze clean
+# $(call install,EXTRA): with the versions of constraints.txt, or with any where the package index lacks one of those.
+install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
+	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
+
+.PHONY: help serve test test-quick matrix core fuzz inject mutants check bench bench-programs docs docs-serve load \
+    sslyze news lock clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
@@ -18,12 +23,14 @@ help:
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
-	@echo 'make check   lint, format and types'
+	@echo 'make check   lint, format, types, who may import what (.importlinter), and names of news files (changes/)'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
 	@echo 'make docs-serve   the same, served on http://127.0.0.1:8000 (DOCS_ADDRESS=...)'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
+	@echo 'make news    what CHANGELOG.md will say of the files in changes/'
+	@echo 'make lock    renews constraints.txt, the versions of what the other targets install (PACKAGE="name ...": only those)'
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
 serve: $(VENV)/serve.stamp
@@ -72,6 +79,17 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@news=$$($(BIN)/towncrier build --draft --version next 2>&1) || { echo "$$news" >&2; exit 1; }
+
+news: $(VENV)/dev.stamp
+	@$(BIN)/towncrier build --draft --version next
+
+# One set for every Python from 3.10 on.
+lock: $(VENV)/release.stamp
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --python $(BIN)/python --all-extras \
+	    $(if $(PACKAGE),$(addprefix --upgrade-package ,$(PACKAGE)),--upgrade) \
+	    --annotation-style line --custom-compile-command 'make lock' pyproject.toml --output-file constraints.txt
 
 # All of them, even where one fails.
 bench: bench-programs $(VENV)/bench.stamp
@@ -101,35 +119,27 @@ $(BIN)/python:
 	    || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install --quiet pip; } \
 	    || { rm -rf $(VENV); exit 1; }
 
-# The stamps say what is installed, so that only the first run takes its time.
-$(VENV)/serve.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[cli]'
+# The stamps say what is installed, so that only the first run takes its time. pip keeps a copy of the version, too.
+INSTALLED_FROM := pyproject.toml constraints.txt gtcpserver/_version.py
+
+# With what a user would get today.
+$(VENV)/serve.stamp: $(INSTALLED_FROM) | $(BIN)/python
+	$(PIP) --editable '.[cli]'
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[dev]'
+$(addprefix $(VENV)/,$(addsuffix .stamp,dev bench docs load release)): $(VENV)/%.stamp: $(INSTALLED_FROM) | $(BIN)/python
+	$(call install,$*)
 	@touch $@
 
-$(VENV)/bench.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[bench]'
-	@touch $@
-
-$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[docs]'
-	@touch $@
-
-$(VENV)/load.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[load]'
-	@touch $@
-
-# An environment of its own: it wants an older cryptography than the tests.
+# An environment of its own: it wants an older cryptography than the tests. So constraints.txt does not have it.
 sslyze: $(VENV)-sslyze/stamp
 
 $(VENV)-sslyze/stamp: | $(BIN)/python
 	$(BIN)/python -m venv $(VENV)-sslyze
-	$(VENV)-sslyze/bin/python -m pip install --quiet --disable-pip-version-check sslyze
+	$(VENV)-sslyze/bin/python -m pip install --quiet --disable-pip-version-check sslyze==6.3.1
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz \
+	    .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

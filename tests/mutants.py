@@ -37,7 +37,7 @@ LIMIT_OF_ALL = 1800.0
 
 #: What a copy needs: the tests read some of it, and run it as a user would.
 COPIED = ("gtcpserver", "tests", "docs", "examples", "loadtests")
-COPIED_FILES = ("pyproject.toml", "pytest_gtcpserver.py", "README.md", "Makefile")
+COPIED_FILES = ("pyproject.toml", "pytest_gtcpserver.py", "README.md", "Makefile", "constraints.txt")
 
 
 class ListError(Exception):
