@@ -13,7 +13,7 @@ install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
 .PHONY: help serve test test-quick matrix core fuzz inject mutants check bench bench-programs docs docs-serve load \
-    sslyze news lock ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
+    sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
@@ -31,6 +31,7 @@ help:
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make news    what CHANGELOG.md will say of the files in changes/'
 	@echo 'make lock    renews constraints.txt, the versions of what the other targets install (PACKAGE="name ...": only those)'
+	@echo 'make release-check   builds the packages of a release in dist/ and checks them; see docs/releasing.md'
 	@echo 'make ci      everything, also on a fresh machine; its steps alone: make ci-programs, ci-lint, ci-docs, ci-test,'
 	@echo '             ci-smoke, ci-package, ci-load'
 	@echo 'make clean   remove .venv and everything else that can be made again'
@@ -92,6 +93,9 @@ lock: $(VENV)/release.stamp
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --python $(BIN)/python --all-extras \
 	    $(if $(PACKAGE),$(addprefix --upgrade-package ,$(PACKAGE)),--upgrade) \
 	    --annotation-style line --custom-compile-command 'make lock' pyproject.toml --output-file constraints.txt
+
+release-check: $(VENV)/dev.stamp $(VENV)/release.stamp
+	.ci/release-check
 
 ci:
 	.ci/run

@@ -38,7 +38,8 @@ from gtcpserver.cli import commands
 from gtcpserver.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)
 BIN = Path(sys.executable).parent
 
 #: Pages that are typed from an empty folder, on a machine with nothing of the tests: see doc_fresh.py.
