@@ -21,6 +21,7 @@ from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
+from gtcpserver.supervisor.system import REAL_SYSTEM
 from gtcpserver.supervisor.worker import BEAT_SECONDS
 
 Start = Callable[..., Master]
@@ -242,9 +243,9 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     """One of a worker without a process, on a unix socket."""
     sockets = ListeningSockets(ListenConfig())
     sockets.open([parse_address(f"unix:{tmp_path}/socket")], [0])
-    fleet = Fleet(SupervisorConfig(), sockets, cast(Any, None), "/", lambda: None, [0])
+    fleet = Fleet(SupervisorConfig(), sockets, cast(Any, None), "/", lambda: None, [0], REAL_SYSTEM)
     ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
-    fleet.workers[PID] = fleet.slots[0].current = WorkerProcess(0, PID, ours, 1, state=WorkerState.READY)
+    fleet.workers[PID] = fleet.slots[0].current = WorkerProcess(0, PID, ours, 1, REAL_SYSTEM, state=WorkerState.READY)
     fleet.its_end = theirs  # type: ignore[attr-defined]
     yield fleet
     ours.close()

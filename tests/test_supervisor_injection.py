@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from injection.strace import command, injecting, needs_strace
+from simulated import SimulatedSystem
 from supervised import APP, Master, alive, wait_until
 
 from gtcpserver.supervisor import ControlError
@@ -230,21 +231,15 @@ def test_a_stop_that_waits_for_handlers_does_not_spin(start: Start) -> None:
     master.stop(signal.SIGQUIT)
 
 
-@pytest.mark.parametrize("kill", [PermissionError(1, "no"), ProcessLookupError(3, "gone")])
-def test_a_process_that_is_not_killed_at_once_is_killed_again(monkeypatch: pytest.MonkeyPatch, kill: OSError) -> None:
-    ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
-
-    def refuse(_pid: int, _number: int) -> None:
-        raise kill
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "kill", refuse)
-        worker = WorkerProcess(0, 12345, ours, 1)
-        worker.kill()
+@pytest.mark.parametrize("failing", [{"kill"}, set()], ids=["EPERM", "ESRCH"])
+def test_a_process_that_is_not_killed_at_once_is_killed_again(failing: set[str]) -> None:
+    system = SimulatedSystem()
+    system.failing = failing
+    ours, _ = system.make_pair(WORKER_KINDS, MASTER_KINDS)
+    worker = WorkerProcess(0, 12345, ours, 1, system)
+    worker.kill()
     assert worker.kill_at is not None
-    assert 0 < worker.kill_at - time.monotonic() <= 1
-    ours.close()
-    theirs.close()
+    assert 0 < worker.kill_at - system.now <= 1
 
 
 class Moody:

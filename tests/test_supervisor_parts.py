@@ -33,6 +33,7 @@ from gtcpserver.supervisor.pid_file import PidFile
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState, describe_status
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.steering import NOBODY, SKF_AD_CPU, by_cpu, spread
+from gtcpserver.supervisor.system import REAL_SYSTEM
 from gtcpserver.supervisor.totals import Totals, add_up
 
 # -- messages --------------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ def test_a_slot_that_cannot_be_opened_leaves_nothing(monkeypatch: pytest.MonkeyP
 
 def test_a_late_loop_lags_until_it_has_kept_time_for_a_while() -> None:
     here, there = make_pair(WORKER_KINDS, MASTER_KINDS)
-    worker = WorkerProcess(0, 1, here, 1, state=WorkerState.READY)
+    worker = WorkerProcess(0, 1, here, 1, REAL_SYSTEM, state=WorkerState.READY)
     worker.note_beat(0.01)
     assert not worker.lagging
     worker.note_beat(0.5)

@@ -26,6 +26,7 @@ from gtcpserver.cli import ctl as ctl_module
 from gtcpserver.errors import ConfigError
 from gtcpserver.listening.listener import ListenConfig, open_listeners
 from gtcpserver.supervisor.control import ControlError
+from gtcpserver.supervisor.surroundings import Terminal
 from tests.supervised import APP, COMMAND, SOON, Master, wait_until
 
 LISTEN = ("--bind", "127.0.0.1:0")
@@ -98,20 +99,14 @@ def test_nohup_is_obeyed(start) -> None:
         master.request()
 
 
-def test_long_after_the_terminal_was_closed_a_hangup_is_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gtcpserver.supervisor import surroundings
-
-    there, now = [True], [100.0]
-    monkeypatch.setattr(surroundings, "_has_terminal", lambda: there[0])
-    monkeypatch.setattr(surroundings, "monotonic", lambda: now[0])
-    seen = surroundings.Terminal()
-    assert seen.hung_up() is False
+def test_long_after_the_terminal_was_closed_a_hangup_is_a_reload() -> None:
+    there = [True]
+    seen = Terminal(lambda: there[0])
+    assert seen.hung_up(100.0) is False
     there[0] = False
-    seen.look(now[0])
-    now[0] += 1.0  # from a shell
-    assert seen.hung_up() is True
-    now[0] += 2.0
-    assert seen.hung_up() is False
+    seen.look(100.0)
+    assert seen.hung_up(101.0) is True  # from a shell
+    assert seen.hung_up(103.0) is False
 
 
 def test_a_single_process_whose_terminal_is_closed_stops_gracefully(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from .slots import WorkerProcess, WorkerState
@@ -33,7 +32,7 @@ class Care:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._looked_at = monotonic()
+        self._looked_at = fleet.system.monotonic()
         self._lagging: set[int] = set()
 
     def look(self, now: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .config import MAX_WORKERS
@@ -36,7 +34,7 @@ class Commands:
             for worker in fleet.workers.values():
                 worker.reported = False
             fleet.tell_all("report")
-            self._waiting.append((monotonic() + REPORT_SECONDS, reply))
+            self._waiting.append((master.system.monotonic() + REPORT_SECONDS, reply))
         elif command == "stop":
             reply({"ok": True, "end": True})
             if request.get("now") is True:
@@ -74,16 +72,17 @@ class Commands:
     def status(self, *, in_full: bool = False) -> dict[str, Any]:
         """The state of master, workers and counters; `in_full` with all counters of each worker."""
         master, fleet = self._master, self._master.fleet
+        now = master.system.monotonic()
         workers = [
-            describe(slot, worker) | ({"stats": worker.stats} if in_full else {})
+            describe(slot, worker, now) | ({"stats": worker.stats} if in_full else {})
             for _, slot in sorted(fleet.slots.items())
             for worker in slot.workers()
         ]
         return {
             "state": master.state.value,
             "ready": master.ready,
-            "pid": os.getpid(),
-            "uptime": round(monotonic() - master.started_at, 3),
+            "pid": master.system.pid(),
+            "uptime": round(now - master.started_at, 3),
             "addresses": master.addresses,
             "target": fleet.target,
             "generation": fleet.generation,
@@ -95,14 +94,14 @@ class Commands:
         }
 
 
-def describe(slot: Slot, worker: WorkerProcess) -> dict[str, Any]:
+def describe(slot: Slot, worker: WorkerProcess, now: float) -> dict[str, Any]:
     """One worker, for people and programs."""
     return {
         "number": slot.number,
         "pid": worker.pid,
         "state": worker.state.value,
         "generation": worker.generation,
-        "uptime": round(monotonic() - worker.started_at, 3),
+        "uptime": round(now - worker.started_at, 3),
         "lag": worker.lag,
         "lagging": worker.lagging,
         "rss": worker.rss,

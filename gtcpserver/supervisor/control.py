@@ -166,7 +166,7 @@ class ControlSocket:
         """Somebody has connected."""
         try:
             # Not socket.accept: in a monkey-patched program its sockets are gevent's, which make an event loop.
-            fd, _ = self.sock._accept()  # type: ignore[attr-defined]
+            fd, _ = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001 (socket.accept is built on it)
         except OSError as error:
             if error.errno != errno.EAGAIN:
                 self._pause_until = monotonic() + PAUSE_SECONDS

@@ -30,7 +30,7 @@ def format_stacks(interrupted: FrameType | None = None) -> str:
     if interrupted is not None:
         parts.append("running now:\n" + "".join(traceback.format_stack(interrupted)))
     current = _get_ident()  # a signal handler runs in the main thread
-    for thread, frame in sys._current_frames().items():
+    for thread, frame in sys._current_frames().items():  # noqa: SLF001 (documented, and there is no other name)
         if thread != current:
             parts.append(f"thread {thread}:\n" + "".join(traceback.format_stack(frame)))
     waiting: Counter[Place] = Counter()

@@ -9,14 +9,12 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 from gtcpserver.plural import counted
 from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
 
 from .care import Care
-from .channel import make_pair
 from .config import SupervisorConfig
 from .lending import Loans
 from .log_files import STDERR, log_with_details
@@ -25,9 +23,9 @@ from .program import Program
 from .reload import Done, Reload
 from .slots import Slot, WorkerProcess, WorkerState, describe_status
 from .sockets import ListeningSockets
-from .spawn import fork_worker
+from .system import System
 from .totals import Totals
-from .worker import Job, run_worker
+from .worker import Job
 
 log = logging.getLogger("gtcpserver")
 
@@ -88,7 +86,9 @@ class Fleet:
         folder: str,
         close: Callable[[], None],
         slots: list[int],
+        system: System,
     ) -> None:
+        self.system = system
         self.config = config
         self.sockets = sockets
         self.program = program
@@ -130,7 +130,7 @@ class Fleet:
         """Forks a worker for a slot; None if the system refuses, which counts as a start that failed."""
         number = slot.number
         try:
-            ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
+            ours, theirs = self.system.make_pair(WORKER_KINDS, MASTER_KINDS)
         except OSError as error:
             self._start_failed(slot, f"cannot start worker {number}: {error.strerror}")
             return None
@@ -145,7 +145,7 @@ class Fleet:
             log_style=self.program.log_style,
             cpu=self.cpu_of(number),
             predecessor=slot.why,
-            master=os.getpid(),
+            master=self.system.pid(),
             folder=self._folder,
             settle=self.program.settle,
         )
@@ -158,7 +158,7 @@ class Fleet:
             self._close_masters()
 
         try:
-            pid = fork_worker(lambda: run_worker(job), close)
+            pid = self.system.start_worker(job, close)
         except OSError as error:
             ours.close()
             theirs.close()
@@ -166,13 +166,13 @@ class Fleet:
             return None
         theirs.close()
         loans = Loans(complete=self.config.user is None or os.geteuid() != 0)  # it becomes no other user
-        worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation, loans=loans)
+        worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation, self.system, loans=loans)
         return worker
 
     def _start_failed(self, slot: Slot, what: str) -> None:
         delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**slot.failures)
         slot.failures += 1
-        slot.failed_at = monotonic()
+        slot.failed_at = self.system.monotonic()
         slot.not_before = slot.failed_at + delay
         log.error("%s; trying again in %.1f s", what, delay)
 
@@ -183,7 +183,7 @@ class Fleet:
         try:
             messages = worker.channel.receive()
         except OSError:
-            worker.last_beat = monotonic()  # it is not the worker that is silent
+            worker.last_beat = self.system.monotonic()  # it is not the worker that is silent
             raise
         for message, _ in messages:
             self._hear(worker, message)
@@ -223,7 +223,7 @@ class Fleet:
         if worker.state is not WorkerState.STARTING:
             return  # it was told to leave meanwhile
         worker.state = WorkerState.READY
-        worker.ready_at = worker.last_beat = monotonic()
+        worker.ready_at = worker.last_beat = self.system.monotonic()
         slot = self.slots[worker.slot]
         slot.why = ""
         log.info(
@@ -233,7 +233,7 @@ class Fleet:
     def proven(self, worker: WorkerProcess) -> bool:
         """Whether a new worker has lived through its probation, so that the one it replaces may leave."""
         over_at = worker.ready_at + self.config.probation
-        if worker.state is not WorkerState.READY or worker.channel.ended or monotonic() < over_at:
+        if worker.state is not WorkerState.READY or worker.channel.ended or self.system.monotonic() < over_at:
             return False
         # A beat after it says that the event loop runs. One that is blocked is waited for, and killed after the
         # worker_timeout; without that nothing would end the wait.
@@ -251,16 +251,15 @@ class Fleet:
             return
         self._take_out(slot, worker)
         slot.gone_on.append(worker)
-        worker.retired_at = monotonic()
+        worker.retired_at = self.system.monotonic()
         worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
         timeout = self.config.graceful_timeout if self.ending else self.config.retire_timeout
         worker.channel.send(kind, timeout=timeout, all=self.stopping, hurry=self.ending)
         self._kill_after(worker, timeout)
 
-    @staticmethod
-    def _kill_after(worker: WorkerProcess, timeout: float | None) -> None:
+    def _kill_after(self, worker: WorkerProcess, timeout: float | None) -> None:
         if timeout is not None:
-            kill_at = monotonic() + timeout + KILL_MARGIN
+            kill_at = self.system.monotonic() + timeout + KILL_MARGIN
             worker.kill_at = kill_at if worker.kill_at is None else min(worker.kill_at, kill_at)
 
     @staticmethod
@@ -319,7 +318,7 @@ class Fleet:
 
     def _died(self, slot: Slot, worker: WorkerProcess, was_next: bool, how: str, status: int) -> None:
         active = worker.stats.get("active", 0)
-        lived = monotonic() - worker.ready_at
+        lived = self.system.monotonic() - worker.ready_at
         slot.why = how + (f": {worker.fatal}" if worker.fatal else "")
         log.error("%s; it had about %s", slot.why, counted(active, "connection"))
         how = f"{how}, {lived:.2f} s after it was ready"
@@ -395,7 +394,7 @@ class Fleet:
     def _complete_start(self) -> None:
         if not self.up and all(map(self._is_complete, self.slots.values())):
             self.up = True
-        now = monotonic()
+        now = self.system.monotonic()
         for slot in self.slots.values():
             current = slot.current
             if current is None or current.state is not WorkerState.READY or current.ready_at < slot.failed_at:
@@ -592,7 +591,7 @@ class Fleet:
     def halt(self) -> None:
         """Ends everything now."""
         self._end_operations("the master stops")
-        now = monotonic()
+        now = self.system.monotonic()
         for worker in self.workers.values():
             worker.channel.send("halt")
             worker.kill_at = now + HALT_SECONDS if worker.kill_at is None else min(worker.kill_at, now + HALT_SECONDS)

@@ -22,13 +22,9 @@ import os
 import select
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from time import monotonic
 from typing import Any
-
-from gevent import monkey
 
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import ConfigError, GtcpServerError
@@ -52,16 +48,12 @@ from .reload import Done
 from .slots import WorkerProcess
 from .sockets import ListeningSockets
 from .spawn import MASTER_SIGNALS
-from .surroundings import Terminal, who_ends_with_us
+from .surroundings import Terminal
+from .system import REAL_SYSTEM, Signals, System
 from .upgrade import Handover, Upgrade, say_failed, say_ready, take_handover
 from .worker import LAST_WORDS_SECONDS, CannotStart, end_child
 
 log = logging.getLogger("gtcpserver")
-
-_poll: Callable[[], Any] = monkey.get_original("select", "poll")
-_signal: Callable[..., Any] = monkey.get_original("signal", "signal")
-_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
-_waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
 
 REAP_SECONDS = 1.0
 
@@ -93,23 +85,23 @@ class WorkersCannotStart(GtcpServerError):
 class Master:
     """A master. `run` is its life."""
 
-    def __init__(self, program: Program, config: SupervisorConfig) -> None:
+    def __init__(self, program: Program, config: SupervisorConfig, system: System = REAL_SYSTEM) -> None:
         self.program = program
         self.config = config
+        self.system = system
         self.state = MasterState.STARTING
-        self.started_at = monotonic()
+        self.started_at = self.system.monotonic()
         self.addresses: list[str] = []
         self.fleet: Fleet
         self._folder = logical_folder()
         self._handover: Handover | None = None
-        self._upgrade = Upgrade(self._leave_to)
+        self._upgrade = Upgrade(system, self._leave_to)
         self._left_to: int | None = None  # the new master that has everything now
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
         self._monitor: MonitorProcess | None = None
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
-        self._pipe = (-1, -1)
-        self._signals: deque[int] = deque()  # that have come and were not obeyed yet
+        self._signals: Signals | None = None
         self._stop_at: float | None = None
         self._said = ""
         self._notifier = systemd.Notifier()
@@ -122,7 +114,7 @@ class Master:
         self._pid_file_due = False
         self._child_ended = True
         self._reap_at = 0.0
-        self._terminal = Terminal()
+        self._terminal = Terminal(system.has_terminal)
 
     @property
     def ready(self) -> bool:
@@ -182,35 +174,27 @@ class Master:
         if config.preload and self.program.preload is not None:
             self._preload(self.program.preload)
         slots = handover.slots if handover is not None else list(range(config.worker_count()))
-        sockets = ListeningSockets(self.program.listen)
+        sockets = self.system.listening_sockets(self.program.listen)
         sockets.open(self.program.addresses, slots, handover.sockets if handover is not None else ())
         self.addresses = sockets.addresses
-        self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots)
+        self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots, self.system)
         self.fleet.replaces = handover is not None
         try:
             self._open_monitor()
         except BaseException:
             sockets.close(keep_paths=self._not_ours())
             raise
-        wakeup_before = signal.set_wakeup_fd(-1)
-        before: list[tuple[int, Any]] = []
         try:
-            self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            before += [(number, _signal(number, self._note_signal)) for number in MASTER_SIGNALS]
-            # A program that starts us may have blocked them for itself, and the mask is inherited (signal(7)).
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTER_SIGNALS)
+            signals = self._signals = self.system.catch_signals(MASTER_SIGNALS)
             self._open_control()
             if self._pid_file is not None and handover is None:
                 self._pid_file.write()
             while self.state is not MasterState.STOPPED:
-                self._turn()
+                self._turn(signals)
         finally:
             self._close(sockets)
-            signal.set_wakeup_fd(wakeup_before)
-            for number, handler in before:
-                _signal(number, handler)
-            self._close_pipe()
+            if self._signals is not None:
+                self._signals.close()
         if self.fleet.first_failure is not None:
             raise WorkersCannotStart(self.fleet.first_failure)
         log.info("stopped: %s finished, %d cut", counted(self.fleet.finished, "connection"), self.fleet.ended)
@@ -228,15 +212,9 @@ class Master:
             self._guarded(self._monitor.close, keep_paths=keep)
         if self._pid_file is not None:
             self._guarded(self._pid_file.remove)
-        give_up = monotonic() + LAST_WORDS_SECONDS
-        while not self._notifier.flush() and monotonic() < give_up:
-            _sleep(RETRY_SECONDS)
-
-    def _close_pipe(self) -> None:
-        pipe, self._pipe = self._pipe, (-1, -1)
-        for fd in pipe:
-            if fd >= 0:
-                close_descriptor(fd)
+        give_up = self.system.monotonic() + LAST_WORDS_SECONDS
+        while not self._notifier.flush() and self.system.monotonic() < give_up:
+            self.system.sleep(RETRY_SECONDS)
 
     def _preload(self, load: Callable[[], None]) -> None:
         register(self)
@@ -319,7 +297,8 @@ class Master:
             end_child(error)
 
     def _close_in_child(self) -> None:
-        self._close_pipe()
+        if self._signals is not None:
+            self._signals.close_in_child()
         if self._control is not None:
             self._control.close(remove=False)
         if self._pid_file is not None:
@@ -330,22 +309,22 @@ class Master:
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
+    def _turn(self, signals: Signals) -> None:
         """Waits for the next event and does what is due. Whatever goes wrong in here, the master goes on.
 
         Each part stands alone: what fails every time (a worker's channel, the monitor, poll itself) keeps the master
         from nothing else.
         """
         self._failed = False
-        self._guarded(self._wait)
-        while self._signals:
-            self._guarded(self._obey_signal, self._signals.popleft())
+        self._guarded(self._wait, signals)
+        while (number := signals.next()) is not None:
+            self._guarded(self._obey_signal, number)
         self._guarded(self._reap)
         for look_after in self._parts():
-            self._guarded(look_after, monotonic())
+            self._guarded(look_after, self.system.monotonic())
         if self._failed:
             # What fails every time must not make it spin.
-            _sleep(TICK_SECONDS)
+            self.system.sleep(TICK_SECONDS)
 
     def _guarded(self, do: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
@@ -356,9 +335,9 @@ class Master:
             if left_out is not None:
                 log.exception("the master failed at something, and goes on%s", also(left_out))
 
-    def _wait(self) -> None:
+    def _wait(self, signals: Signals) -> None:
         watched: dict[int, tuple[int, Callable[[int], None]]] = {}
-        watched[self._pipe[0]] = (select.POLLIN, lambda _: self._empty_pipe())
+        watched[signals.fileno()] = (select.POLLIN, lambda _: signals.empty())
         for worker in self.fleet.workers.values():
             if not worker.channel.ended:
                 watched[worker.channel.fileno()] = (select.POLLIN, self._receiver(worker))
@@ -366,7 +345,7 @@ class Master:
             watched[self._upgrade.channel.fileno()] = (select.POLLIN, lambda _: self._upgrade.hear())
         control = self._control
         if control is not None:
-            if not self._not_ours() and control.accepts(monotonic()):
+            if not self._not_ours() and control.accepts(self.system.monotonic()):
                 watched[control.sock.fileno()] = (select.POLLIN, lambda _: control.accept())
             for client in control.clients:
                 if not client.closed:
@@ -374,7 +353,7 @@ class Master:
         monitor = self._monitor
         if monitor is not None and monitor.fileno() >= 0:
             watched[monitor.fileno()] = (monitor.events(), monitor.handle)
-        due = min(self.fleet.next_due(), self._stop_at or float("inf")) - monotonic()
+        due = min(self.fleet.next_due(), self._stop_at or float("inf")) - self.system.monotonic()
         for fd, events in self._poll(watched, max(0.0, min(TICK_SECONDS, due))):
             self._guarded(watched[fd][1], events)
 
@@ -382,10 +361,7 @@ class Master:
         self, watched: Mapping[int, tuple[int, Callable[[int], None]]], seconds: float
     ) -> Iterable[tuple[int, int]]:
         try:
-            poll = _poll()
-            for fd, (events, _) in watched.items():
-                poll.register(fd, events)
-            ready: list[tuple[int, int]] = poll.poll(1000 * seconds)
+            return self.system.poll({fd: events for fd, (events, _) in watched.items()}, seconds)
         except OSError as error:  # ENOMEM, or EINVAL: more descriptors than RLIMIT_NOFILE allows now
             self._failed = True
             left_out = self._faults.allow("poll")
@@ -393,20 +369,19 @@ class Master:
                 log.error("poll failed, looking at every descriptor instead: %s%s", error.strerror, also(left_out))
             # Each of them is asked without waiting.
             return [(fd, events) for fd, (events, _) in watched.items()]
-        return ready
 
     def _receiver(self, worker: WorkerProcess) -> Callable[[int], None]:
         return lambda _: self.fleet.receive(worker)
 
     def _reap(self) -> None:
-        now = monotonic()
+        now = self.system.monotonic()
         # The signal says when; now and then without it, should the program have taken the signal for its own.
         if not self._child_ended and now < self._reap_at:
             return
         self._child_ended = False
         self._reap_at = now + REAP_SECONDS
         # As process 1 of a container, orphans are ours to bury too; elsewhere a caller of `run` may have children.
-        while os.getpid() == 1 and self._bury(-1):
+        while self.system.pid() == 1 and self._bury(-1):
             pass
         monitors = self._monitor.pids() if self._monitor is not None else []
         for pid in (*self.fleet.workers, *self._upgrade.pids(), *monitors):
@@ -414,7 +389,7 @@ class Master:
 
     def _bury(self, pid: int) -> bool:
         try:
-            gone, status = _waitpid(pid, os.WNOHANG)
+            gone, status = self.system.wait(pid)
         except ChildProcessError:
             gone, status = (pid, 0) if self._was_buried(pid) else (0, 0)
         if gone and not self.fleet.reap(gone, status):
@@ -438,8 +413,18 @@ class Master:
         worker, monitor = self.fleet.workers.get(pid), self._monitor
         if worker is not None:
             # Its number may be another process's by now.
-            return worker.channel.ended or not _exists(pid)
-        return monitor is not None and pid in monitor.pids() and (monitor.fileno() < 0 or not _exists(pid))
+            return worker.channel.ended or not self._exists(pid)
+        return monitor is not None and pid in monitor.pids() and (monitor.fileno() < 0 or not self._exists(pid))
+
+    def _exists(self, pid: int) -> bool:
+        """Whether there is such a process, of ours or not."""
+        try:
+            self.system.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _stop_if_due(self, now: float) -> None:
         if self._stop_at is not None and now >= self._stop_at and self.state is MasterState.DRAINING:
@@ -472,14 +457,14 @@ class Master:
                 close_descriptor(first_stderr)
         if self._handover is not None:
             self._pid_file_due = self._pid_file is not None
-            self._write_pid_file(monotonic())
+            self._write_pid_file(self.system.monotonic())
             handover, self._handover = self._handover, None
             if not say_ready(handover):
                 log.error("the old master (pid %d) cannot be told that this one is ready", handover.pid)
         log.info(
             "listening on %s (pid %d, %s)",
             ", ".join(self.addresses),
-            os.getpid(),
+            self.system.pid(),
             counted(self.fleet.target, "worker"),
         )
 
@@ -487,7 +472,7 @@ class Master:
         serving = sum(slot.serves() for slot in self.fleet.slots.values())
         status = f"STATUS={self.state.value}: {serving} of {counted(self.fleet.target, 'worker')} ready"
         if self.state is MasterState.SERVING and not self.fleet.reloading():
-            status += f"\nREADY=1\nMAINPID={os.getpid()}"
+            status += f"\nREADY=1\nMAINPID={self.system.pid()}"
         elif self.stopping and self._left_to is None:
             status += "\nSTOPPING=1"
         if status != self._said and self._left_to is None and self._handover is None:
@@ -511,14 +496,6 @@ class Master:
             self._pid_file_due = False
 
     # -- signals -----------------------------------------------------------------------------------------------------
-
-    def _note_signal(self, number: int, _frame: Any) -> None:
-        # Not the numbers that set_wakeup_fd writes: one that cannot be written (the pipe is full) is lost.
-        self._signals.append(number)
-
-    def _empty_pipe(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._pipe[0], 4096)
 
     def _obey_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -547,7 +524,7 @@ class Master:
             self.scale(max(1, self.fleet.target - 1))
 
     def _obey_hangup(self, name: str) -> None:
-        of_terminal = self._terminal.hung_up()
+        of_terminal = self._terminal.hung_up(self.system.monotonic())
         if of_terminal is None:
             log.info("%s: the terminal is gone; going on, as nohup(1) asks", name)
         elif of_terminal:
@@ -612,14 +589,14 @@ class Master:
         elif self.state is not MasterState.SERVING or self.fleet.reloading() or self.fleet.changing():
             error = "a start, a reload or a change of the number of workers is under way"
         else:
-            error = who_ends_with_us()
+            error = self.system.who_ends_with_us()
         if error:
             log.error("no upgrade: %s", error)
             done(error)
             return
         control = self._control
         handover = Handover(
-            pid=os.getpid(),
+            pid=self.system.pid(),
             channel=-1,
             slots=list(self.fleet.slots),
             sockets=self.fleet.sockets.handover(),
@@ -647,7 +624,7 @@ class Master:
         delay = self.config.drain_delay if self.state is MasterState.SERVING else 0.0
         self.state = MasterState.DRAINING
         self.fleet.tell_all("unready")
-        self._stop_at = monotonic() + delay
+        self._stop_at = self.system.monotonic() + delay
 
     def _stop(self) -> None:
         self._stop_at = None
@@ -683,17 +660,6 @@ def _has_other_threads() -> bool:
     ours = threading.main_thread().native_id
     # None: of a thread that has not begun to run, a greenlet.
     return any(thread.native_id not in (ours, None) for thread in threading.enumerate())
-
-
-def _exists(pid: int) -> bool:
-    """Whether there is such a process, of ours or not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _nobody(_error: str | None) -> None:

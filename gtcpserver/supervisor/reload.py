@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from gtcpserver.plural import counted
@@ -77,7 +76,7 @@ class Reload:
         fleet = self._fleet
         fleet.generation = self.generation
         self._leaving += [slot.current for slot in slots if slot.current is not None]
-        self._give_up_at = monotonic() + LET_GO_SECONDS
+        self._give_up_at = fleet.system.monotonic() + LET_GO_SECONDS
         for slot in slots:
             slot.failures = 0
             fleet.promote(slot)
@@ -88,14 +87,14 @@ class Reload:
         """One by one: whether the last worker that was replaced is gone, or stays for its lasting connections."""
         if self._fleet.too_many_retired():
             return False  # the oldest are told to finish, and have a time for it
-        return monotonic() >= self._give_up_at or not any(map(self._is_there, self._leaving))
+        return self._fleet.system.monotonic() >= self._give_up_at or not any(map(self._is_there, self._leaving))
 
     def _is_there(self, worker: WorkerProcess) -> bool:
         return self._fleet.workers.get(worker.pid) is worker
 
     def _end_when_they_have_let_go(self) -> None:
         accepting = any(self._is_there(one) and not one.drained for one in self._leaving)
-        if accepting and monotonic() < self._give_up_at:
+        if accepting and self._fleet.system.monotonic() < self._give_up_at:
             return
         self._fleet.reload = None
         log.info("reload %d is done; the old workers finish their connections", self.generation - 1)

@@ -7,11 +7,11 @@ import os
 import signal
 from dataclasses import dataclass, field
 from enum import Enum
-from time import monotonic
 from typing import Any
 
 from .channel import Channel
 from .lending import Loans
+from .system import System
 from .worker import BEAT_SECONDS
 
 LAG_SECONDS = 0.25
@@ -55,10 +55,11 @@ class WorkerProcess:
     pid: int
     channel: Channel
     generation: int
+    system: System
     state: WorkerState = WorkerState.STARTING
-    started_at: float = field(default_factory=monotonic)
+    started_at: float = field(init=False)
     ready_at: float = 0.0
-    last_beat: float = field(default_factory=monotonic)
+    last_beat: float = field(init=False)
     kill_at: float | None = None
     retired_at: float = 0.0
     hastened: bool = False
@@ -80,13 +81,16 @@ class WorkerProcess:
     dumped: bool = False
     loans: Loans = field(default_factory=Loans)
 
+    def __post_init__(self) -> None:
+        self.started_at = self.last_beat = self.system.monotonic()
+
     @property
     def leaving(self) -> bool:
         return self.state in (WorkerState.RETIRING, WorkerState.STOPPING, WorkerState.KILLED)
 
     def note_beat(self, lag: float) -> None:
         """A beat has come: it counts how well the loop keeps time."""
-        self.last_beat = monotonic()
+        self.last_beat = self.system.monotonic()
         self.lag = lag
         if lag > LAG_SECONDS:
             self.beats_in_time = 0
@@ -112,7 +116,7 @@ class WorkerProcess:
     def signal(self, number: int) -> None:
         # Gone, and not reaped yet; or refused (EPERM), which must not keep the master from the others.
         with contextlib.suppress(OSError):
-            os.kill(self.pid, number)
+            self.system.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill it, now and as often as it takes.
@@ -121,7 +125,7 @@ class WorkerProcess:
         """
         if self.leaving:
             self.state = WorkerState.KILLED
-        self.kill_at = monotonic() + KILL_AGAIN_SECONDS
+        self.kill_at = self.system.monotonic() + KILL_AGAIN_SECONDS
         self.signal(signal.SIGKILL)
 
 

@@ -109,7 +109,7 @@ def _in_child(what: Callable[[], int]) -> int:
 
 
 def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -> int:
-    atexit._clear()
+    atexit._clear()  # noqa: SLF001 (there is no public way)
     _forget_processes()
     for number in MASTER_SIGNALS:
         if number in IGNORED_BY_WORKERS:
@@ -122,7 +122,7 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
     _set_title(role)
     status = begin()
     # What the program has registered in this process.
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # noqa: SLF001 (os._exit would leave them out)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -138,9 +138,9 @@ def _forget_processes() -> None:
     """
     process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
     if process is not None:
-        process._children.clear()
+        process._children.clear()  # noqa: SLF001 (it has no other way to forget them)
     if util is not None:
-        atexit.register(util._exit_function)
+        atexit.register(util._exit_function)  # noqa: SLF001 (as it does when it is imported)
 
 
 def _ignore(number: int) -> None:

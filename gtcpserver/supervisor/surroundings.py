@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
 from gevent import monkey
@@ -28,30 +27,35 @@ process does. As the names of their processes, /proc/PID/comm."""
 
 
 class Terminal:
-    """Tells a SIGHUP of the terminal that was closed from one that asks for a reload (termios(3), "hang up")."""
+    """Tells a SIGHUP of the terminal that was closed from one that asks for a reload (termios(3), "hang up").
 
-    def __init__(self) -> None:
-        self._is_there = _has_terminal()
+    Args:
+        has_terminal: whether this process has one now.
+    """
+
+    def __init__(self, has_terminal: Callable[[], bool]) -> None:
+        self._has_terminal = has_terminal
+        self._is_there = has_terminal()
         # nohup(1)
         self._matters = _getsignal(signal.SIGHUP) is not signal.SIG_IGN
         self._lost_at: float | None = None
 
     def look(self, now: float) -> None:
         """Call a few times a second."""
-        if self._is_there and not _has_terminal():
+        if self._is_there and not self._has_terminal():
             self._is_there = False
             self._lost_at = now
 
-    def hung_up(self) -> bool | None:
+    def hung_up(self, now: float) -> bool | None:
         """Whether a SIGHUP that has come now is the terminal's. None: it is, and is to be ignored, as by nohup(1)."""
-        now = monotonic()
         self.look(now)
         if self._lost_at is None or now - self._lost_at > HANGUP_SECONDS:
             return False
         return True if self._matters else None
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:

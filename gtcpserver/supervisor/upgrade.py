@@ -17,20 +17,18 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 from gtcpserver.errors import GtcpServerError
 
-from .channel import Channel, adopt, make_pair
+from .channel import Channel, adopt
 from .messages import HANDOVER_KINDS
 from .reload import Done
 from .slots import KILL_AGAIN_SECONDS, describe_status
 from .sockets import Inherited
-from .spawn import fork_and_exec
+from .system import System
 
 log = logging.getLogger("gtcpserver")
 
@@ -112,8 +110,9 @@ class Upgrade:
         channel: on which the new master says that it is ready; None if none is being started.
     """
 
-    def __init__(self, leave_to: Callable[[int], None]) -> None:
+    def __init__(self, system: System, leave_to: Callable[[int], None]) -> None:
         self.channel: Channel | None = None
+        self._system = system
         self._leave_to = leave_to
         self._pid = 0
         self._give_up_at = 0.0
@@ -131,7 +130,7 @@ class Upgrade:
     def begin(self, handover: Handover, folder: str, done: Done) -> None:
         """Starts a new master by our own command line, in this folder."""
         try:
-            ours, theirs = make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
+            ours, theirs = self._system.make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
         except OSError as error:
             log.error("no upgrade: %s", error)
             done(str(error))
@@ -149,7 +148,7 @@ class Upgrade:
             return found
 
         try:
-            self._pid = fork_and_exec([sys.executable, *sys.orig_argv[1:]], environment, fds)
+            self._pid = self._system.start_master(environment, fds)
         except OSError as error:
             ours.close()
             log.error("no upgrade: %s", error)
@@ -159,7 +158,7 @@ class Upgrade:
             theirs.close()
         self.channel = ours
         self._done = done
-        self._give_up_at = monotonic() + UPGRADE_SECONDS
+        self._give_up_at = self._system.monotonic() + UPGRADE_SECONDS
         log.info("a new master was started (pid %d)", self._pid)
 
     def hear(self) -> None:
@@ -191,7 +190,7 @@ class Upgrade:
             if now >= kill_at:
                 self._failed[pid] = now + KILL_AGAIN_SECONDS
                 try:
-                    os.kill(pid, signal.SIGKILL)
+                    self._system.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     del self._failed[pid]  # somebody else has buried it
 
@@ -209,9 +208,9 @@ class Upgrade:
         log.error("the upgrade failed, the old master serves on: %s", why)
         if not gone:
             # It ends its workers as a stop does: they may have taken connections.
-            self._failed[self._pid] = monotonic() + FAILED_SECONDS
+            self._failed[self._pid] = self._system.monotonic() + FAILED_SECONDS
             with contextlib.suppress(OSError):
-                os.kill(self._pid, signal.SIGTERM)
+                self._system.kill(self._pid, signal.SIGTERM)
         self._tell(why)
 
     def _tell(self, error: str | None) -> None:

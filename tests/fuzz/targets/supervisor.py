@@ -21,6 +21,7 @@ from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.messages import MASTER_KINDS, MAX_BYTES, WORKER_KINDS
 from gtcpserver.supervisor.monitor import MonitorProcess
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
+from gtcpserver.supervisor.system import REAL_SYSTEM
 
 NOBODY = 1 << 23
 """A process id that no process has: pid_max is 2**22 at most (proc(5))."""
@@ -42,10 +43,16 @@ _HANDLER = _Formatting()
 
 def _master() -> Any:
     nothing: Any = None
-    fleet = Fleet(SupervisorConfig(workers=2), nothing, nothing, "/", lambda: None, [0, 1])
+    fleet = Fleet(SupervisorConfig(workers=2), nothing, nothing, "/", lambda: None, [0, 1], REAL_SYSTEM)
     state = SimpleNamespace(value="serving")
     return SimpleNamespace(
-        fleet=fleet, state=state, ready=True, started_at=0.0, addresses=["127.0.0.1:1"], stopping=False
+        fleet=fleet,
+        state=state,
+        ready=True,
+        started_at=0.0,
+        addresses=["127.0.0.1:1"],
+        stopping=False,
+        system=REAL_SYSTEM,
     )
 
 
@@ -57,7 +64,7 @@ def worker_messages(data: bytes) -> None:
     workers, lines = [], []
     for number in (0, 1):
         ours, theirs = make_pair(WORKER_KINDS, MASTER_KINDS)
-        worker = WorkerProcess(number, NOBODY + number, ours, 1, state=WorkerState.READY)
+        worker = WorkerProcess(number, NOBODY + number, ours, 1, REAL_SYSTEM, state=WorkerState.READY)
         fleet.workers[worker.pid] = fleet.slots[number].current = worker
         workers.append(worker)
         lines.append(theirs)

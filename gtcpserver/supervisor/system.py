@@ -1,0 +1,210 @@
+"""System: everything that a master does to the operating system to run its workers.
+
+The master, its fleet, reloads and upgrades get one when they are made, and reach for the clock, processes, signals,
+channels and listening sockets through it alone. `RealSystem` is Linux; tests give them a simulated one
+(tests/simulated.py), with a virtual clock and processes that die when the test wants it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
+from typing import Any, Protocol
+
+from gevent import monkey
+
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.process.descriptors import close_descriptor
+
+from . import channel, spawn, surroundings
+from .channel import Channel
+from .sockets import ListeningSockets
+from .worker import Job, run_worker
+
+# The real ones, also in a monkey-patched program: the master has no event loop to wait in.
+_poll: Callable[[], Any] = monkey.get_original("select", "poll")
+_signal: Callable[..., Any] = monkey.get_original("signal", "signal")
+_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
+_waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
+
+
+class Signals(Protocol):
+    """The signals that are caught, in the order in which they came."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when a signal has come."""
+
+    def empty(self) -> None:
+        """Make the descriptor unreadable again. Raises OSError: it is readable still."""
+
+    def next(self) -> int | None:
+        """Return the number of the oldest signal that was not returned yet; None if there is none."""
+
+    def close(self) -> None:
+        """Give the signals back to their earlier handlers."""
+
+    def close_in_child(self) -> None:
+        """Close the copies of the descriptors, and leave the handlers alone."""
+
+
+class System(Protocol):
+    """What a master needs of an operating system."""
+
+    # -- clock -------------------------------------------------------------------------------------------------------
+
+    def monotonic(self) -> float:
+        """Return the time in seconds, of a clock that is never set."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, whatever happens meanwhile."""
+
+    # -- processes and signals ---------------------------------------------------------------------------------------
+
+    def pid(self) -> int:
+        """Return the number of this process."""
+
+    def start_worker(self, job: Job, close: Callable[[], None]) -> int:
+        """Fork a worker and return its process id. `close` is called in the child first. Raises OSError."""
+
+    def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
+        """Start the next master and return its process id: this process's own command line, in a child.
+
+        Args:
+            environment: called in the child, so that it can name its process id.
+            fds: descriptors to inherit, by the same numbers.
+
+        Raises:
+            OSError: no more processes, or no memory.
+        """
+
+    def has_terminal(self) -> bool:
+        """Return whether this process has a controlling terminal."""
+
+    def who_ends_with_us(self) -> str:
+        """Return why this process must not leave its place to another: "" or a sentence."""
+
+    def kill(self, pid: int, number: int) -> None:
+        """Send a signal, kill(2). Raises OSError."""
+
+    def wait(self, pid: int) -> tuple[int, int]:
+        """Return (pid, status) of a child that has ended, or (0, 0); waitpid(2) with WNOHANG.
+
+        Raises:
+            ChildProcessError: there is no such child.
+        """
+
+    def catch_signals(self, numbers: Iterable[int]) -> Signals:
+        """Catch signals from now on, also those that were blocked. Raises OSError: no descriptors."""
+
+    # -- descriptors -------------------------------------------------------------------------------------------------
+
+    def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
+        """Return both ends of a new channel, the master's first (`channel.make_pair`). Raises OSError."""
+
+    def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
+        """Return an object for listening sockets that has none yet."""
+
+    def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
+        """Wait until descriptors are ready, and return these with their events; poll(2).
+
+        Args:
+            watched: descriptors, with the events that are waited for.
+
+        Raises:
+            OSError: ENOMEM, or EINVAL: more descriptors than RLIMIT_NOFILE allows now.
+        """
+
+
+class RealSystem:
+    """The system this process runs on."""
+
+    def monotonic(self) -> float:
+        return monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        _sleep(seconds)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def start_worker(self, job: Job, close: Callable[[], None]) -> int:
+        return spawn.fork_worker(lambda: run_worker(job), close)
+
+    def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
+        return spawn.fork_and_exec([sys.executable, *sys.orig_argv[1:]], environment, fds)
+
+    def has_terminal(self) -> bool:
+        return surroundings.has_terminal()
+
+    def who_ends_with_us(self) -> str:
+        return surroundings.who_ends_with_us()
+
+    def kill(self, pid: int, number: int) -> None:
+        os.kill(pid, number)
+
+    def wait(self, pid: int) -> tuple[int, int]:
+        return _waitpid(pid, os.WNOHANG)
+
+    def catch_signals(self, numbers: Iterable[int]) -> Signals:
+        return SignalPipe(numbers)
+
+    def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
+        return channel.make_pair(kinds_here, kinds_there)
+
+    def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
+        return ListeningSockets(config)
+
+    def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
+        poll = _poll()
+        for fd, events in watched.items():
+            poll.register(fd, events)
+        ready: list[tuple[int, int]] = poll.poll(1000 * seconds)
+        return ready
+
+
+class SignalPipe:
+    """Signals by handlers of Python's, which note the number, and a pipe that wakes poll(2)."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        numbers = tuple(numbers)
+        self._caught: deque[int] = deque()
+        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._before = [(number, _signal(number, self._note)) for number in numbers]
+        # A program that starts us may have blocked them for itself, and the mask is inherited (signal(7)).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        # Not the numbers that set_wakeup_fd writes: one that cannot be written (the pipe is full) is lost.
+        self._caught.append(number)
+
+    def fileno(self) -> int:
+        return self._pipe[0]
+
+    def empty(self) -> None:
+        try:
+            os.read(self._pipe[0], 4096)
+        except BlockingIOError:
+            pass
+
+    def next(self) -> int | None:
+        return self._caught.popleft() if self._caught else None
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before:
+            _signal(number, handler)
+        self.close_in_child()
+
+    def close_in_child(self) -> None:
+        pipe, self._pipe = self._pipe, (-1, -1)
+        for fd in pipe:
+            if fd >= 0:
+                close_descriptor(fd)
+
+
+REAL_SYSTEM = RealSystem()

@@ -1,0 +1,543 @@
+"""A simulated operating system for a master: a virtual clock, and processes that do what a test wants, when it wants.
+
+It stands for `gtcpserver.supervisor.system.RealSystem`. Channels are the real ones over simulated sockets. A master
+runs in a greenlet of its own: `run` lets it go on for some virtual seconds, and returns when it waits at their end.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+import json
+import os
+import select
+import signal
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+
+from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.messages import encode
+from gtcpserver.supervisor.sockets import ListeningSockets
+from gtcpserver.supervisor.system import Signals
+from gtcpserver.supervisor.worker import Job
+
+MASTER = 4242  # the process id that the master has
+FIRST_PID = 1 << 30  # above what pid_max may be: a signal that went out for real would find nobody
+FIRST_FD = 1 << 20
+SIGNAL_FD = FIRST_FD - 1
+
+BEAT_SECONDS = 0.7  # of all workers; less than what the master takes for a lag
+READING_SECONDS = 0.02  # until a process has read what it is told
+HOLDS_ALL_SECONDS = 0.05  # until a new process has closed its copies of other slots' sockets
+TURN_SECONDS = 0.001  # that a turn of the master takes, so that one that spins is seen
+INBOX = 6  # messages that fit into a socket
+
+BEAT = encode("beat", lag=0.0)
+
+
+def failed(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+class End:
+    """One end of a socket pair, as a socket object. `holders` are the processes that have it open."""
+
+    peer: End
+
+    def __init__(self, system: SimulatedSystem, fd: int) -> None:
+        self._system = system
+        self._fd = fd
+        self.inbox: deque[bytes] = deque()
+        self.holders = {MASTER}
+        self.reader: Process | None = None
+
+    def setblocking(self, _flag: bool) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self._fd if MASTER in self.holders else -1
+
+    def readable(self) -> bool:
+        return bool(self.inbox) or not self.peer.holders
+
+    def sendmsg(self, parts: list[bytes], _rights: Any) -> int:
+        if not self.peer.holders:
+            raise failed(errno.EPIPE)
+        if len(self.peer.inbox) >= INBOX or self._system.fails("send"):
+            raise failed(errno.EAGAIN)
+        self.peer.inbox.append(parts[0])
+        if self.peer.reader is not None:
+            self._system.after(READING_SECONDS, self.peer.reader.read)
+        return len(parts[0])
+
+    def recv(self, _size: int) -> bytes:
+        if self._system.fails("receive"):
+            raise failed(errno.ENOMEM)
+        if self.inbox:
+            return self.inbox.popleft()
+        if self.peer.holders:
+            raise failed(errno.EAGAIN)
+        return b""
+
+    def close(self) -> None:
+        self.holders.discard(MASTER)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What a new process will do.
+
+    Attributes:
+        ready_after: seconds until it is ready; None: never.
+        fails: it says why it cannot start, and exits, instead of being ready.
+        dies_after: seconds from its birth until it ends with `status`, as waitpid(2) has it, without a word.
+        stalls_after: seconds from its birth until its event loop is blocked for good.
+        blocked_in_c: a dump of its stacks does not come.
+        closes_after: seconds from its birth until it closes its channel and goes on.
+        wants_to_retire_after: seconds from its birth until it asks for a successor.
+        lasts: seconds that its connections last when it is told to leave; None: for ever.
+        drains: it says that its sockets are drained.
+        obeys: it does what it is told.
+        lingers: seconds that SIGKILL takes (an uninterruptible system call).
+    """
+
+    ready_after: float | None = 0.1
+    fails: bool = False
+    dies_after: float | None = None
+    status: int = 0
+    stalls_after: float | None = None
+    blocked_in_c: bool = False
+    closes_after: float | None = None
+    wants_to_retire_after: float | None = None
+    lasts: float | None = 0.05
+    drains: bool = True
+    obeys: bool = True
+    lingers: float = 0.0
+
+
+@dataclass(eq=False)
+class Process:
+    """A child of the master.
+
+    Attributes:
+        job: a worker's; None: it is a new master.
+        status: how it has ended, as waitpid(2) has it; None: it runs.
+        buried: somebody has waited for it.
+        faulty: it did what no good process does.
+        orders: what it was told and has read, in this order.
+        leaves_at: when it has ended all connections, as it was told.
+        finished: connections that it has told of in its last words.
+        late: what it would have done if it had not been blocked.
+    """
+
+    system: SimulatedSystem
+    pid: int
+    end: End
+    fate: Fate
+    job: Job | None = None
+    status: int | None = None
+    buried: bool = False
+    faulty: bool = False
+    ready: bool = False
+    stalled: bool = False
+    orders: list[str] = field(default_factory=list)
+    leaves_at: float | None = None
+    finished: int = 0
+    ended_at: float = 0.0
+    late: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        fate, later = self.fate, self.system.after
+        self.born_at = self.system.now
+        self.end.holders.add(self.pid)
+        self.end.reader = self
+        if fate.ready_after is not None:
+            later(fate.ready_after, self.fail if fate.fails else self.become_ready)
+        if fate.dies_after is not None:
+            later(fate.dies_after, lambda: self.exit(fate.status))
+        if fate.stalls_after is not None:
+            later(fate.stalls_after, self.stall)
+        if fate.closes_after is not None:
+            later(fate.closes_after, self.close)
+        if fate.wants_to_retire_after is not None:
+            later(fate.wants_to_retire_after, self.want_to_retire)
+        self.faulty = fate.ready_after is None or fate.fails
+
+    @property
+    def running(self) -> bool:
+        return self.status is None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it takes new connections."""
+        return self.running and self.ready and not self.stalled and not self.orders
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def say(self, data: bytes) -> None:
+        if self.pid in self.end.holders and self.end.peer.holders:
+            self.end.peer.inbox.append(data)
+
+    def become_ready(self) -> None:
+        if self.stalled:
+            self.late = self.become_ready
+        elif self.running:
+            self.ready = True
+            self.say(encode("ready"))
+            self.obey()
+
+    def fail(self) -> None:
+        if self.stalled:
+            self.late = self.fail
+        elif self.running:
+            self.say(encode("failed", error="no such module", details="a traceback", status=3))
+            self.exit(3 << 8)
+
+    def exit(self, status: int) -> None:
+        """End; `status` as waitpid(2) has it."""
+        if self.running:
+            self.status = status
+            self.ended_at = self.system.now
+            self.faulty = self.faulty or self.leaves_at is None
+            for end in (self.end, self.end.peer):
+                end.holders.discard(self.pid)
+            self.system.child_ended(self)
+
+    def stall(self) -> None:
+        if self.running:
+            self.stalled = self.faulty = True
+
+    def go_on(self) -> None:
+        if self.stalled:
+            self.stalled = False
+            self.read()
+            late, self.late = self.late, None
+            if late is not None:
+                late()
+
+    def close(self) -> None:
+        if self.running:
+            self.faulty = True
+            self.end.holders.discard(self.pid)
+
+    def want_to_retire(self) -> None:
+        if self.ready and self.running and not self.stalled:
+            self.say(encode("retire", why="has accepted 5 connections"))
+
+    def beat(self) -> None:
+        if self.running and self.ready and not self.stalled and len(self.end.peer.inbox) < INBOX:
+            self.say(BEAT)
+
+    # -- what it is told ---------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        if self.stalled or not self.running or self.pid not in self.end.holders:
+            return
+        while self.end.inbox:
+            message = json.loads(self.end.inbox.popleft())
+            if message["kind"] in ("retire", "stop", "hasten", "halt"):
+                self.orders.append(message["kind"])
+                self._timeout = message.get("timeout")
+                if self.ready:
+                    self.obey()
+        if not self.end.peer.holders:
+            self.exit(0)  # the master is gone
+
+    def obey(self) -> None:
+        if not self.orders or not self.fate.obeys:
+            return
+        if self.fate.drains and len(self.orders) == 1:
+            self.system.after(0.05, lambda: self.say(encode("drained")))
+        lasts = 0.0 if self.orders[-1] == "halt" else self.fate.lasts
+        if lasts is None or (self._timeout is not None and self._timeout < lasts):
+            lasts = self._timeout
+        if lasts is not None:
+            self.leaves_at = self.system.now + lasts
+            self.system.after(lasts, self.leave)
+
+    def leave(self) -> None:
+        """Its last connection has ended."""
+        if self.running and self.orders and not self.stalled:
+            self.leaves_at = self.system.now
+            if self.pid in self.end.holders:
+                self.finished = 1
+            self.say(encode("stopped", finished=1, ended=0))
+            self.exit(0)
+
+    def get_signal(self, number: int) -> None:
+        if number == signal.SIGKILL:
+            if self.ready and not self.faulty and self.fate.obeys:
+                self.system.killed_in_vain.append(self.pid)
+            self.system.after(self.fate.lingers, lambda: self.exit(signal.SIGKILL))
+        elif number == signal.SIGTERM and self.job is None:
+            if self.fate.obeys:
+                self.system.after(0.1, lambda: self.exit(0))
+        elif number == signal.SIGTERM:
+            self.want_to_retire()
+        elif self.fate.blocked_in_c and number == signal.SIGUSR2:
+            pass
+        elif number == signal.SIGUSR2:
+            self.say(encode("dumped"))
+        elif number:
+            self.system.after(self.fate.lingers, lambda: self.exit(number))
+
+
+class Sockets(ListeningSockets):
+    """Listening sockets without any: notes which slots have some, and where new connections are sent."""
+
+    def __init__(self, system: SimulatedSystem, config: ListenConfig) -> None:
+        super().__init__(config)
+        self._system = system
+        self.slots: set[int] = set()
+        self.steered: set[int] = set()
+        self.closed = False
+
+    def open(self, _addresses: Any, slots: Iterable[int], _inherited: Any = ()) -> None:
+        self.slots = set(slots)
+
+    def add_slot(self, slot: int) -> None:
+        if self._system.fails("socket"):
+            raise failed(errno.EMFILE)
+        assert slot not in self.slots
+        self.slots.add(slot)
+
+    def remove_slot(self, slot: int) -> int:
+        # A process that was just forked has copies of them all: the kernel would keep the member, and count otherwise.
+        assert all(process.born_at + HOLDS_ALL_SECONDS < self._system.now for process in self._system.running())
+        self.slots.remove(slot)
+        return 0
+
+    def steer(self, slots: Collection[int], _cpus: Mapping[int, int]) -> None:
+        self.steered = set(slots)
+
+    def close_slot(self, slot: int) -> int:
+        self.slots.discard(slot)
+        return 0
+
+    def close_shared(self, keep_paths: bool = False) -> None:
+        pass
+
+    def close(self, keep_paths: bool = False) -> None:
+        self.slots.clear()
+        self.closed = True
+
+
+class CaughtSignals:
+    """Signals to the master."""
+
+    def __init__(self) -> None:
+        self.caught: deque[int] = deque()
+        self.woken = False
+        self.closed = False
+
+    def send(self, number: int) -> None:
+        self.caught.append(number)
+        self.woken = True
+
+    def fileno(self) -> int:
+        return SIGNAL_FD
+
+    def empty(self) -> None:
+        self.woken = False
+
+    def next(self) -> int | None:
+        return self.caught.popleft() if self.caught else None
+
+    def close(self) -> None:
+        self.closed = True
+
+    def close_in_child(self) -> None:
+        raise AssertionError("there are no children in which it would be called")
+
+
+class SimulatedSystem:
+    """A `System`.
+
+    Attributes:
+        now: what the clock says; seconds.
+        processes: all children there ever were, by process id.
+        fates: of the next processes; those beyond are good ones.
+        failing: kinds of calls that fail now: fork, pair, send, receive, socket, kill, poll.
+        failures: how many calls have failed.
+        signals: to the master, if it has caught them.
+        slack: seconds that a wait of the master takes at least when nothing happens: a busy machine.
+        kills: signals that were sent, with their process ids.
+        killed_in_vain: processes that got SIGKILL, and would have ended in time.
+        loses_child_signals: SIGCHLD does not come: the program has taken it.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.processes: dict[int, Process] = {}
+        self.fates: deque[Fate] = deque()
+        self.failing: set[str] = set()
+        self.failures = 0
+        self.signals: CaughtSignals | None = None
+        self.slack = 0.0
+        self.kills: list[tuple[int, int]] = []
+        self.killed_in_vain: list[int] = []
+        self.loses_child_signals = False
+        self.sockets: list[Sockets] = []
+        self.ends: dict[int, End] = {}
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._horizon = 0.0
+        self._polls = 0
+        self._life: greenlet | None = None
+        self._test = getcurrent()
+
+    # -- for tests ---------------------------------------------------------------------------------------------------
+
+    def begin(self, life: Callable[[], Any]) -> None:
+        """Have `life` use this system, in steps of `run`."""
+        self._test = getcurrent()
+        self._life = greenlet(life)
+        self.after(BEAT_SECONDS, self._beat)
+
+    def run(self, seconds: float) -> bool:
+        """Let it go on for some seconds; False: it has ended. What it raises is raised here."""
+        assert self._life is not None
+        self._horizon = self.now + seconds
+        self._polls = 0
+        if not self._life.dead:
+            self._life.switch()
+        # A few turns for everything that can happen, and the rest would be a loop without a pause.
+        assert self._polls < 100 + 60 * seconds, f"{self._polls} turns in {seconds} s"
+        return not self._life.dead
+
+    def end(self) -> None:
+        """Unwind what has not ended; what `finally` blocks still do happens at once."""
+        if self._life is not None and not self._life.dead:
+            self._horizon = float("inf")
+            self._life.throw()
+
+    def after(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (self.now + seconds, next(self._numbers), what))
+
+    def fails(self, kind: str) -> bool:
+        if kind in self.failing:
+            self.failures += 1
+            return True
+        return False
+
+    def running(self) -> list[Process]:
+        return [process for process in self.processes.values() if process.running]
+
+    def zombies(self) -> list[Process]:
+        return [process for process in self.processes.values() if not process.running and not process.buried]
+
+    def open_fds(self) -> set[int]:
+        """Descriptors that the master has open."""
+        return {fd for fd, end in self.ends.items() if MASTER in end.holders}
+
+    def _beat(self) -> None:
+        for process in self.processes.values():
+            process.beat()
+        self.after(BEAT_SECONDS, self._beat)
+
+    def child_ended(self, _process: Process) -> None:
+        if self.signals is not None and not self.loses_child_signals:
+            self.signals.send(signal.SIGCHLD)
+
+    # -- System ------------------------------------------------------------------------------------------------------
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self._wait(seconds, list)
+
+    def pid(self) -> int:
+        return MASTER
+
+    def start_worker(self, job: Job, _close: Callable[[], None]) -> int:
+        return self._start(self.ends[job.channel.fileno()], job)
+
+    def start_master(self, _environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
+        (end,) = (self.ends[fd] for fd in fds)
+        return self._start(end, None)
+
+    def _start(self, end: End, job: Job | None) -> int:
+        if self.fails("fork"):
+            raise failed(errno.EAGAIN)
+        pid = FIRST_PID + len(self.processes)
+        fate = self.fates.popleft() if self.fates else Fate()
+        self.processes[pid] = Process(self, pid, end, fate, job)
+        return pid
+
+    def has_terminal(self) -> bool:
+        return False
+
+    def who_ends_with_us(self) -> str:
+        return ""
+
+    def kill(self, pid: int, number: int) -> None:
+        process = self.processes.get(pid)
+        if process is None or process.buried:
+            raise failed(errno.ESRCH)
+        if self.fails("kill"):
+            raise failed(errno.EPERM)
+        self.kills.append((pid, number))
+        if process.running:
+            process.get_signal(number)
+
+    def wait(self, pid: int) -> tuple[int, int]:
+        process = self.processes.get(pid)
+        if process is None or process.buried:
+            raise failed(errno.ECHILD)
+        if process.status is None:
+            return 0, 0
+        process.buried = True
+        return pid, process.status
+
+    def catch_signals(self, _numbers: Iterable[int]) -> Signals:
+        self.signals = CaughtSignals()
+        return self.signals
+
+    def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
+        if self.fails("pair"):
+            raise failed(errno.EMFILE)
+        here, there = (End(self, FIRST_FD + len(self.ends) + i) for i in (0, 1))
+        here.peer, there.peer = there, here
+        for end in (here, there):
+            self.ends[end.fileno()] = end
+        one: Any = here
+        other: Any = there
+        return Channel(one, kinds_here), Channel(other, kinds_there)
+
+    def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
+        self.sockets.append(Sockets(self, config))
+        return self.sockets[-1]
+
+    def poll(self, watched: Mapping[int, int], seconds: float) -> list[tuple[int, int]]:
+        self._polls += 1
+        self.now += TURN_SECONDS
+        if self.fails("poll"):
+            raise failed(errno.ENOMEM)
+        return self._wait(max(seconds, self.slack), lambda: [fd for fd in watched if self._readable(fd)])
+
+    def _readable(self, fd: int) -> bool:
+        if fd == SIGNAL_FD:
+            return self.signals is not None and self.signals.woken
+        return self.ends[fd].readable()
+
+    def _wait(self, seconds: float, ready: Callable[[], list[int]]) -> list[tuple[int, int]]:
+        until = self.now + seconds
+        while True:
+            found = ready()
+            if found or self.now >= until:
+                return [(fd, select.POLLIN) for fd in found]
+            at = min(until, self._events[0][0]) if self._events else until
+            if at > self._horizon:
+                self.now = max(self.now, self._horizon)
+                self._test.switch()
+                continue  # the test may have done something
+            self.now = max(self.now, at)
+            while self._events and self._events[0][0] <= self.now:
+                heapq.heappop(self._events)[2]()
