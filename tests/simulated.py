@@ -16,13 +16,17 @@ import signal
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from greenlet import getcurrent, greenlet
 
 from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.channel import Channel
+from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.messages import encode
+from gtcpserver.supervisor.program import Program
+from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.system import Signals
 from gtcpserver.supervisor.worker import Job
@@ -133,6 +137,7 @@ class Process:
         orders: what it was told and has read, in this order.
         leaves_at: when it has ended all connections, as it was told.
         finished: connections that it has told of in its last words.
+        told_early: it was told to leave before it was ready, which it does when it is.
         late: what it would have done if it had not been blocked.
     """
 
@@ -151,6 +156,7 @@ class Process:
     finished: int = 0
     ended_at: float = 0.0
     late: Callable[[], None] | None = None
+    told_early: bool = False
 
     def __post_init__(self) -> None:
         fate, later = self.fate, self.system.after
@@ -246,6 +252,8 @@ class Process:
                 self._timeout = message.get("timeout")
                 if self.ready:
                     self.obey()
+                else:
+                    self.told_early = True
         if not self.end.peer.holders:
             self.exit(0)  # the master is gone
 
@@ -272,7 +280,7 @@ class Process:
 
     def get_signal(self, number: int) -> None:
         if number == signal.SIGKILL:
-            if self.ready and not self.faulty and self.fate.obeys:
+            if self.ready and not (self.faulty or self.told_early) and self.fate.obeys:
                 self.system.killed_in_vain.append(self.pid)
             self.system.after(self.fate.lingers, lambda: self.exit(signal.SIGKILL))
         elif number == signal.SIGTERM and self.job is None:
@@ -420,6 +428,11 @@ class SimulatedSystem:
     def after(self, seconds: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), what))
 
+    def later(self, seconds: float) -> float:
+        """Set the clock forward, while nothing happens; return what it says."""
+        self.now += seconds
+        return self.now
+
     def fails(self, kind: str) -> bool:
         if kind in self.failing:
             self.failures += 1
@@ -541,3 +554,31 @@ class SimulatedSystem:
             self.now = max(self.now, at)
             while self._events and self._events[0][0] <= self.now:
                 heapq.heappop(self._events)[2]()
+
+
+#: Nothing of it runs: simulated processes have lives of their own.
+PROGRAM = Program(addresses=[], listen=ListenConfig(), build=cast(Any, None))
+
+
+def make_fleet(system: SimulatedSystem, slots: int = 1, **options: Any) -> Fleet:
+    """A fleet without a master, that has started before; its slots are empty (`add_worker`)."""
+    config = SupervisorConfig(workers=slots, **options)
+    sockets = system.listening_sockets(PROGRAM.listen)
+    sockets.open((), range(slots))
+    fleet = Fleet(config, sockets, PROGRAM, "/", lambda: None, [*range(slots)], system)
+    fleet.up = True
+    return fleet
+
+
+def add_worker(fleet: Fleet, number: int = 0, state: WorkerState = WorkerState.READY) -> WorkerProcess:
+    """A worker for a slot, in whose place the caller may put it."""
+    worker = fleet.start(fleet.slots[number], fleet.generation)
+    assert worker is not None
+    make_ready(worker)
+    worker.state = state
+    return worker
+
+
+def make_ready(worker: WorkerProcess) -> None:
+    worker.state = WorkerState.READY
+    worker.ready_at = worker.last_beat = worker.system.monotonic()

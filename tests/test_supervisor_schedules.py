@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -26,14 +26,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulated import Fate, Process, SimulatedSystem
+from simulated import PROGRAM, Fate, Process, SimulatedSystem
 
-from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
 from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, LONGEST_BACK_OFF, Fleet
 from gtcpserver.supervisor.master import Master, MasterState, WorkersCannotStart
-from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
 from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
 from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
@@ -166,8 +164,7 @@ class Schedules(RuleBasedStateMachine):
         self.logger.addHandler(self.faults)
         self.system.fates += (FATES[fate], FATES[others])
         self.retired: set[int] = set()
-        program = Program(addresses=[], listen=ListenConfig(), build=cast(Any, None))
-        self.master = Master(program, self.config, self.system)
+        self.master = Master(PROGRAM, self.config, self.system)
         self.system.begin(self.live)
         self.system.run(2.0 if fate == "good" else 0.0)
 
