@@ -52,7 +52,8 @@ def read_file(path: str) -> bytes:
     except PermissionError:
         if _lender is None:
             raise
-    with open(_lender(path), "rb") as file:
+    # An open() that fails leaves the descriptor open.
+    with _borrowed(path) as fd, open(fd, "rb", closefd=False) as file:
         return file.read()
 
 
@@ -100,10 +101,12 @@ def openable(path: str, content: bytes) -> Iterator[str]:
         yield path
         return
     fd = os.memfd_create("lent", os.MFD_CLOEXEC)
-    with open(fd, "wb") as file:
-        file.write(content)
-        file.flush()
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
         yield f"/proc/self/fd/{fd}"
+    finally:
+        close_descriptor(fd)
 
 
 @contextlib.contextmanager
