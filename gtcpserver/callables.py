@@ -12,19 +12,22 @@ from typing import Any
 
 from .errors import ConfigError
 
-_CONNECTION = "one argument, the connection"
-_WORKER = "one argument, the Worker"
+_CONNECTION = ("the connection",)
+_WORKER = ("the Worker",)
 
-#: What hooks are called with, in words; each word list names as many arguments as it begins with.
+#: What hooks are called with: each argument in words.
 HOOKS = {
     "on_connect": _CONNECTION,
     "on_disconnect": _CONNECTION,
-    "on_error": "two arguments, the connection and the exception",
-    "on_stop": "one argument, the Server",
+    "on_error": ("the connection", "the exception"),
+    "on_stop": ("the Server",),
     "worker_start": _WORKER,
     "worker_stop": _WORKER,
-    "worker_error": "two arguments, the Worker and the text",
+    "worker_error": ("the Worker", "the text"),
 }
+
+
+_NUMBERS = {1: "one argument", 2: "two arguments"}
 
 
 def check_handler(handler: Any, subject: str | None = None) -> None:
@@ -34,7 +37,7 @@ def check_handler(handler: Any, subject: str | None = None) -> None:
         handler: what the user gave.
         subject: its name in the message; None: "handler" and the name it was defined with.
     """
-    subject = subject or f"handler {name_of(handler)}"
+    subject = subject or f"handler {full_name_of(handler)}"
     if isinstance(handler, type):
         raise ConfigError(f"{subject} is a class; {_instead_of_class(handler)}")
     _check(handler, subject, _CONNECTION, "a handler")
@@ -46,24 +49,24 @@ def check_hook(name: str, hook: Any, subject: str | None = None) -> None:
     An async ``on_connect`` would admit every client: the coroutine that it returns is not False.
     """
     if hook is not None:
-        _check(hook, subject or f"{name} {name_of(hook)}", HOOKS[name], "a hook")
+        _check(hook, subject or f"{name} {full_name_of(hook)}", HOOKS[name], "a hook")
 
 
 def check_application(application: Any, subject: str | None = None) -> None:
     """Raise ConfigError unless ``application`` can be one of WSGI: any callable but async ones, which are for ASGI."""
-    subject = subject or f"application {name_of(application)}"
-    _check(application, subject, "two arguments, the environment and start_response", "a WSGI application")
+    subject = subject or f"application {full_name_of(application)}"
+    # PEP 3333: it may be a generator, it is the result that is iterated.
+    _check(application, subject, ("the environment", "start_response"), "a WSGI application", may_generate=True)
 
 
-def _check(found: Any, subject: str, wanted: str, kind: str) -> None:
-    """Raise ConfigError unless a call of ``found`` with the ``wanted`` arguments runs it to its end."""
+def _check(found: Any, subject: str, arguments: tuple[str, ...], kind: str, may_generate: bool = False) -> None:
+    """Raise ConfigError unless a call of ``found`` with these ``arguments`` runs it to its end."""
     if not callable(found):
         raise ConfigError(f"{subject} is not callable, it is {_a(type(found).__name__)}")
     function = _called_first(found)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"{subject} is async; {kind} is a plain function that blocks")
-    # PEP 3333: an application may be one, it is the result that is iterated.
-    if inspect.isgeneratorfunction(function) and kind != "a WSGI application":
+    if inspect.isgeneratorfunction(function) and not may_generate:
         raise ConfigError(f"{subject} is a generator; {kind} is a plain function that blocks")
     try:
         # Not the signature of what a decorator wraps: the decorator may add arguments of its own.
@@ -71,20 +74,31 @@ def _check(found: Any, subject: str, wanted: str, kind: str) -> None:
     except (ValueError, TypeError):  # some builtins have none
         return
     try:
-        signature.bind(*[None] * (2 if wanted.startswith("two") else 1))
+        signature.bind(*arguments)
     except TypeError:
         # Decorator libraries set __signature__ to that of the wrapped function, too.
         if getattr(found, "__signature__", None) is None:
+            wanted = f"{_NUMBERS[len(arguments)]}, {' and '.join(arguments)}"
             raise ConfigError(f"{subject} must take {wanted}; it takes {signature}") from None
 
 
 def name_of(found: Any) -> str:
-    """Return the full name of a function, method or class, such as "app.Chat.serve"; the repr of anything else."""
+    """Return the name of a function, method, coroutine or class, such as "Chat.serve"; otherwise that of its class.
+
+    A partial has the name of its function.
+    """
+    while isinstance(found, partial):
+        found = found.func
     name = getattr(found, "__qualname__", None)
-    if not isinstance(name, str):
+    return name if name and isinstance(name, str) else type(found).__name__
+
+
+def full_name_of(found: Any) -> str:
+    """Return the name with its module, such as "app.Chat.serve"; the repr of what has no name of its own."""
+    if not isinstance(getattr(found, "__qualname__", None), str):
         return repr(found)
     module = getattr(found, "__module__", None)
-    return f"{module}.{name}" if isinstance(module, str) and module != "__main__" else name
+    return f"{module}.{name_of(found)}" if isinstance(module, str) and module != "__main__" else name_of(found)
 
 
 def _called_first(found: Any) -> Any:

@@ -23,6 +23,7 @@ from gevent.hub import Waiter, get_hub
 from gevent.monkey import get_original, is_module_patched
 from greenlet import getcurrent
 
+from .callables import name_of
 from .checks import check_number
 from .connection.stream import WAIT_IN_HUB
 from .errors import GtcpServerError
@@ -94,7 +95,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         waiter = Waiter(hub)
         awaker = hub.loop.async_()  # how gevent is woken by another thread
         call = _Call(coroutine, awaker)
-        late = TimeoutError(f"{_name_of(coroutine)} was not done within {timeout} s")
+        late = TimeoutError(f"{name_of(coroutine)} was not done within {timeout} s")
     except BaseException:
         coroutine.close()
         raise
@@ -102,7 +103,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         awaker.start(waiter.switch, None)  # first: a stopped one wakes nobody
         loop.submit(call.start, call.context)
         try:
-            with gevent.Timeout._start_new_or_dummy(timeout, late):
+            with gevent.Timeout.start_new(timeout, late):
                 waiter.get()
         except BaseException:
             loop.submit(call.cancel)
@@ -118,10 +119,6 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         raise error
     finally:
         del error, call
-
-
-def _name_of(coroutine: Any) -> str:
-    return str(getattr(coroutine, "__qualname__", None) or type(coroutine).__name__)
 
 
 class _Call:

@@ -7,11 +7,15 @@ from functools import partial
 import pytest
 
 from gtcpserver import ConfigError, Connection, Server, StreamServer, from_wsgi, run
-from gtcpserver.callables import HOOKS
+from gtcpserver.callables import HOOKS, full_name_of, name_of
 from gtcpserver.supervisor import Hooks
 
 SERVER_HOOKS = sorted(name for name in HOOKS if name.startswith("on_"))
 WORKER_HOOKS = sorted(HOOKS.keys() - SERVER_HOOKS)
+
+
+def wanted_by(hook):
+    return f"{('one argument', 'two arguments')[len(HOOKS[hook]) - 1]}, {' and '.join(HOOKS[hook])}"
 
 
 async def coroutine(conn, *more):
@@ -193,7 +197,7 @@ def test_hooks_of_a_server_are_plain_functions(name, hook, fault):
 
 @pytest.mark.parametrize("name", SERVER_HOOKS)
 def test_hooks_of_a_server_take_what_they_are_given(name):
-    with pytest.raises(ConfigError, match=rf"^{name} .* must take {HOOKS[name]}; it takes \(one, two, three\)$"):
+    with pytest.raises(ConfigError, match=rf"^{name} .* must take {wanted_by(name)}; it takes \(one, two, three\)$"):
         Server("127.0.0.1:0", print, **{name: three})
 
 
@@ -201,7 +205,7 @@ def test_hooks_of_a_server_take_what_they_are_given(name):
 def test_hooks_of_workers_are_checked_too(name):
     with pytest.raises(ConfigError, match=f"^{name} .* is async; a hook"):
         Hooks(**{name: coroutine})
-    with pytest.raises(ConfigError, match=f"^{name} .* must take {HOOKS[name]}; it takes"):
+    with pytest.raises(ConfigError, match=f"^{name} .* must take {wanted_by(name)}; it takes"):
         Hooks(**{name: three})
 
 
@@ -249,3 +253,24 @@ def test_an_application_may_be_a_generator_or_a_class():
 def test_stream_server_takes_what_gevents_takes():
     server = StreamServer(("127.0.0.1", 0), coroutine)
     server.close()
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "full"),
+    [
+        (nothing, "nothing", f"{__name__}.nothing"),
+        (Async.method, "Async.method", f"{__name__}.Async.method"),
+        (Async, "Async", f"{__name__}.Async"),
+        (partial(partial(nothing)), "nothing", None),
+        (5, "int", "5"),
+    ],
+)
+def test_functions_are_named_as_they_were_defined(found, name, full):
+    assert name_of(found) == name
+    assert full_name_of(found) == (full or repr(found))
+
+
+def test_a_coroutine_has_its_functions_name():
+    running = coroutine(None)
+    assert name_of(running) == full_name_of(running) == "coroutine"
+    running.close()

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import sysconfig
 import time
 import traceback
 import zlib
@@ -33,6 +31,7 @@ from gtcpserver.errors import GtcpServerError
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
 
+from .frames import frames_of_threads, is_library
 from .logs import FaultLimiter, also
 
 log = logging.getLogger("gtcpserver")
@@ -90,18 +89,6 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
-
-    def is_library(self) -> bool:
-        """Whether it is code of Python's, of an installed package, or of this one, and not of the program."""
-        path = self.code.co_filename
-        return path.startswith(_LIBRARIES) or "/site-packages/" in path or "/dist-packages/" in path
-
-
-_LIBRARIES = (
-    "<frozen ",
-    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")),
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
-)
 
 
 class _Times(NamedTuple):
@@ -164,6 +151,7 @@ class BlockDetector:
     Attributes:
         blocked: how often something has blocked the loop.
         blocked_seconds: for how long, all together.
+        reported: by a hash of the place, whether it has been; None: it is, less and less often. For this package.
 
     Raises:
         ConfigError: a threshold that cannot be.
@@ -176,7 +164,7 @@ class BlockDetector:
         self.blocked_seconds = 0.0
         self._interval = min(threshold / LOOKS, LONGEST_INTERVAL)
         self._faults = FaultLimiter()
-        self._reported: bytearray | mmap | None = None  # by a hash of the place: it has been; None: again and again
+        self.reported: bytearray | mmap | None = None
         self._beat = (0.0, 0)  # when the timer ran last, and the switches up to then
         self._timer: Any = None
         self._tracer: Any = None
@@ -312,7 +300,7 @@ class BlockDetector:
         stack = holder.stack()
         place = stack[-1]
         # What the program itself has called: a socket's read in the standard library is everybody's.
-        caller = next((one for one in reversed(stack) if not one.is_library()), place)
+        caller = next((one for one in reversed(stack) if not is_library(one.code)), place)
         computed = times.computing - holder.times.computing >= seconds * COMPUTING
         left_out = self._allow(place, caller, computed, more)
         if left_out is None:
@@ -339,14 +327,14 @@ class BlockDetector:
 
     def _allow(self, place: Place, caller: Place, computed: bool, more: str) -> int | None:
         """As FaultLimiter.allow."""
-        if self._reported is None:
+        if self.reported is None:
             return self._faults.allow((place.code, more))
         # Where it computes, the line is another one each time.
         line = caller.code.co_firstlineno if computed else caller.line
         number = zlib.crc32(f"{caller.code.co_filename}:{line}:{computed}".encode("utf-8", "replace")) % PLACES
-        if self._reported[number]:
+        if self.reported[number]:
             return None
-        self._reported[number] = 1
+        self.reported[number] = 1
         return 0
 
 
@@ -377,7 +365,7 @@ def start_detector(threshold: float, reported: bytearray | mmap) -> BlockDetecto
     if is_watched():
         return None
     detector = BlockDetector(threshold)
-    detector._reported = reported
+    detector.reported = reported
     try:
         detector.start()
     except (RuntimeError, MemoryError) as error:
@@ -461,7 +449,7 @@ def format_stack(stack: list[Place]) -> str:
 def _stack_of(thread: int) -> list[Place]:
     """Where the thread of a loop stands, outermost first; empty: it waits for events, or runs none of Python's code."""
     places = []
-    frame = sys._current_frames().get(thread)
+    frame = frames_of_threads().get(thread)
     while frame is not None:
         # The loop runs callbacks one after another in its own greenlet: each of them counts as one.
         if frame.f_code is not Hub.run.__code__:

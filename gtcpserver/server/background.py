@@ -20,7 +20,6 @@ import gc
 import logging
 import os
 import sys
-import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,8 @@ from gevent import monkey
 from gevent.event import Event
 from gevent.threadpool import _WorkerGreenlet
 
+from gtcpserver.callables import name_of
+from gtcpserver.diagnostics.frames import calls_of_program, frames_of_threads
 from gtcpserver.pool.pool import HANDLER_ORIGIN, origins
 
 log = logging.getLogger("gtcpserver")
@@ -130,7 +131,7 @@ class Work:
             thoroughly: search for greenlets (which takes 0.1 s where there are a million objects) although there is
                 other work.
         """
-        frames = sys._current_frames()
+        frames = frames_of_threads()
         jobs = self._look_at_threads(frames)
         jobs += [Job("job of gevent's thread pool")] * _unfinished_of_native_pools(frames)
         jobs += _processes()
@@ -139,7 +140,7 @@ class Work:
             # A patched program's threads are greenlets, whose ident is their id.
             threads = {thread.ident for thread in threading.enumerate()}
             self._greenlets = [one for one in _greenlets_of_handlers() if id(one) not in threads]
-        return jobs + [Job(f"greenlet {_name_of(one._run)}{_place(one.gr_frame)}", one) for one in self._greenlets]
+        return jobs + [Job(f"greenlet {name_of(one._run)}{_place(one.gr_frame)}", one) for one in self._greenlets]
 
     def _look_at_threads(self, frames: dict[int, FrameType]) -> list[Job]:
         jobs: list[Job] = []
@@ -229,7 +230,7 @@ def _jobs_of_thread(
     run = _frame_of(frame, _code_of_work_item())
     if run is not None:
         function = getattr(run.f_locals.get("self"), "fn", None)
-        yield Job(f"job {_name_of(function)} of {thread.name}{_place(frame)}", thread=thread)
+        yield Job(f"job {name_of(function)} of {thread.name}{_place(frame)}", thread=thread)
 
 
 def _futures_threads() -> dict[Any, Any]:
@@ -360,27 +361,10 @@ def _listed(jobs: list[Job]) -> str:
     return f"{len(jobs)} background job{'' if len(jobs) == 1 else 's'}: {named}{more}"
 
 
-def _name_of(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__qualname__", None) or type(function).__name__)
-
-
-_LIBRARIES = tuple(
-    {
-        os.path.dirname(os.path.dirname(gevent.__file__)),
-        os.path.dirname(os.path.dirname(__file__)),
-        *map(sysconfig.get_path, ("stdlib",)),
-    }
-)
-
-
 def _place(frame: FrameType | None) -> str:
     """Where it stands: the innermost line of the program's own, or "" where it is unknown."""
-    innermost = frame
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
+    calls = calls_of_program(frame)
+    if not calls:
         return ""
-    return f" at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+    code, line = calls[-1]
+    return f" at {os.path.basename(code.co_filename)}:{line} in {code.co_name}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -15,6 +14,7 @@ from gevent.event import Event
 
 from gtcpserver.address import format_sockaddr
 from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.frames import calls_of_program
 from gtcpserver.listening.draining import HANDSHAKE_SECONDS, handshakes_under_way, queue_length
 from gtcpserver.plural import counted
 
@@ -170,12 +170,7 @@ def _shut(connection: Connection) -> None:
 
 
 def _where(frame: Any) -> tuple[str, ...]:
-    """The frames of a handler that waits, without this library's, outermost first."""
-    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
-    # Not extract_stack, which looks into the source files for each of them.
-    calls = [] if frame is None else [(one.f_code, line) for one, line in traceback.walk_stack(frame)]
+    """The program's own frames of a handler that waits, outermost first."""
     return tuple(
-        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"
-        for code, line in reversed(calls)
-        if not code.co_filename.startswith(own)
+        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}" for code, line in calls_of_program(frame)
     )
