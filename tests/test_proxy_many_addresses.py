@@ -165,7 +165,7 @@ def test_attempts_of_a_client_have_a_limit(silent, tried, serve, connect, in_thr
     assert len(tried) == 2
     server.halt()
     wait_until(lambda: not keeper.attempts)
-    assert not keeper._attempts_of
+    assert not keeper.attempts_by_client
 
 
 def test_another_client_has_its_own_attempts(silent, tried, serve, connect, in_thread):

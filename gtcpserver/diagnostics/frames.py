@@ -36,4 +36,4 @@ def calls_of_program(frame: FrameType | None) -> list[tuple[CodeType, int]]:
 
 def frames_of_threads() -> dict[int, FrameType]:
     """The innermost frame of each thread, by its ident."""
-    return sys._current_frames()
+    return sys._current_frames()  # noqa: SLF001 - Python's name for it

@@ -36,7 +36,8 @@ class _OwnLogger(logging.Logger):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if sys._getframe(1).f_code.co_name != "_handle_existing_loggers":  # of logging.config
+        caller = sys._getframe(1)  # noqa: SLF001 - Python's name for it
+        if caller.f_code.co_name != "_handle_existing_loggers":  # of logging.config
             super().__setattr__(name, value)
 
 

@@ -51,6 +51,8 @@ POOLS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
 """Modules that fork processes for tasks yet to come: these outlive the handler whose first task has made them."""
 
 EXECUTING = frozenset({"subprocess", "gevent.subprocess"})
+
+_get_frame = sys._getframe  # noqa: SLF001 - Python's name for it
 """Modules that fork to execute another program. That closes all our descriptors (they are close-on-exec), so that this
 need not be done one by one: 3 us of CPU for each connection."""
 
@@ -181,13 +183,13 @@ def close_in_child(sock: Any) -> None:
         left()
     else:
         # Not its own close(), which would stop watchers of a loop that is gone.
-        sock._sock.close()
+        sock._sock.close()  # noqa: SLF001 - gevent's name for the socket beneath
 
 
 def _who_forks(in_child: bool) -> tuple[Any, bool]:
     """The connection whose handler has forked, None: no handler has, or a pool of processes; and whether the child is
     to execute another program."""
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = _get_frame()
     executes = False
     while frame is not None:
         find = _handlers.get(frame.f_code)
@@ -231,7 +233,7 @@ def _leave_event_loop(caught: int) -> None:
     hub, me = get_hub_if_exists(), getcurrent()
     if type(me).__name__ == "_WorkerGreenlet":
         # A thread of gevent's pool: it would wait for its next task for ever.
-        me._after_run_task = lambda *_: end_process()
+        me._after_run_task = lambda *_: end_process()  # noqa: SLF001 - gevent's hook behind a task
     if hub is None:
         return  # another thread's greenlets cannot be switched to
     if me is hub:
@@ -292,7 +294,7 @@ def _make_guard(ours: WeakSet[Any], old_hub: Any) -> Callable[[str, Any], None]:
         switch: Any,
         ours: Any = ours,
         bounced: Any = was_bounced,
-        getframe: Any = sys._getframe,
+        getframe: Any = _get_frame,
         is_tracer: Any = _is_tracer,
         get_hub: Any = get_hub,
         go: Any = _switch,
@@ -401,7 +403,7 @@ def end_process(error: BaseException | None = None) -> NoReturn:
 
 def _end_with_callback() -> None:
     """A fork in a callback of the event loop itself. The loop cannot be left from there: the child ends with it."""
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = _get_frame()
     while frame is not None and not (frame.f_back is not None and frame.f_back.f_code is Hub.run.__code__):
         frame = frame.f_back
     if frame is None:
@@ -430,12 +432,12 @@ def _let_old_timeouts_end() -> None:
             try:
                 method(timeout)
             except (ValueError, TypeError, AttributeError):  # its loop is destroyed
-                timeout.timer = gevent_timeout._FakeTimer
+                timeout.timer = gevent_timeout._FakeTimer  # noqa: SLF001 - as gevent has it after a close
 
         return end
 
-    if "close" in vars(Timeout) and not getattr(Timeout, "_ends_in_child", False):
-        Timeout._ends_in_child = True
+    if "close" in vars(Timeout) and not getattr(Timeout, "ends_in_child", False):
+        Timeout.ends_in_child = True
         Timeout.close = tolerant(Timeout.close)
         Timeout.cancel = tolerant(Timeout.cancel)
 

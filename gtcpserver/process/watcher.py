@@ -19,6 +19,7 @@ import gevent
 from gevent.hub import Hub
 
 _HUB_RUN = Hub.run.__code__
+_get_frame = sys._getframe  # noqa: SLF001 - Python's name for it
 
 _loop: Any = None
 _io: Any = object
@@ -53,7 +54,7 @@ class _Watcher(_io):  # type: ignore[misc]
     def stop(self) -> None:
         callback, arguments = self.callback, self.args
         # Called by the loop itself, and not because the callback has failed (then the watcher would be active).
-        lost = callback is not None and not self.active and sys._getframe(1).f_code is _HUB_RUN
+        lost = callback is not None and not self.active and _get_frame(1).f_code is _HUB_RUN
         stop_watcher(self)
         if not lost:
             return

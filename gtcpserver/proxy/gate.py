@@ -127,7 +127,7 @@ class Gate:
     show_bound_address: bool = True
     # Decisions that were made: rules do not change, and a look takes a tenth of the time.
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
-    _destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
+    known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
 
     def admit(self, conn: Connection) -> Visitor:
         """A client has connected; `Visitor.leave` must be called at its end."""
@@ -296,11 +296,11 @@ class Visitor:
         if self._is_the_proxy(meant, own, target.port):
             return Decision(False, "this is the proxy itself")
         key = (self.record.client, self.auth, self.record.user, target.host, target.port, own)
-        known = gate._destinations.get(key) if name is None else None
+        known = gate.known_destinations.get(key) if name is None else None
         if known is None:
             known = decide_destination(gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own)
             if name is None:
-                _remember(gate._destinations, key, known)
+                _remember(gate.known_destinations, key, known)
         return known
 
     def _is_the_proxy(self, meant: Sequence[IPAddress], own: Sequence[IPAddress], port: int) -> bool:

@@ -114,9 +114,9 @@ class Attempts:
             raise LimitReached(errno.EUSERS, "connect_attempts")
         most = limits.client_connect_attempts
         if client is not None and most is not None:
-            if keeper._attempts_of[client] >= most:
+            if keeper.attempts_by_client[client] >= most:
                 raise LimitReached(errno.EUSERS, "client_connect_attempts")
-            keeper._attempts_of[client] += 1
+            keeper.attempts_by_client[client] += 1
         keeper.attempts += 1
 
     def end(self) -> None:
@@ -124,9 +124,9 @@ class Attempts:
         keeper, client = self._keeper, self._client
         keeper.attempts -= 1
         if client is not None and keeper.limits.client_connect_attempts is not None:
-            keeper._attempts_of[client] -= 1
-            if not keeper._attempts_of[client]:
-                del keeper._attempts_of[client]
+            keeper.attempts_by_client[client] -= 1
+            if not keeper.attempts_by_client[client]:
+                del keeper.attempts_by_client[client]
 
 
 class LimitKeeper:
@@ -141,7 +141,7 @@ class LimitKeeper:
         self._limits_attempts = bool(self.limits.connect_attempts or self.limits.client_connect_attempts)
         self.connections = 0
         self.attempts = 0
-        self._attempts_of: Counter[ClientKey] = Counter()
+        self.attempts_by_client: Counter[ClientKey] = Counter()
         self._users: Counter[str] = Counter()
         # Those in use, which all connections of a user share; and those last used, which outlive them: what a user has
         # moved on a connection holds for the next one.

@@ -297,7 +297,8 @@ def _decode(pair: CertificatePair) -> dict[str, tuple[tuple[str, str], ...]]:
     # Private to the standard library, whose tests rely on it since Python 2.6; the other way is another dependency.
     try:
         with openable(pair.certfile, _read(f'{pair.where}certfile "{pair.certfile}"', pair.certfile)) as name:
-            return cast("dict[str, tuple[tuple[str, str], ...]]", _ssl._test_decode_cert(name))  # type: ignore[attr-defined]
+            decoded = _ssl._test_decode_cert(name)  # type: ignore[attr-defined]  # noqa: SLF001
+            return cast("dict[str, tuple[tuple[str, str], ...]]", decoded)
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(f'{pair.where}certfile "{pair.certfile}" cannot be read: {error}') from error
 

@@ -30,6 +30,9 @@ from .contexts import ServerContexts, load_contexts, watched_files
 
 log = own_logger("gtcpserver.tls")
 
+#: Of which the standard library's SSLContext is a subclass, and gevent's.
+_PlainContext = _ssl._SSLContext  # noqa: SLF001 - Python's name for it
+
 MISSING_EXTENSION = 109  # RFC 8446 section 6.2; ssl.AlertDescription lacks it
 
 _FileState = tuple[int, int, int, int] | None
@@ -61,7 +64,7 @@ class Credentials:
         self._complaint = ""
         if self.config is not None:
             self._load(self.config)
-        elif not isinstance(tls, _ssl._SSLContext):
+        elif not isinstance(tls, _PlainContext):
             raise ConfigError(f"tls must be a TLSConfig or an ssl.SSLContext, got {tls!r}")
         elif tls.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ConfigError("tls must be a context for a server (ssl.PROTOCOL_TLS_SERVER), got one for a client")
@@ -162,7 +165,7 @@ class Credentials:
                 log.warning('TLS: the secrets of all connections are written to "%s"', config.key_log_file)
             front = new.default
             # Not by gevent's property, which takes the owner for a gevent.ssl.SSLSocket.
-            cast(Any, _ssl._SSLContext.sni_callback).__set__(front, self._choose)
+            cast(Any, _PlainContext.sni_callback).__set__(front, self._choose)
             _keep_quiet_about_bad_names()
             self.context = front
         self._contexts = new

@@ -72,7 +72,7 @@ class BufferedFlow:
         try:
             if isinstance(self._sink, gevent.ssl.SSLSocket):
                 # Its shutdown() would forget the encryption of the other direction too, and unwrap() would wait.
-                self._sink._sslobj.shutdown()
+                self._sink._sslobj.shutdown()  # noqa: SLF001 - gevent's name for it
             else:
                 self._sink.shutdown(socket.SHUT_WR)
         except OSError:

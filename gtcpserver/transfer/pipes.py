@@ -186,8 +186,8 @@ class PipePool:
         self.refused += 1
         return None
 
-    def _forget(self) -> None:
-        # In a forked child: the parent goes on to use these very pipes. Closing our descriptors of them does no harm.
+    def left_in_child(self) -> None:
+        """In a forked child: close them there. The parent goes on to use these very pipes, which does them no harm."""
         for pipe in self._made:
             pipe.close()
         self._made.clear()
@@ -214,4 +214,4 @@ def check_source(sock: socket.socket, refusal: OSError) -> None:
 
 
 PIPES = PipePool()
-os.register_at_fork(after_in_child=PIPES._forget)
+os.register_at_fork(after_in_child=PIPES.left_in_child)
