@@ -28,9 +28,10 @@ from test_tls_config import Files, client_context
 from gtcpserver import ConfigError, GtcpServerError, LimitExceeded, Server, TLSConfig
 from gtcpserver.monitoring import Monitor
 from gtcpserver.monitoring.connection_table import table_of
-from gtcpserver.monitoring.latency import EVERY, Latency, TimedIdle
+from gtcpserver.monitoring.latency import EVERY, Latency
 from gtcpserver.monitoring.monitor import MOST_CONNECTIONS, check_metrics_address, is_loopback
 from gtcpserver.monitoring.web import is_this_host
+from gtcpserver.server.idle import PlacelessIdle, TimedIdle
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("/", "/metrics", "/healthz", "/readyz", "/stats", "/connections")
@@ -245,12 +246,12 @@ def test_many_requests_a_second_are_sampled_and_still_counted(watched, connect, 
 def test_the_rate_decides_what_is_measured():
     latency = Latency()
     for seconds in (0.0001, 0.00011, 700.0):
-        latency.add(seconds)
+        latency.request_ended(seconds)
     snapshot = latency.snapshot()
     assert (snapshot["0.0001"], snapshot["0.00025"], snapshot["inf"]) == (1, 1, 1)
     latency.adapt(0.25)
     assert latency.every == 1
-    latency.add(0.01, 1000)
+    latency.request_ended(0.01, 1000)
     latency.adapt(0.25)
     assert latency.every == EVERY
     latency.adapt(0.25)
@@ -261,7 +262,7 @@ def test_the_rate_decides_what_is_measured():
 def test_each_request_is_in_the_bucket_whose_bound_it_does_not_exceed(times, weight):
     latency = Latency()
     for seconds in times:
-        latency.add(seconds, weight)
+        latency.request_ended(seconds, weight)
     snapshot = latency.snapshot()
     assert snapshot.pop("sum") == pytest.approx(weight * sum(times))
     counted = 0
@@ -293,7 +294,7 @@ def test_a_full_pool_is_shared_fairly_by_connections_that_are_timed(watched, con
     two.sendall(b"two")
     gevent.sleep(0.02)
     assert server.pool.places.taken == 1
-    assert isinstance(next(iter(server._connections)).idle_block, TimedIdle)
+    assert isinstance(next(iter(server.connections())).idle_block, TimedIdle)
     go_on.set()
     assert in_thread(one.recv, 10) == b"hold"
     assert in_thread(two.recv, 10) == b"two"
@@ -307,8 +308,7 @@ def test_a_server_without_a_monitor_measures_nothing(serve, connect, in_thread):
     server = serve(idle_echo)
     client = connect(server)
     assert ask(in_thread, client) == b"x"
-    assert not {"make_idle", "_forget"} & vars(server).keys()
-    assert type(next(iter(server._connections)).idle_block) is not TimedIdle
+    assert type(next(iter(server.connections())).idle_block) is PlacelessIdle
 
 
 # -- health, JSON, pages -----------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ def table_of(server: Server, most: int = MOST) -> list[dict[str, Any]]:
         plain one), server_name (of TLS), and where its handler stands, the innermost call last.
     """
     rows = []
-    for number, (connection, worker) in enumerate(list(server._connections.items())[:most], 1):
+    connections = server.connections()
+    for number, (connection, worker) in enumerate(list(connections.items())[:most], 1):
         # It may have ended while we waited.
-        if connection in server._connections:
+        if connection in connections:
             rows.append(_row(connection, worker))
         if not number % AT_ONCE:
             gevent.sleep(0)

@@ -1,23 +1,8 @@
-"""How long handlers take, as a histogram.
-
-Where a handler uses ``conn.idle()``, a request lasts from the end of one such block to the begin of the next, or to the
-end of the connection; where it does not, the whole connection counts as one. The wait for a place in the pool, after
-the request has come, is part of it.
-
-A server that nobody watches does not measure: `watch_latency` gives one server's instance other methods than its class
-has, so the hot path of all others stays as it is.
-"""
+"""How long requests take, as a histogram. What a request is: see `gtcpserver.server.observers`."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from time import monotonic
-from types import TracebackType
-from typing import Any
-
-from gtcpserver.connection.connection import Connection, Idle
-from gtcpserver.server.idle import PlacelessIdle
-from gtcpserver.server.server import Server
 
 #: Upper bounds in seconds. Prometheus's own begin at 5 ms, where most requests of a TCP server have long ended; the
 #: last ones are for handlers whose whole connection counts.
@@ -33,25 +18,23 @@ EVERY = 16
 
 
 class Latency:
-    """A histogram.
+    """A histogram: an observer of a server.
 
     Attributes:
         counts: requests by bucket.
         total: seconds of all of them.
-        every: one request in so many is measured.
-        left: requests to leave out until the next is measured.
+        every: one request in so many is to be measured.
     """
 
-    __slots__ = ("_counted", "counts", "every", "left", "total")
+    __slots__ = ("_counted", "counts", "every", "total")
 
     def __init__(self) -> None:
         self.counts = [0] * len(BUCKETS)
         self.total = 0.0
         self.every = 1
-        self.left = 0
         self._counted = 0
 
-    def add(self, seconds: float, times: int = 1) -> None:
+    def request_ended(self, seconds: float, times: int = 1) -> None:
         self.counts[bisect_left(BOUNDS, seconds)] += times
         self.total += seconds * times
 
@@ -64,77 +47,3 @@ class Latency:
     def snapshot(self) -> dict[str, float]:
         """Requests by bucket, not cumulated, and "sum", their seconds: numbers that can be added to another's."""
         return {**dict(zip(BUCKETS, self.counts, strict=True)), "sum": self.total}
-
-
-class TimedIdle(PlacelessIdle):
-    """An idle block that measures the time between two of them."""
-
-    __slots__ = ("_began", "_latency", "_times")
-
-    def __init__(self, connection: Connection, server: Server, latency: Latency) -> None:
-        super().__init__(connection, server)
-        self._latency = latency
-        self._began = 0.0
-        self._times = 1
-
-    # The bodies are those of PlacelessIdle, where it has to do no more than that: to call it costs as much as its work.
-
-    def __enter__(self) -> None:
-        if self._began:
-            self.end_of_request()
-        self.active = True
-        server = self._server
-        places = server.places
-        places.taken -= 1
-        if places.links:
-            places.tell()
-        if server._idle_wanted:
-            server._became_idle(self.connection)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        stream = self._stream
-        if stream.ending or stream.at_eof or kind is not None:  # no request has come
-            PlacelessIdle.__exit__(self, kind, error, where)
-            return
-        latency = self._latency
-        if latency.left:
-            latency.left -= 1
-        else:
-            self._began = monotonic()
-            self._times = every = latency.every
-            latency.left = every - 1
-        places = self._server.places
-        if places.taken < places.size and not places.links:
-            self.active = False
-            places.taken += 1
-        else:
-            PlacelessIdle.__exit__(self, kind, error, where)
-
-    def end_of_request(self) -> None:
-        """The request is answered, or its connection ends. Does nothing where none was being measured."""
-        began, self._began = self._began, 0.0
-        if began:
-            self._latency.add(monotonic() - began, self._times)
-
-
-def watch_latency(server: Server) -> Latency:
-    """Begins to measure the connections of a server, those that are idle for the first time from now on."""
-    latency = Latency()
-    forget = server._forget
-
-    def make_idle(connection: Connection) -> Idle:
-        return TimedIdle(connection, server, latency)
-
-    def measure_and_forget(connection: Connection) -> None:
-        idle: Any = connection.idle_block
-        if idle is None:
-            latency.add(monotonic() - connection.accepted_at)
-        elif type(idle) is TimedIdle:
-            idle.end_of_request()
-        forget(connection)
-
-    server.make_idle = make_idle  # type: ignore[method-assign]
-    server._forget = measure_and_forget  # type: ignore[method-assign]
-    return latency

@@ -12,7 +12,7 @@ from gevent.hub import get_hub
 
 from gtcpserver.server.server import Server
 
-from .latency import watch_latency
+from .latency import Latency
 
 #: How often it is looked whether the event loop is late, seconds, and how many of these a figure is the worst of.
 LAG_SECONDS = 0.25
@@ -24,12 +24,13 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 class Watch:
     """Measures latency, CPU and memory of a server and its process, and how late its event loop is.
 
-    It costs a timer four times a second, and what `latency` says. Made in the process that serves; never ends.
+    It costs a timer four times a second, and what `latency` says. Made in the process that serves.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._latency = watch_latency(server)
+        self._latency = Latency()
+        server.add_observer(self._latency)
         self._lags: deque[float] = deque([0.0], LAGS)
         self._looked_at = monotonic()
         self._timer = get_hub().loop.timer(LAG_SECONDS, LAG_SECONDS, ref=False)
@@ -56,8 +57,9 @@ class Watch:
         }
 
     def close(self) -> None:
-        """Stops the timer; the server's connections are measured all the same."""
+        """Measure no more."""
         self._timer.close()
+        self._server.remove_observer(self._latency)
 
 
 _resident_bytes = 0

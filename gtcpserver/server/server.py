@@ -18,6 +18,7 @@ from enum import Enum
 from functools import partial
 from math import inf
 from time import monotonic
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import gevent
@@ -56,7 +57,8 @@ from gtcpserver.transfer.ends import reset_on_close
 from .acceptor import Acceptor
 from .access_log import AccessLog, Result
 from .background import end_background_work, threads_of_handlers_are_no_daemons
-from .idle import PlacelessIdle
+from .idle import PlacelessIdle, TimedIdle
+from .observers import Observer, Observers
 from .outcome import COUNTER, log_client_error, log_fault, outcome_of, system_has_failed
 from .signals import StopSignals
 from .stats import Counters, CutConnection, ServerStats, StopReport
@@ -294,6 +296,7 @@ class Server:
                 access_log.write_unserved if access_log is not None else None,
             )
         self.lingerer = Linger(linger)
+        self._observers = Observers()
         self._faults = FaultLimiter()
         self._overseer = Overseer(self._connections, handler_timeout, min_rate, min_rate_window)
         self._report: StopReport | None = None
@@ -464,6 +467,15 @@ class Server:
     def stopping(self) -> bool:
         """True from the moment a stop has begun."""
         return self.state in (State.STOPPING, State.STOPPED)
+
+    def connections(self) -> Mapping[Connection, Any]:
+        """Return the open connections as they are at each moment, the oldest first, and the greenlet of each.
+
+        For this package.
+
+        :meta private:
+        """
+        return MappingProxyType(self._connections)
 
     @property
     def active_connections(self) -> int:
@@ -703,6 +715,8 @@ class Server:
         stream = connection.stream
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
+        if self._observers.all:
+            self._observe_end(connection)
         # It refers to the connection: no cycle for the garbage collector.
         connection.idle_block = None
         connections = self._connections
@@ -781,7 +795,33 @@ class Server:
 
         :meta private:
         """
-        return PlacelessIdle(connection, self)
+        observers = self._observers
+        return TimedIdle(connection, self, observers) if observers.all else PlacelessIdle(connection, self)
+
+    def add_observer(self, observer: Observer) -> None:
+        """Tell an observer how long requests take, for monitors. Several may observe one server.
+
+        :meta private:
+        """
+        self._observers.add(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """The opposite of :meth:`add_observer`; one that is not registered does no harm.
+
+        :meta private:
+        """
+        self._observers.remove(observer)
+
+    def _observe_end(self, connection: Connection) -> None:
+        """Its last request ends with it, or it was one."""
+        idle = connection.idle_block
+        try:
+            if idle is None:
+                self._observers.request_ended(monotonic() - connection.accepted_at)
+            elif isinstance(idle, TimedIdle):
+                idle.end_of_request()
+        except MemoryError:
+            pass  # a figure is lost, and not the rest of the end
 
     def _idle_connections(self) -> list[Connection]:
         return [connection for connection in self._connections if connection.is_idle]
