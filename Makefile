@@ -47,8 +47,9 @@ test-quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 # What depends on the interpreter and on gevent's greenlets most.
-CORE := $(addprefix tests/test_,$(addsuffix .py,server connection stop pool tls relay acceptor supervisor proxy_socks \
-    cli testing check_faults))
+CORE := $(addprefix tests/,server/test_server.py connection/test_connection.py server/test_stop.py pool/test_pool.py \
+    tls/test_tls.py transfer/test_relay.py server/test_acceptor.py supervisor/test_supervisor.py proxy/test_socks.py \
+    cli/test_cli.py testing/test_testing.py testing/test_check_faults.py)
 
 # Each in an environment of its own, .venv-3.X.
 matrix:

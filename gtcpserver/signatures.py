@@ -1,7 +1,7 @@
 """Types of what Server and run are called with, for type checkers.
 
 ``typing.Unpack`` is Python 3.11's, and a generic TypedDict, too: only type checkers read them, which have
-typing_extensions. Each option stands here a second time; tests/test_typing.py compares both.
+typing_extensions. Each option stands here a second time; tests/typed/test_typing.py compares both.
 """
 
 from __future__ import annotations

@@ -12,17 +12,19 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 
-import gevent
 import pytest
 from gevent.threadpool import ThreadPool
 from hypothesis import HealthCheck, settings
-from patience import SOON
 
 from gtcpserver import Server
 
-pytest_plugins = ["injection.started", "selection", "watchdog"]
+pytest.register_assert_rewrite("kit")
+
+from kit.patience import SOON  # noqa: E402
+from kit.waiting import wait_until  # noqa: E402
+
+pytest_plugins = ["injection.started", "kit.selection", "kit.watchdog"]
 
 # An ordinary user's PATH has no sshd, nginx or ip.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -33,15 +35,6 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
-
-
-def wait_until(condition, seconds=SOON):
-    """Let the event loop run until `condition()` is true; returns its value."""
-    give_up = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < give_up, f"still not true after {seconds} s: {condition}"
-        gevent.sleep(0.002)
-    return value
 
 
 def pytest_configure(config):
@@ -70,19 +63,6 @@ def spawn_thread(_threads):
 def in_thread(_threads):
     """`in_thread(function, *args)` runs it in a native thread while the event loop goes on, and returns its value."""
     return lambda function, *args: _threads.spawn(function, *args).get(timeout=SOON)
-
-
-def wait_for_port(port, process):
-    """Wait until a program listens. It blocks: not for servers in this process."""
-    give_up = time.monotonic() + SOON
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except OSError:
-            assert process.poll() is None, f"{process.args} has ended"
-            assert time.monotonic() < give_up, f"{process.args} does not listen"
-            time.sleep(0.01)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+from kit.paths import ROOT
+
 CI = ROOT / ".ci"
 SOON = 20
 

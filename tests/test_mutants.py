@@ -4,13 +4,13 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+import pytest
 
 import mutants
-import pytest
+from kit.paths import ROOT
 from mutants import ListError, Mutant, choose, read_list
 
-ROOT = Path(__file__).resolve().parent.parent
 LISTED = read_list()
 
 

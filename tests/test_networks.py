@@ -4,9 +4,6 @@ import socket
 from ipaddress import ip_address, ip_network
 
 import pytest
-from test_client_limits import is_served
-from test_listener import needs_ipv6
-from test_server import echo
 
 from gtcpserver import ClientLimits, ConfigError, ProxyProtocol
 from gtcpserver.address import parse_address
@@ -16,6 +13,9 @@ from gtcpserver.proxy.build import make_external
 from gtcpserver.proxy.errors import RuleError
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.proxy.settings import ListenerTable
+from tests.admission.test_client_limits import is_served
+from tests.listening.test_listener import needs_ipv6
+from tests.server.test_server import echo
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import traceback
 
 import gevent
 import pytest
-from conftest import SOON, wait_for_port, wait_until
 from gevent.hub import get_hub
-from ports import free_port
 
 from gtcpserver import ConfigError, GtcpServerError, run_coroutine
+from kit.patience import SOON
+from kit.ports import free_port
+from kit.waiting import wait_for_port, wait_until
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a coroutine that was never awaited
 

@@ -11,11 +11,12 @@ import threading
 
 import gevent
 import pytest
-from conftest import SOON, wait_until
 
 from gtcpserver import BlockDetector, ConfigError, GtcpServerError, run
 from gtcpserver.diagnostics import block_detector
 from gtcpserver.diagnostics.block_detector import PLACES, _Holder, _ThreadClock, _Times, start_detector
+from kit.patience import SOON
+from kit.waiting import wait_until
 
 #: `line` is what the handler does with each byte; HEAD comes first, OPTIONS is what run() is called with.
 PROGRAM = """

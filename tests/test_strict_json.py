@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from supervised import COMMAND
 
 from gtcpserver.diagnostics.logs import JsonFormatter, NonBlockingHandler
 from gtcpserver.monitoring.web import _json
 from gtcpserver.server.access_log import AccessLog
 from gtcpserver.strict_json import to_json, to_short_json
 from gtcpserver.testing import connect, serving
+from kit.supervised import COMMAND
 
 
 def strict(text: str | bytes) -> Any:

@@ -4,11 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-from patience import SOON
-
-ROOT = Path(__file__).resolve().parent.parent
+from kit.paths import ROOT
+from kit.patience import SOON
 
 HANGING = """
 import gevent
@@ -59,7 +57,7 @@ def test_that_passes():
 def run_suite(folder, source, *options, **environment):
     """pytest on a file of its own, in two processes, with nothing but what is looked at: it is slow enough."""
     (folder / "test_it.py").write_text(source)
-    plugins = [f"-p{name}" for name in ("xdist", "pytest_timeout", "watchdog", "no:cacheprovider")]
+    plugins = [f"-p{name}" for name in ("xdist", "pytest_timeout", "kit.watchdog", "no:cacheprovider")]
     where = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
     environment |= {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *plugins, *where, *options, str(folder)]

@@ -2,7 +2,7 @@
 
 The master, its fleet, reloads and upgrades get one when they are made, and reach for the clock, processes, signals,
 channels and listening sockets through it alone. `RealSystem` is Linux; tests give them a simulated one
-(tests/simulated.py), with a virtual clock and processes that die when the test wants it.
+(tests/kit/simulated.py), with a virtual clock and processes that die when the test wants it.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ports import free_port
-
 from gtcpserver.supervisor import ControlError, ask
+from kit.ports import free_port
 
 from . import clients
 from .clients import Origin

@@ -1,4 +1,4 @@
-"""A user's program that uses every public name, for `mypy --strict` and pyright (tests/test_typing.py). It is not run.
+"""A user's program that uses every public name, for `mypy --strict` and pyright (test_typing.py). It is not run.
 
 A comment `# revealed: T` says what type the checkers must see on its line, `# revealed: T or U` where they differ.
 """

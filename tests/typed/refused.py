@@ -1,4 +1,4 @@
-"""Mistakes that mypy --strict and pyright must tell a user (tests/test_typing.py). It is not meant to be run.
+"""Mistakes that mypy --strict and pyright must tell a user (test_typing.py). It is not meant to be run.
 
 Each line that ends with the comment `refused` has one, and no other line has any.
 """

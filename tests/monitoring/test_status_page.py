@@ -1,0 +1,221 @@
+"""The status page in a real browser: live figures, the table of connections, phone and desktop, light and dark."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from kit.browser import Browser
+from kit.supervised import COMMAND, SOON, wait_until
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
+
+APP = """
+def handle(conn):
+    while True:
+        with conn.idle():
+            data = conn.recv(100)
+        if not data:
+            return
+        if data == b"fault":
+            raise RuntimeError("a fault")
+        if data == b"stay":
+            stay(conn)
+        conn.sendall(data)
+
+def stay(conn):
+    conn.server.stopping_event.wait(600)
+"""
+
+#: A client's address, and what a page that takes it for HTML would do with it.
+EVIL = "<img src=x onerror=document.title='owned'>"
+
+
+class Service:
+    """`gtcpserver serve` with metrics, on a unix socket: whose clients choose what their address is."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        (folder / "app.py").write_text(APP)
+        self.folder = folder
+        self.path = folder / "s"
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *COMMAND,
+                    "serve",
+                    "app:handle",
+                    "--bind",
+                    f"unix:{self.path}",
+                    "--metrics",
+                    "127.0.0.1:0",
+                    *arguments,
+                ],
+                cwd=folder,
+                stderr=log,
+            )
+        self.clients: list[socket.socket] = []
+        wait_until(lambda: "listening on" in self.log.read_text())
+        text = self.log.read_text()
+        self.url = text.partition("metrics and status page on ")[2].split()[0]
+
+    def connect(self, name: str = "") -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(SOON)
+        if name:
+            client.bind("\0" + name)
+        client.connect(str(self.path))
+        self.clients.append(client)
+        return client
+
+    def ask(self, client: socket.socket, data: bytes = b"hello") -> bytes:
+        client.sendall(data)
+        return client.recv(100)
+
+    def end(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.process.terminate()
+        self.process.wait(SOON)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    made = Browser(tmp_path / "profile")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(tmp_path):
+    made = []
+
+    def start(*arguments):
+        made.append(Service(tmp_path, *arguments))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.end()
+
+
+def text_of(element):
+    return f"document.getElementById('{element}').textContent"
+
+
+def test_the_page_shows_live_figures_and_connections_on_demand(browser, service):
+    served = service("--pool", "50")
+    idle, busy = served.connect(f"{EVIL}{os.getpid()}"), served.connect()
+    for _ in range(20):
+        assert served.ask(idle) == b"hello"
+    busy.sendall(b"stay")
+    for _ in range(3):
+        assert served.ask(served.connect(), b"fault") == b""
+    browser.show(1280, 900, "light")
+    browser.open(served.url)
+    browser.wait_for(f"{text_of('state')} == 'ready' && {text_of('active')} == '2'")
+    assert browser.value(text_of("active-note")).startswith("1 idle")
+    assert browser.value(text_of("accepts-note")) == "5 in all"
+    assert browser.value(text_of("pool")) == "1\u202fof 50"
+    browser.wait_for(f"{text_of('errors')} == 'handler failed03'")  # none since the page was opened
+    assert browser.value(text_of("trouble-list")).startswith("3 handlers failed since the start")
+    assert "ready" in browser.value(text_of("workers"))
+    assert browser.value(text_of("p50")).endswith("s")
+    # Nothing is asked again by hand: the figures follow.
+    served.connect()
+    browser.wait_for(f"{text_of('active')} == '3'")
+    assert browser.value(text_of("rows")) == ""
+    browser.value("document.getElementById('show').click()")
+    browser.wait_for("document.getElementById('rows').children.length == 3")
+    rows = browser.value("[...document.querySelectorAll('#rows tr')].map(row => row.innerText)")
+    assert EVIL in rows[0]
+    assert "idle" in rows[0]
+    assert "in stay < app.py" in rows[1]
+    assert browser.value("document.title") == "3 · gtcpserver"
+    assert browser.value("document.images.length") == 0
+    assert browser.complaints == []
+
+
+def test_the_page_of_workers_and_a_service_that_ends(browser, service):
+    served = service("--workers", "2", "--drain-delay", "2")
+    browser.open(served.url)
+    browser.wait_for("document.querySelectorAll('#workers tr').length == 2")
+    assert browser.value(text_of("workers-note")) == "2 of 2 ready"
+    client = served.connect()
+    assert served.ask(client) == b"hello"
+    browser.wait_for(f"{text_of('active')} == '1'")
+    browser.value("document.getElementById('show').click()")
+    browser.wait_for("document.getElementById('rows').children.length == 1")
+    served.process.terminate()
+    browser.wait_for(f"{text_of('state')} == 'draining'")
+    browser.wait_for(f"{text_of('state')} == 'no answer'")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_it_fits_its_window_and_can_be_read(browser, service, tmp_path, width, height, scheme):
+    served = service()
+    # Abstract names are those of the whole machine, where tests run side by side.
+    served.ask(served.connect(f"{os.getpid():a>90}"))
+    browser.show(width, height, scheme)
+    browser.open(served.url)
+    browser.wait_for(f"{text_of('state')} == 'ready'")
+    browser.value("document.getElementById('show').click()")
+    browser.wait_for("document.getElementById('rows').children.length == 1")
+    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+    # Contrast of text, as WCAG 2.1 section 1.4.3 wants it: 4.5 to 1.
+    worst = browser.value(CONTRAST)
+    assert worst["ratio"] >= 4.5, worst
+    dark = browser.value("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, dark[4:-1].split(","))) < 60) is (scheme == "dark")
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+CONTRAST = """(() => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => {
+    const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = numbers(color).map(c => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor, parts = numbers(color);
+      if (parts.length < 4 || parts[3] === 1) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let worst = { ratio: 99 };
+  for (const node of document.body.querySelectorAll("*")) {
+    if (!node.offsetParent || ![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    const a = light(getComputedStyle(node).color), b = light(ground(node));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst.ratio) worst = { ratio, text: node.textContent.slice(0, 40), id: node.id };
+  }
+  return worst;
+})()"""
+
+
+def test_keyboard_and_screen_readers(browser, service):
+    served = service()
+    browser.open(served.url)
+    browser.wait_for(f"{text_of('state')} == 'ready'")
+    assert browser.value("document.documentElement.lang") == "en"
+    assert browser.value("document.getElementById('state').getAttribute('role')") == "status"
+    # All that can be scrolled or pressed is reached by the Tab key and has a name.
+    assert browser.value(
+        "[...document.querySelectorAll('.scroll')].every(one => one.tabIndex === 0 && "
+        "document.getElementById(one.getAttribute('aria-labelledby')))"
+    )
+    assert browser.value("[...document.querySelectorAll('th')].every(one => one.scope)")
+    began = time.monotonic()
+    browser.value("document.getElementById('show').focus()")
+    for kind in ("keyDown", "keyUp"):
+        browser.do("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    browser.wait_for(f"{text_of('show')} == 'Look again'")
+    assert time.monotonic() - began < SOON

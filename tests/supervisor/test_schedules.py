@@ -1,0 +1,487 @@
+"""A master in a simulated system, driven at random: deaths, time-outs, signals, reloads, and calls that fail.
+
+The real Master, Fleet, Reload and Upgrade run, by a virtual clock; processes, channels and signals are simulated
+(kit/simulated.py). After each step the books are compared with what the processes do; at the end of each schedule all
+faults end, and everything has to come to rest: every slot served, every operation ended, nothing left over.
+
+As many schedules as there is time for: GTCPSERVER_SCHEDULES=20000, or `make schedules`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from gtcpserver.supervisor import SupervisorConfig
+from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
+from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, LONGEST_BACK_OFF, Fleet
+from gtcpserver.supervisor.master import Master, MasterState, WorkersCannotStart
+from gtcpserver.supervisor.reload import LET_GO_SECONDS
+from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
+from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
+from kit.simulated import PROGRAM, Fate, Process, SimulatedSystem
+
+SCHEDULES = int(os.environ.get("GTCPSERVER_SCHEDULES", "300"))
+
+STEPS = 20
+
+PHASES = (Phase.generate,) if "GTCPSERVER_NO_SHRINK" in os.environ else (Phase.generate, Phase.shrink)
+
+WORKER_TIMEOUT = 2.0
+GRACEFUL_TIMEOUT = 3.0
+LINGERS = 2.5  # seconds that SIGKILL takes at most
+
+#: Seconds until a process that is to end has ended, whatever it does.
+ENDED = GRACEFUL_TIMEOUT + KILL_MARGIN + LASTING_SECONDS + KILL_AGAIN_SECONDS + LINGERS + 2
+
+#: Seconds until a new worker is proven, or has failed.
+PROVEN = START_SECONDS + 2 * DUMP_SECONDS + LINGERS + 2 + WORKER_TIMEOUT + 3
+
+MOST_WORKERS = 3
+
+#: Seconds until everything is at rest when nothing fails any more: an upgrade, the back-off, a recycling, and a reload.
+AT_REST = UPGRADE_SECONDS + LONGEST_BACK_OFF + 2 * PROVEN + MOST_WORKERS * (PROVEN + ENDED + LET_GO_SECONDS)
+
+FATES = {
+    "good": Fate(),
+    "slow": Fate(ready_after=8.0),
+    "hangs": Fate(ready_after=None),
+    "hangs in C": Fate(ready_after=None, blocked_in_c=True, lingers=LINGERS),
+    "fails": Fate(fails=True),
+    "fails late": Fate(fails=True, ready_after=3.0),
+    "crashes at its start": Fate(ready_after=None, dies_after=0.3, status=signal.SIGSEGV),
+    "exits at once": Fate(dies_after=0.0, status=0),
+    "dies on probation": Fate(dies_after=0.5, status=1 << 8),
+    "is killed": Fate(dies_after=0.15, status=signal.SIGKILL),
+    "dies later": Fate(dies_after=4.0, status=signal.SIGABRT),
+    "blocks on probation": Fate(stalls_after=0.2),
+    "blocks later": Fate(stalls_after=5.0, blocked_in_c=True),
+    "closes its channel": Fate(closes_after=0.05),
+    "closes its channel later": Fate(closes_after=2.0, lingers=LINGERS),
+    "is recycled": Fate(wants_to_retire_after=1.5),
+    "is recycled soon": Fate(wants_to_retire_after=0.2),
+    "has lasting connections": Fate(lasts=None),
+    "drains badly": Fate(lasts=10.0, drains=False),
+    "obeys nobody": Fate(obeys=False),
+    "obeys not even SIGKILL": Fate(obeys=False, lingers=LINGERS),
+}
+
+#: Of a new master: one that is not to be.
+NO_MASTER = (
+    "blocks",
+    "dies on",
+    "dies later",
+    "is recycled",
+    "has",
+    "drains",
+    "is killed",
+    "closes its channel later",
+)
+
+FATE = st.sampled_from(list(FATES))
+
+STATUSES = (0, 1 << 8, 3 << 8, signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV)
+
+FAILING = ("fork", "pair", "send", "receive", "socket", "kill", "poll")
+
+NUMBER = st.integers(0, 5)
+SECONDS = st.sampled_from([0.05, 0.3, 1.0, 3.0, 12.0])
+
+
+def _was_injected(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOMEM
+
+
+class Faults(logging.Handler):
+    """Raises what the master has caught and logged: none of its parts may fail here."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.seen: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None and not _was_injected(record.exc_info[1]):
+            self.seen.append(record.exc_info[1])
+
+
+@dataclass
+class Operation:
+    """A reload, an upgrade, or a change of the number of workers."""
+
+    what: str
+    machine: Schedules
+    began_at: float
+    failures: int
+    old: list[Process] = field(default_factory=list)
+    told: list[str | None] = field(default_factory=list)
+
+    def done(self, error: str | None) -> None:
+        assert not self.told, f"{self.what} ended twice: {self.told[0]!r}, {error!r}"
+        self.told.append(error)
+        if self.what == "reload" and not self.machine.master.stopping:
+            self.machine.look_at_reload(self, error)
+
+
+class Schedules(RuleBasedStateMachine):
+    """The operator, and everything that can go wrong."""
+
+    @initialize(
+        workers=st.integers(1, MOST_WORKERS),
+        one_by_one=st.booleans(),
+        probation=st.sampled_from([0.0, 1.0]),
+        worker_timeout=st.sampled_from([WORKER_TIMEOUT, None]),
+        graceful_timeout=st.sampled_from([GRACEFUL_TIMEOUT, None]),
+        retire_timeout=st.sampled_from([None, 2.0]),
+        max_retired=st.sampled_from([None, 0, 1]),
+        fate=st.one_of(st.just("good"), FATE),
+        others=FATE,
+    )
+    def begin(self, workers: int, one_by_one: bool, fate: str, others: str, **options: Any) -> None:
+        self.config = SupervisorConfig(workers=workers, reload_one_by_one=one_by_one, drain_delay=0.5, **options)
+        self.system = SimulatedSystem()
+        self.operations: list[Operation] = []
+        self.outcome: Fleet | WorkersCannotStart | None = None
+        self.faults = Faults()
+        self.logger = logging.getLogger("gtcpserver")
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.setLevel(logging.ERROR)
+        self.logger.propagate = False
+        self.logger.addHandler(self.faults)
+        self.system.fates += (FATES[fate], FATES[others])
+        self.retired: set[int] = set()
+        self.master = Master(PROGRAM, self.config, self.system)
+        self.system.begin(self.live)
+        self.system.run(2.0 if fate == "good" else 0.0)
+
+    def live(self) -> None:
+        try:
+            self.outcome = self.master.run()
+        except WorkersCannotStart as error:
+            self.outcome = error
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.master.fleet
+
+    def workers(self) -> list[Process]:
+        return [process for process in self.system.running() if process.job is not None]
+
+    def pick(self, number: int) -> Process | None:
+        workers = self.workers()
+        return workers[number % len(workers)] if workers else None
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    @rule(seconds=SECONDS)
+    def a_while(self, seconds: float) -> None:
+        self.system.run(seconds)
+
+    @rule()
+    def a_long_while(self) -> None:
+        self.system.slack = 0.9
+        self.system.run(70.0)
+        self.system.slack = 0.0
+
+    # -- the operator ------------------------------------------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        return self.outcome is None and self.system.signals is not None
+
+    def operate(self, what: str) -> Operation:
+        old = [process for process in self.workers() if process.accepts]
+        self.operations.append(Operation(what, self, self.system.now, self.system.failures, old))
+        return self.operations[-1]
+
+    @precondition(lambda self: self.up)
+    @rule(number=st.sampled_from([signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU]))
+    def get_signal(self, number: int) -> None:
+        self.system.signals.send(number)
+        self.system.run(0.0)
+
+    @precondition(lambda self: self.up and not self.master.stopping)
+    @rule(first=FATE, second=FATE, seconds=SECONDS)
+    def reload(self, first: str, second: str, seconds: float) -> None:
+        self.system.fates.extendleft((FATES[second], FATES[first]))
+        self.master.begin_reload("a test", self.operate("reload").done)
+        self.system.run(seconds)
+
+    @precondition(lambda self: self.up and not self.master.stopping)
+    @rule(count=st.integers(1, MOST_WORKERS), seconds=SECONDS)
+    def scale(self, count: int, seconds: float) -> None:
+        self.master.scale(count, self.operate("scale").done)
+        self.system.run(seconds)
+
+    @precondition(lambda self: self.up and not self.master.stopping)
+    @rule(fate=st.sampled_from([name for name in FATES if not name.startswith(NO_MASTER)]), seconds=SECONDS)
+    def upgrade(self, fate: str, seconds: float) -> None:
+        self.system.fates.appendleft(FATES[fate])
+        self.master.begin_upgrade("a test", self.operate("upgrade").done)
+        self.system.run(seconds)
+
+    @precondition(lambda self: self.up)
+    @rule(number=st.sampled_from([signal.SIGTERM, signal.SIGINT, signal.SIGQUIT]), when=NUMBER)
+    def stop(self, number: int, when: int) -> None:
+        if when == 5:  # not too often: it is the end of the schedule
+            self.system.signals.send(number)
+            self.system.run(0.0)
+
+    # -- what goes wrong ---------------------------------------------------------------------------------------------
+
+    @rule(first=FATE, second=FATE)
+    def new_processes_will(self, first: str, second: str) -> None:
+        self.system.fates += (FATES[first], FATES[second])
+
+    @rule(number=NUMBER, status=st.sampled_from(STATUSES), seconds=SECONDS)
+    def die(self, number: int, status: int, seconds: float) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.exit(status)
+            self.system.run(seconds)
+
+    @rule(number=NUMBER, seconds=SECONDS)
+    def stall(self, number: int, seconds: float) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.stall()
+            self.system.run(seconds)
+
+    @rule(number=NUMBER)
+    def go_on(self, number: int) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.go_on()
+
+    @rule(number=NUMBER)
+    def want_to_retire(self, number: int) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.want_to_retire()
+
+    @rule(number=NUMBER)
+    def leave(self, number: int) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.leave()
+
+    @rule(number=NUMBER)
+    def be_buried_by_the_program(self, number: int) -> None:
+        if (worker := self.pick(number)) is not None:
+            worker.exit(0)
+            worker.buried = True
+
+    @rule(what=st.sampled_from(FAILING), seconds=st.sampled_from([0.0, 0.3, 2.0]))
+    def fail(self, what: str, seconds: float) -> None:
+        self.system.failing.add(what)
+        self.system.run(seconds)
+        self.system.failing.clear()
+
+    @rule(loses=st.booleans())
+    def child_signals(self, loses: bool) -> None:
+        self.system.loses_child_signals = loses
+
+    # -- the books ---------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def no_part_of_the_master_has_failed(self) -> None:
+        for error in self.faults.seen:
+            raise error
+
+    @invariant()
+    def every_child_is_known_once(self) -> None:
+        """No worker twice, none forgotten, no channel of a dead one."""
+        if self.outcome is not None:
+            return
+        fleet = self.fleet
+        placed = [worker for slot in fleet.slots.values() for worker in slot.workers()]
+        assert len({worker.pid for worker in placed}) == len(placed), "a worker is in two places"
+        assert {worker.pid for worker in placed} == fleet.workers.keys()
+        for number, slot in fleet.slots.items():
+            assert all(worker.slot == number for worker in slot.workers())
+            assert all(worker.leaving for worker in slot.gone_on)
+            if not fleet.stopping:
+                assert not any(one is not None and one.leaving for one in (slot.current, slot.next))
+        for process in self.system.processes.values():
+            if process.job is not None:
+                known = process.pid in fleet.workers
+                assert known or process.buried, f"worker {process.pid} is forgotten"
+        ends = {process.end.peer.fileno() for process in self.system.processes.values() if process.pid in fleet.workers}
+        others = self.system.open_fds() - ends
+        assert len(ends) == len(fleet.workers)
+        assert -1 not in ends
+        assert others <= {process.end.peer.fileno() for process in self.system.running() if process.job is None}
+        assert len(others) <= 1
+
+    @invariant()
+    def no_slot_has_two_workers_but_while_one_is_replaced(self) -> None:
+        if self.outcome is not None:
+            return
+        fleet = self.fleet
+        successors = [slot for slot in fleet.slots.values() if slot.next is not None]
+        if fleet.reload is None or self.config.reload_one_by_one:
+            assert len(successors) <= 1
+        for slot in fleet.slots.values():
+            accepting = [one for one in slot.workers() if self.system.processes[one.pid].accepts and not one.leaving]
+            assert len(accepting) <= 1 + (slot.next is not None)
+
+    @invariant()
+    def workers_leave_when_their_successors_are_proven(self) -> None:
+        if self.outcome is not None:
+            return
+        reload = self.fleet.reload
+        successors = [slot.next for slot in self.fleet.slots.values() if slot.next is not None]
+        if reload is not None and len(successors) > 1:
+            assert successors[0].state is WorkerState.READY, "code that was not proven is started in every slot"
+        for slot in self.fleet.slots.values():
+            for worker in slot.gone_on:
+                process, current = self.system.processes[worker.pid], slot.current
+                if worker.pid in self.retired or process.faulty or slot.closing or self.fleet.stopping:
+                    continue
+                self.retired.add(worker.pid)
+                if worker.generation <= self.fleet.generation and current is not None:
+                    assert current.started_at > worker.retired_at or (
+                        worker.retired_at - current.ready_at >= self.config.probation and current.ready_at
+                    ), f"worker {worker.pid} has left before its successor was proven"
+
+    @invariant()
+    def every_end_is_noticed(self) -> None:
+        if self.outcome is None:
+            for process in self.system.zombies():
+                assert self.system.now - process.ended_at < 2.5, f"nobody has waited for process {process.pid}"
+
+    @invariant()
+    def no_worker_that_obeys_is_killed(self) -> None:
+        assert not self.system.killed_in_vain
+
+    @invariant()
+    def no_slot_is_forgotten(self) -> None:
+        """One without a worker gets the next after a bounded time."""
+        if self.outcome is not None or self.fleet.stopping or self.fleet.first_failure is not None:
+            return
+        for slot in self.fleet.active():
+            assert slot.not_before <= self.system.now + LONGEST_BACK_OFF
+            if slot.current is None and slot.next is None:
+                assert self.system.now <= slot.not_before + 1.5, f"slot {slot.number} is forgotten"
+        assert self.system.sockets[0].slots == self.fleet.slots.keys()
+        assert self.system.sockets[0].steered <= self.fleet.slots.keys()
+
+    def look_at_reload(self, reload: Operation, error: str | None) -> None:
+        """A reload that was not ended by a stop has ended."""
+        fleet, processes = self.fleet, self.system.processes
+        if error is None:
+            assert all(slot.current is None or slot.current.generation == fleet.generation for slot in fleet.active())
+            return
+        if "upgrade" in error:
+            return
+        new = [one for one in processes.values() if one.job is not None and one.born_at >= reload.began_at]
+        assert self.system.failures > reload.failures or any(one.faulty for one in new), f"no reason: {error}"
+        assert not any(slot.next is not None for slot in fleet.slots.values()), "a new worker stays"
+        for slot in fleet.active():
+            if slot.current is None:
+                assert not any(processes[one.pid].accepts for one in slot.gone_on), "a worker that is needed has left"
+        if not self.config.reload_one_by_one:
+            for process in reload.old:
+                if process.accepts and process.pid in fleet.workers:
+                    assert not fleet.workers[process.pid].leaving, "an old worker has left for a reload that failed"
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not hasattr(self, "system"):
+            return
+        try:
+            self.come_to_rest()
+        finally:
+            self.logger.removeHandler(self.faults)
+            self.logger.level, self.logger.propagate = self.before
+            self.system.end()
+
+    def come_to_rest(self) -> None:
+        system = self.system
+        system.failing.clear()
+        system.fates.clear()
+        system.loses_child_signals = False
+        system.slack = 0.9
+        self.run_until(self.at_rest, AT_REST)
+        if self.outcome is None and not self.master.stopping:
+            system.signals.send(signal.SIGTERM)
+        if self.config.graceful_timeout is None:
+            system.run(3.0)
+            if self.outcome is None:
+                system.signals.send(signal.SIGQUIT)
+        self.run_until(lambda: self.outcome is not None, ENDED + HALT_SECONDS)
+        assert all(one.told for one in self.operations)
+        assert not system.open_fds()
+        assert system.signals is None or system.signals.closed
+        assert all(sockets.closed or not sockets.slots for sockets in system.sockets)
+        assert not self.workers(), "a worker runs on"
+        if isinstance(self.outcome, Fleet) and not system.failures:
+            assert self.outcome.finished == sum(process.finished for process in system.processes.values())
+        assert not [one for one in system.zombies() if one.job is not None], "nobody has waited for a worker"
+
+    def at_rest(self) -> bool:
+        """Whether every slot is served, and every operation has ended."""
+        if self.outcome is not None:
+            return True
+        if self.config.worker_timeout is None:
+            # Nothing would end those that are blocked, as the operator has asked.
+            for process in self.workers():
+                process.go_on()
+                if not process.ready and process.fate.ready_after is None:
+                    process.exit(1 << 8)
+        if self.master.state in (MasterState.DRAINING, MasterState.STOPPING):
+            self.let_all_leave()
+            return False
+        fleet = self.fleet
+        return (
+            self.master.ready
+            and not fleet.reloading()
+            and all(one.told for one in self.operations)
+            and len(fleet.active()) == fleet.target
+            and all(slot.next is None and self.serves(slot.current) for slot in fleet.active())
+        )
+
+    def let_all_leave(self) -> None:
+        if self.config.retire_timeout is None or self.config.graceful_timeout is None:
+            for process in self.workers():
+                process.leave()
+
+    def serves(self, worker: Any) -> bool:
+        return worker is not None and worker.state is WorkerState.READY and self.system.processes[worker.pid].accepts
+
+    def run_until(self, condition: Any, seconds: float) -> None:
+        give_up = self.system.now + seconds
+        while not condition():
+            assert self.system.now < give_up, f"not after {seconds} s"
+            self.system.run(1.0)
+            self.no_part_of_the_master_has_failed()
+            self.every_child_is_known_once()
+            self.no_slot_has_two_workers_but_while_one_is_replaced()
+            self.workers_leave_when_their_successors_are_proven()
+            self.every_end_is_noticed()
+            self.no_worker_that_obeys_is_killed()
+            self.no_slot_is_forgotten()
+
+
+def test_whatever_happens_every_slot_is_served_and_every_operation_ends() -> None:
+    run_state_machine_as_test(
+        Schedules,
+        settings=settings(
+            max_examples=SCHEDULES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            database=None,
+            phases=PHASES,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,110 @@
+"""Bad clients fill no log: whatever they send to whatever server, it is a counter."""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import trustme
+
+from gtcpserver.supervisor import control
+from kit import bad_clients
+from kit.bad_clients import EVERYTHING
+from kit.patience import SOON
+from kit.ports import free_port
+from kit.supervised import Master
+
+#: Bad connections in all, and how many are open at a time.
+CONNECTIONS, AT_ONCE = 10_000, 40
+
+#: For the servers of one process, and for a master with its worker: some limited kinds of fault say so at first.
+A_HANDFUL = 8
+
+
+def attack(addresses, connections, at_once=AT_ONCE):
+    """Send each of EVERYTHING to each address, again and again.
+
+    A third of them reset, a third close one side, a third just leave.
+    """
+    number = 0
+    while number < connections:
+        clients = []
+        for _ in range(at_once):
+            address = addresses[number % len(addresses)]
+            data = EVERYTHING[number // len(addresses) % len(EVERYTHING)]
+            client = socket.socket(socket.AF_UNIX if address.startswith("/") else socket.AF_INET)
+            client.settimeout(SOON)
+            host, _, port = address.rpartition(":")
+            with contextlib.suppress(ConnectionResetError):  # by a server that is quicker than we look
+                client.connect(address if address.startswith("/") else (host, int(port)))
+            with contextlib.suppress(OSError):
+                client.sendall(data)
+            clients.append(client)
+            number += 1
+        for place, client in enumerate(clients):
+            with contextlib.suppress(OSError):
+                if place % 3 == 0:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                elif place % 3 == 1:
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(65536):
+                        pass
+            client.close()
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    authority = trustme.CA()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "certificate.pem")
+    return tmp_path / "certificate.pem"
+
+
+def test_ten_thousand_bad_connections_to_every_server_are_a_handful_of_log_lines(certificate, tmp_path):
+    with open(tmp_path / "stderr", "wb") as stderr:
+        command = [sys.executable, bad_clients.__file__, certificate, tmp_path, str(free_port())]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            addresses = json.loads(process.stdout.readline())
+            attack(list(addresses.values()), CONNECTIONS)
+            said = json.loads(process.communicate(timeout=SOON)[0])
+        finally:
+            process.kill()
+            process.wait()
+    assert len(said) <= A_HANDFUL, said
+    written = (tmp_path / "stderr").read_text()
+    assert written.count("\n") <= 2 * A_HANDFUL, written
+    assert process.returncode == 0
+
+
+def test_bad_connections_to_a_worker_and_to_the_control_socket_are_a_handful_of_log_lines(tmp_path):
+    path = str(tmp_path / "ctl")
+    master = Master(tmp_path, ("echo", "--bind", "127.0.0.1:0", "--workers", "1", "--control", path)).wait_listening()
+    try:
+        before = master.log().count("\n")
+        attack([f"127.0.0.1:{master.port}", path], 1000, at_once=8)  # a queue of 16 is all that the control socket has
+        assert master.workers()
+        assert master.log().count("\n") <= before + A_HANDFUL, master.log()
+    finally:
+        master.kill_all()
+
+
+def test_users_who_may_not_control_a_master_fill_no_log(monkeypatch, caplog):
+    """An abstract socket has no mode that keeps them out."""
+    monkeypatch.setattr(control, "struct", SimpleNamespace(unpack=lambda *_: (1, 65534, 65534)))  # SO_PEERCRED
+    name = f"gtcpserver-test-{os.getpid()}"
+    listening = control.ControlSocket(f"@{name}", lambda request, reply: reply({}))
+    try:
+        for _ in range(50):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(f"\0{name}")
+                listening.accept()
+    finally:
+        listening.close(remove=False)
+    assert listening.clients == []
+    assert 1 <= len(caplog.records) <= A_HANDFUL
+    assert "a process of user 65534 was refused" in caplog.text
