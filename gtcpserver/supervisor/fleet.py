@@ -506,8 +506,10 @@ class Fleet:
             try:
                 self.sockets.add_slot(number)
             except OSError as error:
-                log.error("cannot open a socket for worker %d: %s", number, error.strerror)
+                why = f"cannot open a socket for worker {number}: {error.strerror}"
+                log.error("%s", why)
                 self.target = len(self.active())
+                self._tell_all_scaled(why)
                 return
             self.slots[number] = Slot(number)
             # Nobody accepts there yet.
@@ -537,9 +539,12 @@ class Fleet:
         # Slots that close go on in their own time: their connections may be long ones.
         if failing is None and not (len(active) == self.target and all(slot.serves() for slot in active)):
             return
+        self._tell_all_scaled(failing.why if failing is not None else None)
+
+    def _tell_all_scaled(self, error: str | None) -> None:
         done, self._scaled = self._scaled, []
         for tell in done:
-            tell(failing.why if failing is not None else None)
+            tell(error)
 
     def _recycle(self, now: float) -> None:
         if self._replacing():

@@ -39,7 +39,7 @@ from .channel import RETRY_SECONDS
 from .commands import Commands
 from .config import MAX_WORKERS, SupervisorConfig
 from .control import ControlSocket
-from .fleet import Failure, Fleet
+from .fleet import HALT_SECONDS, Failure, Fleet
 from .log_files import STDERR, log_in_master, open_log_file, write_stderr_to
 from .monitor import MonitorProcess
 from .pid_file import PidFile
@@ -440,7 +440,8 @@ class Master:
         if self.state is MasterState.STOPPING:
             if self._left_to is None and not self._not_ours():
                 fleet.close_drained()
-            if not fleet.workers and self._monitor_has_left():
+            # A new master that was given up has the listening sockets until it ends.
+            if not fleet.workers and self._upgrade.gone() and self._monitor_has_left():
                 self.state = MasterState.STOPPED
 
     def _monitor_has_left(self) -> bool:
@@ -620,7 +621,7 @@ class Master:
         if self.stopping:
             return
         log.info("%s: stopping", why)
-        self._upgrade.fail("the old master stops")
+        self._upgrade.stop()
         delay = self.config.drain_delay if self.state is MasterState.SERVING else 0.0
         self.state = MasterState.DRAINING
         self.fleet.tell_all("unready")
@@ -634,7 +635,7 @@ class Master:
     def halt(self, why: str) -> None:
         """Ends everything now."""
         log.warning("%s: ending %s now", why, counted(len(self.fleet.workers), "worker"))
-        self._upgrade.fail("the old master stops")
+        self._upgrade.stop(HALT_SECONDS)
         self._stop_at = None
         self.state = MasterState.STOPPING
         self.fleet.halt()

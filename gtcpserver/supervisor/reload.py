@@ -45,7 +45,8 @@ class Reload:
         #: Slots that get their new workers together, when those before them have lived through their probation.
         steps = [first, *([slot] for slot in rest)] if self._one_by_one else [first, rest]
         self._steps = [step for step in steps if step]
-        self._started: list[WorkerProcess] = []
+        self._started: list[WorkerProcess] = []  # by the last step, and on probation
+        self._all_started: set[WorkerProcess] = set()
         self._replaced = 0
         self._leaving: list[WorkerProcess] = []
         self._finishing = False
@@ -108,13 +109,14 @@ class Reload:
                 return
             slot.next = worker
             self._started.append(worker)
+            self._all_started.add(worker)
 
     def fails_with(self, worker: WorkerProcess) -> bool:
         """Whether the end of this worker is the end of the reload.
 
         One by one, also that of a worker that has its place already: what killed it may kill the others.
         """
-        return worker.generation == self.generation and not self._finishing
+        return worker in self._all_started and not self._finishing
 
     def abort(self, why: str) -> None:
         """Old workers that were not replaced yet stay, the new ones that should replace them leave."""

@@ -115,6 +115,7 @@ class Upgrade:
         self._system = system
         self._leave_to = leave_to
         self._pid = 0
+        self._successor = 0  # process id of the new master that has everything now
         self._give_up_at = 0.0
         self._done: Done | None = None
         self._failed: dict[int, float] = {}  # process id -> when it is killed
@@ -125,7 +126,11 @@ class Upgrade:
 
     def pids(self) -> list[int]:
         """New masters that are our children still."""
-        return [*self._failed, *([self._pid] if self.under_way else [])]
+        return [*self._failed, *([self._pid] if self.under_way else []), *filter(None, [self._successor])]
+
+    def gone(self) -> bool:
+        """Whether all that were given up have ended."""
+        return not self._failed
 
     def begin(self, handover: Handover, folder: str, done: Done) -> None:
         """Starts a new master by our own command line, in this folder."""
@@ -180,6 +185,11 @@ class Upgrade:
             with contextlib.suppress(OSError):
                 self.hear()  # its last words
             self.fail(f"the new master {describe_status(status)}", gone=True)
+        if pid == self._successor:
+            log.log(
+                logging.ERROR if status else logging.INFO, "the new master (pid %d) %s", pid, describe_status(status)
+            )
+            self._successor = 0
         self._failed.pop(pid, None)
 
     def look_after(self, now: float) -> None:
@@ -197,6 +207,7 @@ class Upgrade:
     def _succeed(self) -> None:
         self.close()
         log.info("the new master (pid %d) is ready; this one's workers finish their connections", self._pid)
+        self._successor = self._pid
         self._leave_to(self._pid)
         self._tell(None)
 
@@ -204,13 +215,28 @@ class Upgrade:
         """Gives the new master up, if there is one; `gone`: its process has ended."""
         if not self.under_way:
             return
-        self.close()
         log.error("the upgrade failed, the old master serves on: %s", why)
+        self._give_up(why, gone)
+
+    def stop(self, seconds: float = FAILED_SECONDS) -> None:
+        """This master stops: a new one has to end too, and is killed after `seconds`. Wait until it is `gone`."""
+        if self.under_way:
+            log.info("the upgrade is given up: this master stops")
+            self._give_up("the old master stops")
+        kill_at = self._system.monotonic() + seconds
+        self._failed = {pid: min(before, kill_at) for pid, before in self._failed.items()}
+
+    def _give_up(self, why: str, gone: bool = False) -> None:
+        self.close()
         if not gone:
             # It ends its workers as a stop does: they may have taken connections.
             self._failed[self._pid] = self._system.monotonic() + FAILED_SECONDS
-            with contextlib.suppress(OSError):
+            try:
                 self._system.kill(self._pid, signal.SIGTERM)
+            except ProcessLookupError:
+                del self._failed[self._pid]  # somebody else has buried it
+            except OSError:
+                pass
         self._tell(why)
 
     def _tell(self, error: str | None) -> None:

@@ -24,6 +24,7 @@ from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.fleet import Fleet
+from gtcpserver.supervisor.master import Master, WorkersCannotStart
 from gtcpserver.supervisor.messages import encode
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
@@ -150,6 +151,7 @@ class Process:
     buried: bool = False
     faulty: bool = False
     ready: bool = False
+    told_ready: bool = False
     stalled: bool = False
     orders: list[str] = field(default_factory=list)
     leaves_at: float | None = None
@@ -186,16 +188,18 @@ class Process:
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
-    def say(self, data: bytes) -> None:
-        if self.pid in self.end.holders and self.end.peer.holders:
+    def say(self, data: bytes) -> bool:
+        heard = self.pid in self.end.holders and bool(self.end.peer.holders)
+        if heard:
             self.end.peer.inbox.append(data)
+        return heard
 
     def become_ready(self) -> None:
         if self.stalled:
             self.late = self.become_ready
         elif self.running:
             self.ready = True
-            self.say(encode("ready"))
+            self.told_ready = self.say(encode("ready"))
             self.obey()
 
     def fail(self) -> None:
@@ -237,7 +241,7 @@ class Process:
             self.say(encode("retire", why="has accepted 5 connections"))
 
     def beat(self) -> None:
-        if self.running and self.ready and not self.stalled and len(self.end.peer.inbox) < INBOX:
+        if self.running and self.ready and self.job and not self.stalled and len(self.end.peer.inbox) < INBOX:
             self.say(BEAT)
 
     # -- what it is told ---------------------------------------------------------------------------------------------
@@ -582,3 +586,42 @@ def add_worker(fleet: Fleet, number: int = 0, state: WorkerState = WorkerState.R
 def make_ready(worker: WorkerProcess) -> None:
     worker.state = WorkerState.READY
     worker.ready_at = worker.last_beat = worker.system.monotonic()
+
+
+class SimulatedMaster:
+    """A master that runs in a simulated system.
+
+    Attributes:
+        outcome: how its life has ended; None: it has not.
+    """
+
+    def __init__(self, system: SimulatedSystem, **options: Any) -> None:
+        self.system = system
+        self.master = Master(PROGRAM, SupervisorConfig(**options), system)
+        self.outcome: Fleet | WorkersCannotStart | None = None
+        system.begin(self._live)
+
+    def _live(self) -> None:
+        try:
+            self.outcome = self.master.run()
+        except WorkersCannotStart as error:
+            self.outcome = error
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.master.fleet
+
+    def run(self, seconds: float) -> None:
+        self.system.run(seconds)
+
+    def signal(self, number: int, seconds: float = 0.0) -> None:
+        """Send it a signal, and let it go on."""
+        assert self.system.signals is not None
+        self.system.signals.send(number)
+        self.system.run(seconds)
+
+    def current(self, number: int = 0) -> Process:
+        """The process that serves a slot."""
+        worker = self.fleet.slots[number].current
+        assert worker is not None
+        return self.system.processes[worker.pid]

@@ -27,14 +27,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
 from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, LONGEST_BACK_OFF, Fleet
-from gtcpserver.supervisor.master import Master, MasterState, WorkersCannotStart
+from gtcpserver.supervisor.master import MasterState, WorkersCannotStart
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
 from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
-from gtcpserver.supervisor.upgrade import UPGRADE_SECONDS
-from kit.simulated import PROGRAM, Fate, Process, SimulatedSystem
+from gtcpserver.supervisor.upgrade import FAILED_SECONDS, UPGRADE_SECONDS
+from kit.simulated import Fate, Process, SimulatedMaster, SimulatedSystem
 
 SCHEDULES = int(os.environ.get("GTCPSERVER_SCHEDULES", "300"))
 
@@ -81,17 +80,8 @@ FATES = {
     "obeys not even SIGKILL": Fate(obeys=False, lingers=LINGERS),
 }
 
-#: Of a new master: one that is not to be.
-NO_MASTER = (
-    "blocks",
-    "dies on",
-    "dies later",
-    "is recycled",
-    "has",
-    "drains",
-    "is killed",
-    "closes its channel later",
-)
+#: What a new master will not do.
+NO_MASTER = ("blocks", "is recycled", "has", "drains", "closes its channel later")
 
 FATE = st.sampled_from(list(FATES))
 
@@ -127,14 +117,19 @@ class Operation:
     machine: Schedules
     began_at: float
     failures: int
+    count: int = 0
     old: list[Process] = field(default_factory=list)
     told: list[str | None] = field(default_factory=list)
 
     def done(self, error: str | None) -> None:
         assert not self.told, f"{self.what} ended twice: {self.told[0]!r}, {error!r}"
         self.told.append(error)
-        if self.what == "reload" and not self.machine.master.stopping:
-            self.machine.look_at_reload(self, error)
+        machine = self.machine
+        if self.what == "reload" and not machine.master.stopping:
+            machine.look_at_reload(self, error)
+        elif self.what == "scale" and error is None:
+            newer = [one.count for one in machine.operations if one.what == "scale"]
+            assert machine.fleet.target == newer[-1] or machine.scaled_by_signal, "not as many as wanted"
 
 
 class Schedules(RuleBasedStateMachine):
@@ -152,10 +147,8 @@ class Schedules(RuleBasedStateMachine):
         others=FATE,
     )
     def begin(self, workers: int, one_by_one: bool, fate: str, others: str, **options: Any) -> None:
-        self.config = SupervisorConfig(workers=workers, reload_one_by_one=one_by_one, drain_delay=0.5, **options)
         self.system = SimulatedSystem()
         self.operations: list[Operation] = []
-        self.outcome: Fleet | WorkersCannotStart | None = None
         self.faults = Faults()
         self.logger = logging.getLogger("gtcpserver")
         self.before = self.logger.level, self.logger.propagate
@@ -163,16 +156,17 @@ class Schedules(RuleBasedStateMachine):
         self.logger.propagate = False
         self.logger.addHandler(self.faults)
         self.system.fates += (FATES[fate], FATES[others])
+        self.scaled_by_signal = False
         self.retired: set[int] = set()
-        self.master = Master(PROGRAM, self.config, self.system)
-        self.system.begin(self.live)
+        more = {"workers": workers, "reload_one_by_one": one_by_one, "drain_delay": 0.5}
+        self.simulated = SimulatedMaster(self.system, **options, **more)
+        self.master = self.simulated.master
+        self.config = self.master.config
         self.system.run(2.0 if fate == "good" else 0.0)
 
-    def live(self) -> None:
-        try:
-            self.outcome = self.master.run()
-        except WorkersCannotStart as error:
-            self.outcome = error
+    @property
+    def outcome(self) -> Fleet | WorkersCannotStart | None:
+        return self.simulated.outcome
 
     @property
     def fleet(self) -> Fleet:
@@ -211,6 +205,7 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.up)
     @rule(number=st.sampled_from([signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU]))
     def get_signal(self, number: int) -> None:
+        self.scaled_by_signal = self.scaled_by_signal or number != signal.SIGHUP
         self.system.signals.send(number)
         self.system.run(0.0)
 
@@ -224,7 +219,10 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.up and not self.master.stopping)
     @rule(count=st.integers(1, MOST_WORKERS), seconds=SECONDS)
     def scale(self, count: int, seconds: float) -> None:
-        self.master.scale(count, self.operate("scale").done)
+        operation = self.operate("scale")
+        operation.count = count
+        self.scaled_by_signal = False
+        self.master.scale(count, operation.done)
         self.system.run(seconds)
 
     @precondition(lambda self: self.up and not self.master.stopping)
@@ -419,12 +417,14 @@ class Schedules(RuleBasedStateMachine):
             system.run(3.0)
             if self.outcome is None:
                 system.signals.send(signal.SIGQUIT)
-        self.run_until(lambda: self.outcome is not None, ENDED + HALT_SECONDS)
+        self.run_until(lambda: self.outcome is not None, max(ENDED, FAILED_SECONDS + LINGERS + 2) + HALT_SECONDS)
         assert all(one.told for one in self.operations)
         assert not system.open_fds()
         assert system.signals is None or system.signals.closed
         assert all(sockets.closed or not sockets.slots for sockets in system.sockets)
         assert not self.workers(), "a worker runs on"
+        successors = [one for one in system.running() if one.told_ready]
+        assert system.running() == successors, "a new master that was given up runs on"
         if isinstance(self.outcome, Fleet) and not system.failures:
             assert self.outcome.finished == sum(process.finished for process in system.processes.values())
         assert not [one for one in system.zombies() if one.job is not None], "nobody has waited for a worker"

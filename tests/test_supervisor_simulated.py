@@ -1,0 +1,165 @@
+"""A whole master in a simulated system: what takes minutes, or a system that fails, in milliseconds."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from simulated import Fate, SimulatedMaster, SimulatedSystem
+
+from gtcpserver.supervisor.fleet import HALT_SECONDS, LONGEST_BACK_OFF
+from gtcpserver.supervisor.slots import WorkerState
+from gtcpserver.supervisor.upgrade import FAILED_SECONDS
+
+Start = Callable[..., SimulatedMaster]
+
+FOR_EVER = Fate(lasts=None)
+
+
+@pytest.fixture
+def system() -> Iterator[SimulatedSystem]:
+    system = SimulatedSystem()
+    yield system
+    system.end()
+
+
+@pytest.fixture
+def start(system: SimulatedSystem) -> Start:
+    def begin(*fates: Fate, **options: Any) -> SimulatedMaster:
+        system.fates += fates
+        one = SimulatedMaster(system, **{"workers": 1, **options})
+        one.run(2.0)
+        return one
+
+    return begin
+
+
+# -- starts that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fate",
+    [Fate(fails=True), Fate(dies_after=0.5, status=1 << 8), Fate(dies_after=0.05, status=signal.SIGSEGV)],
+    ids=["fails", "lives for half a second", "crashes"],
+)
+def test_workers_that_die_soon_are_started_less_and_less_often(
+    system: SimulatedSystem, start: Start, fate: Fate
+) -> None:
+    master = start()
+    system.fates += [fate] * 100
+    before = len(system.processes)
+    master.current().exit(1 << 8)
+    master.run(120.0)
+    assert 5 <= len(system.processes) - before <= 10
+    system.fates.clear()
+    master.run(2 * LONGEST_BACK_OFF)
+    assert master.master.ready
+
+
+def test_a_fork_that_fails_is_tried_again_until_it_works(system: SimulatedSystem, start: Start) -> None:
+    master = start()
+    master.current().exit(1 << 8)
+    system.failing.add("fork")
+    master.run(120.0)
+    assert 5 <= system.failures <= 10
+    system.failing.clear()
+    master.run(LONGEST_BACK_OFF + 1)
+    assert master.master.ready
+
+
+def test_a_worker_that_is_killed_is_replaced_at_once(start: Start) -> None:
+    master = start()
+    for _ in range(20):
+        master.current().exit(signal.SIGKILL)
+        master.run(0.2)
+        assert master.master.ready
+
+
+# -- reloads -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_of_a_failed_reload_that_was_needed_does_not_fail_the_next_one(
+    system: SimulatedSystem, start: Start
+) -> None:
+    master = start(workers=2)
+    told: list[str | None] = []
+    system.fates += [Fate(), Fate(fails=True, ready_after=3.0)]
+    master.master.begin_reload("test", told.append)
+    master.run(2.0)
+    master.current(0).exit(signal.SIGKILL)  # its successor is ready, and takes its place though the reload fails
+    needed = master.fleet.slots[0].next
+    master.run(3.0)
+    assert [bool(error) for error in told] == [True]
+    assert master.fleet.slots[0].current is needed
+    system.fates.append(Fate(ready_after=5.0))
+    master.master.begin_reload("test", told.append)
+    master.run(1.0)
+    master.current(0).exit(signal.SIGKILL)
+    master.run(20.0)
+    assert told[1:] == [None]
+
+
+# -- scale -------------------------------------------------------------------------------------------------------------
+
+
+def test_who_asked_for_more_workers_is_told_that_there_is_no_socket_for_them(
+    system: SimulatedSystem, start: Start
+) -> None:
+    master = start()
+    told: list[str | None] = []
+    system.failing.add("socket")
+    master.master.scale(3, told.append)
+    master.run(1.0)
+    (error,) = told
+    assert error is not None
+    assert "cannot open a socket for worker 1" in error
+    assert master.fleet.target == 1
+
+
+# -- upgrades ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_master_that_dies_while_the_old_one_leaves_is_buried_and_told(
+    system: SimulatedSystem, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    master = start(FOR_EVER)
+    system.fates.append(Fate(dies_after=5.0, status=signal.SIGSEGV))
+    with caplog.at_level(logging.INFO, "gtcpserver"):
+        master.signal(signal.SIGUSR2, 3.0)
+        assert "is ready; this one's workers finish their connections" in caplog.text
+        master.run(5.0)
+    assert system.zombies() == []
+    assert f"the new master (pid {max(system.processes)}) was killed by SIGSEGV" in caplog.text
+    assert master.outcome is None  # its connections last
+
+
+def test_a_stop_waits_for_a_new_master_that_was_given_up(system: SimulatedSystem, start: Start) -> None:
+    # It has the listening sockets: as long as it is there, connections come to a queue that nobody serves.
+    master = start()
+    system.fates.append(Fate(ready_after=None, obeys=False))
+    master.signal(signal.SIGUSR2, 1.0)
+    master.signal(signal.SIGTERM, FAILED_SECONDS - 5)
+    assert master.outcome is None
+    master.run(10.0)
+    assert master.outcome is not None
+    assert system.running() == []
+
+
+def test_a_halt_gives_a_new_master_no_longer_than_workers(system: SimulatedSystem, start: Start) -> None:
+    master = start()
+    system.fates.append(Fate(ready_after=None, obeys=False))
+    master.signal(signal.SIGUSR2, 1.0)
+    master.signal(signal.SIGQUIT, HALT_SECONDS + 1)
+    assert master.outcome is not None
+    assert system.running() == []
+
+
+def test_workers_serve_on_while_an_upgrade_is_tried_and_fails(system: SimulatedSystem, start: Start) -> None:
+    master = start(workers=2)
+    for fate in (Fate(fails=True), Fate(dies_after=0.05), Fate(closes_after=0.5, ready_after=None)):
+        system.fates.append(fate)
+        master.signal(signal.SIGUSR2, 3.0)
+        assert [worker.state for worker in master.fleet.workers.values()] == 2 * [WorkerState.READY]
