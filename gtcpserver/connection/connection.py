@@ -98,6 +98,10 @@ _SLOTS = (
     "stream",
 )
 
+#: What the package uses of a connection beside what is documented: a subclass that has another thing by such a name
+#: would find its connections broken in some place far away.
+_OWN_NAMES = frozenset({"accepted_at", "end", "end_idle", "idle_block", "is_idle", "peeked", "stream"})
+
 
 def _noted(method: MethodT) -> MethodT:
     """Mark what a method raises as this connection's errors (:meth:`Stream.note`)."""
@@ -149,6 +153,12 @@ class Connection(SSLMethods, HasStream, _Socket):
         # Slots, which _begin fills.
         def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
         def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        taken = _OWN_NAMES & (vars(cls).keys() | vars(cls).get("__annotations__", {}).keys())
+        if taken:
+            raise TypeError(f"{cls.__name__} must not define {min(taken)!r}: gtcpserver uses this name of a Connection")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
