@@ -32,7 +32,7 @@ class Lobby:
         tls: whose handshakes; None: plain text.
         ready: called in the hub when somebody has begun to wait in :attr:`waiting`.
         empty: called in the hub when somebody has left without being served.
-        failures: counts by kind who failed.
+        header_failures, handshake_failures: count by kind who failed.
         unserved: called with a connection that is about to be closed unserved, what the access log calls it, and why.
 
     Attributes:
@@ -47,7 +47,8 @@ class Lobby:
         tls: Credentials | None,
         ready: Callable[[Connection], Any],
         empty: Callable[[], Any],
-        failures: Counter[str],
+        header_failures: Counter[str],
+        handshake_failures: Counter[str],
         unserved: Callable[[Connection, Any, str], Any] | None = None,
     ) -> None:
         self._balancers = balancers
@@ -69,7 +70,7 @@ class Lobby:
                 HeaderStep,
                 self._header_done,
                 self._header_failed,
-                failures,
+                header_failures,
             )
         if tls is not None:
             self._handshakes = Lane(
@@ -79,16 +80,21 @@ class Lobby:
                 lambda connection: HandshakeStep(connection, tls),
                 self._pass_on,
                 self._handshake_failed,
-                failures,
+                handshake_failures,
             )
 
     @property
-    def under_way(self) -> int:
-        """Connections with something to do yet."""
-        return (len(self._headers) if self._headers else 0) + (len(self._handshakes) if self._handshakes else 0)
+    def headers(self) -> int:
+        """PROXY headers that are waited for."""
+        return len(self._headers) if self._headers is not None else 0
+
+    @property
+    def handshakes(self) -> int:
+        """TLS handshakes under way."""
+        return len(self._handshakes) if self._handshakes is not None else 0
 
     def __len__(self) -> int:
-        return self.under_way + len(self.waiting)
+        return self.headers + self.handshakes + len(self.waiting)
 
     def enter(self, connection: Connection) -> None:
         """Take a connection that was accepted. Only from the hub.

@@ -77,7 +77,9 @@ class HeaderStep(Step):
         return None
 
     def kind_of(self, error: BaseException) -> str:
-        return "proxy_header_timeout" if isinstance(error, TimeoutError) else "proxy_header"
+        if isinstance(error, TimeoutError):
+            return "timeout"
+        return "reset" if isinstance(error, ConnectionError) else "invalid"
 
 
 def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:

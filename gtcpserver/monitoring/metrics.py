@@ -47,7 +47,8 @@ GAUGES = (
     ("connections_idle", "idle", "Of these, waiting between two requests."),
     ("connections_lingering", "lingering", "Connections whose handler has returned and whose peer has not closed yet."),
     ("connections_peak", "peak", "Most connections open at once; of workers, the sum of what each had at most."),
-    ("handshakes_active", "handshaking", "TLS handshakes under way, and PROXY headers that are waited for."),
+    ("handshakes_active", "handshaking", "TLS handshakes under way."),
+    ("proxy_headers_awaited", "proxy_headers_awaited", "Connections whose PROXY header has not come yet."),
     ("handlers_running", "handlers", "Places in the pool that are taken."),
     ("queue_wait_max_seconds", "queue_wait_max", "Longest time a connection waited to be accepted, of those measured."),
 )
@@ -132,7 +133,8 @@ def _of_all(stats: Mapping[str, Any]) -> Iterator[Metric]:
     yield failed
     for name, field, label, text in (
         ("clients_refused", "clients_refused", "reason", "Connections reset because of client_limits."),
-        ("handshake_failures", "handshake_failures", "kind", "TLS handshakes and PROXY headers that failed."),
+        ("handshake_failures", "handshake_failures", "kind", "TLS handshakes that failed."),
+        ("proxy_header_failures", "proxy_header_failures", "kind", "Connections without a good PROXY header."),
         ("tls_floods", "tls_floods", "kind", "TLS connections reset for records without data."),
         ("handler_counters", "handler_counters", "name", "What the handler counts itself."),
     ):

@@ -4,7 +4,7 @@ Where a handler uses ``conn.idle()``, a request lasts from the end of one such b
 end of the connection; where it does not, the whole connection counts as one. The wait for a place in the pool, after
 the request has come, is part of it.
 
-A server that nobody observes measures nothing: its connections get another idle block (:mod:`.idle`).
+A server that nobody observes measures nothing: its connections get the plain idle block (:mod:`.idle`).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ from gtcpserver.transfer.ends import reset_on_close
 from .acceptor import Acceptor
 from .access_log import AccessLog, Result
 from .background import end_background_work, threads_of_handlers_are_no_daemons
-from .idle import PlacelessIdle, TimedIdle
+from .idle import PlacelessIdle
 from .observers import Observer, Observers
 from .outcome import COUNTER, log_client_error, log_fault, outcome_of, system_has_failed
 from .signals import StopSignals
@@ -72,6 +72,7 @@ from .stopping import (
     end_handlers,
 )
 from .time_limits import Overseer
+from .timed_idle import TimedIdle
 
 if TYPE_CHECKING:
     import ssl
@@ -292,6 +293,7 @@ class Server:
                 self.tls,
                 self._serve_from_lobby,
                 self._note_if_nobody_is_connected,
+                self._counters.proxy_header_failures,
                 self._counters.handshake_failures,
                 access_log.write_unserved if access_log is not None else None,
             )
@@ -344,10 +346,10 @@ class Server:
                     listener,
                     self._admit,
                     full=self._full,
+                    place_wanted=self._wake_accept_loops_later,
                     on_fatal=self._listener_is_gone,
                     connection_class=self.connection_class,
                 )
-                acceptor._place_wanted = self._wake_accept_loops_later  # type: ignore[method-assign]
                 self._acceptors.append(acceptor)
             register(self)
             self.state = State.SERVING
@@ -1243,7 +1245,9 @@ class Server:
             refused=counters.refused,
             left_in_queue=counters.left_in_queue + sum(acceptor.left_in_queue for acceptor in self._acceptors),
             handler_errors=counters.handler_errors,
-            handshaking=self._lobby.under_way if self._lobby is not None else 0,
+            proxy_headers_awaited=self._lobby.headers if self._lobby is not None else 0,
+            proxy_header_failures=dict(counters.proxy_header_failures),
+            handshaking=self._lobby.handshakes if self._lobby is not None else 0,
             handshake_failures=dict(counters.handshake_failures),
             resets=counters.resets,
             timeouts=counters.timeouts,

@@ -30,6 +30,7 @@ class Counters:
     queue_wait_samples: int = 0
     queue_wait_total: float = 0.0
     queue_wait_max: float = 0.0
+    proxy_header_failures: Counter[str] = field(default_factory=Counter)
     handshake_failures: Counter[str] = field(default_factory=Counter)
     tls_floods: Counter[str] = field(default_factory=Counter)
 
@@ -51,13 +52,15 @@ class ServerStats:
         left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
         handler_errors: handlers that ended with an exception that their client is not to blame for; see
             :func:`is_client_error`. The others are these:
-        handshaking: TLS handshakes under way, and PROXY headers that are waited for.
+        handshaking: TLS handshakes under way.
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
             "unknown_name", "too_many_records", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there
             were too many), "stopped" (by the end of the server), "not_begun" (there was no memory for it). Those of
-            ``start_tls`` are among them, and PROXY headers: "proxy_header" (none, or a bad one),
-            "proxy_header_timeout".
+            ``start_tls`` are among them.
+        proxy_headers_awaited: connections of balancers whose PROXY header has not come yet.
+        proxy_header_failures: connections of balancers closed without a good header, by kind: "invalid" (none, or a bad
+            one), "timeout", "reset", "crowded_out", "stopped", "not_begun" (as for handshakes).
         tls_floods: TLS connections reset because the client sent record after record without data, by the kind of the
             last one: "key_update", "alert", "handshake" (which in TLS 1.2 asks for a renegotiation),
             "change_cipher_spec", "empty", "other". They are among ``resets`` too.
@@ -116,6 +119,8 @@ class ServerStats:
     blocked: int = 0
     blocked_seconds: float = 0.0
     tls_floods: dict[str, int] = field(default_factory=dict)
+    proxy_headers_awaited: int = 0
+    proxy_header_failures: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

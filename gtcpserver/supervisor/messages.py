@@ -62,7 +62,7 @@ MAX_ROWS = 500  # of connections, as many as a table has (`monitoring.connection
 MAX_PLACES = 100  # of the stack of one
 
 #: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" are a `Watch`'s.
-TABLES = ("clients_refused", "handshake_failures", "handler_counters", "latency")
+TABLES = (*(field.name for field in dataclasses.fields(ServerStats) if "dict" in str(field.type)), "latency")
 NUMBERS = (*(field.name for field in dataclasses.fields(ServerStats) if field.name not in TABLES), "cpu_seconds")
 
 ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_name")  # and "where"

@@ -10,7 +10,9 @@ from .messages import MAX_NAMES
 Stats = dict[str, Any]
 
 #: What is true now and ends with its worker. Everything else counts from the start and stays.
-GAUGES = frozenset({"active", "idle", "lingering", "handshaking", "handlers", "pool_size", "uptime"})
+GAUGES = frozenset(
+    {"active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"}
+)
 
 
 class Totals:

@@ -321,7 +321,7 @@ class _Child:
         return {
             "accepted": stats.accepted,
             "active": stats.active,
-            "open": stats.active + stats.lingering + stats.handshaking,
+            "open": stats.active + stats.lingering + stats.handshaking + stats.proxy_headers_awaited,
             "where": [str(describe(*one)) for one in self._server._connections.items()],
             "descriptors": len(os.listdir("/proc/self/fd")),
             "greenlets": greenlets,

@@ -27,7 +27,8 @@ from gtcpserver.monitoring.connection_table import table_of
 from gtcpserver.monitoring.latency import EVERY, Latency
 from gtcpserver.monitoring.monitor import MOST_CONNECTIONS, check_metrics_address, is_loopback
 from gtcpserver.monitoring.web import is_this_host
-from gtcpserver.server.idle import PlacelessIdle, TimedIdle
+from gtcpserver.server.idle import PlacelessIdle
+from gtcpserver.server.timed_idle import TimedIdle
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.ports import free_port

@@ -119,7 +119,7 @@ def close_itself(conn):
         (echo, {"on_connect": lambda conn: False}, "refused", None),
         (echo, {"on_disconnect": fail}, "error", "ZeroDivisionError"),
         (echo, {"client_limits": ClientLimits(deny=["127.0.0.0/8"])}, "client_denied", None),
-        (echo, {"proxy_protocol": ProxyProtocol(["127.0.0.1"])}, "proxy_header", "proxy_header"),
+        (echo, {"proxy_protocol": ProxyProtocol(["127.0.0.1"])}, "proxy_header", "invalid"),
     ],
 )
 def test_how_it_ended(serve, connect, in_thread, lines, handler, options, result, detail):

@@ -126,7 +126,7 @@ def test_one_epoll_ctl_that_fails_loses_no_input(injected, when):
         assert client.recv(100) == b"2000000"
 
 
-@pytest.mark.parametrize("method", ["_has_left", "full", "do_read"])
+@pytest.mark.parametrize("method", ["_has_left", "is_full", "do_read"])
 def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thread, monkeypatch, method):
     server = serve(echo)
     acceptor = server._acceptors[0]

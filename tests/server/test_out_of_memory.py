@@ -263,7 +263,7 @@ EVERY_ALLOCATION = """
     server = Server("127.0.0.1:0", echo, pool=50, linger=0, **options)
     server.start()
     acceptor = server._acceptors[0]
-    admit = acceptor.do_handle
+    admit = acceptor.hand_over
     fails_at = [None]
 
     def admit_without_memory(connection, address):
@@ -275,7 +275,7 @@ EVERY_ALLOCATION = """
         finally:
             _testcapi.remove_mem_hooks()
 
-    acceptor.do_handle = admit_without_memory
+    acceptor.hand_over = admit_without_memory
 
     def talk():
         client = socket.create_connection(("127.0.0.1", server.port))

@@ -169,11 +169,11 @@ def test_the_loops_that_stay_share_new_connections_evenly(serve, connect):
     taken = [0, 0]
     for number, acceptor in enumerate(server._acceptors):
 
-        def count(connection, address, number=number, handle=acceptor.do_handle):
+        def count(connection, address, number=number, handle=acceptor.hand_over):
             taken[number] += 1
             handle(connection, address)
 
-        acceptor.do_handle = count
+        acceptor.hand_over = count
     for _ in range(400):
         connect(server).close()
     wait_until(lambda: sum(taken) == 400)

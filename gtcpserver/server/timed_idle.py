@@ -1,0 +1,69 @@
+"""TimedIdle: the idle block of a server that is observed."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from gtcpserver.connection.connection import Connection
+
+from .idle import PlacelessIdle
+from .observers import Observers
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .server import Server
+
+
+class TimedIdle(PlacelessIdle):
+    """An idle block that measures the time between two of them, for observers."""
+
+    __slots__ = ("_began", "_observers", "_times")
+
+    def __init__(self, connection: Connection, server: Server, observers: Observers) -> None:
+        super().__init__(connection, server)
+        self._observers = observers
+        self._began = 0.0
+        self._times = 1
+
+    # The bodies are those of PlacelessIdle, where it has to do no more than that: to call it costs as much as its work.
+
+    def __enter__(self) -> None:
+        if self._began:
+            self.end_of_request()
+        self.active = True
+        server = self._server
+        places = server.places
+        places.taken -= 1
+        if places.links:
+            places.tell()
+        if server._idle_wanted:
+            server._became_idle(self.connection)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        stream = self._stream
+        if stream.ending or stream.at_eof or kind is not None:  # no request has come
+            PlacelessIdle.__exit__(self, kind, error, where)
+            return
+        observers = self._observers
+        if observers.left:
+            observers.left -= 1
+        else:
+            self._began = monotonic()
+            self._times = every = observers.every
+            observers.left = every - 1
+        places = self._server.places
+        if places.taken < places.size and not places.links:
+            self.active = False
+            places.taken += 1
+        else:
+            PlacelessIdle.__exit__(self, kind, error, where)
+
+    def end_of_request(self) -> None:
+        """The request is answered, or its connection ends. Does nothing where none was being measured."""
+        began, self._began = self._began, 0.0
+        if began:
+            self._observers.request_ended(monotonic() - began, self._times)
