@@ -241,7 +241,7 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2():
     status, said = run("127.0.0.1:0", "unix:/y", "--target-tls")
     assert (status, said) == (
         2,
-        "gtcpserver: --target-tls: unix:/y has no host name that its certificate could be checked for",
+        "gtcpserver: --target-tls: unix:/y has no host name to check its certificate against",
     )
 
 

@@ -1,4 +1,4 @@
-"""The gtcpserver command. `main` is its entry; a further command is one line in `commands.COMMANDS` and one module."""
+"""The gtcpserver command. `main` is its entry point; a new command takes a line in `commands.COMMANDS` and a module."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MONKEY_PATCHED = ("serve", "echo")
 
 
 def main() -> None:
-    """Runs the command given in sys.argv and exits: 0 done, 1 it failed at work, 2 it was called wrongly."""
+    """Run the command in sys.argv and exit: 0 done, 1 runtime failure, 2 usage error."""
     try:
         open_standard_descriptors()
     except OSError as error:
         sys.exit(f"gtcpserver: {error.strerror}")
     arguments = sys.argv[1:]
     if wants_monkey_patch(arguments):
-        # Before anything else is imported: what binds `socket.socket` or `threading.local` by name while it is being
-        # imported, as the user's module or a library of his may, keeps the blocking one for good.
+        # Before anything else is imported: a module that binds `socket.socket` or `threading.local` by name while it is
+        # being imported, as the user's program or a library may, keeps the blocking one for good.
         from gevent import monkey
 
         monkey.patch_all()
@@ -38,10 +38,10 @@ def main() -> None:
 
 
 def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
-    """Reads --monkey-patch/--no-monkey-patch ahead of click, which must be imported after the patch; where it is not
-    given, the environment and the file with the settings (gtcpserver.cli.settings)."""
+    """Read --monkey-patch/--no-monkey-patch before click, which must be imported after patching; if it is not given,
+    read the environment and the settings file (gtcpserver.cli.settings)."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    loads = command == "config" and "--load" in arguments  # the program, as `serve` would
+    loads = command == "config" and "--load" in arguments  # loads the program, as `serve` would
     if not (command in MONKEY_PATCHED or loads) or "--help" in arguments:
         return False
     flags = [argument for argument in arguments if argument in ("--monkey-patch", "--no-monkey-patch")]
@@ -62,7 +62,7 @@ def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] 
 
 
 def _read_monkey_patch(path: str) -> bool:
-    # Whatever is wrong with the file is told later.
+    # Mistakes in the file are reported later.
     try:
         with open(path, "rb") as file:
             text = file.read()

@@ -1,7 +1,7 @@
-"""gtcpserver check: what this system really grants a TCP server.
+"""gtcpserver check: what this system actually allows a TCP server.
 
-Each finding is the answer of the kernel to a socket that asked, wherever a socket can ask; a sysctl is read only for
-what no socket shows.
+Each finding is the kernel's answer to a test socket, wherever a socket can find out; a sysctl is read only for what no
+socket shows.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import greenlet
 from gtcpserver.listening import draining
 from gtcpserver.strict_json import to_json
 
+#: Connections: 600 simultaneous clients overflow the old default of 128; Linux has allowed 4096 since 5.4.
 BACKLOG_WANTED = 4096
-"""Connections: 600 clients at once overflow the old default of 128; Linux itself grants 4096 since 5.4."""
 
+#: 10,000 connections relayed with zero copy take two sockets and a pipe of two descriptors for each direction.
 DESCRIPTORS_WANTED = 65_536
-"""10,000 connections relayed with zero copy take two sockets and a pipe of two descriptors for each direction."""
 
+#: Linux's default, 32768 to 60999: simultaneous connections from one local address to one upstream address.
 EPHEMERAL_WANTED = 28_000
-"""Linux's own default, 32768 to 60999: the connections at a time from one address of ours to one upstream address."""
 
+#: Bytes: the pipe size at which a spliced relay costs least; fs.pipe-max-size allows this much by default.
 PIPE_WANTED = 1024 * 1024
-"""Bytes: the pipe with which a spliced relay costs least; fs.pipe-max-size allows so much by default."""
 
+#: Seconds to wait for what should happen on loopback within microseconds.
 WAIT = 0.2
-"""Seconds to wait for what should happen on loopback within microseconds."""
 
 # Not in every Python's socket module: linux/tcp.h, linux/mptcp.h, linux/fcntl.h.
 TCP_FASTOPEN = 23
@@ -51,15 +51,15 @@ F_GETPIPE_SZ = 1032
 # struct tcp_info: eight bytes, then 32 bit words.
 TCP_INFO_OPTIONS = 5
 TCPI_OPT_SYN_DATA = 32
-TCP_INFO_MAX_BACKLOG = 28  # tcpi_sacked, which is the granted backlog where the socket listens
-# capabilities(7): whoever has one of these is not bound by the limits on pipes.
+TCP_INFO_MAX_BACKLOG = 28  # tcpi_sacked, which is the granted backlog of a listening socket
+# capabilities(7): a process with one of these is not bound by the limits on pipes.
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was asked, what the system grants, and what to change (None: all is well)."""
+    """One line of the report: what was probed, what the system allows, and what to change (None: all is well)."""
 
     name: str
     value: str
@@ -73,9 +73,9 @@ class Finding:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects: name, value, verdict, advice.")
 def check(as_json: bool) -> None:
-    """Ask the kernel what it really grants a TCP server, and say what to change.
+    """Check what the kernel allows a TCP server and suggest changes.
 
-    Exits with 0 whatever it finds.
+    The exit status is always 0.
     """
     findings = [probe_safely(probe) for probe in PROBES]
     if as_json:
@@ -93,13 +93,13 @@ def probe_safely(probe: Callable[[], Finding]) -> Finding:
         return probe()
     except OSError as error:
         name = probe.__name__.replace("_", " ")
-        return Finding(name, f"cannot be probed: {error.strerror or error}", "run it where the server is to run")
+        return Finding(name, f"cannot be probed: {error.strerror or error}", "run it where the server will run")
 
 
 def backlog() -> Finding:
     with listener(backlog=65_535) as listening:
         (granted,) = struct.unpack_from("=I", tcp_info(listening), TCP_INFO_MAX_BACKLOG)
-    # listen(2): the backlog asked for is cut to net.core.somaxconn without a word.
+    # listen(2): the backlog is silently capped to net.core.somaxconn.
     return Finding(
         "backlog",
         f"{granted} granted of 65535 (net.core.somaxconn)",
@@ -111,7 +111,7 @@ def syn_backlog() -> Finding:
     size, cookies = int(sysctl("net.ipv4.tcp_max_syn_backlog")), int(sysctl("net.ipv4.tcp_syncookies"))
     # With SYN cookies tcp_max_syn_backlog drops nothing: tcp_conn_request, net/ipv4/tcp_input.c.
     return Finding(
-        "handshakes under way",
+        "handshakes in progress",
         f"tcp_max_syn_backlog {size}, SYN cookies {'on' if cookies else 'off'}",
         advise(
             not cookies and size < BACKLOG_WANTED,
@@ -125,7 +125,7 @@ def fast_open() -> Finding:
     sides = [side for side, bit in (("client", 1), ("server", 2)) if bits & bit]
     value = f"{bits:#x} ({', '.join(sides) or 'off'})"
     advice = advise(not bits & 2, f"sysctl -w net.ipv4.tcp_fastopen={bits | 3:#x}, for ListenConfig(fast_open=...)")
-    if bits & 3 == 3:  # a client is needed to try it
+    if bits & 3 == 3:  # testing needs a client, too
         carried = data_in_syn()
         value += f", data in the SYN {'accepted' if carried else 'not accepted'} on loopback"
         advice = advise(
@@ -144,7 +144,7 @@ def data_in_syn() -> bool:
                 try:
                     client.sendto(b"x", MSG_FASTOPEN, listening.getsockname())
                 except BlockingIOError:
-                    # No cookie yet: an ordinary handshake has begun, and the data is ours to send after it (tcp(7)).
+                    # No cookie yet: an ordinary handshake has begun, and we must send the data after it (tcp(7)).
                     send_when_connected(client)
                 accepted, _address = listening.accept()
                 with accepted:
@@ -196,8 +196,8 @@ def steering() -> Finding:
         steered = attached and all(arrives_at(second, first) for _ in range(8))
     return Finding(
         "BPF steering",
-        "works: 8 of 8 connections went to the member chosen" if steered else "does not work",
-        advise(not steered, "Linux 4.5 or newer; until then closing one accept loop of several may reset connections"),
+        "works: 8 of 8 connections went to the chosen member" if steered else "does not work",
+        advise(not steered, "Linux 4.5 or newer; until then closing one of several accept loops may reset connections"),
     )
 
 
@@ -216,7 +216,7 @@ def listener_filter() -> Finding:
     return Finding(
         "listener filter",
         value,
-        "run with CAP_NET_ADMIN where the system asks for it; without, a stop may reset connections just begun",
+        "run with CAP_NET_ADMIN if the system requires it; without, a stop may reset connections that have just begun",
     )
 
 
@@ -224,7 +224,7 @@ def migrate_requests() -> Finding:
     try:
         value = int(sysctl("net.ipv4.tcp_migrate_req"))
     except FileNotFoundError:
-        return Finding("tcp_migrate_req", "not there (Linux before 5.14); BPF steering does the same")
+        return Finding("tcp_migrate_req", "not available (Linux before 5.14); BPF steering does the same")
     return Finding("tcp_migrate_req", f"{value} ({'on' if value else 'off; BPF steering does the same'})")
 
 
@@ -240,17 +240,17 @@ def splice_pipe() -> Finding:
     if pipes is None or privileged:
         value += "no limit on the number" + (" for this user" if pipes is not None else "")
     else:
-        value += f"{pipes} such pipes a user, smaller ones after"
+        value += f"{pipes} such pipes per user, smaller ones after that"
     advice = None
     if granted < PIPE_WANTED and maximum < PIPE_WANTED:
         advice = f"sysctl -w fs.pipe-max-size={PIPE_WANTED}"
     elif granted < PIPE_WANTED or (pipes is not None and not privileged):
-        advice = "sysctl -w fs.pipe-user-pages-soft=0, for more relays at a time by an unprivileged user"
+        advice = "sysctl -w fs.pipe-user-pages-soft=0, for more simultaneous relays by an unprivileged user"
     return Finding("splice pipe", value, advice)
 
 
 def pipe_size(wanted: int) -> tuple[int, str]:
-    """The size a new pipe really gets, and the error if the one wanted was refused (fcntl(2), F_SETPIPE_SZ)."""
+    """Return the size a new pipe actually gets, and the error if `wanted` was refused (fcntl(2), F_SETPIPE_SZ)."""
     reader, writer = os.pipe()
     with open(reader, "rb") as pipe, open(writer, "wb"):
         refused = ""
@@ -277,8 +277,8 @@ def multipath() -> Finding:
             with accepted:
                 accepted.getsockopt(SOL_MPTCP, MPTCP_INFO, 256)
     except OSError as error:
-        return Finding("multipath TCP", f"not there: {error.strerror or error}", advice)
-    return Finding("multipath TCP", "works: a connection over it was made on loopback")
+        return Finding("multipath TCP", f"not available: {error.strerror or error}", advice)
+    return Finding("multipath TCP", "works: made a multipath connection on loopback")
 
 
 def congestion_control() -> Finding:
@@ -352,7 +352,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Member:
-    """One socket of a SO_REUSEPORT group, as `draining` takes it."""
+    """One socket of a SO_REUSEPORT group, as `draining` expects it."""
 
     socket: socket.socket
 
@@ -377,7 +377,7 @@ def connected_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def arrives_at(wanted: socket.socket, other: socket.socket) -> bool:
-    """Connects to the port the two share, and tells whether `wanted` got the connection."""
+    """Connect to the port that both sockets share, and return whether `wanted` got the connection."""
     with socket.create_connection(wanted.getsockname(), WAIT):
         if readable(other, 0):
             other.accept()[0].close()

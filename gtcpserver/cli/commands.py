@@ -1,4 +1,4 @@
-"""The table of commands, and how what went wrong is told: one line on stderr and the exit status."""
+"""The table of commands, and how errors are reported: one line on stderr and the exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from gtcpserver._version import __version__
 from gtcpserver.errors import ConfigError
 
-# Where each command lives: imported when it is called, so that a command whose libraries are missing harms no other.
+# Where each command lives. It is imported when called, so that missing libraries of one command do not affect others.
 COMMANDS = {
     "serve": "gtcpserver.cli.serve:serve",
     "echo": "gtcpserver.cli.serve:echo",
@@ -29,19 +29,19 @@ COMMANDS = {
     "completion": "gtcpserver.cli.completion:completion",
 }
 
+#: Prefix of the message of a SystemError that ends gevent's loop, such as an error of epoll_wait(2).
 LIBEV = "(libev) "
-"""What the messages of a SystemError begin with that ends gevent's loop, such as an error of epoll_wait(2)."""
 
-EPILOG = """Exit status: 0 stopped or done; 1 failed at work (address in use, an exception in the handler's module);
-2 called wrongly; 3 worker processes cannot start."""
+EPILOG = """Exit status: 0 stopped or done; 1 runtime failure (address in use, an exception in the handler's module);
+2 usage error; 3 worker processes cannot start."""
 
 
 class RunError(click.ClickException):
-    """Something failed at work, and not by how the command was called: exit status 1 and one line.
+    """A runtime failure, as opposed to a usage error: exit status 1 and one line.
 
     Args:
         message: the line.
-        details: printed above it as they are, such as a traceback in the user's code.
+        details: text printed above it unchanged, such as a traceback in the user's code.
     """
 
     exit_code = 1
@@ -52,7 +52,7 @@ class RunError(click.ClickException):
 
 
 def load_command(name: str) -> click.Command:
-    """Imports a command. Raises RunError: a library that it needs is missing."""
+    """Import a command. Raise RunError if a library that it needs is missing."""
     module, _, attribute = COMMANDS[name].partition(":")
     command: click.Command = getattr(importlib.import_module(module), attribute)
     return command
@@ -70,26 +70,26 @@ class CommandTable(click.Group):
         for name in COMMANDS:
             try:
                 rows.append((name, load_command(name).get_short_help_str(formatter.width - 16)))
-            except RunError as error:  # a library is missing, which is no matter to the others
+            except RunError as error:  # a missing library does not concern the other commands
                 rows.append((name, error.message))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        # click's own imports every command for its help, and fails where a library is missing.
+        # click's own method imports every command for its help text, and fails if a library is missing.
         names = [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
         return [*names, *click.Command.shell_complete(self, context, incomplete)]
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         if not arguments and not context.resilient_parsing:
-            raise click.UsageError(f"missing command; there are {', '.join(COMMANDS)} (see gtcpserver --help)")
+            raise click.UsageError(f"missing command; choose from {', '.join(COMMANDS)} (see gtcpserver --help)")
         return super().parse_args(context, arguments)
 
     def resolve_command(
         self, context: click.Context, arguments: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if arguments[0] not in COMMANDS and not context.resilient_parsing:
-            raise click.UsageError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+            raise click.UsageError(f"no command {arguments[0]!r}; choose from {', '.join(COMMANDS)}")
         return super().resolve_command(context, arguments)
 
 
@@ -112,7 +112,7 @@ def gtcpserver() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit status."""
+    """Run one command line and return its exit status."""
     try:
         status = gtcpserver.main(list(arguments), prog_name="gtcpserver", standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -133,11 +133,11 @@ def run(arguments: Sequence[str]) -> int:
         complain(f"the event loop failed: {str(error).removeprefix(LIBEV)}")
         return 1
     except BrokenPipeError:
-        # `gtcpserver check | head`: nobody wants the rest. What is buffered must not fail again at exit.
+        # `gtcpserver check | head`: the rest is not wanted. Buffered output must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError) as error:
-        # The system refuses what hardly ever fails, and what has no message of its own: getrandom(2), for one.
+        # The system refused a call that hardly ever fails, and has no message of its own: getrandom(2), for one.
         complain(f"{type(error).__name__}: {error} ({_place(error)})")
         return 1
 
@@ -148,24 +148,24 @@ def _place(error: BaseException) -> str:
 
 
 def describe(error: click.ClickException) -> str:
-    """One line for what click would print as usage, hint and error: which option, and what is wrong."""
+    """Return one line for what click would print as usage, hint and error: the option, and what is wrong."""
     message = (error.format_message() if isinstance(error, click.NoSuchOption) else error.message).rstrip(".")
     if isinstance(error, click.BadParameter):
         name = name_of(error.param) if error.param is not None else ""
         if isinstance(error, click.MissingParameter):
             return f"missing {name}"
         return f"{name}: {message}" if name else message
-    # click's own begin with a capital; a name in capitals stays.
+    # click's own messages begin with a capital; a name in capitals stays.
     return message[:1].lower() + message[1:] if message[1:2].islower() else message
 
 
 def name_of(parameter: click.Parameter) -> str:
-    # The first of its names, the others are what it is called elsewhere.
+    # The first of its names; the others are what other servers call it.
     return parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
 
 
 def complain(message: str) -> None:
-    if sys.stderr is None:  # it was closed, and there is no /dev/null: print() would take stdout
+    if sys.stderr is None:  # it was closed, and there is no /dev/null: print() would use stdout
         return
     try:
         print("gtcpserver:", " ".join(message.split()), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""gtcpserver completion: the script that teaches a shell the command's names and options."""
+"""gtcpserver completion: the script that completes the command's names and options in a shell."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from click.shell_completion import get_completion_class
 from .commands import EPILOG, RunError, gtcpserver
 
 PROGRAM = "gtcpserver"
-VARIABLE = "_GTCPSERVER_COMPLETE"  # click's name for it, by the program's
+VARIABLE = "_GTCPSERVER_COMPLETE"  # click derives this name from the program's
 
 
 @click.command(epilog=EPILOG)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script with which a shell completes commands, options and their values.
+    """Print the script that makes a shell complete commands, options and their values.
 
     \b
     bash: gtcpserver completion bash > ~/.local/share/bash-completion/completions/gtcpserver
@@ -23,7 +23,7 @@ def completion(shell: str) -> None:
     """
     made = get_completion_class(shell)
     if made is None:
-        raise RunError(f"this version of click knows no {shell}")
-    # The words of the script alone: click's own source() starts bash to ask for its version.
+        raise RunError(f"this version of click does not support {shell}")
+    # Only the words of the script: click's own source() starts bash to ask for its version.
     script = made(gtcpserver, {}, PROGRAM, VARIABLE)
     click.echo(script.source_template % script.source_vars())

@@ -1,4 +1,4 @@
-"""gtcpserver config: what the settings are and where each is from, and whether a file is good."""
+"""gtcpserver config: show the settings and where each comes from, and check a settings file."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ of_command = click.option(
     type=click.Choice(["serve", "echo", "forward", "files"]),
     default="serve",
     show_default=True,
-    help="Of which command.",
+    help="Command whose settings to use.",
 )
 
 
 @click.group(epilog=EPILOG)
 def config() -> None:
-    """What the settings are, and whether a file with settings is good."""
+    """Show the effective settings, or check a settings file."""
 
 
 @config.command(epilog=EPILOG, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
@@ -67,9 +67,9 @@ def config() -> None:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[--config FILE] [OPTIONS OF serve]")
 @click.pass_context
 def show(context: click.Context, name: str, as_json: bool, options: tuple[str, ...]) -> None:
-    """Print every setting with its value, and where that is from.
+    """Print every setting with its value, and where that comes from.
 
-    It takes what the command itself takes, and looks at the same file and environment. Nothing is started, and no
+    Accepts the options of the command itself, and reads the same file and environment. Nothing is started, and no
     handler is loaded.
     """
     of = _read(name, list(options), context)
@@ -98,14 +98,14 @@ def show(context: click.Context, name: str, as_json: bool, options: tuple[str, .
 
 @config.command(epilog=EPILOG)
 @of_command
-@click.option("--load", is_flag=True, help="Import the handler and the hooks, and say what is wrong with them.")
+@click.option("--load", is_flag=True, help="Import the handler and the hooks, too, and report what is wrong with them.")
 @click.argument("file", metavar="FILE")
 @click.pass_context
 def check(context: click.Context, name: str, load: bool, file: str) -> None:
-    """Say whether a file with settings is good, and what is wrong with it: exit status 2.
+    """Check a settings file, and report every mistake in it: exit status 2.
 
-    The environment is as it is: what the file leaves open may be there. The program is not imported, unless --load is
-    given; then an exception that it raises is exit status 1.
+    The environment counts: what the file leaves out may be set there. The program is only imported with --load; then an
+    exception that it raises means exit status 1.
     """
     of = _read(name, ["--config", file], context)
     try:
@@ -122,7 +122,7 @@ def check(context: click.Context, name: str, load: bool, file: str) -> None:
 
 
 def _load(of: click.Context) -> list[str]:
-    """Import what the settings name, in the order of a start, and say what it was. Raises as `load_handler`."""
+    """Import what the settings name, in the order of a start, and return the names. Raise as `load_handler`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     loaded = []
@@ -141,7 +141,7 @@ def _load(of: click.Context) -> list[str]:
 
 
 def _read(name: str, arguments: list[str], parent: click.Context) -> click.Context:
-    """The context of a command as it would be at its start; what it must be given may be missing."""
+    """Return the context that a command would have when it starts; required arguments may be missing."""
     command = copy.copy(load_command(name))
     command.params = [copy.copy(parameter) for parameter in command.params]
     for parameter in command.params:
@@ -150,7 +150,7 @@ def _read(name: str, arguments: list[str], parent: click.Context) -> click.Conte
 
 
 def library_defaults() -> dict[str, Any]:
-    """The defaults that Server and the others have, by the names of the options' parameters."""
+    """Return the defaults of Server and the other classes, by parameter name of the options."""
     found: dict[str, Any] = {}
     for owner, options, prefix in (
         (Server, SERVER_OPTIONS, ""),

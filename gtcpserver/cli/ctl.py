@@ -1,4 +1,4 @@
-"""gtcpserver ctl: asks a running master, and tells it what to do, through its control socket."""
+"""gtcpserver ctl: query and control a running master through its control socket."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ else:
 
 VARIABLE = "GTCPSERVER_CONTROL"
 
+#: Seconds to wait for an answer that the master gives at once. A stopped one (SIGSTOP) never answers.
 ANSWER_SECONDS = 10.0
-"""How long an answer may take that the master gives at once. One that is stopped (SIGSTOP) gives none."""
 
+#: Seconds to wait for a reload, an upgrade or another number of workers: new workers must start.
 WORK_SECONDS = UPGRADE_SECONDS + 30.0
-"""The same of a reload, an upgrade, another number of workers: workers start, which an upgrade waits for so long."""
 
+#: Path of the control socket, and seconds to wait for an answer; None: no limit; "": each command's default.
 Where = tuple[str | None, float | str | None]
-"""Path of the control socket, and seconds to wait for an answer; None: for ever; "": each command's own."""
 
 
 class TimeoutType(ParamType):
@@ -52,13 +52,13 @@ class TimeoutType(ParamType):
 
 
 def where_options(command: Any, envvar: str | None = None) -> Any:
-    """Adds --control and --timeout."""
+    """Add --control and --timeout."""
     for option in (
         click.option(
             "--timeout",
             type=TimeoutType(),
             default="",
-            help=f"Seconds to wait for the answer; none: for ever.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for "
+            help=f"Seconds to wait for the answer; none: no limit.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for "
             "reload, upgrade and scale; none for stop, once the master has answered]",
         ),
         click.option(
@@ -73,7 +73,7 @@ def where_options(command: Any, envvar: str | None = None) -> Any:
 
 
 class _Command(click.Command):
-    """A command that takes the options of ctl behind its name, too: there most people write them."""
+    """A command that accepts the options of ctl after its name, too: most people write them there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +94,7 @@ class _Group(click.Group):
 @partial(where_options, envvar=VARIABLE)
 @click.pass_context
 def ctl(context: click.Context, control: str | None, timeout: float | str | None) -> None:
-    """Ask and steer a running server with worker processes."""
+    """Query and control a running server (needs --workers)."""
     context.obj = (control, timeout)
 
 
@@ -102,7 +102,7 @@ def ctl(context: click.Context, control: str | None, timeout: float | str | None
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_obj
 def status(where: Where, as_json: bool) -> None:
-    """State of master and workers, and the counters of all of them together. Exit status 1 if it is not ready."""
+    """Show the state of master and workers, and their summed counters. Exit status 1 if the server is not ready."""
     answer = request(where, "status")
     if as_json:
         click.echo(to_json(answer))
@@ -124,7 +124,7 @@ def status(where: Where, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 @click.pass_obj
 def workers(where: Where, as_json: bool) -> None:
-    """One line for each worker process, with the connections it has and has had."""
+    """Print one line per worker process, with its open and accepted connections."""
     found = request(where, "status")["workers"]
     if as_json:
         click.echo(to_json(found))
@@ -137,27 +137,27 @@ def workers(where: Where, as_json: bool) -> None:
         )
     counts = [one["accepted"] for one in found if one["state"] == "ready"]
     if len(counts) > 1 and min(counts):
-        click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times what the idlest has")
+        click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times as many as the least busy")
 
 
 @ctl.command()
 @click.pass_obj
 def reload(where: Where) -> None:
-    """New workers, from the code on the disk; waits until they are ready. The old ones stay if one is not."""
+    """Start new workers with the code on disk; wait until they are ready. If one is not, the old ones stay."""
     request(where, "reload", WORK_SECONDS)
 
 
 @ctl.command()
 @click.pass_obj
 def upgrade(where: Where) -> None:
-    """A new master with the same sockets, from the code on the disk; waits until it is ready."""
+    """Start a new master with the same sockets and the code on disk; wait until it is ready."""
     request(where, "upgrade", WORK_SECONDS)
 
 
 @ctl.command()
 @click.pass_obj
 def reopen(where: Where) -> None:
-    """Open the log file again, when it was moved away."""
+    """Reopen the log file after it was renamed."""
     request(where, "reopen")
 
 
@@ -165,16 +165,16 @@ def reopen(where: Where) -> None:
 @click.argument("count", type=click.IntRange(min=1), metavar="N")
 @click.pass_obj
 def scale(where: Where, count: int) -> None:
-    """N workers from now on; waits until there are. No connection is lost."""
+    """Change the number of workers to N; wait until it is reached. No connection is lost."""
     request(where, "scale", WORK_SECONDS, workers=count)
 
 
 @ctl.command()
-@click.option("--now", is_flag=True, help="End every connection, and do not wait for handlers.")
+@click.option("--now", is_flag=True, help="End every connection without waiting for handlers.")
 @click.pass_obj
 def stop(where: Where, now: bool) -> None:
-    """Stop gracefully; waits for the end."""
-    request(where, "status")  # a master that does not answer would be waited for without end
+    """Stop gracefully; wait for the end."""
+    request(where, "status")  # otherwise we would wait forever for a master that does not answer
     request(where, "stop", None, now=now)
 
 

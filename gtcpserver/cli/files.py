@@ -19,7 +19,7 @@ FIELDS = ("index", "cache_control")
 @click.command(cls=SettingsCommand, epilog=EPILOG)
 @click.argument("directory", default=".")
 @click.option(
-    "--index", default="index.html", show_default=True, metavar="NAME", help="The file that stands for its directory."
+    "--index", default="index.html", show_default=True, metavar="NAME", help="File to serve for its directory."
 )
 @click.option(
     "--listing/--no-listing", default=False, help="List directories that have no index.  [default: no-listing]"
@@ -28,7 +28,7 @@ FIELDS = ("index", "cache_control")
 @click.option(
     "--follow-symlinks/--no-follow-symlinks",
     default=False,
-    help="Follow symbolic links that lead out of the directory.  [default: no-follow-symlinks]",
+    help="Follow symbolic links that lead outside the directory.  [default: no-follow-symlinks]",
 )
 @click.option("--cache-control", metavar="VALUE", help='Cache-Control header for files, such as "max-age=3600".')
 @click.option("--log-requests/--no-log-requests", default=False, help="Log each request.  [default: no-log-requests]")
@@ -39,9 +39,10 @@ FIELDS = ("index", "cache_control")
 @access_log_options
 @click.pass_context
 def files(context: click.Context, /, **_options: Any) -> None:
-    """Serve the files of DIRECTORY (here, if none is given) over HTTP.
+    """Serve the files of DIRECTORY (default: the current one) over HTTP.
 
-    GET and HEAD, with ranges and conditions. Files are sent by sendfile(2). Nothing outside of the directory is served.
+    Supports GET and HEAD, with ranges and conditions. Files are sent with sendfile(2). Nothing outside the directory is
+    served.
     """
     serve_with(context, made_anew(context, lambda: make_handler(**context.params)))
 
@@ -57,7 +58,7 @@ def make_handler(
     log_requests: bool,
     **_options: Any,
 ) -> StaticFiles:
-    """Makes the handler that was asked for. Raises click.UsageError."""
+    """Make the requested handler. Raise click.UsageError."""
     return explained(
         lambda: StaticFiles(
             directory,

@@ -33,32 +33,32 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
     type=click.Choice(["first", "round-robin", "least"]),
     default="first",
     show_default=True,
-    help="Which target is tried first: the first, each in turn, or the one with the least connections.",
+    help="Which target to try first: the first one, each in turn, or the one with the fewest connections.",
 )
 @click.option(
     "--connect-timeout",
     type=float,
     default=5.0,
     show_default=True,
-    help="Seconds for each target until the next one is tried.",
+    help="Seconds to wait for each target before trying the next one.",
 )
 @click.option(
     "--idle-timeout",
     type=OrNone(float),
     default=None,
-    help="Seconds in which neither side sends until a connection is ended; none: no limit.  [default: none]",
+    help="Seconds without data from either side until a connection is ended; none: no limit.  [default: none]",
 )
 @click.option(
     "--send-proxy",
     type=click.Choice(["v1", "v2"]),
-    help="Name the client to the targets by a PROXY header of this version; they must expect it.",
+    help="Send the client's address to the targets in a PROXY header of this version; they must expect it.",
 )
-@click.option("--target-tls/--no-target-tls", default=False, help="Speak TLS with the targets, and check who they are.")
+@click.option("--target-tls/--no-target-tls", default=False, help="Speak TLS with the targets, and verify them.")
 @click.option(
     "--target-cafile",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False),
-    help="PEM file with the authorities that may have signed a target's certificate.  [default: the system's]",
+    help="PEM file with the CAs that may have issued a target's certificate.  [default: the system's]",
 )
 @config_option
 @server_options_but_bind
@@ -69,11 +69,11 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
 def forward(context: click.Context, /, **_options: Any) -> None:
     """Forward every connection on LISTEN to the first TARGET that accepts it.
 
-    Large flows are moved by splice(2), without passing through the program. A target that fails is put aside for a
-    while; a client for whom there is none is reset.
+    Large flows are moved by splice(2), bypassing the program. A target that fails is set aside for a while; a client
+    with no target left is reset.
     """
     load = made_anew(context, lambda: make_forwarder(**context.params))
-    context.params["bind"] = (context.params["bind"],)  # as --bind gives it, to which systemd's sockets are added
+    context.params["bind"] = (context.params["bind"],)  # a tuple, as from --bind, to which systemd's sockets are added
     serve_with(context, load)
 
 
@@ -88,17 +88,15 @@ def make_forwarder(
     target_cafile: str | None,
     **_options: Any,
 ) -> Forwarder:
-    """Makes the handler that was asked for. Raises click.UsageError."""
+    """Make the requested handler. Raise click.UsageError."""
     if target_cafile and not target_tls:
         raise click.UsageError("--target-cafile: needs --target-tls")
     nameless = [target for target in targets if target.startswith("unix:")]
     if target_tls and nameless:
-        raise click.UsageError(
-            f"--target-tls: {nameless[0]} has no host name that its certificate could be checked for"
-        )
+        raise click.UsageError(f"--target-tls: {nameless[0]} has no host name to check its certificate against")
     tls = None
     if target_tls:
-        # gevent's own, whether the program is patched or not; this kind checks certificates and names.
+        # gevent's own class, whether the program is patched or not; it verifies certificates and names.
         tls = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if target_cafile is None:
             tls.load_default_certs()
@@ -107,7 +105,7 @@ def make_forwarder(
                 tls.load_verify_locations(target_cafile)
             except OSError as error:
                 raise click.UsageError(
-                    f"--target-cafile: no certificate can be read from {target_cafile}: {error}"
+                    f"--target-cafile: cannot read certificates from {target_cafile}: {error}"
                 ) from None
     return explained(
         lambda: Forwarder(

@@ -1,4 +1,4 @@
-"""Find what a user names on the command line: "module:name", "module:object.attribute" or "path/to/file.py:name"."""
+"""Load what a user names on the command line: "module:name", "module:object.attribute" or "path/to/file.py:name"."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
-    """Loads a handler and checks that it can be called with a connection; or a handler class made for socketserver.
+    """Load a handler, or a handler class made for socketserver, and check that it can be called with a connection.
 
     Raises:
-        click.UsageError: there is no such module, file or attribute, or it is no handler.
-        RunError: the module raised an exception of its own.
+        click.UsageError: there is no such module, file or attribute, or it is not a handler.
+        RunError: the module raised an exception.
     """
     found = load_object(reference, parameter)
     if isinstance(found, type) and issubclass(found, (socketserver.BaseRequestHandler, socketserver.BaseServer)):
@@ -43,14 +43,14 @@ def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[
 
 
 def load_wsgi(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
-    """Loads a WSGI application, and makes a handler of it. Raises as `load_handler`."""
+    """Load a WSGI application, and make a handler of it. Raise as `load_handler`."""
     application = load_object(reference, parameter)
     _check(lambda: check_application(application, reference), parameter)
     return from_wsgi(application)
 
 
 def load_hook(name: str, reference: str, parameter: str) -> Callable[..., Any]:
-    """Loads the function for the hook of this name. Raises as `load_handler`."""
+    """Load the function for the hook of this name. Raise as `load_handler`."""
     hook: Callable[..., Any] = load_object(reference, parameter)
     _check(lambda: check_hook(name, hook, reference), parameter)
     return hook
@@ -64,7 +64,7 @@ def _check(check: Callable[[], None], parameter: str) -> None:
 
 
 def load_object(reference: str, parameter: str) -> Any:
-    """Imports the module or file and follows the attributes. Raises as `load_handler`."""
+    """Import the module or file and follow the attributes. Raise as `load_handler`."""
     module_name, colon, attributes = reference.rpartition(":")
     if not (colon and module_name and attributes):
         raise _wrong(parameter, f'must be "module:name" or "path/to/file.py:name", got {reference!r}')
@@ -85,7 +85,7 @@ def _import(name: str, parameter: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Only if it is the module asked for: one that the user's module wants is a fault in there, with its traceback.
+        # Only for the module itself: a missing import within the user's module is an error there, with its traceback.
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise _failed(name, error) from None
         parent, _, last = error.name.rpartition(".")
@@ -105,7 +105,7 @@ def _run_file(path: str, parameter: str) -> ModuleType:
     if not os.path.isfile(path):
         raise _wrong(parameter, f"no file {path!r}")
     full = os.path.abspath(path)
-    # What is beside the file can be imported, as with `python file.py`.
+    # Modules next to the file can be imported, as with `python file.py`.
     sys.path.insert(0, os.path.dirname(full))
     name = os.path.splitext(os.path.basename(full))[0]
     if name in sys.modules or name in sys.stdlib_module_names:
@@ -128,13 +128,13 @@ def _failed(name: str, error: BaseException) -> RunError:
 
 
 def _hint_of_package(name: str, error: BaseException) -> str:
-    """Where the file that was named imports relatively, which only a part of a package can: its name there."""
+    """Return the dotted name of a file that fails on a relative import, which only works within a package."""
     if not isinstance(error, ImportError) or "attempted relative import" not in str(error):
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
     path = os.path.abspath(frames[-1].filename) if frames else ""
     if path not in (os.path.abspath(name), os.path.abspath(name.replace(".", os.sep) + ".py")):
-        return ""  # a module of the program's own
+        return ""  # another module of the program
     words = [os.path.splitext(os.path.basename(path))[0]]
     folder = os.path.dirname(path)
     while len(words) == 1 or os.path.isfile(os.path.join(folder, "__init__.py")):
@@ -143,11 +143,11 @@ def _hint_of_package(name: str, error: BaseException) -> str:
     if not all(word.isidentifier() for word in words):
         return ""
     where = "" if folder == os.getcwd() else f", in the folder {folder}"
-    return f'; it is part of a package: give "{".".join(words)}:..."{where}'
+    return f'; it is part of a package: use "{".".join(words)}:..."{where}'
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback of an exception without the frames of import machinery and of this package."""
+    """Return the traceback of an exception without the frames of the import machinery and of this package."""
     report = traceback.TracebackException.from_exception(error)
     _trim(report, set())
     return "".join(report.format())

@@ -1,4 +1,4 @@
-"""Every value of an option that the library does not take, and not only the first."""
+"""Find every option value that the library rejects, not only the first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .options import (
 
 
 def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:
-    """The values that the library does not take, all of them, as (parameter, what is wrong with it)."""
+    """Yield all values that the library rejects, as (parameter, what is wrong with it)."""
     groups: list[tuple[Callable[..., Any], dict[str, str]]] = [
         (_server, {name: name for name, _, _ in SERVER_OPTIONS}),
         (ListenConfig, {name: name for name, _, _ in LISTEN_OPTIONS}),
@@ -53,8 +53,8 @@ def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:
                 name, _, message = str(error).partition(" ")
                 name = name.rstrip(":")
                 if name not in options:
-                    break  # told when it is made in earnest
-                # When one is gone, another that goes with it is wrong without being a mistake.
+                    break  # reported when it is really made
+                # Once one value is removed, another that depends on it fails without being a mistake.
                 if not alone or ("must " in message and "together" not in message):
                     yield names[name], message.lstrip()
                 alone = True

@@ -1,4 +1,4 @@
-"""The options that serve and echo share: every parameter of Server and ListenConfig, by the same name."""
+"""The options that serve and echo share: every parameter of Server and ListenConfig, under the same name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AddressType(ParamType):
 
 
 class OrNone(ParamType):
-    """A number, or the word "none" for no limit. `least`, if given, is checked here and not by the library."""
+    """A number, or the word "none" for no limit. `least`, if given, is checked here instead of in the library."""
 
     def __init__(self, number: type[int] | type[float], least: float | None = None) -> None:
         self.name = "integer|none" if number is int else "number|none"
@@ -81,7 +81,7 @@ class OctalType(ParamType):
 
 
 class SocketOptionType(ParamType):
-    """LEVEL:OPTION:VALUE, names of the socket module or numbers, as SOL_SOCKET:SO_MARK:7."""
+    """LEVEL:OPTION:VALUE: names from the socket module or numbers, such as SOL_SOCKET:SO_MARK:7."""
 
     name = "level:option:value"
 
@@ -92,7 +92,7 @@ class SocketOptionType(ParamType):
             return value
         parts = str(value).split(":")
         if len(parts) != 3:
-            self.fail(f"must be LEVEL:OPTION:VALUE, as SOL_SOCKET:SO_MARK:7, got {value!r}", parameter, context)
+            self.fail(f"must be LEVEL:OPTION:VALUE, such as SOL_SOCKET:SO_MARK:7, got {value!r}", parameter, context)
         numbers = []
         for part in parts:
             number = getattr(socket, part, None) if part.isidentifier() else None
@@ -106,7 +106,7 @@ class SocketOptionType(ParamType):
 
 
 class RepeatedType(ParamType):
-    """Text, and the option may be repeated."""
+    """Text of an option that may be repeated."""
 
     name = "text"
 
@@ -158,137 +158,137 @@ REPEATED = (SocketOptionType, RepeatedType, ServerNameType)
 NUMBER = OrNone(float)
 WHOLE = OrNone(int)
 
-# Parameter, type, help. bool is --name/--no-name; str is passed on as it is.
+# Parameter, type, help. bool means --name/--no-name; str is passed on unchanged.
 SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("accept_loops", int, "Listening sockets with an accept loop each, for every TCP address."),
     ("pool", WHOLE, "Handlers that may run at once."),
     (
         "on_full",
         click.Choice(["wait", "reject", "close_idle"]),
-        "When it is full: leave new connections in the kernel's queue, close them, or close an idle one for them.",
+        "When the pool is full: leave new connections in the kernel's queue, close them, or close an idle one.",
     ),
     ("max_connections", WHOLE, "Connections open at once, idle ones included."),
-    ("max_accepts", WHOLE, "Serve so many connections, then stop."),
-    ("timeout", NUMBER, "Seconds in which nothing moves until a read or write fails."),
-    ("handler_timeout", NUMBER, "Seconds a handler may take in all."),
-    ("min_rate", NUMBER, "Bytes a second; a handler that waits for a slower client is ended."),
+    ("max_accepts", WHOLE, "Stop after serving this many connections."),
+    ("timeout", NUMBER, "Fail a read or write after this many seconds without progress."),
+    ("handler_timeout", NUMBER, "Seconds a handler may take in total."),
+    ("min_rate", NUMBER, "Bytes per second; a handler that waits for a slower client is ended."),
     ("min_rate_window", float, "Seconds over which --min-rate is measured."),
-    ("linger", float, "Seconds a closed connection may take to be closed by the client too."),
+    ("linger", float, "Seconds to wait for the client to close after we have."),
 )
 
-# Fields of ProxyProtocol; the option of the first is --proxy-protocol, of the others that and the name.
+# Fields of ProxyProtocol: --proxy-protocol is the first; the others append their name to it.
 BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "trusted",
         RepeatedType(),
-        "Network or address of balancers, which name their clients by the PROXY protocol; may be repeated.",
+        "Network or address of load balancers that send client addresses in a PROXY header; may be repeated.",
     ),
-    ("timeout", float, "Seconds in which the PROXY header must have come."),
+    ("timeout", float, "Seconds within which the PROXY header must arrive."),
 )
 
-# Arguments of ClientLimits; the option is --client- and the name.
+# Arguments of ClientLimits: the option is --client- followed by the name.
 CLIENT_OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("allow", RepeatedType(), "Network or address of clients that may connect; none given: all; may be repeated."),
+    ("allow", RepeatedType(), "Network or address of clients that may connect; may be repeated.  [default: all]"),
     ("deny", RepeatedType(), "Network or address of clients that may not connect; may be repeated."),
     ("connections", WHOLE, "Connections that one client may have at once, in each process (IPv6: one /64)."),
-    ("new_per_second", NUMBER, "Connections that one client may open in a second, in each process."),
-    ("burst", WHOLE, "How many it may open at once after silence; none: those of one second."),
+    ("new_per_second", NUMBER, "Connections that one client may open per second, in each process."),
+    ("burst", WHOLE, "Burst size: how many it may open at once; none: as many as in one second."),
 )
 
-# These name objects of the user's program.
+# Names of objects in the user's program.
 OBJECT_OPTIONS: tuple[tuple[str, str], ...] = (
-    ("connection_class", "The subclass of Connection that the handler gets."),
-    ("context", "An object that each connection has as its context."),
+    ("connection_class", "Subclass of Connection that is passed to the handler."),
+    ("context", "Object that becomes the context of each connection."),
     ("on_connect", "Called first with each connection; it is closed unserved if this returns False."),
     ("on_disconnect", "Called with each connection when its handler has ended."),
-    ("on_error", "Called with connection and exception when a handler fails, instead of the log."),
-    ("on_stop", "Called with the Server at a stop, when its last connection has ended."),
+    ("on_error", "Called with connection and exception when a handler fails, instead of logging the error."),
+    ("on_stop", "Called with the Server during a stop, when its last connection has ended."),
 )
 
 LISTEN_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("reuse_port", bool, "Several listening sockets on one port (SO_REUSEPORT)."),
-    ("reuse_address", bool, "Bind although old connections are in TIME-WAIT (SO_REUSEADDR)."),
+    ("reuse_address", bool, "Bind even if old connections are in TIME-WAIT (SO_REUSEADDR)."),
     ("shared", bool, "Share the port with other processes of the same user."),
-    ("fast_open", int, "Connections under way with data in their SYN (TCP_FASTOPEN); 0 is off."),
-    ("defer_accept", NUMBER, "Seconds to wait for a client's first bytes before it is accepted (TCP_DEFER_ACCEPT)."),
+    ("fast_open", int, "Pending connections with data in their SYN (TCP_FASTOPEN); 0 turns it off."),
+    ("defer_accept", NUMBER, "Seconds to wait for a client's first bytes before accepting it (TCP_DEFER_ACCEPT)."),
     ("backlog", WHOLE, "Connections that may wait to be accepted; none: as many as the kernel allows."),
     ("no_delay", bool, "Send small writes at once (TCP_NODELAY)."),
     ("keepalive", bool, "Probe idle connections (SO_KEEPALIVE)."),
     ("keepalive_idle", int, "Seconds of silence before the first probe."),
     ("keepalive_interval", int, "Seconds between unanswered probes."),
     ("keepalive_count", int, "Unanswered probes until the connection fails."),
-    ("user_timeout", NUMBER, "Seconds for which sent data may stay unacknowledged (TCP_USER_TIMEOUT)."),
-    ("receive_buffer", WHOLE, "Bytes (SO_RCVBUF); none, best for most: the kernel tunes it."),
-    ("send_buffer", WHOLE, "Bytes (SO_SNDBUF); none, best for most: the kernel tunes it."),
-    ("ipv6_only", bool, "An IPv6 socket takes no IPv4 connections; not given: * takes both."),
-    ("device", str, "Take connections from this network interface alone (SO_BINDTODEVICE)."),
+    ("user_timeout", NUMBER, "Seconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT)."),
+    ("receive_buffer", WHOLE, "Bytes (SO_RCVBUF); none, usually best: the kernel tunes it."),
+    ("send_buffer", WHOLE, "Bytes (SO_SNDBUF); none, usually best: the kernel tunes it."),
+    ("ipv6_only", bool, "Refuse IPv4 connections on an IPv6 socket; not given: * accepts both."),
+    ("device", str, "Only accept connections on this network interface (SO_BINDTODEVICE)."),
     ("transparent", bool, "Accept connections to addresses that are not this host's (IP_TRANSPARENT)."),
     ("free_bind", bool, "Bind to an address that the host does not have yet (IP_FREEBIND)."),
     ("multipath", bool, "Multipath TCP."),
     ("congestion", str, "Congestion control, such as bbr or cubic (TCP_CONGESTION)."),
-    ("unix_mode", OctalType(), "Permission bits of a unix socket's path, such as 660."),
-    ("unix_owner", str, "User that a unix socket's path belongs to, by name or number."),
-    ("unix_group", str, "Group of a unix socket's path, by name or number."),
+    ("unix_mode", OctalType(), "Permission bits of a Unix socket's path, such as 660."),
+    ("unix_owner", str, "Owner of a Unix socket's path, by name or number."),
+    ("unix_group", str, "Group of a Unix socket's path, by name or number."),
     ("extra", SocketOptionType(), "One more socket option, such as SOL_SOCKET:SO_MARK:7; may be repeated."),
 )
 
 FIELDS = frozenset(option[0] for option in (*SERVER_OPTIONS, *OBJECT_OPTIONS, *LISTEN_OPTIONS))
 
-# Fields of TLSConfig; the option is --tls- and the name. The password comes from a file, as every user of the machine
-# can read the command line (proc(5)).
+# Fields of TLSConfig: the option is --tls- followed by the name. The password comes from a file, since every user of
+# the machine can read the command line (proc(5)).
 TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("certfile", str, "PEM file of the server's certificate and its chain: every connection is encrypted."),
-    ("keyfile", str, "PEM file of the private key; not given: it is in --tls-certfile."),
+    ("certfile", str, "PEM file with the server's certificate and its chain: every connection is encrypted."),
+    ("keyfile", str, "PEM file with the private key; not given: it is in --tls-certfile."),
     ("password", PasswordFileType(), "File whose first line is the password of the private keys."),
-    ("sni", ServerNameType(), "One more certificate, for clients that ask for this name; may be repeated."),
-    ("strict_sni", bool, "Refuse clients that ask for another name, or for none."),
-    ("client_auth", click.Choice(["none", "optional", "required"]), "Whether clients show a certificate."),
-    ("client_ca", str, "PEM file or folder of the CAs that clients' certificates come from."),
-    ("crl", str, "PEM file of revocation lists for clients' certificates."),
-    ("alpn", RepeatedType(), "Protocol to agree on, such as h2; may be repeated, best first."),
+    ("sni", ServerNameType(), "Another certificate, for clients that ask for this name; may be repeated."),
+    ("strict_sni", bool, "Refuse clients that ask for any other name, or for none."),
+    ("client_auth", click.Choice(["none", "optional", "required"]), "Whether clients must have a certificate."),
+    ("client_ca", str, "PEM file or folder with the CAs that issue client certificates."),
+    ("crl", str, "PEM file with revocation lists for client certificates."),
+    ("alpn", RepeatedType(), "Protocol to negotiate, such as h2; may be repeated, best first."),
     ("minimum_version", click.Choice(["TLSv1.2", "TLSv1.3"]), "The oldest version."),
     ("maximum_version", click.Choice(["TLSv1.2", "TLSv1.3"]), "The newest version."),
-    ("ciphers", str, "Cipher suites of TLS 1.2 in OpenSSL's notation."),
+    ("ciphers", str, "TLS 1.2 cipher suites in OpenSSL's notation."),
     ("handshake_timeout", float, "Seconds a handshake may take."),
-    ("max_handshakes", int, "Handshakes that may be under way."),
+    ("max_handshakes", int, "Handshakes that may be in progress at once."),
     ("session_tickets", int, "Tickets a client gets to resume its session."),
     ("key_log_file", str, "Append the connections' secrets to this file, for Wireshark."),
-    ("report_truncation", bool, "An end without TLS's own goodbye is an error in the handler."),
-    ("watch", NUMBER, "Look every so many seconds whether a file has changed, and read them again."),
+    ("report_truncation", bool, "Treat an end without close_notify as an error in the handler."),
+    ("watch", NUMBER, "Check every N seconds whether a file has changed, and reload the files if so."),
 )
 
 
-# Of SupervisorConfig, but for graceful_timeout, which is --stop-timeout with one process as well.
+# Fields of SupervisorConfig, except graceful_timeout, which is --stop-timeout, as with one process.
 SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("workers", WorkersType(), "Worker processes; auto: one for each CPU. Not given: a single process."),
-    ("preload", bool, "Import the program once, in the master: less memory, but a reload does not read it again."),
-    ("worker_timeout", NUMBER, "Seconds a worker's event loop may be blocked until it is replaced."),
+    ("workers", WorkersType(), "Worker processes; auto: one per CPU. Not given: a single process."),
+    ("preload", bool, "Import the program once, in the master: less memory, but a reload does not import it again."),
+    ("worker_timeout", NUMBER, "Seconds a worker's event loop may be blocked before the worker is replaced."),
     ("retire_timeout", NUMBER, "Seconds connections get when their worker was replaced (reload, upgrade, recycling)."),
-    ("max_retired", WHOLE, "Replaced workers that may be there; of more, the oldest get --stop-timeout to finish."),
+    ("max_retired", WHOLE, "Replaced workers that may remain; beyond that, the oldest get --stop-timeout to finish."),
     ("probation", float, "Seconds a new worker must live before the one it replaces leaves."),
-    ("reload_one_by_one", bool, "Replace one worker after the other at a reload: memory for one more is enough."),
-    ("drain_delay", float, "Seconds between 'not ready' and the end of accepting at a stop, for load balancers."),
-    ("recycle_after", WHOLE, "Replace a worker when it has accepted so many connections."),
-    ("recycle_jitter", WHOLE, "Up to so many more, at random; none: a tenth of --recycle-after."),
-    ("recycle_memory", NUMBER, "Replace a worker when it uses more MiB of memory."),
-    ("pin_cpus", bool, "Run worker i on CPU i and give it the connections which that CPU receives."),
-    ("pid_file", str, "Write the master's process id there."),
+    ("reload_one_by_one", bool, "Replace one worker after the other on a reload: needs memory for only one more."),
+    ("drain_delay", float, "Seconds between 'not ready' and the end of accepting in a stop, for load balancers."),
+    ("recycle_after", WHOLE, "Replace a worker after it has accepted this many connections."),
+    ("recycle_jitter", WHOLE, "Add up to this many, at random; none: a tenth of --recycle-after."),
+    ("recycle_memory", NUMBER, "Replace a worker when it uses more than this many MiB of memory."),
+    ("pin_cpus", bool, "Run worker i on CPU i and give it the connections that this CPU receives."),
+    ("pid_file", str, "Write the master's process ID to this file."),
     ("user", str, "Run the workers as this user (name or number)."),
     ("group", str, "Run the workers as this group."),
     ("umask", OctalType(), "Mode bits that new files do not get, such as 027."),
     ("control", str, "Path of the control socket for gtcpserver ctl."),
-    ("log_file", str, "Write standard error there; opened again at SIGUSR1."),
+    ("log_file", str, "Write standard error to this file; SIGUSR1 reopens it."),
 )
 
-# Functions of the user's that workers call.
+# Functions of the user's program that workers call.
 HOOK_OPTIONS: tuple[tuple[str, str], ...] = (
     ("worker_start", "Called in each worker, with the Worker, before it is ready."),
     ("worker_stop", "Called in each worker, with the Worker, when its last connection has ended."),
-    ("worker_error", "Called with a Worker and a text when a worker has failed."),
+    ("worker_error", "Called with a Worker and a message when a worker has failed."),
 )
 
 
-# The names that other servers' commands have for them.
+# The names that other servers' commands use for these options.
 SHORTER = {
     "recycle_after": ("--max-connections-per-worker",),
     "tls_certfile": ("--tls-cert",),
@@ -299,7 +299,7 @@ SHORTER = {
 
 
 def server_options(command: Command) -> Command:
-    """Adds --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
+    """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
     return click.option(
         "--bind",
         "bind",
@@ -314,14 +314,14 @@ def server_options(command: Command) -> Command:
 
 
 def server_options_but_bind(command: Command) -> Command:
-    """:func:`server_options` for a command whose argument ``bind`` says where to listen."""
+    """:func:`server_options` for a command that takes the addresses as its argument ``bind``."""
     defaults: dict[str, Any] = {name: given.default for name, given in inspect.signature(Server).parameters.items()}
     defaults |= {field.name: field.default for field in dataclasses.fields(ListenConfig)}
     tls_defaults = {field.name: field.default for field in dataclasses.fields(TLSConfig)}
     command = click.option(
         "--tls-self-signed",
         is_flag=True,
-        help="For a first try: encrypt with a certificate for localhost that is made now. Clients cannot trust it.",
+        help="For testing: encrypt with a new self-signed certificate for localhost. Clients cannot trust it.",
     )(command)
     # The last decorator comes first in --help.
     for name, kind, text in reversed(TLS_OPTIONS):
@@ -340,7 +340,7 @@ def server_options_but_bind(command: Command) -> Command:
 
 
 def supervisor_options(command: Command) -> Command:
-    """Adds the options of worker processes to a command."""
+    """Add the options of worker processes to a command."""
     defaults = {field.name: field.default for field in dataclasses.fields(SupervisorConfig)}
     defaults["workers"] = None  # a single process
     for name, text in reversed(HOOK_OPTIONS):
@@ -351,12 +351,12 @@ def supervisor_options(command: Command) -> Command:
 
 
 def check_addresses(context: click.Context) -> None:
-    """Raise click.UsageError where two of the addresses to listen on are the same."""
+    """Raise click.UsageError if two of the addresses to listen on are the same."""
     bind, metrics = context.params["bind"], context.params["metrics"]
     if metrics is not None:
         try:
             parse_address(metrics)
-        except ConfigError:  # told when it is used
+        except ConfigError:  # reported when it is used
             metrics = None
     for option, addresses in (("--bind", bind), ("--metrics", (*bind, metrics) if metrics is not None else ())):
         try:
@@ -366,10 +366,10 @@ def check_addresses(context: click.Context) -> None:
 
 
 def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
-    """Makes the SupervisorConfig that was asked for; None without --workers. Raises click.UsageError."""
+    """Make the requested SupervisorConfig; None without --workers. Raise click.UsageError."""
     names = [option[0] for option in (*SUPERVISOR_OPTIONS, *HOOK_OPTIONS) if was_given(context, option[0])]
     if context.get_parameter_source("control") is ParameterSource.ENVIRONMENT and "workers" not in names:
-        names.remove("control")  # GTCPSERVER_CONTROL is for gtcpserver ctl as well
+        names.remove("control")  # GTCPSERVER_CONTROL is also for gtcpserver ctl
     if "workers" not in names:
         if names:
             raise click.UsageError(f"{flag(names[0])}: needs --workers; --workers 1 is a master with one worker")
@@ -391,23 +391,23 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Two parameters of AccessLog, and on the command line of Server.
+# Two parameters of AccessLog, which are options of the server on the command line.
 ACCESS_LOG_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "access_log",
         click.Choice(["text", "json"]),
-        "Write a line when a connection has ended.  [default: none, or text with --access-log-file]",
+        "Write a line when a connection ends.  [default: none, or text with --access-log-file]",
     ),
     (
         "access_log_file",
         str,
-        "Append these lines to this file, which is opened anew when it was renamed.  [default: the log]",
+        "Append these lines to this file, which is reopened after a rename.  [default: the log]",
     ),
 )
 
 
 def access_log_options(command: Command) -> Command:
-    """Adds the options of the access log to a command that has no other."""
+    """Add the options of the access log to a command that has no access log of its own."""
     for name, kind, text in reversed(ACCESS_LOG_OPTIONS):
         command = _option(name, kind, text, None)(command)
     return command
@@ -424,7 +424,7 @@ def _make_access_log(context: click.Context) -> AccessLog | None:
 
 
 def make_listen_config(context: click.Context) -> ListenConfig:
-    """Makes the ListenConfig that was asked for. Raises click.UsageError."""
+    """Make the requested ListenConfig. Raise click.UsageError."""
     options = {name: context.params[name] for name, _, _ in LISTEN_OPTIONS if was_given(context, name)}
     return explained(lambda: ListenConfig(**options))
 
@@ -432,10 +432,10 @@ def make_listen_config(context: click.Context) -> ListenConfig:
 def make_server(
     context: click.Context, handler: Callable[[Any], Any], listen: ListenConfig, *, load: bool = True
 ) -> Server:
-    """Makes the Server that was asked for. Raises click.UsageError and RunError.
+    """Make the requested Server. Raise click.UsageError and RunError.
 
     Args:
-        load: load the user's objects and open the access log; without, only the other options are tried.
+        load: load the user's objects and open the access log; otherwise only check the other options.
     """
     options = {name: context.params[name] for name, _, _ in SERVER_OPTIONS if was_given(context, name)}
     for name, _ in OBJECT_OPTIONS:
@@ -449,7 +449,7 @@ def make_server(
         made = explained(self_signed)
         tls |= {"certfile": made.certfile, "keyfile": made.keyfile}
         log.warning(
-            "TLS: a self-signed certificate for localhost was made, which clients cannot trust; only for trying"
+            "TLS: a self-signed certificate for localhost was made; clients cannot trust it, use it only for testing"
         )
     if tls:
         options["tls"] = make_tls_config(tls)
@@ -494,13 +494,13 @@ def make_tls_config(options: dict[str, Any]) -> TLSConfig:
 
 
 def tls_config(**options: Any) -> TLSConfig:
-    """TLSConfig of what the options give, who have certificates as (name, certfile, keyfile)."""
+    """Make a TLSConfig from the options, which give certificates as (name, certfile, keyfile)."""
     options["sni"] = {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}
     return TLSConfig(**options)
 
 
 def was_given(context: click.Context, name: str) -> bool:
-    # What was not given is not passed on: Server and ListenConfig alone know the defaults. DEFAULT_MAP is the file.
+    # Only options that were given are passed on: Server and ListenConfig own the defaults. DEFAULT_MAP is the file.
     return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
 
@@ -508,7 +508,7 @@ Made = TypeVar("Made")
 
 
 def explained(make: Callable[[], Made], prefix: str = "", fields: Collection[str] = FIELDS) -> Made:
-    """Turns a ConfigError, which names the field, into a usage error that names the option."""
+    """Turn a ConfigError, which names the field, into a usage error that names the option."""
     try:
         return make()
     except ConfigError as error:
@@ -516,7 +516,7 @@ def explained(make: Callable[[], Made], prefix: str = "", fields: Collection[str
 
 
 def name_option(message: str, prefix: str = "", fields: Collection[str] = FIELDS) -> str:
-    """`fast_open must be ...` as `--fast-open: must be ...`, `ListenConfig(shared=True)` as `--shared`."""
+    """Turn `fast_open must be ...` into `--fast-open: must be ...`, and `ListenConfig(shared=True)` into `--shared`."""
     message = re.sub(r"ListenConfig\((\w+)=True\)", lambda match: flag(match[1]), message)
     match = re.match(r"(\w+)( must\b)?", message)
     if match is None or match[1] not in fields:

@@ -1,4 +1,4 @@
-"""What a server process does to itself, and says of itself: descriptors, the garbage collector, its counters."""
+"""What a server process does to itself, and reports: descriptors, the garbage collector, its counters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gtcpserver.server.server import Server
 
 log = logging.getLogger("gtcpserver")
 
+#: Python's defaults (700, 10, 10) suit short programs: with thousands of open connections the collector would traverse
+#: them over and over, and find nothing, since a connection is not part of a cycle.
 GC_THRESHOLDS = (10_000, 20, 50)
-"""Python's own (700, 10, 10) are for short programs: with thousands of connections open the collector would walk them
-over and over, and find nothing, as a connection is not part of a cycle."""
 
 
 def raise_descriptor_limit() -> None:
-    """Raises the soft limit of open files to the hard one, as Go's runtime does.
+    """Raise the soft limit of open files to the hard limit, as Go's runtime does.
 
-    The soft one is often 1024, and is that low for select(2) alone, which cannot take higher numbers; gevent's loop
+    The soft limit is often 1024, which is that low only for select(2), which cannot take higher numbers; gevent's loop
     uses epoll(7).
     """
     try:
@@ -39,18 +39,18 @@ def raise_descriptor_limit() -> None:
 
 
 def unblock_signals() -> None:
-    """Unblocks all signals.
+    """Unblock all signals.
 
     The program that starts us may have blocked some for itself, and the mask is inherited (signal(7)): without SIGTERM
-    there is no stop, and without SIGCHLD gevent waits for a child process for ever.
+    there is no stop, and without SIGCHLD gevent waits for a child process forever.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def freeze_garbage_collector() -> None:
-    """Takes what is there now out of the cyclic garbage collector's work, and makes it look less often.
+    """Exempt everything that exists now from the cyclic garbage collector, and make it run less often.
 
-    Modules, functions and classes stay until exit anyway. What refers to itself later is still collected.
+    Modules, functions and classes stay until exit anyway. Cycles created later are still collected.
     """
     gc.collect()
     gc.freeze()
@@ -58,7 +58,7 @@ def freeze_garbage_collector() -> None:
 
 
 def log_stats(server: Server, interval: float) -> None:
-    """Logs the counters every so many seconds, for ever."""
+    """Log the counters every `interval` seconds, forever."""
     while True:
         gevent.sleep(interval)
         stats = dataclasses.asdict(server.stats())

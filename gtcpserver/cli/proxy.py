@@ -41,7 +41,7 @@ FLAGS = {"users": "--user", "access_log_style": "--access-log"}
 
 
 def with_worker_user(command: Any) -> Any:
-    """--user is a client's here; the user that the workers run as is --worker-user."""
+    """Name the workers' user --worker-user, since --user is a client here."""
     for parameter in command.__click_params__:
         if parameter.name == "user":
             parameter.opts = ["--worker-user"]
@@ -53,38 +53,36 @@ def with_worker_user(command: Any) -> Any:
     "--config",
     envvar="GTCPSERVER_CONFIG",
     metavar="FILE",
-    help="TOML file with everything; read again at SIGHUP.",
+    help="TOML file with all settings; reloaded on SIGHUP.",
 )
 @click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
 @click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
 @click.option("--http", metavar="ADDRESS", multiple=True, help="Listen for HTTP.")
 @click.option(
-    "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only these users may come in; may be repeated."
+    "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only admit these users; may be repeated."
 )
 @click.option(
     "--user-file",
     metavar="FILE",
-    help="The same from a file of mode 600, a line each, which others cannot see by ps; -: standard input.",
+    help="The same from a file of mode 600, one per line, which ps does not show to others; -: standard input.",
 )
-@click.option("--htpasswd", metavar="FILE", help="Only users of this file (htpasswd -B) may come in.")
-@click.option("--allow-client", metavar="NETWORK", multiple=True, help="Who may come in.  [default: this host]")
-@click.option(
-    "--allow-destination", metavar="DESTINATION", multiple=True, help="Where clients may go, and nowhere else."
-)
-@click.option("--deny-destination", metavar="WHERE", multiple=True, help="Where clients may not go.")
+@click.option("--htpasswd", metavar="FILE", help="Only admit users of this file (htpasswd -B).")
+@click.option("--allow-client", metavar="NETWORK", multiple=True, help="Clients to admit.  [default: this host]")
+@click.option("--allow-destination", metavar="DESTINATION", multiple=True, help="Only allow these destinations.")
+@click.option("--deny-destination", metavar="WHERE", multiple=True, help="Destinations to deny.")
 @click.option(
     "--allow-command",
     type=click.Choice(COMMANDS),
     multiple=True,
-    help="What clients may ask for, and nothing else; may be repeated.  [default: all]",
+    help="Only allow these commands; may be repeated.  [default: all]",
 )
-@click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody, without a password. Think twice.")
+@click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody without a password. Think twice.")
 @click.option(
     "--upstream", metavar="URL", help="Go through another proxy: socks5://[user:password@]host:port, http://..."
 )
-@click.option("--upstream-file", metavar="FILE", help="Its URL from a file of mode 600; -: standard input.")
+@click.option("--upstream-file", metavar="FILE", help="Read the URL from a file of mode 600; -: standard input.")
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
-@click.option("--redact", is_flag=True, help="Leave out of the access log where clients go.")
+@click.option("--redact", is_flag=True, help="Leave destinations out of the access log.")
 @click.option(
     "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
@@ -94,9 +92,9 @@ def with_worker_user(command: Any) -> Any:
 @process_options
 @click.pass_context
 def proxy(context: click.Context, /, config: str | None, **options: Any) -> None:
-    """A SOCKS4, SOCKS4a, SOCKS5 and HTTP proxy.
+    """Run a SOCKS4, SOCKS4a, SOCKS5 and HTTP proxy.
 
-    Out of the box it listens on 127.0.0.1:1080 for this host alone, and does not lead into private networks.
+    By default it listens on 127.0.0.1:1080, only serves this host, and reaches no private networks.
     """
     if context.invoked_subcommand is not None:
         return
@@ -115,18 +113,18 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         )
     made = _load(config, options)
     if systemd.promises_sockets():
-        # In place of ours, and who can reach those is not known.
+        # This replaces our defaults, and who can reach those listeners is unknown.
         check_closed(_config(config, options), elsewhere=True)
     context.params["bind"] = tuple(made.addresses)
 
     def load() -> Any:
-        # Once before, for the mistakes, which are told before anything is started; then in each worker, so that a
-        # reload reads the file again.
+        # Called once up front, to report mistakes before anything is started; then in each worker, so that a reload
+        # reads the file again.
         now = _load(config, options)
         if now.addresses != made.addresses:
             raise ConfigError(
-                f"the listeners were {_listed(made)} and are now {_listed(now)}: a reload keeps the sockets as they "
-                "are; an upgrade (SIGUSR2 with --workers) opens and closes them without losing a connection"
+                f"the listeners were {_listed(made)} and are now {_listed(now)}: a reload keeps the sockets; "
+                "an upgrade (SIGUSR2 with --workers) opens and closes them without losing a connection"
             )
         log_to_file(now.access_log)
         return now.handler
@@ -137,7 +135,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
     serve_with(context, load, reads_files=config is not None, files=files)
 
 
-# What is about clients and where they go has a file of its own; the rest is as of every server.
+# Clients and destinations are configured in a file of their own; the other options are those of every server.
 obey_environment(
     proxy,
     but=("config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
@@ -210,7 +208,8 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
 
 
 def _with_secrets(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with what is in files. They are read once: workers may not be able to, and standard input ends."""
+    """Return the options, with the contents of files. These are read once: workers may not be able to, and standard
+    input ends."""
     users, url = options["user_file"], options["upstream_file"]
     if url is not None and options["upstream"]:
         raise click.UsageError("--upstream-file: cannot be used together with --upstream")
@@ -237,17 +236,17 @@ def _has_password(url: str | None) -> bool:
 @proxy.command()
 @click.argument("file", metavar="FILE")
 def check(file: str) -> None:
-    """Say whether a configuration can be used, and what is wrong with it: exit status 2."""
+    """Check whether a configuration can be used, and report every mistake in it: exit status 2."""
     made = make_proxy(read_config(file))
     made.handler.server_stopped()
     click.echo(f"{file} is good: it listens on {', '.join(map(str, made.addresses))}")
 
 
 @proxy.command("hash-password")
-@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Asked for, if not given.")
+@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True, help="Prompted for, if not given.")
 @click.pass_context
 def hash_password_command(context: click.Context, /, password: str) -> None:
-    """Make the hash of a password, for a configuration."""
+    """Hash a password, for a configuration."""
     if was_given(context, "password"):
         click.echo("gtcpserver: --password is visible to every user of this host (ps): leave it out", err=True)
     if not password:

@@ -1,4 +1,4 @@
-"""Passwords from a file or standard input: what stands on a command line is read by every user of the host (ps)."""
+"""Passwords from a file or standard input: every user of the host can read those on a command line (ps)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 from gtcpserver.errors import ConfigError
 
-#: More is another file, or one without an end.
+#: A longer file is some other file, or endless.
 LARGEST = 1024 * 1024
 
 STANDARD_INPUT = "-"
 
 
 def read_users(path: str) -> list[tuple[str, str]]:
-    """Lines of NAME:PASSWORD, as pairs; empty ones and those that begin with "#" do not count. Raises ConfigError."""
+    """Read lines of NAME:PASSWORD, as pairs; ignore empty lines and those that begin with "#". Raise ConfigError."""
     users = []
     for number, line in enumerate(read_secret(path).split("\n"), 1):
         line = line.removesuffix("\r")
@@ -32,7 +32,7 @@ def read_users(path: str) -> list[tuple[str, str]]:
 
 
 def read_url(path: str) -> str:
-    """The one line of a file, a URL. Raises ConfigError."""
+    """Read the one line of a file, a URL. Raise ConfigError."""
     words = read_secret(path).split()
     if len(words) != 1:
         raise ConfigError(f"{_shown(path)} must be one line with a URL, got {len(words)} words")
@@ -40,13 +40,14 @@ def read_url(path: str) -> str:
 
 
 def read_secret(path: str) -> str:
-    """The text of a file that nobody else can use; "-" is standard input.
+    """Read the text of a file that no other user can use; "-" is standard input.
 
-    Others than the owner must be able neither to read nor to write it; the group may read what is root's, as of a
-    mounted secret. PostgreSQL has this rule for its key (ssl_key_file), ssh and libpq (~/.pgpass) nearly.
+    Users other than the owner must be able neither to read nor to write it; the group may read a file of root's, such
+    as a mounted secret. PostgreSQL has this rule for its key (ssl_key_file), ssh and libpq (~/.pgpass) a similar one.
 
     Raises:
-        ConfigError: it cannot be read, or by others, too. None of the text is in the message: it may be a password.
+        ConfigError: it cannot be read, or others can use it, too. The message has none of the text, which may be a
+            password.
     """
     try:
         if path == STANDARD_INPUT:
@@ -63,7 +64,7 @@ def _shown(path: str) -> str:
 
 
 def _check_private(status: os.stat_result) -> None:
-    # A pipe, as the shell's <(command), has no readers but those that it was given to.
+    # A pipe, as from the shell's <(command), can only be read by the processes it was given to.
     others = 0o027 if status.st_uid == 0 else 0o077
     if stat.S_ISREG(status.st_mode) and status.st_mode & others:
         mode = stat.S_IMODE(status.st_mode)

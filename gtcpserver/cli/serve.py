@@ -1,4 +1,4 @@
-"""gtcpserver serve and gtcpserver echo: one server, from the command line to its last report."""
+"""gtcpserver serve and gtcpserver echo: one server, from the command line to its stop report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class ThresholdType(OrNone):
-    """Of the block detector. Its option may stand alone, but then what follows is taken for its value."""
+    """Threshold of the block detector. Its option may have no value, but then the next word is taken for it."""
 
     def __init__(self) -> None:
         super().__init__(float, SHORTEST_THRESHOLD)
@@ -66,17 +66,17 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def monkey_patch_option(command: Command) -> Command:
-    """Adds --monkey-patch, for commands that run the user's code (`gtcpserver.cli` obeys it)."""
+    """Add --monkey-patch, for commands that run the user's code (`gtcpserver.cli` acts on it)."""
     return click.option(
         "--monkey-patch/--no-monkey-patch",
         default=True,
         show_default=True,
-        help="Let the standard library's blocking calls wait on the event loop.",
+        help="Make the standard library's blocking calls wait on the event loop.",
     )(command)
 
 
 def process_options(command: Command) -> Command:
-    """Adds the options that are about the process and not about the server."""
+    """Add the options that concern the process rather than the server."""
     options = (
         click.option(
             "--stop-timeout",
@@ -85,25 +85,25 @@ def process_options(command: Command) -> Command:
             type=OrNone(float, least=0),
             default=DEFAULT_STOP_TIMEOUT,
             show_default=True,
-            help="Seconds handlers get to finish at SIGTERM or SIGINT; none: for ever. A second signal ends them.",
+            help="Seconds handlers get to finish on SIGTERM or SIGINT; none: no limit. A second signal ends them.",
         ),
         click.option(
             "--metrics",
             metavar="ADDRESS",
-            help="Serve metrics, health checks and a status page there over HTTP; a port alone is on 127.0.0.1.",
+            help="Serve metrics, health checks and a status page over HTTP; a port without a host is on 127.0.0.1.",
         ),
         click.option(
             "--stats-interval",
             type=OrNone(float, least=0),
             default=0.0,
             show_default=True,
-            help="Log the counters every so many seconds; 0 is never.",
+            help="Log the counters every N seconds; 0: never.",
         ),
         click.option(
             "--freeze-gc/--no-freeze-gc",
             default=True,
             show_default=True,
-            help="After start-up take what is there out of the garbage collector's work, and collect less often.",
+            help="Exempt everything loaded at startup from the garbage collector, and collect less often.",
         ),
         click.option(
             "--block-detector",
@@ -112,22 +112,22 @@ def process_options(command: Command) -> Command:
             flag_value=f"{DEFAULT_THRESHOLD:g}",
             default=None,
             metavar="[SECONDS]",
-            help="Log with its stack, and count, what blocks the event loop for longer than so many seconds"
-            f"  [default: off; alone at the end of the line: {DEFAULT_THRESHOLD:g}]",
+            help="Log, with its stack, and count what blocks the event loop for longer than this many seconds"
+            f"  [default: off; without a value, at the end of the line: {DEFAULT_THRESHOLD:g}]",
         ),
         click.option(
             "--log-level",
             type=click.Choice(LOG_LEVELS),
             default="info",
             show_default=True,
-            help="The least that is logged.",
+            help="Lowest level that is logged.",
         ),
         click.option(
             "--log-format",
             type=click.Choice(["text", "json"]),
             default="text",
             show_default=True,
-            help="How messages are logged.",
+            help="Format of log lines.",
         ),
     )
     for option in reversed(options):
@@ -146,15 +146,15 @@ def process_options(command: Command) -> Command:
 @access_log_options
 @click.pass_context
 def serve(context: click.Context, /, **_options: Any) -> None:
-    """Serve every connection with a function of yours: handler(conn).
+    """Run your handler: handler(conn) is called for every connection.
 
-    MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. The current directory is searched
-    for modules first. It may also be a handler class made for the standard library's socketserver, such as
+    MODULE:HANDLER is module:name, module:object.attribute or path/to/file.py:name. Modules are searched in the current
+    directory first. The handler may also be a handler class written for the standard library's socketserver, such as
     http.server:SimpleHTTPRequestHandler, or, with --wsgi, a WSGI application.
     """
 
     def load() -> Callable[[Any], Any]:
-        handler = context.params["handler"]  # now: a reload may have read another one from the file
+        handler = context.params["handler"]  # read late: a reload may have changed it in the file
         return load_wsgi(handler) if context.params["wsgi"] else load_handler(handler)
 
     serve_with(context, load)
@@ -169,13 +169,13 @@ def serve(context: click.Context, /, **_options: Any) -> None:
 @access_log_options
 @click.pass_context
 def echo(context: click.Context, /, **_options: Any) -> None:
-    """Send every client back what it sends: to try the network, a client or the options."""
+    """Send back to every client what it sends: to test the network, a client or the options."""
     serve_with(context, lambda: send_back)
 
 
 def send_back(conn: Connection) -> None:
     while True:
-        with conn.idle():  # a client that stays connected does not hold up a stop
+        with conn.idle():  # a client that stays connected does not delay a stop
             data = conn.recv(65536)
         if not data:
             return
@@ -188,17 +188,17 @@ def serve_with(
     reads_files: bool = False,
     files: Callable[[], NamedFiles] = NamedFiles,
 ) -> None:
-    """Serves with the handler that `load` gives, in this process or, with --workers, in others.
+    """Serve with the handler that `load` returns, in this process or, with --workers, in others.
 
     Args:
-        reads_files: the handler comes of files, and not of code: at SIGHUP `load` makes another one, also in a single
-            process. The old one's ``retire()`` is called then, and it serves the connections that it has.
-        files: names the files that `load` needs, besides those of the options.
+        reads_files: the handler is made from files, not code: on SIGHUP `load` makes a new one, even in a single
+            process. Then the old one's ``retire()`` is called, and it keeps serving the connections it has.
+        files: returns the names of the files that `load` needs, besides those in the options.
     """
     fds = systemd.take_listen_fds()
     if fds:
         given = context.params["bind"] if was_given(context, "bind") else ()
-        # One that was named as well ("fd:3") is not adopted twice.
+        # A descriptor that was also given as an address ("fd:3") is not adopted twice.
         more = [address for address in given if not (address.kind == "fd" and address.fd in fds)]
         context.params["bind"] = (*bound_by_systemd(fds), *more)
     check_addresses(context)
@@ -211,7 +211,7 @@ def serve_with(
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     server = make_server(context, load(), listen)
-    if not os.isatty(0):  # otherwise the signal says that the terminal has gone, and so shall we
+    if not os.isatty(0):  # otherwise the signal means that the terminal is gone, and we stop too
         obey_hangup(server, load if reads_files else None, file_of(context))
     elif signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _stop_gracefully)
@@ -226,23 +226,22 @@ def _stop_gracefully(_number: int, _frame: Any) -> None:
 
 
 def obey_user_signals() -> None:
-    """From now on SIGUSR1 and SIGUSR2, which a master obeys, do not end a single process, as they do by default."""
+    """Keep SIGUSR1 and SIGUSR2, which are commands to a master, from ending a single process, as they do by default."""
     for number, line in (
-        (signal.SIGUSR1, "SIGUSR1: there is no log file to open again; an access log that was renamed is opened anew"),
-        (signal.SIGUSR2, "SIGUSR2: an upgrade takes worker processes (--workers 1); nothing was done"),
+        (signal.SIGUSR1, "SIGUSR1: no log file to reopen; a renamed access log is reopened without a signal"),
+        (signal.SIGUSR2, "SIGUSR2: an upgrade needs worker processes (--workers 1); nothing was done"),
     ):
-        if signal.getsignal(number) is signal.SIG_DFL:  # otherwise the program has a use of its own for it
+        if signal.getsignal(number) is signal.SIG_DFL:  # otherwise the program uses it
             signal.signal(number, partial(_log_in_loop, line))
 
 
 def _log_in_loop(line: str, _number: int, _frame: Any) -> None:
-    # A signal handler runs between any two bytecodes, also of a log handler.
+    # A signal handler runs between any two bytecodes, even inside a log handler.
     gevent.get_hub().loop.run_callback(log.warning, line)
 
 
 def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None, settings: str | None = None) -> None:
-    """From now on SIGHUP reads again what a single process can: the handler's files, and certificates; but not the
-    file with the settings."""
+    """On SIGHUP, reload what a single process can: the handler's files, and certificates; but not the settings file."""
 
     def read_again() -> None:
         try:
@@ -259,18 +258,18 @@ def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None,
             log.exception("SIGHUP: nothing has changed")
         else:
             if settings is not None:
-                log.warning("SIGHUP: to read %s again takes worker processes (--workers 1)", settings)
+                log.warning("SIGHUP: reloading %s needs worker processes (--workers 1)", settings)
             if load is not None or server.tls is not None:
-                log.info("SIGHUP: files were read again")
+                log.info("SIGHUP: files reloaded")
             else:
-                log.warning("SIGHUP: to read the program again takes worker processes (--workers 1); nothing was done")
+                log.warning("SIGHUP: reloading the program needs worker processes (--workers 1); nothing was done")
 
     loop = gevent.get_hub().loop
     signal.signal(signal.SIGHUP, lambda _number, _frame: loop.run_callback(gevent.spawn, read_again))
 
 
 def prepare(context: click.Context) -> None:
-    """What a process does to itself before it serves alone."""
+    """Prepare this process for serving on its own."""
     configure_logging(context.params["log_level"], context.params["log_format"])
     unblock_signals()
     raise_descriptor_limit()
@@ -279,22 +278,22 @@ def prepare(context: click.Context) -> None:
 
 
 def serve_until_stopped(context: click.Context, server: Server) -> None:
-    """Starts the server, logs where it listens, and logs the report when a signal or --max-accepts has stopped it.
+    """Start the server, log where it listens, and log the report when a signal or --max-accepts has stopped it.
 
     Raises:
-        RunError: the address cannot be had, the listening socket was lost, or a step of the stop failed.
-        ConfigError: the address is none this system can listen on.
+        RunError: the address is not available, the listening socket was lost, or a step of the stop failed.
+        ConfigError: this system cannot listen on the address.
     """
     monitor = make_monitor(context, server)
     try:
-        # First: a server that has begun to serve would lose its clients where this fails.
+        # First: if this fails later, a server that already serves would lose its clients.
         if monitor is not None:
             monitor.start()
         if context.params["freeze_gc"]:
-            freeze_garbage_collector()  # before, as it takes a while in which a signal would not be a graceful stop yet
+            freeze_garbage_collector()  # first: it takes a while in which a signal would not yet be a graceful stop
         server.start()
-        # They run when serve_forever waits, and a signal is then a graceful stop: whoever reads that we listen may
-        # send one at once.
+        # These run when serve_forever waits, and a signal is a graceful stop from then on: anyone who reads that we
+        # listen may send one at once.
         helpers = [gevent.spawn(log_listening, server)]
         if context.params["stats_interval"]:
             helpers.append(gevent.spawn(log_stats, server, context.params["stats_interval"]))

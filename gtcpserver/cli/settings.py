@@ -1,8 +1,8 @@
 """Settings from a file and from the environment: every option of a command, by the rules of docs/settings.md.
 
-The command line goes before the environment, that before the file, and the file before the defaults. click does the
-work: each option has its variable (`envvar`), and what the file says is the command's `default_map`. What is here
-reads the file, tells all mistakes in it, and knows where a value has come from.
+The command line takes precedence over the environment, the environment over the file, and the file over the defaults.
+click does the work: each option has its variable (`envvar`), and the contents of the file become the command's
+`default_map`. This module reads the file, reports all mistakes in it, and knows where each value comes from.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 PREFIX = "GTCPSERVER_"
 
-#: Not of an option: what a master tells the next one at an upgrade.
+#: Not an option: what a master passes to its successor in an upgrade.
 OTHER_VARIABLES = frozenset({"GTCPSERVER_HANDOVER"})
 
-#: So many mistakes are told; whoever has more has taken another file.
+#: Report at most this many mistakes; a file with more of them is some other file.
 MOST_MISTAKES = 50
 
-# Where an option stands in the file: what is a field of an object in Python is a key of the table that has the name
-# of Server's argument.
+# The table of an option in the file: a field of an object in Python is a key of the table that is named like Server's
+# argument.
 TABLES: dict[str, tuple[str, str]] = (
     {name: ("listen", name) for name, _, _ in LISTEN_OPTIONS}
     | {f"tls_{name}": ("tls", name) for name, _, _ in TLS_OPTIONS}
@@ -60,13 +60,13 @@ SECRET = frozenset({"tls_password"})
 
 @dataclass
 class Settings:
-    """What a command was given beside its command line.
+    """The sources of a command's settings besides its command line.
 
     Attributes:
-        arguments: its command line.
-        path: of the file; None for none.
-        lines: where the file's keys are.
-        at_start: the values at the start, by the names of the parameters.
+        arguments: the command line.
+        path: path of the file; None for none.
+        lines: line numbers of the file's keys.
+        at_start: the values at the start, by parameter name.
     """
 
     arguments: list[str]
@@ -76,7 +76,7 @@ class Settings:
 
 
 class _Telling(click.Command):
-    """Tells a mistake in a value by where the value is from."""
+    """Report a mistake in a value with the source of the value."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         context.obj = settings = Settings(list(args))
@@ -99,7 +99,7 @@ class _Telling(click.Command):
 
 
 class SettingsCommand(_Telling):
-    """A command whose options are settings, too. It must have :func:`config_option`."""
+    """A command whose options are also settings. It must have :func:`config_option`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,44 +107,44 @@ class SettingsCommand(_Telling):
 
 
 class SettingsGroup(_Telling, click.Group):
-    """The same for a command with subcommands, which has a file of another kind. It says itself what it obeys."""
+    """The same for a command with subcommands, whose file is of another kind. It decides which variables it obeys."""
 
 
 def config_option(command: Any) -> Any:
-    """Adds --config to a command of the class :class:`SettingsCommand`."""
+    """Add --config to a command of the class :class:`SettingsCommand`."""
     return click.option(
         "--config",
         metavar="FILE",
         type=click.Path(),
-        is_eager=True,  # before the others, which it gives their defaults
+        is_eager=True,  # before the other options, whose defaults it sets
         expose_value=False,
         callback=_read_into,
-        help="TOML file with any of these options, see docs/settings.md. Each is obeyed in the environment, too: "
+        help="TOML file with any of these options, see docs/settings.md. Each may also be set in the environment: "
         f"{PREFIX}POOL is --pool.",
     )(command)
 
 
 def obey_environment(command: click.Command, but: Collection[str] = ()) -> None:
-    """Gives each option, but for some, the environment variable of its name."""
+    """Give each option except those in `but` the environment variable of its name."""
     for parameter in command.params:
         if parameter.name not in but and parameter.name != "help":
             parameter.envvar = variable_of(parameter)
 
 
 def variable_of(parameter: click.Parameter) -> str:
-    """ "GTCPSERVER_STOP_TIMEOUT" for --stop-timeout."""
+    """Return "GTCPSERVER_STOP_TIMEOUT" for --stop-timeout."""
     name = parameter.opts[0].lstrip("-") if isinstance(parameter, click.Option) else str(parameter.name)
     return PREFIX + name.replace("-", "_").upper()
 
 
 def key_of(parameter: click.Parameter) -> str:
-    """The option's name in the file: "stop_timeout", "listen.backlog"."""
+    """Return the option's name in the file: "stop_timeout", "listen.backlog"."""
     table, key = TABLES.get(str(parameter.name), ("", str(parameter.name)))
     return f"{table}.{key}" if table else key
 
 
 def settings_of(command: click.Command) -> list[click.Parameter]:
-    """The parameters of a command that are settings."""
+    """Return the parameters of a command that are settings."""
     return [parameter for parameter in command.params if parameter.envvar and parameter.name != "config"]
 
 
@@ -183,7 +183,7 @@ class _Reader:
         self._tables = {key.partition(".")[0] for key in self._known if "." in key}
 
     def read(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by the names of their parameters, as the options take them."""
+        """Return the values by parameter name, in the form that the options take."""
         values: dict[str, Any] = {}
         for key, value in self._entries(data):
             parameter = self._known.get(key)
@@ -226,13 +226,13 @@ class _Reader:
 
 
 def place_of(settings: Settings, key: str) -> str:
-    """ "app.toml line 3"."""
+    """Return, for example, "app.toml line 3"."""
     line = settings.lines.of(key) if settings.lines is not None else None
     return f"{settings.path}" if line is None else f"{settings.path} line {line}"
 
 
 def _checked(parameter: click.Parameter, value: Any) -> Any:
-    """A value of the file as the option takes it. Raises ValueError: it is of another type, or cannot be."""
+    """Return a value of the file in the form that the option takes. Raise ValueError for a wrong type or value."""
     if isinstance(parameter.type, ServerNameType) and isinstance(value, dict):
         value = [f"{name}={_pair(name, files)}" for name, files in value.items()]
     elif isinstance(parameter.type, ServerNameType):
@@ -292,12 +292,12 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-# -- where a value is from ---------------------------------------------------------------------------------------------
+# -- where a value comes from ------------------------------------------------------------------------------------------
 
 
 def source_of(context: click.Context, parameter: click.Parameter) -> dict[str, Any]:
-    """Where its value is from: {"source": "command line"}, {"source": "environment", "name": ...}, {"source": "file",
-    "path": ..., "line": ...} or {"source": "default"}."""
+    """Return where the value comes from: {"source": "command line"}, {"source": "environment", "name": ...},
+    {"source": "file", "path": ..., "line": ...} or {"source": "default"}."""
     source = context.get_parameter_source(str(parameter.name))
     if source is ParameterSource.COMMANDLINE:
         return {"source": "command line"}
@@ -311,7 +311,7 @@ def source_of(context: click.Context, parameter: click.Parameter) -> dict[str, A
 
 
 def label_of(context: click.Context, name: str) -> str:
-    """What a message about a parameter's value calls it: by where the value is from."""
+    """Return what a message about a parameter's value calls it, according to its source."""
     parameter = next(parameter for parameter in context.command.params if parameter.name == name)
     source = source_of(context, parameter)["source"]
     if source == "environment":
@@ -322,8 +322,8 @@ def label_of(context: click.Context, name: str) -> str:
 
 
 def told(context: click.Context, message: str) -> str:
-    """A message that names an option first, "--pool: must be ...", with where the value is from: "GTCPSERVER_POOL:
-    must be ..."."""
+    """Replace the option at the start of a message, "--pool: must be ...", by the source of the value:
+    "GTCPSERVER_POOL: must be ..."."""
     match = re.match(r"(--[\w-]+|[A-Z]+(?::[A-Z]+)?): ", message)
     if match is None:
         return message
@@ -337,12 +337,12 @@ def told(context: click.Context, message: str) -> str:
 
 
 def warn_at_start(context: click.Context, message: str) -> None:
-    """Have a line logged when the process that was started has set up its log."""
+    """Have a line logged once this process has set up its log."""
     context.meta.setdefault(_WARNINGS, []).append(message)
 
 
 def warnings_at_start(context: click.Context) -> list[str]:
-    """The lines to log: those of `warn_at_start`, and the mistakes in the environment."""
+    """Return the lines to log: those of `warn_at_start`, and the mistakes in the environment."""
     return [*context.meta.get(_WARNINGS, ()), *unknown_variables(context.command)]
 
 
@@ -350,16 +350,16 @@ _WARNINGS = f"{__name__}.warnings"
 
 
 def unknown_variables(command: click.Command) -> list[str]:
-    """A line for each variable of the environment that looks like a setting and is none."""
+    """Return a line for each environment variable that looks like a setting but is not one."""
     known = {str(parameter.envvar) for parameter in command.params if parameter.envvar}
     given = {name for name in os.environ if name.startswith(PREFIX)} - OTHER_VARIABLES - known
     if not given:
         return []
     for name in COMMANDS:
-        # Another command's is no mistake: containers give all of theirs the same environment.
+        # Another command's variable is no mistake: containers give all their processes the same environment.
         try:
             known |= {str(parameter.envvar) for parameter in load_command(name).params if parameter.envvar}
-        except RunError:  # its libraries are missing
+        except RunError:  # its libraries are not installed
             continue
     lines = []
     for name in sorted(given - known):
@@ -370,7 +370,7 @@ def unknown_variables(command: click.Command) -> list[str]:
 
 # -- a reload ----------------------------------------------------------------------------------------------------------
 
-#: What a worker cannot change: it is the master's, or was done before there was a server.
+#: What a worker cannot change: settings of the master, or of steps that precede the server.
 FIXED = frozenset(
     {"bind", "stop_timeout", "freeze_gc", "log_level", "log_format", "monkey_patch"}
     | {name for name, _, _ in LISTEN_OPTIONS}
@@ -378,29 +378,29 @@ FIXED = frozenset(
 
 
 def file_of(context: click.Context) -> str | None:
-    """The file with the settings, which a reload reads again."""
+    """Return the path of the settings file, which a reload reads again."""
     return context.obj.path if isinstance(context.obj, Settings) else None
 
 
 def made_anew(context: click.Context, make: Callable[[], Any]) -> Callable[[], Any]:
-    """What gives the handler that `make` makes of the settings: made now, so that mistakes are told at once, and anew
-    in each worker that reads the settings again."""
+    """Return a function that returns the handler made by `make`: the first one is made now, to report mistakes at once;
+    each worker that reads the settings again makes a new one."""
     first = make()
     return make if file_of(context) is not None else lambda: first
 
 
 def read_again(context: click.Context, fixed: Collection[str]) -> list[str]:
-    """Reads the file again, in a new worker process.
+    """Read the file again, in a new worker process.
 
     Args:
         context: gets the new values and their sources.
         fixed: parameters that keep their values.
 
     Returns:
-        the names in the file of those parameters that have changed there all the same.
+        the names in the file of those fixed parameters that have changed there.
 
     Raises:
-        ConfigError, click.ClickException: mistakes, all of them.
+        ConfigError, click.ClickException: all mistakes in the file.
     """
     settings: Settings = context.obj
     new = context.command.make_context(context.info_name, list(settings.arguments), parent=context.parent)

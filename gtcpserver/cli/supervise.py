@@ -1,4 +1,4 @@
-"""serve and echo with --workers: a master and its worker processes, from the command line to the last report."""
+"""serve and echo with --workers: a master and its worker processes, from the command line to the stop report."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ log = logging.getLogger("gtcpserver")
 
 SELF_SIGNED = "gtcpserver.self_signed"
 
-#: By the beginning of what the master says of a file.
+#: Options by the beginning of the master's messages about their files.
 OPTION_OF = {"PID file ": "--pid-file: ", "log file ": "--log-file: ", "control socket ": "--control: "}
 
 
 class StartError(RunError):
-    """No worker could be started: its error, and its exit status."""
+    """No worker could be started; has its error, and its exit status."""
 
     def __init__(self, error: WorkersCannotStart) -> None:
         wrong_call = error.status == 2
@@ -70,15 +70,15 @@ def supervise(
     listen_fds: int,
     files: Callable[[], NamedFiles] = NamedFiles,
 ) -> None:
-    """Serves with worker processes until told to stop.
+    """Serve with worker processes until told to stop.
 
     Args:
-        load: gives the handler; it is called in each worker, so that a reload finds new code.
-        listen_fds: how many of the addresses came from systemd.
-        files: names the files that `load` needs, besides those of the options.
+        load: returns the handler; it is called in each worker, so that a reload finds new code.
+        listen_fds: number of addresses that came from systemd.
+        files: returns the names of the files that `load` needs, besides those in the options.
 
     Raises:
-        RunError: with exit status 3 (2 for a wrong call) where no worker could be started, otherwise 1.
+        RunError: with exit status 3 (2 for a usage error) if no worker could be started, otherwise 1.
     """
     raise_descriptor_limit()
     style = LogStyle(context.params["log_level"], context.params["log_format"])
@@ -120,7 +120,7 @@ def supervise(
         if context.params["stats_interval"]:
             gevent.spawn(log_stats, server, context.params["stats_interval"])
         if context.params["block_detector"]:
-            # When the loop runs: to import the program and start takes its time.
+            # Only when the loop runs: importing the program and starting take a while.
             gevent.spawn(BlockDetector(context.params["block_detector"]).start)
         return server, hooks
 
@@ -144,19 +144,19 @@ def supervise(
 
 
 def read_settings_again(context: click.Context) -> None:
-    """Reads the settings' file in a new worker, so that a reload obeys what has changed; and says what cannot."""
+    """Read the settings file again in a new worker, so that a reload applies changes; log those it cannot apply."""
     certificate = {} if context.params["tls_self_signed"] else {**context.meta.get(SELF_SIGNED, {})}
     changed = read_again(context, FIXED | {name for name, _, _ in SUPERVISOR_OPTIONS})
     if certificate and context.params["tls_self_signed"]:
         _use_certificate(context, certificate)
     worker = current_worker()
     if worker is not None and worker.number != 0:
-        return  # one of them says it for all
+        return  # one of them reports it for all
     for key in changed:
         if key == "workers":
-            takes = "gtcpserver ctl scale, or a restart"  # an upgrade keeps the number that there is
+            takes = "gtcpserver ctl scale, or a restart"  # an upgrade keeps the current number
         else:
-            # What an upgrade takes over is a socket as it is.
+            # An upgrade takes sockets over unchanged.
             takes = "a restart" if key.startswith("listen.") else "an upgrade (SIGUSR2) or a restart"
         log.warning("%s: %s changed: that takes %s", context.obj.path, key, takes)
 
@@ -173,14 +173,14 @@ def _files_to_append(context: click.Context) -> list[str]:
 
 
 def _only_root_has_named(context: click.Context, named: NamedFiles) -> bool:
-    """Whether no other user could have had a worker name a file of root's, through a file that says what to use."""
+    """Return whether no other user could have made a worker name a file of root's, through a file with settings."""
     for path in (file_of(context), context.params.get("config")):
         try:
             if path and (named.read or named.append):
                 check_content(path)
         except (OSError, UntrustedPath) as error:
             worker = current_worker()
-            if worker is None or worker.number == 0:  # one of them says it for all
+            if worker is None or worker.number == 0:  # one of them reports it for all
                 log.warning("files that only root may open are not lent to workers: %s", error)
             return False
     return True
@@ -210,7 +210,7 @@ def _make_one_certificate(context: click.Context) -> None:
     context.meta[SELF_SIGNED] = {"tls_certfile": made.certfile, "tls_keyfile": made.keyfile}
     _use_certificate(context, context.meta[SELF_SIGNED])
     click.echo(
-        "gtcpserver: a self-signed certificate for localhost was made, which clients cannot trust; only for trying",
+        "gtcpserver: a self-signed certificate for localhost was made; clients cannot trust it, use it only for testing",
         err=True,
     )
 
@@ -223,5 +223,5 @@ def _use_certificate(context: click.Context, certificate: Mapping[str, Any]) -> 
 
 
 def bound_by_systemd(fds: list[int]) -> tuple[Address, ...]:
-    """The addresses of descriptors that systemd has opened."""
+    """Return the addresses of the descriptors that systemd has opened."""
     return tuple(Address("fd", fd=fd) for fd in fds)

@@ -391,8 +391,8 @@ def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Runnin
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], f"missing command; there are {', '.join(COMMANDS)}"),
-        (["sevre"], "no command 'sevre'; there are"),
+        ([], f"missing command; choose from {', '.join(COMMANDS)}"),
+        (["sevre"], "no command 'sevre'; choose from"),
         (["serve"], "missing MODULE:HANDLER"),
         (["echo", "--bimd", "x"], "no such option '--bimd'"),
         (["echo", "--bind"], "option '--bind' requires an argument"),
@@ -529,13 +529,13 @@ def test_sighup_reads_certificates_again_and_says_what_it_cannot_do(
 ) -> None:
     server = start("echo", "--bind", "127.0.0.1:0")
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("SIGHUP: to read the program again takes worker processes")
+    server.wait_for("SIGHUP: reloading the program needs worker processes")
     authority = trustme.CA()
     own = authority.issue_cert("localhost")
     own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
     server = start("echo", "--bind", "127.0.0.1:0", "--tls-cert", str(tmp_path / "cert.pem"))
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("SIGHUP: files were read again")
+    server.wait_for("SIGHUP: files reloaded")
     (tmp_path / "cert.pem").write_text("broken")
     server.process.send_signal(signal.SIGHUP)
     server.wait_for("SIGHUP: nothing has changed: ")

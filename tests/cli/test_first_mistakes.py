@@ -52,10 +52,10 @@ def complaint(folder: Path, *arguments: str, status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("at", "name", "hint"),
     [
-        ("", "pkg/app.py:handle", 'give "pkg.app:..."'),
-        ("pkg", "app.py:handle", 'give "pkg.app:...", in the folder {folder}'),
-        ("pkg", "app:handle", 'give "pkg.app:...", in the folder {folder}'),
-        ("", "pkg/inner/app.py:handle", 'give "pkg.inner.app:..."'),
+        ("", "pkg/app.py:handle", 'use "pkg.app:..."'),
+        ("pkg", "app.py:handle", 'use "pkg.app:...", in the folder {folder}'),
+        ("pkg", "app:handle", 'use "pkg.app:...", in the folder {folder}'),
+        ("", "pkg/inner/app.py:handle", 'use "pkg.inner.app:..."'),
     ],
 )
 def test_a_part_of_a_package_is_told_its_name(folder: Path, at: str, name: str, hint: str) -> None:
@@ -181,9 +181,9 @@ def test_a_single_process_is_not_ended_by_the_signals_of_a_master(folder: Path) 
     try:
         wait_until(lambda: b"listening on" in (folder / "log").read_bytes())
         process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: b"SIGUSR1: there is no log file" in (folder / "log").read_bytes())
+        wait_until(lambda: b"SIGUSR1: no log file" in (folder / "log").read_bytes())
         process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: b"SIGUSR2: an upgrade takes worker processes" in (folder / "log").read_bytes())
+        wait_until(lambda: b"SIGUSR2: an upgrade needs worker processes" in (folder / "log").read_bytes())
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(SOON)
             client.connect(os.path.relpath(folder / "socket"))

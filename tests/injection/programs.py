@@ -184,7 +184,7 @@ def make_subjects(folder: Path, origin: Origin) -> dict[str, Subject]:
             "TLS",
             (*echo, "--tls-cert", certificate, "--tls-key", key),
             {"small": _with(clients.tls_small, tls), "big": _with(clients.tls_big, tls)},
-            "files were read again",
+            "files reloaded",
             answers_pieces=True,
         ),
         Subject(

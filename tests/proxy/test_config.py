@@ -240,7 +240,7 @@ def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path, wor
             return data[3]
 
     command = [*COMMAND, "--config", str(path), *(["--workers", "1"] if workers else [])]
-    failed, done = ("reload . failed", "reload . is done") if workers else ("nothing has changed", "were read again")
+    failed, done = ("reload . failed", "reload . is done") if workers else ("nothing has changed", "files reloaded")
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
 
