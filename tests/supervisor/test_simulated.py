@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from simulated import Fate, SimulatedMaster, SimulatedSystem
 
 from gtcpserver.supervisor.fleet import HALT_SECONDS, LONGEST_BACK_OFF
 from gtcpserver.supervisor.slots import WorkerState
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS
+from kit.simulated import Fate, SimulatedMaster, SimulatedSystem
 
 Start = Callable[..., SimulatedMaster]
 
