@@ -46,7 +46,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
     ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT|coroutines\.T)"),  # type variables
-    ("py:class", r"gtcpserver\.(listener|stream|tls\.contexts|supervisor\.fleet|supervisor\.lending)\.\w+"),
+    ("py:class", r"gtcpserver\.(listening\.listener|connection\.stream|tls\.contexts|supervisor\.(fleet|lending|system))\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(gate|limits|record|rules|target|this_host)\.\w+"),
 ]
 

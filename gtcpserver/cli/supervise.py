@@ -210,7 +210,7 @@ def _make_one_certificate(context: click.Context) -> None:
     context.meta[SELF_SIGNED] = {"tls_certfile": made.certfile, "tls_keyfile": made.keyfile}
     _use_certificate(context, context.meta[SELF_SIGNED])
     click.echo(
-        "gtcpserver: a self-signed certificate for localhost was made; clients cannot trust it, use it only for testing",
+        "gtcpserver: made a self-signed certificate for localhost; clients cannot trust it: use it only for testing",
         err=True,
     )
 
