@@ -114,8 +114,9 @@ class Fleet:
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
         self.care = Care(self)
-        #: Whether another child of the master was just forked, which has all sockets for a moment.
-        self.another_starts: Callable[[], bool] = lambda: False
+        #: Whether another child of the master has the sockets of all slots: one that was just forked, for a moment, and
+        #: a new master that was given up, until it ends.
+        self.others_have_sockets: Callable[[], bool] = lambda: False
 
     def active(self) -> list[Slot]:
         """The slots that are to stay."""
@@ -522,9 +523,9 @@ class Fleet:
                     self.let_go(slot, worker, "stop")
 
     def _close_empty_slots(self) -> None:
-        # A worker that has just been forked holds the sockets of all slots for a moment; the kernel takes a member out
-        # of its group when the last of them is closed.
-        if self.another_starts() or any(worker.state is WorkerState.STARTING for worker in self.workers.values()):
+        # A worker that has just been forked holds the sockets of all slots for a moment, also if it was told to leave
+        # meanwhile; the kernel takes a member out of its group when the last of them is closed.
+        if self.others_have_sockets() or not all(worker.ready_at for worker in self.workers.values()):
             return
         for slot in [slot for slot in self.slots.values() if slot.closing and not slot.workers()]:
             lost = self.sockets.remove_slot(slot.number)

@@ -179,6 +179,7 @@ class Master:
         self.addresses = sockets.addresses
         self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots, self.system)
         self.fleet.replaces = handover is not None
+        self.fleet.others_have_sockets = self._others_have_sockets
         try:
             self._open_monitor()
         except BaseException:
@@ -260,7 +261,9 @@ class Master:
                 close_descriptor(one.fd)
             return
         self._monitor = MonitorProcess(self, self.config.metrics, inherited)
-        self.fleet.another_starts = lambda: self._monitor is not None and self._monitor.starting
+
+    def _others_have_sockets(self) -> bool:
+        return not self._upgrade.gone() or (self._monitor is not None and self._monitor.starting)
 
     def _close_in_worker(self) -> None:
         self._close_in_child()

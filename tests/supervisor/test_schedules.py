@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
 from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, LONGEST_BACK_OFF, Fleet
-from gtcpserver.supervisor.master import MasterState, WorkersCannotStart
+from gtcpserver.supervisor.master import REAP_SECONDS, MasterState, WorkersCannotStart
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
 from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS, UPGRADE_SECONDS
@@ -43,6 +43,7 @@ PHASES = (Phase.generate,) if "GTCPSERVER_NO_SHRINK" in os.environ else (Phase.g
 
 WORKER_TIMEOUT = 2.0
 GRACEFUL_TIMEOUT = 3.0
+NOTICED = REAP_SECONDS + 1.5  # seconds until the master knows that a process has ended, without a signal too
 LINGERS = 2.5  # seconds that SIGKILL takes at most
 
 #: Seconds until a process that is to end has ended, whatever it does.
@@ -317,8 +318,13 @@ class Schedules(RuleBasedStateMachine):
         others = self.system.open_fds() - ends
         assert len(ends) == len(fleet.workers)
         assert -1 not in ends
-        assert others <= {process.end.peer.fileno() for process in self.system.running() if process.job is None}
+        masters = [one for one in self.system.processes.values() if one.job is None and not self.is_over(one)]
+        assert others <= {process.end.peer.fileno() for process in masters}
         assert len(others) <= 1
+
+    def is_over(self, process: Process) -> bool:
+        """Whether it has ended so long ago that the master must know."""
+        return not process.running and self.system.now - process.ended_at > NOTICED
 
     @invariant()
     def no_slot_has_two_workers_but_while_one_is_replaced(self) -> None:
@@ -355,7 +361,7 @@ class Schedules(RuleBasedStateMachine):
     def every_end_is_noticed(self) -> None:
         if self.outcome is None:
             for process in self.system.zombies():
-                assert self.system.now - process.ended_at < 2.5, f"nobody has waited for process {process.pid}"
+                assert not self.is_over(process), f"nobody has waited for process {process.pid}"
 
     @invariant()
     def no_worker_that_obeys_is_killed(self) -> None:

@@ -27,14 +27,15 @@ def system() -> Iterator[SimulatedSystem]:
 
 
 @pytest.fixture
-def start(system: SimulatedSystem) -> Start:
+def start(system: SimulatedSystem, caplog: pytest.LogCaptureFixture) -> Iterator[Start]:
     def begin(*fates: Fate, **options: Any) -> SimulatedMaster:
         system.fates += fates
         one = SimulatedMaster(system, **{"workers": 1, **options})
         one.run(2.0)
         return one
 
-    return begin
+    yield begin
+    assert not any("the master failed at something" in record.getMessage() for record in caplog.get_records("call"))
 
 
 # -- starts that fail --------------------------------------------------------------------------------------------------
@@ -119,6 +120,26 @@ def test_who_asked_for_more_workers_is_told_that_there_is_no_socket_for_them(
     assert master.fleet.target == 1
 
 
+def test_a_slot_is_not_closed_while_a_worker_that_was_told_to_leave_at_once_starts(
+    system: SimulatedSystem, start: Start
+) -> None:
+    # It was forked with the sockets of all slots, and may not have closed them yet.
+    master = start(FOR_EVER, FOR_EVER, workers=2)
+    system.fates.append(Fate(ready_after=8.0))
+    for count in (1, 2, 1):
+        master.master.scale(count)
+        master.run(0.3)
+    first, second, third = system.processes.values()
+    second.leave()
+    master.run(1.0)
+    assert not second.running
+    assert third.orders
+    assert master.fleet.slots.keys() == {0, 1, 2}
+    master.run(10.0)
+    assert master.fleet.slots.keys() == {0}
+    assert first.accepts
+
+
 # -- upgrades ----------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +167,19 @@ def test_a_stop_waits_for_a_new_master_that_was_given_up(system: SimulatedSystem
     master.run(10.0)
     assert master.outcome is not None
     assert system.running() == []
+
+
+def test_a_slot_is_not_closed_as_long_as_a_new_master_that_was_given_up_has_its_socket(
+    system: SimulatedSystem, start: Start
+) -> None:
+    # The kernel would count it, and give it connections.
+    master = start(workers=2)
+    system.fates.append(Fate(ready_after=None, closes_after=0.5, obeys=False))
+    master.signal(signal.SIGUSR2, 1.0)
+    master.signal(signal.SIGTTOU, FAILED_SECONDS - 5)
+    assert system.sockets[0].slots == {0, 1}
+    master.run(10.0)
+    assert system.sockets[0].slots == {0}
 
 
 def test_a_halt_gives_a_new_master_no_longer_than_workers(system: SimulatedSystem, start: Start) -> None:
