@@ -36,7 +36,7 @@ from gevent.threadpool import _WorkerGreenlet
 
 from gtcpserver.callables import name_of
 from gtcpserver.diagnostics.frames import calls_of_program, frames_of_threads
-from gtcpserver.pool.pool import HANDLER_ORIGIN, origins
+from gtcpserver.pool.greenlets import HANDLER_ORIGIN, origins
 
 log = logging.getLogger("gtcpserver")
 

@@ -45,7 +45,8 @@ from gtcpserver.listening.listener import (
     steer,
 )
 from gtcpserver.plural import counted
-from gtcpserver.pool.pool import DEFAULT_SIZE, HandlerPool, check_size
+from gtcpserver.pool.places import check_size
+from gtcpserver.pool.pool import DEFAULT_SIZE, HandlerPool
 from gtcpserver.process.event_loop import check_event_loop
 from gtcpserver.process.forked import end_process, keep, register, runs_handler
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
@@ -1080,7 +1081,7 @@ class Server:
             steps.do("end the watchdog", self._watchdog.close)
             if self.tls is not None:
                 steps.do("end the watch of certificates", self.tls.stop_watching)
-            steps.do("end workers", self.pool.retire_waiting_workers)
+            steps.do("end workers", self.pool.retire_waiting)
             self._tell_handler()
             self.state = State.STOPPED
             seen = self._handled() - ended_before

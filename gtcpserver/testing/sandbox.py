@@ -30,7 +30,7 @@ from greenlet import getcurrent, greenlet
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import fault_key
-from gtcpserver.pool.pool import Worker
+from gtcpserver.pool.greenlets import HandlerGreenlet
 from gtcpserver.process.forked import own_fork
 from gtcpserver.server.server import Server
 from gtcpserver.server.stopping import describe, peer
@@ -355,4 +355,4 @@ class _Child:
 def _is_running(thing: Any) -> bool:
     if not isinstance(thing, greenlet) or thing.dead or isinstance(thing, Hub):
         return False
-    return not isinstance(thing, Worker) or thing._working
+    return not isinstance(thing, HandlerGreenlet) or thing.working

@@ -15,7 +15,7 @@ from greenlet import getcurrent
 
 import gtcpserver
 from gtcpserver import Connection, HandlerPool, StreamServer
-from gtcpserver.pool.pool import Worker
+from gtcpserver.pool.greenlets import HandlerGreenlet
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -118,7 +118,7 @@ def test_the_handler_gets_our_connection_and_the_address(serve, connect):
     client = connect(serve(handle))
     assert client.recv(10) == b"bye"
     assert client.recv(10) == b""  # closed when the handler has returned
-    assert seen == [(Connection, client.getsockname(), Worker)]
+    assert seen == [(Connection, client.getsockname(), HandlerGreenlet)]
 
 
 def test_greenlets_are_used_again(serve, connect):

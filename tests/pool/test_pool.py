@@ -20,6 +20,7 @@ from greenlet import getcurrent
 
 from gtcpserver import HandlerPool
 from gtcpserver.pool import pool as pool_module
+from gtcpserver.pool.places import Places
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -82,7 +83,7 @@ def test_run_makes_as_many_greenlets_as_run_at_once(pool):
 
 
 def test_workers_without_work_retire(monkeypatch):
-    monkeypatch.setattr(pool_module, "IDLE_WORKER_SECONDS", 0.02)
+    monkeypatch.setattr(pool_module, "IDLE_GREENLET_SECONDS", 0.02)
     pool = HandlerPool()
     gate = gevent.event.Event()
     workers = []
@@ -95,8 +96,8 @@ def test_workers_without_work_retire(monkeypatch):
         run(pool, handler)
     gate.set()
     pool.join(SOON)
-    assert len(pool._waiting_workers) == 5
-    wait_until(lambda: not pool._waiting_workers and pool._retire_timer is None)
+    assert len(pool._waiting) == 5
+    wait_until(lambda: not pool._waiting and pool._retire_timer is None)
     wait_until(lambda: gc.collect() >= 0 and not any(worker() for worker in workers))
     assert result_of(pool, lambda: "works") == "works"
 
@@ -106,9 +107,9 @@ def test_a_worker_that_is_needed_now_and_then_does_not_retire():
     for _ in range(5):
         assert result_of(pool, lambda: "works") == "works"
         pool._retire_unused()  # as the timer does
-        assert len(pool._waiting_workers) == 1
+        assert len(pool._waiting) == 1
     pool._retire_unused()
-    assert pool._waiting_workers == []
+    assert pool._waiting == []
 
 
 def test_idle_workers_keep_no_program_alive():
@@ -216,7 +217,7 @@ def test_a_timeout_never_cancelled_does_not_hit_the_next(pool):
 def test_a_timeout_never_cancelled_of_a_worker_that_waits_is_harmless(pool):
     assert result_of(pool, lambda: gevent.Timeout.start_new(0.01) and "started") == "started"
     gevent.sleep(0.03)
-    assert pool._waiting_workers == []
+    assert pool._waiting == []
     assert result_of(pool, lambda: "works") == "works"
 
 
@@ -527,7 +528,7 @@ def test_resize_up_wakes_those_that_wait(size):
 
 
 def test_places_are_given_in_the_order_asked():
-    places = pool_module.Places(1)
+    places = Places(1)
     assert places.acquire()
     order = []
 
@@ -549,7 +550,7 @@ def test_places_are_given_in_the_order_asked():
 
 
 def test_a_place_that_became_free_is_not_taken_from_the_one_that_waits_for_it():
-    places = pool_module.Places(1)
+    places = Places(1)
     places.acquire()
     order = []
 
@@ -572,7 +573,7 @@ def test_no_place_is_lost_when_those_that_wait_are_killed_or_give_up(seed):
     import random
 
     choose = random.Random(seed)
-    places = pool_module.Places(2)
+    places = Places(2)
     most, running = [0], [0]
 
     def work():
@@ -601,7 +602,7 @@ def test_no_place_is_lost_when_those_that_wait_are_killed_or_give_up(seed):
 
 
 def test_a_killed_waiter_does_not_take_the_place_with_it():
-    places = pool_module.Places(1)
+    places = Places(1)
     places.acquire()
     first, second = gevent.spawn(places.acquire), gevent.spawn(places.acquire)
     gevent.sleep(0)
@@ -614,7 +615,7 @@ def test_a_killed_waiter_does_not_take_the_place_with_it():
 def test_a_link_that_fails_does_not_keep_others_from_their_place(monkeypatch):
     reported = []
     monkeypatch.setattr(get_hub(), "handle_error", lambda context, kind, value, where: reported.append(kind))
-    places = pool_module.Places(1)
+    places = Places(1)
     places.acquire()
     places.rawlink(lambda who: 1 / 0)
     waiting = gevent.spawn(places.acquire)
@@ -682,7 +683,7 @@ def test_pools_of_several_threads_are_apart(in_thread):
         seen = []
         get_hub().loop.run_callback(pool.run, lambda: seen.append(threading.get_ident()))
         gevent.sleep(0.01)
-        pool.retire_waiting_workers()
+        pool.retire_waiting()
         gevent.sleep(0)
         return seen
 

@@ -260,7 +260,16 @@ def test_ten_thousand_connections_leave_nothing_behind(serve, python, in_thread)
     def objects():
         gc.collect()
         names = Counter(type(thing).__name__ for thing in gc.get_objects())
-        interesting = ("Connection", "Stream", "Worker", "Greenlet", "PlacelessIdle", "io", "timer", "callback")
+        interesting = (
+            "Connection",
+            "Stream",
+            "HandlerGreenlet",
+            "Greenlet",
+            "PlacelessIdle",
+            "io",
+            "timer",
+            "callback",
+        )
         return {name: names[name] for name in interesting}
 
     def resident():

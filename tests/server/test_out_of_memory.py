@@ -8,6 +8,7 @@ import pytest
 from gtcpserver import ClientLimits, ProxyProtocol
 from gtcpserver.admission import steps as lane_module
 from gtcpserver.pool import HandlerPool
+from gtcpserver.pool import places as places_module
 from gtcpserver.pool import pool as pool_module
 from gtcpserver.testing.certificates import certificates
 from kit.waiting import wait_until
@@ -43,7 +44,7 @@ def failing_workers(monkeypatch):
     def fail(method, at):
         calls = [0]
 
-        class Failing(pool_module.Worker):
+        class Failing(pool_module.HandlerGreenlet):
             def __init__(self, pool):
                 note("__init__")
                 super().__init__(pool)
@@ -58,7 +59,7 @@ def failing_workers(monkeypatch):
                 if calls[0] == at:
                     raise MemoryError
 
-        monkeypatch.setattr(pool_module, "Worker", Failing)
+        monkeypatch.setattr(pool_module, "HandlerGreenlet", Failing)
 
     return fail
 
@@ -91,7 +92,7 @@ def test_a_worker_that_dies_after_its_function_keeps_no_place(monkeypatch):
     """The error was MemoryError, and there is none to print it either; then the worker cannot wait for more."""
     pool = HandlerPool(1)
     monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *_: (_ for _ in ()).throw(MemoryError))
-    monkeypatch.setattr(pool, "_wait_for_work", lambda worker: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(pool, "wait_for_work", lambda worker: (_ for _ in ()).throw(MemoryError))
     raised = []
 
     def fail():
@@ -110,13 +111,13 @@ def test_a_worker_that_dies_after_its_function_keeps_no_place(monkeypatch):
 
 
 def test_who_waits_for_a_place_is_told_although_the_first_telling_failed(monkeypatch):
-    places = pool_module.Places(1)
+    places = places_module.Places(1)
     places.taken = 1
     told = []
     places.rawlink(told.append)
     places.taken = 0
     with monkeypatch.context() as patched:
-        patched.setattr(pool_module, "get_hub", lambda: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(places_module, "get_hub", lambda: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             places.tell()
     places.tell()
@@ -187,7 +188,7 @@ def test_an_idle_connection_whose_wait_cannot_begin_keeps_its_place(serve, conne
 
     def handler(conn):
         with monkeypatch.context() as patched:
-            patched.setattr(pool_module.Places, "tell", lambda self: (_ for _ in ()).throw(MemoryError))
+            patched.setattr(places_module.Places, "tell", lambda self: (_ for _ in ()).throw(MemoryError))
             conn.server.pool.places.links.append(len)
             try:
                 with conn.idle():
@@ -355,7 +356,7 @@ LITTLE_MEMORY = """
     # So that arrays and dicts have their size, and small pieces are at hand.
     assert answers(connect(60)[:50]) == 50
     gevent.sleep(0.05)
-    server.pool.retire_waiting_workers()
+    server.pool.retire_waiting()
     gevent.sleep(0.05)
     ballast = [bytearray(4000) for _ in range(2000)]
     del ballast
