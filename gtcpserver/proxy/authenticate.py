@@ -1,9 +1,9 @@
-"""Authenticators: they tell whether a password is the user's, and let nobody find that out by trying.
+"""Authenticators: check passwords, and stop clients from guessing them.
 
-Whatever knows the answer (hashes, a command) is slow, so it is asked as little as possible: once for all connections
-that ask the same at the same time (a browser opens a hundred), not again for a minute after it has said yes, and not at
-all for an address that has been wrong too often. It is asked by a greenlet of its own, so that a client that leaves, or
-whose time is up, takes nobody else's answer with it.
+Whatever knows the answer (hashes, a command) is slow, so it is asked as rarely as possible: once for all connections
+that ask the same at the same time (a browser opens a hundred), not again for a minute after a success, and not at all
+for an address with too many failures. A separate greenlet asks, so that a client that leaves, or runs out of time, does
+not cancel the answer for others.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ log = logging.getLogger("gtcpserver")
 
 _Popen: Any = monkey.get_original("subprocess", "Popen")
 
-#: Seconds between two looks at an htpasswd file.
+#: Seconds between two checks of an htpasswd file.
 LOOK_EVERY = 1.0
 
-#: A file as young as this, in seconds, is read again at the next look: it may have been written again within the
-#: granularity of its time stamp (4 ms on ext4, 2 s on FAT), and then nothing else tells.
+#: A file younger than this, in seconds, is read again at the next check: it may have been written again within the
+#: granularity of its time stamp (4 ms on ext4, 2 s on FAT), which nothing else reveals.
 YOUNG = 2.0
 
 
-#: Seconds until somebody who waits for an answer looks whether anybody is there to give it.
+#: Seconds after which a connection that waits for an answer checks whether the asking greenlet is still alive.
 LONGEST_WITHOUT_A_LOOK = 1.0
 
 
 class _Question:
-    """A user and a password that somebody wants to know about, and those who wait for the answer.
+    """A user and a password being checked, and the connections that wait for the answer.
 
     Attributes:
-        clients: the addresses that ask, which are told apart only to delay each of them.
-        waiting: connections.
-        right: the answer; None: nobody knows.
-        delays: seconds that each address has to wait longer because it was wrong.
-        asker: the greenlet that finds out.
+        clients: the addresses that ask; they are told apart only to delay each of them.
+        waiting: number of waiting connections.
+        right: the answer; None: unknown.
+        delays: extra seconds that each address has to wait because the password was wrong.
+        asker: the greenlet that finds the answer.
     """
 
     asker: Any
@@ -80,13 +80,13 @@ class RememberingAuthenticator:
 
     Args:
         at_once: how many calls of `verify` run at the same time; the others wait.
-        remember: seconds for which a password that was right is believed without asking; 0: never.
+        remember: seconds for which a correct password is accepted without asking again; 0: never.
     """
 
     def __init__(self, *, at_once: int, remember: float = REMEMBER) -> None:
         self._slots = BoundedSemaphore(at_once)
         self._remember = remember
-        # What is kept of passwords is a digest that means nothing outside of this process.
+        # Only digests of passwords are kept, which mean nothing outside this process.
         self._key = secrets.token_bytes(32)
         self._right: OrderedDict[bytes, float] = OrderedDict()
         self._questions: dict[bytes, _Question] = {}
@@ -94,22 +94,22 @@ class RememberingAuthenticator:
         self._faults = FaultLimiter()
 
     def verify(self, user: bytes, password: bytes) -> bool | None:
-        """Whether this is the user's password; None: it cannot be found out, and nobody is to blame.
+        """Return whether this is the user's password; None: unknown, through no fault of the client.
 
-        May wait. Takes as long for users that do not exist as for others.
+        May wait. Must take as long for unknown users as for known ones.
         """
         raise NotImplementedError
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
-        """Whether a client may come in by this name and password. A wrong one is answered late."""
+        """Return whether the user name and password are correct. A wrong password is answered late."""
         if not self._failures.may_try(client):
             return False
-        # With the length of one of them: "ab" and "c" are not "a" and "bc".
+        # Includes the length of one of them: "ab" and "c" must differ from "a" and "bc".
         digest = hmac.digest(self._key, len(user).to_bytes(4, "big") + user + password, hashlib.sha256)
         if self._right.get(digest, 0.0) > time.monotonic():
             return True
         question = self._questions.get(digest)
-        if question is None or question.asker.dead:  # dead and still here: it had no memory to start
+        if question is None or question.asker.dead:  # dead but still listed: memory ran out when it started
             question = _Question()
             question.asker = gevent.spawn(self._ask, digest, question, user, password)
             self._questions[digest] = question
@@ -128,8 +128,8 @@ class RememberingAuthenticator:
     def _ask(self, digest: bytes, question: _Question, user: bytes, password: bytes) -> None:
         try:
             with self._slots:
-                # While this one waited for its turn its clients may have gone, or have been wrong too often with other
-                # passwords: a thousand guesses sent at once are no more than ten.
+                # While this question waited its turn, its clients may have gone, or failed too often with other
+                # passwords: a thousand guesses sent at once count as no more than ten.
                 if question.waiting and any(map(self._failures.may_try, question.clients)):
                     question.right = self.verify(user, password)
                     self._note(digest, question, user)
@@ -149,16 +149,16 @@ class RememberingAuthenticator:
             for client in question.clients:
                 self._failures.forget(client, user)
         elif question.right is False:
-            # Once for each address, however many of its connections have tried this password at the same time.
+            # Once for each address, no matter how many of its connections have tried this password at the same time.
             question.delays = {client: self._failures.note(client, user) for client in question.clients}
 
     def forget(self) -> None:
-        """Believe no password any more without asking; answers that are under way are not remembered either."""
+        """Accept no password without asking again; do not remember pending answers either."""
         self._key = secrets.token_bytes(32)
         self._right.clear()
 
     def complain(self, kind: str, message: str) -> None:
-        """Log what an operator has to know of, but not once for every client that runs into it."""
+        """Log what an operator must know, but not once for every client affected."""
         suppressed = self._faults.allow(kind)
         if suppressed is not None:
             log.error("%s%s", message, also(suppressed))
@@ -168,26 +168,26 @@ class RememberingAuthenticator:
 
 
 class CertificateUsers:
-    """Users who show a certificate of a CA that the listener trusts (TLS client authentication).
+    """Users with a certificate from a CA that the listener trusts (TLS client authentication).
 
     The user is the common name of the certificate's subject (RFC 5280 section 4.1.2.6).
 
     Args:
-        users: those who may come in; None: everybody whose certificate is good.
+        users: users to admit; None: everybody with a valid certificate.
     """
 
     def __init__(self, users: Collection[str] | None = None) -> None:
         self._users = None if users is None else frozenset(users)
 
     def identify(self, certificate: Mapping[str, Any]) -> str | None:
-        """The user of a certificate, as ``ssl.SSLSocket.getpeercert`` decodes it; None: nobody's."""
+        """Return the user of a certificate, as decoded by ``ssl.SSLSocket.getpeercert``; None: no user."""
         names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
         if len(names) != 1 or not names[0] or (self._users is not None and names[0] not in self._users):
             return None
         return str(names[0])
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
-        """Passwords are nothing here."""
+        """Accept no password: only certificates count here."""
         return False
 
 
@@ -197,15 +197,14 @@ class CertificateUsers:
 class HashedUsers(RememberingAuthenticator):
     """Users with their hashed passwords, listed here or in an htpasswd file.
 
-    The file is read again when it has changed. One that cannot be read then, or has a mistake in it, changes nothing
-    but for a line in the log.
+    The file is reloaded when it changes. If it cannot be read then, or has a mistake, only a line is logged.
 
     Args:
-        hashes: by name.
-        htpasswd: the path of a file that may have further users, and other passwords for those of `hashes`.
+        hashes: hashed passwords by user name.
+        htpasswd: path of a file that may have more users, and may override passwords in `hashes`.
 
     Raises:
-        ConfigError: a hash or the file cannot be used; no users at all.
+        ConfigError: a hash or the file is unusable, or there are no users.
     """
 
     def __init__(
@@ -221,7 +220,7 @@ class HashedUsers(RememberingAuthenticator):
         self._name_key = secrets.token_bytes(32)
         self._threads: ThreadPool | None = None
         self._next_look = 0.0
-        # The stamp first: a change while the file is read is seen at the next look.
+        # The stamp first: a change while the file is being read is noticed at the next check.
         self._stamp = None if htpasswd is None else _stamp(htpasswd)
         self._hashes: dict[bytes, str] = {}
         self._everybody: tuple[str, ...] = ()
@@ -236,7 +235,7 @@ class HashedUsers(RememberingAuthenticator):
         right = self._threads.apply(_compare, (kept, password))
         if right is None:
             self.complain("hash", f"the hash of a password cannot be used: {kept[:7]}...")
-        # The file may have been read again in the meantime.
+        # The file may have been reloaded in the meantime.
         return right and self._hashes.get(user) == kept
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
@@ -256,7 +255,7 @@ class HashedUsers(RememberingAuthenticator):
             log.error("%s; the users stay as they were", error)
             return
         if self._set_users(users):
-            log.info("%s was read again: %s", path, counted(len(users), "user"))
+            log.info("%s was reloaded: %s", path, counted(len(users), "user"))
 
     def _set_users(self, users: Mapping[bytes, str]) -> bool:
         hashes = {**self._listed, **users}
@@ -268,9 +267,9 @@ class HashedUsers(RememberingAuthenticator):
         return True
 
     def _somebody(self, user: bytes) -> str | None:
-        """The hash that a user who does not exist is compared with: always the same one, as if it were his.
+        """Return the hash to compare for an unknown user: always the same one for a given name.
 
-        Not all hashes need take equally long. With one for all unknown names, those that take another time would exist.
+        Hashes may take different times. With one hash for all unknown names, a name with another time would be known.
         """
         if not self._everybody:
             return None
@@ -287,12 +286,12 @@ class HashedUsers(RememberingAuthenticator):
 def _compare(kept: str, password: bytes) -> bool | None:
     try:
         return matches(kept, password)
-    except ValueError:  # bcrypt's, for what is no hash behind its first characters
+    except ValueError:  # raised by bcrypt if only the first characters look like a hash
         return None
 
 
 def _stamp(path: str) -> tuple[object, ...] | None:
-    """What is different when a file is another one; None if there is none."""
+    """Return a value that changes when the file changes; None if there is no file."""
     try:
         found = stat_file(path)
     except OSError:
@@ -303,39 +302,39 @@ def _stamp(path: str) -> tuple[object, ...] | None:
 
 # -- a command ---------------------------------------------------------------------------------------------------------
 
-#: Squid's helpers read lines of up to 8 kB (HELPER_INPUT_BUFFER); nobody's password has that length.
+#: Squid's helpers read lines of up to 8 kB (HELPER_INPUT_BUFFER); no password is that long.
 LONGEST_QUESTION = 8000
 LONGEST_ANSWER = 8192
 
-#: Seconds until a helper that has died without an answer is started again: none the first time, then more and more.
+#: Seconds until a helper that died without an answer is restarted: none the first time, then more and more.
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 
 
 class HelperError(Exception):
-    """A helper process gives no answer; the message says why."""
+    """A helper process does not answer; the message says why."""
 
 
-#: Of one command; more is a mistake. squid's documents have up to 50 (auth_param, "children").
+#: Maximum processes of one command; more is a mistake. squid's documentation goes up to 50 (auth_param, "children").
 MOST_PROCESSES = 1000
 
 
 class CommandAuthenticator(RememberingAuthenticator):
-    """Asks a command that knows the users, as squid does ("auth_param basic program").
+    """Ask a command that knows the users, as squid does ("auth_param basic program").
 
-    The command is started once (or a few times) and then asked again and again: it reads lines of user and password,
-    both percent-encoded, with a space between them, and answers each with a line that begins with OK, ERR (wrong), or
-    BH (it cannot tell). It ends when its standard input does. What it writes to standard error goes where that of this
-    process goes. Squid's own helpers (basic_ldap_auth, basic_pam_auth ...) are such commands; without concurrency.
+    The command is started once (or a few times) and then asked repeatedly: it reads lines of user and password, both
+    percent-encoded, with a space between them, and answers each with a line that begins with OK, ERR (wrong), or BH (it
+    cannot tell). It ends when its standard input does. Its standard error is that of this process. Squid's own helpers
+    (basic_ldap_auth, basic_pam_auth ...) are such commands; without concurrency.
 
     Args:
         command: the program and its arguments; no shell is involved.
         processes: how many are asked at the same time, 1 to 1000. Each is started when it is needed.
         timeout: seconds for one answer; a helper that takes longer is killed.
-        remember: seconds for which a password that was right is believed without asking; 0: never.
+        remember: seconds for which a correct password is accepted without asking again; 0: never.
 
     Raises:
-        ConfigError: there is no such program, or a number that cannot be.
+        ConfigError: there is no such program, or a number is out of range.
     """
 
     def __init__(
@@ -349,7 +348,7 @@ class CommandAuthenticator(RememberingAuthenticator):
             raise ConfigError(f"timeout must be more than 0 seconds, got {timeout}")
         super().__init__(at_once=processes, remember=remember)
         self._name = command[0]
-        # The last one used is the first one asked again: no more of them are started than are needed.
+        # The helper used last is asked first: no more of them are started than are needed.
         self._idle = [_Helper(command, timeout) for _ in range(processes)]
         self._helpers = tuple(self._idle)
 
@@ -360,7 +359,7 @@ class CommandAuthenticator(RememberingAuthenticator):
         question = f"{quote_from_bytes(user, safe='')} {quote_from_bytes(password, safe='')}\n".encode()
         if len(question) > LONGEST_QUESTION:
             return False
-        helper = self._idle.pop()  # there is one: no more of these calls run than there are helpers
+        helper = self._idle.pop()  # never empty: no more of these calls run than there are helpers
         try:
             return _verdict(helper.ask(question))
         except HelperError as error:
@@ -389,7 +388,7 @@ def _verdict(answer: bytes) -> bool:
 class _Helper:
     """One process of the command, asked by one greenlet at a time.
 
-    Whatever goes wrong ends the process: an answer that comes too late must never be taken for the next one's.
+    Any error ends the process: a late answer must never be taken for the next one's.
     """
 
     def __init__(self, command: Sequence[str], timeout: float) -> None:
@@ -401,7 +400,7 @@ class _Helper:
         self._not_before = 0.0
 
     def ask(self, question: bytes) -> bytes:
-        """The line that answers another. Raises HelperError."""
+        """Return the line that answers `question`. Raise HelperError."""
         if self._process is not None and self._has_gone_wrong():
             self.end()
         if self._process is None:
@@ -421,7 +420,7 @@ class _Helper:
         return answer
 
     def _has_gone_wrong(self) -> bool:
-        """Whether it has ended since the last answer, or said something that nobody has asked for."""
+        """Return whether it has ended since the last answer, or written output without being asked."""
         self._socket.settimeout(0)
         try:
             self._socket.recv(1)
@@ -438,9 +437,9 @@ class _Helper:
         ours, theirs = gevent.socket.socketpair()
         os.set_blocking(theirs.fileno(), True)
         try:
-            # Of its own session: a Ctrl-C is for the server, which may still have to ask. It ends when we do, because
-            # then its standard input does.
-            # Not gevent's: its event loop would from then on reap every child process, those of others too.
+            # In its own session: Ctrl-C is for the server, which may still have to ask. The helper ends when we do,
+            # because its standard input ends then.
+            # Not gevent's Popen: its event loop would then reap every child process, even those of other code.
             self._process = _Popen(self._command, stdin=theirs, stdout=theirs, start_new_session=True)
         except OSError as error:
             ours.close()
@@ -482,11 +481,11 @@ class _Helper:
         """End the process, and those it has started."""
         process, sock = self._process, self._socket
         self._process = self._socket = None
-        # Its number is its own until it is reaped, and the number of its process group. Killed first: at the
-        # end of its input a shell would be gone at once, and what it has started would stay.
+        # Its ID, and that of its process group, cannot be reused until it is reaped. Kill it first: at the end of its
+        # input a shell would exit at once, and leave its children behind.
         if process is not None and process.poll() is None:
-            with suppress(PermissionError):  # a setuid program: it ends by itself, as its input does
+            with suppress(PermissionError):  # a setuid program: it ends when its input does
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()  # a millisecond, after this signal; or it would stay as a zombie
+                process.wait()  # a millisecond after this signal; otherwise it would stay as a zombie
         if sock is not None:
             sock.close()

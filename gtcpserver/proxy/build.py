@@ -1,6 +1,6 @@
-"""What is made of the settings: authenticators, upstreams, rules, and at last the handlers of a proxy.
+"""Build the objects of a proxy from its settings: authenticators, upstreams, rules, and finally the handlers.
 
-Each function takes the settings of one thing, and raises ConfigError if nothing can be made of them.
+Each function takes the settings of one object, and raises ConfigError if they are wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upst
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
     given = listener.external
     if given == "auto" and not _may_be_public(parse_address(listener.listen)):
-        return "system"  # which costs no look at each connection
+        return "system"  # which costs no lookup per connection
     if isinstance(given, str) and given in get_args(External):
         return given  # type: ignore[return-value]
     texts = [given] if isinstance(given, str) else given
@@ -57,7 +57,7 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
     return found
 
 
-#: What each protocol has.
+#: The commands of each protocol.
 _COMMANDS_OF: dict[Speaks, frozenset[Command]] = {
     "mixed": frozenset(COMMANDS),
     "socks": frozenset(("connect", "bind", "udp")),
@@ -99,7 +99,7 @@ def make_balancers(listener: ListenerTable) -> ProxyProtocol | None:
 def make_upstream(config: ProxyConfig, name: str) -> Upstream:
     table = config.upstream[name]
     chain = [name]
-    # From the one that is connected to first.
+    # Starting with the one to connect to.
     while (through := config.upstream[chain[-1]].through) is not None:
         if through not in config.upstream:
             raise ConfigError(f"there is no upstream {through!r}, through which {chain[-1]!r} is to be reached")
@@ -221,8 +221,8 @@ def make_authenticator(table: AuthTable) -> Authenticator:
 
 
 def check_names(config: ProxyConfig) -> None:
-    """Rules must be able to tell listeners and authenticators apart."""
-    # Several listeners may have one name: rules are then about all of them.
+    """Check that rules can tell listeners and authenticators apart."""
+    # Several listeners may share a name: rules are then about all of them.
     for name in (listener.name for listener in _listeners(config)):
         if name == "any" or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
             raise ConfigError(f'the name of a listener must be a word, and not "any", got {name!r}')
@@ -231,7 +231,7 @@ def check_names(config: ProxyConfig) -> None:
 
 
 def check_places(config: ProxyConfig) -> None:
-    """No two listeners on one address."""
+    """Check that no two listeners have the same address."""
     seen = set()
     for listener in _listeners(config):
         place = _place(parse_address(listener.listen))
@@ -241,7 +241,7 @@ def check_places(config: ProxyConfig) -> None:
 
 
 def check_certificates(config: ProxyConfig) -> None:
-    """Whoever is asked for a certificate must be able to show one."""
+    """Check that listeners whose rules ask for a certificate can receive one."""
     asked = {listener.name for listener in _listeners(config) if listener.tls_client_ca is not None}
     for rule in make_client_rules(config):
         if rule.auth is not None and config.auth[rule.auth].certificate:
@@ -252,7 +252,7 @@ def check_certificates(config: ProxyConfig) -> None:
 
 
 def check_closed(config: ProxyConfig, elsewhere: bool = False) -> None:
-    """An open proxy is found within hours, and used for what its owner is then asked about.
+    """Check that the proxy is not open: an open one is found within hours, and abused in its owner's name.
 
     Args:
         elsewhere: it listens on other sockets than those of the configuration, which may be public.
@@ -273,7 +273,7 @@ def check_closed(config: ProxyConfig, elsewhere: bool = False) -> None:
 def _is_local(listener: ListenerTable) -> bool:
     address = parse_address(listener.listen)
     if listener.proxy_protocol or address.kind == "fd":
-        return False  # whom balancers name may be anybody; what a descriptor listens on is not known yet
+        return False  # balancers may pass on clients from anywhere; what a descriptor listens on is not known yet
     if address.kind == "unix":
         return True
     try:
@@ -286,7 +286,7 @@ def _listeners(config: ProxyConfig) -> Sequence[ListenerTable]:
     return config.listener or (ListenerTable(),)
 
 
-# -- what is made of it ------------------------------------------------------------------------------------------------
+# -- the result --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -294,9 +294,9 @@ class Proxy:
     """A proxy that is ready to serve.
 
     Attributes:
-        addresses: where it listens.
-        handler: for a Server on these addresses.
-        access_log: path of the file for the access log; None: it goes where other messages go.
+        addresses: addresses to listen on.
+        handler: handler for a Server on these addresses.
+        access_log: path of the access log file; None: it goes to the same place as other messages.
     """
 
     addresses: list[Address]
@@ -305,7 +305,7 @@ class Proxy:
 
 
 def make_proxy(config: ProxyConfig) -> Proxy:
-    """Make a proxy. Raises ConfigError."""
+    """Make a proxy. Raise ConfigError."""
     check_closed(config)
     check_names(config)
     check_places(config)
@@ -355,8 +355,8 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     return Proxy(addresses, _Dispatcher(handlers), config.log.file)
 
 
+#: A listening address: address and port, (None, port) for all addresses or a name, or a Unix socket's path.
 Place = tuple[IPAddress | None, int] | str
-"""Where a listener listens: address and port, (None, port) for all addresses or a name, or a unix socket's path."""
 
 
 def _place(address: Address) -> Place:
@@ -370,7 +370,7 @@ def _place(address: Address) -> Place:
 
 
 class _Dispatcher:
-    """Gives each connection to the handler of its listener."""
+    """Pass each connection to the handler of its listener."""
 
     def __init__(self, handlers: dict[Place, ProxyHandler]) -> None:
         self._handlers = handlers
@@ -386,7 +386,7 @@ class _Dispatcher:
             handler.server_stopped()
 
     def retire(self) -> None:
-        """Another one serves new connections: when the last of ours has ended, end what was started for them."""
+        """Stop serving new connections, since a new proxy does; shut down after our last connection has ended."""
         self._retired = True
         if not self._serving:
             self.server_stopped()
@@ -403,7 +403,7 @@ class _Dispatcher:
     def _handler_of(self, name: Any) -> ProxyHandler:
         handlers = self._handlers
         if not isinstance(name, tuple):
-            # An abstract name comes as bytes with a NUL before it (unix(7)).
+            # An abstract name comes as bytes that begin with NUL (unix(7)).
             return handlers["@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name]
         ip, port = as_ip(name[0]), name[1]
         # Port 0: the system has chosen one.

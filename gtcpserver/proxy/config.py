@@ -12,7 +12,7 @@
     [auth.staff]
     htpasswd = "/etc/proxy/htpasswd"
 
-Every mistake is told with its line and what was expected, and a key that does not exist is a mistake.
+Every mistake is reported with its line and what was expected; unknown keys are mistakes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, Upst
 
 __all__ = ["Proxy", "ProxyConfig", "make_proxy", "parse_config", "read_config"]
 
-#: So many mistakes are told; whoever has more has taken another file.
+#: Report at most this many mistakes; a file with more of them is some other file.
 MOST_MISTAKES = 50
 
 
@@ -69,7 +69,7 @@ def read_config(path: str) -> ProxyConfig:
 
 
 def parse_config(text: str, path: str = "the configuration") -> ProxyConfig:
-    """Read the text of a file; errors as :func:`read_config`."""
+    """Read the text of a file; raise errors as :func:`read_config`."""
     data = parse_text(text, path)
     mistakes = list(_mistakes_of_form(data, text))
     if not mistakes:
@@ -84,7 +84,7 @@ def parse_config(text: str, path: str = "the configuration") -> ProxyConfig:
 
 
 def _mistakes_of_form(data: dict[str, Any], text: str) -> Iterator[str]:
-    # Tables one by one, as msgspec tells the first mistake of each.
+    # Table by table, since msgspec only reports the first mistake of each.
     for key, kind in (("listener", ListenerTable), ("auth", AuthTable), ("upstream", UpstreamTable)):
         tables = data.get(key)
         if isinstance(tables, list) and key == "listener":
@@ -127,7 +127,7 @@ def _mistake_of_form(error: msgspec.ValidationError, kind: type[Any], name: str,
 
 
 def _near(unknown: str, kind: Any, where: str) -> str:
-    """What a key that there is not may have been meant for, in the table at ``where`` of one that is a ``kind``."""
+    """Return a suggestion for an unknown key, in the table at ``where`` of an object of type ``kind``."""
     for word in where.strip(".").split("."):
         kind = get_type_hints(kind).get(word, None) if word else kind
         if not hasattr(kind, "__struct_fields__"):
@@ -145,14 +145,14 @@ def _mistakes_of_meaning(config: ProxyConfig, text: str) -> Iterator[str]:
         try:
             check()
         except (ConfigError, ValueError) as error:
-            if str(error) in told:  # by a check of one thing, before those of several
+            if str(error) in told:  # by a check of a single setting, before those of several
                 continue
             told.add(str(error))
             yield f"{_line_of_quoted(text, quoted) or _line_of(text, keys)}: {error} (at {keys})"
 
 
 def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], str]]:
-    """What only we know to be wrong: the key, what raises ConfigError or ValueError, and the text in question."""
+    """Yield the checks that only we know: the key, what raises ConfigError or ValueError, and the text in question."""
     for place, listener in enumerate(config.listener):
         name = f"listener[{place}]"
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
@@ -168,7 +168,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         for text in getattr(config.rules, key) or ():
             yield f"rules.{key}", lambda make=make, text=text: make(config, text), text  # type: ignore[misc]
     yield "rules.nat64", lambda: make_nat64(config), ""
-    # What the others refer to comes first: they may take it for granted.
+    # Settings that others refer to come first: later checks may rely on them.
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]
     for name in config.upstream:
@@ -189,7 +189,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
 
 
 def _line_of_quoted(text: str, quoted: str) -> str:
-    """ " line N" of a text that stands there in quotes; "" if it is not found."""
+    """Return " line N" of a quoted text; "" if it is not found."""
     if quoted:
         for number, line in enumerate(text.splitlines(), 1):
             if f'"{quoted}"' in line or f"'{quoted}'" in line:
@@ -198,6 +198,6 @@ def _line_of_quoted(text: str, quoted: str) -> str:
 
 
 def _line_of(text: str, keys: str) -> str:
-    """ " line N" of a key such as "listener[1].port"; "" if it is not found."""
+    """Return " line N" of a key such as "listener[1].port"; "" if it is not found."""
     line = Lines(text).of(keys)
     return "" if line is None else f" line {line}"

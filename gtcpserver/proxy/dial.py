@@ -1,6 +1,6 @@
 """Connect to the first of several addresses that answers: happy eyeballs (RFC 8305).
 
-How many addresses a name has, and whether they answer, may be an attacker's choice: a few are tried (resolve), fewer at
+An attacker may choose how many addresses a name has, and whether they answer: only a few are tried (resolve), fewer at
 the same time, and the limits of the proxy count the attempts.
 """
 
@@ -24,11 +24,11 @@ from .errors import TTL_EXPIRED, LimitReached
 from .limits import Attempts
 from .target import IPAddress
 
-#: Seconds until the next address is tried beside the one that has not answered yet (RFC 8305 section 5: 250 ms).
+#: Seconds until the next address is tried in parallel with one that has not answered (RFC 8305 section 5: 250 ms).
 STAGGER = 0.25
 
-#: Attempts at once to reach one destination. Browsers, curl and Go have two, one of each family; with four, three
-#: addresses that are silent cost less than a second.
+#: Simultaneous attempts to reach one destination. Browsers, curl and Go use two, one of each family; with four, three
+#: silent addresses cost less than a second.
 MOST_AT_ONCE = 4
 
 # linux/in.h, in6.h, tcp.h and errqueue.h; Python's socket module does not have them.
@@ -38,10 +38,10 @@ TCP_FASTOPEN_CONNECT = 30
 SO_EE_ORIGIN_ICMP = 2
 SO_EE_ORIGIN_ICMP6 = 3
 
-#: Of struct sock_extended_err (ip(7)): who says it, and of which type that is: ICMP's and ICMPv6's "time exceeded".
+#: Origin and type in struct sock_extended_err (ip(7)): "time exceeded" of ICMP and ICMPv6.
 _TIME_EXCEEDED = (bytes((SO_EE_ORIGIN_ICMP, 11)), bytes((SO_EE_ORIGIN_ICMP6, 3)))
 
-# A destination whose host has vanished is noticed as soon as a client whose host has.
+# A dead destination host is noticed as soon as a dead client host.
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ListenConfig.keepalive_idle),
@@ -61,25 +61,25 @@ def dial(
 ) -> tuple[Connection, IPAddress]:
     """Connect to the first address that accepts.
 
-    Each next one is tried when the one before has failed, or 250 ms later; no more than MOST_AT_ONCE at the same time.
-    Where there are more addresses than that, each has its share of the time: the last ones have their turn, too.
+    Each next one is tried when the previous one has failed, or after 250 ms; at most MOST_AT_ONCE at the same time. If
+    there are more addresses than that, each has its share of the time, so that the last ones get their turn, too.
 
     Args:
         addresses: at least one, in the order of preference; all of them may be connected to.
-        timeout: seconds for all of it.
-        source: gives the address to come from, for each destination; None: the system's choice.
-        fast_open: where the other side has given us a cookie before, connect with the first data that is written (TCP
-            Fast Open): whether it accepts is known only then.
-        attempts: counts them, and refuses those beyond a limit; None: there is none.
+        timeout: seconds for everything together.
+        source: returns the source address for each destination; None: the system's choice.
+        fast_open: if the other side has given us a cookie before, connect with the first data that is written (TCP Fast
+            Open): whether it accepts is known only then.
+        attempts: counts attempts, and refuses those beyond a limit; None: no limit.
 
     Returns:
-        The connection, with TCP_NODELAY and the keep-alive of clients (ListenConfig), and the address it leads to. The
-        caller closes it.
+        The connection, with TCP_NODELAY and the keep-alive settings of clients (ListenConfig), and its remote address.
+        The caller closes it.
 
     Raises:
         TimeoutError: not connected in time.
         LimitReached: not a single attempt may be made now.
-        OSError: of the first address that failed; `errors.TTL_EXPIRED` where a router has said so.
+        OSError: error of the first address that failed; `errors.TTL_EXPIRED` if a router reported so.
     """
     if len(addresses) == 1:
         ip = addresses[0]
@@ -126,7 +126,7 @@ def _race(
                 except LimitReached:
                     if not under_way:
                         raise
-                    # Those under way may do; there may be room later.
+                    # Attempts in progress may succeed; there may be room later.
                 else:
                     under_way += 1
                     started.append(gevent.spawn(attempt, waiting.pop(0)))
@@ -143,11 +143,11 @@ def _race(
             errors[ip] = error
     finally:
         gevent.killall(started, block=False)
-        # Not by the greenlets: of one that is killed before it has begun to run nothing runs.
+        # Not in the greenlets: one that is killed before it has started never runs.
         if attempts is not None:
             for _ in range(under_way):
                 attempts.end()
-        # One that connected as well, at the same moment.
+        # Another one that connected at the same moment.
         while not ended.empty():
             connection = ended.get()[0]
             if connection is not None and connection is not won:
@@ -158,7 +158,7 @@ def _race(
 def _connect(
     ip: IPAddress, port: int, source: IPAddress | None, fast_open: bool, timeout: float | None = None
 ) -> Connection:
-    # Hot: once a connection. By the socket beneath, and not by gevent's methods: 20 us and 3 system calls less.
+    # Hot: once per connection. Uses the underlying socket, not gevent's methods: 20 us and 3 system calls less.
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     connection = Connection(family, socket.SOCK_STREAM)
     sock = connection.stream.sock
@@ -167,11 +167,11 @@ def _connect(
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
         if source is not None:
-            # The port is chosen when the destination is known: 28,000 connections to each, and not in all (ip(7)).
+            # Choose the port when the destination is known: 28,000 connections to each, not in total (ip(7)).
             sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((str(source), 0))
         if family == socket.AF_INET6:
-            # Without it the system forgets what routers have said; of IPv4 it keeps it in any case.
+            # Without it the kernel discards ICMPv6 errors (IPv4 errors are kept anyway).
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
         if fast_open:
             sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
@@ -188,7 +188,7 @@ def _connect(
         if error:
             raise OSError(error, os.strerror(error))  # which makes a ConnectionRefusedError of ECONNREFUSED
         if family == socket.AF_INET6:
-            # With it what a router says would end a connection that is established, and may get over it (RFC 5461).
+            # Left on, router errors would end an established connection, which may recover from them (RFC 5461).
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 0)
     except DeadlineExceeded:
         connection.close()
@@ -200,23 +200,23 @@ def _connect(
 
 
 def keep_alive(sock: Any) -> None:
-    """Have a connection probed as those of clients are; one that a listening socket accepts is as that is."""
+    """Enable the same keep-alive probes as for clients; accepted connections inherit theirs from the listener."""
     for level, option, value in _KEEP_ALIVE:
         sock.setsockopt(level, option, value)
 
 
 def _has_expired(sock: Any) -> bool:
-    """Whether it was ICMP's "time exceeded" that has ended an attempt to connect (ip(7), IP_RECVERR)."""
+    """Return whether ICMP's "time exceeded" has ended an attempt to connect (ip(7), IP_RECVERR)."""
     try:
         messages = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)[1]
     except OSError:
-        return False  # the system has found it out by itself
+        return False  # the system itself detected the error
     return any(data[4:6] in _TIME_EXCEEDED for _, _, data in messages)
 
 
 def way_out(ip: IPAddress) -> IPAddress:
-    """The address from which the system connects to another one. 20 us. Raises OSError: there is no way to it."""
+    """Return the address that the system would connect from. 20 us. Raise OSError: there is no route."""
     family = socket.AF_INET6 if isinstance(ip, IPv6Address) else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((str(ip), 9))  # of a UDP socket it sends nothing
+        probe.connect((str(ip), 9))  # connecting a UDP socket sends nothing
         return ip_address(probe.getsockname()[0].partition("%")[0])

@@ -1,4 +1,4 @@
-"""What goes wrong between a proxy and its clients."""
+"""Errors between a proxy and its clients."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import errno
 
 from gtcpserver.errors import ConfigError, GtcpServerError
 
-#: The `errno` of a failure to connect because packets took too many hops. The system says EHOSTUNREACH, as of a host
-#: that is not there; ETIME is nothing else's.
+#: The `errno` of a connection attempt that failed because packets took too many hops. The system says EHOSTUNREACH, as
+#: for a missing host; ETIME is not used by anything else.
 TTL_EXPIRED = errno.ETIME
 
 
 class ProtocolError(GtcpServerError):
-    """A client's bytes break the protocol it speaks.
+    """A client's bytes violate the protocol it speaks.
 
     Attributes:
-        reply: what the protocol wants to be sent before the connection is closed; b"" for nothing.
+        reply: bytes to send before the connection is closed, as the protocol requires; b"" for none.
     """
 
     def __init__(self, message: str, reply: bytes = b"") -> None:
@@ -24,12 +24,12 @@ class ProtocolError(GtcpServerError):
 
 
 class LimitReached(OSError):
-    """The client, or its user, has too many connections, or too many attempts to connect are under way."""
+    """The client, or its user, has too many connections or too many connection attempts in progress."""
 
 
 class BadTarget(GtcpServerError):
-    """A destination that is not one: not a host name, not an address, not a port."""
+    """An invalid destination: not a host name, not an address, not a port."""
 
 
 class RuleError(ConfigError):
-    """A rule that cannot be read; the message names the word, and what was expected."""
+    """A rule that cannot be parsed; the message has the word, and what was expected."""

@@ -1,7 +1,7 @@
-"""Gate: who may come in, who they are, where they may go; and the way there.
+"""Gate: who is admitted, who they are, where they may go; and how to get there.
 
-The protocols (SOCKS, HTTP) ask it three times: `admit` when a client has connected, `authenticate` when it says who it
-is, `open` when it says where it wants to go.
+The protocols (SOCKS, HTTP) ask it three times: `admit` when a client has connected, `authenticate` when it gives its
+name, `open` when it names its destination.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable
 
 
 class Denied(GtcpServerError):
-    """A rule does not allow it; the message names the rule, for the log and not for the client."""
+    """A rule denies it; the message names the rule, for the log and not for the client."""
 
 
 class Authenticator(Protocol):
-    """Knows who clients are.
+    """Check who clients are.
 
-    One that knows them by their certificate has ``identify(certificate) -> str | None`` instead of `check`: the user of
-    a certificate as ``ssl.SSLSocket.getpeercert`` decodes it, None if it is nobody's.
+    One that identifies clients by certificate has ``identify(certificate) -> str | None`` instead of `check`: it
+    returns the user of a certificate as decoded by ``ssl.SSLSocket.getpeercert``, None for no user.
     """
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
-        """Whether this is the user's password. May wait; takes as long for unknown users as for known ones."""
+        """Return whether this is the user's password. May wait; takes as long for unknown users as for known ones."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
-    """Seconds, by stage.
+    """Timeouts in seconds, by stage.
 
     Attributes:
-        negotiate: until the client has said what it wants, however slowly its bytes come.
-        authenticate: until an authenticator has said whether a password is right.
+        negotiate: until the client has stated its request, no matter how slowly its bytes arrive.
+        authenticate: until an authenticator has checked a password.
         connect: until the destination is connected, over all of its addresses and the upstream proxies on the way.
-        idle: in which nothing moves through a tunnel; None: for ever.
+        idle: without any data through a tunnel; None: no limit.
         half_closed: the same, when one side of a tunnel has ended; None: as before.
-        lifetime: of a tunnel, whatever moves; None: for ever.
-        answer: until an HTTP origin's answer begins; also in which nothing of an answer or of a request's body moves.
+        lifetime: of a tunnel, busy or not; None: no limit.
+        answer: until an HTTP origin's response begins; also without any progress of a response or a request body.
         keep_alive: between two HTTP requests.
     """
 
@@ -75,13 +75,13 @@ class Timeouts:
     keep_alive: float = 300.0
 
 
-#: From which address destinations are connected. "auto": from the one the client has connected to, so that a host with
-#: several answers from the one that was asked, if it is public or is on the interface by which the destination is
-#: reached; "same": from that one in any case; "system": as the routes say.
+#: Source address of connections to destinations. "auto": the one the client has connected to, so that a host with
+#: several addresses uses the one that was asked, if that is public or is on the interface that leads to the
+#: destination; "same": that one in any case; "system": chosen by the routing table.
 External = Literal["auto", "same", "system"]
 
-#: What clients may ask for: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and the HTTP requests that a
-#: proxy forwards ("GET http://...").
+#: What clients may request: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and HTTP requests to forward
+#: ("GET http://...").
 Command = Literal["connect", "bind", "udp", "forward"]
 COMMANDS: tuple[Command, ...] = get_args(Command)
 
@@ -92,21 +92,21 @@ class Gate:
 
     Attributes:
         listener: its name, for rules and the log.
-        commands: those that clients may use; others are refused before anything is looked up.
+        commands: commands that clients may use; others are refused before anything is looked up.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
         upstreams: other proxies, by name.
-        upstream_rules: which of them leads where; see `upstream`.
-        nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are looked at, too.
+        upstream_rules: rules that choose an upstream for a destination; see `upstream`.
+        nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are checked, too.
         this_host: knows the addresses of this host.
-        limits: keeps them, for all listeners that are given it.
-        own_ports: of all listeners of this proxy, 0 for one that the system has chosen: who is sent there, on this
-            host, comes back.
-        external: the addresses to connect from, one of each family (destinations of the other family are then out of
-            reach); or how they are found.
+        limits: enforces the limits, for all listeners that share it.
+        own_ports: ports this proxy listens on (0: chosen by the system); such a destination on this host would loop
+            back to us.
+        external: addresses to connect from, one of each family (destinations of the other family are then out of
+            reach); or how to choose them.
         fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
-            tcp(7)). Tunnels are not begun so: what a client is told of them must be known first.
-        show_bound_address: tell SOCKS clients from where the destination is connected.
+            tcp(7)). Not used for tunnels: what a client is told about them must be known first.
+        show_bound_address: tell SOCKS clients which address the proxy connects from.
     """
 
     listener: str = "default"
@@ -125,12 +125,12 @@ class Gate:
     external: External | Sequence[IPAddress] = "auto"
     fast_open: bool = False
     show_bound_address: bool = True
-    # Decisions that were made: rules do not change, and a look takes a tenth of the time.
+    # Cached decisions: rules do not change, and a lookup takes a tenth of the time.
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
 
     def admit(self, conn: Connection) -> Visitor:
-        """A client has connected; `Visitor.leave` must be called at its end."""
+        """Register a client that has connected; `Visitor.leave` must be called at its end."""
         address = network_address(conn)
         host = host_of(address)
         known = self._clients.get(host)
@@ -152,11 +152,11 @@ class Gate:
 
 
 def host_of(address: Any) -> str:
-    """The host in an address as ``accept`` names it. Who comes by a unix socket is on this one."""
+    """Return the host in an address as returned by ``accept``. A client on a Unix socket is on this host."""
     return address[0] if isinstance(address, tuple) else "127.0.0.1"
 
 
-#: What a gate remembers of clients and of destinations, each.
+#: Number of clients, and of destinations, that a gate remembers.
 MOST_REMEMBERED = 4096
 
 
@@ -171,11 +171,11 @@ class Visitor:
     """One client of a gate.
 
     Attributes:
-        auth: the authenticator it has to satisfy; None: nobody asks who it is.
+        auth: the authenticator that must confirm it; None: no authentication.
         conn: its connection.
-        address: where it comes from, as ``accept`` names it.
+        address: its address as returned by ``accept``.
         admitted: it may use this listener.
-        certified: the user that its certificate says it is; None: none does.
+        certified: the user named by its certificate; None: none.
         entered: the limits count it.
         entered_users: the users that it is counted as.
     """
@@ -195,17 +195,17 @@ class Visitor:
 
     @property
     def own(self) -> tuple[IPAddress, int] | None:
-        """The address and port of the proxy to which it has connected; None for a unix socket. A system call."""
+        """Return the address and port of the proxy that it connected to; None for a Unix socket. A system call."""
         here: Any = self.conn.server_address
         return (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
 
     def turn_away(self, result: Result, why: str) -> None:
-        """It may not use this listener, and will be told in the words of its protocol."""
+        """Deny it the use of this listener; it will be told so in its own protocol."""
         self.admitted = False
         self.record.result, self.record.detail = result, why
 
     def leave(self) -> None:
-        """Its connection has ended."""
+        """Unregister it when its connection has ended."""
         if self.entered:
             self.gate.limits.leave(self.address)
             self.entered = False
@@ -213,14 +213,14 @@ class Visitor:
             self.gate.limits.leave_user(self.entered_users.pop())
 
     def may_use(self, command: Command) -> bool:
-        """Whether its listener has a command; the record is told if not."""
+        """Return whether its listener allows a command; if not, note that in the record."""
         if command in self.gate.commands:
             return True
         self.record.result, self.record.detail = "command_denied", f"{command} is not among the commands"
         return False
 
     def new_record(self) -> AccessRecord:
-        """For the next request of the same client."""
+        """Return a record for the next request of the same client."""
         self.record = AccessRecord(self.record.client, self.record.listener, user=self.certified)
         return self.record
 
@@ -228,11 +228,11 @@ class Visitor:
 
     @property
     def needs_password(self) -> bool:
-        """Whether it has to say who it is."""
+        """Return whether it must authenticate."""
         return self.auth is not None and self.certified is None
 
     def show_certificate(self, tls: ConnectionTLS | None) -> None:
-        """See who it is by its certificate, if that is what counts here."""
+        """Identify it by its certificate, if certificates are used here."""
         identify = getattr(self.gate.authenticators.get(self.auth or ""), "identify", None)
         if identify is None or not self.admitted:
             return
@@ -244,7 +244,7 @@ class Visitor:
         self._note_user(user)
 
     def authenticate(self, user: bytes, password: bytes) -> bool:
-        """Whether the client is who it says; afterwards the record and the rules know."""
+        """Return whether the user name and password are correct; if so, note the user for the record and the rules."""
         assert self.auth is not None
         authenticator = self.gate.authenticators[self.auth]
         name = user.decode("utf-8", "backslashreplace")
@@ -267,7 +267,7 @@ class Visitor:
 
     @property
     def pace(self) -> Callable[[int], float] | None:
-        """What slows its transfers down (`limits`)."""
+        """Return the function that rate-limits its transfers (`limits`)."""
         user = self.record.user
         if self._pace is None or self._pace[0] != user:
             if self._pace is None:
@@ -282,10 +282,10 @@ class Visitor:
         return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
 
     def decide(self, target: Target, ip: IPAddress | None) -> Decision:
-        """Whether it may reach one address of a target; None: another proxy looks the name up.
+        """Decide whether it may reach one address of a target; None: another proxy looks the name up.
 
         Raises:
-            OSError: it cannot be found out whether the address is this host's.
+            OSError: whether the address is this host's cannot be determined.
         """
         gate = self.gate
         name = None if target.ip is not None else target.host
@@ -314,13 +314,13 @@ class Visitor:
         return bool(own) or any((here and ip == here[0]) or ip.is_loopback or ip.is_unspecified for ip in meant)
 
     def allowed_addresses(self, target: Target, found: Sequence[IPAddress] | None = None) -> list[IPAddress]:
-        """Those addresses of a target that the client may reach, in the order in which they should be tried.
+        """Return the addresses of a target that the client may reach, in the order in which to try them.
 
         Args:
             found: all of them; None: they have not been looked up yet.
 
         Raises:
-            Denied: none of them.
+            Denied: none of them is allowed.
             OSError: the name cannot be resolved.
         """
         if found is None:
@@ -332,7 +332,7 @@ class Visitor:
         return allowed
 
     def addresses_of(self, target: Target) -> Sequence[IPAddress]:
-        """All addresses of a target, allowed or not. Raises OSError: the name cannot be resolved."""
+        """Return all addresses of a target, allowed or not. Raise OSError if the name cannot be resolved."""
         if target.ip is not None:
             return (target.ip,)
         began = monotonic()
@@ -342,15 +342,15 @@ class Visitor:
             self.record.resolved = (self.record.resolved or 0.0) + monotonic() - began
 
     def upstream_to(self, target: Target) -> tuple[Upstream | None, Sequence[IPAddress] | None]:
-        """The proxy that leads there, and the addresses of the target if the rules have asked for them.
+        """Return the proxy that leads to a target, and the target's addresses if the rules needed them.
 
         Returns:
-            (None: the way is direct; None: they have not been looked up.) Who goes on takes these addresses: another
-            look-up may find others, to which another way leads.
+            (None: a direct connection; None: not looked up yet.) The caller must use these addresses: another lookup
+            may find others, to which another way leads.
 
         Raises:
-            OSError: a rule asks for the addresses, and they cannot be looked up. Which way is the right one is not
-                known then, and to guess may show the name to those who must not see it.
+            OSError: a rule needs the addresses, and they cannot be looked up. The right way is then unknown, and a
+                guess may show the name to those who must not see it.
         """
         gate = self.gate
         if not gate.upstream_rules:
@@ -368,17 +368,17 @@ class Visitor:
         return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:
-        """Connect to a target. The addresses that were checked are the ones connected to.
+        """Connect to a target, at the addresses that were checked.
 
         Raises:
             Denied: a rule does not allow it.
-            LimitReached: its user has too many connections, or too many attempts to connect are under way.
+            LimitReached: its user has too many connections, or too many connection attempts in progress.
             OSError: it cannot be reached.
         """
         return self._open(target, for_request=False)[0]
 
     def open_for_request(self, target: Target) -> tuple[Connection, Upstream | None]:
-        """Connect to where an HTTP request to a target is sent: there, or an HTTP proxy that forwards it.
+        """Connect to where an HTTP request for a target is sent: the target, or an HTTP proxy that forwards it.
 
         Raises: as `open`.
         """
@@ -396,7 +396,7 @@ class Visitor:
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
             else:
                 record.upstream = upstream.name
-                # It may look a name up again, and find another address than the one that was checked.
+                # It may look the name up again, and find another address than the one that was checked.
                 finds_the_same = upstream.resolve == "there" or target.ip is not None
                 forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
                 connection = self._go_through(upstream, target, found, forwarding is not None)
@@ -410,7 +410,7 @@ class Visitor:
         return connection, forwarding
 
     def check_limits(self) -> None:
-        """Count it for its user. Raises LimitReached."""
+        """Count it for its user. Raise LimitReached."""
         user = self.record.user
         if user is not None and user not in self.entered_users:
             exceeded = self.gate.limits.enter_user(user)
@@ -449,7 +449,7 @@ class Visitor:
         until = monotonic() + seconds
         for left in range(len(targets), 0, -1):
             one = targets[-left]
-            # Each has its share of what is left, so that one that does not answer leaves time for the others.
+            # Each has its share of the remaining time, so that a silent one leaves time for the others.
             share = max(0.0, until - monotonic()) / left
             try:
                 with gevent.Timeout(share, _not_connected(seconds)):
@@ -462,10 +462,10 @@ class Visitor:
                 return connection
         raise AssertionError("a target is left")  # pragma: no cover
 
-    # -- from which address ------------------------------------------------------------------------------------------
+    # -- source addresses --------------------------------------------------------------------------------------------
 
     def in_reach(self, addresses: Sequence[IPAddress]) -> Sequence[IPAddress]:
-        """Those that can be reached from the addresses in `external`. Raises OSError: none."""
+        """Return the addresses that can be reached from those in `external`. Raise OSError if there are none."""
         external = self.gate.external
         if isinstance(external, str):
             return addresses
@@ -476,7 +476,7 @@ class Visitor:
         return reached
 
     def source_to(self, ip: IPAddress) -> IPAddress | None:
-        """The address from which it is connected to another one; None: the system's choice."""
+        """Return the source address for a destination; None: the system's choice."""
         external = self.gate.external
         if not isinstance(external, str):
             return next((own for own in external if own.version == ip.version), None)
@@ -493,7 +493,7 @@ def _not_connected(seconds: float) -> TimeoutError:
 
 
 def result_of(error: OSError) -> Result:
-    """What a failure to connect is called in the record."""
+    """Return what the record calls a failure to connect."""
     if isinstance(error, LimitReached):
         return "limit"
     if isinstance(error, socket.gaierror):

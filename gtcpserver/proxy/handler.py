@@ -28,10 +28,10 @@ from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
 
 Speaks = Literal["mixed", "socks", "http"]
 
-#: Seconds that a client which may not come in gets to say what it speaks, so that it is refused in that protocol.
+#: Seconds for a client that is not admitted to reveal its protocol, so that it is refused in that protocol.
 TIME_OF_REFUSED = 1.0
 
-#: So many of them at once; further ones are reset. Each holds a descriptor, and may come as fast as it likes.
+#: Maximum number of such clients at once; others are reset. Each holds a descriptor, and may come as fast as it likes.
 MOST_REFUSED = 100
 
 
@@ -39,19 +39,19 @@ class ProxyHandler:
     """Serve the clients of a proxy: ``Server("127.0.0.1:1080", ProxyHandler(Gate(...)))``.
 
     Args:
-        gate: who may come in, and where to.
-        speaks: the protocols of this listener; "mixed": both, the first byte tells.
+        gate: decides who is admitted, and to which destinations.
+        speaks: the protocols of this listener; "mixed": both, the first byte tells them apart.
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
-        pseudonym: the name of this proxy in the Via field of HTTP messages; None: one that no other proxy has.
-        forwarded: what becomes of fields in which a client says for whom it asks (X-Forwarded-For and others):
-            "remove", "pass", "replace" them by its address or "append" that.
-        forwarded_field: in which field: "x-forwarded-for" or "forwarded" (RFC 7239).
-        proxy_protocol: this listener's clients come by balancers that name them; None: they do not.
-        log_style: of the access log, which is the logger "gtcpserver.access": one line a connection.
-        redact: leave out of it where clients go.
+        pseudonym: the name of this proxy in the Via field of HTTP messages; None: a unique one.
+        forwarded: how to treat fields in which a client says for whom it asks (X-Forwarded-For and others): "remove",
+            "pass", "replace" them by its address or "append" that.
+        forwarded_field: the field to use: "x-forwarded-for" or "forwarded" (RFC 7239).
+        proxy_protocol: this listener's clients come through balancers that send PROXY headers; None: they do not.
+        log_style: style of the access log (logger "gtcpserver.access"): one line per connection.
+        redact: leave destinations out of the log.
 
     Attributes:
-        counters: how connections and requests have ended: the results of the access log, counted.
+        counters: counts of the results in the access log: how connections and requests have ended.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ProxyHandler:
             visitor.leave()
 
     def _refuse(self, conn: Connection, visitor: Visitor) -> None:
-        """Tell it in its own words, if it is quick; a TLS handshake is too much for that."""
+        """Refuse it in its own protocol if it speaks up quickly; not worth a TLS handshake."""
         if self._tls is not None or self._refused >= MOST_REFUSED:
             conn.abort()
             self._write(visitor.record)
@@ -137,14 +137,14 @@ class ProxyHandler:
                 if is_client_error(error, conn):
                     visitor.record.result = "reset"
             if not was_raised_by_connection(error):
-                raise  # an authenticator's, say
+                raise  # an authenticator's error, say
         finally:
-            # An HTTP session writes a line for each request by itself.
+            # An HTTP session writes its own line for each request.
             if not is_http:
                 self._write(visitor.record)
 
     def server_stopped(self) -> None:
-        """The server has stopped: end what authenticators and the resolver have started."""
+        """End what authenticators and the resolver have started, after the server has stopped."""
         for authenticator in self.gate.authenticators.values():
             close = getattr(authenticator, "close", None)
             if close is not None:
@@ -157,7 +157,7 @@ class ProxyHandler:
         record.write(self._log_style, self._redact)
 
     def _negotiate(self, conn: Connection, visitor: Visitor) -> Callable[[], None] | None:
-        """Hear what the client wants, in one time for all of it; None: nothing that it will get."""
+        """Read the client's request within one deadline. None: it was refused."""
         record, seconds = visitor.record, self.gate.timeouts.negotiate
         if not visitor.admitted:
             seconds = min(seconds, TIME_OF_REFUSED)
@@ -184,7 +184,7 @@ class ProxyHandler:
             if visitor.admitted:
                 record.result, record.detail = "bad_request", "the client left"
         except DeadlineExceeded:
-            if visitor.admitted:  # otherwise it is known already how it ends
+            if visitor.admitted:  # otherwise its result is already known
                 record.result = "negotiation_timeout"
         return None
 

@@ -1,8 +1,7 @@
-"""The bodies of requests and answers, on their way through the proxy.
+"""The bodies of requests and responses, on their way through the proxy.
 
-A body whose length is known and that is large goes through the kernel (splice), every other one through a buffer: read
-a piece, write it, read the next. So no more of it is here than one piece, or one pipe, and a slow reader slows down the
-writer.
+A large body of known length goes through the kernel (splice), every other one through a buffer: read a piece, write it,
+read the next. So at most one piece, or one pipe, is held here, and a slow reader slows down the writer.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ if TYPE_CHECKING:
 
 PIECE = 64 * 1024
 
-#: Of a transfer that is slowed down, and of one in very small chunks: 64 KiB of chunks with one byte each take 17 ms.
+#: Piece size of a rate-limited transfer, and of very small chunks: 64 KiB of chunks with one byte each take 17 ms.
 PACED_PIECE = 16 * 1024
 
-#: From here on a pipe between the sockets is cheaper than a buffer (see transfer/flow.py).
+#: From this size on a pipe between the sockets is cheaper than a buffer (see transfer/flow.py).
 SPLICE_FROM = 256 * 1024
 
-#: The body of a request that is refused is read and thrown away up to here, so that the connection can stay.
+#: The body of a refused request is read and discarded up to this size, so that the connection can stay.
 MOST_DISCARDED = 64 * 1024
 DISCARD_SECONDS = 5.0
 
 
 class OriginFailed(Exception):
-    """The origin closed, or sent what is no answer.
+    """The origin closed, or sent something that is not a response.
 
     Attributes:
         mute: it had not sent a byte.
@@ -50,21 +49,21 @@ class OriginFailed(Exception):
 
 
 class RequestBody:
-    """Brings the body of a request to the origin while the answer may already come back.
+    """Send the body of a request to the origin, while the response may already come back.
 
     Args:
         conn: the client.
         head: its request.
-        patience: seconds in which nothing moves.
+        patience: seconds without any progress.
         pace: called with the size of each piece; returns how many seconds to rest.
 
     Attributes:
-        done: all of it is with the origin, or there is none.
-        at_hand: all of it was read already: the request can be repeated.
-        consumed: all of it was read from the client: what comes next is the next request.
+        done: the origin has all of it, or there is no body.
+        at_hand: all of it had already been read: the request can be repeated.
+        consumed: all of it was read from the client: the next request follows.
         sent: bytes of content that went to the origin.
-        error: why the rest will not come, as the answer to the client. The origin has then been reset: it must not take
-            what it has for the whole.
+        error: why the rest will not come, as the response to the client. The origin was then reset: it must not take a
+            part for the whole.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class RequestBody:
         self._chunks = ChunkReader() if head.is_chunked else None
         self._left = head.length
         self._waits_for_100 = bool(head.values(b"expect"))
-        self._ready = b""  # as it will be written
+        self._ready = b""  # in the form in which it will be written
         self._ready_size = 0  # how much content that is
         self._greenlet: Any = None
         self.done = self.at_hand = self.consumed = not head.has_body
@@ -84,10 +83,10 @@ class RequestBody:
         self.error: HttpError | None = None
 
     def prepare(self) -> None:
-        """Look at what came together with the head.
+        """Check what came together with the head.
 
         Raises:
-            HttpError: it is not well-formed. Nothing has been forwarded yet.
+            HttpError: it is malformed. Nothing has been forwarded yet.
         """
         size = len(self._conn.peeked)
         if self._chunks is not None and size:
@@ -99,10 +98,10 @@ class RequestBody:
             self.at_hand = self.consumed = True
 
     def begin(self, origin: Connection, request: bytes) -> None:
-        """Send the head of the request, and the body; what has not come yet by a greenlet of its own.
+        """Send the head of the request, and the body; a greenlet sends what has not arrived yet.
 
         Raises:
-            OSError: of the origin.
+            OSError: error of the origin's connection.
         """
         origin.sendall(request + self._ready)
         self.sent = self._ready_size
@@ -112,18 +111,18 @@ class RequestBody:
             self._greenlet = gevent.spawn(self._pump, origin)
 
     def stop(self) -> None:
-        """Let go of both connections."""
+        """Release both connections."""
         if self._greenlet is not None:
             self._greenlet.kill()
 
     @property
     def is_pumping(self) -> bool:
-        """More of it is on its way, or waited for."""
+        """Return whether more of it is on its way, or expected."""
         return self._greenlet is not None and not self._greenlet.dead
 
     @property
     def can_be_discarded(self) -> bool:
-        """Whether a request that was refused leaves the connection in step, after `discard`."""
+        """Return whether a refused request leaves the connection usable after `discard`."""
         if self.consumed:
             return True
         # A client that waits for "100 Continue" will not send it.
@@ -132,7 +131,7 @@ class RequestBody:
         )
 
     def discard(self) -> bool:
-        """Read the rest and throw it away; whether that worked."""
+        """Read the rest and discard it; return whether that worked."""
         if self.consumed:
             return True
         try:
@@ -164,7 +163,7 @@ class RequestBody:
             self.error = error
             origin.abort()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the origin takes no more; what it says about that is read by whoever waits for its answer
+            pass  # the origin takes no more; its explanation is read with its response
         except (OSError, MemoryError):
             # Out of memory, say: the origin waits for the rest, which will not come.
             self.error = HttpError(502, "The request could not be forwarded.")
@@ -181,7 +180,7 @@ class RequestBody:
             _give_way(chunks)
 
     def _decode(self, chunks: ChunkReader, data: bytes) -> bytes:
-        """The same content in chunks of our own."""
+        """Return the same content in chunks of our own."""
         try:
             content = chunks.feed(data)
         except ChunkError as error:
@@ -240,25 +239,25 @@ def send_own_answer(
     *,
     keep: bool = True,
 ) -> bool:
-    """Send an answer of the proxy's own; return whether another request may follow on the connection.
+    """Send a response of the proxy's own; return whether another request may follow on the connection.
 
-    All of them go through here, because what is left of a request must never be read as the next one: the body is
-    read and thrown away, or the connection ends.
+    All of them go through here, because the rest of a request must never be read as the next one: the body is read and
+    discarded, or the connection ends.
 
     Args:
         head, body: of the request; None: it could not be read.
-        keep: the answer allows another request.
+        keep: the response allows another request.
 
     Raises:
-        OSError: of the client.
+        OSError: error of the client's connection.
     """
     keep = (
         keep
         and head is not None
         and body is not None
         and not head.wants_close
-        # Some clients send the first bytes of their tunnel without waiting for it. If it is refused, these bytes are
-        # not requests: the connection ends, after a 407, too (RFC 9931).
+        # Some clients send the first bytes of their tunnel without waiting. If the tunnel is refused, these bytes are
+        # not requests: the connection ends, even after a 407 (RFC 9931).
         and head.method != b"CONNECT"
         and body.can_be_discarded
     )
@@ -277,16 +276,16 @@ def send_answer(
     note: Callable[[int], object],
     splice: bool = True,
 ) -> None:
-    """Send an answer to the client: its head, as it was made, and its body as it comes.
+    """Send a response to the client: its head, already rewritten, and its body as it arrives.
 
     Args:
-        in_chunks: the client gets a chunked body, unless it has a known length or there is none.
-        note: called with the bytes of content that were sent; it may wait, if they are not spliced.
+        in_chunks: send a chunked body, unless the length is known or there is no body.
+        note: called with the bytes of content that were sent; it may wait, unless they are spliced.
         splice: large bodies may go through the kernel.
 
     Raises:
-        OriginFailed: it will not come to its end.
-        OSError: of the client.
+        OriginFailed: it is incomplete, and will stay so.
+        OSError: error of the client's connection.
     """
     if answer.framing == "none":
         conn.sendall(head)
@@ -325,7 +324,7 @@ def _send_chunked(
             content = chunks.feed(data)
         except ChunkError as error:
             raise OriginFailed(f"the answer of the destination is broken: {error}") from None
-        # The head goes with the first piece, whether anything of the body has come or not: it may be long until then.
+        # Send the head with the first piece, even if none of the body has arrived: that may take long.
         written = head
         head = b""
         if content:
@@ -345,12 +344,12 @@ def _send_chunked(
 
 
 def _piece_of(chunks: ChunkReader) -> int:
-    """How much to read next."""
+    """Return how much to read next."""
     return PACED_PIECE if chunks.crowded else PIECE
 
 
 def _give_way(chunks: ChunkReader) -> None:
-    """Let others be served between pieces that take long; what has come already would be read without waiting."""
+    """Let others run between pieces that take long; data that has arrived would be read without waiting."""
     if chunks.crowded:
         gevent.sleep(0)
 
@@ -373,5 +372,5 @@ def _send_until_close(
 
 
 def _patience(conn: Connection, origin: Origin) -> float:
-    """Seconds in which nothing moves from one to the other, since a pipe does not say which of them it waits for."""
+    """Return seconds without progress in one direction, since a pipe does not say which of the two it waits for."""
     return max(origin.patience, conn.gettimeout() or 0.0)

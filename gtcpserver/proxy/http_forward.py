@@ -1,4 +1,4 @@
-"""One request through the proxy: to its origin, and the answer back."""
+"""Forward one request to its origin, and the response back."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .target import Target
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-#: Interim answers (1xx) before the real one. There are one or two; an origin must not send them for ever. Go's client
-#: took 5.
+#: Interim responses (1xx) before the final one. There are usually one or two; an origin must not send them forever.
+#: Go's client accepted 5.
 MOST_INTERIM = 8
 
 
 class Forwarder:
-    """Forwards the requests of one client, and keeps its origin connections between them.
+    """Forward the requests of one client, and keep its origin connections between them.
 
     Args:
         conn: the client.
@@ -50,15 +50,15 @@ class Forwarder:
         self._origins = Origins()
 
     def close(self) -> None:
-        """The client has gone."""
+        """Close the origin connections after the client has gone."""
         self._origins.close()
 
     def forward(self, head: Head, body: RequestBody) -> bool:
-        """Serve a request; False if the connection ends with it.
+        """Serve a request; return False if the connection ends with it.
 
         Raises:
-            HttpError: what the client must be answered.
-            OSError: of the client.
+            HttpError: the error response for the client.
+            OSError: error of the client's connection.
         """
         target, host, path = absolute_target(head)
         forwards = forwards_left(head)
@@ -85,7 +85,7 @@ class Forwarder:
         return keep
 
     def _answer_as_last(self, head: Head, body: RequestBody) -> bool:
-        """Max-Forwards has come to its end here."""
+        """Answer a request whose Max-Forwards is used up."""
         self._visitor.record.result = "ok"
         if head.method == b"TRACE":
             return send_own_answer(self._conn, head, body, 200, traced(head), [(b"Content-Type", b"message/http")])
@@ -117,7 +117,7 @@ class Forwarder:
             except OriginFailed as failure:
                 origin.close()
                 if body.error is None and reused and failure.mute and head.method in IDEMPOTENT and body.at_hand:
-                    continue  # the origin had given up the idle connection at this moment; the next one is fresh
+                    continue  # the origin closed the idle connection at this moment; the next one is fresh
                 record.detail = str(failure)
                 if body.error is not None:
                     raise body.error from None
@@ -135,9 +135,9 @@ class Forwarder:
                 raise
 
     def _origin_for(self, target: Target) -> tuple[Origin, bool]:
-        """A connection to the destination, and whether it has served a request before."""
+        """Return a connection to the destination, and whether it has served a request before."""
         record = self._visitor.record
-        # Rules may allow a destination to one user and not to another: a connection is not shared between them.
+        # Rules may allow a destination to one user and not to another: users do not share connections.
         key = (target, record.user)
         origin = self._origins.take(key)
         if origin is not None:
@@ -148,11 +148,11 @@ class Forwarder:
         return Origin(key, connection, record.connected, patience, forwarding, record.upstream), False
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
-        """The answer; interim ones before it are passed on, but for HTTP/1.0 (RFC 9110 section 15.2)."""
+        """Return the final response; pass on interim ones before it, except to HTTP/1.0 (RFC 9110 section 15.2)."""
         for number in range(MOST_INTERIM + 1):
             answer = origin.next_answer(body)
             if answer.status == 407 and origin.forwarding is not None:
-                # The client's name and password are for us, and it shall not send them once more.
+                # The client's name and password are for us, and it must not send them again.
                 self._visitor.record.result = "upstream_failed"
                 raise OriginFailed("the next proxy does not accept our name and password")
             if answer.status >= 200 or answer.status == 101:
@@ -171,7 +171,7 @@ class Forwarder:
         return with_via(fields, answer.version, self._pseudonym)
 
     def _pass_on(self, head: Head, body: RequestBody, origin: Origin, answer: Answer) -> bool:
-        """Send the answer to the client; False if its connection ends with it.
+        """Send the response to the client; return False if its connection ends with it.
 
         Raises:
             OriginFailed, OSError: it has begun, and cannot be completed.
@@ -180,7 +180,7 @@ class Forwarder:
         in_chunks = answer.framing in ("chunked", "close") and head.version == b"1.1"
         if in_chunks:
             fields.append((b"Transfer-Encoding", b"chunked"))
-        # An answer before the end of the request: the rest of that belongs to nothing.
+        # A response before the end of the request: the rest of the request has no use any more.
         close = head.wants_close or not body.done
         if close:
             fields.append((b"Connection", b"close"))
@@ -208,7 +208,7 @@ class Forwarder:
             rest(self._pace, size)
 
     def _switch(self, origin: Origin, answer: Answer) -> None:
-        """101: from here on it is another protocol (RFC 9110 section 15.2.2)."""
+        """Switch to another protocol after a 101 (RFC 9110 section 15.2.2)."""
         upgrade = [(name, value) for name, value in answer.headers if name.lower() == b"upgrade"]
         fields = [(b"Connection", b"upgrade"), *upgrade, *self._fields_for_client(answer)]
         self._conn.sendall(head_of_answer(101, b"Switching Protocols", fields))

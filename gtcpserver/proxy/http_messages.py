@@ -1,7 +1,7 @@
 """Requests to a proxy and its own answers (RFC 9110, RFC 9112). No I/O.
 
-What a proxy forwards is always written anew and never the bytes that came. The heads of requests are read by
-`gtcpserver.http1.head`; those of answers are read by h11 (`http_origin`).
+Forwarded messages are always rewritten; the original bytes are never copied. `gtcpserver.http1.head` parses the heads
+of requests, h11 (`http_origin`) those of responses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .target import Target, parse_authority
 
 
 def connect_target(head: Head) -> Target:
-    """Where a CONNECT goes: host:port, with the port (RFC 9110 section 9.3.6). Raises HttpError."""
+    """Return the destination of a CONNECT: host:port, with the port (RFC 9110 section 9.3.6). Raise HttpError."""
     try:
         return parse_authority(head.target.decode())
     except BadTarget as error:
@@ -26,7 +26,7 @@ def connect_target(head: Head) -> Target:
 
 
 def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
-    """Where another request goes (RFC 9112 section 3.2.2).
+    """Return the destination of any other request (RFC 9112 section 3.2.2).
 
     Returns:
         The destination; the value for Host, which is the authority of the target and not what the client put there; and
@@ -56,7 +56,7 @@ def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
 
 
 def head_of_answer(status: int, reason: bytes, headers: Sequence[Header]) -> bytes:
-    """The head of an answer to a client; the fields must have been read by us or by h11."""
+    """Return the head of a response to a client; the fields must have been parsed by us or by h11."""
     lines = [b"HTTP/1.1 %d %b" % (status, reason), *(b"%b: %b" % field for field in headers), b"\r\n"]
     return b"\r\n".join(lines)
 
@@ -64,12 +64,12 @@ def head_of_answer(status: int, reason: bytes, headers: Sequence[Header]) -> byt
 def own_answer(
     status: int, body: bytes, headers: Sequence[Header] = (), *, close: bool, of_head: bool = False
 ) -> bytes:
-    """An answer of the proxy's own.
+    """Return a response of the proxy's own.
 
     Args:
         headers: more fields; without a Content-Type among them the body is text.
         close: no request may follow.
-        of_head: the answer to a HEAD, which has no body.
+        of_head: the response to a HEAD, which has no body.
     """
     fields = list(headers)
     if not any(name == b"Content-Type" for name, _ in fields):
@@ -79,5 +79,5 @@ def own_answer(
 
 
 def error_body(status: int, message: str) -> bytes:
-    """The text of an error; it names nothing of the inside."""
+    """Return the text of an error; it reveals nothing internal."""
     return f"{status} {HTTPStatus(status).phrase}\n\n{message}\n".encode()

@@ -1,4 +1,4 @@
-"""Connections to origin servers: asked one request after another, and kept while they are idle."""
+"""Connections to origin servers: used for one request after another, and kept while idle."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from .http_body import OriginFailed, RequestBody
 from .target import Target
 from .upstream import Upstream
 
-#: Bytes of the head of an answer, together with those of the interim answers before it. nginx as a proxy takes 4 or
-#: 8 KiB, haproxy 16, curl 300.
+#: Bytes of the head of a response, including interim responses before it. nginx as a proxy accepts 4 or 8 KiB, haproxy
+#: 16, curl 300.
 LONGEST_ANSWER_HEAD = 64 * 1024
 
-#: Fields of a head. haproxy and Envoy take 100, Python's http.client as well. To read one takes 2 us, in which nobody
-#: else is served: 65,000 took 145 ms.
+#: Fields of a head. haproxy, Envoy and Python's http.client accept 100. Parsing one takes 2 us, in which no other
+#: client is served: 65,000 took 145 ms.
 MOST_ANSWER_FIELDS = 256
 
-# Lines of answers may end with LF alone (RFC 9112 section 2.2).
+# Lines of responses may end with LF alone (RFC 9112 section 2.2).
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
 _TO_TIDY = (b"\n ", b"\n\t", b":  ", b": \t", b":\t")
 _SPACES_BEFORE_VALUE = re.compile(rb"^([^:\n]*:)[ \t]+", re.MULTILINE)
 
-#: Idle origin connections of one client. Browsers keep a connection to a proxy for a host, libraries one for all.
+#: Idle origin connections of one client. Browsers keep one connection to a proxy per host, libraries one for all.
 MOST_IDLE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The head of an answer.
+    """The head of a response.
 
     Attributes:
         version: b"1.1" or b"1.0".
         framing: how its body ends: there is none, it has a length, it comes in chunks, the connection closes.
-        length: in bytes, where it has one.
+        length: in bytes, if it has one.
         closes: the connection serves no other request.
     """
 
@@ -61,10 +61,10 @@ class Origin:
     """A connection to an origin server, which may serve several requests.
 
     Args:
-        key: whose it is: the destination, and the user for whom the rules have allowed it.
+        key: what it may be used for: the destination, and the user for whom the rules have allowed it.
         connected: its address, for the record.
-        patience: seconds in which it may say nothing.
-        forwarding: the proxy that the connection leads to, and that forwards requests; None: it leads to the origin.
+        patience: seconds that it may be silent.
+        forwarding: the proxy that the connection leads to and that forwards requests; None: it leads to the origin.
         upstream: the name of the proxy on the way, for the record; "": none.
     """
 
@@ -93,20 +93,20 @@ class Origin:
         self._heard = False
         self._behind = b""
         self._room_for_heads = LONGEST_ANSWER_HEAD
-        # h11 reads the heads of the answers to one request; the bodies, which it never sees, are ours.
+        # h11 parses the heads of the responses to one request; we handle the bodies, which it never sees.
         self._reader = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_ANSWER_HEAD)
         head = self._reader.send(request) or b""
         try:
             body.begin(self.connection, head)
         except OSError:
-            pass  # it may have said why before it closed
+            pass  # it may have explained why before it closed
 
     def next_answer(self, body: RequestBody) -> Answer:
-        """The head of the next answer, which may be an interim one (1xx).
+        """Return the head of the next response, which may be an interim one (1xx).
 
         Raises:
-            OriginFailed: it closed, or this is no answer, or one that is too large.
-            TimeoutError: it says nothing.
+            OriginFailed: it closed, or sent no response, or one that is too large.
+            TimeoutError: it is silent.
         """
         head = self._next_head(body)
         self._room_for_heads -= len(head)
@@ -123,10 +123,10 @@ class Origin:
         return answer
 
     def _next_head(self, body: RequestBody) -> bytes:
-        """The bytes of the next head. What came behind them is kept."""
+        """Return the bytes of the next head. Keep surplus bytes."""
         data, searched = bytearray(self._behind), 0
         while (end := _END_OF_HEAD.search(data, searched)) is None:
-            if data and data[0] <= 0x20:  # such as an alert of TLS: more will not come
+            if data and data[0] <= 0x20:  # such as a TLS alert: no more will come
                 raise OriginFailed("not an HTTP answer")
             if len(data) > self._room_for_heads:
                 break
@@ -145,26 +145,26 @@ class Origin:
         while True:
             pumping = body.is_pumping
             try:
-                # Not the connection's own time-out, which does not hold while its other direction is being spliced.
+                # Not the connection's own timeout, which is suspended while its other direction is being spliced.
                 with gevent.Timeout(self.patience if pumping else None, TimeoutError("timed out")):
                     data: bytes = self.connection.recv(READ_AHEAD)
                 return data
             except TimeoutError:
-                # An answer is late when it does not come after the request. An upload may take its time, and ends by
-                # a time-out of its own.
+                # The response is late if it does not follow the request. An upload may take its time, and has its own
+                # timeout.
                 if not pumping:
                     raise
             except OSError as error:
                 raise OriginFailed(error.strerror or str(error), mute=not self._heard) from None
 
     def at_hand(self, most: int) -> bytes:
-        """What was read together with the head of the answer."""
+        """Return what was read together with the head of the response."""
         size = min(most, len(self.connection.peeked))
         data: bytes = self.connection.recv(size) if size else b""
         return data
 
     def recv(self, most: int) -> bytes:
-        """More of the body; b"" at the end. Raises OriginFailed."""
+        """Return more of the body; b"" at the end. Raise OriginFailed."""
         try:
             data: bytes = self.connection.recv(most)
         except TimeoutError:
@@ -174,7 +174,7 @@ class Origin:
         return data
 
     def is_alive(self) -> bool:
-        """Whether an idle connection can still be used: nothing has come on it, not even its end."""
+        """Return whether an idle connection is still usable: nothing has arrived on it, not even its end."""
         try:
             self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -184,12 +184,12 @@ class Origin:
         return False
 
     def close(self) -> None:
-        """Close it; what is still to come is not wanted."""
+        """Close it; the rest of the response is not wanted."""
         self.connection.close()
 
 
 def _for_proxy(request: h11.Request, target: Target, proxy: Upstream) -> h11.Request:
-    """In absolute form (RFC 9112 section 3.2.2), with what the next proxy wants to know of us."""
+    """Return the request in absolute form (RFC 9112 section 3.2.2), with our credentials for the next proxy."""
     path = b"" if request.target == b"*" else request.target
     return h11.Request(
         method=request.method,
@@ -204,12 +204,12 @@ def _authority(target: Target) -> bytes:
 
 
 def _tidied(head: bytes) -> bytes:
-    """A head without folded lines (RFC 9112 section 5.2), and with one space before each value.
+    """Return a head without folded lines (RFC 9112 section 5.2), and with one space before each value.
 
-    A line of h11's pattern that does not match takes a time that grows with the square of the spaces before its value:
-    minutes, for as many as a head may have.
+    On a line that does not match, h11's pattern takes time quadratic in the spaces before the value: minutes, for as
+    many as a head may have.
     """
-    if not any(odd in head for odd in _TO_TIDY):  # the answer of most servers: 0.5 us
+    if not any(odd in head for odd in _TO_TIDY):  # the response of most servers: 0.5 us
         return head
     line, end, fields = head.partition(b"\n")
     return line + end + _SPACES_BEFORE_VALUE.sub(rb"\1 ", _FOLD.sub(b" ", fields))
@@ -218,14 +218,14 @@ def _tidied(head: bytes) -> bytes:
 def _read_answer(event: Any, method: bytes) -> Answer:
     status: int = event.status_code
     headers = tuple(event.headers.raw_items())
-    # h11 has looked at these two: a length is one number, an encoding is "chunked".
+    # h11 has validated these two: a length is one number, an encoding is "chunked".
     lengths = [value for name, value in event.headers if name == b"content-length"]
     is_chunked = any(name == b"transfer-encoding" for name, value in event.headers)
     framing: Literal["none", "length", "chunked", "close"]
     if method == b"HEAD" or status < 200 or status in (204, 304):
         framing = "none"
     elif is_chunked:
-        # Somebody between here and there may be splitting answers (RFC 9112 section 6.3).
+        # Somebody on the way may be splitting responses (RFC 9112 section 6.3).
         if lengths or event.http_version == b"1.0":
             raise OriginFailed("it is not clear where the answer ends")
         framing = "chunked"
@@ -240,13 +240,13 @@ Key = tuple[Target, str | None]
 
 
 class Origins:
-    """The origin connections of one client that are idle."""
+    """The idle origin connections of one client."""
 
     def __init__(self) -> None:
         self._idle: OrderedDict[Key, Origin] = OrderedDict()
 
     def take(self, key: Key) -> Origin | None:
-        """An idle connection to this destination that is alive, or None."""
+        """Return a live idle connection to this destination, or None."""
         origin = self._idle.pop(key, None)
         if origin is not None and not origin.is_alive():
             origin.close()
@@ -254,7 +254,7 @@ class Origins:
         return origin
 
     def keep(self, origin: Origin) -> None:
-        """It has served its request; the next one may have it."""
+        """Keep a connection that has served its request for the next one."""
         self._idle[origin.key] = origin
         if len(self._idle) > MOST_IDLE:
             self._idle.popitem(last=False)[1].close()
@@ -269,7 +269,7 @@ def open_connection(visitor: Visitor, target: Target, for_request: bool = False)
     """Connect to a destination for an HTTP client; or, for a request, to the HTTP proxy that forwards it.
 
     Raises:
-        HttpError: it may not be reached, or cannot. The message says nothing that the client should not know.
+        HttpError: it may not, or cannot, be reached. The message reveals nothing that the client should not know.
     """
     try:
         return visitor.open_for_request(target) if for_request else (visitor.open(target), None)

@@ -1,4 +1,4 @@
-"""An HTTP client's connection: its requests, one after another, and what becomes of them."""
+"""An HTTP client's connection: its requests, one after another, and their outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .limits import rest
 from .record import AccessRecord
 from .socks_session import tunnel
 
-#: The methods of RFC 9110 section 9 and RFC 5789 but CONNECT; others are forwarded, too.
+#: The methods of RFC 9110 section 9 and RFC 5789 except CONNECT; other methods are forwarded, too.
 FORWARDED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 
 
@@ -33,7 +33,7 @@ class HttpSession:
         pseudonym: the name of this proxy in Via.
         write: called with the record of each request, when it is done.
         forwarded: how origins are told for whom a request is made.
-        first_until: monotonic time by which the head of the first request must have come; None: it has its own time.
+        first_until: monotonic time by which the head of the first request must arrive; None: the usual timeout.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HttpSession:
     # -- a request ---------------------------------------------------------------------------------------------------
 
     def _next_head(self) -> Head | None:
-        """The head of the next request; None when there is none, or it was answered already."""
+        """Return the head of the next request; None if there is none, or it was already answered."""
         conn, visitor = self._conn, self._visitor
         timeouts = visitor.gate.timeouts
         conn.settimeout(timeouts.keep_alive)
@@ -101,7 +101,7 @@ class HttpSession:
             self._answer_error(None, None, error)
         finally:
             self._write(record)
-            del error  # it holds what was read, by its traceback, and this frame: a cycle
+            del error  # its traceback references what was read, and this frame: a cycle
         return None
 
     def _time_for_head(self) -> float:
@@ -112,7 +112,7 @@ class HttpSession:
         return seconds
 
     def _read_head(self, data: bytes) -> bytes:
-        """The head that begins with `data`. What comes behind it is given back."""
+        """Return the head that begins with `data`. Put surplus bytes back."""
         data = self._skip_empty_lines(data)
         end = find_end_of_head(data)
         if end is not None:
@@ -127,7 +127,7 @@ class HttpSession:
         return bytes(pieces[:end])
 
     def _skip_empty_lines(self, data: bytes) -> bytes:
-        """What begins the first line of a request."""
+        """Return the beginning of the first line of a request."""
         skipped = 0
         while True:
             size = size_of_empty_lines(data)
@@ -146,14 +146,14 @@ class HttpSession:
         return more
 
     def _serve_one(self, head: Head) -> bool:
-        """Serve a request; False if the connection ends with it."""
+        """Serve a request; return False if the connection ends with it."""
         record = self._visitor.record
         body = RequestBody(self._conn, head, self._visitor.gate.timeouts.answer)
         try:
             self._check_client(head)
             self._check_command(head)
             self._check_size(head)
-            body.pace = self._visitor.pace  # known when the user is
+            body.pace = self._visitor.pace  # known once the user is
             check_loop(head, self._pseudonym)
             if head.method == b"CONNECT":
                 self._connect(head)
@@ -167,7 +167,7 @@ class HttpSession:
                     record.result = "bad_request"
             return self._answer_error(head, body, error)
         except OriginFailed as failure:
-            # Part of the answer is with the client: only a reset says that it is not all.
+            # The client has a part of the response: only a reset tells it that this is not all.
             record.result, record.detail = "failed", str(failure)
             self._conn.abort()
         except OSError as error:
@@ -176,13 +176,13 @@ class HttpSession:
             if is_client_error(error, self._conn):
                 record.result = "reset"
             elif was_raised_by_connection(error):
-                record.result = "failed"  # the destination's
+                record.result = "failed"  # the destination failed
             else:
-                raise  # an authenticator's, say
+                raise  # an authenticator's error, say
         except BaseException as error:
             if isinstance(error, GreenletExit):
                 record.result = "stopped"
-            # Where an answer ends with the connection, an end in order would say that it was all.
+            # If a response ends with the connection, a normal end would say that it was complete.
             self._conn.abort()
             raise
         return False
@@ -195,7 +195,7 @@ class HttpSession:
             raise HttpError(403, "You may not use this proxy.")
         if not visitor.needs_password:
             return
-        # Each request: the authenticator remembers for as long as it may.
+        # For each request: the authenticator decides how long it remembers.
         credentials = basic_credentials(head)
         if credentials is None or not visitor.authenticate(*credentials):
             if visitor.record.result == "failed":
@@ -208,32 +208,32 @@ class HttpSession:
             if not self._visitor.may_use("connect"):
                 raise HttpError(405, "This proxy has no CONNECT.", [(b"Allow", FORWARDED_METHODS)])
         elif not self._visitor.may_use("forward"):
-            raise HttpError(405, "This proxy forwards no requests: it has CONNECT alone.", [(b"Allow", b"CONNECT")])
+            raise HttpError(405, "This proxy forwards no requests: it only supports CONNECT.", [(b"Allow", b"CONNECT")])
 
     def _check_size(self, head: Head) -> None:
         most = self._visitor.gate.limits.limits.request_body
         if most is None:
             return
         if head.is_chunked:
-            raise HttpError(411, "This proxy wants to know the length of a request's body before it comes.")
+            raise HttpError(411, "This proxy requires the length of a request's body in advance.")
         if head.length > most:
             raise HttpError(413, f"The body of a request must have at most {most} bytes here.")
 
     def _connect(self, head: Head) -> None:
         with open_connection(self._visitor, connect_target(head))[0] as upstream:
-            # Neither Content-Length nor Transfer-Encoding (RFC 9110 section 9.3.6). What came behind the head is among
-            # the bytes that were given back: the tunnel begins with it.
+            # Neither Content-Length nor Transfer-Encoding (RFC 9110 section 9.3.6). Bytes behind the head were put
+            # back: the tunnel begins with them.
             self._conn.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             tunnel(self._conn, upstream, self._visitor)
 
     def _answer_error(self, head: Head | None, body: RequestBody | None, error: HttpError) -> bool:
-        """Answer it; whether another request may follow."""
+        """Send the error response; return whether another request may follow."""
         text = error_body(error.status, str(error))
         return send_own_answer(self._conn, head, body, error.status, text, error.headers, keep=error.keep)
 
 
 def _from_now_on(record: AccessRecord) -> AccessRecord:
-    """A record whose time begins now, with the first byte of a request."""
+    """Return a record whose time begins now, with the first byte of a request."""
     return replace(
         AccessRecord(record.client, record.listener), user=record.user, result=record.result, detail=record.detail
     )

@@ -1,7 +1,7 @@
-"""Limits of the proxy: connections in all, of a client, of a user; attempts to connect; bytes a second of a connection
-and of a user.
+"""Limits of the proxy: connections in total, per client, per user; connection attempts; bytes per second of a
+connection and of a user.
 
-Each worker process counts its own.
+Each worker process counts separately.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from gtcpserver.networks import as_ip
 
 from .errors import LimitReached
 
-#: Of what a bucket holds: so long a flow may go as fast as it can after it was silent.
+#: Size of a bucket: for this many seconds a flow may go as fast as it can after it was silent.
 BURST_SECONDS = 0.25
 LEAST_BURST = 16 * 1024
 
-#: Users whose bytes are remembered after their last connection; beyond it the one longest not seen is forgotten. 400
+#: Users whose bytes are remembered after their last connection; beyond that, the one longest unseen is forgotten. 400
 #: bytes each.
 MOST_USERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is allowed; None is no limit.
+    """The limits; None means no limit.
 
     Attributes:
         connections: of all clients at once.
         client_connections: of one client at once; an IPv6 client is its /64.
         user_connections: of one user at once.
-        connect_attempts: attempts to connect to destinations and upstreams that are under way at once, for all clients.
+        connect_attempts: connection attempts to destinations and upstreams in progress at once, for all clients.
         client_connect_attempts: the same, for one client.
-        new_per_second: connections that one client may open in a second.
-        rate: bytes a second of one connection, both directions together.
-        user_rate: bytes a second of all connections of one user.
-        request_body: bytes that the body of an HTTP request may have; those that come in chunks are then refused.
+        new_per_second: connections that one client may open per second.
+        rate: bytes per second of one connection, both directions together.
+        user_rate: bytes per second of all connections of one user.
+        request_body: maximum bytes of the body of an HTTP request; chunked bodies are then refused.
 
     Raises:
-        ConfigError: one of them cannot be.
+        ConfigError: one of them is invalid.
     """
 
     connections: int | None = None
@@ -72,10 +72,10 @@ class Limits:
 
 
 class TokenBucket:
-    """Bytes that may be moved in a second; those who share one wait for each other.
+    """Limits the bytes moved per second; connections that share one wait for each other.
 
     Args:
-        rate: bytes a second.
+        rate: bytes per second.
     """
 
     __slots__ = ("__weakref__", "_burst", "_rate", "_since", "_tokens")
@@ -86,7 +86,7 @@ class TokenBucket:
         self._since = monotonic()
 
     def spend(self, size: int) -> float:
-        """So many bytes were moved; returns the seconds after which the next may be. 0 bytes: to begin with."""
+        """Account for `size` bytes moved; return the seconds until the next may be. 0 bytes: before the first piece."""
         now = monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._since) * self._rate) - size
         self._since = now
@@ -94,7 +94,7 @@ class TokenBucket:
 
 
 class Attempts:
-    """Counts the attempts to connect of one client, and of all."""
+    """Count the connection attempts of one client, and of all."""
 
     __slots__ = ("_client", "_keeper")
 
@@ -103,10 +103,10 @@ class Attempts:
         self._client = client
 
     def begin(self) -> None:
-        """An attempt begins; `end` must be called when its socket is connected or closed.
+        """Begin an attempt; `end` must be called when its socket is connected or closed.
 
         Raises:
-            LimitReached: with the name of the limit. It must not begin.
+            LimitReached: with the name of the limit. The attempt must not begin.
         """
         keeper, client = self._keeper, self._client
         limits = keeper.limits
@@ -120,7 +120,7 @@ class Attempts:
         keeper.attempts += 1
 
     def end(self) -> None:
-        """An attempt has ended."""
+        """End an attempt."""
         keeper, client = self._keeper, self._client
         keeper.attempts -= 1
         if client is not None and keeper.limits.client_connect_attempts is not None:
@@ -130,7 +130,7 @@ class Attempts:
 
 
 class LimitKeeper:
-    """Keeps the limits of all listeners of a proxy: who is there, and how much each user has moved."""
+    """Enforce the limits of all listeners of a proxy: know who is connected, and how much each user has moved."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -143,16 +143,16 @@ class LimitKeeper:
         self.attempts = 0
         self.attempts_by_client: Counter[ClientKey] = Counter()
         self._users: Counter[str] = Counter()
-        # Those in use, which all connections of a user share; and those last used, which outlive them: what a user has
-        # moved on a connection holds for the next one.
+        # Buckets in use, shared by all connections of a user; and those last used, which outlive them: traffic on one
+        # connection counts for the next one.
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
         self._kept: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def enter(self, address: Any) -> str:
-        """A client has connected. "": it may stay, and `leave` must be told of its end; otherwise what is exceeded.
+        """Register a client. Return "" if it may stay, and `leave` must be called at its end; otherwise the limit.
 
         Args:
-            address: as ``accept`` names it.
+            address: as returned by ``accept``.
         """
         if self.limits.connections is not None and self.connections >= self.limits.connections:
             return "connections"
@@ -163,23 +163,23 @@ class LimitKeeper:
         return ""
 
     def leave(self, address: Any) -> None:
-        """A client that was let in has gone."""
+        """Unregister a client that was admitted."""
         self.connections -= 1
         if self._limits_clients:
             self._clients.leave(address)
 
     def attempts_of(self, address: Any) -> Attempts | None:
-        """What counts a client's attempts to connect; None: nothing limits them.
+        """Return the counter of a client's connection attempts; None: there is no limit.
 
         Args:
-            address: as ``accept`` names it. Clients by a unix socket have no limit of their own.
+            address: as returned by ``accept``. Clients on a Unix socket have no limit of their own.
         """
         if not self._limits_attempts:
             return None
         return Attempts(self, client_key(as_ip(address[0])) if isinstance(address, tuple) else None)
 
     def enter_user(self, user: str) -> str:
-        """A client is this user. As `enter`."""
+        """Register a connection of this user; return as `enter`."""
         most = self.limits.user_connections
         if most is not None and self._users[user] >= most:
             return "user_connections"
@@ -187,7 +187,7 @@ class LimitKeeper:
         return ""
 
     def leave_user(self, user: str) -> None:
-        """A connection of this user has ended."""
+        """Unregister a connection of this user."""
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
@@ -196,14 +196,14 @@ class LimitKeeper:
             self._keep(user, bucket)
 
     def make_bucket(self) -> TokenBucket | None:
-        """Return what limits the rate of one connection, whatever users it has; None: nothing does."""
+        """Return the bucket that limits the rate of one connection, whatever its users; None: there is no limit."""
         return None if self.limits.rate is None else TokenBucket(self.limits.rate)
 
     def pace(self, user: str | None, own: TokenBucket | None) -> Callable[[int], float] | None:
-        """Return what slows a connection down, None if nothing does.
+        """Return the function that rate-limits a connection, None if there is no limit.
 
         It is called with the bytes that were moved, and returns the seconds to rest; first with 0, since its user may
-        have moved too many by the connection before.
+        have moved too many on the previous connection.
 
         Args:
             own: the connection's, from `make_bucket`.
@@ -222,7 +222,7 @@ class LimitKeeper:
     def _keep(self, user: str, bucket: TokenBucket) -> None:
         self._kept[user] = bucket
         self._kept.move_to_end(user)
-        # Full ones, which are as good as new, are the oldest as a rule.
+        # Full buckets, which are as good as new, are usually the oldest.
         if len(self._kept) > MOST_USERS:
             self._kept.popitem(last=False)
 

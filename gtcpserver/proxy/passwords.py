@@ -1,7 +1,7 @@
 """Users and their passwords, kept as hashes.
 
-A hash that is any good takes some 30 ms, and a browser opens a hundred connections: they are computed in native
-threads, so that the event loop goes on, and a password that was right a moment ago is recognized by a keyed digest.
+A good hash takes some 30 ms, and a browser opens a hundred connections: hashes are computed in native threads, so that
+the event loop goes on, and a password that was correct a moment ago is recognized by a keyed digest.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from gtcpserver.files.lent import read_file
 
 from .target import IPAddress
 
-#: Passwords that were right lately: how many, and for how many seconds they are believed without asking the hash.
+#: Recently correct passwords: how many, and for how many seconds they are accepted without computing the hash.
 MOST_REMEMBERED = 10_000
 REMEMBER = 60.0
 
-#: Hashes computed at once. They are all CPU; more than the CPUs would only wait for each other.
+#: Simultaneous hash computations. They only use CPU; more than there are CPUs would wait for each other.
 THREADS = max(2, os.cpu_count() or 1)
 
-#: What a failure costs an address: each one delays its answer by so many seconds more, up to the second; after so many
-#: within the window nothing is looked at any more until the window is over.
+#: Cost of failures to an address: each one delays its answer by this many seconds more, up to the second figure; after
+#: this many within the window, no more are checked until the window is over.
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 5.0
 MOST_FAILURES = 10
 WINDOW = 300.0
 
-#: Addresses whose failures are remembered; beyond it the one that failed longest ago is forgotten.
+#: Addresses whose failures are remembered; beyond that, the one that failed longest ago is forgotten.
 MOST_ADDRESSES = 10_000
 
 
@@ -40,7 +40,7 @@ _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 
 
 def hash_password(password: bytes) -> str:
-    """A hash to be put into a configuration: argon2id with the library's parameters (RFC 9106).
+    """Return a hash for a configuration: argon2id with the library's parameters (RFC 9106).
 
     Raises:
         ConfigError: the package argon2-cffi is missing.
@@ -49,7 +49,7 @@ def hash_password(password: bytes) -> str:
 
 
 def check_hash(kept: str) -> None:
-    """Raise ConfigError for what is no hash that can be compared with."""
+    """Raise ConfigError for an unusable hash."""
     if kept.startswith("$argon2"):
         _argon2()
         import argon2
@@ -70,14 +70,14 @@ def check_hash(kept: str) -> None:
 
 
 def matches(kept: str, password: bytes) -> bool:
-    """Whether a password is the one a hash was made of. Takes 30 ms."""
+    """Return whether a password matches a hash. Takes 30 ms."""
     if kept.startswith("$argon2"):
         argon2: Any = _argon2()
         try:
             return bool(argon2.verify(kept, password))
-        except Exception:  # its errors for "wrong" and "not a hash" have no common base of their own
+        except Exception:  # its errors for "wrong" and "not a hash" have no common base class
             return False
-    # bcrypt looks at 72 bytes and refuses more; htpasswd cuts them, and so do we.
+    # bcrypt uses 72 bytes and rejects more; htpasswd truncates, and so do we.
     return bool(_bcrypt().checkpw(password[:72], kept.encode()))
 
 
@@ -98,10 +98,10 @@ def _bcrypt() -> Any:
 
 
 def read_htpasswd(path: str) -> dict[bytes, str]:
-    """The users of an htpasswd file (`htpasswd -B`).
+    """Read the users of an htpasswd file (`htpasswd -B`).
 
     Raises:
-        ConfigError: it cannot be read, or a line of it.
+        ConfigError: the file, or a line of it, cannot be read.
     """
     users = {}
     try:
@@ -126,18 +126,18 @@ def read_htpasswd(path: str) -> dict[bytes, str]:
 
 
 class Failures:
-    """What each address has got wrong; an IPv6 client is its /64, which it has for itself."""
+    """Failures of each address; an IPv6 client is its /64, which belongs to it."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Any, tuple[Counter[bytes], float]] = OrderedDict()
 
     def may_try(self, client: IPAddress) -> bool:
-        """False while an address has failed too often."""
+        """Return False while an address has failed too often."""
         wrong, last = self._known.get(_network(client), _NOTHING)
         return wrong.total() < MOST_FAILURES or monotonic() - last > WINDOW
 
     def note(self, client: IPAddress, user: bytes) -> float:
-        """Note a failure; returns the seconds that its answer has to wait."""
+        """Note a failure; return the seconds that its answer has to wait."""
         network = _network(client)
         wrong, last = self._known.pop(network, _NOTHING)
         if wrong is _NOTHING[0] or monotonic() - last > WINDOW:
@@ -149,7 +149,7 @@ class Failures:
         return float(min(LONGEST_DELAY, FIRST_DELAY * wrong.total()))
 
     def forget(self, client: IPAddress, user: bytes) -> None:
-        """It was right for this user: who has an account must not guess another one's password for that."""
+        """Forget failures for this user after a success, but no others: an account must not help to guess another."""
         network = _network(client)
         wrong, _ = self._known.get(network, _NOTHING)
         wrong.pop(user, None)

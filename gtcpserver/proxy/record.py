@@ -1,4 +1,4 @@
-"""The access record: what one connection through the proxy was, as one line of a log."""
+"""The access record: one connection through the proxy, as one line of a log."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal
 from gtcpserver.server.access_log import log, utc, write_line
 
 Result = Literal[
-    "ok",  # relayed, and both sides ended in order
+    "ok",  # relayed, and both sides ended normally
     "reset",  # one side was reset
-    "idle",  # nothing moved for too long
+    "idle",  # no data for too long
     "half_closed",  # the same, after one side had ended
     "lifetime",  # it lasted as long as it may
     "client_denied",
@@ -19,19 +19,19 @@ Result = Literal[
     "command_denied",
     "authentication_failed",
     "authentication_timeout",
-    "proxy_header",  # none came from a balancer, or a bad one
+    "proxy_header",  # a balancer sent none, or a bad one
     "tls_failed",  # the client's TLS handshake
-    "bad_request",  # the client broke the protocol, or left during it
+    "bad_request",  # the client violated the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections
-    "upstream_failed",  # the other proxy does not want us, or cannot be understood
+    "upstream_failed",  # the other proxy refused the request, or its response was not understood
     "unresolved",
-    "resolve_timeout",  # no answer of the name server in time
+    "resolve_timeout",  # the name server did not answer in time
     "refused",
     "unreachable",
     "connect_timeout",
-    "answer_timeout",  # an HTTP origin said nothing in time
-    "no_port",  # all of ours to this destination are in use, or we have no address of its kind
+    "answer_timeout",  # an HTTP origin did not respond in time
+    "no_port",  # all local ports to this destination are in use, or there is no local address of its family
     "failed",
     "stopped",
 ]
@@ -39,24 +39,24 @@ Result = Literal[
 
 @dataclass(slots=True)
 class AccessRecord:
-    """One connection, filled in as it goes on.
+    """One connection, filled in as it progresses.
 
     Attributes:
         client: address of the client.
         listener: name of the listener.
         protocol: "socks4", "socks4a", "socks5" or "http"; "" until it is known.
-        user: who the client is, if it has said so and was believed.
-        claimed: the user id of SOCKS4: who the client says it is, and nobody asks whether it is.
+        user: the authenticated user, if any.
+        claimed: the unverified user ID of a SOCKS4 client.
         command: "CONNECT", "BIND", "UDP", or a method of HTTP.
         asked: destination as the client named it, in its canonical form.
         connected: the address that was connected to.
-        upstream: the proxy through which, if not directly.
+        upstream: the proxy on the way, if any.
         result: how it ended.
-        detail: in words: the rule, the error.
+        detail: explanation: the rule, the error.
         sent, received: bytes from the client to the destination, and back.
-        negotiated, opened: seconds until the client had said what it wants, and from there until it was connected.
-        authenticated: seconds of `negotiated` that an authenticator took; None: none was asked.
-        resolved: seconds that looking names up took, of `opened` but for UDP; None: no name was looked up.
+        negotiated, opened: seconds until the client had stated its request, and from there until it was connected.
+        authenticated: seconds of `negotiated` spent in an authenticator; None: none was asked.
+        resolved: seconds spent on looking up names, included in `opened` except over UDP; None: no lookup.
     """
 
     client: str
@@ -80,15 +80,15 @@ class AccessRecord:
     _began: float = field(default_factory=monotonic)
 
     def note_negotiated(self) -> None:
-        """The client has said what it wants."""
+        """Note that the client has stated its request."""
         self.negotiated = monotonic() - self._began
 
     def note_opened(self) -> None:
-        """The destination is connected."""
+        """Note that the destination is connected."""
         self.opened = monotonic() - self._began - self.negotiated
 
     def fields(self, redact: bool = False) -> dict[str, object]:
-        """By name, for JSON. ``redact`` leaves out where the client went."""
+        """Return the fields by name, for JSON. ``redact`` leaves out the destination."""
         hidden = "-" if redact else None
         return {
             "time": utc(self.began_at),

@@ -1,10 +1,11 @@
-"""Resolver: host names to addresses, without one slow name server holding up everybody.
+"""Resolver: look up host names without letting one slow name server delay everybody.
 
-Look-ups are the system's own (getaddrinfo(3)), so that /etc/hosts, search domains and whatever else the operator has
-set up count. They run in native threads of their own: gevent's default pool has 10 for everything, and names whose
-server does not answer (5 s and more each) fill it at once. The names of one domain may have some of the threads only,
-so that its server holds up nobody else. Clients that ask for the same name share one look-up, and names that nobody
-waits for any more are not looked up. loadtests/bench/resolvers.py measures it; docs/proxy.md has the figures.
+Lookups use the system's resolver (getaddrinfo(3)), so that /etc/hosts, search domains and everything else that the
+operator has configured apply. They run in native threads of their own: gevent's default pool has 10 for everything, and
+names whose server does not answer (5 s and more each) fill it at once. The names of one domain may only use some of the
+threads, so that its server does not delay other lookups. Clients that ask for the same name share one lookup, and a
+name that no client waits for any more is not looked up. loadtests/bench/resolvers.py measures it; docs/proxy.md has the
+figures.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ Family = Literal["any", "ipv4", "ipv6", "prefer-ipv4"]
 
 _getaddrinfo: Any = monkey.get_original("socket", "getaddrinfo")
 
-#: Look-ups at once. Threads are made when they are needed, and cost 25 KiB and more each.
+#: Simultaneous lookups. Threads are created on demand, and cost 25 KiB and more each.
 THREADS = 256
 
-#: Of them for names that have their last two labels in common: one name server that does not answer, as a rule.
+#: How many of these may be for names with the same last two labels: usually one name server that does not answer.
 THREADS_OF_A_DOMAIN = 32
 
-#: getaddrinfo does not tell how long an answer holds. So long we believe it, seconds: what browsers do (Chromium: 60).
+#: Seconds to keep a result. getaddrinfo does not return its TTL; browsers do the same (Chromium: 60).
 KEEP = 60.0
 KEEP_FAILURE = 5.0
 
-#: Names remembered; beyond it the one longest not asked for is forgotten. 200 bytes each.
+#: Names remembered; beyond that, the one longest not asked for is forgotten. 200 bytes each.
 MOST_NAMES = 10_000
 
 
@@ -73,7 +74,7 @@ class _Question:
 
 
 class _Domain:
-    """Names under way that have their last two labels in common."""
+    """Lookups in progress of names with the same last two labels."""
 
     __slots__ = ("free", "names")
 
@@ -83,15 +84,15 @@ class _Domain:
 
 
 class Resolver:
-    """Finds the addresses of names.
+    """Find the addresses of names.
 
     Args:
         family: "any" interleaves IPv6 and IPv4, IPv6 first (RFC 8305 section 4); "prefer-ipv4" the other way round;
-            "ipv4" and "ipv6" know no others.
-        timeout: seconds a client waits for a look-up; one that is under way goes on and serves the next client.
+            "ipv4" and "ipv6" only return their family.
+        timeout: seconds a client waits for a lookup; one in progress goes on and serves the next client.
 
     Raises:
-        ConfigError: an option that cannot work.
+        ConfigError: an invalid option.
     """
 
     def __init__(self, family: Family = "any", timeout: float = 10.0) -> None:
@@ -107,7 +108,7 @@ class Resolver:
         self._threads: ThreadPool | None = None
 
     def resolve(self, name: str) -> tuple[IPAddress, ...]:
-        """The addresses of a name, in the order in which they should be tried.
+        """Return the addresses of a name, in the order in which to try them.
 
         Raises:
             socket.gaierror: there are none, or the name server failed.
@@ -119,12 +120,12 @@ class Resolver:
         else:
             answer = self._ask(name)
         if answer.error is not None:
-            raise answer.error.with_traceback(None)  # it is raised again and again, and would keep every frame
+            raise answer.error.with_traceback(None)  # it is raised repeatedly, and would keep every frame alive
         return answer.found
 
     def _ask(self, name: str) -> _Answer:
         question = self._under_way.get(name)
-        if question is None or question.finder.dead:  # dead and not answered: it had no memory to start
+        if question is None or question.finder.dead:  # dead and not answered: memory ran out when it started
             question = _Question()
             question.finder = gevent.spawn(self._find, name, question)
             self._under_way[name] = question
@@ -152,12 +153,12 @@ class Resolver:
 
     @contextmanager
     def _place(self, name: str) -> Iterator[None]:
-        """Within it, a thread is free for this name."""
+        """Hold a free thread for this name while in the block."""
         key = ".".join(name.rstrip(".").rsplit(".", 2)[-2:])
         domain = self._domains.setdefault(key, _Domain())
         domain.names += 1
         try:
-            # In this order: what waits for its domain keeps no place from the others.
+            # In this order: a lookup that waits for its domain does not occupy a place that others could use.
             with domain.free, self._free:
                 yield
         finally:
@@ -172,7 +173,7 @@ class Resolver:
         found: tuple[IPAddress, ...] = ()
         try:
             answer = self._threads.spawn(_look_up, name).get()
-        except Exception as failure:  # there is no other thread to be had
+        except Exception as failure:  # no other thread can be started
             answer = socket.gaierror(socket.EAI_AGAIN, str(failure))
         if isinstance(answer, socket.gaierror):
             error = answer
@@ -183,25 +184,25 @@ class Resolver:
         return _Answer(found, error, monotonic() + (KEEP_FAILURE if error else KEEP))
 
     def close(self) -> None:
-        """End the threads, when the look-ups under way have ended."""
+        """End the threads, after the lookups in progress."""
         if self._threads is not None:
             self._threads.kill()
             self._threads = None
 
 
 def _look_up(name: str) -> list[IPAddress] | socket.gaierror:
-    # In a native thread. What is raised there gevent prints, with a traceback: each name that does not exist.
+    # In a native thread, where gevent would print any exception with a traceback: for each name that does not exist.
     try:
         found = _getaddrinfo(name, None, 0, socket.SOCK_STREAM)
     except socket.gaierror as error:
         return error.with_traceback(None)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS has
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid DNS name
         return socket.gaierror(socket.EAI_NONAME, str(error))
     return [ip_address(sockaddr[0].split("%")[0]) for _, _, _, _, sockaddr in found]
 
 
 def in_order(found: Sequence[IPAddress], family: Family) -> tuple[IPAddress, ...]:
-    """Addresses in the order in which they should be tried: one family after the other, in turn; MOST_ADDRESSES."""
+    """Return at most MOST_ADDRESSES addresses in the order in which to try them: the families in turn."""
     known = dict.fromkeys(map(unmapped, found))
     v4: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv4Address)] if family != "ipv6" else []
     v6: list[IPAddress] = [ip for ip in known if isinstance(ip, IPv6Address)] if family != "ipv4" else []

@@ -10,20 +10,22 @@ A destination rule:
     allow|deny from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
     allow|deny DESTINATION                                     short for: from any to DESTINATION
 
-CLIENT is "any", an address or a network. DESTINATION is one of these, each with ":PORTS" behind it if it is for some
-ports only (443 or 80,443 or 8000-8999):
+CLIENT is "any", an address or a network. DESTINATION is one of these, followed by ":PORTS" to restrict it to some ports
+(443 or 80,443 or 8000-8999):
 
     any                                    everything but the special kinds of addresses
     10.0.0.0/8, 192.0.2.1, [2001:db8::/32] a network or address, also of names that resolve to it
     example.com                            this name
-    .example.com                           names below it, and itself
+    .example.com                           this name and all names below it
     loopback, this-host, private, ...      a kind of address (see target.KINDS)
 
-The first rule that matches decides; behind the last one everything is denied. Special kinds of addresses (loopback,
-this-host, link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are reached only by a
-rule that names them: the kind, or a network that lies in it. "allow any" and ".example.com" do not: the first would
-open the proxy's own network to its clients, the second to whoever owns that domain's name server. An address of this
-host is this-host before it is link-local, private or the like; only the kind or the address itself names it.
+The first rule that matches decides; after the last one the default is deny. Special kinds of addresses (loopback,
+this-host, link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are only reachable
+through
+a rule that names them: the kind, or a network within it. "allow any" and ".example.com" do not count: the first would
+open the proxy's own network to its clients, the second would open it to the owner of that domain's name server. An
+address of this host is this-host before it is link-local, private or the like; only the kind or the address itself
+names it.
 """
 
 from __future__ import annotations
@@ -57,12 +59,12 @@ _DESTINATION = re.compile(r"(\[[^]]*\]|[^:]*)(?::(.*))?")
 
 @dataclass(frozen=True, slots=True)
 class Destinations:
-    """What a destination rule is for; no more than one of kind, network and name is set.
+    """What a destination rule applies to; at most one of kind, network and name is set.
 
     Attributes:
-        kind: of special addresses, a key of target.KINDS.
+        kind: kind of special addresses, a key of target.KINDS.
         network: addresses.
-        name: a host name; with a dot before it also those below it.
+        name: a host name; with a leading dot also the names below it.
         ports: ranges, both ends included; () for all.
     """
 
@@ -73,7 +75,7 @@ class Destinations:
 
     @property
     def is_any(self) -> bool:
-        """Every host; the ports may be limited."""
+        """Return whether it covers every host; the ports may be limited."""
         return self.kind is None and self.network is None and self.name is None
 
     def has_port(self, port: int) -> bool:
@@ -85,27 +87,27 @@ class Destinations:
         return name == self.name or (self.name.startswith(".") and (name.endswith(self.name) or name == self.name[1:]))
 
     def has_address(self, ip: IPAddress, own: bool = False) -> bool:
-        """Whether an address is among them; `own`: it is one of this host's."""
+        """Return whether it covers an address; `own`: the address is one of this host's."""
         if self.kind is not None:
             return self.kind in (kind_of(ip), kind_of(ip, own))
         return self.network is not None and ip.version == self.network.version and ip in self.network
 
     def opens(self, ip: IPAddress, own: bool = False) -> bool:
-        """Whether this names the special kind that an address is of, so that a rule with it may allow it."""
+        """Return whether it names the special kind of an address, so that a rule with it may allow the address."""
         kind = kind_of(ip, own)
         if kind is None or self.kind == kind:
             return True
         network: Any = self.network
         if network is None:
             return False
-        if kind == THIS_HOST:  # whose neighbours are not
+        if kind == THIS_HOST:  # a network does not open this host
             return bool(network.prefixlen == network.max_prefixlen and network.network_address == ip)
         return any(network.version == special.version and network.subnet_of(special) for special in KINDS[kind])
 
 
 @dataclass(frozen=True, slots=True)
 class ClientRule:
-    """Who may use a listener; ``auth`` names who has to confirm it, None: nobody."""
+    """Who may use a listener; ``auth`` names the authenticator that must confirm the user, None: none."""
 
     text: str
     action: Action
@@ -128,14 +130,14 @@ class DestinationRule:
 
 @dataclass(slots=True)
 class RuleMatch:
-    """Who asks, by what, and for which port: what rules compare before they look at the destination itself.
+    """Who asks, through which listener, and for which port: what rules compare before the destination itself.
 
     Attributes:
         client: the client's address.
-        listener: the name of the listener it came by.
-        auth: the name of the authenticator that knows the user, if one does.
-        user: who the client is, if that is known.
-        port: of the destination.
+        listener: name of its listener.
+        auth: name of the authenticator that knows the user, if any.
+        user: the user, if known.
+        port: port of the destination.
     """
 
     client: IPAddress
@@ -155,12 +157,12 @@ class RuleMatch:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the rules say.
+    """The verdict of the rules.
 
     Attributes:
         allowed: yes or no.
-        rule: which one, as it was written; or why no rule was asked.
-        auth: of a client rule: the authenticator that the client has to satisfy.
+        rule: the rule as written; or why no rule was consulted.
+        auth: for a client rule, the authenticator that must confirm the user.
     """
 
     allowed: bool
@@ -168,14 +170,14 @@ class Decision:
     auth: str | None = None
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- parsing -----------------------------------------------------------------------------------------------------------
 
 
 _WORD = re.compile(r'"([^"]+)"(?!\S)|(\S+)')
 
 
 class _Words:
-    """The words of a rule, taken from the left. One in double quotes may have spaces."""
+    """The words of a rule, taken from the left. A word in double quotes may contain spaces."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -218,7 +220,7 @@ class _Words:
 
 
 def parse_client_rule(text: str) -> ClientRule:
-    """Read a client rule. Raises RuleError."""
+    """Parse a client rule. Raise RuleError."""
     words = _Words(text)
     action: Any = words.take_word("allow", "deny")
     if not words.skip("from"):
@@ -239,13 +241,14 @@ def parse_client_rule(text: str) -> ClientRule:
 
 
 def parse_destination_rule(text: str) -> DestinationRule:
-    """Read a destination rule. Raises RuleError."""
+    """Parse a destination rule. Raise RuleError."""
     words = _Words(text)
     return _parse_match(words, words.take_word("allow", "deny"))
 
 
 def parse_way(text: str) -> tuple[str, DestinationRule]:
-    """Read a rule that chooses an upstream: its name, and for what it is. Raises RuleError."""
+    """Parse a rule that chooses an upstream; return the upstream's name and what the rule applies to. Raise
+    RuleError."""
     words = _Words(text)
     words.take_word("through")
     upstream = words.take_name('the name of an upstream, or "direct",')
@@ -301,7 +304,7 @@ def _destinations(word: str, text: str) -> Destinations:
             raise RuleError(f"a network expected, got {host!r} in {text!r} ({error})") from None
     try:
         if parse_address(host) is not None:
-            # 127.1 or 010.0.0.1: what is meant by it depends on who reads it.
+            # 127.1 or 010.0.0.1: parsers disagree on their meaning.
             raise RuleError(f"an address in four decimal numbers expected, got {host!r} in {text!r}")
         name = host.removeprefix("*")
         return Destinations(name="." * name.startswith(".") + canonical_name(name.removeprefix(".")), ports=ports)
@@ -326,7 +329,7 @@ def _ports(text: str, rule: str) -> tuple[tuple[int, int], ...]:
 
 
 def decide_client(rules: Sequence[ClientRule], client: IPAddress, listener: str) -> Decision:
-    """Whether a client may use a listener, and with which authenticator."""
+    """Decide whether a client may use a listener, and with which authenticator."""
     client = unmapped(client)
     for rule in rules:
         if _is_from(rule.clients, client) and rule.listener in (None, listener):
@@ -343,23 +346,23 @@ def decide_destination(
     nat64: tuple[IPv6Network, ...] = (),
     own: Collection[IPAddress] = (),
 ) -> Decision:
-    """Whether a client may reach one address.
+    """Decide whether a client may reach one address.
 
-    Asked for every address that a name has, and for no other than the one that is connected to: whoever resolves the
-    name again may get another one.
+    Must be asked for every address of a name, and the connection must go to that address: resolving the name again may
+    return another one.
 
     Args:
         asked: who asks, and for which port.
-        name: the host name that was asked for, in its canonical form; None for an address.
+        name: the requested host name, in its canonical form; None for an address.
         ip: the address; None: another proxy looks the name up, and only rules about names can match.
-        nat64: prefixes of NAT64 gateways, as `target.addresses_meant` takes them.
-        own: those of the addresses meant by `ip` that are this host's.
+        nat64: prefixes of NAT64 gateways, as for `target.addresses_meant`.
+        own: those addresses meant by `ip` that are this host's.
     """
     meant: tuple[IPAddress, ...]
     if ip is not None:
         meant = addresses_meant(ip, nat64)
     elif name is not None and (name == "localhost" or name.endswith(".localhost")):
-        # Wherever it is looked up it means the proxy there (RFC 6761 section 6.3).
+        # Wherever it is looked up, it means the proxy there (RFC 6761 section 6.3).
         meant = (IPv4Address("127.0.0.1"),)
     else:
         meant = ()
@@ -374,7 +377,7 @@ def decide_destination(
             or any(what.has_address(one, one in own) for one in meant)
         )
         if rule.action == "deny":
-            # By the address, and by each one that a gateway may make of it.
+            # By the address, and by each address that a gateway may turn it into.
             if matches:
                 return Decision(False, rule.text)
         elif matches and all(what.opens(one, one in own) for one in special):

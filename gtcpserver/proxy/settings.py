@@ -1,4 +1,4 @@
-"""The settings of the proxy, as a file has them: a table is a class, a key a field. docs/proxy.md tells all of them."""
+"""The settings of the proxy, as in the file: a table is a class, a key a field. docs/proxy.md explains all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .upstream import Resolve
 
 DEFAULT_LISTEN = "127.0.0.1:1080"
 
-#: Who may use the proxy when no rule says so: this host.
+#: Clients admitted when there is no rule: this host.
 DEFAULT_CLIENTS = ("allow 127.0.0.0/8", "allow ::1")
 DEFAULT_DESTINATIONS = ("allow any",)
 
@@ -32,14 +32,14 @@ class ListenerTable(_Table):
 
     Attributes:
         name: for rules and the log.
-        listen: where.
+        listen: address to listen on.
         speaks: the protocols.
-        commands: what clients may ask for.
+        commands: what clients may request.
         external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
         tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
-        tls_client_ca: PEM file of the CAs whose certificates clients show.
-        tls_client_auth: whether they must.
-        proxy_protocol: networks of balancers that name their clients (:class:`gtcpserver.ProxyProtocol`).
+        tls_client_ca: PEM file of the CAs for client certificates.
+        tls_client_auth: whether a client certificate is required.
+        proxy_protocol: networks of balancers that send PROXY headers (:class:`gtcpserver.ProxyProtocol`).
     """
 
     name: str = "default"
@@ -56,10 +56,10 @@ class ListenerTable(_Table):
 
 
 class RulesTable(_Table):
-    """Rules, as `rules` and `upstream` read them; not given is the default, and an empty list allows nothing.
+    """Rules, as parsed by `rules` and `upstream`; a missing key is the default, an empty list allows nothing.
 
     Attributes:
-        nat64: prefixes of NAT64 gateways of the network's own.
+        nat64: prefixes of the network's own NAT64 gateways.
     """
 
     clients: list[str] | None = None
@@ -77,17 +77,17 @@ class RulesTable(_Table):
 
 
 class AuthTable(_Table):
-    """Who knows the users.
+    """A user database.
 
     Attributes:
         users: names and hashed passwords.
-        htpasswd: a file with more of them, which is read again when it changes.
-        command: a program that is asked instead, in the protocol of squid's basic helpers; with its arguments.
-        processes: of the command, that are asked at the same time.
+        htpasswd: a file with more of them, reloaded when it changes.
+        command: a program to ask instead, with the protocol of squid's basic helpers; with its arguments.
+        processes: number of processes of the command, asked in parallel.
         timeout: seconds for one answer of the command.
-        remember: seconds for which a password that was right is believed without asking again.
-        certificate: clients are who their certificates say they are, instead.
-        certificate_users: those of them who may come in; not given: all whose certificate is good.
+        remember: seconds for which a correct password is accepted without asking again.
+        certificate: identify clients by their certificates instead.
+        certificate_users: which of these users are admitted; missing: everybody with a valid certificate.
     """
 
     users: dict[str, str] = {}
@@ -105,9 +105,9 @@ class UpstreamTable(_Table):
 
     Attributes:
         url: socks5://[user:password@]host:port or http://...
-        through: the name of the one by which it is reached.
-        resolve: who looks names up.
-        send_proxy: name the client to it by a PROXY header of this version.
+        through: name of the upstream through which to reach it.
+        resolve: who looks up names.
+        send_proxy: send it the client's address in a PROXY header of this version.
     """
 
     url: str
@@ -149,11 +149,11 @@ class ResolverTable(_Table):
 
 
 class HttpTable(_Table):
-    """HTTP.
+    """Settings of HTTP.
 
     Attributes:
-        forwarded: what becomes of fields in which a client says for whom it asks.
-        forwarded_field: the one in which the client is named.
+        forwarded: how to treat fields in which a client says for whom it asks.
+        forwarded_field: the field that names the client.
         pseudonym: the name of this proxy in Via.
     """
 
@@ -166,9 +166,9 @@ class LogTable(_Table):
     """The access log.
 
     Attributes:
-        style: of a line.
-        file: append them to this file, and not to standard error; one that was renamed is opened anew.
-        redact: leave out where clients go.
+        style: style of a line.
+        file: append the lines to this file instead of standard error; it is reopened after a rename.
+        redact: leave destinations out.
     """
 
     style: Literal["text", "json"] = "text"

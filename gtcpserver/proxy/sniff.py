@@ -1,4 +1,4 @@
-"""Which protocol a client speaks, by its first bytes. No I/O."""
+"""Tell a client's protocol by its first bytes. No I/O."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def sniff(data: bytes) -> Protocol | None:
-    """Name the protocol; None as long as nothing has come.
+    """Name the protocol; None if nothing has arrived yet.
 
     Raises:
-        ProtocolError: none of ours.
+        ProtocolError: not a supported protocol.
     """
     # An empty line may come before an HTTP request (RFC 9112 section 2.2).
     first = data.lstrip(b"\r\n")

@@ -1,7 +1,7 @@
 """SOCKS4 and SOCKS4a messages: bytes to values and back. No I/O.
 
 There is no RFC: SOCKS.txt of Ying-Da Lee's "SOCKS: A protocol for TCP proxy across firewalls", and the extension
-"SOCKS 4A". As in socks5.py, a parser returns a message with its size, or None as long as more must come.
+"SOCKS 4A". As in socks5.py, a parser returns a message with its size, or None if more bytes are needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .target import Target, make_target
 
 VERSION = 4
 
-#: The protocol has no limits: without ours a client that sends no NUL makes the proxy remember for ever. 255 as in
+#: The protocol has no limits: without ours a client that sends no NUL would make the proxy buffer forever. 255 as in
 #: SOCKS5, where a length octet is the limit.
 LONGEST_USER = 255
 LONGEST_NAME = 255
@@ -35,7 +35,7 @@ class Reply(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command, where to, and who the client claims to be (a claim, and nothing more: there is no password)."""
+    """A command, its destination, and the client's unverified user ID (there is no password)."""
 
     command: Command
     target: Target
@@ -91,10 +91,10 @@ def _until_nul(data: bytes, start: int, limit: int, name: str) -> bytes | None:
 
 
 def reply(code: Reply, bound: tuple[IPv4Address, int] | None = None) -> bytes:
-    """The answer to a request; its first byte is 0, not 4.
+    """Return the answer to a request; its first byte is 0, not 4.
 
     Args:
-        bound: the address that the proxy uses towards the destination; None: not told, or IPv6, all zeros.
+        bound: the address from which the proxy connects to the destination; None: undisclosed, or IPv6, all zeros.
     """
     ip, port = bound or (IPv4Address(0), 0)
     return bytes((0, code)) + port.to_bytes(2, "big") + ip.packed

@@ -1,8 +1,8 @@
 """SOCKS5 messages (RFC 1928, RFC 1929): bytes to values and back. No I/O.
 
-A ``parse_...`` function is given what has come so far. It returns the message and how many bytes it had, or None as
-long as more must come; it never needs more than the 262 (greeting), 513 (password) or 262 (request) bytes that a
-message can have. What comes behind belongs to the next message, or to the destination.
+A ``parse_...`` function takes the bytes received so far. It returns the message and its size, or None if more bytes are
+needed; a message has at most 262 (greeting), 513 (password) or 262 (request) bytes. Surplus bytes belong to the next
+message, or to the destination.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AUTHENTICATION_VERSION = 1  # of RFC 1929's messages, not 5
 
 
 class Method(IntEnum):
-    """How a client may say who it is (RFC 1928 section 3)."""
+    """How a client may authenticate (RFC 1928 section 3)."""
 
     NONE = 0x00
     PASSWORD = 0x02
@@ -61,7 +61,7 @@ class Reply(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client says it is; bytes as they came (RFC 1929 names no character set)."""
+    """A client's name and password; bytes as they came (RFC 1929 specifies no character set)."""
 
     user: bytes
     password: bytes
@@ -77,7 +77,7 @@ class Request:
 
 
 def parse_greeting(data: bytes) -> tuple[frozenset[int], int] | None:
-    """The methods a client offers. Raises ProtocolError."""
+    """Return the methods that a client offers. Raise ProtocolError."""
     _check_version(data)
     if len(data) < 2:
         return None
@@ -88,7 +88,7 @@ def parse_greeting(data: bytes) -> tuple[frozenset[int], int] | None:
 
 
 def parse_password(data: bytes) -> tuple[Credentials, int] | None:
-    """User name and password, 1 to 255 bytes each. Raises ProtocolError."""
+    """Return user name and password, 1 to 255 bytes each. Raise ProtocolError."""
     if data and data[0] != AUTHENTICATION_VERSION:
         raise ProtocolError(f"version of the authentication must be 1, got {data[0]}", authentication_answer(False))
     if len(data) < 2:
@@ -107,7 +107,7 @@ def parse_password(data: bytes) -> tuple[Credentials, int] | None:
 
 
 def parse_request(data: bytes) -> tuple[Request, int] | None:
-    """A command and where to.
+    """Return a command and its destination.
 
     Raises:
         ProtocolError: with the reply to send: 07 for an unknown command, 08 for an unknown address type.
@@ -137,7 +137,7 @@ def _check_version(data: bytes) -> None:
 
 
 def _parse_address(data: bytes, at: int) -> tuple[str, int, int] | None:
-    """(host, port, end) of what begins with an address type at ``at``."""
+    """Return (host, port, end) of an address that begins with its type at ``at``."""
     kind = data[at]
     if kind == AddressType.NAME:
         if len(data) < at + 2:
@@ -169,20 +169,20 @@ def _text_of(packed: bytes) -> str:
 
 
 def choose(method: Method) -> bytes:
-    """The answer to a greeting. After NOT_ACCEPTABLE it is the client's to close (RFC 1928 section 3)."""
+    """Return the answer to a greeting. After NOT_ACCEPTABLE the client has to close (RFC 1928 section 3)."""
     return bytes((VERSION, method))
 
 
 def authentication_answer(accepted: bool) -> bytes:
-    """The answer to a password; after a refusal the connection must be closed (RFC 1929 section 2)."""
+    """Return the answer to a password; after a refusal the connection must be closed (RFC 1929 section 2)."""
     return bytes((AUTHENTICATION_VERSION, 0 if accepted else 1))
 
 
 def reply(code: Reply, bound: tuple[IPAddress, int] | None = None) -> bytes:
-    """The answer to a request.
+    """Return the answer to a request.
 
     Args:
-        bound: the address that the proxy uses towards the destination; None: not told, all zeros.
+        bound: the address from which the proxy connects to the destination; None: undisclosed, all zeros.
     """
     ip, port = bound or (IPv4Address(0), 0)
     return bytes((VERSION, code, 0)) + _address_bytes(ip, port)
@@ -197,17 +197,17 @@ def _address_bytes(ip: IPAddress, port: int) -> bytes:
 
 
 def greeting(methods: Sequence[Method]) -> bytes:
-    """The methods that we offer."""
+    """Return a greeting with the methods that we offer."""
     return bytes((VERSION, len(methods), *methods))
 
 
 def password(user: bytes, password: bytes) -> bytes:
-    """User name and password, 1 to 255 bytes each (RFC 1929)."""
+    """Return user name and password, 1 to 255 bytes each (RFC 1929)."""
     return b"%c%c%b%c%b" % (AUTHENTICATION_VERSION, len(user), user, len(password), password)
 
 
 def connect_request(target: Target) -> bytes:
-    """A request for a connection."""
+    """Return a request for a connection."""
     head = bytes((VERSION, Command.CONNECT, 0))
     if target.ip is not None:
         return head + _address_bytes(target.ip, target.port)
@@ -225,10 +225,10 @@ class Datagram:
 
 
 def parse_datagram(packet: bytes) -> Datagram | None:
-    """What a client wants to have sent; None for a fragment, which is dropped as the RFC allows.
+    """Return what a client wants to send; None for a fragment, which is dropped as the RFC allows.
 
     Raises:
-        ProtocolError: it is to be dropped, too: there is no answer to a datagram.
+        ProtocolError: it must be dropped, too: there is no answer to a datagram.
     """
     if len(packet) < 5 or packet[:2] != b"\0\0":
         raise ProtocolError("not a SOCKS datagram")
@@ -245,7 +245,7 @@ def parse_datagram(packet: bytes) -> Datagram | None:
 
 
 def datagram(ip: IPAddress, port: int, data: bytes) -> bytes:
-    """What came from an address, for the client."""
+    """Return a datagram from an address, for the client."""
     return b"\0\0\0" + _address_bytes(ip, port) + data
 
 
@@ -258,16 +258,16 @@ _REPLY_OF_ERRNO = {
     errno.EAFNOSUPPORT: Reply.NETWORK_UNREACHABLE,
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
     errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
-    # RFC 1928 has no reply for a time-out. Not TTL_EXPIRED: that is what a router has said.
+    # RFC 1928 has no reply for a timeout. Not TTL_EXPIRED: only routers report that.
     errno.ETIMEDOUT: Reply.HOST_UNREACHABLE,
     TTL_EXPIRED: Reply.TTL_EXPIRED,
-    errno.EACCES: Reply.NOT_ALLOWED,  # a firewall of ours
+    errno.EACCES: Reply.NOT_ALLOWED,  # a local firewall
     errno.EPERM: Reply.NOT_ALLOWED,
 }
 
 
 def reply_of(error: OSError) -> Reply:
-    """What a failure to connect is called here."""
+    """Return the reply code for a failure to connect."""
     if isinstance(error, (socket.gaierror, TimeoutError)):
         return Reply.HOST_UNREACHABLE
     return _REPLY_OF_ERRNO.get(error.errno or 0, Reply.GENERAL_FAILURE)

@@ -1,4 +1,4 @@
-"""BIND: wait for a connection from the destination (RFC 1928 section 6), as FTP in active mode needs it."""
+"""BIND: wait for a connection from the destination (RFC 1928 section 6), as needed by active FTP."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .dial import keep_alive, way_out
 from .gate import Denied, Visitor, result_of
 from .target import IPAddress, Target, unmapped
 
-#: Strangers may connect first, and are turned away. After so many it is an attack.
+#: Strangers may connect first, and are turned away. More than this many are an attack.
 MOST_STRANGERS = 16
 
-#: What a client may send before anybody has come. Behind it nothing is read, and its end not seen, until somebody has.
+#: Bytes a client may send before the peer connects. Beyond that we stop reading, and miss its close, until then.
 MOST_EARLY = 64 * 1024
 
 Peer = tuple[IPAddress, int]
 
+#: Makes the protocol's reply: the error (None: success), and the address to report.
 Answer = Callable[[Exception | None, Peer | None], bytes]
-"""The protocol's reply: why it is not granted (None: it is), and which address it names."""
 
 
 class NobodyCame(OSError):
@@ -43,12 +43,12 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     """Listen, tell the client where, and wait for the destination.
 
     Args:
-        target: who may connect: every address of it that the client may reach. The port does not count: it is not known
-            before (RFC 1928: "evaluate" the address).
+        target: who may connect: every address of it that the client may reach. The port does not matter: it is not
+            known before (RFC 1928: "evaluate" the address).
         answer: called for each of the two replies.
 
     Returns:
-        The destination's connection, which the caller closes; None: the client has been told that there is none.
+        The destination's connection, which the caller closes; None: the client was told that there is none.
     """
     record = visitor.record
     record.asked = str(target)
@@ -57,7 +57,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         upstream, found = visitor.upstream_to(target)
         if upstream is not None:
             raise Denied("the other proxy is not asked for BIND")
-        # Any port: rules for ports are about what clients connect to.
+        # Any port: rules about ports concern what clients connect to.
         expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip), found)
         with _listen(visitor, visitor.in_reach(expected)[0]) as listening:
             host, port = listening.getsockname()[:2]
@@ -86,14 +86,14 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
 
 
 def _listen(visitor: Visitor, peer: IPAddress) -> Any:
-    """A listening socket on the address from which the proxy would connect to the peer."""
+    """Return a listening socket on the address from which the proxy would connect to the peer."""
     source = visitor.source_to(peer) or way_out(peer)
     listening = gevent.socket.socket(
         socket.AF_INET6 if isinstance(peer, IPv6Address) else socket.AF_INET, socket.SOCK_STREAM
     )
     close_in_children(listening)
     try:
-        # What is accepted has the options of the listening socket.
+        # Accepted sockets inherit the options of the listening socket.
         keep_alive(listening)
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listening.bind((str(source), 0))
@@ -105,7 +105,7 @@ def _listen(visitor: Visitor, peer: IPAddress) -> Any:
 
 
 def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeout: float) -> tuple[Connection, Peer]:
-    """The first connection of somebody who is expected.
+    """Return the first connection from an expected address.
 
     Raises:
         NobodyCame, ClientLeft. OSError: it cannot be accepted.
@@ -121,7 +121,7 @@ def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeou
             coming.value[0].close()
         raise
     finally:
-        # Until they have ended: what comes now is the relay's.
+        # Until they have ended: data that arrives from now on is the relay's.
         gevent.killall([coming, leaving])
         conn.unread(b"".join(early))
     came: tuple[Connection, Peer] | BaseException = coming.value
@@ -129,17 +129,17 @@ def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeou
         return came
     if isinstance(came, OSError):
         raise came
-    if isinstance(leaving.value, GreenletExit):  # it would have read on
+    if isinstance(leaving.value, GreenletExit):  # it was still reading
         raise NobodyCame(f"nobody connected within {timeout:g} seconds")
     raise ClientLeft("the client left")
 
 
 def _accept(listening: Any, expected: set[IPAddress]) -> tuple[Connection, Peer] | OSError:
-    # An error is returned and not raised: gevent would print it.
+    # An error is returned instead of raised: gevent would print it.
     try:
         for _ in range(MOST_STRANGERS):
             accepted, address = listening.accept()
-            # Not getpeername(): who resets at once has no name any more.
+            # Not getpeername(): a peer that resets at once no longer has a name.
             ip = unmapped(ip_address(address[0].partition("%")[0]))
             if ip in expected:
                 family = accepted.family
@@ -151,16 +151,16 @@ def _accept(listening: Any, expected: set[IPAddress]) -> tuple[Connection, Peer]
 
 
 def _read_early(conn: Connection, early: list[bytes]) -> None:
-    """Read what a client sends before anybody has come; returns when it has left.
+    """Read what a client sends before the peer connects; return when it has left.
 
-    Over TLS, and behind bytes that wait to be read, an end is seen only by reading.
+    Over TLS, and behind unread bytes, an end is only noticed by reading.
     """
     room = MOST_EARLY
     while room > 0:
         try:
             data = conn.recv(min(room, READ_AHEAD))
         except TimeoutError:
-            continue  # the server's, for clients that are idle: this one waits
+            continue  # the server's request to end idle clients: this one waits
         except OSError:
             return
         if not data:
@@ -171,7 +171,7 @@ def _read_early(conn: Connection, early: list[bytes]) -> None:
 
 
 def ipv4_only(address: Peer | None) -> tuple[IPv4Address, int] | None:
-    """What SOCKS4 can name of an address."""
+    """Return what SOCKS4 can report of an address."""
     if address is None or not isinstance(address[0], IPv4Address):
         return None
     return address[0], address[1]

@@ -23,21 +23,21 @@ Message = TypeVar("Message")
 
 
 class ClientLeft(Exception):
-    """The client closed before it had said what it wants."""
+    """The client closed before it had stated its request."""
 
 
 class _Reader:
-    """Messages from a connection, whatever the pieces they come in."""
+    """Read messages from a connection, regardless of the pieces they arrive in."""
 
     def __init__(self, conn: Connection, data: bytes) -> None:
         self._conn = conn
         self._data = data
 
     def read(self, parse: Callable[[bytes], tuple[Message, int] | None]) -> Message:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            ProtocolError: it breaks the protocol. ClientLeft: it will not come.
+            ProtocolError: it violates the protocol. ClientLeft: it will not come.
         """
         while (found := parse(self._data)) is None:
             more = self._conn.recv(READ_AHEAD)
@@ -49,20 +49,20 @@ class _Reader:
         return message
 
     def give_back(self) -> None:
-        """What came behind the last message is for the destination."""
+        """Put bytes behind the last message back: they are for the destination."""
         if self._data:
             self._conn.unread(self._data)
             self._data = b""
 
 
 def negotiate_socks5(conn: Connection, visitor: Visitor, data: bytes) -> Callable[[], None] | None:
-    """Hear what a client wants that speaks SOCKS5 (RFC 1928).
+    """Read the request of a SOCKS5 client (RFC 1928).
 
     Args:
-        data: what has come already.
+        data: the bytes received so far.
 
     Returns:
-        What serves it; None: it will not be served, and has been told.
+        A function that serves the request; None: it was refused.
 
     Raises:
         ProtocolError, ClientLeft, DeadlineExceeded, OSError.
@@ -95,7 +95,7 @@ def _serve_connect(conn: Connection, visitor: Visitor, target: Target) -> None:
     _connect(conn, visitor, target, socks5.reply, Reply.SUCCEEDED, _reply5)
 
 
-#: As `commands` of a listener has them.
+#: Names of commands, as in `commands` of a listener.
 _NAMES: dict[Command, gate.Command] = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
 
 _SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UDP_ASSOCIATE: _serve_udp}
@@ -121,7 +121,7 @@ def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> so
 
 
 def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callable[[], None] | None:
-    """Hear what a client wants that speaks SOCKS4 or SOCKS4a; as `negotiate_socks5`."""
+    """Read the request of a SOCKS4 or SOCKS4a client; as `negotiate_socks5`."""
     record = visitor.record
     record.protocol = "socks4"
     reader = _Reader(conn, data)
@@ -133,7 +133,7 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
         return None
     if visitor.needs_password:
-        # A user id is a claim, not a proof.
+        # A user ID is a claim, not a proof.
         record.result, record.detail = "authentication_failed", "SOCKS4 has no password"
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
         return None

@@ -21,7 +21,7 @@ from .limits import rest
 from .socks5 import Reply
 from .target import IPAddress, Target, unmapped
 
-#: Destinations whose answers are let through, for each client; the one longest not written to is forgotten.
+#: Destinations whose replies are let through, per client; the one longest not written to is forgotten.
 MOST_PEERS = 1024
 
 LARGEST_DATAGRAM = 65535
@@ -30,16 +30,16 @@ Peer = tuple[IPAddress, int]
 
 
 def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
-    """Relay datagrams until the client closes its TCP connection, or nothing has moved for the idle time-out.
+    """Relay datagrams until the client closes its TCP connection, or until the idle timeout.
 
     Args:
-        target: from where the client will send, if it knows that already: a port of 0 is learned from its first
+        target: where the client will send from, if it knows that already: a port of 0 is learned from its first
             datagram. The address is always that of its TCP connection.
     """
     record = visitor.record
     own = visitor.own
     if own is None:
-        # A unix socket: no address from which the client's datagrams would have to come.
+        # A Unix socket: there is no address from which the client's datagrams must come.
         record.result, record.detail = "bad_request", "UDP ASSOCIATE by a unix socket"
         conn.sendall(socks5.reply(Reply.COMMAND_NOT_SUPPORTED))
         return
@@ -68,7 +68,7 @@ def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Associat
         conn.deadline(timeouts.lifetime).__enter__()
     while True:
         try:
-            # What a client sends here means nothing; its end ends the association.
+            # Data that a client sends here has no meaning; its end ends the association.
             if not conn.recv(4096):
                 record.result = "ok"
                 return
@@ -83,21 +83,21 @@ def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Associat
 
 
 class _Association:
-    """The sockets of one client: one towards it, one towards destinations for each address of ours."""
+    """The sockets of one client: one towards it, and one towards destinations for each local address."""
 
     def __init__(self, visitor: Visitor, local: IPAddress, port: int) -> None:
         self._visitor = visitor
         self._pace = visitor.pace
-        self._client: Any = None  # (host, port, ...) of the client's datagrams, when it is known
+        self._client: Any = None  # (host, port, ...) of the client's datagrams, once known
         self._client_port = port
-        self._peers: OrderedDict[Peer, Any] = OrderedDict()  # and the socket by which each is reached
+        self._peers: OrderedDict[Peer, Any] = OrderedDict()  # with the socket through which each is reached
         self._inner = _udp_socket(local)
         self._outer: dict[IPAddress, Any] = {}
         self._greenlets: list[Any] = []
 
     @property
     def address(self) -> Peer:
-        """Where the client sends its datagrams."""
+        """Return the address for the client's datagrams."""
         host, port = self._inner.getsockname()[:2]
         return unmapped(ip_address(host.split("%")[0])), port
 
@@ -112,7 +112,7 @@ class _Association:
     # -- from the client ---------------------------------------------------------------------------------------------
 
     def _read_from_client(self) -> None:
-        # What comes meanwhile stays in the kernel's buffer, and what does not fit there is lost.
+        # Datagrams that arrive meanwhile stay in the kernel's buffer; those that do not fit are lost.
         rest(self._pace, 0)
         while True:
             packet, source = self._inner.recvfrom(LARGEST_DATAGRAM)
@@ -138,7 +138,7 @@ class _Association:
         visitor, target = self._visitor, datagram.target
         upstream, found = visitor.upstream_to(target)
         if upstream is not None:
-            return  # it must not be known there where we are, and the other proxy has no datagrams
+            return  # our location must not be revealed there, and the other proxy does not relay datagrams
         found = visitor.in_reach(visitor.addresses_of(target) if found is None else found)
         ip = next((one for one in found if visitor.decide(target, one).allowed), None)
         if ip is None:
@@ -174,7 +174,7 @@ class _Association:
             except ConnectionError:
                 continue  # an ICMP message about one of the destinations
             peer = (unmapped(ip_address(source[0].split("%")[0])), source[1])
-            # Only from where the client has written to: nobody else reaches it through us.
+            # Only from addresses that the client has written to: no other reaches it through us.
             if peer in self._peers and self._client is not None:
                 try:
                     self._inner.sendto(socks5.datagram(*peer, data), self._client)

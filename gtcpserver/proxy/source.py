@@ -1,4 +1,4 @@
-"""From which address to connect, on a host that has several."""
+"""Choose the source address of connections, on a host that has several."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .target import IPAddress
 SIOCGIFCONF = 0x8912  # linux/sockios.h
 _IFREQ = struct.Struct("16s4x4s16x")  # netdevice(7): a name, and a sockaddr_in in a union of 24 bytes
 
-#: Seconds for which the addresses of this host are believed to stay what they are: to list them takes 30 us and more.
+#: Seconds to cache the addresses of this host: listing them takes 30 us and more.
 KEEP = 5.0
 
 _known: tuple[float, dict[IPAddress, str], dict[IPAddress, str]] = (0.0, {}, {})
 
 
 def is_better_source(own: IPAddress, destination: IPAddress) -> bool:
-    """Whether a connection is better made from the own address that a client has chosen than from the system's choice.
+    """Return whether the address that a client has connected to is a better source than the system's choice.
 
-    It is if the destination is reached by the interface that has this address and others, as where a cloud maps each
-    private address of an interface to a public one. From the address of another interface, of a VPN or the inner side
-    of a gateway, the packets would leave by the same way, and no answer would find back.
+    It is if the interface that leads to the destination has this address and others, as when a cloud maps each private
+    address of an interface to a public one. With the address of another interface, such as a VPN or the inner side of a
+    gateway, the packets would leave the same way, and no response would find its way back.
     """
     choices = _choices()
     interface = choices.get(own)
@@ -36,16 +36,16 @@ def is_better_source(own: IPAddress, destination: IPAddress) -> bool:
     try:
         return choices.get(way_out(destination)) == interface
     except OSError:
-        return False  # no way: connecting will say so
+        return False  # no route: connecting will report that
 
 
 def interfaces() -> dict[IPAddress, str]:
-    """The interface of each address of this host; as it was some seconds ago."""
+    """Return the interface of each address of this host; up to some seconds old."""
     return _look()[1]
 
 
 def _choices() -> dict[IPAddress, str]:
-    """The interface of each address beside which it has others of the same family; as it was some seconds ago."""
+    """Return the interface of each address that shares it with others of the same family; up to some seconds old."""
     return _look()[2]
 
 
@@ -70,7 +70,7 @@ def _ipv4() -> list[tuple[IPAddress, str]]:
             used = struct.unpack("iP", answer)[0]
             if used < size:
                 break
-            size *= 2  # they may not all have had room
+            size *= 2  # they may not all have fitted
     return [
         (IPv4Address(packed), name.partition(b"\0")[0].decode().partition(":")[0])
         for name, packed in _IFREQ.iter_unpack(room[:used].tobytes())

@@ -1,7 +1,7 @@
-"""Where a client wants to go: one canonical form for every spelling, and what kind of place an address is. No I/O.
+"""Destinations: one canonical form for every spelling, and the kind of an address. No I/O.
 
-Clients that must not reach a place try all of its names: 127.0.0.1 is also 127.1, 0x7f000001, 2130706433 and
-0177.0.0.1 (inet_aton(3)), and as IPv6 ::ffff:127.0.0.1, 2002:7f00:1:: and 64:ff9b::7f00:1. Rules see one form of it.
+Clients that must not reach a place try all of its names: 127.0.0.1 is also 127.1, 0x7f000001, 2130706433 and 0177.0.0.1
+(inet_aton(3)), and as IPv6 ::ffff:127.0.0.1, 2002:7f00:1:: and 64:ff9b::7f00:1. Rules only see one form of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .errors import BadTarget
 LONGEST_NAME = 253
 LONGEST_LABEL = 63
 
-#: A label as it is found in practice: RFC 952 and 1123, and the underscore of service names.
+#: A label as found in practice: RFC 952 and 1123, and the underscore of service names.
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]*|[0-9]+")
 
@@ -32,9 +32,9 @@ class Target:
     """A destination.
 
     Attributes:
-        host: a name in lower case without its final dot, or an address in its canonical text.
+        host: a name in lower case without its final dot, or the canonical text of an address.
         port: 1 to 65535; 0 only where a protocol gives it a meaning (BIND, UDP ASSOCIATE).
-        ip: the address, if the host is one; IPv4-mapped IPv6 addresses are IPv4.
+        ip: the address, if the host is one; IPv4-mapped IPv6 addresses become IPv4.
     """
 
     host: str
@@ -47,7 +47,7 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
-    """A target of what a client said.
+    """Make a target from a client's host and port.
 
     Args:
         host: a name, or an address in any spelling; an IPv6 address with or without brackets.
@@ -55,7 +55,7 @@ def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
         least_port: 0 where 0 has a meaning.
 
     Raises:
-        BadTarget: neither a name nor an address, or no port.
+        BadTarget: neither a name nor an address, or an invalid port.
     """
     if not least_port <= port <= 65535:
         raise BadTarget(f"port must be {least_port} to 65535, got {port}")
@@ -64,13 +64,13 @@ def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
 
 
 def parse_authority(text: str, default_port: int | None = None) -> Target:
-    """Read "host:port" (RFC 3986 section 3.2, without user information).
+    """Parse "host:port" (RFC 3986 section 3.2, without user information).
 
     Args:
-        default_port: for a text without a port; None: there must be one, as behind CONNECT (RFC 9110 section 9.3.6).
+        default_port: for a text without a port; None: a port is required, as for CONNECT (RFC 9110 section 9.3.6).
 
     Raises:
-        BadTarget: with what is wrong.
+        BadTarget: with an explanation.
     """
     if "@" in text:
         raise BadTarget("user information is not allowed in a destination")
@@ -96,10 +96,10 @@ def parse_authority(text: str, default_port: int | None = None) -> Target:
 
 
 def parse_address(text: str) -> IPAddress | None:
-    """The address that a text is a spelling of; None for a name.
+    """Return the address that a text is a spelling of; None for a name.
 
     Raises:
-        BadTarget: an address with a zone ("fe80::1%eth0"), or brackets around what is no IPv6 address.
+        BadTarget: an address with a zone ("fe80::1%eth0"), or brackets around something other than an IPv6 address.
     """
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
@@ -123,7 +123,7 @@ def _plain_address(text: str) -> IPAddress | None:
 
 
 def _ipv4_of_any_spelling(text: str) -> IPv4Address | None:
-    """What inet_aton(3) makes of it: one to four numbers, each decimal, octal (0...) or hexadecimal (0x...)."""
+    """Parse as inet_aton(3) does: one to four numbers, each decimal, octal (0...) or hexadecimal (0x...)."""
     parts = text.removesuffix(".").split(".")
     if len(parts) > 4 or not all(_NUMBER.fullmatch(part) for part in parts):
         return None
@@ -148,11 +148,11 @@ def _ipv4_of_any_spelling(text: str) -> IPv4Address | None:
 
 
 def canonical_name(text: str) -> str:
-    """A host name in lower case ASCII, without its final dot.
+    """Return a host name in lower case ASCII, without its final dot.
 
     Raises:
-        BadTarget: too long, empty, or with characters that no host name has (they may be meant for the next
-            protocol, or for the log).
+        BadTarget: too long, empty, or with characters that host names do not have (they may be aimed at the next
+            protocol, or at the log).
     """
     name = text[:-1] if text.endswith(".") else text
     if not name:
@@ -171,7 +171,7 @@ def canonical_name(text: str) -> str:
     if not all(len(label) <= LONGEST_LABEL and _LABEL.fullmatch(label) for label in labels):
         raise BadTarget(f"not a host name: {_shown(text)}")
     if _NUMBER.fullmatch(labels[-1]):
-        # Resolvers disagree on what this is (WHATWG URL: "ends in a number": an address, or an error).
+        # Resolvers disagree on its meaning (WHATWG URL: "ends in a number": an address, or an error).
         raise BadTarget(f"not a host name: {_shown(text)}")
     return name
 
@@ -182,11 +182,11 @@ def _shown(text: str) -> str:
 
 # -- kinds of addresses ------------------------------------------------------------------------------------------------
 
-#: What the kernel says of an address, and no network: see `this_host`.
+#: A kind determined by the kernel, not by a network: see `this_host`.
 THIS_HOST = "this-host"
 
-#: Networks by what they are, special before general: an address is what the first one says that holds it. Those from
-#: RFC 6890 and its successors (the IANA special-purpose registries), and what clouds answer instances on.
+#: Networks by kind, special before general: the first one that contains an address gives its kind. They are from RFC
+#: 6890 and its successors (the IANA special-purpose registries), and the addresses on which clouds serve instances.
 KINDS: dict[str, tuple[IPNetwork, ...]] = {
     kind: tuple(map(ip_network, networks.split()))
     for kind, networks in {
@@ -211,7 +211,7 @@ _COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
 _TRANSLATED = IPv6Network("::ffff:0:0:0/96")  # SIIT, RFC 2765 section 2.1
 _ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214 section 6.1
 
-#: RFC 6052 section 2.2: the lengths of prefixes behind which an IPv4 address may be.
+#: RFC 6052 section 2.2: lengths of prefixes that an IPv4 address may follow.
 LENGTHS_OF_NAT64 = (32, 40, 48, 56, 64, 96)
 
 _THIS_NETWORK = IPv4Network("0.0.0.0/8")
@@ -219,7 +219,7 @@ _THIS_NETWORK = IPv4Network("0.0.0.0/8")
 
 @lru_cache(maxsize=4096)  # 10 us otherwise, several times a connection
 def kind_of(ip: IPAddress, own: bool = False) -> str | None:
-    """What kind of special address it is, a key of KINDS; None for one that is anywhere on the internet.
+    """Return the kind of a special address, a key of KINDS; None for an ordinary internet address.
 
     Args:
         own: it is one of this host's addresses.
@@ -233,7 +233,7 @@ def kind_of(ip: IPAddress, own: bool = False) -> str | None:
 
 
 def parse_nat64(text: str) -> IPv6Network:
-    """Read a NAT64 prefix. Raises ValueError, with what is wrong."""
+    """Parse a NAT64 prefix. Raise ValueError with an explanation."""
     try:
         prefix = IPv6Network(text)
     except ValueError as error:
@@ -245,10 +245,10 @@ def parse_nat64(text: str) -> IPv6Network:
 
 
 def addresses_meant(ip: IPAddress, nat64: tuple[IPv6Network, ...] = ()) -> tuple[IPAddress, ...]:
-    """An address, and the IPv4 addresses in it to which a gateway may bring what is sent there.
+    """Return an address, and the IPv4 addresses in it to which a gateway may forward packets.
 
     Args:
-        nat64: prefixes of NAT64 gateways, beside those that are the same everywhere.
+        nat64: prefixes of NAT64 gateways, besides the well-known ones.
     """
     ip = unmapped(ip)
     return (ip, *_embedded(ip, nat64)) if isinstance(ip, IPv6Address) else (ip,)
@@ -265,7 +265,7 @@ def _find_embedded(ip: IPv6Address, nat64: tuple[IPv6Network, ...]) -> Iterator[
     for prefix in prefixes:
         yield _behind(number, prefix.prefixlen)
     if ip in _NAT64_LOCAL and not prefixes:
-        # How long the prefix is only its owner knows: each length that makes an address of it counts.
+        # Only its owner knows the length of the prefix: try each length that yields an address.
         yield _behind(number, 96)
         others = (_behind(number, length) for length in LENGTHS_OF_NAT64 if 48 <= length < 96)
         yield from (one for one in others if one not in _THIS_NETWORK)
@@ -280,7 +280,7 @@ def _find_embedded(ip: IPv6Address, nat64: tuple[IPv6Network, ...]) -> Iterator[
 
 
 def _behind(number: int, length: int) -> IPv4Address:
-    """The IPv4 address behind a NAT64 prefix (RFC 6052 section 2.2)."""
+    """Return the IPv4 address behind a NAT64 prefix (RFC 6052 section 2.2)."""
     if length == 96:
         return IPv4Address(number & 0xFFFFFFFF)
     # Bits 64 to 71 are not part of it.

@@ -1,10 +1,11 @@
-"""Which addresses are this host's own: what listens there is reached past the firewall that keeps others from it.
+"""Which addresses are this host's own: services on them would be reached past the firewall that protects them.
 
-The kernel is asked about each address when it matters (RTM_GETROUTE, rtnetlink(7)): would it keep a packet to it? So
-the answer is as of now, however addresses come and go, and covers what no list of the interfaces has: networks that are
-local by route (``ip route add local``, AnyIP) and anycast. Measured: 2 to 3 us a question; to look whether a
-subscription to changes has news would take 1 us. No lock of the kernel's network configuration is waited for, as a list
-of the addresses would (RTNL: a second and more on hosts with thousands of interfaces).
+The kernel is asked about each address when needed (RTM_GETROUTE, rtnetlink(7)): would it deliver a packet to it
+locally?
+So the answer is current, however addresses come and go, and covers what no list of interfaces has: networks that are
+local by route (``ip route add local``, AnyIP) and anycast. Measured: 2 to 3 us per question; checking a subscription to
+changes for news would take 1 us. It does not wait for the lock of the kernel's network configuration, as a list of the
+addresses would (RTNL: a second and more on hosts with thousands of interfaces).
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, seque
 _QUESTION = {version: struct.Struct(f"=IHHIIBB10xHH{size}s") for version, size in ((4, 4), (6, 16))}
 _FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
 _TYPE_OF_ROUTE = _HEADER.size + 7
-_ERROR = struct.Struct("=i")  # of struct nlmsgerr, behind the header
+_ERROR = struct.Struct("=i")  # of struct nlmsgerr, after the header
 
-#: There is no way to the address: no route, or one that refuses (fib_props in the kernel's net/ipv4/fib_semantics.c).
+#: There is no way to the address: no route, or a route that refuses (fib_props in net/ipv4/fib_semantics.c of Linux).
 NO_WAY = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL))
 
-#: It is for lack of something, and may work the next time.
+#: The kernel lacks a resource, and the question may succeed the next time.
 _PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR))
 
 _LOOPBACK = IPv4Address("127.0.0.1")
 
-# The real one, also in a monkey-patched program: the kernel answers at once, and nobody should run in between.
+# The real one, even in a monkey-patched program: the kernel answers at once, and no other greenlet should run.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
 
 def question(ip: IPAddress, number: int) -> bytes:
-    """The netlink message that asks which way a packet to an address would go."""
+    """Return the netlink message that asks for the route to an address."""
     version, packed = ip.version, ip.packed
     size, form = len(packed), _QUESTION[version]
     return form.pack(
@@ -63,7 +64,7 @@ def question(ip: IPAddress, number: int) -> bytes:
 
 
 def answer(data: bytes, number: int) -> bool | None:
-    """Whether the kernel keeps such a packet; None: the message is about another question.
+    """Return whether the kernel delivers packets locally; None: the message is about another question.
 
     Raises:
         OSError: the kernel does not say.
@@ -84,10 +85,10 @@ def answer(data: bytes, number: int) -> bool | None:
 
 
 class ThisHost:
-    """Knows the addresses of this host.
+    """Tell whether an address is this host's.
 
-    It holds one descriptor from the first question on, of the process that asks. Where netlink is refused (seccomp:
-    systemd's RestrictAddressFamilies) the interfaces are looked at instead, at most five seconds late; addresses that
+    Holds one descriptor from the first question on, opened by the process that asks. If netlink is refused (seccomp:
+    systemd's RestrictAddressFamilies), the interfaces are checked instead, at most five seconds late; addresses that
     are local by a route with a source of its own are then not recognized.
     """
 
@@ -98,10 +99,10 @@ class ThisHost:
         self._refused = False
 
     def has(self, ip: IPAddress) -> bool:
-        """Whether a connection to an address ends on this host.
+        """Return whether a connection to an address ends on this host.
 
         Raises:
-            OSError: it cannot be found out now, for lack of descriptors or memory.
+            OSError: unknown at the moment, because descriptors or memory ran out.
         """
         if not self._refused:
             try:
@@ -115,20 +116,20 @@ class ThisHost:
         return _is_of_an_interface(ip)
 
     def close(self) -> None:
-        """Give the descriptor back; the next question opens another one."""
+        """Close the descriptor; the next question opens another one."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
     def _ask(self, ip: IPAddress) -> bool:
-        # Hot: once a connection. A child process has a socket of its own, or it would take its parent's answers.
+        # Hot: once per connection. A child process has its own socket, or it would take its parent's answers.
         if self._socket is None or self._process != os.getpid():
             self.close()
             self._process = os.getpid()
             self._socket = _socket_class(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
             self._socket.setblocking(False)
             if not self._ask_by(self._socket, _LOOPBACK):
-                # A kernel that is emulated (gVisor calls every route unicast), or an interface lo that is down.
+                # An emulated kernel (gVisor calls every route unicast), or the interface lo is down.
                 raise OSError(errno.EOPNOTSUPP, "it does not know 127.0.0.1")
         return self._ask_by(self._socket, ip)
 
@@ -136,7 +137,7 @@ class ThisHost:
         self._number = number = self._number + 1 & 0xFFFFFFFF
         sock.sendto(question(ip, number), (0, 0))
         while True:
-            # Answered before sendto() returns. What is left of a question that was broken off is passed over.
+            # The answer is there before sendto() returns. Answers to interrupted questions are skipped.
             found = answer(sock.recv(4096), number)
             if found is not None:
                 return found
@@ -144,7 +145,7 @@ class ThisHost:
 
 def _is_of_an_interface(ip: IPAddress) -> bool:
     try:
-        if way_out(ip) == ip:  # the way to one of ours begins there
+        if way_out(ip) == ip:  # the route to a local address begins there
             return True
     except OSError as error:
         if error.errno in _PASSING:

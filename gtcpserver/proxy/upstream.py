@@ -1,11 +1,11 @@
-"""Upstreams: other proxies through which destinations are reached, one behind another if need be, chosen by rules.
+"""Upstreams: other proxies through which destinations are reached, possibly chained, chosen by rules.
 
     through UPSTREAM from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
     through UPSTREAM DESTINATION                                short for: from any to DESTINATION
 
-UPSTREAM is the name of one, or "direct"; the other words are those of destination rules (`rules`). The first rule that
-matches decides; behind the last one the way is direct. They choose the way; whether a client may go there at all is
-decided by the destination rules, and before.
+UPSTREAM is the name of an upstream, or "direct"; the other words are those of destination rules (`rules`). The first
+rule that matches decides; after the last one the connection is direct. They choose the way; whether a client may go
+there at all is decided by the destination rules, before.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _SCHEMES: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
 
 DIRECT = "direct"
 
-#: What a proxy may say in front of a tunnel.
+#: PROXY headers that may precede a tunnel.
 LONGEST_HEAD = 16 * 1024
 
 
 class UpstreamError(OSError):
-    """The other proxy does not lead there; `errno` says why, as if it were our own connection."""
+    """The other proxy did not connect; `errno` says why, as if it were our own connection."""
 
 
 class UpstreamUnreachable(UpstreamError):
-    """The other proxy itself cannot be reached: another address of the destination makes no difference."""
+    """The other proxy itself cannot be reached: trying another address of the destination is of no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class Upstream:
 
     Attributes:
         name: for rules and the log.
-        scheme: what it speaks: "socks5" (RFC 1928, 1929) or "http" (CONNECT; RFC 9110 section 9.3.6).
-        target: where it is.
-        user, password: who we are there; b"": it does not ask.
-        through: the one by which this one is reached; None: directly.
-        resolve: who looks names up. "here": we do, and check every address by the rules, as for direct connections.
-            "there": it does, so that only rules about names hold; for networks that have no DNS of their own, and for
-            those (Tor) that must not be known to ask.
-        send_proxy: begin the connection to it with a PROXY header, "v1" or "v2", that names the client; None: do not.
+        scheme: its protocol: "socks5" (RFC 1928, 1929) or "http" (CONNECT; RFC 9110 section 9.3.6).
+        target: its address.
+        user, password: our credentials there; b"": none needed.
+        through: the upstream through which to reach it; None: directly.
+        resolve: who looks names up. "here": we do, and check every address against the rules, as for direct
+            connections. "there": it does, so that only rules about names apply; for networks without DNS of their own,
+            and for those (Tor) that must not reveal what they look up.
+        send_proxy: begin the connection to it with a PROXY header, "v1" or "v2", for the client; None: do not.
     """
 
     name: str
@@ -73,20 +73,20 @@ class Upstream:
 
     @property
     def first(self) -> Upstream:
-        """The one of the chain that is connected to."""
+        """Return the upstream of the chain to connect to."""
         return self if self.through is None else self.through.first
 
     def connect(self, target: Target, dial: Callable[[Target], Connection], client: Connection) -> Connection:
-        """A connection to a target by way of this proxy, and those before it.
+        """Return a connection to a target through this proxy, and those before it.
 
         Args:
             dial: connects directly.
-            client: for whom.
+            client: the client of the connection.
 
         Raises:
-            UpstreamError: the proxy says no, or breaks off.
+            UpstreamError: the proxy refuses, or the connection breaks.
             UpstreamUnreachable: it, or one before it, cannot be reached.
-            TimeoutError: what the caller's time-out raises.
+            TimeoutError: raised by the caller's timeout.
         """
         connection = self.reach(dial, client)
         try:
@@ -101,16 +101,16 @@ class Upstream:
         return connection
 
     def reach(self, dial: Callable[[Target], Connection], client: Connection) -> Connection:
-        """A connection to this proxy itself. Raises UpstreamUnreachable."""
+        """Return a connection to this proxy itself. Raise UpstreamUnreachable."""
         try:
             if self.through is None:
                 connection = dial(self.target)
             else:
                 connection = self.through.connect(self.target, dial, client)
         except LimitReached:
-            raise  # which is no fault of the proxy's
+            raise  # not the proxy's fault
         except OSError as error:
-            # Not with its number: it is no news of the destination that the proxy, or one before it, refuses.
+            # Without its number: a refusal by the proxy, or one before it, says nothing about the destination.
             why = error.strerror or str(error)
             raise UpstreamUnreachable(errno.EIO, f"upstream {self.name} cannot be reached: {why}") from None
         if self.send_proxy is not None:
@@ -171,7 +171,7 @@ class Upstream:
 
     @property
     def credentials(self) -> list[tuple[bytes, bytes]]:
-        """The header fields that say who we are."""
+        """Return the header fields with our credentials."""
         if not self.user:
             return []
         return [(b"Proxy-Authorization", b"Basic " + base64.b64encode(self.user + b":" + self.password))]
@@ -210,14 +210,14 @@ def parse_upstream(
     resolve: Resolve = "here",
     send_proxy: ProxyVersion | None = None,
 ) -> Upstream:
-    """Read "socks5://user:password@host:port" or "http://host:port"; user and password may be percent-encoded.
+    """Parse "socks5://user:password@host:port" or "http://host:port"; user and password may be percent-encoded.
 
     Raises:
-        ConfigError: it is no such thing.
+        ConfigError: it is malformed.
     """
     expected = f"the url of upstream {name!r} must be socks5://[user:password@]host:port or http://..."
-    # Not by urlsplit: it ends a password at its first "/", "?" or "#", and then the rest is in the message. What is
-    # before the last "@" is the user's.
+    # Not with urlsplit: it ends a password at its first "/", "?" or "#", and the rest would be in the message.
+    # Everything before the last "@" is user and password.
     given, _, rest = url.partition("://")
     userinfo, _, where = rest.rpartition("@")
     scheme = _SCHEMES.get(given.lower())
@@ -254,7 +254,7 @@ def _without_password(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRule:
-    """Which way leads to what; `match` is what destination rules have, too."""
+    """Which upstream to use; `match` is the same as in destination rules."""
 
     text: str
     upstream: str
@@ -262,7 +262,7 @@ class UpstreamRule:
 
 
 def parse_upstream_rule(text: str) -> UpstreamRule:
-    """Read a rule. Raises RuleError."""
+    """Parse a rule. Raise RuleError."""
     upstream, match = parse_way(text)
     return UpstreamRule(text, upstream, match)
 
@@ -274,13 +274,13 @@ def choose_upstream(
     addresses: Callable[[], Sequence[IPAddress]],
     is_own: Callable[[IPAddress], bool] = lambda ip: False,
 ) -> str:
-    """The name of the upstream for a destination, or "direct".
+    """Return the name of the upstream for a destination, or "direct".
 
     Args:
         asked: who asks, and for which port.
-        name: the host name that was asked for; None for an address.
-        addresses: gives those of the name; it is called when a rule about networks is reached.
-        is_own: whether an address is this host's; it is called when a rule about this host is reached.
+        name: the requested host name; None for an address.
+        addresses: returns the addresses of the name; called when a rule about networks is reached.
+        is_own: returns whether an address is this host's; called when a rule about this host is reached.
     """
     for rule in rules:
         if not asked.fits(rule.match):
