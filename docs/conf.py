@@ -46,7 +46,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
     ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT|coroutines\.T)"),  # type variables
-    ("py:class", r"gtcpserver\.(listening\.listener|connection\.stream|tls\.contexts|supervisor\.(fleet|lending|system))\.\w+"),
+    ("py:class", r"gtcpserver\.(listening\.listener|connection\.stream|tls\.contexts)\.\w+"),
+    ("py:class", r"gtcpserver\.supervisor\.(fleet|lending|system)\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(gate|limits|record|rules|target|this_host)\.\w+"),
 ]
 
