@@ -88,6 +88,7 @@ _SLOTS = (
     "_log_fields",
     "_proxied",
     "_readers",
+    "_stream",
     "accepted_at",
     "client_address",
     "context",
@@ -95,7 +96,6 @@ _SLOTS = (
     "recv",
     "sendall",
     "server",
-    "stream",
 )
 
 #: What the package uses of a connection beside what is documented: a subclass that has another thing by such a name
@@ -111,7 +111,7 @@ def _noted(method: MethodT) -> MethodT:
         try:
             return method(self, *args, **options)
         except OSError as error:
-            self.stream.note(error)
+            self._stream.note(error)
             raise
 
     return cast("MethodT", noted)
@@ -144,6 +144,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     _log_fields: Any
     _proxied: Any
     _readers: Any
+    _stream: Stream
     accepted_at: float
     client_address: SocketAddress
     context: Any
@@ -153,6 +154,9 @@ class Connection(SSLMethods, HasStream, _Socket):
         # Slots, which _begin fills.
         def recv(self, bufsize: int, flags: int = 0, /) -> bytes: ...
         def sendall(self, data: Buffer, flags: int = 0, /) -> None: ...
+
+        @property
+        def stream(self) -> Stream: ...  # type: ignore[override]  # for this package; set below the class
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -183,7 +187,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         self._io_refs = 0
         self._closed = False
         # Not Stream(...): a call of a class costs 0.2 us more than a function's.
-        self.stream = stream = _new(Stream)
+        self._stream = stream = _new(Stream)
         _set_up(stream, sock, hub, getdefaulttimeout())
         # The stream's own methods, not wrappers of them: 0.1 us a call. Set past a subclass that overrides them.
         _set_recv(self, stream.recv)
@@ -267,23 +271,23 @@ class Connection(SSLMethods, HasStream, _Socket):
     @property
     def bytes_received(self) -> int:
         """Bytes read through this object."""
-        return self.stream.bytes_received
+        return self._stream.bytes_received
 
     @property
     def bytes_sent(self) -> int:
         """Bytes written through this object."""
-        return self.stream.bytes_sent
+        return self._stream.bytes_sent
 
     # -- time-outs ---------------------------------------------------------------------------------------------------
 
     @property
     def timeout(self) -> float | None:
         """Seconds without progress until TimeoutError, as ``settimeout`` set it."""
-        return self.stream.timeout
+        return self._stream.timeout
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
-        stream = self.stream
+        stream = self._stream
         stream.timeout = seconds
         if seconds is None and stream.deadline is None:
             stream.forget_bounds()
@@ -301,7 +305,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def gettimeout(self) -> float | None:
         """What ``settimeout`` set."""
-        return self.stream.timeout
+        return self._stream.timeout
 
     def deadline(self, seconds: float) -> Deadline:
         """Bound all calls on this connection within a ``with`` block together.
@@ -318,34 +322,34 @@ class Connection(SSLMethods, HasStream, _Socket):
         """
         if not seconds > 0:
             raise ValueError(f"seconds must be more than 0, got {seconds!r}")
-        return Deadline(self.stream, seconds)
+        return Deadline(self._stream, seconds)
 
     # -- waiting, as gevent's methods ask for it ---------------------------------------------------------------------
 
     @property
     def _read_event(self) -> Any:
-        stream = self.stream
+        stream = self._stream
         return stream.reading or (None if self._closed else stream.make_read_watcher())
 
     @property
     def _write_event(self) -> Any:
-        stream = self.stream
+        stream = self._stream
         return stream.writing or (None if self._closed else stream.make_write_watcher())
 
     def _wait(self, watcher: Any, timeout_exc: Any = None) -> None:
         # gevent's own methods (recvfrom, recvmsg, connect, sendmsg ...) come here after an EAGAIN.
         if watcher is None:
             raise cancel_wait_ex()
-        if watcher is self.stream.writing:
-            self.stream.wait_writable()
+        if watcher is self._stream.writing:
+            self._stream.wait_writable()
         else:
-            self.stream.wait_readable(certain=True)
+            self._stream.wait_readable(certain=True)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a writable buffer; returns the number of bytes, 0 at the peer's end. Errors as ``recv``."""
-        return self.stream.recv_into(buffer, nbytes, flags)
+        return self._stream.recv_into(buffer, nbytes, flags)
 
     def recv_exactly(self, n: int) -> bytes:
         """Receive exactly ``n`` bytes.
@@ -354,7 +358,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             EarlyEOF: the peer closed first; ``partial`` holds what had come.
             TimeoutError, DeadlineExceeded, OSError: as ``recv``.
         """
-        return self.stream.recv_exactly(n)
+        return self._stream.recv_exactly(n)
 
     def recv_until(self, separator: bytes = b"\n", limit: int = 64 * 1024) -> bytes:
         """Receive up to and including the next ``separator``.
@@ -373,7 +377,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         """
         if not separator:
             raise ValueError("separator must not be empty")
-        stream = self.stream
+        stream = self._stream
         data = stream.kept
         while True:
             found = data.find(separator)
@@ -403,7 +407,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
         """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
         that drips has nothing copied or searched a second time for each of its bytes."""
-        stream = self.stream
+        stream = self._stream
         try:
             while True:
                 searched = max(0, len(data) - len(separator) + 1)
@@ -444,17 +448,17 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         :meta private:
         """
-        return self.stream.kept
+        return self._stream.kept
 
     def unread(self, data: bytes) -> None:
         """Give back bytes that were read: the next read, or a relay, gets them first."""
-        self.stream.kept = data + self.stream.kept
+        self._stream.kept = data + self._stream.kept
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def send(self, data: Buffer, flags: int = 0) -> int:
         """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
-        return self.stream.send(data, flags)
+        return self._stream.send(data, flags)
 
     # -- files (transfer/) -------------------------------------------------------------------------------------------
 
@@ -471,7 +475,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     @property
     def tls(self) -> ConnectionTLS | None:
         """What TLS agreed on (version, cipher, server name, ALPN, peer certificate); None on a plain connection."""
-        layer = self.stream.tls
+        layer = self._stream.tls
         return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
 
     def start_tls(
@@ -490,7 +494,7 @@ class Connection(SSLMethods, HasStream, _Socket):
                 section 6). Close the connection.
             OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
         """
-        stream = self.stream
+        stream = self._stream
         if stream.tls is not None:
             raise StartTLSError("TLS has been started on this connection already")
         if stream.kept:
@@ -519,7 +523,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         return ConnectionTLS(layer.object, layer.server_name)
 
     def _note_failed_handshake(self, error: OSError) -> None:
-        self.stream.note(error)
+        self._stream.note(error)
         kind = handshake_failed(self, error)
         owner: Owner | None = self.server
         if owner is not None:
@@ -533,7 +537,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             StartTLSError: the connection is not encrypted.
             OSError: the peer closed or sent something else instead; time-outs as ``recv``.
         """
-        stream = self.stream
+        stream = self._stream
         if stream.tls is None:
             raise StartTLSError("the connection is not encrypted")
         try:
@@ -554,51 +558,51 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @_noted
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Any]:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "recvfrom", ValueError)
         data, address = super().recvfrom(bufsize, flags)
         return self._count_received(data, len(data), flags), address
 
     @_noted
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "recvfrom_into", ValueError)
         size, address = super().recvfrom_into(buffer, nbytes, flags)
         return self._count_received(size, size, flags), address
 
     @_noted
     def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0) -> Any:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "recvmsg", NotImplementedError)
         message = super().recvmsg(bufsize, ancbufsize, flags)
         return self._count_received(message, len(message[0]), flags)
 
     @_noted
     def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0) -> Any:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "recvmsg_into", NotImplementedError)
         message = super().recvmsg_into(buffers, ancbufsize, flags)
         return self._count_received(message, message[0], flags)
 
     def _count_received(self, result: Any, size: int, flags: int) -> Any:
         if not flags & _stdlib_socket.MSG_PEEK:
-            self.stream.bytes_received += size
+            self._stream.bytes_received += size
         return result
 
     @_noted
     def sendto(self, *args: Any) -> int:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "sendto", ValueError)
         return self._count_sent(super().sendto(*args))
 
     @_noted
     def sendmsg(self, *args: Any) -> int:
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "sendmsg", NotImplementedError)
         return self._count_sent(super().sendmsg(*args))
 
     def _count_sent(self, size: int) -> int:
-        self.stream.bytes_sent += size
+        self._stream.bytes_sent += size
         return size
 
     # -- idle --------------------------------------------------------------------------------------------------------
@@ -632,7 +636,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         :meta private:
         """
-        stream = self.stream
+        stream = self._stream
         stream.ending = True
         stream.drained = False
         reader = stream.reader()
@@ -647,11 +651,11 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         A greenlet that waits on that side is woken by the kernel: a reader gets b"", a writer EPIPE.
         """
-        if self.stream.tls is not None and how != _stdlib_socket.SHUT_RD:
-            self.stream.tls.close_notify_and_read_on()
+        if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
+            self._stream.tls.close_notify_and_read_on()
         self._sock.shutdown(how)
         if how != _stdlib_socket.SHUT_RD:
-            self.stream.shut_for_writing = True
+            self._stream.shut_for_writing = True
 
     def abort(self) -> None:
         """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
@@ -673,7 +677,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         :meta private:
         """
         # Once a connection, and little of it reads attributes of self (see stream.py).
-        stream = self.stream
+        stream = self._stream
         owner: Owner | None = self.server
         self._closed = True
         if stream.tls is not None:
@@ -712,11 +716,11 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def shared_with_child(self) -> None:
         """In the parent."""
-        self.stream.shared = self.stream.shared or CHILD
+        self._stream.shared = self._stream.shared or CHILD
 
     def taken_by_child(self) -> None:
         """In the child: it reads and writes, and its end tells the peer nothing. Without a server."""
-        stream = self.stream
+        stream = self._stream
         stream.leave_event_loop()
         stream.__class__ = StreamInChild
         stream.shared = SHARED
@@ -727,7 +731,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def left_by_child(self) -> None:
         """In the child: close another handler's there."""
-        self.stream.left_by_child()
+        self._stream.left_by_child()
         self._sock = CLOSED
         self._closed = True
 
@@ -757,16 +761,16 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def dup(self) -> Self:
         """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
-        if self.stream.tls is not None:
+        if self._stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
-        self.stream.shared = SHARED
+        self._stream.shared = SHARED
         copy = super().dup()
-        copy.stream.share_mark(self.stream)
+        copy.stream.share_mark(self._stream)
         return copy
 
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
         # Called by gevent's detach().
-        waiting = self.stream.close()
+        waiting = self._stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, error, self._drop_ref_on_close if closefd else id, self._sock)
         elif closefd:
@@ -775,7 +779,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     def _drop_ref_on_close(self, sock: Any) -> None:
         # Called when no greenlet waits on the socket any more. What holds of it: see end().
         owner: Owner | None = self.server
-        stream = self.stream
+        stream = self._stream
         stream.sock = CLOSED
         if (
             stream.at_eof
@@ -792,6 +796,8 @@ _set_recv = vars(Connection)["recv"].__set__
 _set_sendall = vars(Connection)["sendall"].__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = vars(Connection)["_proxied"].__get__
+#: A property of C, 30 ns: what reads it does so once a connection. One that is assigned to raises AttributeError.
+Connection.stream = property(vars(Connection)["_stream"].__get__)  # type: ignore[assignment]
 _get_lingerer = vars(Connection)["_lingerer"].__get__
 _get_log_fields = vars(Connection)["_log_fields"].__get__
 _get_readers = vars(Connection)["_readers"].__get__

@@ -20,6 +20,13 @@ def test_a_subclass_cannot_take_a_name_that_the_package_uses(name: str) -> None:
             type("Chat", (Connection,), dict(body))
 
 
+def test_the_stream_of_a_connection_cannot_be_replaced() -> None:
+    connection = Connection()
+    with pytest.raises(AttributeError, match="stream"):
+        connection.stream = object()  # type: ignore[misc]
+    connection.close()
+
+
 def test_a_subclass_has_names_of_its_own(serve: Any, connect: Any, in_thread: Any) -> None:
     class Chat(Connection):
         room: str = "lobby"
