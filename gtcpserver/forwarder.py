@@ -25,25 +25,25 @@ log = own_logger("gtcpserver.forward")
 
 Balance = Literal["first", "round-robin", "least"]
 
-#: A target that refused is left alone for so many seconds at first, twice as long after each further failure, so that
-#: clients do not wait for a host that is down; and never longer than the second, so that its return is noticed.
+#: Seconds to set a refusing target aside: at first, and (doubling after each further failure) at most. So clients do
+#: not wait for a host that is down, and its return is noticed.
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 
-# Nothing that another target would not meet as well.
+# Local failures, which any other target would hit too.
 _OUR_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass
 class Target:
-    """One place to forward to, and what is known of it.
+    """One target, and what is known about it.
 
     Attributes:
-        address: as ``connect`` takes it.
+        address: as for ``connect``.
         active: connections relayed to it now, or about to be.
         connected, failed: attempts so far, by their outcome.
-        aside_until: monotonic time before which it is tried only if no other one is left.
-        pause: how long it was put aside last, in seconds; 0.0: it is up.
+        aside_until: monotonic time before which it is only tried if no other one is left.
+        pause: seconds for which it was last set aside; 0.0: it is up.
     """
 
     address: str
@@ -59,21 +59,21 @@ class Forwarder:
 
     Args:
         targets: one or more of "host:port", "[IPv6]:port", "unix:/path".
-        balance: which one is tried first: the "first" of the list (the others are for when it is down), each in turn
-            ("round-robin"), or the one with the "least" connections. The others follow in the same order. One that
-            failed is put aside, for longer each time, and tried again when its time is over, or when all are aside.
+        balance: which target to try first: the "first" of the list (the others are for when it is down), each in turn
+            ("round-robin"), or the one with the "least" connections. The others follow in the same order. A target that
+            failed is set aside, for longer each time, and tried again when that time is over, or when all are aside.
         connect_timeout: seconds for each target.
-        idle_timeout: seconds in which neither side sends until a relay ends; None: no limit.
-        tls: a gevent.ssl.SSLContext with which the targets are spoken to, their certificates checked as it says; None:
-            in plain text.
-        send_proxy: begin each connection to a target with a PROXY header, "v1" or "v2", that names the client; before
-            TLS. Only for targets that expect it. None: none.
+        idle_timeout: seconds without data from either side until a relay ends; None: no limit.
+        tls: a gevent.ssl.SSLContext for TLS to the targets, which also decides how certificates are verified; None:
+            plain text.
+        send_proxy: begin each connection to a target with a PROXY header, "v1" or "v2", with the client's address;
+            before TLS. Only for targets that expect it. None: none.
 
-    A client for whom no target could be reached is reset. So it is when this process lacks descriptors or memory to
-    connect with, which is no target's fault: then the OSError is raised.
+    A client is reset if no target could be reached. The same happens when this process runs out of descriptors or
+    memory to connect with, which is no target's fault: then the OSError is raised.
 
     Raises:
-        ConfigError: an option that cannot work.
+        ConfigError: an invalid option.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Forwarder:
         self._turn = 0
 
     def __call__(self, conn: Connection) -> None:
-        """Serve one client: returns when both sides have ended."""
+        """Serve one client; return when both sides have ended."""
         for target in self._in_order():
             target.active += 1
             pause = target.pause
             due = target.aside_until <= monotonic()
             if due and pause:
-                # This client finds out whether it is back, and others need not wait for that.
+                # This client finds out whether it is back, so that others need not wait for that.
                 target.aside_until = monotonic() + self.connect_timeout
             try:
                 try:
@@ -122,7 +122,7 @@ class Forwarder:
                     if error.errno in _OUR_OWN_TROUBLE:
                         conn.abort()
                         raise
-                    # Of many clients that found it down at once, each would double the pause.
+                    # If many clients found it down at once, each would double the pause.
                     self._is_down(target, error, longer=due and target.pause == pause)
                     continue
                 self._is_up(target)
@@ -140,7 +140,7 @@ class Forwarder:
                 result.reason,
             )
             return
-        # An end in order would say that the target had nothing to say.
+        # A normal end would say that the target had nothing to send.
         conn.abort()
 
     def _in_order(self) -> Iterable[Target]:

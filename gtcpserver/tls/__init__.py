@@ -1,4 +1,4 @@
-"""TLS for a server: configuration, certificates that are replaced while it runs, and what a handshake agreed on."""
+"""TLS for a server: configuration, certificates that are replaced while it runs, and the result of a handshake."""
 
 from .config import TLSConfig
 from .credentials import Credentials, build_context

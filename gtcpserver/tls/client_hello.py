@@ -1,4 +1,4 @@
-"""The name that a ClientHello asks for, where OpenSSL does not tell it."""
+"""Find the server name in a ClientHello, for cases where OpenSSL does not report it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def server_name_in(hello: bytes) -> str | None:
     """Find the host name in a ClientHello (RFC 8446 section 4.1.2, RFC 6066 section 3).
 
     Args:
-        hello: the handshake message, which OpenSSL has accepted.
+        hello: the handshake message, already accepted by OpenSSL.
 
     Returns:
-        The name as the client wrote it; None: it asks for none.
+        The name as the client wrote it; None if it asks for none.
     """
     place = _BEFORE_SESSION_ID
     for size_of_length in (1, 2, 1):  # session id, cipher suites, compression methods
@@ -32,7 +32,7 @@ def server_name_in(hello: bytes) -> str | None:
 
 
 def _host_name(names: bytes) -> str | None:
-    # The list's length (2); an entry's type (1), length (2), name. OpenSSL takes one entry alone.
+    # The list's length (2); an entry's type (1), length (2), name. OpenSSL accepts only one entry.
     if len(names) < 5 or names[2] != HOST_NAME:
         return None
     return names[5 : 5 + _number(names, 3, 2)].decode("latin-1")

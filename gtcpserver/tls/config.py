@@ -1,4 +1,4 @@
-"""TLSConfig: the options of TLS, checked when it is made."""
+"""TLSConfig: the options of TLS, checked when it is created."""
 
 from __future__ import annotations
 
@@ -16,68 +16,67 @@ from .contexts import VERSIONS, CertificatePair, load_contexts
 
 Path = str | os.PathLike[str]
 
-#: How long a handshake may take, seconds. Two round trips and the arithmetic take less than one on a poor mobile
-#: network; one lost packet costs one more, two in a row three. nginx allows 60, haproxy what `timeout client` says.
+#: Seconds a handshake may take. Two round trips and the computation take less than one on a poor mobile network; one
+#: lost packet costs one more, two in a row three. nginx allows 60, haproxy what `timeout client` says.
 DEFAULT_HANDSHAKE_TIMEOUT = 10.0
 
-#: How many handshakes may be under way. Each holds 47 KiB, so 46 MiB at most. When the oldest makes room for the
-#: newest, a flood of N silent clients a second leaves everybody 1000 / N seconds: half a second at 2,000 a second.
+#: Handshakes that may be in progress. Each holds 47 KiB, so 46 MiB at most. Since the oldest makes room for the newest,
+#: a flood of N silent clients a second leaves everybody 1000 / N seconds: half a second at 2,000 a second.
 DEFAULT_MAX_HANDSHAKES = 1000
 
 MAX_ALPN_NAME = 255  # RFC 7301 section 3.1: the length of a name is one byte
 MAX_ALPN_LIST = 65535  # and the length of the list two
 MAX_PASSWORD = 1024  # OpenSSL's PEM_BUFSIZE
-MAX_TICKETS = 16  # more than any client opens connections with; OpenSSL sends each in a record of its own
+MAX_TICKETS = 16  # more connections than any client opens; OpenSSL sends each ticket in a record of its own
 MAX_SERVER_NAME = 253  # RFC 1035 section 2.3.4, without the length bytes
 
-# The underscore is not for host names, and is found in them all the same.
+# Underscores are not allowed in host names, but occur in practice.
 _SERVER_NAME = re.compile(r"(\*\.)?(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 
 
 @dataclass(frozen=True)
 class TLSConfig:
-    """The options of TLS. Making one reads all the files, so that a mistake is an error here, not at a handshake.
+    """The options of TLS. Creating one reads all the files, so that a mistake is an error here, not at a handshake.
 
     Attributes:
-        certfile: PEM file: the server's certificate, then those of the CAs between it and a root, in this order.
+        certfile: PEM file with the server's certificate, followed by the intermediate CA certificates, in this order.
         keyfile: PEM file with the private key. None: it is in `certfile`.
-        password: of the private keys that are encrypted, or a function that returns it. It is called each time keys
-            are read: here, when the server starts, and when files are read again. Without one, an encrypted key is an
-            error, and OpenSSL never asks on the terminal.
+        password: password of encrypted private keys, or a function that returns it. It is called each time keys are
+            read: here, when the server starts, and when files are reloaded. Without one, an encrypted key is an error;
+            OpenSSL never asks on the terminal.
         sni: more certificates, by the name a client asks for (SNI, RFC 6066 section 3):
             {"a.example.com": (certfile, keyfile or None), "*.example.com": ...}. "*" stands for one whole label, as
-            in certificates (RFC 9525 section 6.3); an exact name goes before it. Other clients, and those that ask
+            in certificates (RFC 9525 section 6.3); an exact name takes precedence. Other clients, and those that ask
             for no name, get `certfile`.
         strict_sni: refuse clients that ask for a name which is neither in `sni` nor in `certfile` itself (alert
-            unrecognized_name), and those that ask for none (missing_extension, RFC 8446 section 9.2): that is what a
-            client does which connects to an IP address. A session is resumed only for the name that it began with.
-        client_auth: whether clients show a certificate: "none", "optional" (one that is shown must be good) or
-            "required".
-        client_ca: PEM file with the CA certificates that clients' certificates must come from, or a folder of
-            such files.
-        crl: PEM file with certificate revocation lists: one of each CA that issues client certificates, and none of
-            them past its next update, since OpenSSL then refuses every client of that CA. (RFC 5280 section 5.)
-        alpn: protocols to agree on, best first, such as ("h2", "http/1.1") (RFC 7301). A client with which there is
-            none in common is served without (`conn.tls.alpn` is None): the ssl module cannot refuse it.
-        minimum_version: "TLSv1.2" or "TLSv1.3". RFC 8996 has retired the older ones.
+            unrecognized_name), and those that ask for none (missing_extension, RFC 8446 section 9.2), as clients do
+            that connect to an IP address. A session is only resumed for the name that it began with.
+        client_auth: whether clients need a certificate: "none", "optional" (a certificate that is sent must be valid)
+            or "required".
+        client_ca: PEM file with the CA certificates that issue client certificates, or a folder of such files.
+        crl: PEM file with certificate revocation lists: one of each CA that issues client certificates, and none past
+            its next update, since OpenSSL then refuses every client of that CA. (RFC 5280 section 5.)
+        alpn: protocols to negotiate, best first, such as ("h2", "http/1.1") (RFC 7301). A client that supports none of
+            them is served without (`conn.tls.alpn` is None): the ssl module cannot refuse it.
+        minimum_version: "TLSv1.2" or "TLSv1.3". RFC 8996 has deprecated the older ones.
         maximum_version: likewise; None is the newest that OpenSSL has.
-        ciphers: cipher suites of TLS 1.2 in OpenSSL's notation (openssl-ciphers(1)); None: Python's choice, which
-            has forward secrecy alone. (The ssl module cannot choose the suites of TLS 1.3, all of which are good.)
+        ciphers: TLS 1.2 cipher suites in OpenSSL's notation (openssl-ciphers(1)); None: Python's choice, which only has
+            suites with forward secrecy. (The ssl module cannot choose the suites of TLS 1.3, all of which are good.)
         handshake_timeout: seconds a handshake may take.
-        max_handshakes: how many handshakes may be under way.
-        session_tickets: how many tickets a TLS 1.3 client gets, for each to resume its session once (RFC 8446
-            section 4.6.1), 0 to 16; with 0 a TLS 1.2 client gets none either. Their keys are made with the first
-            context, and copied by fork: a ticket of one worker process is good at the others, and after a reload. A
-            ticket is good for 2 hours, without another look at the client's certificate.
-        key_log_file: append the secrets of each connection to this file, for Wireshark. Whoever reads it reads
+        max_handshakes: how many handshakes may be in progress.
+        session_tickets: how many tickets a TLS 1.3 client gets, each to resume its session once (RFC 8446 section
+            4.6.1), 0 to 16; with 0 a TLS 1.2 client gets none either. Their keys are created with the first context,
+            and copied by fork: a ticket of one worker process is valid in the others, and after a reload. A ticket is
+            valid for 2 hours, without another check of the client certificate.
+        key_log_file: append the secrets of each connection to this file, for Wireshark. Anyone who can read it can read
             the traffic. None: never; the environment variable SSLKEYLOGFILE has no effect on a server.
-        report_truncation: an end of the stream without TLS's own goodbye (close_notify, RFC 8446 section 6.1) raises
-            TruncatedStream. False: it is an end like another, since many clients never say goodbye, and the server
-            may still answer a client that has shut down its side of the connection.
-        watch: look every so many seconds whether a file has changed, and read them all again if so. None: never.
+        report_truncation: an end of the stream without close_notify (RFC 8446 section 6.1) raises TruncatedStream.
+            False: treat it as a normal end: many clients never send close_notify, and the server may still respond to
+            a client that has shut down its side of the connection.
+        watch: seconds between checks whether a file has changed; if so, all files are reloaded. None: never.
 
     Raises:
-        ConfigError: a value that cannot work, or a file that cannot be read or does not hold what it should.
+        ConfigError: an invalid value, or a file that cannot be read or has the wrong content.
     """
 
     certfile: Path
@@ -123,7 +122,7 @@ class TLSConfig:
         load_contexts(self)
 
     def pairs(self) -> dict[str | None, CertificatePair]:
-        """Certificate and key by server name; None is the one for clients that ask for no other."""
+        """Return certificate and key by server name; None is the key of the default, for all other clients."""
         pairs: dict[str | None, CertificatePair] = {
             None: CertificatePair("", str(self.certfile), str(self.keyfile or self.certfile))
         }
@@ -177,7 +176,7 @@ def _path(name: str, value: Any, *, optional: bool = False) -> str | None:
 
 
 def _alpn(protocols: Any) -> tuple[str, ...]:
-    # A text is a sequence too: alpn="h2" would offer "h" and "2".
+    # A string is a sequence too: alpn="h2" would offer "h" and "2".
     if isinstance(protocols, (str, bytes)) or not isinstance(protocols, Sequence):
         raise ConfigError(f'alpn must be a sequence of protocol names, such as ("h2", "http/1.1"), got {protocols!r}')
     for protocol in protocols:
@@ -211,7 +210,7 @@ def _server_name(given: Any) -> str:
     if not isinstance(given, str):
         raise ConfigError(f"{expected}, got {given!r}")
     if not given.isascii():
-        # Not translated here: IDNA 2003, which Python has, and IDNA 2008 differ in what name they make of it.
+        # Not translated here: IDNA 2003, which Python implements, and IDNA 2008 differ in the result.
         raise ConfigError(f'{expected}; write it as clients send it ("xn--..."), got {given!r}')
     name = given.lower().rstrip(".")
     if len(name) > MAX_SERVER_NAME or not _SERVER_NAME.fullmatch(name):

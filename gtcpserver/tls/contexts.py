@@ -1,4 +1,4 @@
-"""From a TLSConfig's files to OpenSSL contexts, and from OpenSSL's errors to ones that say what is wrong."""
+"""Turn a TLSConfig's files into OpenSSL contexts, and OpenSSL's errors into helpful ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gtcpserver.process.descriptors import close_descriptor
 if TYPE_CHECKING:
     from .config import TLSConfig
 
-# cert_time_to_seconds() imports a module at its first call, when a worker may not be able to read the installation.
+# The first call of cert_time_to_seconds() imports a module, which a worker may no longer be able to read.
 ssl.cert_time_to_seconds("Jan  1 00:00:00 2026 GMT")
 
-# gevent's class in every case: once a program is monkey-patched, the standard library's own class has setters that call
-# themselves for ever (it looks itself up by the name that gevent has taken over). gevent's works before and after.
+# Always gevent's class: once a program is monkey-patched, the standard library's own class has setters that recurse
+# forever (it looks itself up by the name that gevent has taken over). gevent's class works before and after.
 SSLContext = cast("type[ssl.SSLContext]", gevent.ssl.SSLContext)
 
 VERSIONS: Mapping[str, ssl.TLSVersion] = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
@@ -37,7 +37,7 @@ _CERTIFICATE = re.compile(rb"-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----")
 _PRIVATE_KEY = re.compile(rb"-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY-----")
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----")
 
-# The key belongs to another certificate. The last: to one of another kind (RSA, EC).
+# The key belongs to another certificate. The last one: a certificate of another kind (RSA, EC).
 _MISMATCH = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 _TOO_WEAK = {
     "EE_KEY_TOO_SMALL": "its key is too small",
@@ -50,7 +50,7 @@ class CertificatePair(NamedTuple):
     """A certificate and its key.
 
     Attributes:
-        where: what error messages put before the names of the files.
+        where: prefix for the names of the files in error messages.
     """
 
     where: str
@@ -60,15 +60,15 @@ class CertificatePair(NamedTuple):
 
 @dataclass(frozen=True)
 class ServerContexts:
-    """What one reading of the files gave.
+    """The result of loading the files once.
 
     Attributes:
-        default: for clients that ask for no name, or one that is not known.
+        default: for clients that ask for no name, or an unknown one.
         by_name: by server name, or wildcard such as "*.example.com".
         strict: there is no default.
-        client_trust: digest of what clients' certificates are judged by.
+        client_trust: digest of everything that client certificates are checked against.
         expires_at: when the first of the certificates expires, seconds since the epoch.
-        complaints: what is wrong and does not keep the server from starting.
+        complaints: problems that do not keep the server from starting.
     """
 
     default: ssl.SSLContext
@@ -79,7 +79,7 @@ class ServerContexts:
     complaints: tuple[str, ...]
 
     def find(self, name: str | None) -> ssl.SSLContext | None:
-        """The context for a client that asks for ``name``, in lower case; None: it is refused."""
+        """Return the context for a client that asks for ``name``, in lower case; None: refuse it."""
         if name is not None and self.by_name:
             found = self.by_name.get(name)
             if found is None:
@@ -94,7 +94,7 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
     """Read all the files of a configuration.
 
     Raises:
-        ConfigError: a file that cannot be read, or does not hold what it should.
+        ConfigError: a file cannot be read, or has the wrong content.
     """
     contexts: dict[tuple[str, str], ssl.SSLContext] = {}
     by_name: dict[str | None, ssl.SSLContext] = {}
@@ -126,7 +126,7 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
 
 
 def watched_files(config: TLSConfig) -> Iterator[str]:
-    """All the files that ``load_contexts`` reads, and the folder they are looked for in."""
+    """Yield all the files that ``load_contexts`` reads, and the folder they are looked up in."""
     for pair in config.pairs().values():
         yield pair.certfile
         yield pair.keyfile
@@ -140,11 +140,11 @@ def watched_files(config: TLSConfig) -> Iterator[str]:
 
 
 def _make_context(config: TLSConfig, pair: CertificatePair) -> ssl.SSLContext:
-    # The constructor, not ssl.create_default_context, which would write secrets to wherever SSLKEYLOGFILE says.
+    # The constructor, not ssl.create_default_context, which would write secrets to the file named by SSLKEYLOGFILE.
     context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
     options = context.options | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    # With it, an end without close_notify counts as one with it; without it, it is an error after which OpenSSL sends
-    # nothing more either. (New in OpenSSL 3.0: older ones lack it, and behave as if it were set.)
+    # With it, an end without close_notify counts as a normal end; without it, it is an error after which OpenSSL does
+    # not send anything either. (New in OpenSSL 3.0: older versions lack it, and behave as if it were set.)
     ignore_unexpected_eof = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     options = options & ~ignore_unexpected_eof if config.report_truncation else options | ignore_unexpected_eof
     if not config.session_tickets:
@@ -183,7 +183,7 @@ def _load_pair(context: ssl.SSLContext, pair: CertificatePair, password: str | C
     encrypted = False
 
     def ask() -> str:
-        # Always given: without a function, OpenSSL asks on the terminal.
+        # Always passed: without a function, OpenSSL asks on the terminal.
         nonlocal encrypted
         encrypted = True
         answer = password() if callable(password) else password
@@ -221,8 +221,8 @@ def _trust_clients(context: ssl.SSLContext, config: TLSConfig) -> None:
     if config.client_ca is None:
         return
     path = str(config.client_ca)
-    # A folder's files are read, each and now: OpenSSL's own way looks for names made by c_rehash, during handshakes,
-    # and says nothing when there are none.
+    # Read each of a folder's files now: OpenSSL's own way looks for names created by c_rehash, during handshakes, and
+    # says nothing when there are none.
     for name in _files_in(path) if is_folder(path) else [path]:
         _load_trust(context, f'client_ca "{name}"', name, _CERTIFICATE, "certificate")
     if not context.cert_store_stats()["x509_ca"]:
@@ -245,7 +245,7 @@ def _load_trust(context: ssl.SSLContext, label: str, path: str, wanted: re.Patte
 
 def _log_keys(context: ssl.SSLContext, path: str) -> None:
     try:
-        # Made here, since OpenSSL would make it readable for others.
+        # Created here, since OpenSSL would make it readable for others.
         close_descriptor(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         context.keylog_filename = path
     except UntrustedPath as error:
@@ -267,7 +267,7 @@ def _client_trust(config: TLSConfig) -> bytes:
 
 def _files_in(folder: str) -> list[str]:
     try:
-        return files_in(folder)  # without hidden ones: editors' and Kubernetes' own
+        return files_in(folder)  # without the hidden files of editors and Kubernetes
     except OSError as error:
         raise ConfigError(f'client_ca "{folder}" cannot be read: {error.strerror}') from error
 

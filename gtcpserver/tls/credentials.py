@@ -1,13 +1,13 @@
-"""Credentials: the certificates and keys that new handshakes use, replaced while the server runs.
+"""Credentials: the certificates and keys of new handshakes, replaced while the server runs.
 
 A session ticket is encrypted with keys of the context that the handshake began on, and the ssl module cannot copy these
-from one context to the next. So there is one front context for the life of a server; each handshake begins on it, and
-its server-name callback, which OpenSSL calls whether or not the client asked for a name, moves the handshake on to the
-context with the certificate of the day. Tickets of before a reload go on being good, in all worker processes that were
-forked after the front context was made; and the certificates are replaced in one assignment, or not at all.
+from one context to the next. So a server has one front context for life; each handshake begins on it, and its
+server-name callback, which OpenSSL calls whether or not the client asked for a name, moves the handshake on to the
+context with the current certificate. Tickets issued before a reload stay valid, in all worker processes that were
+forked after the front context was created; and the certificates are replaced in one assignment, or not at all.
 
-(Loading the new certificate into the old context keeps the tickets too, but is not safe: when the key does not fit, the
-context is left with half of each; and after a change from an RSA to an EC certificate it goes on serving both.)
+(Loading the new certificate into the old context keeps the tickets too, but is not safe: when the key does not match,
+the context is left with half of each; and after a change from an RSA to an EC certificate it goes on serving both.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .contexts import ServerContexts, load_contexts, watched_files
 
 log = own_logger("gtcpserver.tls")
 
-#: Of which the standard library's SSLContext is a subclass, and gevent's.
+#: Base class of the standard library's SSLContext, and of gevent's.
 _PlainContext = _ssl._SSLContext  # noqa: SLF001 - Python's name for it
 
 MISSING_EXTENSION = 109  # RFC 8446 section 6.2; ssl.AlertDescription lacks it
@@ -39,20 +39,20 @@ _FileState = tuple[int, int, int, int] | None
 
 
 class Credentials:
-    """A server's certificates and keys: for every handshake take :attr:`context` anew.
+    """A server's certificates and keys: get :attr:`context` again for every handshake.
 
     Args:
-        tls: options, or a ready ssl.SSLContext for a server, which is used as it is and cannot be read again.
+        tls: options, or a ready ssl.SSLContext for a server, which is used as it is and cannot be reloaded.
 
     Attributes:
         config: the options; None with a ready context.
         context: for ``context._wrap_socket(raw_socket, server_side=True, owner=owner)``. The owner's attribute
             ``server_name`` is set to the name that the client asks for, in lower case (None for none), and its
-            attribute ``context`` to the context with the right certificate: a property, whose setter hands it to the
-            _ssl._SSLSocket. The owner is referred to weakly.
+            attribute ``context`` to the context with the right certificate: a property, whose setter passes it to the
+            _ssl._SSLSocket. The owner is referenced weakly.
 
     Raises:
-        ConfigError: a file that has changed since ``tls`` was made, and cannot be used; or no context for a server.
+        ConfigError: a file that has changed since ``tls`` was created, and is now unusable; or not a server context.
     """
 
     def __init__(self, tls: TLSConfig | ssl.SSLContext) -> None:
@@ -78,7 +78,7 @@ class Credentials:
 
     @property
     def max_handshakes(self) -> int:
-        """How many handshakes may be under way."""
+        """How many handshakes may be in progress."""
         return self.config.max_handshakes if self.config is not None else DEFAULT_MAX_HANDSHAKES
 
     @property
@@ -92,34 +92,34 @@ class Credentials:
         return self._contexts.expires_at if self._contexts is not None else None
 
     def reload(self) -> None:
-        """Read all the files again; new handshakes use what they hold now. Connections go on as they are.
+        """Read all the files again for new handshakes. Existing connections do not change.
 
         Clients resume their sessions as before, unless client_ca or crl has changed: then all tickets are void, since
-        a session is resumed without another look at the client's certificate.
+        a session is resumed without another check of the client certificate.
 
         Raises:
-            ConfigError: a file cannot be used, or there are none to read. Everything stays as it was.
+            ConfigError: a file is unusable, or there are none to read. Nothing has changed.
         """
         if self.config is None:
             raise ConfigError(
-                "tls cannot be reloaded: it was given as an ssl.SSLContext, which does not tell its files; "
+                "tls cannot be reloaded: it was given as an ssl.SSLContext, which does not know its files; "
                 "expected a TLSConfig"
             )
         self._load(self.config)
         self._complaint = ""
-        log.info("TLS certificates read again; the first expires on %s", _date(self._contexts))
+        log.info("TLS certificates reloaded; the first expires on %s", _date(self._contexts))
 
     def watch(self, seconds: float) -> None:
-        """Look every so many seconds whether a file has changed, was replaced or gone, and reload if so.
+        """Check every ``seconds`` whether a file was changed, replaced or removed, and reload if so.
 
-        Files that cannot be used, such as a certificate whose key has not come yet, are logged once, and tried again
-        at every look. Does not keep the event loop alive.
+        Unusable files, such as a certificate whose key has not arrived yet, are logged once, and tried again at every
+        check. Does not keep the event loop alive.
 
         Raises:
-            ConfigError: there are no files to look at.
+            ConfigError: there are no files to check.
         """
         if self.config is None:
-            raise ConfigError("watch needs a TLSConfig: an ssl.SSLContext does not tell its files")
+            raise ConfigError("watch needs a TLSConfig: an ssl.SSLContext does not know its files")
         self.stop_watching()
         self._timer = get_hub().loop.timer(seconds, seconds, ref=False)
         self._timer.start(self._look)
@@ -131,11 +131,11 @@ class Credentials:
             self._timer = None
 
     def left_in_child(self) -> None:
-        """In a forked child, which has another event loop."""
+        """Forget the timer in a forked child, which has another event loop."""
         self._timer = None
 
     def _look(self) -> None:
-        # In the event loop: a password function might wait, and so may a file that is borrowed.
+        # Runs in the event loop, where nothing may wait: a password function might, and so might a borrowed file.
         if not self._reloading:
             self._reloading = True
             gevent.spawn(self._reload_changed)
@@ -145,7 +145,7 @@ class Credentials:
             if self.config is not None and _states(self.config) != self._states:
                 self.reload()
         except Exception as error:
-            # Whatever a password function raises is no reason to stop looking.
+            # An exception of a password function is no reason to stop checking.
             complaint = str(error) if isinstance(error, ConfigError) else repr(error)
             if complaint != self._complaint:
                 self._complaint = complaint
@@ -154,7 +154,7 @@ class Credentials:
             self._reloading = False
 
     def _load(self, config: TLSConfig) -> None:
-        # Before reading: what changes meanwhile is seen at the next look.
+        # Before reading: a change in the meantime is noticed at the next check.
         states = _states(config)
         new = load_contexts(config)
         old = self._contexts
@@ -164,7 +164,7 @@ class Credentials:
             if config.key_log_file is not None and old is None:
                 log.warning('TLS: the secrets of all connections are written to "%s"', config.key_log_file)
             front = new.default
-            # Not by gevent's property, which takes the owner for a gevent.ssl.SSLSocket.
+            # Not through gevent's property, which assumes that the owner is a gevent.ssl.SSLSocket.
             cast(Any, _PlainContext.sni_callback).__set__(front, self._choose)
             _keep_quiet_about_bad_names()
             self.context = front
@@ -181,13 +181,13 @@ class Credentials:
         name = _readable(name)
         for_another_name = False
         if getattr(getattr(owner, "object", None), "session_reused", False) and hasattr(owner, "take_requested_name"):
-            # For a resumed session of TLS 1.2, OpenSSL gives the name that it began with, whatever is asked for now.
+            # For a resumed session of TLS 1.2, OpenSSL reports the name that it began with, whatever is requested now.
             began_with, name = name, _readable(owner.take_requested_name())
             for_another_name = began_with != name
         try:
             owner.server_name = name
         except AttributeError:
-            pass  # a bare _ssl._SSLSocket, which nobody has given an owner
+            pass  # a bare _ssl._SSLSocket without an owner
         chosen = contexts.find(name)
         if for_another_name and contexts.strict:
             chosen = None  # RFC 6066 section 3: a session must not be resumed for another name
@@ -199,12 +199,12 @@ class Credentials:
 
 
 def _readable(name: str | None) -> str | None:
-    """A server name for comparisons and for the log: it may hold any character from 1 to 127."""
+    """Return a server name for comparisons and for the log: it may hold any character from 1 to 127."""
     return name if name is None else name.lower().rstrip(".") if name.isprintable() else ""
 
 
 def build_context(config: TLSConfig) -> ssl.SSLContext:
-    """A context with everything in the configuration, to be used without this library's server.
+    """Return a context with everything in the configuration, for use without this library's server.
 
     Raises:
         ConfigError: as :class:`TLSConfig`.
@@ -216,7 +216,7 @@ def _states(config: TLSConfig) -> dict[str, _FileState]:
     try:
         return {path: _state(path) for path in watched_files(config)}
     except ConfigError:
-        return {}  # a folder that is gone: reading it again says so
+        return {}  # the folder is gone: reading it again will report that
 
 
 def _state(path: str) -> _FileState:
@@ -233,10 +233,10 @@ def _date(contexts: ServerContexts | None) -> str:
 
 
 def _keep_quiet_about_bad_names() -> None:
-    """Let a client that asks for a name which is not ASCII not write to our stderr.
+    """Keep clients that ask for a non-ASCII name from writing to our stderr.
 
     CPython decodes the name before it calls our callback, and hands the failure to sys.unraisablehook, which prints six
-    lines for each such connection. The handshake fails, and is counted, all the same.
+    lines for each such connection. The handshake fails anyway, and is counted.
     """
     hook = sys.unraisablehook
     if getattr(hook, "quiet_about_bad_names", False):
@@ -244,7 +244,7 @@ def _keep_quiet_about_bad_names() -> None:
 
     def filtered(unraisable: Any) -> None:
         error = unraisable.exc_value
-        # What _servername_callback in Modules/_ssl.c reports: the bytes, or, in newer versions, a message about them.
+        # Reported by _servername_callback in Modules/_ssl.c: the bytes, or, in newer versions, a message about them.
         if isinstance(error, UnicodeDecodeError) and (
             type(unraisable.object) is bytes or "ssl servername callback" in (unraisable.err_msg or "")
         ):

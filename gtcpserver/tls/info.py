@@ -1,4 +1,4 @@
-"""What a handshake agreed on, and why one failed."""
+"""The result of a handshake, and why one failed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HandshakeFailure = Literal[
     "other",
 ]
 
-# OpenSSL's names of reasons (include/openssl/sslerr.h). What begins with SSLV3_ALERT_ or TLSV1_ALERT_ is what the
-# client said to us.
+# OpenSSL's names of reasons (include/openssl/sslerr.h). Those that begin with SSLV3_ALERT_ or TLSV1_ALERT_ are alerts
+# from the client.
 _BY_REASON: dict[str, HandshakeFailure] = {
     "HTTP_REQUEST": "http_request",
     "HTTPS_PROXY_REQUEST": "http_request",
@@ -59,22 +59,22 @@ _HTTP_METHODS = (
 
 
 class Cipher(NamedTuple):
-    """A cipher suite: OpenSSL's name of it, and the bits of its key."""
+    """A cipher suite: OpenSSL's name, and the key size in bits."""
 
     name: str
     bits: int
 
 
 class ConnectionTLS:
-    """What is known of a connection's TLS. Everything is looked up when it is asked for.
+    """A connection's TLS. Everything is looked up when it is accessed.
 
     Args:
         tls_object: the ``_ssl._SSLSocket`` (or an ssl.SSLSocket) whose handshake is done.
         server_name: see below.
 
     Attributes:
-        server_name: the name the client asked for (SNI, RFC 6066 section 3), in lower case; "" for one with characters
-            that cannot be printed; None if it asked for none.
+        server_name: the name the client asked for (SNI, RFC 6066 section 3), in lower case; "" if it has unprintable
+            characters; None if the client asked for none.
     """
 
     __slots__ = ("_object", "server_name")
@@ -97,7 +97,7 @@ class ConnectionTLS:
 
     @property
     def alpn(self) -> str | None:
-        """The protocol that was agreed on (RFC 7301), such as "h2"; None for none."""
+        """The negotiated protocol (RFC 7301), such as "h2"; None for none."""
         protocol: str | None = self._object.selected_alpn_protocol()
         return protocol
 
@@ -108,13 +108,13 @@ class ConnectionTLS:
 
     @property
     def peer_certificate(self) -> dict[str, Any] | None:
-        """The client's certificate, decoded as by ``ssl.SSLSocket.getpeercert``; None if it showed none."""
-        # {}: there is one, and nobody has checked it.
+        """The client certificate, decoded as by ``ssl.SSLSocket.getpeercert``; None if there is none."""
+        # {}: there is one, but it was not verified.
         return self._peer_certificate(False) or None
 
     @property
     def peer_certificate_der(self) -> bytes | None:
-        """The client's certificate in DER form; None if it showed none."""
+        """The client certificate in DER form; None if there is none."""
         return self._peer_certificate(True)  # type: ignore[no-any-return]
 
     def _peer_certificate(self, binary: bool) -> Any:
@@ -132,26 +132,27 @@ class ConnectionTLS:
 
 
 def is_unannounced_end(error: BaseException) -> bool:
-    """True where the peer ended the connection without a close_notify (RFC 8446 section 6.1).
+    """Return True if the peer ended the connection without a close_notify (RFC 8446 section 6.1).
 
-    OpenSSL 3 tells it in another way than OpenSSL 1.1. Some Pythons make a plain SSLError of that, Debian 12's 3.11.2
-    among them.
+    OpenSSL 3 reports it differently than OpenSSL 1.1. Some Python versions turn that into a plain SSLError, such as
+    Debian 12's 3.11.2.
     """
     return isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", None) == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> HandshakeFailure:
-    """Name the kind of a failed handshake.
+    """Classify a failed handshake.
 
     Args:
-        error: what ``do_handshake`` raised, or a TimeoutError.
-        first_bytes: the first that the client sent, where they are known: they tell HTTP methods that OpenSSL does not.
+        error: exception raised by ``do_handshake``, or a TimeoutError.
+        first_bytes: the first bytes from the client, if known: they reveal HTTP methods that OpenSSL does not
+            recognize.
 
     Returns:
         "http_request" (plain HTTP on a TLS port), "not_tls", "version" (none in common), "no_shared_cipher" (or key
-        exchange, or signature), "client_certificate" (missing or not good), "server_certificate" (the client does not
+        exchange, or signature), "client_certificate" (missing or invalid), "server_certificate" (the client does not
         trust ours), "unknown_name" (strict_sni), "timeout", "reset", "eof" (the client closed) or "other".
-        A server counts "too_many_records", too.
+        A server also counts "too_many_records".
     """
     if isinstance(error, TimeoutError):
         return "timeout"

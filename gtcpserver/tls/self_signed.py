@@ -1,4 +1,4 @@
-"""A certificate for development, signed by nobody but itself."""
+"""A self-signed certificate for development."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gtcpserver.errors import ConfigError
 if TYPE_CHECKING:
     from cryptography import x509
 
-#: A day more than nothing for clocks that are behind, and less than the 398 days beyond which browsers refuse one.
+#: Begins a day early for clocks that are behind, and lasts less than the 398 days beyond which browsers refuse one.
 VALID = timedelta(days=365)
 CLOCK_SKEW = timedelta(days=1)
 
@@ -29,16 +29,16 @@ class CertificateFiles(NamedTuple):
 
 
 def self_signed(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> CertificateFiles:
-    """Make a certificate (EC, P-256, valid for a year) and its key, in a private folder that is removed at exit.
+    """Create a certificate (EC, P-256, valid for a year) and its key, in a private folder that is removed at exit.
 
     For development and tests. Clients must be told to trust the file: ``curl --cacert``,
     ``ssl.create_default_context(cafile=...)``.
 
     Args:
-        names: host names and IP addresses that it is good for.
+        names: host names and IP addresses that it is valid for.
 
     Raises:
-        ConfigError: a name that cannot be in a certificate, or the cryptography package is missing.
+        ConfigError: an invalid name, or the cryptography package is missing.
     """
     try:
         from cryptography import x509
@@ -53,7 +53,7 @@ def self_signed(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> Cer
         )
     alternatives = [_general_name(name) for name in names]
     key = ec.generate_private_key(ec.SECP256R1())
-    # The names are in the extension (RFC 9525 section 2); this one is for people to read, and 64 characters at most.
+    # The names are in the extension (RFC 9525 section 2); this one is for people, with 64 characters at most.
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gtcpserver self-signed certificate")])
     now = datetime.now(timezone.utc)
     certificate = (
@@ -98,6 +98,6 @@ def _write(path: str, content: bytes) -> None:
 
 
 def _remove(folder: str, process: int) -> None:
-    # Worker processes that were forked meanwhile end before this one, and must leave it the files.
+    # Worker processes forked since then end before this one, and must leave it the files.
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)

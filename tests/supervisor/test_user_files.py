@@ -156,7 +156,7 @@ def test_keys_and_logs_of_root_s_are_used_by_workers_that_are_not_root(start, fo
 
     # Replaced, and seen by --tls-watch.
     authority.issue("second.example")
-    master.wait_for("TLS certificates read again", int(workers))
+    master.wait_for("TLS certificates reloaded", int(workers))
     assert {authority.served(master.port) for _ in range(8)} == {"second.example"}
 
     # Read again by new workers.

@@ -1070,7 +1070,7 @@ def test_files_replaced_by_rename_are_seen(files, watching, caplog):
     os.replace(new_keyfile, keyfile)
     os.replace(new_certfile, certfile)
     wait_until(serves(credentials, "new.example.com"))
-    assert "TLS certificates read again" in caplog.text
+    assert "TLS certificates reloaded" in caplog.text
 
 
 def test_a_link_that_points_elsewhere_is_seen(files, watching):
@@ -1149,7 +1149,7 @@ def test_nothing_is_read_while_nothing_changes(files, watching, caplog):
     credentials._look = lambda: (looks.append(1), states())
     credentials.watch(LOOK)
     wait_until(lambda: len(looks) >= 5)
-    assert "read again" not in caplog.text
+    assert "reloaded" not in caplog.text
 
 
 def test_a_stopped_watch_looks_no_more(files, watching):
