@@ -1,8 +1,8 @@
-"""The chunked coding (RFC 9112 section 7.1), read strictly. No I/O.
+"""The chunked coding (RFC 9112 section 7.1), parsed strictly. No I/O.
 
 A proxy and an origin that disagree on where a body ends can be made to disagree on where the next request begins. So
-nothing is guessed here: a size is hexadecimal digits and nothing else, every line ends with CR LF, and what is
-forwarded is written anew, without the extensions.
+nothing is guessed here: a size is hexadecimal digits and nothing else, every line ends with CR LF, and forwarded bodies
+are rewritten, without the extensions.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from gtcpserver.errors import GtcpServerError
 
 from .head import FIELD, MOST_FIELDS, Header
 
-#: A size with its extensions, and a field among the trailers. h11: 16 KiB, nginx: 8 KiB.
+#: A size with its extensions, or a trailer field. h11: 16 KiB, nginx: 8 KiB.
 LONGEST_LINE = 8 * 1024
 
-#: All extensions of a body together, and all trailers. node.js takes 16 KiB of extensions: chunks of one byte with an
-#: extension each make the reader work for bytes that nobody wants (CVE-2024-22019).
+#: All extensions of a body together, and all trailers. node.js accepts 16 KiB of extensions: chunks of one byte with an
+#: extension each make the reader work for bytes that have no use (CVE-2024-22019).
 MOST_OVERHEAD = 16 * 1024
 
-# 15 digits are below 2**60: no reader with 64 bits, signed or not, sees another number.
+# 15 digits are below 2**60: every 64-bit reader, signed or not, sees the same number.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)")
 _SIZE_OF_AN_ANSWER = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?| *)")
 
-#: Lines in a piece that is fed, of which each takes 1.5 us, whether its chunk has one byte or a thousand.
+#: Lines in a piece passed to `feed`; each takes 1.5 us, whether its chunk has one byte or a thousand.
 MANY_LINES = 500
 
 LAST_CHUNK = b"0\r\n\r\n"
 
 
 class ChunkError(GtcpServerError):
-    """The body is not well-formed; where it ends cannot be known."""
+    """The body is malformed; its end is unknown."""
 
 
 class ChunkReader:
-    """Takes a chunked body apart, in whatever pieces it comes.
+    """Decode a chunked body, in whatever pieces it arrives.
 
     Args:
-        of_answer: allow spaces behind a size, with which some servers pad it to a fixed width.
+        of_answer: allow spaces after a size, with which some servers pad it to a fixed width.
 
     Attributes:
         done: the body is complete.
-        rest: once it is: what came behind it.
-        trailers: the fields behind the last chunk.
-        crowded: what was fed last had more than MANY_LINES in it (at first: it may have).
+        rest: once it is: the bytes behind it.
+        trailers: the fields after the last chunk.
+        crowded: the last piece had more than MANY_LINES in it (at first: unknown, so True).
     """
 
     def __init__(self, of_answer: bool = False) -> None:
@@ -61,10 +61,10 @@ class ChunkReader:
         self.trailers: list[Header] = []
 
     def feed(self, data: bytes) -> bytes:
-        """What of the content is in the next bytes.
+        """Return the content in the next bytes.
 
         Raises:
-            ChunkError: see there. Nothing can follow.
+            ChunkError: malformed. Nothing can follow.
         """
         if self._kept:
             data, self._kept = self._kept + data, b""
@@ -134,12 +134,12 @@ class ChunkReader:
 
 
 def chunk(data: bytes) -> bytes:
-    """A chunk with this content; there must be some, since an empty chunk is the last one."""
+    """Return a chunk with this content, which must not be empty, since an empty chunk is the last one."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def last_chunk(trailers: Sequence[Header] = ()) -> bytes:
-    """The end of a body."""
+    """Return the end of a body."""
     if not trailers:
         return LAST_CHUNK
     return b"0\r\n" + b"".join(b"%b: %b\r\n" % field for field in trailers) + b"\r\n"

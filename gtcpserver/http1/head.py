@@ -1,8 +1,8 @@
-"""Heads of HTTP/1.1 requests (RFC 9110, RFC 9112), read strictly. No I/O.
+"""Heads of HTTP/1.1 requests (RFC 9110, RFC 9112), parsed strictly. No I/O.
 
-A head that two implementations may read in two ways is refused: that is how requests are smuggled past a proxy. The
-proxy, the static file server, the WSGI adapter and the metrics port all stand behind or before other HTTP servers, so
-they read heads by these rules, which are stricter than h11's and gevent.pywsgi's.
+A head that two implementations may parse differently is refused: that is how requests are smuggled past a proxy. The
+proxy, the static file server, the WSGI adapter and the metrics port all work behind or in front of other HTTP servers,
+so they parse heads by these rules, which are stricter than those of h11 and gevent.pywsgi.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Header = tuple[bytes, bytes]
 
 END_OF_HEAD = b"\r\n\r\n"
 
-#: A head of a message. node.js: 16 KiB, nginx: 8 KiB a line and 32 KiB in all, Apache: 100 fields of 8 KiB.
+#: The head of a message. node.js: 16 KiB, nginx: 8 KiB a line and 32 KiB in total, Apache: 100 fields of 8 KiB.
 LONGEST_HEAD = 64 * 1024
 LONGEST_TARGET = 16 * 1024
 LONGEST_METHOD = 32  # the longest in the IANA registry has 17 characters: UPDATEREDIRECTREF
 MOST_FIELDS = 128
 
 #: Empty lines before a request, of which a server should skip one (RFC 9112 section 2.2): some old clients send one
-#: behind a body. nginx and node.js skip any number.
+#: after a body. nginx and node.js skip any number.
 MOST_EMPTY_LINES = 16
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-# The value with the white space around it: a pattern that leaves it out has many ways to divide a long run of spaces,
-# and tries them all (60 kB of them took 15 s).
+# The value with surrounding white space: a pattern that excludes it has many ways to divide a long run of spaces, and
+# tries them all (60 kB of them took 15 s).
 FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 
 
@@ -40,8 +40,8 @@ class HttpError(GtcpServerError):
     """A request that the server itself answers with an error; the message is for the person who reads it.
 
     Attributes:
-        status: such as 502.
-        headers: more fields for the answer.
+        status: status code, such as 502.
+        headers: more fields for the response.
         keep: another request may follow on the connection.
     """
 
@@ -54,13 +54,13 @@ class HttpError(GtcpServerError):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of a request that has passed the check.
+    """The head of a valid request.
 
     Attributes:
-        raw: as it came, with the empty line.
-        method, target: of the request line.
-        version: b"1.1" or b"1.0". A higher minor version is read as 1.1 (RFC 9110 section 6.2).
-        headers: names as they came, values without white space around them.
+        raw: as received, with the empty line.
+        method, target: from the request line.
+        version: b"1.1" or b"1.0". A higher minor version is treated as 1.1 (RFC 9110 section 6.2).
+        headers: names as received, values without surrounding white space.
     """
 
     raw: bytes
@@ -75,46 +75,46 @@ class Head:
             self._values.setdefault(name.lower(), []).append(value)
 
     def values(self, name: bytes) -> list[bytes]:
-        """The values of a field, by its name in lower case."""
+        """Return the values of a field, by its lower-case name."""
         return self._values.get(name, [])
 
     @property
     def is_chunked(self) -> bool:
-        """The body comes in chunks."""
+        """Whether the body comes in chunks."""
         return bool(self.values(b"transfer-encoding"))
 
     @property
     def length(self) -> int:
-        """Content-Length; 0 where there is none."""
+        """Content-Length; 0 if there is none."""
         lengths = self.values(b"content-length")
         return int(lengths[0]) if lengths else 0
 
     @property
     def has_body(self) -> bool:
-        """Something follows the head."""
+        """Whether a body follows the head."""
         return self.length > 0 or self.is_chunked
 
     @property
     def wants_close(self) -> bool:
-        """No request follows this one. HTTP/1.0 clients get no persistent connection (RFC 9112 appendix C.2.2)."""
+        """Whether no request follows. HTTP/1.0 clients get no persistent connection (RFC 9112 appendix C.2.2)."""
         return self.version == b"1.0" or b"close" in options_of(self.headers)
 
 
 def size_of_empty_lines(data: bytes) -> int:
-    """How many bytes of empty lines `data` begins with."""
+    """Return how many bytes of empty lines `data` begins with."""
     found = _EMPTY_LINES.match(data)
     return 0 if found is None else found.end()
 
 
 def find_end_of_head(data: bytes | bytearray, searched: int = 0) -> int | None:
-    """Where a head ends, behind its empty line; None as long as it has not come.
+    """Return where a head ends, after its empty line; None if that has not arrived.
 
     Args:
-        data: from its first byte on.
-        searched: so much of it was given before.
+        data: the head from its first byte on.
+        searched: number of bytes that were searched before.
 
     Raises:
-        HttpError: it is longer than we take, or can never end.
+        HttpError: it is too long, or can never end.
     """
     end = data.find(END_OF_HEAD, max(0, searched - len(END_OF_HEAD)))
     if 0 <= end <= LONGEST_HEAD:
@@ -129,10 +129,10 @@ def find_end_of_head(data: bytes | bytearray, searched: int = 0) -> int | None:
 
 
 def check_head(raw: bytes) -> Head:
-    """Read the head of a request.
+    """Parse the head of a request.
 
     Raises:
-        HttpError: it breaks a rule, or could be read in more than one way.
+        HttpError: it violates a rule, or could be parsed in more than one way.
     """
     lines = raw.removesuffix(END_OF_HEAD).split(b"\r\n")
     line = _REQUEST_LINE.fullmatch(lines[0])
@@ -162,7 +162,7 @@ def check_head(raw: bytes) -> Head:
 def _check_framing(head: Head) -> None:
     lengths, encodings = head.values(b"content-length"), head.values(b"transfer-encoding")
     if encodings:
-        # RFC 9112 section 6.3: with both, the sender may be smuggling. Neither does HTTP/1.0 have it.
+        # RFC 9112 section 6.3: with both, the sender may be smuggling. HTTP/1.0 does not have it at all.
         if lengths:
             raise HttpError(400, "A request cannot have both Content-Length and Transfer-Encoding.")
         if head.version == b"1.0":
@@ -178,12 +178,12 @@ def _check_framing(head: Head) -> None:
     if head.version == b"1.1" and not head.values(b"host"):  # RFC 9112 section 3.2
         raise HttpError(400, "A request needs a Host field.")
     if head.method in (b"CONNECT", b"TRACE") and head.has_body:
-        # RFC 9110 sections 9.3.6 and 9.3.8. The bytes would be the body for one reader, and the tunnel's for another.
+        # RFC 9110 sections 9.3.6 and 9.3.8. One reader would take the bytes for the body, another for the tunnel's.
         raise HttpError(400, f"{head.method.decode()} cannot have a body.")
 
 
 def options_of(headers: Sequence[Header]) -> set[bytes]:
-    """What the Connection fields name, in lower case. Old clients write Proxy-Connection."""
+    """Return the lower-case options in the Connection fields. Old clients use Proxy-Connection."""
     return {
         option.strip(b" \t").lower()
         for name, value in headers

@@ -1,4 +1,4 @@
-"""HAProxy's PROXY protocol, versions 1 and 2: the header, read and written without I/O.
+"""HAProxy's PROXY protocol, versions 1 and 2: parse and write the header without I/O.
 
 https://www.haproxy.org/download/3.1/doc/proxy-protocol.txt
 """

@@ -1,8 +1,9 @@
-"""The PROXY protocol, versions 1 and 2: what a load balancer says of its client before the client's own bytes. No I/O.
+"""The PROXY protocol, versions 1 and 2: a load balancer's header before the client's own bytes. No I/O.
 
-The source is haproxy's doc/proxy-protocol.txt; the sections named here are its. A listener either expects the header or
-does not: to guess would let every client choose the address it is taken for (section 2). Nothing in here is lenient for
-the same reason: what is not a header exactly is an error.
+The source is haproxy's doc/proxy-protocol.txt; section numbers refer to it. A listener either expects the header or
+does
+not: guessing would let every client choose its apparent address (section 2). For the same reason nothing here is
+lenient: anything but an exact header is an error.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from gtcpserver.errors import GtcpServerError
 
 IPAddress = IPv4Address | IPv6Address
 
-#: (address, port), or the path of a unix socket: b"" if it has no name, with a NUL before it if it is abstract.
+#: (address, port), or the path of a Unix socket: b"" if it has no name, beginning with NUL if it is abstract.
 Endpoint = tuple[IPAddress, int] | bytes
 
 _V1_BEGIN = b"PROXY "
 _V2_BEGIN = b"\r\n\r\n\0\r\nQUIT\n"
 
-#: Section 2.1: the longest line there can be, CRLF included.
+#: Section 2.1: the longest possible line, including CRLF.
 LONGEST_V1 = 107
 
-#: The length field goes to 65,535. Nobody needs that: addresses have 216 bytes at most, a client certificate among the
-#: TLVs some 2 kB, and haproxy itself reads no header that is longer than its buffer of 16 kB (tune.bufsize).
+#: The length field goes up to 65,535, which is never needed: addresses take at most 216 bytes, a client certificate
+#: among the TLVs some 2 kB, and haproxy itself accepts no header longer than its buffer of 16 kB (tune.bufsize).
 LONGEST_V2 = 16 * 1024
 
 _UNIX_PATH = 108
@@ -35,7 +36,7 @@ LONGEST_UNIQUE_ID = 128
 
 
 class ProxyProtocolError(GtcpServerError):
-    """A connection does not begin with the header it must begin with; the message says what is wrong with it."""
+    """A connection does not begin with the required header; the message says what is wrong with it."""
 
 
 class Transport(IntEnum):
@@ -45,7 +46,7 @@ class Transport(IntEnum):
 
 
 class Type(IntEnum):
-    """Of TLVs (sections 2.2.1 to 2.2.7); others may come, and are kept."""
+    """Types of TLVs (sections 2.2.1 to 2.2.7); unknown ones are kept."""
 
     ALPN = 0x01
     AUTHORITY = 0x02
@@ -65,7 +66,7 @@ class Type(IntEnum):
 
 
 class TLV(NamedTuple):
-    """A piece of further information: its type, a Type if it is one of those, and what it says."""
+    """A piece of further information: its type (a Type if it is a known one), and its value."""
 
     type: int
     value: bytes
@@ -73,11 +74,11 @@ class TLV(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """What the balancer knows of the client's TLS connection.
+    """The client's TLS connection, as reported by the balancer.
 
     Attributes:
-        client: bits: 1, the client speaks TLS; 2, it has shown a certificate on this connection; 4, in this session.
-        verify: 0 if the certificate was found good.
+        client: bits: 1, the client speaks TLS; 2, it sent a certificate on this connection; 4, in this session.
+        verify: 0 if the certificate was valid.
         tlvs: version, cipher and so on; see Type.
     """
 
@@ -87,11 +88,11 @@ class TLS:
 
     @property
     def has_certificate(self) -> bool:
-        """Whether the client has shown a certificate, and it was found good."""
+        """Whether the client has sent a valid certificate."""
         return bool(self.client & 6) and self.verify == 0
 
     def text(self, type: Type) -> str | None:
-        """What a TLV such as Type.SSL_VERSION or Type.SSL_CN says; None if it is not there."""
+        """Return the text of a TLV such as Type.SSL_VERSION or Type.SSL_CN; None if it is missing."""
         value = _find(self.tlvs, type)
         return None if value is None else value.decode("utf-8", "backslashreplace")
 
@@ -101,14 +102,14 @@ class TLS:
 
 @dataclass(frozen=True, slots=True)
 class ProxyHeader:
-    """Whose connection it is.
+    """The origin of a connection.
 
     Attributes:
         source, destination: of the client's connection to the balancer. None: the balancer does not say (UNKNOWN,
-            UNSPEC), or it connects on its own account (LOCAL, as for a health check): the connection is taken for
-            what it is.
+            UNSPEC), or it connects on its own behalf (LOCAL, as for a health check): use the addresses of the
+            connection itself.
         transport: of the client's connection.
-        local: the balancer connects on its own account.
+        local: the balancer connects on its own behalf.
         version: of the protocol, 1 or 2.
         tlvs: further information, only in version 2; without checksum and padding.
     """
@@ -122,42 +123,42 @@ class ProxyHeader:
 
     @property
     def alpn(self) -> bytes | None:
-        """The protocol that the client and the balancer have agreed on by ALPN (RFC 7301)."""
+        """The protocol that client and balancer have negotiated by ALPN (RFC 7301)."""
         return _find(self.tlvs, Type.ALPN)
 
     @property
     def authority(self) -> str | None:
-        """The host name the client has asked for (the server name of its TLS connection)."""
+        """The host name that the client asked for (the server name of its TLS connection)."""
         value = _find(self.tlvs, Type.AUTHORITY)
         return None if value is None else value.decode()
 
     @property
     def unique_id(self) -> bytes | None:
-        """What the balancer calls this connection in its own log."""
+        """The balancer's ID of this connection in its own log."""
         return _find(self.tlvs, Type.UNIQUE_ID)
 
     @property
     def netns(self) -> str | None:
-        """The network namespace the client has connected in."""
+        """The network namespace that the client connected in."""
         value = _find(self.tlvs, Type.NETNS)
         return None if value is None else value.decode()
 
     @property
     def tls(self) -> TLS | None:
-        """The client's TLS connection; None if it has none, or nothing is known of it."""
+        """The client's TLS connection; None if it has none, or nothing is known about it."""
         value = _find(self.tlvs, Type.SSL)
         return None if value is None else _parse_tls(value)
 
     def to_bytes(self, *, checksum: bool = False) -> bytes:
-        """The header, to be sent at once and before anything else.
+        """Return the header, to be sent at once and before anything else.
 
-        Version 1 has TCP addresses alone, and says UNKNOWN for all else. TLVs are for addresses of version 2.
+        Version 1 only supports TCP addresses, and says UNKNOWN for others. TLVs require addresses and version 2.
 
         Args:
             checksum: add a CRC32c, in version 2.
 
         Raises:
-            ValueError: the two endpoints are not of one kind, a port is none, or something is too long.
+            ValueError: the two endpoints are of different kinds, a port is invalid, or something is too long.
         """
         kind, addresses = _address_block(self.source, self.destination)
         if self.version == 1:
@@ -181,22 +182,22 @@ class ProxyHeader:
         if not (isinstance(source, tuple) and isinstance(destination, tuple)):
             return b"PROXY UNKNOWN\r\n"
         (source_ip, source_port), (ip, port) = _one_family(source, destination)
-        # Without a zone, which nobody else would understand.
+        # Without a zone, which has no meaning on another host.
         addresses = f"{type(source_ip)(int(source_ip))} {type(ip)(int(ip))}"
         return f"PROXY TCP{ip.version} {addresses} {source_port} {port}\r\n".encode()
 
 
 def parse_header(data: bytes) -> tuple[ProxyHeader, int] | None:
-    """Read a header of either version.
+    """Parse a header of either version.
 
     Args:
-        data: what has come so far, from the connection's first byte on. It never takes more than LONGEST_V2 bytes.
+        data: the bytes received so far, from the connection's first byte on. LONGEST_V2 bytes always suffice.
 
     Returns:
-        The header and its size: what comes behind is the client's; None as long as more must come.
+        The header and its size: the bytes behind it are the client's; None if more bytes are needed.
 
     Raises:
-        ProxyProtocolError: it is no header, or will never become one.
+        ProxyProtocolError: it is not a header, nor the beginning of one.
     """
     if data[:1] == b"P":
         return _parse_v1(data)
@@ -242,7 +243,7 @@ def _parse_line(line: bytes) -> ProxyHeader:
 
 def _parse_address(make: type[IPv4Address] | type[IPv6Address], word: bytes) -> IPAddress:
     try:
-        if b"%" in word:  # a zone, which means nothing on another host
+        if b"%" in word:  # a zone, which has no meaning on another host
             raise ValueError
         return make(word.decode("ascii"))
     except ValueError:
@@ -262,7 +263,7 @@ _ADDRESS_BYTES = {_INET: 12, _INET6: 36, _UNIX: 2 * _UNIX_PATH}
 
 
 def _parse_v2(data: bytes) -> tuple[ProxyHeader, int] | None:
-    # Each field is looked at as soon as it is there: whoever gets it wrong is told by the first byte that is wrong.
+    # Each field is checked as soon as it has arrived, so that an error is reported at the first wrong byte.
     if len(data) > 12:
         version, command = data[12] >> 4, data[12] & 15
         if version != 2:
@@ -281,7 +282,7 @@ def _parse_v2(data: bytes) -> tuple[ProxyHeader, int] | None:
     if end > LONGEST_V2:
         raise ProxyProtocolError(f"a PROXY header must not be longer than {LONGEST_V2} bytes, got one of {end}")
     local = not command
-    # LOCAL: all else must be ignored. UNSPEC: the receiver may ignore it, and does not know what it means.
+    # LOCAL: the rest must be ignored. UNSPEC: the receiver may ignore it, and does not know its meaning.
     unspecified = local or not family or not transport
     if not unspecified and end - 16 < _ADDRESS_BYTES[family]:
         raise ProxyProtocolError(
@@ -309,7 +310,7 @@ def _parse_addresses(family: int, block: bytes) -> tuple[Endpoint, Endpoint]:
 
 
 def _unix_name(block: bytes) -> bytes:
-    # An abstract name may have NULs in it, a path ends with the first one (unix(7)).
+    # An abstract name may contain NULs, a path ends at the first one (unix(7)).
     return block.rstrip(b"\0") if block[:1] == b"\0" else block.partition(b"\0")[0]
 
 
@@ -326,7 +327,7 @@ def _parse_tlvs(data: bytes, where: str) -> tuple[TLV, ...]:
 
 
 def _check_tlvs(tlvs: tuple[TLV, ...], header: bytes, at: int) -> None:
-    """Raise ProxyProtocolError for what cannot be; ``at``: where they begin in the header."""
+    """Raise ProxyProtocolError for invalid TLVs; ``at``: where they begin in the header."""
     has_checksum = False
     for type, value in tlvs:
         if type == Type.CRC32C:
@@ -389,7 +390,7 @@ def _address_block(source: Endpoint | None, destination: Endpoint | None) -> tup
 def _one_family(
     source: tuple[IPAddress, int], destination: tuple[IPAddress, int]
 ) -> tuple[tuple[IPAddress, int], tuple[IPAddress, int]]:
-    """Both as they are, or, where they differ, both as IPv6: a header has one address family."""
+    """Return both unchanged, or, if they differ, both as IPv6: a header has one address family."""
     if source[0].version == destination[0].version:
         return source, destination
     return (_mapped(source[0]), source[1]), (_mapped(destination[0]), destination[1])
@@ -412,7 +413,7 @@ _CRC_OF_BYTE = tuple(map(_crc_of_byte, range(256)))
 
 
 def crc32c(data: bytes) -> int:
-    """The checksum of version 2. (zlib.crc32 has another polynomial.)"""
+    """Return the checksum of version 2. (zlib.crc32 has another polynomial.)"""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _CRC_OF_BYTE[(crc ^ byte) & 0xFF]

@@ -1,8 +1,8 @@
-"""Which peers are balancers, whose PROXY header is believed.
+"""Which peers are balancers, whose PROXY header is trusted.
 
-Whoever may write the header may claim any address, so it is read from listed networks alone. From those it is wanted:
-a balancer that has forgotten it is a mistake, and guessing would make its own address the client's. What others send is
-theirs from the first byte on, whatever it looks like.
+Anyone who may send the header can claim any address, so it is only read from listed networks. There it is mandatory: a
+balancer that omits it is misconfigured, and guessing would mistake its own address for the client's. Bytes from other
+addresses are treated as data, whatever they look like.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from gtcpserver.networks import IPNetwork, as_ip, is_in, parse_network
 
 @dataclass(frozen=True)
 class ProxyProtocol:
-    """Clients come by balancers that tell who they are (HAProxy's PROXY protocol, versions 1 and 2).
+    """Clients connect through balancers that send PROXY headers (HAProxy's PROXY protocol, versions 1 and 2).
 
     Attributes:
-        trusted: networks and addresses of the balancers, such as "10.0.0.0/8"; "unix": those that come by a unix
-            socket. From these a header must come; others are clients of their own, and send none.
-        timeout: seconds in which the header must have come.
+        trusted: networks and addresses of the balancers, such as "10.0.0.0/8"; "unix": connections on a Unix socket.
+            These must send a header; others are clients themselves, and send none.
+        timeout: seconds within which the header must arrive.
 
     Raises:
-        ConfigError: a network that is none, none at all, or a time-out that cannot be.
+        ConfigError: an invalid network, an empty list, or a timeout that is not positive.
     """
 
     trusted: Sequence[str]
@@ -49,7 +49,7 @@ class ProxyProtocol:
         object.__setattr__(self, "_networks", tuple(networks))
 
     def trusts(self, address: Any) -> bool:
-        """Whether a peer, as ``accept`` names it, is a balancer."""
+        """Return whether a peer, as returned by ``accept``, is a balancer."""
         if not isinstance(address, tuple):
             return "unix" in self.trusted
         networks: tuple[IPNetwork, ...] = self._networks  # type: ignore[attr-defined]

@@ -29,28 +29,28 @@ from .request import END_OF_HEAD, LONGEST_HEAD, BadRequest, Request, is_unchange
 log = own_logger("gtcpserver.access")
 faults = own_logger("gtcpserver.files")
 
-#: Files up to this size are read and sent together with the head, in one call, which takes 0.6 of a sendfile's CPU for
-#: 16 KiB, 0.8 for 64 KiB and as much for 128 KiB. Not larger: a client that does not read holds so much memory.
+#: Files up to this size are read and sent together with the head, in one call, which takes 0.6 of sendfile's CPU for
+#: 16 KiB, 0.8 for 64 KiB and as much for 128 KiB. Not larger: a client that does not read holds this much memory.
 SMALL = 64 * 1024
 
-#: Names that a list of a directory has at most: so much memory (1 MB; 3 if each is as long as can be) is held by a
-#: client that does not read. A browser shows ten times as many in ten seconds.
+#: Maximum names in a directory listing: a client that does not read holds this much memory (1 MB; 3 if each name has
+#: the maximum length). A browser takes ten seconds to show ten times as many.
 MOST_LISTED = 10_000
 
-#: Of these, so many are written at a time (0.5 ms); the other connections have their turn in between.
+#: Names written at a time (0.5 ms); other connections run in between.
 ROWS_A_PIECE = 100
 
-#: What went wrong with a file, as the client is told; everything else is a 500.
+#: Status codes for errors of the file system; everything else is a 500.
 _STATUS_OF_ERRNO = {
     errno.ENOENT: 404,
     errno.ENOTDIR: 404,
     errno.ENAMETOOLONG: 404,
     errno.ELOOP: 404,
-    errno.EXDEV: 404,  # outside of the directory: not even that it exists is told
+    errno.EXDEV: 404,  # outside the directory: not even its existence is revealed
     errno.ENXIO: 404,  # a socket
     errno.EACCES: 403,
     errno.EPERM: 403,
-    # No fault of the client's nor of ours, and perhaps over the next time.
+    # Neither the client's fault nor ours, and perhaps gone the next time.
     errno.EMFILE: 503,
     errno.ENFILE: 503,
     errno.ENOMEM: 503,
@@ -58,7 +58,7 @@ _STATUS_OF_ERRNO = {
     errno.EAGAIN: 503,
     errno.EINTR: 503,
     errno.EIO: 503,
-    errno.ESTALE: 503,  # of NFS
+    errno.ESTALE: 503,  # NFS
     errno.ETIMEDOUT: 503,
 }
 
@@ -67,26 +67,26 @@ class StaticFiles:
     """Answer GET and HEAD with the files of a directory: ``Server("*:80", StaticFiles("/srv/www"))``.
 
     HTTP/1.1 (RFC 9110, 9112) with keep-alive, ranges (one at a time), and conditions by date and entity tag. Nothing
-    outside of the directory is served, by whatever path or symbolic link, and nothing but regular files.
+    outside the directory is served, whatever the path or symbolic link, and nothing but regular files.
 
     Args:
-        directory: path. It is opened once: when a symbolic link, it is followed now and not at each request.
-        index: the file that stands for its directory; None: there is none.
-        listing: a directory without an index is answered with a list of its files, otherwise with 403.
-        hidden: files and directories whose names begin with a dot are served too.
-        follow_symlinks: symbolic links that lead out of the directory are followed.
+        directory: its path. It is opened once: a symbolic link is followed now and not at each request.
+        index: file to serve for its directory; None: none.
+        listing: list the files of a directory without an index; otherwise it is a 403.
+        hidden: also serve files and directories whose names begin with a dot.
+        follow_symlinks: follow symbolic links that lead outside the directory.
         cache_control: value of a Cache-Control header for files, such as "max-age=3600".
-        head_timeout: seconds in which the head of a request must have come, once it has begun.
-        idle_timeout: seconds that a connection may be silent; used where the server has no ``timeout``.
+        head_timeout: seconds for the head of a request, once it has begun.
+        idle_timeout: seconds that a connection may be silent; used if the server has no ``timeout``.
         log_requests: write a line for each request to the logger "gtcpserver.access": client, request, status, and the
-            bytes of the body that it is to get.
+            bytes of the body to be sent.
 
     Attributes:
-        counters: "bad_request": requests refused because they break the rules of HTTP; "file_error": files that could
-            not be read though they are there, which is a 500 or 503 (out of descriptors, a disk that fails).
+        counters: "bad_request": requests refused because they violate HTTP; "file_error": existing files that could not
+            be read, which is a 500 or 503 (out of descriptors, a failing disk).
 
     Raises:
-        ConfigError: an option that cannot work; the directory cannot be opened.
+        ConfigError: an invalid option; the directory cannot be opened.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class StaticFiles:
         self._faults = FaultLimiter()
 
     def __call__(self, conn: Connection) -> None:
-        """Serve one client until it, a time-out or a stop ends the connection."""
+        """Serve one client until it, a timeout or a stop ends the connection."""
         if conn.gettimeout() is None:
             conn.settimeout(self._idle_timeout)
         idle = conn.idle()
@@ -158,7 +158,7 @@ class StaticFiles:
                     searched = max(0, len(received) - len(END_OF_HEAD))
                     first = received.find(b"\n")
                     if first >= 0 and received[first - 1 : first] != b"\r":
-                        # The end of such a head would be waited for in vain.
+                        # The end of such a head would never come.
                         raise BadRequest(400, "lines must end with CR LF")
                     if len(received) > LONGEST_HEAD:
                         if b"\r\n" not in received:
@@ -175,7 +175,7 @@ class StaticFiles:
     # -- one request -------------------------------------------------------------------------------------------------
 
     def _answer(self, conn: Connection, request: Request) -> bool:
-        """Answer a request; False if the connection ends with it."""
+        """Answer a request; return False if the connection ends with it."""
         fd = -1
         try:
             if request.method not in ("GET", "HEAD"):
@@ -206,7 +206,7 @@ class StaticFiles:
                 close_descriptor(fd)
 
     def _open(self, segments: list[bytes]) -> tuple[int, os.stat_result]:
-        """The descriptor and status of what a path names: of a directory's index, if it has one."""
+        """Return the descriptor and status of what a path names: of a directory's index, if it has one."""
         inner = segments if segments[-1] else segments[:-1]
         wants_directory = not segments[-1]
         try:
@@ -232,7 +232,7 @@ class StaticFiles:
         return fd, found
 
     def _file_error(self, error: OSError) -> BadRequest:
-        """What the client is told of an error of the file system."""
+        """Return the response for an error of the file system."""
         status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
         if status >= 500:
             self._note_file_error(error)
@@ -252,7 +252,7 @@ class StaticFiles:
             self._write(conn, request, 304, described)
             return request.keep
         part = None
-        if "range" in request.fields and request.method == "GET":  # RFC 9110 section 14.2: of other methods, ignored
+        if "range" in request.fields and request.method == "GET":  # ignored for other methods (RFC 9110 section 14.2)
             try:
                 part = wanted_range(request.fields, size, etag, modified)
             except BadRequest as error:
@@ -269,7 +269,7 @@ class StaticFiles:
                 body = self.directory.read(fd, status.st_dev, offset, count)
             except OSError as error:
                 raise self._file_error(error) from None
-            if len(body) != count:  # it was cut meanwhile; nothing is promised yet
+            if len(body) != count:  # it was truncated meanwhile; nothing is promised yet
                 return self._refuse(conn, request, BadRequest(503, "the file is being written"))
             self._write(conn, request, code, head, body)
         else:
@@ -282,7 +282,7 @@ class StaticFiles:
                 self._note_file_error(error)
                 sent = -1
             if sent != count:
-                conn.abort()  # cut meanwhile: an end in order would say that this was all
+                conn.abort()  # truncated meanwhile: a normal end would say that this was all
                 return False
         return request.keep
 
@@ -309,12 +309,12 @@ class StaticFiles:
             for piece in pieces:
                 conn.sendall(piece if request.old else b"%x\r\n%b\r\n" % (len(piece), piece))
                 size += len(piece)
-                # It is writable, but the other connections' events come first; sleep(0) would run before them.
+                # It is writable, but other connections' events come first; sleep(0) would run before them.
                 conn.stream.wait_writable()
             if not request.old:
                 conn.sendall(b"0\r\n\r\n")
         except BaseException:
-            conn.abort()  # an end in order would say that this was all
+            conn.abort()  # a normal end would say that this was all
             raise
         finally:
             if self._log_requests:
@@ -344,13 +344,13 @@ class StaticFiles:
         body: bytes | bytearray = b"",
         following: int = 0,
     ) -> None:
-        """Write the head, and either the body or, when so many bytes of it are ``following``, not yet.
+        """Write the head, and the body unless ``following`` bytes of it are sent later.
 
-        -1 follow: nobody knows yet how many, and the caller writes the line of the log.
+        -1 follow: their number is not known yet, and the caller writes the log line.
         """
         keep = request is not None and request.keep
         start = (
-            # nosniff: a file is what its name says, and no script because it looks like one.
+            # nosniff: a browser must not run a file because it looks like a script; its name decides.
             f"HTTP/1.1 {_STATUS_LINE[status]}\r\nDate: {_now()}\r\nX-Content-Type-Options: nosniff\r\n{head}"
             f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
         ).encode("latin-1")
@@ -369,7 +369,7 @@ class StaticFiles:
 
 
 def _list(segments: list[bytes], names: list[str], more: bool) -> Iterator[bytes]:
-    """The page of a directory, in pieces. Those of `names` that are directories end with a slash."""
+    """Yield the page of a directory, in pieces. Those of `names` that are directories end with a slash."""
     title = html.escape("/" + "/".join(segment.decode("utf-8", "replace") for segment in segments))
     yield (
         '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
@@ -395,17 +395,17 @@ _REASONS = {403: "this file may not be read", 404: "there is no such file", 503:
 
 
 def _redirect(segments: list[bytes]) -> str:
-    # By path alone: what the client calls this host is its own affair. A path that began with two slashes would name
-    # another host.
+    # Only the path: the client may call this host by any name. A path that began with two slashes would name another
+    # host.
     return f"Location: /{'/'.join(quote(segment) for segment in segments)}/\r\n"
 
 
 @functools.lru_cache(maxsize=4096)
 def content_type(name: bytes) -> str:
-    """The media type of a file by its name: "text/html; charset=utf-8"; "application/octet-stream" if unknown."""
+    """Return a file's media type by its name: "text/html; charset=utf-8"; "application/octet-stream" if unknown."""
     kind, encoding = mimetypes.guess_type(os.fsdecode(name))
     if encoding is not None:
-        # A packed file is served as what it is; to unpack it on the way is not asked for.
+        # A compressed file is served as such, not decompressed by the client on the way.
         return {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}.get(
             encoding, "application/octet-stream"
         )
@@ -423,7 +423,7 @@ _clock = (-1.0, "")
 
 
 def _now() -> str:
-    """The Date header's value, made once a second (4 us)."""
+    """Return the Date header's value, made once a second (4 us)."""
     global _clock
     now = monotonic()
     if now - _clock[0] >= 0.5 or _clock[0] < 0:

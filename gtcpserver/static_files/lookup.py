@@ -1,4 +1,4 @@
-"""Open and read files below a directory, and none outside of it."""
+"""Open and read files below a directory, and none outside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gevent.monkey import get_original
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.transfer.disk import in_thread
 
-#: O_NONBLOCK: to open a FIFO must not wait for somebody who writes to it.
+#: O_NONBLOCK: opening a FIFO must not wait for a writer.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 # openat2(2), Linux 5.6; asm-generic/unistd.h (one number on all architectures) and linux/openat2.h.
@@ -22,17 +22,17 @@ _SYS_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_BENEATH = 0x08
 _HOW = struct.pack("=QQQ", _FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
-#: openat2(2) says EAGAIN when something is renamed, anywhere, while it follows a "..": one open in 50 beside a program
-#: that does nothing but rename. An attempt takes 1 us.
+#: openat2(2) fails with EAGAIN when anything on the system is renamed while it follows a "..": one open in 50, next to
+#: a program that does nothing but rename. An attempt takes 1 us.
 _TRIES = 200
 
-# A thread that computes keeps the event loop waiting for the interpreter's lock, 5 ms each time. So the one that lists
-# a directory lets go of it after so many entries (0.5 ms), for so many seconds.
+# A computing thread makes the event loop wait for the interpreter's lock, 5 ms each time. So the thread that lists a
+# directory sleeps after this many entries (0.5 ms), for this many seconds.
 _ENTRIES_IN_A_ROW = 500
 _REST = 0.0001
 _sleep = get_original("time", "sleep")
 
-# preadv2(2): an error instead of a wait for the disk.
+# preadv2(2): fail instead of waiting for the disk.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -40,12 +40,12 @@ class Directory:
     """The directory whose files are served.
 
     Args:
-        path: of the directory. It is opened once: if it is a symbolic link, where that leads to now.
-        follow_symlinks: follow symbolic links that lead out of it, too. Those that stay below it are always followed,
-            except on a Linux before 5.6, where none is.
+        path: of the directory. It is opened once: a symbolic link is followed now.
+        follow_symlinks: also follow symbolic links that lead outside it. Those that stay below it are always followed,
+            except on Linux before 5.6, where none is.
 
     Raises:
-        OSError: it cannot be opened, or is no directory.
+        OSError: it cannot be opened, or is not a directory.
     """
 
     def __init__(self, path: str | os.PathLike[str], follow_symlinks: bool = False) -> None:
@@ -53,17 +53,17 @@ class Directory:
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._follow = follow_symlinks
         self._libc = ctypes.CDLL(None, use_errno=True)
-        # File systems that do not know _NOWAIT, by st_dev: overlayfs on some kernels, tmpfs.
+        # File systems that do not support _NOWAIT, by st_dev: overlayfs on some kernels, tmpfs.
         self._cannot_tell: set[int] = set()
 
     def close(self) -> None:
         close_descriptor(self._fd)
 
     def open(self, segments: Sequence[bytes]) -> int:
-        """Open a file or directory for reading; returns the descriptor, which the caller closes.
+        """Open a file or directory for reading; return the descriptor, which the caller closes.
 
         Args:
-            segments: of its path, without "" and "..": [b"a", b"b.txt"]; none for the directory itself.
+            segments: segments of its path, without "" and "..": [b"a", b"b.txt"]; empty for the directory itself.
 
         Raises:
             OSError: ENOENT, EACCES ...; EXDEV for a path that leads outside.
@@ -71,7 +71,7 @@ class Directory:
         path = b"/".join(segments) or b"."
         if self._follow:
             return os.open(path, _FLAGS, dir_fd=self._fd)
-        # Resolved by the kernel in one step: nobody can put a link into the path between a check and the opening.
+        # Resolved by the kernel in one step: no link can be put into the path between a check and the opening.
         for _ in range(_TRIES):
             fd: int = self._libc.syscall(_SYS_OPENAT2, self._fd, path, _HOW, len(_HOW))
             if fd >= 0:
@@ -79,7 +79,7 @@ class Directory:
             number = ctypes.get_errno()
             if number != errno.EAGAIN:
                 break
-        if number in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a container that filters what it does not know
+        if number in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a container that filters unknown system calls
             return self._open_step_by_step(segments)
         raise OSError(number, os.strerror(number))
 
@@ -95,14 +95,14 @@ class Directory:
         return fd
 
     def read(self, fd: int, device: int, offset: int, count: int) -> bytes | bytearray:
-        """Read a part of a file; in a thread if it is not in memory, so that the other connections go on.
+        """Read a part of a file; in a thread if it is not in memory, so that other connections are not delayed.
 
         Args:
             fd: of a regular file, from :meth:`open`.
             device: its ``st_dev``.
 
         Returns:
-            ``count`` bytes, or less if the file ends before.
+            ``count`` bytes, or less if the file ends earlier.
         """
         if not _NOWAIT or device in self._cannot_tell:
             return os.pread(fd, count, offset)
@@ -122,11 +122,11 @@ class Directory:
 
 
 def list_directory(fd: int, hidden: bool, most: int) -> tuple[list[str], bool]:
-    """The names in an open directory, for a thread: it waits for the disk.
+    """Return the names in an open directory. Runs in a thread: it waits for the disk.
 
     Args:
-        hidden: with those that begin with a dot.
-        most: names that are read, in the order of the file system.
+        hidden: include those that begin with a dot.
+        most: maximum number of names, in the order of the file system.
 
     Returns:
         Those of directories, with a slash, and then the others, each sorted; and whether there are more.
@@ -148,9 +148,9 @@ def list_directory(fd: int, hidden: bool, most: int) -> tuple[list[str], bool]:
                     else:
                         others.append(entry.name)
                 except OSError:
-                    continue  # it has gone
+                    continue  # it is gone
     for names in (directories, others):
-        # Twice by keys that are text: 3 ms for 10,000 names, and 40 by a tuple of both.
+        # Sorted twice by strings: 3 ms for 10,000 names, against 40 by a tuple of both.
         names.sort()
         names.sort(key=str.lower)
     return directories + others, more

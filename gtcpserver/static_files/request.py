@@ -1,4 +1,4 @@
-"""Requests as they come over the wire (RFC 9112), and what they ask of a file (RFC 9110). No I/O."""
+"""Parse requests (RFC 9112), and what they ask of a file (RFC 9110). No I/O."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gtcpserver.errors import GtcpServerError
 from gtcpserver.http1.head import HttpError, check_head
 from gtcpserver.plural import counted
 
-#: A request line longer than this is answered by 414 (RFC 9112 section 3 recommends to take 8000 octets; nginx: 8 KiB).
+#: A longer request line is answered with 414 (RFC 9112 section 3 recommends to support 8000 octets; nginx: 8 KiB).
 LONGEST_TARGET = 8 * 1024
 
-#: A head longer than this is answered by 431 (node.js: 16 KiB).
+#: A longer head is answered with 431 (node.js: 16 KiB).
 LONGEST_HEAD = 16 * 1024
 
 END_OF_HEAD = b"\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
-# A field's value: visible characters, spaces, tabs and what is beyond ASCII (RFC 9110 section 5.5); no NUL, CR or LF.
+# A field's value: visible characters, spaces, tabs and non-ASCII bytes (RFC 9110 section 5.5); no NUL, CR or LF.
 # No space before the colon, no folded lines (RFC 9112 sections 5.1 and 5.2).
 _FIELD = _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*"
-# The head in one match, and then the fields that this server goes by: a browser's twelve take 3 us, one by one 10. A
+# The head in one match, and then the fields that matter to this server: a browser's twelve take 3 us, one by one 10. A
 # client may send empty lines before it (RFC 9112 section 2.2).
 _HEAD = re.compile(rb"(?:\r\n)*" + _REQUEST_LINE + rb"((?:\r\n" + _FIELD + rb")*)")
 _USED_FIELDS = re.compile(
@@ -38,7 +38,7 @@ class BadRequest(GtcpServerError):
     """A request that cannot be served.
 
     Attributes:
-        status: of the answer, such as 400. Its reason is the message.
+        status: of the response, such as 400. Its reason is the message.
     """
 
     def __init__(self, status: int, reason: str) -> None:
@@ -52,10 +52,9 @@ class Request:
 
     Attributes:
         method: "GET"; methods are case-sensitive.
-        target: as it came, visible ASCII: "/a%20b?c".
-        fields: values by their names in lower case, of the fields that matter here; those that came several times are
-            joined by ", ".
-        keep: the client can send another one on this connection.
+        target: as received, visible ASCII: "/a%20b?c".
+        fields: values by lower-case name, of the fields that matter here; repeated fields are joined by ", ".
+        keep: the client may send another request on this connection.
         old: the client speaks HTTP/1.0, which has no chunks.
     """
 
@@ -67,14 +66,14 @@ class Request:
 
     @property
     def path(self) -> list[bytes]:
-        """The decoded segments of the target's path: [b"a b"] for "/a%20b?c"; the last is b"" behind a slash.
+        """The decoded segments of the target's path: [b"a b"] for "/a%20b?c"; the last is b"" after a trailing slash.
 
         Raises:
             BadRequest: not a path, or one that no file can have or that leaves the directory.
         """
         target = self.target
         if target.startswith(("http://", "https://")):
-            # absolute-form, which every server must take (RFC 9112 section 3.2.2)
+            # absolute-form, which every server must accept (RFC 9112 section 3.2.2)
             target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
         path = target.split("?", 1)[0].split("#", 1)[0]
         if not path.startswith("/"):
@@ -85,16 +84,16 @@ class Request:
         segments = decoded.split(b"/")[1:]
         if b".." in segments:
             raise BadRequest(400, "the path leaves the directory")
-        # Empty segments and "." are nothing to the file system, but the last says whether a directory was meant.
+        # Empty segments and "." mean nothing to the file system, but the last one says whether a directory was meant.
         inner = [segment for segment in segments[:-1] if segment not in (b"", b".")]
         return [*inner, b"" if segments[-1] == b"." else segments[-1]]
 
 
 def parse_head(head: bytes) -> Request:
-    """Read a request's head, without the empty line that ends it.
+    """Parse a request's head, without the empty line that ends it.
 
     Raises:
-        BadRequest: it breaks the rules; afterwards nobody knows where the next request begins.
+        BadRequest: it is malformed; the start of the next request is then unknown.
     """
     match = _HEAD.fullmatch(head)
     if match is None:
@@ -117,15 +116,15 @@ def parse_head(head: bytes) -> Request:
         _check_framing(head[match.start(1) :])
     connection = fields.get("connection", "").lower()
     keep = "close" not in connection and (minor != b"0" or "keep-alive" in connection)
-    # A body is not read, and neither are the first bytes of the tunnel of a CONNECT (RFC 9931). Behind them another
-    # request cannot be found, so it is the last one.
+    # A body is not read, and neither are the first bytes of a CONNECT tunnel (RFC 9931). The next request could not be
+    # found behind them, so this is the last one.
     if "transfer-encoding" in fields or fields.get("content-length", "0") != "0" or method == b"CONNECT":
         keep = False
     return Request(method.decode(), target.decode(), fields, keep, minor == b"0")
 
 
 def _check_framing(head: bytes) -> None:
-    # Few requests for files have a body, so that these can be read once more, by the rules of all servers here.
+    # Few requests for files have a body, so these can be parsed again, by the rules of all servers here.
     try:
         check_head(head)
     except HttpError as error:
@@ -142,13 +141,13 @@ def _what_is_wrong(head: bytes) -> BadRequest:
 
 
 def wanted_range(fields: Mapping[str, str], size: int, etag: str, modified: int) -> tuple[int, int] | None:
-    """The part of a file that is asked for: (offset, count); None for all of it.
+    """Return the requested part of a file: (offset, count); None for all of it.
 
-    One range is served. Several, and what is not understood, are answered with the whole file, as a server may
-    (RFC 9110 section 14.2).
+    One range is supported. Several, and anything not understood, are answered with the whole file, as is allowed (RFC
+    9110 section 14.2).
 
     Raises:
-        BadRequest: 416, no byte of the file is in it.
+        BadRequest: 416, it contains no byte of the file.
     """
     match = _RANGE.fullmatch(fields.get("range", ""))
     if match is None or match[1] == match[2] == "" or len(match[1]) > 20 or len(match[2]) > 20:
@@ -171,10 +170,10 @@ def wanted_range(fields: Mapping[str, str], size: int, etag: str, modified: int)
 
 
 def is_unchanged(fields: Mapping[str, str], etag: str, modified: int) -> bool:
-    """Whether the client has it already: 304 (RFC 9110 section 13.2.2).
+    """Return whether the client already has this version: 304 (RFC 9110 section 13.2.2).
 
     Raises:
-        BadRequest: 412, the client wants it only if it is another one.
+        BadRequest: 412, the client only wants another version.
     """
     wanted = fields.get("if-match")
     if wanted is not None:
@@ -197,7 +196,7 @@ def _lists(condition: str, etag: str, weak: bool) -> bool:
 
 
 def _seconds(date: str | None) -> int | None:
-    """An HTTP date as seconds since the epoch; None for what is none (which is then ignored)."""
+    """Return an HTTP date as seconds since the epoch; None for an invalid one (which is then ignored)."""
     if not date or len(date) > 40:
         return None
     try:
