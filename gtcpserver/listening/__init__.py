@@ -1,1 +1,1 @@
-"""Listening sockets, from option to close: nothing here knows a Connection."""
+"""Listening sockets, from option to close. This room does not know what a Connection is."""

@@ -1,4 +1,4 @@
-"""ListenConfig: the options of a listening socket, checked when it is made, and applied to a socket."""
+"""ListenConfig: the options of a listening socket, checked when it is created, and applied to a socket."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from gevent import monkey
 
 from gtcpserver.errors import ConfigError
 
-# The real one: in a monkey-patched program socket.socket is gevent's, which makes an event loop, also in a master.
+# The real class: in a monkey-patched program socket.socket is gevent's, which creates an event loop, even in a master.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
-# linux/in.h, linux/in6.h, linux/tcp.h: what the socket module of Python 3.10 lacks. The system that has the option at
-# all is Linux, where these numbers are the same on every architecture.
+# linux/in.h, linux/in6.h, linux/tcp.h: missing in the socket module of Python 3.10. These options only exist on Linux,
+# where the numbers are the same on every architecture.
 IP_FREEBIND = 15
 IP_TRANSPARENT = 19
 IPPROTO_MPTCP = 262
 
-NO_ID = 2**32 - 1  # (uid_t)-1, which is none: chown(2)
+NO_ID = 2**32 - 1  # (uid_t)-1, which is not a valid ID: chown(2)
 
 MAX_KEEPALIVE_SECONDS = 32767  # MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, linux/tcp.h
 MAX_KEEPALIVE_COUNT = 127  # MAX_TCP_KEEPCNT
 MAX_BUFFER = 1 << 30  # the kernel doubles the value and keeps it in a signed 32-bit number
 MAX_USER_TIMEOUT = 2_147_483.0  # seconds: milliseconds in a signed 32-bit number
-MAX_DEFER_ACCEPT = 3600.0  # the kernel counts it in retransmissions of the SYN-ACK, of which it makes 255 at most
+MAX_DEFER_ACCEPT = 3600.0  # the kernel counts retransmissions of the SYN-ACK, at most 255
 DEFAULT_FAST_OPEN = 256
 
 
@@ -41,47 +41,45 @@ DEFAULT_FAST_OPEN = 256
 class ListenConfig:
     """The options of listening sockets. Accepted connections inherit theirs from the listener.
 
-    Options of TCP alone are not applied to unix sockets. Making one checks the ranges, and tries the options on a
-    throw-away socket, so that an option this system does not have is an error here and not at the first start.
-
+    TCP options are not applied to Unix sockets. Creating one checks the ranges, and tries the options on a throw-away
+    socket, so that an option missing on this system is an error here and not at the first start.
     Attributes:
         reuse_port: several listening sockets on one port, over which the kernel spreads the connections (SO_REUSEPORT,
-            socket(7)). A second server on the port is an error all the same, unless `shared`.
-        reuse_address: bind although connections of the last server are still in TIME-WAIT (SO_REUSEADDR, socket(7)).
-        shared: other processes, of the same user, may listen on the port too, and take a part of its connections.
-        fast_open: how many connections may be under way that carry data in their SYN (TCP_FASTOPEN, RFC 7413); 0 is
-            off. The sysctl net.ipv4.tcp_fastopen must have the bit 2 set for it to have an effect. The default is
-            left out on a system without the option.
+            socket(7)). A second server on the port is still an error, unless `shared`.
+        reuse_address: bind even if connections of the last server are still in TIME-WAIT (SO_REUSEADDR, socket(7)).
+        shared: other processes of the same user may also listen on the port, and get a share of its connections.
+        fast_open: how many pending connections may carry data in their SYN (TCP_FASTOPEN, RFC 7413); 0 turns it off.
+            It needs bit 2 of the sysctl net.ipv4.tcp_fastopen. The default is left out on a system without the option.
         defer_accept: seconds (up to 3600; rounded up to whole ones, and by the kernel to retransmissions of its SYN-ACK
             at 1, 3, 7, 15 ... seconds) for which a connection without data is not accepted yet (TCP_DEFER_ACCEPT,
-            tcp(7)). None is off. Not for protocols in which the server speaks first.
+            tcp(7)). None turns it off. Not for protocols in which the server speaks first.
         backlog: how many connections may wait to be accepted (listen(2)). None: as many as the kernel allows
-            (/proc/sys/net/core/somaxconn, 4096 since Linux 5.4): with a short queue a burst of connections is dropped,
-            and each dropped client waits a second before it tries again.
+            (/proc/sys/net/core/somaxconn, 4096 since Linux 5.4): with a short queue, connections of a burst are
+            dropped, and each dropped client waits a second before it tries again.
         no_delay: send small writes at once (TCP_NODELAY, tcp(7)).
         keepalive: probe idle connections (SO_KEEPALIVE, tcp(7)), so that one whose client vanished without a FIN ends.
         keepalive_idle: seconds of silence before the first probe, 1 to 32767. 60: NAT and load balancers forget a
-            silent flow after 4 to 6 minutes, some after less, and a probe a minute keeps it in their tables.
+            silent flow after 4 to 6 minutes, some sooner, and a probe a minute keeps it in their tables.
         keepalive_interval: seconds between unanswered probes, 1 to 32767.
         keepalive_count: unanswered probes until the connection fails with ETIMEDOUT, 1 to 127. With the defaults a
             vanished client is noticed after 60 + 4 * 15 = 120 seconds, with the kernel's after 2 hours 11 minutes.
-        user_timeout: seconds for which sent data may stay unacknowledged before the connection fails with ETIMEDOUT
+        user_timeout: seconds that sent data may stay unacknowledged before the connection fails with ETIMEDOUT
             (TCP_USER_TIMEOUT, tcp(7), RFC 5482; the kernel counts milliseconds). None: the kernel's, about 15 minutes.
-        receive_buffer: bytes (SO_RCVBUF, socket(7): the kernel doubles it, and caps it at net.core.rmem_max without
-            a word). None, and best for most: the kernel tunes it to each connection (tcp_rmem).
+        receive_buffer: bytes (SO_RCVBUF, socket(7): the kernel doubles it, and silently caps it at net.core.rmem_max).
+            None, usually best: the kernel tunes it for each connection (tcp_rmem).
         send_buffer: bytes (SO_SNDBUF, likewise, net.core.wmem_max, tcp_wmem).
-        ipv6_only: an IPv6 socket takes no IPv4 connections (IPV6_V6ONLY, ipv6(7)). None: "*" takes both, and "[::]"
+        ipv6_only: an IPv6 socket accepts no IPv4 connections (IPV6_V6ONLY, ipv6(7)). None: "*" accepts both, and "[::]"
             what net.ipv6.bindv6only says.
-        device: take connections from this network interface alone (SO_BINDTODEVICE, socket(7)).
+        device: only accept connections on this network interface (SO_BINDTODEVICE, socket(7)).
         transparent: accept connections to addresses that are not this host's (IP_TRANSPARENT, ip(7)); for proxies.
         free_bind: bind to an address that the host does not have, or not yet (IP_FREEBIND, ip(7)).
-        multipath: multipath TCP (RFC 8684); clients that speak plain TCP are served as ever.
+        multipath: multipath TCP (RFC 8684); clients that speak plain TCP are served as usual.
         congestion: name of the congestion control (TCP_CONGESTION, tcp(7)), such as "bbr" or "cubic".
-        unix_mode: permission bits of a unix socket's path, such as 0o660. None: 0o777 less the umask.
-        unix_owner: user that the path belongs to, by name or number; only root may give it away. None: this process's.
-        unix_group: group of the path, by name or number; who is not root must be in it. None: this process's.
-        extra: more socket options, as tuples (level, option, value: int or bytes). Those of a level that a socket does
-            not have (TCP options on a unix socket) are not applied to it.
+        unix_mode: permission bits of a Unix socket's path, such as 0o660. None: 0o777 less the umask.
+        unix_owner: owner of the path, by name or number; only root may give it away. None: this process's user.
+        unix_group: group of the path, by name or number; users other than root must belong to it. None: this process's.
+        extra: more socket options, as tuples (level, option, value: int or bytes). Options of a level that a socket
+            does not have (TCP options on a Unix socket) are not applied to it.
 
     Raises:
         ConfigError: a value out of range or of the wrong type, two that exclude each other, or one this system lacks.
@@ -148,7 +146,7 @@ class ListenConfig:
         value = getattr(self, name)
         if optional and value is None:
             return
-        # bool is an int to Python: fast_open=True would be a queue of one.
+        # bool is an int in Python: fast_open=True would be a queue of one.
         if type(value) is not int or not lowest <= value <= highest:
             raise ConfigError(
                 f"{name} must be a whole number from {lowest} to {highest}{' or None' * optional}, got {value!r}"
@@ -181,7 +179,7 @@ class ListenConfig:
 
 
 def unix_ids(config: ListenConfig) -> tuple[int, int]:
-    """User and group that a unix socket's path is given to; -1: as it is (chown(2)). Raises ConfigError."""
+    """Return user and group for a Unix socket's path; -1: unchanged (chown(2)). Raise ConfigError."""
     return (
         _id("unix_owner", config.unix_owner, lambda name: pwd.getpwnam(name).pw_uid),
         _id("unix_group", config.unix_group, lambda name: grp.getgrnam(name).gr_gid),
@@ -205,10 +203,10 @@ def _id(field: str, value: Any, find: Callable[[str], int]) -> int:
 def create_socket(
     config: ListenConfig, family: int, socket_class: type[socket.socket] = _socket_class
 ) -> socket.socket:
-    """Create a non-blocking socket of the protocol that the configuration asks for.
+    """Create a non-blocking socket of the configured protocol.
 
     Raises:
-        ConfigError: `multipath`, and the system has no multipath TCP.
+        ConfigError: `multipath` is set, and the system has no multipath TCP.
     """
     multipath = config.multipath and family != socket.AF_UNIX
     try:
@@ -225,7 +223,7 @@ def create_socket(
 
 
 def set_reuse_port(sock: socket.socket, config: ListenConfig) -> None:
-    """Let other sockets listen on the same port. When that happens, before bind or after, is the caller's matter."""
+    """Let other sockets listen on the same port. The caller decides when: before bind or after it."""
     if config.reuse_port:
         option = getattr(socket, "SO_REUSEPORT", None)
         _apply(sock, config, iter([("shared" if config.shared else "reuse_port", socket.SOL_SOCKET, option, 1)]))
@@ -233,9 +231,9 @@ def set_reuse_port(sock: socket.socket, config: ListenConfig) -> None:
 
 @functools.cache
 def has_reuse_port() -> bool:
-    """Whether this system has SO_REUSEPORT: sandboxes such as older gVisor's may not."""
+    """Return whether this system has SO_REUSEPORT: sandboxes such as older gVisor versions may not."""
     try:
-        # Not socket.socket, which in a monkey-patched program makes an event loop; a master must not have one.
+        # Not socket.socket, which creates an event loop in a monkey-patched program; a master must not have one.
         sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -244,18 +242,18 @@ def has_reuse_port() -> bool:
     except AttributeError:
         return False
     except OSError as exc:
-        # Others, such as EMFILE, say nothing of it.
+        # Other errors, such as EMFILE, say nothing about the option.
         return exc.errno not in (errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
     return True
 
 
 def apply_address_options(sock: socket.socket, config: ListenConfig) -> None:
-    """Set what counts at bind: whose address and port it may be; but for SO_REUSEPORT, see `set_reuse_port`."""
+    """Set the options that matter at bind (address and port), except SO_REUSEPORT, see `set_reuse_port`."""
     _apply(sock, config, _address_options(config, sock.family))
 
 
 def apply_connection_options(sock: socket.socket, config: ListenConfig) -> None:
-    """Set what accepted connections inherit. The buffers count for the window scale of the SYN-ACK: before listen."""
+    """Set what accepted connections inherit. Call before listen: the buffers decide the SYN-ACK's window scale."""
     _apply(sock, config, _connection_options(config, sock.family))
 
 
@@ -264,8 +262,8 @@ def apply_accept_options(sock: socket.socket, config: ListenConfig) -> None:
     _apply(sock, config, _accept_options(config, sock.family))
 
 
+#: Field of ListenConfig, level, option (None: this system's Python does not know it), value.
 _Option = tuple[str, int, int | None, int | bytes]
-"""Field of ListenConfig, level, option (None: this system's Python does not know it), value."""
 
 
 def _address_options(config: ListenConfig, family: int) -> Iterator[_Option]:
@@ -277,7 +275,7 @@ def _address_options(config: ListenConfig, family: int) -> Iterator[_Option]:
         yield "ipv6_only", socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(config.ipv6_only)
     if config.device is not None:
         yield "device", socket.SOL_SOCKET, getattr(socket, "SO_BINDTODEVICE", None), config.device.encode() + b"\0"
-    # The IPv4 options go for IPv6 sockets as well: the kernel keeps one flag for both.
+    # The IPv4 options also work on IPv6 sockets: the kernel keeps one flag for both.
     if config.transparent:
         yield "transparent", socket.IPPROTO_IP, IP_TRANSPARENT, 1
     if config.free_bind:
@@ -329,7 +327,7 @@ def _apply(sock: socket.socket, config: ListenConfig, options: Iterator[_Option]
             sock.setsockopt(level, option, value)
         except OSError as exc:
             if getattr(config, field) == getattr(ListenConfig, field):
-                # Nobody asked for it: a system without fast open, say, is served without.
+                # It was not requested: a system without fast open, say, is served without.
                 continue
             raise ConfigError(_explain(config, field, (level, option, value), exc)) from exc
 
@@ -351,12 +349,12 @@ def _explain(config: ListenConfig, field: str, option: tuple[Any, ...], exc: OSE
 
 @functools.lru_cache(maxsize=64)
 def _try_options(config: ListenConfig) -> None:
-    # The cache keeps what worked; what raised is tried again. An IPv6 socket has the options of IPv4 too.
+    # The cache keeps successes; failures are tried again. An IPv6 socket has the options of IPv4, too.
     try:
         sock = create_socket(config, socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)
     except OSError as exc:
         if exc.errno != errno.EAFNOSUPPORT:
-            return  # out of descriptors, say: nothing that this configuration could be blamed for
+            return  # out of descriptors, say: not the fault of this configuration
         sock = create_socket(config, socket.AF_INET)
     with sock:
         set_reuse_port(sock, config)
@@ -366,7 +364,7 @@ def _try_options(config: ListenConfig) -> None:
 
 
 def accepted_backlog(config: ListenConfig) -> int:
-    """The backlog for listen(2): what was asked for, or what the kernel allows."""
+    """Return the backlog for listen(2): the requested one, or what the kernel allows."""
     if config.backlog is not None:
         return config.backlog
     text = _read("/proc/sys/net/core/somaxconn")

@@ -1,22 +1,22 @@
 """Close a listening socket without resetting a connection that a client has already begun.
 
-`close` on a listening TCP socket resets what waits in its accept queue, and the handshakes that are not finished. So
-first no new connection may begin on it, then everything under way is accepted, then it is closed. How new ones are kept
-away depends on who serves the port afterwards:
+`close` on a listening TCP socket resets the connections in its accept queue, and the unfinished handshakes. So first
+new connections are kept from starting on it, then all pending ones are accepted, then it is closed. How new connections
+are kept away depends on who serves the port afterwards:
 
-- another member of the same SO_REUSEPORT group: `steer` sends new connections to the members that stay;
+- another member of the same SO_REUSEPORT group: `steer` sends new connections to the remaining members;
 - nobody, or the next server in a moment: `drop_new_connections` leaves new connection attempts unanswered. The client's
   kernel repeats its SYN after a second (RFC 6298 section 2), when the next server may listen; once the socket is closed
-  and nobody has taken the port, the repeated SYN is refused.
+  and no process has taken the port, the repeated SYN is refused.
 
-Then: accept until EAGAIN, wait `HANDSHAKE_SECONDS`, and for a while longer if `handshakes_under_way` says that a far
-client's ACK is still to come, accept until EAGAIN, close.
+Then: accept until EAGAIN, wait `HANDSHAKE_SECONDS`, or somewhat longer if `handshakes_under_way` says that a distant
+client's ACK is still expected, accept until EAGAIN, close.
 
 Steering is a classic BPF program (linux/filter.h, Documentation/networking/filter.rst) and needs no privilege. Dropping
-is one too, but a TCP socket takes a filter only from a process with CAP_NET_ADMIN in the kernels that have commit
-5d39580f68e6 ("tcp: restrict SO_ATTACH_FILTER to priv users", 2026, which went into stable series as well). Where it is
-refused, `drop_new_connections` asks the listening socket for a TTL that no client's packet has left; connections
-accepted from such a socket need `accept_any_ttl`. Multipath TCP sockets take none of these.
+is one too, but kernels with commit 5d39580f68e6 ("tcp: restrict SO_ATTACH_FILTER to priv users", 2026, also in stable
+series) only let processes with CAP_NET_ADMIN attach a filter to a TCP socket. If it is refused, `drop_new_connections`
+requires a TTL on the listening socket that no client's packet has left; connections accepted from such a socket need
+`accept_any_ttl`. Multipath TCP sockets support none of these.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from typing import Literal, Protocol, TypeVar
 
 from gevent import monkey
 
+#: Seconds that a handshake in progress may still need on a local network. A distant client needs a round trip, and one
+#: whose ACK was lost, or that TCP_DEFER_ACCEPT kept waiting, up to the next SYN-ACK a second later.
 HANDSHAKE_SECONDS = 0.02
-"""How long a handshake that was under way may still need on a local network. A far client needs a round trip, and one
-whose ACK was lost, or whom TCP_DEFER_ACCEPT kept waiting, up to the next SYN-ACK a second later."""
 
 # asm-generic/socket.h; Python's socket module does not have them.
 SO_ATTACH_FILTER = 26
@@ -44,8 +44,8 @@ SO_DETACH_REUSEPORT_BPF = 68
 # linux/in.h and linux/in6.h; ip(7). Python's socket module does not have them either.
 IP_MINTTL = 21
 IPV6_MINHOPCOUNT = 73
+#: Hosts send with 64 (Linux, BSD, macOS) or 128 (Windows), and each router on the way decrements it.
 HIGHEST_TTL = 255
-"""Hosts send with 64 (Linux, BSD, macOS) or 128 (Windows), and each router on the way takes one off."""
 
 # linux/bpf_common.h and linux/filter.h.
 BPF_LOAD_BYTE = 0x30  # BPF_LD | BPF_B | BPF_ABS
@@ -69,7 +69,7 @@ NLMSG_ERROR = 2
 NLMSG_DONE = 3
 TCP_SYN_RECV = 3
 
-# The real one, also in a monkey-patched program: the kernel answers at once, and nobody should run in between.
+# The real one, even in a monkey-patched program: the kernel answers at once, and no other greenlet should run.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, jump if true, jump if false, k
@@ -84,15 +84,14 @@ Member = TypeVar("Member")
 
 
 def drop_new_connections(listening: socket.socket) -> Literal["filter", "ttl"] | None:
-    """Leave new connection attempts on this TCP socket unanswered; handshakes under way go on into the accept queue.
+    """Leave new connection attempts on this TCP socket unanswered; handshakes in progress still reach the accept queue.
 
-    It belongs to the socket, not to the process: every process that holds the socket stops getting connections. A SYN
-    with data (TCP Fast Open, RFC 7413) is dropped too, and the client repeats it without.
+    This affects the socket, not the process: every process that holds the socket stops getting connections. A SYN with
+    data (TCP Fast Open, RFC 7413) is dropped too, and the client repeats it without data.
 
     Returns:
-        How: by a "filter", or by "ttl", in which case each connection accepted from now on needs `accept_any_ttl`
-        before its client is heard. None where the system has neither, or the socket (multipath TCP, for one) takes
-        neither.
+        "filter", or "ttl", in which case each connection accepted from now on needs `accept_any_ttl` before its client
+        is heard. None if the system has neither, or the socket (multipath TCP, for one) supports neither.
     """
     if _drop_by_filter(listening):
         return "filter"
@@ -100,7 +99,7 @@ def drop_new_connections(listening: socket.socket) -> Literal["filter", "ttl"] |
 
 
 def hear_new_connections(listening: socket.socket) -> None:
-    """Take back `drop_new_connections`, for a socket that another process may go on with; errors are ignored."""
+    """Undo `drop_new_connections`, for a socket that another process may keep using; errors are ignored."""
     for level, option in ((socket.SOL_SOCKET, SO_DETACH_FILTER), (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)):
         try:
             listening.setsockopt(level, option, 0)
@@ -113,7 +112,7 @@ def hear_new_connections(listening: socket.socket) -> None:
 
 
 def accept_any_ttl(accepted: socket.socket) -> None:
-    """Hear the client of a connection whose listening socket drops new connections "ttl"; harmless for any other."""
+    """Hear the client of a connection whose listening socket drops new connections by "ttl"; harmless for others."""
     _set_least_ttl(accepted, 0)
 
 
@@ -121,8 +120,8 @@ def steer(group: Sequence[HasSocket], stay: Sequence[int]) -> bool:
     """Send the new connections of a SO_REUSEPORT group only to some of its members.
 
     SO_ATTACH_REUSEPORT_CBPF, socket(7). The program belongs to the group, in whichever processes its sockets are, and
-    replaces the one before. Handshakes under way go on with the member they began with. Several members that stay share
-    the connections at random.
+    replaces the previous one. Handshakes in progress stay with their member. Several remaining members share the
+    connections at random.
 
     Args:
         group: every listening socket of the group, in the order of their listen() calls. When a member is closed, the
@@ -130,7 +129,7 @@ def steer(group: Sequence[HasSocket], stay: Sequence[int]) -> bool:
         stay: indexes into `group` of the members that get connections from now on; at least one.
 
     Returns:
-        False if the kernel refuses: a Linux before 4.5, multipath TCP sockets, or no SO_REUSEPORT group of two or more.
+        False if the kernel refuses: Linux before 4.5, multipath TCP sockets, or no SO_REUSEPORT group of two or more.
     """
     if not stay:
         raise ValueError("stay must name at least one member of the group")
@@ -146,7 +145,7 @@ def unsteer(group: Sequence[HasSocket]) -> bool:
     """Let the kernel spread new connections over the whole group again, by a hash of the two addresses.
 
     Returns:
-        False if there was no program, or the system (Linux before 5.3) cannot take it off.
+        False if there was no program, or the system (Linux before 5.3) cannot remove it.
     """
     try:
         group[0].socket.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
@@ -156,7 +155,7 @@ def unsteer(group: Sequence[HasSocket]) -> bool:
 
 
 def forget_member(group: list[Member], index: int) -> None:
-    """Take a closed member out of a list the way the kernel does it: the last one moves into its place.
+    """Remove a closed member from a list as the kernel does: the last one moves into its place.
 
     (net/core/sock_reuseport.c, reuseport_detach_sock.) Call it when the last descriptor of the socket, in whichever
     process, is closed: until then the member keeps its place.
@@ -167,12 +166,12 @@ def forget_member(group: list[Member], index: int) -> None:
 
 
 def handshakes_under_way(listening: socket.socket) -> int | None:
-    """Count the connections to this socket's port that a client has begun and that are not in an accept queue yet.
+    """Count the connections to this socket's port that clients have begun and that are not in an accept queue yet.
 
-    The kernel counts by port: what the other members of a SO_REUSEPORT group wait for is counted too.
+    The kernel counts by port, so those of the other members of a SO_REUSEPORT group are included.
 
     Returns:
-        None where the kernel does not tell (no sock_diag, or it is not a TCP socket).
+        None if the kernel does not say (no sock_diag, or not a TCP socket).
     """
     if listening.family not in (socket.AF_INET, socket.AF_INET6) or not hasattr(socket, "AF_NETLINK"):
         return None
@@ -202,27 +201,28 @@ def _drop_by_filter(listening: socket.socket) -> bool:
     ]
     if not _attach(listening, SO_ATTACH_FILTER, program):
         return False
-    # A connection that waits for its first byte is in no queue and would be lost. Not deferred any more, the kernel
-    # repeats its SYN-ACK within a second or two and the client's ACK brings the connection into the accept queue.
+    # A connection that waits for its first byte is in no queue and would be lost. Once it is no longer deferred, the
+    # kernel repeats its SYN-ACK within a second or two and the client's ACK puts the connection into the accept queue.
     _defer_accept(listening, 0)
     return True
 
 
 def _drop_by_ttl(listening: socket.socket) -> bool:
-    """Ask for the highest TTL there is.
+    """Require the highest possible TTL.
 
-    tcp_v4_rcv and tcp_v6_rcv (net/ipv4/tcp_ipv4.c, net/ipv6/tcp_ipv6.c) compare the TTL of what is for the listening
-    socket itself, which is the SYNs. What is for a handshake under way (TCP_NEW_SYN_RECV, since Linux 4.4) is handled
-    before. The connection that comes of it is a copy of the listening socket and inherits the option: its client's
+    tcp_v4_rcv and tcp_v6_rcv (net/ipv4/tcp_ipv4.c, net/ipv6/tcp_ipv6.c) compare the TTL of packets for the listening
+    socket itself, which are the SYNs. Packets for a handshake in progress (TCP_NEW_SYN_RECV, since Linux 4.4) are
+    handled earlier. The resulting connection is a copy of the listening socket and inherits the option: its client's
     packets are dropped until `accept_any_ttl`, and repeated after 0.2 s or more. So the first data must come with the
-    packet that makes the connection: TCP_DEFER_ACCEPT holds a handshake under way until its client sends, and for a
-    client that waits for the server to speak, until the kernel's next SYN-ACK, a second after the first.
+    packet that
+    completes the connection: TCP_DEFER_ACCEPT keeps a handshake in progress until its client sends, or, if the client
+    waits for the server to speak, until the kernel's next SYN-ACK, a second after the first.
 
-    Two kinds of handshakes are not covered: those of a SYN flood, which are kept in no queue but in a cookie (their
+    Two kinds of handshakes are not covered: those of a SYN flood, which are kept in a cookie instead of a queue (their
     ACKs are for the listening socket), and those of clients on the same link that send with a TTL of 255.
     """
     if sys.platform != "linux":
-        return False  # the options have other numbers, or mean something else
+        return False  # the options have other numbers, or another meaning
     try:
         _set_least_ttl(listening, HIGHEST_TTL)
     except OSError as exc:
@@ -236,7 +236,7 @@ def _drop_by_ttl(listening: socket.socket) -> bool:
 def _set_least_ttl(sock: socket.socket, ttl: int) -> None:
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT, ttl)
-    # An IPv6 socket's too: it may have IPv4 clients.
+    # Also for an IPv6 socket: it may have IPv4 clients.
     sock.setsockopt(socket.IPPROTO_IP, IP_MINTTL, ttl)
 
 
@@ -261,7 +261,7 @@ def _attach(sock: socket.socket, option: int, program: Sequence[Instruction]) ->
     try:
         sock.setsockopt(socket.SOL_SOCKET, option, fprog)
     except OSError as exc:
-        # EBADF and ENOTSOCK are a mistake of the caller; everything else is a system that cannot.
+        # EBADF and ENOTSOCK are mistakes of the caller; any other error means that the system does not support it.
         if exc.errno in (errno.EBADF, errno.ENOTSOCK):
             raise
         return False
@@ -269,9 +269,9 @@ def _attach(sock: socket.socket, option: int, program: Sequence[Instruction]) ->
 
 
 def _count_handshakes(port: int, family: int) -> int:
-    # struct inet_diag_req_v2 with an inet_diag_sockid that names nothing: the kernel dumps every socket in the wanted
-    # state, and the port is compared here. Handshakes are few; established connections are not in the answer. An IPv6
-    # listener's family covers the IPv4 clients of a dual-stack one, whose request sockets are AF_INET6 as well.
+    # struct inet_diag_req_v2 with an inet_diag_sockid that names nothing: the kernel dumps every socket in the
+    # requested state, and the port is compared here. Handshakes are few; established connections are not included. An
+    # IPv6 listener's family covers the IPv4 clients of a dual-stack one, whose request sockets are AF_INET6 as well.
     query = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << TCP_SYN_RECV)
     header = struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
     count = 0

@@ -50,13 +50,13 @@ __all__ = [
 
 log = logging.getLogger("gtcpserver")
 
-# The real ones, also in a program that gevent.monkey has patched: a listening socket waits in an accept loop's watcher
-# and never in a call of its own, and names are resolved before anything is served.
+# The real ones, even in a program patched by gevent.monkey: a listening socket waits in an accept loop's watcher and
+# never in a call of its own, and names are resolved before anything is served.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 _getaddrinfo: Any = monkey.get_original("socket", "getaddrinfo")
 
+#: How often to draw a port that must be free on each of a host name's addresses.
 SAME_PORT_ATTEMPTS = 16
-"""How often a free port is drawn that must be free on each of a host name's addresses."""
 
 
 class Listener:
@@ -64,14 +64,14 @@ class Listener:
 
     Attributes:
         socket: the socket, of the standard library's own class even in a monkey-patched program.
-        address: where it listens, with the real port, as `parse_address` reads it. "*:5000" stays "*:5000" where it
-            takes IPv4 and IPv6, and is "0.0.0.0:5000" or "[::]:5000" where it takes one of them.
-        sockaddr: what its getsockname() says.
+        address: where it listens, with the real port, in the form that `parse_address` reads. "*:5000" stays "*:5000"
+            if it accepts IPv4 and IPv6, otherwise it is "0.0.0.0:5000" or "[::]:5000".
+        sockaddr: the result of getsockname().
         family: socket.AF_INET, AF_INET6 or AF_UNIX.
-        owned: False for a socket or descriptor that was given to us, which another process may hold as well. Set it
-            to False when the socket is handed to another process.
-        muted_by_ttl: `mute` had to ask for a TTL: a connection accepted since needs `draining.accept_any_ttl`, or its
-            client is not heard. `Acceptor.mute` sees to it.
+        owned: False for a socket or descriptor that was passed to us, which another process may hold as well. Set it to
+            False when the socket is passed to another process.
+        muted_by_ttl: `mute` had to require a TTL: connections accepted since then need `draining.accept_any_ttl`, or
+            their clients are not heard. `Acceptor.mute` sees to it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Listener:
         self.muted_by_ttl = False
         self._path_identity = path_identity
         self._given = given
-        # A forked child has this object too, but the path and the filter are for the process that opened it.
+        # A forked child has this object too, but the path and the filter belong to the process that opened it.
         self._process = os.getpid()
 
     def __repr__(self) -> str:
@@ -106,16 +106,16 @@ class Listener:
         return self.socket.fileno()
 
     def mute(self) -> bool:
-        """Begin no new connections; those whose handshake is under way still come to the accept queue.
+        """Start no new connections; handshakes in progress still reach the accept queue.
 
-        The way to close without resetting anybody: mute, accept until EAGAIN, wait `HANDSHAKE_SECONDS` (or while
-        `handshakes_under_way` says there are some), accept until EAGAIN, close. A client that comes meanwhile gets no
-        answer, and its kernel tries again after a second. A unix socket's path is removed instead: connect() fails with
+        This is how to close without resetting any connection: mute, accept until EAGAIN, wait `HANDSHAKE_SECONDS` (or
+        while `handshakes_under_way` reports some), accept until EAGAIN, close. A client that connects meanwhile gets no
+        answer, and its kernel tries again after a second. A Unix socket's path is removed instead: connect() fails with
         ENOENT. See `draining`.
 
         Returns:
             False if it is not possible: the socket is not ours alone (not `owned`, or this is a forked child of the
-            process that opened it), is an abstract unix socket or multipath TCP, or the system has no way to do it.
+            process that opened it), is an abstract Unix socket or multipath TCP, or the system does not support it.
         """
         if self.closed or not self._is_ours():
             return False
@@ -126,17 +126,17 @@ class Listener:
         return way is not None
 
     def unmute(self) -> None:
-        """Begin new connections again after `mute`; a unix socket's path stays removed."""
+        """Start new connections again after `mute`; a Unix socket's path stays removed."""
         if not self.closed and self.family != socket.AF_UNIX:
             hear_new_connections(self.socket)
 
     def close(self, *, keep_path: bool = False) -> None:
-        """Close the socket; a unix socket's path is removed if this process made it and nobody replaced it since.
+        """Close the socket; remove a Unix socket's path if this process made it and no other has replaced it since.
 
-        A socket object that was given to `open_listeners` is closed as well. Closing twice does nothing.
+        A socket object that was passed to `open_listeners` is closed as well. Closing twice does nothing.
 
         Args:
-            keep_path: leave a unix socket's path, because another process goes on with the same socket.
+            keep_path: leave a Unix socket's path, because another process keeps using the same socket.
         """
         # The accept loop closes the socket too, so a closed one says nothing about the rest.
         if keep_path:
@@ -162,23 +162,23 @@ def open_listeners(
     config: ListenConfig | None = None,
     count: int = 1,
 ) -> list[Listener]:
-    """Open the listening sockets of an address, or take over one that is open.
+    """Open the listening sockets of an address, or adopt an open one.
 
     Args:
-        address: what `parse_address` reads, or a stream socket that is bound. A host name is resolved, and every
-            address it has is listened on. "*" is every address of the host: one IPv6 socket that takes IPv4 connections
-            too, or an IPv4 one where the kernel has no IPv6. A port of 0 becomes one free port for all the sockets.
-            "fd:3" adopts a listening descriptor, as does a socket object: they get the options of `config` that
-            connections inherit and nothing else, are not `owned`, and are closed with the `Listener`.
+        address: anything that `parse_address` reads, or a bound stream socket. A host name is resolved, and the sockets
+            listen on every address it has. "*" is every address of the host: one IPv6 socket that also accepts IPv4
+            connections, or an IPv4 one if the kernel has no IPv6. Port 0 becomes one free port for all the sockets.
+            "fd:3" adopts a listening descriptor, as does a socket object: they only get the options of `config` that
+            connections inherit, are not `owned`, and are closed with the `Listener`.
         config: the sockets' options.
         count: TCP sockets for each address, which form a SO_REUSEPORT group (in the order of the result), over which
-            the kernel spreads the connections. Unix sockets and adopted ones are always single, and so are all where
-            the system has no SO_REUSEPORT.
+            the kernel spreads the connections. Unix sockets and adopted ones are always single, and so are all if the
+            system has no SO_REUSEPORT.
 
     Raises:
         ConfigError: the address or the options are wrong.
-        OSError: the system refuses; the message names the address. With EADDRINUSE, who listens there, if that can be
-            known. Nothing stays open.
+        OSError: the system refuses; the message names the address and, for EADDRINUSE, the process that listens there,
+            if it can be found. Nothing stays open.
     """
     config = config if config is not None else ListenConfig()
     if type(count) is not int or count < 1:
@@ -243,9 +243,9 @@ def _bind(
     """Bind and listen.
 
     SO_REUSEPORT would let a second server, started by mistake, bind the port and take half of the connections. So the
-    first socket of a group binds *and listens* without the option, which the kernel refuses if anybody else listens
-    there (binding alone is not enough: SO_REUSEADDR lets two sockets bind that do not listen yet), and gets it
-    afterwards. The kernel makes it a group when the second socket, which has the option from the start, listens.
+    first socket of a group binds *and listens* without the option, which the kernel refuses if another process listens
+    there (binding is not enough: SO_REUSEADDR lets two sockets bind that do not listen yet), and gets it afterwards.
+    The kernel makes it a group when the second socket, which has the option from the start, listens.
     """
     try:
         sock = create_socket(config, family)
@@ -274,7 +274,8 @@ def _bind(
 
 
 def _wildcard(port: int) -> tuple[int, tuple[Any, ...]]:
-    # Whether the host has an IPv6 address is not asked: it may get one later, and a socket on :: takes IPv4 without.
+    # Do not ask whether the host has an IPv6 address: it may get one later, and a socket on :: accepts IPv4 without
+    # one.
     if _can_bind("::"):
         return socket.AF_INET6, ("::", port, 0, 0)
     return socket.AF_INET, ("0.0.0.0", port)
@@ -285,20 +286,20 @@ def _takes_both(sock: socket.socket) -> bool:
 
 
 def _can_bind(address: str) -> bool:
-    """Whether the kernel has IPv6, and the host this address of it."""
+    """Return whether the kernel has IPv6, and the host this address."""
     if not socket.has_ipv6:
         return False
     try:
         with _socket_class(socket.AF_INET6, socket.SOCK_STREAM) as sock:
             sock.bind((address, 0))
     except OSError as exc:
-        # Out of descriptors, say: the socket that is to listen fails by itself, and with its reason.
+        # Out of descriptors, say: opening the real socket will fail as well, and report the reason.
         return exc.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     return True
 
 
 def _has_ipv6_addresses() -> bool:
-    # Of a kernel with the family there may be none (sysctl net.ipv6.conf.all.disable_ipv6=1, containers).
+    # A kernel with the family may have none (sysctl net.ipv6.conf.all.disable_ipv6=1, containers).
     try:
         with open("/proc/net/if_inet6") as file:
             return bool(file.read(1))
@@ -318,8 +319,8 @@ def _resolve(address: Address) -> list[tuple[int, tuple[Any, ...]]]:
 
 
 def _is_of_no_use(family: int, sockaddr: tuple[Any, ...]) -> bool:
-    """Whether a name has this address besides others although the system lacks it: /etc/hosts gives "localhost" its ::1
-    everywhere, and others a host's IPv6 address although IPv6 is switched off."""
+    """Return whether a name has this address among others although the system lacks it: /etc/hosts gives "localhost"
+    its ::1 everywhere, and other names a host's IPv6 address even if IPv6 is switched off."""
     return (
         family == socket.AF_INET6 and not _can_bind(sockaddr[0]) and (sockaddr[0] == "::1" or not _has_ipv6_addresses())
     )
@@ -371,7 +372,7 @@ def _adopt_descriptor(fd: int, config: ListenConfig) -> Listener:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError(f'address "fd:{fd}" must be a listening stream socket, and does not listen')
     except BaseException:
-        sock.detach()  # it stays its owner's
+        sock.detach()  # its owner keeps it
         raise
     return _adopt(sock, config, None)
 
@@ -385,7 +386,7 @@ def _adopt_socket(given: Any, config: ListenConfig) -> Listener:
         given.listen(accepted_backlog(config))
     if isinstance(given, _socket_class):
         return _adopt(given, config, None)
-    # A gevent socket: its accept would wait in a greenlet. Ours is another descriptor of the same socket.
+    # A gevent socket: its accept would wait in a greenlet. Use another descriptor of the same socket.
     return _adopt(_socket_class(fileno=os.dup(given.fileno())), config, given)
 
 

@@ -1,4 +1,4 @@
-"""Find out which process listens on a port, for the message of an error. From /proc, see proc(5)."""
+"""Find out which process listens on a port, for an error message. From /proc, see proc(5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TCP_LISTEN = "0A"
 
 
 def describe_holder(sockaddr: tuple[Any, ...]) -> str:
-    """Say who has the port where a bind to this TCP address failed, to follow "is already in use"."""
+    """Say which process has the port after a failed bind to this TCP address, to follow "is already in use"."""
     inodes = _listening_inodes(sockaddr)
     if not inodes:
         return "(no server was found to listen there: it may be a connection's own port; see `ss -tanp`)"
@@ -39,8 +39,8 @@ def _listening_inodes(sockaddr: tuple[Any, ...]) -> set[str]:
             host, port = columns[1].split(":")
             if columns[3] == TCP_LISTEN and int(port, 16) == sockaddr[1]:
                 held = unmapped(_address(host))
-                # An address conflicts with itself and with "every address" on either side; an IPv6 "every" may be
-                # of IPv4 too.
+                # An address conflicts with itself and with "every address" on either side; an IPv6 "every" may include
+                # IPv4.
                 if held == wanted or held.is_unspecified or wanted.is_unspecified:
                     inodes.add(f"socket:[{columns[9]}]")
     return inodes
@@ -55,7 +55,7 @@ def _address(text: str) -> IPAddress:
 
 def _processes() -> list[int]:
     try:
-        # The newest first: a server that was started twice is among them.
+        # Newest first: a server that was started twice is among them.
         return sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True)
     except OSError:
         return []
@@ -66,7 +66,7 @@ def _holds(pid: int, inodes: set[str]) -> bool:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             return any(_link(entry.path) in inodes for entry in entries)
     except OSError:
-        return False  # another user's, or gone meanwhile
+        return False  # of another user, or gone meanwhile
 
 
 def _link(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Bind a unix socket to a path, past the file that a server which crashed has left, and remove the path at close."""
+"""Bind a Unix socket to a path, past the file left by a crashed server, and remove the path when closing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from gtcpserver.process.descriptors import close_descriptor
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 _sleep = monkey.get_original("time", "sleep")
 
+#: Seconds to wait for the directory's lock. Servers hold it for microseconds; after this something else is using it.
 LOCK_SECONDS = 0.5
-"""How long to wait for the directory's lock. Servers hold it for microseconds; past this somebody else uses it."""
 
 
 def bind_unix(
@@ -32,19 +32,19 @@ def bind_unix(
         path: a path, or "@name" for an abstract socket, which has no file (unix(7)).
         mode: the path's permission bits; None: 0o777 less the umask.
         backlog: for listen(2).
-        owner: user and group that the path is given to; -1: as it is.
+        owner: user and group for the path; -1: unchanged.
 
     Returns:
-        The path's device and inode, by which `remove_if_ours` knows it again; None for an abstract socket.
+        The path's device and inode, by which `remove_if_ours` recognizes it; None for an abstract socket.
 
     Raises:
-        OSError: EADDRINUSE if another server answers there, or something that is no socket has the path.
+        OSError: EADDRINUSE if another server listens there, or the path is something other than a socket.
     """
     if path.startswith("@"):
         try:
             sock.bind("\0" + path[1:])
         except OSError as exc:
-            raise OSError(exc.errno, f"unix:{path}: {exc.strerror or exc}") from exc  # without: the path is too long
+            raise OSError(exc.errno, f"unix:{path}: {exc.strerror or exc}") from exc  # none: the path is too long
         sock.listen(backlog)
         return None
     try:
@@ -63,7 +63,7 @@ def bind_unix(
                 sock.bind(path)
             made = os.stat(name, dir_fd=folder, follow_symlinks=False)
             try:
-                # Nobody can connect before listen, so nobody is refused who is to get in.
+                # Clients cannot connect before listen, so none that should be admitted is refused.
                 if owner != (-1, -1) or (mode is not None and stat.S_IMODE(made.st_mode) != mode):
                     _change(name, folder, made, mode, owner)
                 sock.listen(backlog)
@@ -93,8 +93,8 @@ def remove_if_ours(path: str, identity: tuple[int, int]) -> bool:
 
 
 def _change(name: str, folder: int, made: os.stat_result, mode: int | None, owner: tuple[int, int]) -> None:
-    """Give the path its owner, and back what the umask took of its mode."""
-    # By a descriptor, and not by its path: another user's folder may have a link there by now.
+    """Give the path its owner, and restore the mode bits removed by the umask."""
+    # By descriptor, not by path: another user's folder may have a link there by now.
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
         found = os.fstat(fd)
@@ -118,11 +118,11 @@ def _remove_stale(path: str, name: str, folder: int) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            # Nobody listens: the file of a server that is gone.
+            # No process listens: the file of a server that is gone.
             os.unlink(name, dir_fd=folder)
             return
         except OSError as exc:
-            # EAGAIN: its queue is full; EPROTOTYPE: a datagram socket; EACCES: another user's.
+            # EAGAIN: its queue is full; EPROTOTYPE: a datagram socket; EACCES: of another user.
             raise OSError(errno.EADDRINUSE, f"unix:{path} is already in use ({exc.strerror})") from exc
         pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     raise OSError(errno.EADDRINUSE, f"unix:{path} is already in use by another server (pid {pid})")
@@ -130,16 +130,17 @@ def _remove_stale(path: str, name: str, folder: int) -> None:
 
 @contextlib.contextmanager
 def _folder(path: str) -> Iterator[int]:
-    """Within the block, the folder of a path is open, and locked.
+    """Hold the folder of a path open, and locked, while in the block.
 
-    What is looked at and what is removed are then in the same folder, whatever is done to the path meanwhile. The lock
-    keeps two servers that start at once from removing each other's socket between bind and listen, and leaves no file
-    behind. It is a courtesy among servers, and no condition: where it cannot be had, they go on without.
+    So checks and removals happen in the same folder, whatever is done to the path meanwhile. The lock keeps two servers
+    that start at once from removing each other's socket between bind and listen, and leaves no file behind. It is only
+    a
+    courtesy among servers: if it is not available, they continue without.
     """
     name = os.path.dirname(path) or "."
     try:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # it may be searched, and not read
+    except PermissionError:  # it may be searched, but not read
         fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
