@@ -449,7 +449,7 @@ def make_server(
         made = explained(self_signed)
         tls |= {"certfile": made.certfile, "keyfile": made.keyfile}
         log.warning(
-            "TLS: a self-signed certificate for localhost was made; clients cannot trust it, use it only for testing"
+            "TLS: a self-signed certificate for localhost was made; clients cannot trust it, use it only for tests"
         )
     if tls:
         options["tls"] = make_tls_config(tls)

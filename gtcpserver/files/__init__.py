@@ -1,1 +1,1 @@
-"""Files from outside: read as another user, and only where nobody else may have changed them."""
+"""External files: read with another user's help, and only where no other user can have changed them."""

@@ -1,9 +1,8 @@
 """Open files that only a more privileged process may open: it lends a descriptor.
 
-Workers of `--user` are ordinary users, and the files that their options name often are root's alone: TLS keys of mode
-0600, access logs in a folder of mode 0700. Their master is root still. So a file is opened as always, and where that is
-refused (EACCES, EPERM), the lender of this process is asked (`supervisor.lending`), if it has one. To ask waits in
-gevent.
+Workers of `--user` are ordinary users, and the files that their options name are often root's: TLS keys of mode 0600,
+access logs in a folder of mode 0700. Their master is still root. So a file is opened as usual, and if that is refused
+(EACCES, EPERM), this process asks its lender (`supervisor.lending`), if it has one. Asking waits in gevent.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from collections.abc import Callable, Iterator
 
 from gtcpserver.process.descriptors import close_descriptor
 
-#: Gives a descriptor of a file that may be used; raises OSError.
+#: Returns a descriptor of a file that may be used; raises OSError.
 Lender = Callable[[str], int]
 
 _lender: Lender | None = None
 
 
 def borrow_from(lender: Lender | None) -> None:
-    """From now on ask this one, in this process. None: nobody."""
+    """Set the lender of this process. None: no lender."""
     global _lender
     _lender = lender
 
 
 def has_lender() -> bool:
-    """Whether there is somebody to ask."""
+    """Return whether this process has a lender."""
     return _lender is not None
 
 
 def borrow(path: str) -> int:
-    """A descriptor from the lender, as it was opened there: its mode is not for the borrower to choose.
+    """Return a descriptor from the lender, as it was opened there: the borrower cannot choose its mode.
 
     Raises:
-        OSError: there is no lender (EACCES), or what it says.
+        OSError: there is no lender (EACCES), or the lender's error.
     """
     if _lender is None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
@@ -45,7 +44,7 @@ def borrow(path: str) -> int:
 
 
 def read_file(path: str) -> bytes:
-    """Its content. Raises OSError."""
+    """Return the content of a file. Raise OSError."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -58,7 +57,7 @@ def read_file(path: str) -> bytes:
 
 
 def stat_file(path: str) -> os.stat_result:
-    """As os.stat. Raises OSError."""
+    """Call os.stat. Raise OSError."""
     try:
         return os.stat(path)
     except PermissionError:
@@ -77,7 +76,7 @@ def is_folder(path: str) -> bool:
 
 
 def files_in(folder: str) -> list[str]:
-    """The paths of the files in a folder, sorted, without the hidden ones. Raises OSError."""
+    """Return the paths of the files in a folder, sorted, without the hidden ones. Raise OSError."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_file()]
@@ -85,14 +84,14 @@ def files_in(folder: str) -> list[str]:
         if _lender is None:
             raise
         with _borrowed(folder) as fd, os.scandir(fd) as entries:
-            # Where a link leads is not to be seen from here: whoever reads it will know.
+            # Where a link leads cannot be seen from here: reading it will show.
             names = [entry.name for entry in entries if entry.is_symlink() or entry.is_file(follow_symlinks=False)]
     return sorted(os.path.join(folder, name) for name in names if not name.startswith("."))
 
 
 @contextlib.contextmanager
 def openable(path: str, content: bytes) -> Iterator[str]:
-    """A path by which a library can open the file that has this content: its own, or one in memory (memfd_create(2)).
+    """Yield a path from which a library can read this content: the file's own, or one in memory (memfd_create(2)).
 
     Raises:
         OSError: there is no memory, or no descriptor.

@@ -1,4 +1,4 @@
-"""Read a TOML file so that each mistake in it can be told with its line."""
+"""Read a TOML file so that each mistake in it can be reported with its line."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: Values within values, and tables within tables: the deepest of ours is the fourth. Code that follows them, here and
-#: in the parsers, calls itself for each, and would come to the end of its stack.
+#: Maximum nesting of values and tables: ours need at most four levels. Code that follows them, here and in the parsers,
+#: is recursive, and would exhaust its stack.
 DEEPEST = 32
 
-#: What TOML guarantees (v1.0.0, "Integer"). Python's have no end, and one of more than 4300 digits cannot be printed.
+#: The range that TOML guarantees (v1.0.0, "Integer"). Python's integers are unlimited, but cannot be printed beyond
+#: 4300 digits.
 LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**63 - 1
 
 _LONG_NUMBER = re.compile(r"[0-9][0-9_]{1000,}")
 
-#: A value over more lines than this is looked for by its brackets alone: to try each line anew takes their square.
+#: A value over more lines than this is only delimited by its brackets: parsing after each line takes quadratic time.
 MOST_LINES_TRIED = 200
 
 
 def read_text(path: str) -> str:
-    """The text of a file. Raises ConfigError: it cannot be read, or is not UTF-8."""
+    """Read the text of a file. Raise ConfigError: it cannot be read, or is not UTF-8."""
     try:
         return io.TextIOWrapper(io.BytesIO(read_file(path)), encoding="utf-8").read()
     except OSError as error:
@@ -41,15 +42,15 @@ def read_text(path: str) -> str:
 
 
 def parse_text(text: str, path: str) -> dict[str, Any]:
-    """What the text of a file says. Raises ConfigError: it is not TOML, or no TOML that means anything here; with the
-    line."""
+    """Parse the text of a file. Raise ConfigError, with the line: it is not TOML, or has values that cannot be used
+    here."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}{_described(str(error), text)}") from None
     except RecursionError:
         raise ConfigError(f"{path}{_line_that_nests(text)}: {_TOO_DEEP}") from None
-    except ValueError:  # of int(), which has a limit of its own, and from Python 3.12 on for more than decimal ones
+    except ValueError:  # from int(), which has its own limit, and since Python 3.12 not only for decimal numbers
         found = _LONG_NUMBER.search(text)
         line = f" line {text.count(chr(10), 0, found.start()) + 1}" if found is not None else ""
         raise ConfigError(f"{path}{line}: {_TOO_LARGE}") from None
@@ -61,7 +62,7 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
 def _described(said: str, text: str) -> str:
-    """ " line 3: what is wrong (column 5)" of what the parser says, in the form of all other mistakes."""
+    """Return " line 3: what is wrong (column 5)" for the parser's message, in the form of all other mistakes."""
     found = _PLACE.search(said)
     if found is None:
         return f": {said[:1].lower()}{said[1:]}"
@@ -75,7 +76,7 @@ _TOO_LARGE = f"whole numbers must be {LEAST_INTEGER} to {LARGEST_INTEGER}"
 
 
 def _check_values(data: dict[str, Any], text: str, path: str) -> None:
-    """Raise ConfigError for what nothing of ours can take."""
+    """Raise ConfigError for values that are out of range or too deep."""
     waiting: list[tuple[str, Any, int]] = [("", data, 0)]
     while waiting:
         name, value, depth = waiting.pop()
@@ -94,7 +95,7 @@ def _check_values(data: dict[str, Any], text: str, path: str) -> None:
 
 
 def _line_that_nests(text: str) -> str:
-    """ " line N" of where the brackets or dots that nest too deep are, as far as can be told without reading them."""
+    """Return " line N" of excessive nesting of brackets or dots, as far as possible without parsing them."""
     depth = 0
     for number, line in enumerate(text.split("\n"), 1):
         depth = max(0, depth + line.count("[") + line.count("{") - line.count("]") - line.count("}"))
@@ -104,10 +105,10 @@ def _line_that_nests(text: str) -> str:
 
 
 class Lines:
-    """Where the keys of a file are.
+    """The line numbers of a file's keys.
 
     Args:
-        text: of a file that is TOML.
+        text: contents of a valid TOML file.
     """
 
     def __init__(self, text: str) -> None:
@@ -116,7 +117,7 @@ class Lines:
         table = ""
         chunk: list[str] = []
         depth = 0
-        # The parser itself says where a statement ends: a line is taken with those behind it until it can be parsed.
+        # The parser itself finds the end of a statement: add lines until the text can be parsed.
         for number, line in enumerate(text.split("\n"), 1):
             chunk.append(line.rstrip("\r"))
             depth += line.count("[") - line.count("]")
@@ -134,7 +135,7 @@ class Lines:
             chunk, depth = [], 0
 
     def of(self, keys: str) -> int | None:
-        """The line of a key such as "listener[1].port", or else of the table it would be in; None: it is nowhere."""
+        """Return the line of a key such as "listener[1].port", or of the table it would be in; None: not found."""
         while keys:
             if keys in self._found:
                 return self._found[keys]
@@ -151,7 +152,7 @@ class Lines:
                 self._tables[name.rpartition("[")[0]] += 1
             elif self._tables[name]:
                 name = f"{name}[{self._tables[name] - 1}]"
-            # [a.b] is where a is, too, if nothing before it was.
+            # [a.b] also counts for a, unless a has an earlier line.
             self._found.setdefault(name.rpartition("[")[0] if name.endswith("]") else name, line)
             said = value
         self._found.setdefault(name, line)

@@ -1,16 +1,16 @@
 """Open files as a privileged process: along a path that no other user can change.
 
-A process of root's that opens /var/log/app/app.log writes wherever it is led if /var/log/app belongs to the app's user,
-who may put a link there, or another folder in place of this one (CVE-2016-1247, of nginx's packages; CWE-59). So as
-root each component of a path is looked at while it is followed, by descriptors (openat(2)), so that what was looked at
-is what is used:
+If root opens /var/log/app/app.log, and /var/log/app belongs to the app's user, that user decides where root writes: by
+a link in this folder, or another folder in its place (CVE-2016-1247, of nginx's packages; CWE-59). So as root each
+component of a path is checked while it is followed, by descriptors (openat(2)), so that what was checked is what is
+used:
 
-- folders belong to root. Those into which others may write are sticky (/tmp; unlink(2)), or a system group's: /var/log
-  is root:syslog 775 on Ubuntu;
+- folders belong to root. Those that others may write to are sticky (/tmp; unlink(2)), or a system group's: /var/log is
+  root:syslog 775 on Ubuntu;
 - a symbolic link is followed if it is root's and only root may write to its folder: /var/run, /dev/stdout;
-- in a folder into which others may write, the file is root's, and has no other name (link(2)).
+- in a folder that others may write to, the file is root's, and has no other name (link(2)).
 
-For all other users these are plain calls: whoever may change the path gains no rights that the path's owner has not.
+For all other users these are plain calls: a user who may change the path gains no rights beyond those of its owner.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dataclasses import dataclass
 from gtcpserver.errors import ConfigError
 from gtcpserver.process.descriptors import close_descriptor
 
+#: Groups below this are the system's (SYS_GID_MAX in login.defs(5)): of daemons, or of administrators.
 FIRST_USERS_GROUP = 1000
-"""Groups below are the system's (SYS_GID_MAX in login.defs(5)): of daemons, or of those who administer."""
 
-MAX_LINKS = 40  # symbolic links in one path, as the kernel has it (path_resolution(7))
+MAX_LINKS = 40  # symbolic links in one path, as in the kernel (path_resolution(7))
 
+#: Owner of everything outside the user namespace (user_namespaces(7)), including the host's root.
 OVERFLOW_UID = 65534
-"""Owner of whatever is not the user namespace's (user_namespaces(7)), the host's root among others."""
 
 
 class UntrustedPath(ConfigError):
-    """Another user could lead this process, which is root, to another file. The message says where and who."""
+    """Another user could redirect this process, which is root, to another file. The message says where and who."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Place:
 
     Attributes:
         folder: descriptor of the folder (O_PATH), for `dir_fd`.
-        name: in it.
-        shared: others may write to the folder too.
+        name: name in the folder.
+        shared: others may write to the folder, too.
         own: it is one of this process's own descriptors, by its name in /proc.
     """
 
@@ -72,7 +72,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
         if place.own:
             return os.open(place.name, flags & ~os.O_CREAT, dir_fd=place.folder)
         if place.shared:
-            # Before it is opened: to open a FIFO may wait for ever.
+            # Checked before it is opened: opening a FIFO may wait forever.
             with contextlib.suppress(FileNotFoundError):
                 _check_file(path, os.stat(place.name, dir_fd=place.folder, follow_symlinks=False))
         fd = os.open(place.name, flags | os.O_NOFOLLOW, mode, dir_fd=place.folder)
@@ -87,12 +87,12 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
 
 @contextlib.contextmanager
 def trusted_place(path: str, *, follow: bool = True) -> Iterator[Place]:
-    """Within the block, the folder of a path is open.
+    """Hold the folder of a path open while in the block.
 
-    For root it is one that nobody else can put another in place of.
+    For root, it is a folder that no other user can replace.
 
     Args:
-        follow: look where the name leads if it is a symbolic link; False: it is to be replaced or removed itself.
+        follow: follow the name if it is a symbolic link; False: the link itself is to be replaced or removed.
 
     Raises:
         UntrustedPath: this process is root, and another user could change where the path leads.
@@ -116,7 +116,7 @@ def check_path(path: str) -> None:
 
 
 def check_content(path: str) -> None:
-    """Raise UntrustedPath if this process is root and another user could change what is in a file; or OSError."""
+    """Raise UntrustedPath if this process is root and another user could change the content of a file; or OSError."""
     if os.geteuid() != 0:
         return
     with trusted_place(path) as place:
@@ -186,13 +186,13 @@ def _link(name: str, folder: int) -> str | None:
     try:
         return os.readlink(name, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOENT):  # no link, or not there
+        if error.errno in (errno.EINVAL, errno.ENOENT):  # not a link, or not there
             return None
         raise
 
 
 def _check_folder(path: str, fd: int, where: str) -> bool:
-    """Whether others may write to a folder that can be trusted all the same. Raises UntrustedPath."""
+    """Return whether others may write to a folder that can be trusted anyway. Raise UntrustedPath."""
     found = os.fstat(fd)
     if found.st_uid not in _trusted_users():
         raise _refused(path, f"{where} belongs to user {_user(found.st_uid)}, who could put a link there")
@@ -207,7 +207,7 @@ def _check_folder(path: str, fd: int, where: str) -> bool:
 
 
 def _check_file(path: str, found: os.stat_result) -> None:
-    """Of a folder into which others may write. Raises UntrustedPath."""
+    """Check a file in a folder that others may write to. Raise UntrustedPath."""
     if stat.S_ISLNK(found.st_mode):
         raise _refused(path, "it is a symbolic link in a folder into which others may write")
     if found.st_uid not in _trusted_users():
@@ -227,7 +227,7 @@ def _trusted_users() -> frozenset[int]:
             numbers = file.read().split()
     except OSError:
         return frozenset({0})
-    # In a user namespace: root there has no more rights than the user who made it.
+    # In a user namespace: root there has no more rights than the user who created it.
     return frozenset({0} if numbers[:3] == ["0", "0", "4294967295"] else {0, OVERFLOW_UID})
 
 

@@ -214,9 +214,8 @@ def _drop_by_ttl(listening: socket.socket) -> bool:
     socket itself, which are the SYNs. Packets for a handshake in progress (TCP_NEW_SYN_RECV, since Linux 4.4) are
     handled earlier. The resulting connection is a copy of the listening socket and inherits the option: its client's
     packets are dropped until `accept_any_ttl`, and repeated after 0.2 s or more. So the first data must come with the
-    packet that
-    completes the connection: TCP_DEFER_ACCEPT keeps a handshake in progress until its client sends, or, if the client
-    waits for the server to speak, until the kernel's next SYN-ACK, a second after the first.
+    packet that completes the connection: TCP_DEFER_ACCEPT keeps a handshake in progress until its client sends, or, if
+    the client waits for the server to speak, until the kernel's next SYN-ACK, a second after the first.
 
     Two kinds of handshakes are not covered: those of a SYN flood, which are kept in a cookie instead of a queue (their
     ACKs are for the listening socket), and those of clients on the same link that send with a TTL of 255.

@@ -134,8 +134,7 @@ def _folder(path: str) -> Iterator[int]:
 
     So checks and removals happen in the same folder, whatever is done to the path meanwhile. The lock keeps two servers
     that start at once from removing each other's socket between bind and listen, and leaves no file behind. It is only
-    a
-    courtesy among servers: if it is not available, they continue without.
+    a courtesy among servers: if it is not available, they continue without.
     """
     name = os.path.dirname(path) or "."
     try:

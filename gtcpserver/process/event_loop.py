@@ -1,4 +1,4 @@
-"""Which of gevent's event loops can be used."""
+"""Check that gevent's event loop is a supported one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from gtcpserver.errors import ConfigError
 def check_event_loop() -> None:
     """Refuse libuv.
 
-    A connection keeps one read watcher started for life (see `stream`). On libuv, gevent hands out shares of one poll
-    handle a descriptor instead of watchers, and to close a connection would print a traceback. libev works, compiled
-    or by CFFI.
+    A connection keeps one read watcher started for life (see `stream`). On libuv, gevent's watchers share one poll
+    handle per descriptor, and closing a connection would print a traceback. libev works, compiled or by CFFI.
 
     Raises:
         ConfigError: gevent is set to use libuv.

@@ -1,22 +1,22 @@
-"""What a forked child of a serving process has of the server: nothing.
+"""Remove the server from forked children of a serving process.
 
-A fork copies all greenlets and the event loop that runs them. gevent lets them go on in the child (its documentation
-says so, and programs rely on it: gevent's issues 2202 and 2203), as soon as anything there waits: an at-fork hook that
-sleeps is enough. Of a server that is a second one, which accepts on the same sockets and answers the same clients.
+A fork copies all greenlets and the event loop that runs them. gevent lets them go on in the child (it is documented,
+and programs rely on it: gevent's issues 2202 and 2203), as soon as anything there waits: an at-fork hook that sleeps
+is enough. The copy of a server would be a second one, which accepts on the same sockets and answers the same clients.
 
 So in a child of a process that serves, before ``fork`` returns there (os.register_at_fork):
 
-- the copied event loop is destroyed. That closes its epoll(7) descriptor, which is the parent's as well, and changes
-  nothing in it; there is a new one;
-- only the greenlet that has forked goes on, with those that the child itself starts. Copies of others are not killed
-  either: their ``finally`` blocks would write to the parent's clients. Whatever switches to one (a lock that is
+- the copied event loop is destroyed. That closes its epoll(7) descriptor, which it shares with the parent, without
+  changing anything in it; a new loop takes its place;
+- only the greenlet that forked goes on, with those that the child itself starts. Copies of others are not killed
+  either: their ``finally`` blocks would write to the parent's clients. Anything that switches to one (a lock that is
   released, the garbage collector, the end of the interpreter) gets control back at once, see `_make_guard`;
-- listening sockets, connections and lines to other processes are closed, but for the connection whose handler has
-  forked. The parent's stay open and tell the clients nothing;
-- signal handlers of this library are taken off, and the descriptor that signals wake the parent by;
-- the end of the greenlet that has forked (a handler that returns in both processes) is the end of the child.
+- listening sockets, connections and channels to other processes are closed, except the connection whose handler forked.
+  The parent's stay open, and clients notice nothing;
+- signal handlers of this library are removed, and so is the descriptor through which signals wake the parent;
+- the end of the greenlet that forked (a handler that returns in both processes) is the end of the child.
 
-Programs that do not serve fork as gevent has it.
+Programs that do not serve fork as with plain gevent.
 """
 
 from __future__ import annotations
@@ -43,68 +43,68 @@ _signal: Callable[..., Any] = get_original("signal", "signal")
 _getsignal: Callable[[int], Any] = get_original("signal", "getsignal")
 _switch: Callable[..., Any] = greenlet.switch
 
+#: Signals blocked from before a fork until the child has removed our handlers: Python forgets a signal that reaches a
+#: child earlier, so that a ``Process.terminate()`` right after the start would have no effect.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Held back from before a fork until the child has taken our handlers off: Python forgets a signal that comes to a
-child earlier, so that a ``Process.terminate()`` right after the start would end nothing."""
 
+#: Modules that fork processes for future tasks: these outlive the handler whose first task created them.
 POOLS = frozenset({"multiprocessing.pool", "concurrent.futures.process"})
-"""Modules that fork processes for tasks yet to come: these outlive the handler whose first task has made them."""
 
+#: Modules that fork to execute another program. That closes all our descriptors (they are close-on-exec), so they need
+#: not be closed one by one: 3 us of CPU for each connection.
 EXECUTING = frozenset({"subprocess", "gevent.subprocess"})
 
 _get_frame = sys._getframe  # noqa: SLF001 - Python's name for it
-"""Modules that fork to execute another program. That closes all our descriptors (they are close-on-exec), so that this
-need not be done one by one: 3 us of CPU for each connection."""
 
 
 class InChild(Protocol):
-    """What has to let go in a forked child."""
+    """An object that has to let go in a forked child."""
 
     def serves(self) -> bool:
-        """Whether a child of this process must leave the event loop."""
+        """Return whether a child of this process must leave the event loop."""
         ...
 
     def left_in_child(self, own: Any) -> None:
-        """In the child: close sockets and forget timers and watchers, whose event loop is gone. Must not wait.
+        """Close sockets and forget timers and watchers in the child: their event loop is gone. Must not wait.
 
         Args:
-            own: the connection whose handler has forked, which stays open; or None.
+            own: the connection whose handler forked, which stays open; or None.
         """
         ...
 
 
-# By their id: a subclass of the program's own need not be hashable.
+# By ID: a subclass in the program need not be hashable.
 _things: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _sockets: WeakSet[Any] = WeakSet()
 _handlers: dict[CodeType, Callable[[Mapping[str, Any], bool], Any]] = {}
 _exempt: set[int] = set()
-_masks: dict[int, Any] = {}  # of the threads that are forking now
+_masks: dict[int, Any] = {}  # of the threads that are currently forking
 _kept: list[Any] = []  # copies, which must not be collected
 
 
 def register(thing: InChild) -> None:
-    """Have a server, or what else serves, told in every child of this process; as long as it lives."""
+    """Have a server, or another serving object, notified in every child of this process; as long as it lives."""
     _things[id(thing)] = thing
 
 
 def close_in_children(sock: Any) -> None:
-    """Have a gevent socket that no server knows closed in every child of a process that serves. 0.5 us."""
+    """Have a gevent socket that belongs to no server closed in every child of a serving process. 0.5 us."""
     _sockets.add(sock)
 
 
 def runs_handler(function: Callable[..., Any], find: Callable[[Mapping[str, Any], bool], Any]) -> None:
-    """A fork within a call of ``function`` is one of a handler.
+    """Treat a fork within a call of ``function`` as one of a handler.
 
     Args:
         find: called in both processes with the local variables of that call, and whether this is the child; returns
-            the handler's connection, or None where the child shall not have it.
+            the handler's connection, or None if the child must not have it.
     """
     _handlers[function.__code__] = find
 
 
 @contextlib.contextmanager
 def own_fork() -> Iterator[None]:
-    """Within the block, this thread's forks are of our own processes, which see to all of it themselves."""
+    """Mark this thread's forks in the block as those of our own processes, which handle everything themselves."""
     _exempt.add(_get_ident())
     try:
         yield
@@ -113,7 +113,7 @@ def own_fork() -> Iterator[None]:
 
 
 def keep(*copies: Any) -> None:
-    """Keep what refers to greenlets of the parent: they would end by an exception when they are collected."""
+    """Keep references to greenlets of the parent: an exception would end them when they are collected."""
     _kept.extend(copies)
 
 
@@ -140,7 +140,7 @@ def _in_child() -> None:
     mask = _masks.pop(_get_ident(), None)
     _masks.clear()
     if _get_ident() in _exempt:
-        # What served there is nothing to children of this process.
+        # The parent's serving objects do not concern children of this process.
         _things.clear()
         _sockets.clear()
     if mask is None:
@@ -177,7 +177,7 @@ def _guarded(do: Callable[..., Any], *arguments: Any) -> None:
 
 
 def close_in_child(sock: Any) -> None:
-    """In a forked child: close a gevent socket there, and forget what of it hangs on the parent's event loop."""
+    """Close a gevent socket in a forked child, and forget its references to the parent's event loop."""
     left = getattr(sock, "left_by_child", None)
     if left is not None:
         left()
@@ -187,8 +187,8 @@ def close_in_child(sock: Any) -> None:
 
 
 def _who_forks(in_child: bool) -> tuple[Any, bool]:
-    """The connection whose handler has forked, None: no handler has, or a pool of processes; and whether the child is
-    to execute another program."""
+    """Return the connection whose handler forked (None: no handler did, or a process pool), and whether the child will
+    execute another program."""
     frame: FrameType | None = _get_frame()
     executes = False
     while frame is not None:
@@ -214,7 +214,7 @@ def _reset_signals(caught: int) -> None:
 
 
 def _caught_signals() -> int:
-    """The signals that are caught, by Python or in C; as a mask, proc_pid_status(5)."""
+    """Return the signals that are caught, by Python or in C; as a mask, proc_pid_status(5)."""
     try:
         with open("/proc/self/status", "rb") as file:
             return next((int(line.split()[1], 16) for line in file if line.startswith(b"SigCgt:")), 0)
@@ -226,13 +226,13 @@ def _is_among(number: int, mask: int) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
-# -- the event loop that is left -------------------------------------------------------------------------------------
+# -- leaving the event loop --------------------------------------------------------------------------------------------
 
 
 def _leave_event_loop(caught: int) -> None:
     hub, me = get_hub_if_exists(), getcurrent()
     if type(me).__name__ == "_WorkerGreenlet":
-        # A thread of gevent's pool: it would wait for its next task for ever.
+        # A thread of gevent's pool: it would wait for its next task forever.
         me._after_run_task = lambda *_: end_process()  # noqa: SLF001 - gevent's hook behind a task
     if hub is None:
         return  # another thread's greenlets cannot be switched to
@@ -241,8 +241,8 @@ def _leave_event_loop(caught: int) -> None:
         return
     set_hub(None)
     set_loop(None)
-    # libev's default loop is a static structure, in which the next one would find the count of watchers of this one,
-    # and so wait for ever where nothing can happen (gevent's LoopExit).
+    # libev's default loop is a static structure: the next one would inherit the watcher count of this one, and so wait
+    # forever where nothing can happen (gevent's LoopExit).
     for _ in range(hub.loop.activecnt):
         hub.loop.unref()
     is_default = hub.loop.default
@@ -250,11 +250,11 @@ def _leave_event_loop(caught: int) -> None:
     hub.loop.destroy()
     hub.loop = loop = type(hub.loop)(hub.backend, is_default)
     if is_default and not libev_reaps:
-        # gevent lets libev reap children once somebody has asked for it, and keeps it from doing so at the first start
-        # of the default loop alone.
+        # gevent lets libev reap children once that has been requested, and only prevents it at the first start of the
+        # default loop.
         _signal(signal.SIGCHLD, _getsignal(signal.SIGCHLD))
     set_loop(loop)  # the next hub takes it
-    # What was made before the fork and still refers to it (locks, sockets) finds the new one by it.
+    # Objects created before the fork that still refer to the old hub (locks, sockets) find the new one through it.
     hub.__class__ = type("_LeftHub", (_LeftHub, type(hub)), {})
     ours: WeakSet[Any] = WeakSet([me])
     if me.parent is not None:
@@ -267,7 +267,7 @@ def _leave_event_loop(caught: int) -> None:
         _switch(end)
         ours.add(end)
         if hasattr(me, "unlink_all"):
-            me.unlink_all()  # who waits for its end is a copy
+            me.unlink_all()  # greenlets that wait for its end are copies
         me.parent = end
     settrace(_make_guard(ours, hub))
     keep(hub)
@@ -275,20 +275,20 @@ def _leave_event_loop(caught: int) -> None:
 
 
 def _make_guard(ours: WeakSet[Any], old_hub: Any) -> Callable[[str, Any], None]:
-    """What keeps copies of greenlets from running.
+    """Return a trace function that keeps copies of greenlets from running.
 
     greenlet calls a trace function in the greenlet that is switched to, before anything else runs there. This one
-    switches back at once, out of those that were there before the fork. They need not be known: one that the child has
-    started has no Python frame before its first switch. It costs a child 0.3 us a switch.
+    switches back at once, out of greenlets from before the fork. They need not be known: one that the child has started
+    has no Python frame before its first switch. It costs a child 0.3 us per switch.
 
     Args:
         ours: greenlets that may run; those that the child starts are added.
-        old_hub: who switches to it to wait, waits in the new one.
+        old_hub: greenlets that switch to it in order to wait are made to wait in the new one.
     """
 
-    was_bounced: dict[Any, Any] = {}  # a copy -> who gets control back
+    was_bounced: dict[Any, Any] = {}  # a copy -> the greenlet that gets control back
 
-    # What it needs, it has as arguments: at the end of the interpreter, which ends greenlets, globals are gone.
+    # Everything it needs is an argument: at the end of the interpreter, which ends greenlets, globals are gone.
     def guard(
         event: str,
         switch: Any,
@@ -306,7 +306,7 @@ def _make_guard(ours: WeakSet[Any], old_hub: Any) -> Callable[[str, Any], None]:
         back = get_hub() if origin.dead or (target is old_hub and event == "switch") else origin
         if target in bounced:
             bounced[target] = back
-            return  # to the loop below, in a call that is under way in this greenlet
+            return  # to the loop below, in a call in progress in this greenlet
         frame = getframe()
         own = frame.f_code
         while frame.f_back is not None:
@@ -325,15 +325,15 @@ def _make_guard(ours: WeakSet[Any], old_hub: Any) -> Callable[[str, Any], None]:
 
 
 def _is_tracer(code: CodeType, gettrace: Callable[[], Any] = gettrace) -> bool:
-    """Whether it is that of a trace function which a program has set after ours, and which calls ours."""
+    """Return whether the code is a trace function that the program has set after ours, and that calls ours."""
     tracer = gettrace()
     return code in (getattr(tracer, "__code__", None), getattr(type(tracer).__call__, "__code__", None))
 
 
 class _LeftHub(Hub):  # type: ignore[misc]
-    """What becomes of the hub of before the fork, for locks, sockets and greenlets that refer to it."""
+    """The class of the old hub after the fork, for locks, sockets and greenlets that refer to it."""
 
-    #: Locks look whether it is, and take the new one then.
+    #: Locks check this, and use the new hub.
     dead = True
 
     def switch(self, *_: Any) -> Any:
@@ -357,9 +357,9 @@ class _LeftHub(Hub):  # type: ignore[misc]
 
 
 class _End(Hub):  # type: ignore[misc]
-    """The parent of the greenlet that has forked: when that one ends, so does the process.
+    """The parent of the greenlet that forked: when that greenlet ends, so does the process.
 
-    A hub, since gevent's greenlets ask their parent for a loop, and tell it of errors.
+    A hub, since gevent's greenlets ask their parent for a loop, and report errors to it.
     """
 
     of: Any
@@ -377,12 +377,12 @@ class _End(Hub):  # type: ignore[misc]
 
 
 def end_process(error: BaseException | None = None) -> NoReturn:
-    """End a forked child, as the end of a script would.
+    """End a forked child, like the end of a script.
 
-    Neither handlers at exit nor ``finally`` blocks of others run: what they undo is the parent's.
+    Neither exit handlers nor ``finally`` blocks of other greenlets run: what they undo belongs to the parent.
 
     Args:
-        error: what has left the greenlet that has forked.
+        error: the exception that left the greenlet that forked.
     """
     status = 0
     try:
@@ -402,7 +402,7 @@ def end_process(error: BaseException | None = None) -> NoReturn:
 
 
 def _end_with_callback() -> None:
-    """A fork in a callback of the event loop itself. The loop cannot be left from there: the child ends with it."""
+    """Handle a fork in a callback of the event loop itself. The loop cannot be left there: the child ends with it."""
     frame: FrameType | None = _get_frame()
     while frame is not None and not (frame.f_back is not None and frame.f_back.f_code is Hub.run.__code__):
         frame = frame.f_back
@@ -424,7 +424,7 @@ def _end_with_callback() -> None:
 
 
 def _let_old_timeouts_end() -> None:
-    """A ``with gevent.Timeout(...)`` in which the greenlet has forked must be left in peace; it ends nothing here."""
+    """Let a ``with gevent.Timeout(...)`` in which the greenlet forked end normally; it ends nothing here."""
     Timeout = gevent_timeout.Timeout
 
     def tolerant(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -444,7 +444,7 @@ def _let_old_timeouts_end() -> None:
 
 def _install() -> None:
     os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
-    # Before those of the program and of other packages, which may wait.
+    # Before the hooks of the program and of other packages, which may wait.
     import gc
 
     for hooks in gc.get_referrers(_in_child):

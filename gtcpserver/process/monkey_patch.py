@@ -1,4 +1,4 @@
-"""Monkey patching by run(..., monkey_patch=True): after the program's imports, so with a look at what was missed."""
+"""Monkey patching by run(..., monkey_patch=True): after the program's imports, so it checks what was missed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gevent import monkey
 
 log = logging.getLogger("gtcpserver")
 
-#: Modules of which gevent replaces what waits.
+#: Modules whose waiting functions gevent replaces.
 WAITING = (
     "time",
     "socket",
@@ -29,25 +29,25 @@ WAITING = (
     "queue",
 )
 
-#: Packages that take care of it themselves. Of the standard library gevent replaces what is needed.
+#: Packages that take care of it themselves. In the standard library gevent replaces what is needed.
 EXEMPT = frozenset({"gevent", "greenlet", "gtcpserver", *sys.stdlib_module_names})
 
-#: Named in the log line; a reader needs an example, not all.
+#: Maximum named in the log line; a reader needs an example, not all of them.
 MOST_NAMED = 6
 
 
 def patch_all() -> None:
-    """Monkey-patch the standard library unless the program has done so, and warn of what came before it.
+    """Monkey-patch the standard library unless the program has done so, and warn about older objects.
 
-    Modules imported before (``import time``) are patched like any other, and names in modules (``from time import
-    sleep``) are set to what replaces them. A subclass, a lock or another object that exists already stays what it is,
+    Modules imported earlier (``import time``) are patched like any other, and names in modules (``from time import
+    sleep``) are set to their replacements. A subclass, a lock or another object that already exists does not change,
     and blocks.
     """
     if monkey.is_module_patched("socket"):
         return
     before = _MadeBefore()
     with warnings.catch_warnings():
-        # gevent warns of names of ssl.SSLContext, which are replaced below.
+        # gevent warns about names of ssl.SSLContext, which are replaced below.
         warnings.simplefilter("ignore", monkey.MonkeyPatchWarning)
         monkey.patch_all()
     found = sorted(before.replace_names())
@@ -63,7 +63,7 @@ def patch_all() -> None:
 
 
 class _MadeBefore:
-    """What the modules of the program and its libraries have of the unpatched standard library."""
+    """What the modules of the program and its libraries hold of the unpatched standard library."""
 
     def __init__(self) -> None:
         self._modules = [
@@ -71,7 +71,7 @@ class _MadeBefore:
             for name, module in list(sys.modules.items())
             if isinstance(module, ModuleType) and name.partition(".")[0] not in EXEMPT
         ]
-        # Locks of the system, and what is made of them.
+        # System locks, and objects built on them.
         self._kinds: tuple[type, ...] = (
             type(threading.Lock()),
             type(threading.RLock()),
@@ -83,14 +83,14 @@ class _MadeBefore:
         )
 
     def replace_names(self) -> Iterator[str]:
-        """After patching: set the names of what has been replaced; yields what must stay."""
+        """Set the names of what was replaced, after patching; yield what cannot be replaced."""
         originals = _originals()
         for module_name, module in self._modules:
             for name, value in list(vars(module).items()):
                 if id(value) in originals:
                     vars(module)[name] = originals[id(value)]
                 elif isinstance(value, type):
-                    # One of the program's own, made of what was replaced.
+                    # An object of the program, built on what was replaced.
                     if value.__module__ == module_name and any(id(base) in originals for base in value.__mro__):
                         yield f"{module_name}.{name} (a subclass)"
                 elif type(value) in self._kinds or id(type(value)) in originals:
@@ -98,7 +98,7 @@ class _MadeBefore:
 
 
 def _originals() -> dict[int, Any]:
-    """By the id of what gevent has replaced: what replaces it."""
+    """Return the replacements by the ID of what gevent has replaced."""
     saved: dict[str, dict[str, Any]] = monkey.saved
     return {
         id(original): getattr(sys.modules[module], name)

@@ -1,9 +1,9 @@
-"""Standard descriptors: 0, 1 and 2 are open before anything of ours is.
+"""Standard descriptors: 0, 1 and 2 are open before we open anything.
 
-A program may be started without some of them (`<&-`, cron-like and embedded service managers). What is opened next has
-their numbers then: a listening socket is "standard input", a client gets what somebody prints, and the child processes
-of a program hang or are given what is not theirs. POSIX lets execve(2) open something there for the same reason, and
-glibc does for set-user-ID programs.
+A program may be started without some of them (`<&-`, cron-like and embedded service managers). The next descriptors
+that are opened would get their numbers: a listening socket becomes "standard input", a client gets printed text, and
+child processes of a program hang or inherit the wrong files. POSIX lets execve(2) open something there for the same
+reason, and glibc does so for set-user-ID programs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .descriptors import close_descriptor
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null as each standard descriptor that is closed, and make the streams of `sys` that Python then lacks.
+    """Open /dev/null as each closed standard descriptor, and create the streams of `sys` that Python then lacks.
 
-    Where there is no /dev/null (a chroot without it), a pipe that nobody writes to takes the number: to read finds the
-    end, to write fails (EBADF) as on a closed descriptor.
+    If there is no /dev/null (in a chroot), a pipe without a writer takes the number: reading finds the end, writing
+    fails (EBADF) as on a closed descriptor.
 
     Raises:
         OSError: neither can be opened.
@@ -27,7 +27,7 @@ def open_standard_descriptors() -> None:
         if _is_open(fd):
             continue
         is_null = _open(fd)
-        # Python has None for a stream whose descriptor was closed at its start, to which print() writes nothing.
+        # Python has None for a stream whose descriptor was closed at startup, to which print() writes nothing.
         if getattr(sys, name) is None and (is_null or fd == 0):
             stream = open(fd, "w" if fd else "r", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
@@ -43,7 +43,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _open(fd: int) -> bool:
-    """Open something as the lowest number that is free; says whether it is /dev/null."""
+    """Open something as the lowest free number; return whether it is /dev/null."""
     try:
         got, is_null = os.open(os.devnull, os.O_RDWR), True
     except OSError:

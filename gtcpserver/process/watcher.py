@@ -1,11 +1,11 @@
-"""Watchers of descriptors that the event loop could not watch do not stay silent.
+"""Report descriptors that the event loop failed to watch, instead of staying silent.
 
-When epoll_ctl(2) fails (ENOMEM, or ENOSPC: fs.epoll.max_user_watches), libev stops every watcher of that descriptor
-and tells each by one event (fd_kill in its ev.c, EV_ERROR | EV_READ | EV_WRITE). To the callback it looks like any
-other: nothing to read, so it waits on, and gevent then forgets the stopped watcher (gevent_stop in its callbacks.c):
-whoever waits, waits for ever. gevent calls the watcher's ``stop`` for that, and this is where it is noticed: it is
-watched once more, and the second time whoever waits gets an error. (The event comes when the loop goes round next, for
-which a server has a timer.)
+When epoll_ctl(2) fails (ENOMEM, or ENOSPC: fs.epoll.max_user_watches), libev stops every watcher of that descriptor and
+signals each with one event (fd_kill in its ev.c, EV_ERROR | EV_READ | EV_WRITE). To the callback it looks like any
+other event: nothing to read, so it waits on, and gevent then forgets the stopped watcher (gevent_stop in its
+callbacks.c): the waiting greenlet would wait forever. gevent calls the watcher's ``stop`` for that, which is where it
+is noticed: the descriptor is watched once more, and the second time the waiting greenlet gets an error. (The event
+comes in the loop's next turn, for which a server has a timer.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if gevent.config.loop.__module__ == "gevent.libev.corecext":
     _loop, _io = corecext.loop, corecext.io
 
 
-# By name, since type checkers would otherwise not know those of gevent's class.
+# By name, since type checkers would otherwise not know the attributes of gevent's class.
 _SLOTS = ("_was_lost",)
 
 
@@ -41,8 +41,8 @@ class _Watcher(_io):  # type: ignore[misc]
     events: Any
 
     def is_lost_again(self) -> bool:
-        """Note that libev has stopped it; whether it had before."""
-        # libev believes it has registered the descriptor. Events that are set anew make the next start try again
+        """Note that libev has stopped it; return whether it had done so before."""
+        # libev believes that it has registered the descriptor. Setting the events again makes the next start try again
         # (EV__IOFDSET in its ev.c).
         self.events = self.events & 3
         try:
@@ -53,7 +53,7 @@ class _Watcher(_io):  # type: ignore[misc]
 
     def stop(self) -> None:
         callback, arguments = self.callback, self.args
-        # Called by the loop itself, and not because the callback has failed (then the watcher would be active).
+        # Called by the loop itself, not because the callback has failed (then the watcher would be active).
         lost = callback is not None and not self.active and _get_frame(1).f_code is _HUB_RUN
         stop_watcher(self)
         if not lost:
@@ -67,20 +67,20 @@ class _Watcher(_io):  # type: ignore[misc]
 
 
 def watch(loop: Any, fd: int, events: int) -> Any:
-    """A watcher like that of ``loop.io``; its callback is a greenlet's ``switch``, or a method of an object with a
-    ``throw``.
+    """Return a watcher like that of ``loop.io``; its callback is a greenlet's ``switch``, or a method of an object with
+    a ``throw``.
 
     Raises:
         OSError: EIO: it cannot be watched; EBADF: the descriptor is closed.
     """
     try:
-        # A loop of another class has watchers of its own, which are taken as they are.
+        # A loop of another class has its own watchers, which are used as they are.
         return _Watcher(loop, fd, events) if type(loop) is _loop else loop.io(fd, events)
     except OSError as error:
         if error.errno == errno.EBADF:
             raise
-        # gevent asks fcntl(2) whether the descriptor is open. Whatever a filter of seccomp(2) answers, an EAGAIN too,
-        # says nothing about the peer.
+        # gevent asks fcntl(2) whether the descriptor is open. The answer of a seccomp(2) filter, even EAGAIN, says
+        # nothing about the peer.
         raise cannot_watch(f"fcntl(2): {error.strerror}") from error
 
 
@@ -88,17 +88,17 @@ def _stop(watcher: Any) -> None:
     watcher.stop()
 
 
-#: Stops a watcher, whatever has happened to it: what our own code calls. gevent's ``close`` does nothing else.
+#: Stop a watcher in any state: for our own code. gevent's ``close`` does nothing else.
 stop_watcher: Callable[[Any], None] = _stop if _loop is None else _io.stop
 
 
 def parking(watcher: Any) -> Any:
-    """A callback that stops the watcher."""
+    """Return a callback that stops the watcher."""
     return watcher.stop if _loop is None else stop_watcher.__get__(watcher)
 
 
 def check_watched(watcher: Any) -> None:
-    """After an event: raise OSError if it was to say, for the second time, that the descriptor is not watched."""
+    """Raise OSError if an event reported, for the second time, that the descriptor is not being watched."""
     if not watcher.active and isinstance(watcher, _Watcher) and watcher.is_lost_again():
         raise cannot_watch()
 

@@ -21,10 +21,9 @@ CLIENT is "any", an address or a network. DESTINATION is one of these, followed 
 
 The first rule that matches decides; after the last one the default is deny. Special kinds of addresses (loopback,
 this-host, link-local, private, shared, metadata, multicast, broadcast, unspecified, reserved) are only reachable
-through
-a rule that names them: the kind, or a network within it. "allow any" and ".example.com" do not count: the first would
-open the proxy's own network to its clients, the second would open it to the owner of that domain's name server. An
-address of this host is this-host before it is link-local, private or the like; only the kind or the address itself
+through a rule that names them: the kind, or a network within it. "allow any" and ".example.com" do not count: the first
+would open the proxy's own network to its clients, the second would open it to the owner of that domain's name server.
+An address of this host is this-host before it is link-local, private or the like; only the kind or the address itself
 names it.
 """
 

@@ -1,11 +1,10 @@
 """Which addresses are this host's own: services on them would be reached past the firewall that protects them.
 
 The kernel is asked about each address when needed (RTM_GETROUTE, rtnetlink(7)): would it deliver a packet to it
-locally?
-So the answer is current, however addresses come and go, and covers what no list of interfaces has: networks that are
-local by route (``ip route add local``, AnyIP) and anycast. Measured: 2 to 3 us per question; checking a subscription to
-changes for news would take 1 us. It does not wait for the lock of the kernel's network configuration, as a list of the
-addresses would (RTNL: a second and more on hosts with thousands of interfaces).
+locally? So the answer is current, however addresses come and go, and covers what no list of interfaces has: networks
+that are local by route (``ip route add local``, AnyIP) and anycast. Measured: 2 to 3 us per question; checking a
+subscription to changes for news would take 1 us. It does not wait for the lock of the kernel's network configuration,
+as a list of the addresses would (RTNL: a second and more on hosts with thousands of interfaces).
 """
 
 from __future__ import annotations

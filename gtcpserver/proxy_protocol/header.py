@@ -1,8 +1,7 @@
 """The PROXY protocol, versions 1 and 2: a load balancer's header before the client's own bytes. No I/O.
 
 The source is haproxy's doc/proxy-protocol.txt; section numbers refer to it. A listener either expects the header or
-does
-not: guessing would let every client choose its apparent address (section 2). For the same reason nothing here is
+does not: guessing would let every client choose its apparent address (section 2). For the same reason nothing here is
 lenient: anything but an exact header is an error.
 """
 
