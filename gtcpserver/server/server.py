@@ -111,12 +111,23 @@ FIRST_REQUEST_OVER_TLS = 2.0
 
 
 class State(Enum):
-    """The life of a server; it goes one way."""
+    """The life of a server."""
 
     NEW = "new"
     SERVING = "serving"
     STOPPING = "stopping"
     STOPPED = "stopped"
+
+
+#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+STATE_CHANGES = {
+    (State.NEW, State.SERVING): "`start()`, or `serve_forever()`",
+    (State.SERVING, State.NEW): "an accept loop cannot start: everything is closed again, and the error is raised",
+    (State.NEW, State.STOPPED): "`stop()` before the start",
+    (State.SERVING, State.STOPPING): "`stop()`, a signal, the last of `max_accepts`, or the loss of a listening socket",
+    (State.STOPPING, State.STOPPED): "nobody is connected, or the time of the stop is over and handlers were ended",
+    (State.SERVING, State.STOPPED): "fork in a handler: nothing of the server is in the child",
+}
 
 
 class Server:

@@ -68,6 +68,18 @@ class MasterState(Enum):
     STOPPED = "stopped"
 
 
+#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+MASTER_CHANGES = {
+    (MasterState.STARTING, MasterState.SERVING): "every slot has a ready worker; after an upgrade, a proven one",
+    (MasterState.STARTING, MasterState.DRAINING): "TERM or INT",
+    (MasterState.STARTING, MasterState.STOPPING): "no worker can start, or QUIT",
+    (MasterState.SERVING, MasterState.DRAINING): "TERM or INT",
+    (MasterState.SERVING, MasterState.STOPPING): "the next master is ready, or QUIT",
+    (MasterState.DRAINING, MasterState.STOPPING): "`--drain-delay` is over, or a second signal",
+    (MasterState.STOPPING, MasterState.STOPPED): "no worker is left, and the monitor has ended",
+}
+
+
 class WorkersCannotStart(GtcpServerError):
     """The first start has failed.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from gtcpserver.plural import counted
@@ -21,6 +22,27 @@ by one, also how long the next worker waits for the memory of the last one that 
 
 Done = Callable[[str | None], None]
 """Called when an operation has ended, with None or why it failed."""
+
+
+class ReloadStage(Enum):
+    """How far a reload is."""
+
+    FIRST = "first worker"  # one new worker goes ahead
+    OTHERS = "other workers"
+    LETTING_GO = "letting go"  # the old ones are told to leave, and still accept
+    DONE = "done"
+    FAILED = "failed"
+
+
+#: Every change of stage there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+RELOAD_CHANGES = {
+    (ReloadStage.FIRST, ReloadStage.OTHERS): "the first new worker is proven",
+    (ReloadStage.FIRST, ReloadStage.LETTING_GO): "it is proven, and was the only one",
+    (ReloadStage.OTHERS, ReloadStage.LETTING_GO): "all new workers are proven",
+    (ReloadStage.LETTING_GO, ReloadStage.DONE): "the old ones accept no more, or 5 s are over",
+    (ReloadStage.FIRST, ReloadStage.FAILED): "a new worker fails, or a stop begins",
+    (ReloadStage.OTHERS, ReloadStage.FAILED): "a new worker fails, or a stop begins",
+}
 
 
 class Reload:
@@ -49,13 +71,13 @@ class Reload:
         self._all_started: set[WorkerProcess] = set()
         self._replaced = 0
         self._leaving: list[WorkerProcess] = []
-        self._finishing = False
+        self.stage = ReloadStage.FIRST
         self._give_up_at = 0.0
         log.info("reload %d begins: %s", self.generation - 1, counted(len(self._slots), "worker"))
 
     def go_on(self) -> None:
         """Takes the next step if the last one is done."""
-        if self._finishing:
+        if self.stage is ReloadStage.LETTING_GO:
             self._end_when_they_have_let_go()
             return
         if not all(map(self._fleet.proven, self._started)):
@@ -65,11 +87,13 @@ class Reload:
             if self._steps and not self._has_room():
                 return
         if self._steps:
+            if self._started or self._replaced:
+                self.stage = ReloadStage.OTHERS
             self._start(self._steps.pop(0))
             return
         if not self._one_by_one:
             self._promote(self._slots)
-        self._finishing = True
+        self.stage = ReloadStage.LETTING_GO
 
     def _promote(self, slots: list[Slot]) -> None:
         if not slots:
@@ -98,6 +122,7 @@ class Reload:
         if accepting and self._fleet.system.monotonic() < self._give_up_at:
             return
         self._fleet.reload = None
+        self.stage = ReloadStage.DONE
         log.info("reload %d is done; the old workers finish their connections", self.generation - 1)
         self._tell(None)
 
@@ -116,7 +141,7 @@ class Reload:
 
         One by one, also that of a worker that has its place already: what killed it may kill the others.
         """
-        return worker in self._all_started and not self._finishing
+        return worker in self._all_started and self.stage is not ReloadStage.LETTING_GO
 
     def abort(self, why: str) -> None:
         """Old workers that were not replaced yet stay, the new ones that should replace them leave."""
@@ -124,9 +149,11 @@ class Reload:
         if fleet.reload is not self:
             return
         fleet.reload = None
-        if self._finishing:  # the new ones have their places already
+        if self.stage is ReloadStage.LETTING_GO:  # the new ones have their places already
+            self.stage = ReloadStage.DONE
             self._tell(None)
             return
+        self.stage = ReloadStage.FAILED
         for slot in self._slots:
             worker = slot.next
             # One whose predecessor has died meanwhile is needed.

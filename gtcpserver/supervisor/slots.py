@@ -33,6 +33,20 @@ class WorkerState(Enum):
     KILLED = "killed"
 
 
+#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: A worker may end in each of them: then the master forgets it.
+WORKER_CHANGES = {
+    (WorkerState.STARTING, WorkerState.READY): "it says `ready`",
+    (WorkerState.STARTING, WorkerState.RETIRING): "reload fails, or a new master takes over",
+    (WorkerState.STARTING, WorkerState.STOPPING): "stop, or its slot goes away",
+    (WorkerState.READY, WorkerState.RETIRING): "a successor is proven, its loop is blocked, or a new master takes over",
+    (WorkerState.READY, WorkerState.STOPPING): "stop, or its slot goes away",
+    (WorkerState.RETIRING, WorkerState.STOPPING): "QUIT",
+    (WorkerState.RETIRING, WorkerState.KILLED): "its time is over",
+    (WorkerState.STOPPING, WorkerState.KILLED): "its time is over",
+}
+
+
 @dataclass(eq=False)
 class WorkerProcess:
     """One worker process.

@@ -19,6 +19,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from gtcpserver.errors import GtcpServerError
@@ -41,6 +42,24 @@ TELL_SECONDS = 2.0  # for the old master's socket to take a message
 
 FAILED_SECONDS = 40.0
 """How long one that has failed may take to end before it is killed: the default graceful time-out, and some more."""
+
+
+class UpgradeStage(Enum):
+    """How far the upgrade of a master is."""
+
+    NONE = "none"
+    UNDER_WAY = "under way"  # a new master starts, and this one serves
+    LEFT = "left"  # the new master has everything
+
+
+#: Every change of stage there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+UPGRADE_CHANGES = {
+    (UpgradeStage.NONE, UpgradeStage.UNDER_WAY): "USR2, or `ctl upgrade`",
+    (UpgradeStage.UNDER_WAY, UpgradeStage.LEFT): "the new master says `ready`",
+    (UpgradeStage.UNDER_WAY, UpgradeStage.NONE): (
+        "it fails: the new master says `failed`, ends, or takes more than 120 s; or this one stops"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +127,12 @@ class Upgrade:
 
     Attributes:
         channel: on which the new master says that it is ready; None if none is being started.
+        stage: how far it is.
     """
 
     def __init__(self, system: System, leave_to: Callable[[int], None]) -> None:
         self.channel: Channel | None = None
+        self.stage = UpgradeStage.NONE
         self._system = system
         self._leave_to = leave_to
         self._pid = 0
@@ -122,7 +143,7 @@ class Upgrade:
 
     @property
     def under_way(self) -> bool:
-        return self.channel is not None
+        return self.stage is UpgradeStage.UNDER_WAY
 
     def pids(self) -> list[int]:
         """New masters that are our children still."""
@@ -162,6 +183,7 @@ class Upgrade:
         finally:
             theirs.close()
         self.channel = ours
+        self.stage = UpgradeStage.UNDER_WAY
         self._done = done
         self._give_up_at = self._system.monotonic() + UPGRADE_SECONDS
         log.info("a new master was started (pid %d)", self._pid)
@@ -206,6 +228,7 @@ class Upgrade:
 
     def _succeed(self) -> None:
         self.close()
+        self.stage = UpgradeStage.LEFT
         log.info("the new master (pid %d) is ready; this one's workers finish their connections", self._pid)
         self._successor = self._pid
         self._leave_to(self._pid)
@@ -228,6 +251,7 @@ class Upgrade:
 
     def _give_up(self, why: str, gone: bool = False) -> None:
         self.close()
+        self.stage = UpgradeStage.NONE
         if not gone:
             # It ends its workers as a stop does: they may have taken connections.
             self._failed[self._pid] = self._system.monotonic() + FAILED_SECONDS
