@@ -1,6 +1,6 @@
-"""Read and print an endpoint: "127.0.0.1:5000", "[::1]:443", "*:80", "unix:/run/x.sock", "unix:@name", "fd:3".
+"""Parse and print endpoints: "127.0.0.1:5000", "[::1]:443", "*:80", "unix:/run/x.sock", "unix:@name", "fd:3".
 
-A port alone is on LOOPBACK: a service is open to the network only where that was written.
+A port without a host is on LOOPBACK: a service is only open to the network if that was written.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
+#: Bytes: sockaddr_un.sun_path holds 108 with the closing NUL, or with an abstract name's leading one; unix(7).
 MAX_UNIX_PATH = 107
-"""Bytes: sockaddr_un.sun_path holds 108 with the closing NUL, or with an abstract name's leading one; unix(7)."""
 
+#: Characters of a host name as text, RFC 1035 section 2.3.4 less the length bytes of the wire form.
 MAX_HOST_NAME = 253
-"""Characters of a host name as text, RFC 1035 section 2.3.4 less the length bytes of the wire form."""
 
 EXPECTED = '"host:port", "[IPv6]:port", "*:port", "unix:/path", "unix:@name" or "fd:number"'
 
+#: Not "localhost", which may have two addresses, for which port 0 would become two ports.
 LOOPBACK = "127.0.0.1"
-"""Not "localhost", which may be two addresses, of which port 0 would get two ports."""
 
 
-#: What ``accept``, ``getsockname`` and ``getpeername`` give: IPv4's (host, port), IPv6's (host, port, flow info, scope
-#: id), or the path of a unix socket. (An abstract name comes as bytes, which programs hardly ever meet.)
+#: Result of ``accept``, ``getsockname`` and ``getpeername``: IPv4's (host, port), IPv6's (host, port, flow info, scope
+#: id), or the path of a Unix socket. (Abstract names, which are rare, are bytes.)
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | str
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. Made by `parse_address`, which checks it; `str` prints what `parse_address` reads.
+    """A listening address. Created by `parse_address`, which checks it; `str` prints a form that `parse_address` reads.
 
     Attributes:
         kind: which of the other fields count: "tcp" (host, port), "unix" (path) or "fd" (fd).
@@ -57,12 +57,12 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-#: What Server listens on, or a list of these.
+#: An address for Server to listen on, or a list of these.
 ListenAddress = str | int | tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int] | Address | socket.socket
 
 
 def parse_address(address: str | int | tuple[Any, ...]) -> Address:
-    """Read an address.
+    """Parse an address.
 
     Args:
         address: text in one of the forms above (":80" is ``"*:80"``); a port, as text or number, on 127.0.0.1; or a
@@ -81,7 +81,7 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
 
 
 def check_none_twice(addresses: Iterable[Any]) -> None:
-    """Raise ConfigError where an address is given twice, or two are the same by RFC 6761: localhost is 127.0.0.1, ::1.
+    """Raise ConfigError if an address is given twice, or two are the same by RFC 6761: localhost is 127.0.0.1, ::1.
 
     What is the same only by a name's addresses, or as a part of "*", fails when it is bound.
 
@@ -106,7 +106,7 @@ def check_none_twice(addresses: Iterable[Any]) -> None:
 
 
 def format_sockaddr(sockaddr: Any, family: int) -> str:
-    """Print what `getsockname` or `getpeername` returned, as `parse_address` reads it.
+    """Return a result of `getsockname` or `getpeername` in the form that `parse_address` reads.
 
     An IPv4 peer of a dual-stack socket ("::ffff:192.0.2.1", RFC 4291 section 2.5.5.2) is printed as the IPv4 address
     it is; a unix socket without a name, as most clients' are, as "unix:".
@@ -184,7 +184,7 @@ def _check_host(host: str, given: object) -> str:
             return str(ipaddress.IPv4Address(host))
         except ValueError as exc:
             raise ConfigError(f"host must be an IPv4 address of four numbers, got {given!r} ({exc})") from None
-    # What no host name holds, so that a mistaken URL or path is told apart from a name that does not resolve.
+    # Characters that no host name has, so that a mistaken URL or path is not taken for a name that does not resolve.
     if len(host) > MAX_HOST_NAME or any(c in "/[]@%*?#\\:\"'" or c.isspace() or not c.isprintable() for c in host):
         raise ConfigError(f"host must be an IP address, a host name or *, got {given!r}")
     try:

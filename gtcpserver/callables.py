@@ -1,6 +1,6 @@
-"""Checks of functions given as options: one clear message, when the option is given, for what can never work.
+"""Checks of functions given as options: one clear message, when the option is given, for functions that can never work.
 
-The command line, Server and the adapters say the same words of the same mistake.
+The command line, Server and the adapters use the same message for the same mistake.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def check_hook(name: str, hook: Any, subject: str | None = None) -> None:
 
 
 def check_application(application: Any, subject: str | None = None) -> None:
-    """Raise ConfigError unless ``application`` can be one of WSGI: any callable but async ones, which are for ASGI."""
+    """Raise ConfigError unless ``application`` can be a WSGI application: any callable except async ones (ASGI)."""
     subject = subject or f"application {full_name_of(application)}"
-    # PEP 3333: it may be a generator, it is the result that is iterated.
+    # PEP 3333: it may be a generator, since its result is iterated.
     _check(application, subject, ("the environment", "start_response"), "a WSGI application", may_generate=True)
 
 
 def _check(found: Any, subject: str, arguments: tuple[str, ...], kind: str, may_generate: bool = False) -> None:
-    """Raise ConfigError unless a call of ``found`` with these ``arguments`` runs it to its end."""
+    """Raise ConfigError unless calling ``found`` with these ``arguments`` runs it to its end."""
     if not callable(found):
         raise ConfigError(f"{subject} is not callable, it is {_a(type(found).__name__)}")
     function = _called_first(found)
@@ -69,7 +69,7 @@ def _check(found: Any, subject: str, arguments: tuple[str, ...], kind: str, may_
     if inspect.isgeneratorfunction(function) and not may_generate:
         raise ConfigError(f"{subject} is a generator; {kind} is a plain function that blocks")
     try:
-        # Not the signature of what a decorator wraps: the decorator may add arguments of its own.
+        # Not the signature of a decorated function: the decorator may add arguments of its own.
         signature = inspect.signature(found, follow_wrapped=False)
     except (ValueError, TypeError):  # some builtins have none
         return
@@ -94,7 +94,7 @@ def name_of(found: Any) -> str:
 
 
 def full_name_of(found: Any) -> str:
-    """Return the name with its module, such as "app.Chat.serve"; the repr of what has no name of its own."""
+    """Return the name with its module, such as "app.Chat.serve"; the repr of an object without a name."""
     if not isinstance(getattr(found, "__qualname__", None), str):
         return repr(found)
     module = getattr(found, "__module__", None)

@@ -1,23 +1,23 @@
-"""The errors that are ours. What the operating system says stays an OSError."""
+"""The errors of this library. Errors of the operating system stay OSErrors."""
 
 
 class GtcpServerError(Exception):
-    """Root of every error this library raises by itself."""
+    """Base class of all errors of this library."""
 
 
 class ConfigError(GtcpServerError, ValueError):
-    """An option that cannot work. The message names the field, the value and what was expected."""
+    """An invalid option. The message names the field, the value and what was expected."""
 
 
 class LimitExceeded(GtcpServerError, ValueError):
-    """The peer sent more than the caller allows; the connection is out of step and should be closed."""
+    """The peer sent more than the caller allows; the connection is out of sync and should be closed."""
 
 
 class EarlyEOF(GtcpServerError, EOFError):
-    """The peer closed before the whole message had come.
+    """The peer closed before the whole message had arrived.
 
     Attributes:
-        partial: bytes that had come until then (b"" when the peer closed between two messages).
+        partial: bytes received until then (b"" if the peer closed between two messages).
     """
 
     def __init__(self, message: str, partial: bytes = b"") -> None:
@@ -26,18 +26,18 @@ class EarlyEOF(GtcpServerError, EOFError):
 
 
 class DeadlineExceeded(GtcpServerError, TimeoutError):
-    """The time for a block of calls, or for a handler, is used up."""
+    """The time limit of a block of calls, or of a handler, was exceeded."""
 
 
 class TruncatedStream(GtcpServerError, EOFError):
-    """A TLS peer closed its connection without saying so (no close_notify): what came may be cut short."""
+    """A TLS peer closed its connection without a close_notify: the data may be truncated."""
 
 
 class ClientRefused(GtcpServerError, ConnectionAbortedError):
-    """A client that a balancer has named is beyond a limit of the server; its connection has been reset.
+    """A client named by a balancer's PROXY header exceeds a limit of the server; its connection was reset.
 
     Attributes:
-        reason: as ``ClientLimits.refused`` counts it: "client_denied", "client_connections", "client_rate".
+        reason: as counted in ``ClientLimits.refused``: "client_denied", "client_connections", "client_rate".
     """
 
     def __init__(self, reason: str) -> None:
@@ -46,10 +46,10 @@ class ClientRefused(GtcpServerError, ConnectionAbortedError):
 
 
 class TLSFlood(GtcpServerError, ConnectionAbortedError):
-    """A TLS client sends record after record without data, such as key updates. The connection is reset.
+    """A TLS client sends record after record without data, such as key updates. The connection was reset.
 
     Attributes:
-        kind: of the last one: "key_update", "alert", "handshake", "change_cipher_spec", "empty", "other".
+        kind: kind of the last record: "key_update", "alert", "handshake", "change_cipher_spec", "empty", "other".
     """
 
     def __init__(self, message: str, kind: str) -> None:

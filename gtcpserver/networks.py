@@ -1,4 +1,4 @@
-"""IP addresses and networks in one form, so that those of clients and those of configurations can be compared.
+"""IP addresses and networks in one form, so that clients can be compared with configurations.
 
 An IPv4 client of a socket for both families has an IPv4-mapped IPv6 address (::ffff:192.0.2.1; RFC 4291 section
 2.5.5.2), and a configuration may name it so: both are IPv4 here. A zone ("fe80::1%eth0") is not compared.
@@ -15,18 +15,18 @@ IPNetwork = IPv4Network | IPv6Network
 
 
 def unmapped(ip: IPAddress) -> IPAddress:
-    """Return the IPv4 address that an IPv4-mapped IPv6 address stands for; others as they are."""
+    """Return the IPv4 address that an IPv4-mapped IPv6 address stands for; return others unchanged."""
     return (ip.ipv4_mapped or ip) if isinstance(ip, IPv6Address) else ip
 
 
 @lru_cache(maxsize=4096)
 def as_ip(host: str) -> IPAddress:
-    """Return an address as sockets name it, without its zone and unmapped. Raises ValueError."""
+    """Parse an address as returned by sockets; drop its zone and unmap it. Raise ValueError."""
     return unmapped(ip_address(host.partition("%")[0]))
 
 
 def parse_network(text: str) -> IPNetwork:
-    """Read "10.0.0.0/8" or an address, mapped or not.
+    """Parse "10.0.0.0/8" or an address, mapped or not.
 
     Raises:
         ValueError: it is neither, has bits set beyond its prefix, or a zone.
@@ -43,5 +43,5 @@ def parse_network(text: str) -> IPNetwork:
 
 
 def is_in(ip: IPAddress, networks: Iterable[IPNetwork]) -> bool:
-    """Tell whether an address, as `as_ip` returns it, is in one of the networks."""
+    """Return whether an address from `as_ip` is in one of the networks."""
     return any(ip in network for network in networks if network.version == ip.version)

@@ -1,7 +1,7 @@
-"""Types of what Server and run are called with, for type checkers.
+"""Types of the arguments of Server and run, for type checkers.
 
-``typing.Unpack`` is Python 3.11's, and a generic TypedDict, too: only type checkers read them, which have
-typing_extensions. Each option stands here a second time; tests/typed/test_typing.py compares both.
+``typing.Unpack`` and generic TypedDicts need Python 3.11: only type checkers read them, which have typing_extensions.
+Each option is repeated here; tests/typed/test_typing.py compares both.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ else:
 
     ConnectionT = TypeVar("ConnectionT")
 
-#: Nobody reads what a handler returns; None keeps out async functions and generators, which would not even begin. One
-#: that takes any socket will do as well.
+#: A handler's result is ignored; None excludes async functions and generators, which would not even begin. Handlers
+#: typed for any socket are accepted, too.
 Handler = Callable[[ConnectionT], None]
 OnFull = Literal["wait", "reject", "close_idle"]
 
 if TYPE_CHECKING:
 
     class ServerOptions(TypedDict, Generic[ConnectionT], total=False):
-        """The keyword arguments of Server but ``connection_class``."""
+        """The keyword arguments of Server except ``connection_class``."""
 
         listen: ListenConfig | None
         accept_loops: int

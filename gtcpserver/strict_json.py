@@ -1,4 +1,4 @@
-"""JSON that every parser takes (RFC 8259), from whatever programs count and log.
+"""JSON that every parser accepts (RFC 8259), from whatever programs count and log.
 
 Python's json writes NaN and Infinity, which are no JSON (RFC 8259 section 6): one such field makes a line unreadable to
 jq, Go, JavaScript and every log collector. They become null, as in JSON.stringify (ECMA-262).
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-MAX_DEPTH = 16  # of objects in objects; log fields have two or three. Deeper ones become text
+MAX_DEPTH = 16  # of nested objects; log fields have two or three levels. Deeper ones become text
 
+#: Larger whole numbers become text: Python does not print thousands of digits (sys.set_int_max_str_digits).
 LARGEST_NUMBER = 2**256
-"""Whole numbers beyond become text: Python does not print those of thousands of digits (sys.set_int_max_str_digits)."""
 
-SHORTEST = 16  # characters, to which texts are cut at most
+SHORTEST = 16  # characters; texts are not cut any shorter
 
 
 def _encoder(**options: Any) -> Callable[[Any], str]:
@@ -29,7 +29,7 @@ _encode = _encoder()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Write a value as JSON, in ASCII; what JSON does not have becomes text, or null where it is no finite number.
+    """Write a value as JSON, in ASCII; unsupported values become text, numbers that are not finite null.
 
     Never raises for what a value is.
     """
@@ -37,13 +37,13 @@ def to_json(value: Any, indent: int | None = None) -> str:
     try:
         return encode(value)
     except Exception:
-        # Numbers, keys that are no text, a value that refers to itself, or an object's own methods.
+        # Numbers, keys that are not strings, a value that refers to itself, or an object's own methods.
         return encode(_plain(value, MAX_DEPTH))
 
 
 def to_short_json(fields: Mapping[str, Any], longest: int) -> str:
-    """Write an object in so many bytes at most: the longest texts and names lose their middle, then other fields are
-    left out."""
+    """Write an object in at most ``longest`` bytes: the longest texts and names lose their middle, then other fields
+    are left out."""
     line = to_json(fields)
     most = longest
     while len(line) > longest and most > SHORTEST:
@@ -71,7 +71,7 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if depth > 0:
-        with suppress(Exception):  # of the value's own methods
+        with suppress(Exception):  # raised by the value's own methods
             if isinstance(value, Mapping):
                 return {as_text(key): _plain(one, depth - 1) for key, one in value.items()}
             if isinstance(value, (list, tuple)):
@@ -80,7 +80,7 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """Return str(value), or what kind of value it is where that fails."""
+    """Return str(value), or the kind of value if that fails."""
     try:
         return str(value)
     except Exception:

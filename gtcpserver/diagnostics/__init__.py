@@ -1,1 +1,1 @@
-"""What operators read: log lines, faults, what blocks the event loop."""
+"""What operators read: log lines, errors, and what blocks the event loop."""

@@ -1,12 +1,12 @@
-"""BlockDetector: finds what blocks the event loop: where it stands, and for how long.
+"""BlockDetector: find what blocks the event loop, where, and for how long.
 
-All handlers share one thread. One that computes, or calls what cannot be patched (a driver written in C, a lock of the
-system), makes all others wait, and nothing tells. Here a timer in the loop says that it runs, and a native thread looks
-at where the loop's thread stands when the timer is late. Greenlets' switches are counted: many that hold the loop for a
-short time each are load, and none of them is to blame.
+All handlers share one thread. A handler that computes, or calls something that cannot be patched (a driver written in
+C, a system lock), makes all others wait, and nothing shows it. Here a timer in the loop proves that it runs, and when
+the timer is late a native thread looks at the stack of the loop's thread. Greenlet switches are counted: many greenlets
+that hold the loop for a short time each are load, and none of them is to blame.
 
-gevent's own monitor thread (``gevent.config.monitor_thread``) was not taken: it does not know for how long something
-has blocked, and its report, the tree of all greenlets, goes to a stream that may itself block.
+gevent's own monitor thread (``gevent.config.monitor_thread``) is not used: it does not know how long something has
+blocked, and its report, the tree of all greenlets, goes to a stream that may itself block.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .logs import FaultLimiter, also
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds. People at a screen do not notice less, and a handler that computes for longer is worth a thread.
 DEFAULT_THRESHOLD = 0.1
-"""Seconds. Nobody at a screen notices less, and a handler that computes for longer is worth a thread."""
 
+#: Python threads take turns every 5 ms (sys.setswitchinterval), so looks cannot be closer together than that.
 SHORTEST_THRESHOLD = 0.01
-"""Threads of Python take turns every 5 ms (sys.setswitchinterval): looks cannot follow each other closer than that."""
 
+#: Looks per threshold. A block of one and a half thresholds is always found, one below the threshold never.
 LOOKS = 5
-"""Looks in the time of the threshold. What blocks for half as long again is always found, and never less than it."""
 
+#: Maximum seconds between two looks: waiting for a lock has a limit (threading.TIMEOUT_MAX).
 LONGEST_INTERVAL = 3600.0
-"""Seconds between two looks at most: the wait of a lock has a limit (threading.TIMEOUT_MAX)."""
 
+#: After this many thresholds, report it while it is still blocking: it may never end.
 STILL_BLOCKED = 10
-"""What blocks for so many thresholds is reported while it lasts, too: it may never end."""
 
+#: Looks remembered of one block; by then it has been reported.
 MOST_LOOKS = 200
-"""Remembered of one that blocks; by then it has been reported."""
 
 #: What to do about it, the last line of a report.
 COMPUTED = (
@@ -69,11 +69,11 @@ WAITED_PATCHED = (
     "it in a thread, gevent.get_hub().threadpool.apply(function, arguments) (docs/blocking.md)."
 )
 
-#: Of what has held the loop, the part of its time on a CPU from which it computed. What waits has next to none; what
-#: computes may have little on a busy host, whose hypervisor tells nothing.
+#: Share of CPU time above which a block counts as computation. Code that waits uses next to none; code that computes
+#: may get little on a busy host whose hypervisor does not report it.
 COMPUTING = 0.2
 
-#: Places that are told apart where each is reported once: one byte each, which worker processes can share.
+#: Distinct places if each is reported once: one byte each, which worker processes can share.
 PLACES = 4096
 
 _start_thread = get_original("_thread", "start_new_thread")
@@ -92,12 +92,12 @@ class Place(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """Of a thread, since it was started; seconds.
+    """Times of a thread since it was started, in seconds.
 
     Attributes:
         computing: on a CPU.
         starved: ready to run, while others had the CPU (/proc/pid/schedstat: Linux's
-            Documentation/scheduler/sched-stats.rst); 0.0 where the kernel does not tell.
+            Documentation/scheduler/sched-stats.rst); 0.0 if the kernel does not say.
     """
 
     computing: float
@@ -105,14 +105,14 @@ class _Times(NamedTuple):
 
 
 class _ThreadClock:
-    """Tells a thread's times to another one. Made in the thread itself."""
+    """Read a thread's times from another thread. Must be created in the thread itself."""
 
     def __init__(self) -> None:
         self._clock = time.pthread_getcpuclockid(get_original("_thread", "get_ident")())
         path = f"/proc/self/task/{get_original('_thread', 'get_native_id')()}/schedstat"
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # no /proc, no descriptor is free, a kernel without it
+        except OSError:  # no /proc, no free descriptor, a kernel without it
             self._fd = -1
 
     def read(self) -> _Times:
@@ -133,28 +133,28 @@ class _ThreadClock:
 
 
 class BlockDetector:
-    """Watches the event loop of one thread; counts and logs what blocks it.
+    """Watch the event loop of one thread; count and log what blocks it.
 
     ``start`` it in that thread, before or while servers run, and ``stop`` it there; or use it in a ``with``. Servers
     show its counters in ``stats``.
 
-    Each time one greenlet has held the loop for longer than the threshold, a line with its stack and the cure is logged
-    (warning, logger "gtcpserver"), for the same place less and less often. Time in which the thread was ready to run,
-    and other programs had the CPU, does not count.
+    Each time a greenlet has held the loop for longer than the threshold, a line with its stack and the fix is logged
+    (warning, logger "gtcpserver"), for the same place less and less often. Time in which the thread was ready to run
+    while other programs had the CPU does not count.
 
-    It costs 0.1 us a switch of greenlets, of which a request has two; and a timer in the loop and a native thread wake
-    up five times in the time of the threshold: 0.8 % of a CPU with the default. Without it there is no cost.
+    It costs 0.1 us per greenlet switch, two per request; and a timer in the loop and a native thread wake up
+    five times per threshold: 0.8 % of a CPU with the default. Without a detector there is no cost.
 
     Args:
         threshold: seconds, 0.01 or more.
 
     Attributes:
-        blocked: how often something has blocked the loop.
-        blocked_seconds: for how long, all together.
-        reported: by a hash of the place, whether it has been; None: it is, less and less often. For this package.
+        blocked: how often the loop was blocked.
+        blocked_seconds: for how long, in total.
+        reported: whether a place was reported, by its hash; None: report all, less and less often. For this package.
 
     Raises:
-        ConfigError: a threshold that cannot be.
+        ConfigError: an invalid threshold.
     """
 
     def __init__(self, threshold: float = DEFAULT_THRESHOLD) -> None:
@@ -165,7 +165,7 @@ class BlockDetector:
         self._interval = min(threshold / LOOKS, LONGEST_INTERVAL)
         self._faults = FaultLimiter()
         self.reported: bytearray | mmap | None = None
-        self._beat = (0.0, 0)  # when the timer ran last, and the switches up to then
+        self._beat = (0.0, 0)  # when the timer last ran, and the switches up to then
         self._timer: Any = None
         self._tracer: Any = None
         self._clock: _ThreadClock | None = None
@@ -177,8 +177,8 @@ class BlockDetector:
         """Watch this thread's event loop from now on.
 
         Raises:
-            GtcpServerError: it does so already.
-            RuntimeError: the system starts no more threads.
+            GtcpServerError: it is already started.
+            RuntimeError: the system cannot start another thread.
         """
         global _latest
         if self._timer is not None:
@@ -186,7 +186,7 @@ class BlockDetector:
         hub = get_hub()
         self._end = _native_lock()
         self._end.acquire()
-        # Before the tracer, which would go on counting if this failed.
+        # Before the tracer, which would keep counting if this failed.
         timer = hub.loop.timer(self._interval, self._interval, ref=False)
         self._tracer = GreenletTracer()
         self._timer = timer
@@ -205,7 +205,7 @@ class BlockDetector:
         register(self)
 
     def stop(self) -> None:
-        """Watch no longer. The counters stay; servers' stats show them no more."""
+        """Stop watching. The counters stay, but servers' stats no longer show them."""
         global _latest
         if self._timer is not None:
             self._timer.close()
@@ -219,7 +219,7 @@ class BlockDetector:
         return False
 
     def left_in_child(self, _own: Any) -> None:
-        """In a forked child of a serving process (see forked.py): it watches another event loop's thread."""
+        """Forget everything in a forked child of a serving process (see forked.py): the loop belongs to the parent."""
         global _latest
         _latest = self._timer = None
         if self._clock is not None:
@@ -260,7 +260,7 @@ class BlockDetector:
                     holder = None
                 seen = looked, switches = beat
             due = seen[0] + self._interval
-            if now - due < self._interval / 4:  # timers are late for a moment
+            if now - due < self._interval / 4:  # timers are a moment late
                 continue
             before, switches = switches, tracer.greenlet_switch_counter
             stack = _stack_of(thread)
@@ -269,7 +269,7 @@ class BlockDetector:
             else:
                 if holder is not None:
                     self._count(holder, looked, times_before)
-                # Who stands here came after the last look, or, if that was in time, before the timer was due.
+                # The current greenlet started after the last look, or, if that was in time, before the timer was due.
                 since = max(looked, due)
                 if not self._is_one(switches - before, now - since):
                     since = now
@@ -282,10 +282,10 @@ class BlockDetector:
                     self._log(holder, seconds, times, "still is")
 
     def _is_one(self, switches: int, seconds: float) -> bool:
-        """Whether it was one greenlet, for the most part, that held the loop for so long.
+        """Return whether mostly one greenlet held the loop for that long.
 
-        More than one switch is nothing unusual: others ran for a moment before it. But while a call into C holds the
-        interpreter there can be no look, and to this thread it is as if it had got no CPU.
+        More than one switch is not unusual: others ran for a moment before it. But while a call into C holds the
+        interpreter there can be no look, and to this thread it seems as if it had got no CPU.
         """
         return switches <= 1 or seconds / switches >= self.threshold
 
@@ -299,7 +299,7 @@ class BlockDetector:
     def _log(self, holder: _Holder, seconds: float, times: _Times, more: str = "") -> None:
         stack = holder.stack()
         place = stack[-1]
-        # What the program itself has called: a socket's read in the standard library is everybody's.
+        # The line of the program that called it: a socket's read in the standard library may be anybody's.
         caller = next((one for one in reversed(stack) if not is_library(one.code)), place)
         computed = times.computing - holder.times.computing >= seconds * COMPUTING
         left_out = self._allow(place, caller, computed, more)
@@ -329,7 +329,7 @@ class BlockDetector:
         """As FaultLimiter.allow."""
         if self.reported is None:
             return self._faults.allow((place.code, more))
-        # Where it computes, the line is another one each time.
+        # In a computation the line differs each time.
         line = caller.code.co_firstlineno if computed else caller.line
         number = zlib.crc32(f"{caller.code.co_filename}:{line}:{computed}".encode("utf-8", "replace")) % PLACES
         if self.reported[number]:
@@ -344,23 +344,23 @@ def _cure(computed: bool) -> str:
     return WAITED_PATCHED if is_module_patched("socket") else WAITED_UNPATCHED
 
 
-#: Runs now; of several in several threads, the last one.
+#: The running detector; of several in several threads, the last one.
 _latest: BlockDetector | None = None
 
 
 def is_watched() -> bool:
-    """Whether a BlockDetector runs in this process."""
+    """Return whether a BlockDetector runs in this process."""
     return _latest is not None
 
 
 def start_detector(threshold: float, reported: bytearray | mmap) -> BlockDetector | None:
-    """Start a BlockDetector that reports each place once, unless one runs.
+    """Start a BlockDetector that reports each place once, unless one is running.
 
     Args:
-        reported: PLACES zeros; one becomes 1 with each report. Processes may share them.
+        reported: PLACES zeros; each report sets one to 1. Processes may share them.
 
     Returns:
-        None: one runs, or it cannot be started, which is logged: a server can do without.
+        None: one is running, or it cannot be started, which is logged: a server can do without.
     """
     if is_watched():
         return None
@@ -375,8 +375,8 @@ def start_detector(threshold: float, reported: bytearray | mmap) -> BlockDetecto
 
 
 def blocked_so_far() -> tuple[int, float]:
-    """How often, and for how many seconds, something has blocked the event loop since the BlockDetector that runs was
-    started; (0, 0.0) if none runs."""
+    """Return how often, and for how many seconds, the event loop was blocked since the running BlockDetector was
+    started; (0, 0.0) if none is running."""
     return (_latest.blocked, _latest.blocked_seconds) if _latest is not None else (0, 0.0)
 
 
@@ -385,8 +385,8 @@ class _Holder:
 
     Attributes:
         since: when it began, as far as known (monotonic).
-        times: its thread's, when it began.
-        told: that it blocks has been logged while it lasts.
+        times: its thread's times when it began.
+        told: it was already reported while it lasts.
     """
 
     def __init__(self, stack: list[Place], since: float, now: float, times: _Times) -> None:
@@ -397,11 +397,11 @@ class _Holder:
         self._looked = now
 
     def seconds(self, until: float, times: _Times) -> float:
-        """For how long it has held the loop, without the time in which others had the CPU."""
+        """Return how long it has held the loop, without the time in which others had the CPU."""
         return until - self.since - max(0.0, times.starved - self.times.starved)
 
     def look(self, stack: list[Place], now: float) -> bool:
-        """It was seen again. False: that is another callback of the loop."""
+        """Note that it was seen again. Return False if this is another callback of the loop."""
         if stack[0].code is not self._looks[-1][0][0].code:
             return False
         if len(self._looks) < MOST_LOOKS:
@@ -410,9 +410,10 @@ class _Holder:
         return True
 
     def stack(self) -> list[Place]:
-        """Where it was, outermost first, down to the innermost frame that it was in for more than half of the time.
+        """Return where it was, outermost first, down to the innermost frame in which it spent more than half of the
+        time.
 
-        The last look often finds it behind what has taken the time: there it first lets go of the interpreter.
+        The last look often comes after the code that took the time: there it first releases the interpreter.
         """
         found: list[Place] = []
         looks = self._looks
@@ -433,7 +434,7 @@ Seen = TypeVar("Seen")
 
 
 def _longest(times: Iterable[tuple[Seen, float]]) -> tuple[Seen, float]:
-    """The one with most seconds, all of its together."""
+    """Return the place with the largest total time."""
     sums: dict[Seen, float] = {}
     for seen, seconds in times:
         sums[seen] = sums.get(seen, 0.0) + seconds
@@ -441,20 +442,20 @@ def _longest(times: Iterable[tuple[Seen, float]]) -> tuple[Seen, float]:
 
 
 def format_stack(stack: list[Place]) -> str:
-    # With the words that Python's tracebacks have: editors find the lines by them.
+    # In the wording of Python's tracebacks: editors find the lines by it.
     frames = [traceback.FrameSummary(place.code.co_filename, place.line, place.code.co_name) for place in stack]
     return "Stack (most recent call last):\n" + "".join(traceback.StackSummary.from_list(frames).format()).rstrip()
 
 
 def _stack_of(thread: int) -> list[Place]:
-    """Where the thread of a loop stands, outermost first; empty: it waits for events, or runs none of Python's code."""
+    """Return the stack of the loop's thread, outermost first; empty: it waits for events, or runs no Python code."""
     places = []
     frame = frames_of_threads().get(thread)
     while frame is not None:
         # The loop runs callbacks one after another in its own greenlet: each of them counts as one.
         if frame.f_code is not Hub.run.__code__:
             places.append(Place(frame.f_code, frame.f_lasti, frame.f_lineno))
-        # It is not kept: what it refers to would end in this thread, and sockets and greenlets must not.
+        # The frame is not kept: objects it refers to would be freed in this thread; sockets and greenlets must not.
         frame = frame.f_back
     places.reverse()
     return places

@@ -1,4 +1,4 @@
-"""Whose code a frame runs: the program's, or that of a library, which does not show what the program does there."""
+"""Tell the program's own frames from those of libraries, which do not show what the program does."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _LIBRARIES = (
 
 
 def is_library(code: CodeType) -> bool:
-    """Whether it is code of Python's, of an installed package, or of this one, and not of the program."""
+    """Return whether it is code of Python, of an installed package, or of this one, rather than of the program."""
     path = code.co_filename
     return path.startswith(_LIBRARIES) or "/site-packages/" in path or "/dist-packages/" in path
 
 
 def calls_of_program(frame: FrameType | None) -> list[tuple[CodeType, int]]:
-    """What leads to a frame: code and line of each call, outermost first.
+    """Return the calls that lead to a frame: code and line of each, outermost first.
 
-    The program's own code alone; where there is none, as in a proxy of this library's, all of it.
+    Only the program's own code; all of it if there is none, as in a proxy of this library.
     """
-    # Not extract_stack, which looks into the source files for each of them.
+    # Not extract_stack, which would look into the source file of each of them.
     calls = [] if frame is None else [(one.f_code, line) for one, line in walk_stack(frame)]
     calls.reverse()
     return [call for call in calls if not is_library(call[0])] or calls
 
 
 def frames_of_threads() -> dict[int, FrameType]:
-    """The innermost frame of each thread, by its ident."""
+    """Return the innermost frame of each thread, by thread ident."""
     return sys._current_frames()  # noqa: SLF001 - Python's name for it

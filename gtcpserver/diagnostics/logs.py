@@ -1,7 +1,7 @@
-"""Logging that cannot stop a server: it never waits for whoever reads stderr, and a flood of one fault is thinned out.
+"""Logging that cannot stop a server: it never waits for the reader of stderr, and repeated errors are rate-limited.
 
-A pipe nobody reads is full after 64 KiB, and a write to it then blocks the whole event loop, not only the greenlet that
-logs: stock gevent is frozen after some 80 tracebacks. Here a record that cannot be written at once is dropped and
+A pipe without a reader is full after 64 KiB, and a write to it then blocks the whole event loop, not only the greenlet
+that logs: stock gevent is frozen after some 80 tracebacks. Here a record that cannot be written at once is dropped and
 counted, and the count is the first thing written when there is a reader again.
 """
 
@@ -42,7 +42,7 @@ class _OwnLogger(logging.Logger):
 
 
 def own_logger(name: str) -> logging.Logger:
-    """Return the logger of a name, one of this library's; the program configures it as any other."""
+    """Return one of this library's loggers by name; the program configures it like any other."""
     found = logging.getLogger(name)
     kind = type(found)  # a program may have set a class of its own (logging.setLoggerClass)
     if not issubclass(kind, _OwnLogger):
@@ -55,12 +55,13 @@ logger = own_logger("gtcpserver")
 _poll = get_original("select", "poll")
 _native_rlock = get_original("threading", "RLock")
 
-# pwritev2(2): fail with EAGAIN instead of waiting. Two workers that share one pipe can both be told by poll() that
-# there is room for one more line; with this flag the loser drops its line, without it he waits for a reader. Pipes
-# know the flag since Linux 6.4, sockets for longer.
+# pwritev2(2): fail with EAGAIN instead of waiting. poll() may tell two workers that share one pipe that there is room
+# for one more line; with this flag the loser drops its line, without it, it waits for a reader. Pipes support the flag
+# since Linux 6.4, sockets for longer.
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
-# The longest record written. More than a pipe's default capacity (64 KiB, pipe(7)) could never leave in one go.
+# The longest record written. One that exceeds a pipe's default capacity (64 KiB, pipe(7)) could never be written at
+# once.
 _MAX_RECORD = 64 * 1024
 
 LogFormat = Literal["text", "json"]
@@ -69,18 +70,18 @@ LogFormat = Literal["text", "json"]
 def configure_logging(
     level: int | str = "INFO", format: LogFormat = "text", stream: IO[str] | int | None = None
 ) -> NonBlockingHandler:
-    """Sends every logger's records to stderr, never waiting for its reader.
+    """Send every logger's records to stderr, never waiting for its reader.
 
-    Replaces the root logger's handlers. Python warnings, errors of greenlets that gevent would print by itself and
-    exceptions that Python can raise to nobody (`sys.unraisablehook`) go the same way, as they would block alike.
+    Replaces the root logger's handlers. Python warnings, errors of greenlets that gevent would print itself and
+    exceptions that Python cannot raise (`sys.unraisablehook`) go the same way, since they would block, too.
 
     Args:
         level: "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL" in any case, or logging's number.
-        format: "text", a line a record with its traceback indented below, or "json", always one line a record.
-        stream: a file object or descriptor; None is stderr. It is not closed by the handler.
+        format: "text", one line per record with its traceback indented below, or "json", always one line per record.
+        stream: a file object or descriptor; None is stderr. The handler does not close it.
 
     Returns:
-        The handler; its `dropped` counts the records that nobody will read.
+        The handler; its `dropped` counts the lost records.
 
     Raises:
         ValueError: an unknown level or format.
@@ -103,7 +104,7 @@ def configure_logging(
         suppressed = faults.allow(fault_key(kind, trace))
         if suppressed is not None:
             details = (kind, error, trace) if error is not None else None
-            # A greenlet that has ended is false.
+            # bool() of a finished greenlet is False.
             who = context if context is not None else "event loop"
             logger.error("%s failed%s", who, also(suppressed), exc_info=details)
 
@@ -124,15 +125,15 @@ def configure_logging(
 
 
 class NonBlockingHandler(logging.Handler):
-    """Writes records to a descriptor without ever waiting.
+    """Write records to a descriptor without ever waiting.
 
     A record that cannot be written at once is dropped; the next that can is preceded by the line "N log lines
-    dropped: nobody was reading". A record longer than PIPE_BUF of which a part went out is kept, and its rest written
-    before anything else, so that no record is torn. Errors of the descriptor (closed, no reader, disk full) are
+    dropped: nobody was reading". If only a part of a record longer than PIPE_BUF could be written, the rest is kept and
+    written before anything else, so that no record is torn. Errors of the descriptor (closed, no reader, disk full) are
     swallowed and counted the same way.
 
     Attributes:
-        dropped: records dropped since the handler was made.
+        dropped: records dropped since the handler was created.
     """
 
     def __init__(self, fd: int, level: int | str = logging.NOTSET) -> None:
@@ -148,11 +149,12 @@ class NonBlockingHandler(logging.Handler):
 
     def createLock(self) -> None:
         super().createLock()
-        # Nothing in here waits, so the lock need not be gevent's, which makes a hub in every thread that meets another.
+        # Nothing in here waits, so the lock need not be gevent's, which creates a hub in every thread that contends for
+        # it.
         self.lock = _native_rlock()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._was_closed:  # by logging.config, which closes all there are, also those that stay in use
+        if self._was_closed:  # by logging.config, which closes all handlers, even those that stay in use
             self._was_closed = False
             self._terminal = _reopen_terminal(self._fd)
         line = self._encode(record)
@@ -168,7 +170,7 @@ class NonBlockingHandler(logging.Handler):
         self._unreported += 1
 
     def flush(self) -> None:
-        """Writes what is left over if it can be written now; called at interpreter exit."""
+        """Write what is left over if it can be written now; called at interpreter exit."""
         self.acquire()
         try:
             if self._write_rest() and self._unreported:
@@ -191,7 +193,7 @@ class NonBlockingHandler(logging.Handler):
     def _encode(self, record: logging.LogRecord) -> bytes:
         try:
             text = self.format(record)
-        except Exception as error:  # a wrong format string must not raise in whoever logs, nor print to stderr
+        except Exception as error:  # a wrong format string must not raise in the caller, nor print to stderr
             text = _escape(f"cannot format log record {record.msg!r}: {error!r}")
         data = text.encode("utf-8", "backslashreplace")
         if len(data) > _MAX_RECORD:
@@ -208,11 +210,11 @@ class NonBlockingHandler(logging.Handler):
         return not self._rest
 
     def _write(self, data: bytes) -> int:
-        """Writes from the start of `data` what can be written now, returns how many bytes that was."""
+        """Write as much of the start of `data` as possible now; return the number of bytes."""
         done = 0
         try:
             while done < len(data):
-                # Writes of at most PIPE_BUF are atomic on pipes (pipe(7)), and go in whenever poll() says so; ending
+                # Writes of at most PIPE_BUF are atomic on pipes (pipe(7)), and succeed whenever poll() says so; ending
                 # them with a line keeps the lines of several processes on one pipe apart.
                 end = done + select.PIPE_BUF
                 if end < len(data):
@@ -231,8 +233,8 @@ class NonBlockingHandler(logging.Handler):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         kind = identity[2]
         if identity != self._identity:
-            # stderr was closed and its number given out again. A log file or /dev/null put there on purpose is fine;
-            # a socket or pipe may be a client's connection.
+            # stderr was closed and its number reused. A log file or /dev/null put there on purpose is fine; a socket or
+            # pipe may be a client's connection.
             if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         elif self._terminal >= 0:
@@ -253,10 +255,10 @@ class NonBlockingHandler(logging.Handler):
 
 
 class LastResort(logging.Handler):
-    """Write this library's warnings and errors to stderr in a program that has set up no logging, without waiting.
+    """Write this library's warnings and errors to stderr in a program without logging, without waiting.
 
-    `logging.lastResort` does that with a write that waits for stderr's reader, in the event loop. Where any other
-    handler gets the record, or `logging.lastResort` is None, this one does nothing.
+    `logging.lastResort` does that with a write that waits for stderr's reader, in the event loop. If any other handler
+    gets the record, or `logging.lastResort` is None, this one does nothing.
     """
 
     def __init__(self) -> None:
@@ -283,7 +285,7 @@ class LastResort(logging.Handler):
         try:
             fd = _descriptor(None)
         except (AttributeError, OSError):
-            return  # a file object of the program's own, without a descriptor
+            return  # a file object of the program, without a descriptor
         self._to_stream = NonBlockingHandler(fd)
         self._to_stream.setFormatter(TextFormatter())
 
@@ -308,8 +310,8 @@ def is_logging_configured() -> bool:
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.123Z INFO gtcpserver: message`: one line, and tracebacks indented below it.
 
-    Control characters of the message are escaped and the lines of a traceback indented, so that no text a client
-    sends can look like a record of its own or drive the terminal.
+    Control characters of the message are escaped and the lines of a traceback indented, so that text from a client
+    cannot look like a record of its own or control the terminal.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -321,7 +323,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, pid, message; where given, exception and the fields of `extra`."""
+    """One JSON object per line: time, level, logger, pid, message; if given, exception and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
@@ -341,12 +343,12 @@ class JsonFormatter(logging.Formatter):
 
 
 class FaultLimiter:
-    """Thins out a flood of the same fault: a few at once, then one an interval, with the number left out.
+    """Rate-limit repeated errors: a few at once, then one per interval, with the number left out.
 
-    Each key has a token bucket: `burst` occurrences pass at once (so that a developer sees his first errors all), then
-    one each `interval` seconds. With the defaults a fault that happens on every connection is printed 8,640 times a
-    day at most. Not more than `max_keys` keys are remembered; while all of them are active, further keys
-    share one bucket, so that neither memory nor the log can be flooded with ever new keys.
+    Each key has a token bucket: `burst` occurrences pass at once (so that developers see their first errors), then one
+    every `interval` seconds. With the defaults an error that happens on every connection is logged at most 8,640 times
+    a day. At most `max_keys` keys are remembered; while all of them are active, further keys share one bucket, so that
+    neither memory nor the log can be flooded with new keys.
 
     Args:
         burst: occurrences that pass at once, 1 or more.
@@ -376,10 +378,10 @@ class FaultLimiter:
         self._shared = _Bucket(burst, clock())
 
     def allow(self, key: Hashable) -> int | None:
-        """Asks whether this occurrence may be logged.
+        """Decide whether this occurrence may be logged.
 
         Returns:
-            None: leave it out. A number: log it; so many of the same key were left out since the last one logged.
+            None: leave it out. A number: log it; this many of the same key were left out since the last one logged.
         """
         now = self._clock()
         bucket = self._bucket(key, now)
@@ -402,7 +404,7 @@ class FaultLimiter:
             oldest_key, oldest = next(iter(self._buckets.items()))
             if now - oldest.seen < self._burst * self._interval:
                 return self._shared
-            # Its bucket is full again: to forget it changes nothing.
+            # Its bucket is full again: forgetting it changes nothing.
             del self._buckets[oldest_key]
         bucket = self._buckets[key] = _Bucket(self._burst, now)
         return bucket
@@ -418,7 +420,7 @@ class _Bucket:
 
 
 def fault_key(kind: type[BaseException], trace: TracebackType | None) -> tuple[object, ...]:
-    """What makes two faults the same for a FaultLimiter: the exception's type and the line that raised it."""
+    """Return what makes two errors the same for a FaultLimiter: the exception's type and the line that raised it."""
     if trace is None:
         return (kind,)
     while trace.tb_next is not None:
@@ -427,16 +429,16 @@ def fault_key(kind: type[BaseException], trace: TracebackType | None) -> tuple[o
 
 
 def also(suppressed: int) -> str:
-    """The end of a log message that stands for others too: "" or " (and 17 more like this)"."""
+    """Return the end of a log message that stands for others too: "" or " (and 17 more like this)"."""
     return f" (and {suppressed} more like this)" if suppressed else ""
 
 
-# A record's own attributes; whatever else it carries came by `extra`.
+# A record's own attributes; the others came from `extra`.
 RECORD_FIELDS = frozenset((*logging.LogRecord("", 0, "", 0, "", None, None).__dict__, "message", "asctime", "taskName"))
 
 
 def _message(record: logging.LogRecord) -> str:
-    """A record's message; one whose arguments do not fit is shown as it is."""
+    """Return a record's message; unformatted if its arguments do not fit."""
     try:
         return record.getMessage()
     except Exception as error:
@@ -471,7 +473,7 @@ def _details(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 def _descriptor(stream: IO[str] | int | None) -> int:
     if isinstance(stream, int):
         return stream
-    # sys.stderr is None when descriptor 2 was closed at start; number 2 may then be given to anything.
+    # sys.stderr is None if descriptor 2 was closed at startup; its number may then be reused for anything.
     stream = stream if stream is not None else sys.stderr
     try:
         return stream.fileno() if stream is not None else -1
@@ -488,10 +490,10 @@ def _identity(fd: int) -> tuple[int, int, int] | None:
 
 
 def _reopen_terminal(fd: int) -> int:
-    """A non-blocking descriptor of our own for the terminal `fd` is, or -1.
+    """Return a non-blocking descriptor of our own for the terminal `fd`, or -1.
 
-    Terminals do not know RWF_NOWAIT and poll() promises room for one byte only; and to set O_NONBLOCK on `fd` would
-    set it for every process that shares the terminal, the user's shell among them.
+    Terminals do not support RWF_NOWAIT, and poll() only promises room for one byte; and setting O_NONBLOCK on `fd`
+    would set it for every process that shares the terminal, including the user's shell.
     """
     try:
         if not os.isatty(fd):
