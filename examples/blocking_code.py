@@ -2,13 +2,13 @@
 
     python examples/blocking_code.py [ADDRESS], then: printf 'http://127.0.0.1:8000/\\n' | nc -N 127.0.0.1 5000
 
-For each URL it fetches the page with the standard library, notes it in a database, and answers how often the URL was
-asked for. While one handler waits for its web server the others run: ``patch_all`` makes the standard library's
-sockets wait on the event loop. sqlite3 waits in C, where nothing can be patched: a thread of gevent's pool runs it.
+For each URL the handler fetches the page with the standard library, notes it in a database, and answers how often the
+URL was requested. While one handler waits for its web server the others run: ``patch_all`` makes the standard library's
+sockets wait on the event loop. sqlite3 waits in C, where nothing can be patched: it runs in a thread of gevent's pool.
 """
 # ruff: noqa: E402
 
-# Before anything else is imported that uses sockets, threads or time. (`gtcpserver serve` does it by itself.)
+# Before anything that uses sockets, threads or time is imported. (`gtcpserver serve` does this for you.)
 from gevent import monkey
 
 monkey.patch_all()
@@ -25,7 +25,7 @@ import gevent
 
 from gtcpserver import Connection, EarlyEOF, run
 
-#: For a page in all. urlopen's own timeout starts anew with each byte.
+#: Seconds for a page in total. urlopen's own timeout restarts with each byte.
 FETCH_SECONDS = 10.0
 LARGEST_PAGE = 1 << 20
 
@@ -46,7 +46,7 @@ def handle(conn: Connection) -> None:
 
 
 def fetch(url: str) -> int:
-    """The size of a page. Blocks, for this handler only."""
+    """Return the size of a page. Blocks, but only this handler."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"expected an http:// or https:// URL, got {url!r}")
     too_late = TimeoutError(f"not fetched within {FETCH_SECONDS:g} seconds")
@@ -55,7 +55,7 @@ def fetch(url: str) -> int:
 
 
 def count(database: str, url: str) -> int:
-    """Note one more request for the URL. Blocks its thread."""
+    """Note one more request for the URL; return their number. Blocks its thread."""
     with closing(sqlite3.connect(database, timeout=10)) as connection, connection:
         connection.execute("INSERT INTO seen VALUES (?, 1) ON CONFLICT (url) DO UPDATE SET times = times + 1", (url,))
         return int(connection.execute("SELECT times FROM seen WHERE url = ?", (url,)).fetchone()[0])

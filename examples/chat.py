@@ -2,8 +2,8 @@
 
     python examples/chat.py [ADDRESS], then in two terminals: nc 127.0.0.1 5000
 
-A member who does not read holds up nobody: what waits for each member is a queue of its own, which only that member's
-writer waits for. When it is full, that member misses lines, and is told so.
+A slow reader delays nobody: each member has a queue, and only that member's writer waits for the member. When the queue
+is full, the member misses lines, and is told so.
 """
 
 import sys
@@ -17,7 +17,7 @@ from gtcpserver import Connection, EarlyEOF, run
 LONGEST_LINE = 1024  # bytes
 LONGEST_NAME = 32
 
-#: Lines that wait for a slow member: 256 KiB at most, as much as its socket takes besides.
+#: Lines queued for a slow reader: 256 KiB at most, as much again as its socket holds.
 LONGEST_QUEUE = 256
 
 
@@ -52,17 +52,17 @@ def chat(conn: Connection, name: str) -> None:
             line = read_line(conn)
             if line:
                 tell(f"{name}: {line}", but=name)
-            # The next line may be here already, and reading it would not wait: first let the writers write this one.
+            # The next line may be here already, and reading it would not wait: first let the writers send this one.
             gevent.sleep(0)
     finally:
-        # Nothing here waits, so a handler that is killed leaves nobody behind in the room.
+        # Nothing here waits, so a handler that is killed is always removed from the room.
         del room[name]
         writer.kill(block=False)
         tell(f"* {name} has left")
 
 
 def tell(line: str, *, only: str = "", but: str = "") -> None:
-    """Give a line to everybody in the room, to one, or to all but one; never waits."""
+    """Pass a line to everybody in the room, to one member, or to all but one; never waits."""
     for name, member in room.items():
         if name != but and only in ("", name):
             try:
@@ -79,14 +79,14 @@ def write_lines(conn: Connection, member: Member) -> None:
                 missed, member.missed = member.missed, 0
                 conn.sendall(f"* you have missed {missed} lines\n".encode())
     except OSError:
-        pass  # the reader hears of it too, and leaves
+        pass  # the reader notices it too, and leaves
 
 
 def read_line(conn: Connection) -> str:
-    # A member who says nothing holds no place in the pool, and no stop waits for one.
+    # A silent member does not occupy a pool slot, and does not delay a stop.
     with conn.idle():
         line = conn.recv_until(b"\n", LONGEST_LINE)
-    # Without control characters: nobody gets to steer the terminals of the others.
+    # Without control characters: members must not control the terminals of others.
     return "".join(filter(str.isprintable, line.decode(errors="replace"))).strip()
 
 

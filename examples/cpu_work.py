@@ -1,11 +1,11 @@
-"""Computing in a handler: what it does to the others, and the cure.
+"""Computing in a handler: how it delays the others, and the fix.
 
     python examples/cpu_work.py [ADDRESS], then: printf 'PING\\nPROCESS 2\\nPING\\n' | nc -N 127.0.0.1 5000
 
 All handlers share one thread. One that computes for 2 s (``HERE 2``) makes everybody wait for 2 s, as on every event
 loop; ``run`` logs where. A thread of gevent's pool (``THREAD 2``) leaves the loop free: the interpreter switches
-between the threads every few milliseconds. What releases the GIL (hashing, compression) then runs beside. For more
-Python than one CPU can compute there is a pool of processes (``PROCESS 2``), whose answers a thread waits for: in a
+between threads every few milliseconds, and code that releases the GIL (hashing, compression) runs in parallel. For more
+Python than one CPU can run, use a pool of processes (``PROCESS 2``), here with a thread that waits for the answer: in a
 patched program no thread is needed, see docs/how-to/cpu-work-in-processes.md.
 """
 
@@ -33,7 +33,7 @@ def handle(conn: Connection) -> None:
             case [b"PING"]:
                 conn.sendall(b"PONG\n")
             case [b"HERE", number] if is_decimal(number):
-                compute(float(number))  # nobody else is served meanwhile
+                compute(float(number))  # blocks every other client
                 conn.sendall(b"DONE\n")
             case [b"THREAD", number] if is_decimal(number):
                 get_hub().threadpool.apply(compute, (float(number),))

@@ -2,10 +2,10 @@
 
     python examples/database.py [ADDRESS], then: printf 'ADD hello\\nGET 1\\n' | nc -N 127.0.0.1 5000
 
-PyMySQL is plain Python on sockets: in a monkey-patched program a query waits on the event loop, and others run. (A
-driver in C, such as mysqlclient, would make all handlers wait.) A connection does one query at a time, and a database
-likes few of them, so handlers share a pool; they wait in turn where it is empty. Where the database is and who we are
-is read from ~/.my.cnf, or from the file that MY_CNF names. Needs ``pip install PyMySQL``.
+PyMySQL is plain Python on sockets: in a monkey-patched program a query waits on the event loop, and other handlers run.
+(A driver in C, such as mysqlclient, would make all handlers wait.) A connection does one query at a time, and a
+database prefers few of them, so handlers share a pool, and wait in turn when it is empty. Address and credentials of
+the database are read from ~/.my.cnf, or from the file named by MY_CNF. Needs ``pip install PyMySQL``.
 """
 # ruff: noqa: E402
 
@@ -35,7 +35,7 @@ ANSWER_TIMEOUT = 30
 
 
 class Pool:
-    """Connections to the database, made when they are first needed."""
+    """Connections to the database, opened when they are first needed."""
 
     def __init__(self, size: int) -> None:
         self._free: queue.LifoQueue[Any] = queue.LifoQueue()
@@ -44,7 +44,7 @@ class Pool:
 
     @contextmanager
     def connection(self) -> Iterator[Any]:
-        """A connection for one transaction. Raises queue.Empty if none becomes free in time."""
+        """Yield a connection for one transaction. Raise queue.Empty if none becomes free in time."""
         connection = self._free.get(timeout=POOL_TIMEOUT)
         try:
             if connection is None:
@@ -53,9 +53,9 @@ class Pool:
                 )
             yield connection
         except BaseException:
-            # Also when the handler is ended in the midst of a query: its answer must not be the next one's.
+            # Also when the handler is ended in the middle of a query: the next one must not get its answer.
             if connection is not None:
-                with suppress(pymysql.Error):  # it is closed already
+                with suppress(pymysql.Error):  # it is already closed
                     connection.close()
             connection = None
             raise
@@ -63,7 +63,7 @@ class Pool:
             self._free.put(connection)
 
     def ask(self, query: str, *arguments: object) -> Any:
-        """The first row of the answer, or the number of the row that was inserted."""
+        """Return the first row of the answer, or the ID of the inserted row."""
         with self.connection() as connection, connection.cursor() as cursor:
             cursor.execute(query, arguments)
             return cursor.fetchone() or cursor.lastrowid

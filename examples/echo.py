@@ -1,9 +1,9 @@
-"""The shortest server: send back what comes.
+"""The shortest server: send everything back.
 
     python examples/echo.py [ADDRESS], then: nc 127.0.0.1 5000
 
-``recv`` and ``sendall`` block this handler only: each connection runs in a greenlet of its own. A stop of the server
-waits for it until its client has left, 30 s at most; line_protocol.py shows how a client that waits is let go at once.
+``recv`` and ``sendall`` only block this handler: each connection runs in its own greenlet. A stop of the server waits
+until the client has left, 30 s at most; line_protocol.py shows how to let idle clients go at once.
 """
 
 import sys
@@ -17,4 +17,4 @@ def echo(conn: Connection) -> None:
 
 
 if __name__ == "__main__":
-    run(echo, *sys.argv[1:])  # the address; by default 127.0.0.1:5000
+    run(echo, *sys.argv[1:])  # the address; default: 127.0.0.1:5000

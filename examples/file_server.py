@@ -1,4 +1,4 @@
-"""The files of this directory over HTTP, by sendfile(2); `gtcpserver files` with all its options is the same handler.
+"""Serve the files of this directory over HTTP, with sendfile(2); `gtcpserver files` is the same handler, with options.
 
 python examples/file_server.py [ADDRESS], then: curl -r 0-99 http://127.0.0.1:5000/README.md
 """

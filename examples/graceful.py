@@ -1,9 +1,9 @@
-"""Stopping: requests are finished, idle clients let go, what takes too long is cut and reported. And two hooks.
+"""Stopping: requests finish, idle clients are let go, handlers that take too long are cut and reported. And two hooks.
 
     python examples/graceful.py [ADDRESS], then: nc 127.0.0.1 5000, type WORK 3, and Ctrl-C in the server's terminal
 
-``WORK seconds`` is a request that takes its time. ``WATCH`` has no end of its own: it sends the server's
-counters each second. A second Ctrl-C waits for nobody.
+``WORK seconds`` is a slow request. ``WATCH`` is endless: it sends the server's counters each second. A second Ctrl-C
+ends everything at once.
 """
 
 import sys
@@ -13,10 +13,10 @@ import gevent
 
 from gtcpserver import Connection, EarlyEOF, run
 
-#: What handlers get to finish after the signal.
+#: Seconds for handlers to finish after the signal.
 STOP_SECONDS = 10.0
 
-#: So that one client cannot have all places.
+#: So that one client cannot occupy all slots.
 MOST_FROM_ONE_ADDRESS = 20
 
 WATCH_SECONDS = 1.0
@@ -27,7 +27,7 @@ connected: Counter[str] = Counter()
 def handle(conn: Connection) -> None:
     while True:
         try:
-            # A client that waits here is let go at once. One whose request is under way has it finished first.
+            # A client that waits here is let go at once. A request in progress is finished first.
             with conn.idle():
                 words = conn.recv_until(b"\n", 64).split()
         except EarlyEOF:
@@ -46,7 +46,7 @@ def work(conn: Connection, seconds: int) -> None:
     try:
         gevent.sleep(seconds)
     except gevent.GreenletExit:
-        # The handler is cut. Like any exception it may be noticed and passes through `finally` blocks.
+        # The handler is cut. Like any exception, this can be caught, and runs `finally` blocks.
         conn.sendall(b"SORRY, the server has stopped\n")
         raise
     conn.sendall(b"DONE\n")
@@ -58,7 +58,7 @@ def watch(conn: Connection) -> None:
     while True:
         stats = server.stats()
         conn.sendall(b"%d accepted, %d open, %d idle\n" % (stats.accepted, stats.active, stats.idle))
-        # Work without an end looks whether the server stops, or every stop would have to cut it.
+        # Endless work checks whether the server stops, or every stop would have to cut it.
         if server.stopping_event.wait(WATCH_SECONDS):
             conn.sendall(b"BYE\n")
             return
@@ -79,12 +79,12 @@ def forget(conn: Connection) -> None:
 
 
 def host_of(conn: Connection) -> str:
-    # The address of a unix socket's client has no host: "", as a rule.
+    # The address of a client on a Unix socket has no host: usually "".
     address = conn.client_address
     return address[0] if isinstance(address, tuple) else "unix"
 
 
 if __name__ == "__main__":
-    # What it returns is in the log as well, with a line for each connection that was cut.
+    # The report is also logged, with a line for each connection that was cut.
     report = run(handle, *sys.argv[1:], stop_timeout=STOP_SECONDS, on_connect=admit, on_disconnect=forget)
     sys.exit(1 if report.ended else 0)

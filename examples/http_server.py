@@ -2,8 +2,8 @@
 
     python examples/http_server.py --listen 127.0.0.1:8000 --size 1024
 
-It answers every request with the same body, and reads no request bodies. For real HTTP use a real HTTP server
-(``gevent.pywsgi`` runs on the same sockets); this shows what a protocol handler on plain blocking calls costs.
+It sends the same body to every request, and reads no request bodies. For real HTTP use a real HTTP server
+(``gevent.pywsgi`` runs on the same sockets); this shows what a protocol handler with plain blocking calls costs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import gevent
 
 from gtcpserver import Connection, GtcpServerError, Server, TLSConfig, run
 
-#: A request head longer than this is refused (node.js allows 16 KiB, Apache 8 KiB a line).
+#: A longer request head is refused (node.js allows 16 KiB, Apache 8 KiB a line).
 LONGEST_HEAD = 64 * 1024
 
 END_OF_HEAD = b"\r\n\r\n"
@@ -28,7 +28,7 @@ END_OF_HEAD = b"\r\n\r\n"
 def http_handler(
     answer: Callable[[bool], bytes], keepalive: bool, use_idle: bool = True
 ) -> Callable[[Connection], None]:
-    """A handler that sends ``answer(keep)`` for each request; ``keep``: the connection stays open after it."""
+    """Return a handler that sends ``answer(keep)`` for each request; ``keep``: the connection stays open after it."""
 
     def handle(conn: Connection) -> None:
         idle = conn.idle() if use_idle and keepalive else None
@@ -38,7 +38,7 @@ def http_handler(
                 if idle is None:
                     rest = conn.recv(8192)
                 else:
-                    # Between two requests: a stop may close the connection here, and it holds no place in the pool.
+                    # Between two requests: a stop may close the connection here, and it occupies no pool slot.
                     with idle:
                         rest = conn.recv(8192)
                 if not rest:
@@ -60,7 +60,7 @@ def http_handler(
                 conn.sendall(error("400 Bad Request" if b" HTTP/1." not in head else "405 Method Not Allowed"))
                 return
             keep = keepalive and (b"onnection: close" not in head) and (b" HTTP/1.0\r\n" not in head)
-            head = b""  # an idle connection holds on to nothing: 0.1 KiB each
+            head = b""  # an idle connection holds no memory: saves 0.1 KiB each
             conn.sendall(answer(keep))
             if not keep:
                 return
@@ -82,7 +82,7 @@ def error(status: str) -> bytes:
 
 
 def answer_maker(size: int, sleep: float, aes128: bool, sha: bool) -> Callable[[bool], bytes]:
-    """What is done for each request."""
+    """Return a function that does the work of each request."""
     body = b"a" * size
     ready = {keep: response(body, keep) for keep in (False, True)}
     if not (sleep or aes128 or sha):
@@ -114,7 +114,7 @@ def encrypt(content: bytes) -> bytes:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line: what is wrong is not lost below a screen of usage."""
+        """Print one line, so that the error is not lost below a screen of usage."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -125,10 +125,10 @@ def main() -> int:
     parser.add_argument(
         "--idle", action=argparse.BooleanOptionalAction, default=True, help="mark the wait between two requests"
     )
-    parser.add_argument("--size", type=int, default=1024, metavar="BYTES", help="of the body")
-    parser.add_argument("--sleep", type=float, default=0.0, metavar="MS", help="before each answer")
-    parser.add_argument("--aes128", action="store_true", help="encrypt each answer's body with AES-128-CBC")
-    parser.add_argument("--sha", action="store_true", help="SHA-256 of the body in each answer")
+    parser.add_argument("--size", type=int, default=1024, metavar="BYTES", help="size of the body")
+    parser.add_argument("--sleep", type=float, default=0.0, metavar="MS", help="sleep before each response")
+    parser.add_argument("--aes128", action="store_true", help="encrypt each response's body with AES-128-CBC")
+    parser.add_argument("--sha", action="store_true", help="add the SHA-256 of the body to each response")
     parser.add_argument("--tls", action="store_true", help="with a self-signed certificate, unless one is given")
     parser.add_argument("--tls-cert", metavar="FILE")
     parser.add_argument("--tls-key", metavar="FILE")
@@ -159,7 +159,7 @@ def main() -> int:
         make = answer_maker(options.size, options.sleep / 1000, options.aes128, options.sha)
         handler = http_handler(make, options.keepalive, options.idle)
         if options.workers is not None:
-            # It logs where it listens, when all workers are ready.
+            # run() logs where it listens, once all workers are ready.
             run(handler, options.listen, workers=options.workers, timeout=options.timeout, tls=tls)
             return 0
         server = Server(options.listen, handler, accept_loops=options.accept_loops, timeout=options.timeout, tls=tls)

@@ -2,7 +2,7 @@
 
     python examples/line_protocol.py [ADDRESS], then: printf 'SET name 5\\nAda L\\nGET name\\n' | nc -N 127.0.0.1 5000
 
-Requests: ``GET key``; ``SET key length``, then so many bytes of any kind and a line feed; ``QUIT``.
+Requests: ``GET key``; ``SET key length``, then that many bytes of any kind and a line feed; ``QUIT``.
 Answers: ``VALUE length`` and the value, ``NONE``, ``OK``, ``ERROR reason``.
 """
 
@@ -13,10 +13,10 @@ from gtcpserver import Connection, EarlyEOF, LimitExceeded, run
 LONGEST_LINE = 256
 LONGEST_VALUE = 1 << 20
 
-#: Between two requests.
+#: Seconds between two requests.
 SILENT_SECONDS = 300.0
 
-#: From the end of a request's first line to the end of its answer, however slowly the bytes drip.
+#: Seconds from the end of a request's first line to the end of its answer, no matter how slowly the bytes trickle in.
 REQUEST_SECONDS = 5.0
 
 store: dict[bytes, bytes] = {}
@@ -27,7 +27,7 @@ def handle(conn: Connection) -> None:
     going_on = True
     while going_on:
         try:
-            # While it waits here the connection holds no place in the pool, and a stop of the server ends it.
+            # While it waits here, the connection occupies no pool slot, and a stop of the server ends it.
             with conn.idle():
                 line = conn.recv_until(b"\n", LONGEST_LINE)
             with conn.deadline(REQUEST_SECONDS):
@@ -36,12 +36,12 @@ def handle(conn: Connection) -> None:
             return  # the client has closed
         except LimitExceeded:
             conn.sendall(b"ERROR line too long\n")
-            return  # where the next request begins is unknown
-        # A TimeoutError goes up: the server counts it and closes, and a client that is too slow reads no excuses.
+            return  # the start of the next request is unknown
+        # Let TimeoutErrors leave the handler: the server counts them and closes; a client that slow reads no excuses.
 
 
 def answer(conn: Connection, words: list[bytes]) -> bool:
-    """Serve one request; False ends the connection."""
+    """Serve one request; return False to end the connection."""
     match words:
         case [b"GET", key]:
             value = store.get(key)

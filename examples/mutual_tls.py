@@ -1,11 +1,11 @@
-"""Only clients with a certificate are served, and greeted by what is in it.
+"""Only serve clients with a certificate, and greet them by the name in it.
 
     python examples/mutual_tls.py ADDRESS CLIENT_CA [CERTFILE [KEYFILE]]
 
     openssl s_client -quiet -connect 127.0.0.1:5000 -cert client.pem -key client.key
 
-CLIENT_CA: a file with the certificate of the CA that signs the clients'. Without CERTFILE the server makes a
-certificate of its own for development.
+CLIENT_CA: a file with the certificate of the CA that issues client certificates. Without CERTFILE the server creates
+its own certificate for development.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Pass every connection on to another server, by splice(2).
+"""Relay every connection to another server, with splice(2).
 
     TARGET=127.0.0.1:6379 python examples/port_forwarder.py [ADDRESS], then: redis-cli -p 5000
 
-This is all there is to it; `gtcpserver forward` adds more targets, their health, and balance.
+That is all; `gtcpserver forward` adds more targets, health checks, and load balancing.
 """
 
 import logging
@@ -21,7 +21,7 @@ def forward(conn: Connection) -> None:
         upstream = connect(TARGET, timeout=5)
     except OSError as error:
         log.warning("%s: %s", TARGET, error)
-        conn.abort()  # the client sees that something failed, and not an answer without a byte
+        conn.abort()  # the client sees a failure instead of an empty answer
         return
     with upstream:
         result = relay(conn, upstream, idle_timeout=300)

@@ -1,11 +1,11 @@
-"""redis-py in a handler: a queue that many clients wait at.
+"""redis-py in a handler: a queue at which many clients wait.
 
     python examples/redis_queue.py [ADDRESS], then: printf 'PUT hello\\nTAKE\\n' | nc -N 127.0.0.1 5000
 
-redis-py is plain Python on sockets, so ``patch_all`` is all it needs: TAKE waits in redis (BLPOP) for a few seconds if
-need be, and holds up nobody. Each that waits has a connection to redis; the pool bounds their number and lets further
-ones wait in turn. REDIS_URL names another redis: redis://host:6379/0, unix:///run/redis/redis.sock. Needs
-``pip install redis``.
+redis-py is plain Python on sockets, so ``patch_all`` is all it needs: TAKE waits in Redis (BLPOP) for up to a few
+seconds, and delays nobody. Each waiting client has a connection to Redis; the pool limits their number and makes others
+wait their turn. REDIS_URL names another Redis: redis://host:6379/0, unix:///run/redis/redis.sock. Needs ``pip install
+redis``.
 """
 # ruff: noqa: E402
 
@@ -25,10 +25,10 @@ from gtcpserver import Connection, EarlyEOF, run
 URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 QUEUE = "gtcpserver-example"
 
-#: Connections to redis, and seconds to wait for one of them.
+#: Connections to Redis, and seconds to wait for one of them.
 POOL_SIZE, POOL_TIMEOUT = 100, 10
 
-#: Of one TAKE. A client that has gone is noticed when it has ended.
+#: Seconds of one TAKE. Only when it ends, a client that has gone is noticed.
 LONGEST_WAIT = 5
 
 
@@ -55,7 +55,7 @@ def handle(conn: Connection) -> None:
 
 
 if __name__ == "__main__":
-    # No second attempt: where the answer was lost, redis may have done what was asked, and PUT would queue it twice.
+    # No second attempt: if the answer was lost, Redis may have executed the command, and PUT would queue it twice.
     once = Retry(NoBackoff(), 0)
     pool = redis.BlockingConnectionPool.from_url(URL, max_connections=POOL_SIZE, timeout=POOL_TIMEOUT, retry=once)
     queue = redis.Redis(connection_pool=pool)

@@ -1,11 +1,11 @@
-"""requests in a handler: pages of a web server behind us, over connections that are kept.
+"""requests in a handler: pages of a backend web server, over persistent connections.
 
     python examples/requests_client.py [ADDRESS], then: printf '/\\n' | nc -N 127.0.0.1 5000
 
-For each path it answers with the status and the size of the page. requests and urllib3 are plain Python on sockets:
-``patch_all`` is all they need. One session for all handlers keeps connections to the web server open; its adapter
-bounds them, and ``pool_block`` lets handlers wait for one instead of opening more. BACKEND names the web server, by
-default http://127.0.0.1:8000. Needs ``pip install requests``.
+For each path the handler answers with the status and the size of the page. requests and urllib3 are plain Python on
+sockets: ``patch_all`` is all they need. One session for all handlers keeps connections to the web server open; its
+adapter limits them, and ``pool_block`` makes handlers wait for one instead of opening more. BACKEND names the web
+server, by default http://127.0.0.1:8000. Needs ``pip install requests``.
 """
 # ruff: noqa: E402
 
@@ -24,7 +24,7 @@ from gtcpserver import Connection, EarlyEOF, run
 BACKEND = os.environ.get("BACKEND", "http://127.0.0.1:8000").rstrip("/")
 CONNECTIONS = 50
 
-#: Seconds to connect, and in which the next bytes must come.
+#: Seconds to connect, and to wait for the next bytes.
 TIMEOUT = (3, 10)
 
 
@@ -46,8 +46,8 @@ def handle(conn: Connection) -> None:
 
 
 def fetch(session: requests.Session, path: str) -> tuple[int, int]:
-    """Status and size of a page, which is never in memory as a whole. Blocks, for this handler only."""
-    # Redirects are not followed: they could lead to another server than ours.
+    """Return status and size of a page, which is never in memory as a whole. Blocks, but only this handler."""
+    # Redirects are not followed: they could lead to a server other than ours.
     with session.get(BACKEND + path, timeout=TIMEOUT, stream=True, allow_redirects=False) as answer:
         return answer.status_code, sum(map(len, answer.iter_content(65536)))
 

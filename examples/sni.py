@@ -1,8 +1,8 @@
-"""Two names on one port, a certificate each, and an answer that depends on the name (SNI, RFC 6066 section 3).
+"""Two names on one port, each with its own certificate, and answers by name (SNI, RFC 6066 section 3).
 
     python examples/sni.py [ADDRESS], then: curl -k --resolve one.example:5000:127.0.0.1 https://one.example:5000/
 
-Other names, and none, get the certificate of localhost.
+Clients that ask for other names, or none, get the certificate of localhost.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A line protocol that begins in the clear and goes to TLS on request, as SMTP and IMAP do.
+"""A line protocol that begins in plain text and switches to TLS on request, as SMTP and IMAP do.
 
     python examples/starttls_lines.py [ADDRESS [CERTFILE [KEYFILE]]]
 
@@ -26,12 +26,13 @@ def handle(conn: Connection) -> None:
     except LimitExceeded:
         conn.sendall(b"500 line too long\r\n")
     except StartTLSError:
-        # Commands came in the clear behind STARTTLS. Whoever put them there must not be heard as the encrypted client.
+        # Plain-text commands followed STARTTLS. An attacker who injected them must not be taken for the encrypted
+        # client.
         conn.sendall(b"554 nothing may follow STARTTLS\r\n")
 
 
 def answer(conn: Connection, line: bytes) -> bool:
-    """Serve one request; False ends the connection."""
+    """Serve one request; return False to end the connection."""
     verb, _, text = line.partition(b" ")
     match verb.upper():
         case b"EHLO":
@@ -39,7 +40,7 @@ def answer(conn: Connection, line: bytes) -> bool:
         case b"STARTTLS" if conn.tls is None:
             conn.sendall(b"220 go ahead\r\n")
             conn.start_tls(conn.context)
-            # What the client said before does not count any more (RFC 3207 section 4.2): here there is nothing.
+            # What the client said before no longer counts (RFC 3207 section 4.2): here there is nothing.
         case b"STARTTLS":
             conn.sendall(b"503 encrypted already\r\n")
         case b"NOTE" if conn.tls is None:
@@ -56,5 +57,5 @@ def answer(conn: Connection, line: bytes) -> bool:
 
 if __name__ == "__main__":
     address, *files = sys.argv[1:] or ["127.0.0.1:5000"]
-    # Not as tls=...: the handler begins in the clear, and has it as conn.context.
+    # Not as tls=...: the handler begins in plain text, and gets it as conn.context.
     run(handle, address, context=TLSConfig(*(files or self_signed())))

@@ -1,8 +1,8 @@
-"""Sends back what it gets, encrypted.
+"""Send everything back, encrypted.
 
     python examples/tls_echo.py [ADDRESS [CERTFILE [KEYFILE]]], then: openssl s_client -quiet -connect 127.0.0.1:5000
 
-Without files it makes a certificate for development, which clients have no reason to trust.
+Without files it creates a certificate for development, which clients have no reason to trust.
 """
 
 import sys

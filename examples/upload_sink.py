@@ -1,9 +1,9 @@
-"""Take files: a line with a name and a size, then the content, which goes from the socket into the file by splice(2).
+"""Receive files: a line with name and size, then the content, which goes from the socket into the file by splice(2).
 
     UPLOADS=/tmp python examples/upload_sink.py [ADDRESS], then:
     (printf 'PUT notes.txt 6\\n'; printf 'hello\\n') | nc -N 127.0.0.1 5000
 
-Each file is answered by "STORED name size" or "ERROR why". A file appears under its name when it is whole, not before.
+Each file is answered with "STORED name size" or "ERROR why". A file only appears under its name once it is complete.
 """
 
 import os
@@ -17,7 +17,7 @@ UPLOADS = os.environ.get("UPLOADS", ".")
 
 LARGEST = 10 << 30
 
-# No slash, no leading dot, no option-like name: nothing outside of the directory, nothing that hides.
+# No slash, no leading dot, no option-like name: nothing outside the directory, nothing hidden.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -35,7 +35,7 @@ def take_files(conn: Connection) -> None:
             if command != "PUT" or not NAME.fullmatch(name) or not 0 <= int(size) <= LARGEST:
                 raise ValueError
         except ValueError:
-            # Where the next command begins is not known any more.
+            # The start of the next command is unknown.
             conn.sendall(b"ERROR expected: PUT name size\n")
             return
         try:
@@ -55,7 +55,7 @@ def store(conn: Connection, name: str, size: int) -> None:
             raise EarlyEOF(f"{name}: {taken} of {size} bytes came", b"")
         os.chmod(path, 0o644)
         os.replace(path, os.path.join(UPLOADS, name))
-    except BaseException:  # a kill, a time-out, a full disk: half a file is none
+    except BaseException:  # a kill, a timeout, a full disk: leave no partial file
         os.unlink(path)
         raise
 
