@@ -158,7 +158,7 @@ Changes = Mapping[Any, str]  # by pairs of states, each table by those of anothe
 
 def lives() -> dict[str, Changes]:
     """Return the tables of states by the name of their picture."""
-    from gtcpserver.server.server import STATE_CHANGES
+    from gtcpserver.server.state import STATE_CHANGES
     from gtcpserver.supervisor.master import MASTER_CHANGES
     from gtcpserver.supervisor.reload import RELOAD_CHANGES
     from gtcpserver.supervisor.slots import WORKER_CHANGES

@@ -135,7 +135,7 @@ def _serve(server: Server, stop_timeout: float | None, threshold: float | None) 
             detectors.append(start_detector(threshold, bytearray(PLACES)))
         log_listening(server)
 
-    server._on_serving = announce
+    server.when_serving = announce
     try:
         with service_state_told(server):
             report = server.serve_forever(stop_timeout)

@@ -13,13 +13,12 @@ log = logging.getLogger("gtcpserver")
 
 
 def log_listening(server: Server) -> None:
-    loops = len(server._acceptors)
     pool = "no limit" if server.pool.size is None else str(server.pool.size)
     log.info(
         "listening on %s (pid %d, %s, pool %s)",
         ", ".join(server.addresses),
         os.getpid(),
-        counted(loops, "accept loop"),
+        counted(server.accept_loops, "accept loop"),
         pool,
     )
 

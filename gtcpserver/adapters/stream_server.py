@@ -19,7 +19,7 @@ from gevent.lock import Semaphore
 from gevent.timeout import Timeout
 from greenlet import GreenletExit, getcurrent
 
-from gtcpserver.admission.steps import Lane
+from gtcpserver.admission.steps import Stage
 from gtcpserver.admission.tls_handshake import HandshakeStep
 from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.lingering import LOOK_SECONDS, Linger
@@ -29,8 +29,8 @@ from gtcpserver.pool.pool import HandlerPool
 from gtcpserver.process.forked import close_in_child, close_in_children, end_process, keep, runs_handler
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
 from gtcpserver.server.acceptor import FATAL_ERRNOS, Acceptor
+from gtcpserver.server.drain import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
 from gtcpserver.server.outcome import COUNTER, log_client_error, log_fault, outcome_of
-from gtcpserver.server.stopping import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, drain_and_close
 from gtcpserver.tls import Credentials, classify_handshake_error
 from gtcpserver.tls.config import DEFAULT_MAX_HANDSHAKES
 
@@ -73,7 +73,7 @@ class StreamServer(Acceptor):
         open_standard_descriptors()
         self._tls = StreamServerTLS()
         self._credentials: Credentials | None = None
-        self._handshakes: Lane | None = None
+        self._handshakes: Stage | None = None
         self._handshake_failures: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._faults = FaultLimiter()
@@ -170,6 +170,8 @@ class StreamServer(Acceptor):
             finally:
                 self._forget(connection)
 
+    runs_handler(_handle_and_close, lambda variables, _in_child: variables["connection"])
+
     def _forget(self, connection: Any) -> None:
         self._open.pop(connection, None)
         if self._drained:
@@ -218,12 +220,12 @@ class StreamServer(Acceptor):
 
     def _place_wanted(self) -> None:
         if self.pool is not None:
-            self.pool._semaphore.rawlink(self._start_accepting_if_started)
+            places_of(self.pool).rawlink(self._start_accepting_if_started)
 
     # -- TLS ---------------------------------------------------------------------------------------------------------
 
     def _begin_handshake(self, connection: Connection) -> bool:
-        """Let the handshake take place in a lane. False: it is for the handler's greenlet to do."""
+        """Let the handshake take place in a stage. False: it is for the handler's greenlet to do."""
         handle = self._handle
         if getattr(handle, "__func__", None) is not StreamServer.wrap_socket_and_handle:
             return False
@@ -239,7 +241,7 @@ class StreamServer(Acceptor):
             return False
         if self._handshakes is None:
             timeout = self.handshake_timeout
-            self._handshakes = Lane(
+            self._handshakes = Stage(
                 "TLS handshake",
                 self._credentials.handshake_timeout if timeout is None else timeout,
                 self.max_handshakes,
@@ -263,7 +265,7 @@ class StreamServer(Acceptor):
         self._forget(connection)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> Any:
-        """Serve one connection in its greenlet, with a handshake that cannot take place in a lane."""
+        """Serve one connection in its greenlet, with a handshake that cannot take place in a stage."""
         credentials = self._tls.find(self.wrap_socket, self.ssl_args)
         handle = self._what_serves("handle")
         if credentials is None or not isinstance(client_socket, Connection):
@@ -291,7 +293,7 @@ class StreamServer(Acceptor):
         """What ``wrap_socket`` returns; None if the client is to blame that it did not."""
         seconds = self.handshake_timeout
         try:
-            with Timeout._start_new_or_dummy(seconds, TimeoutError(f"no TLS handshake within {seconds} s")):
+            with _timeout(seconds, TimeoutError(f"no TLS handshake within {seconds} s")):
                 encrypted = self.wrap_socket(client_socket, **self.ssl_args)
         except (ssl.SSLError, ConnectionError, TimeoutError) as error:
             kind = classify_handshake_error(error)
@@ -310,14 +312,14 @@ class StreamServer(Acceptor):
             return
         self._held.append((handle, args))
         if len(self._held) == 1:
-            self.pool._semaphore.rawlink(self._serve_held)
+            places_of(self.pool).rawlink(self._serve_held)
 
     def _serve_held(self, _places: Any = None) -> None:
         # Called in the hub when the pool has a place.
         while self._held and not self.pool.full():
             self._serve(*self._held.popleft())
         if self._held:
-            self.pool._semaphore.rawlink(self._serve_held)
+            places_of(self.pool).rawlink(self._serve_held)
 
     def _serve(self, handle: str, args: tuple[Any, ...]) -> None:
         try:
@@ -502,8 +504,11 @@ class StreamServer(Acceptor):
         with _sigterm.caught():
             super().serve_forever(stop_timeout)
 
-    def _finish(self) -> None:
-        """Stop because the process is about to end."""
+    def finish_before_exit(self) -> None:
+        """Stop because the process is about to end.
+
+        :meta private:
+        """
         timeout = self.stop_timeout if self._signal_timeout is None else self._signal_timeout
         until = inf if timeout is None else monotonic() + timeout
         self.stop(timeout)
@@ -511,7 +516,12 @@ class StreamServer(Acceptor):
         self._wait_for_lingering(until)
 
 
-runs_handler(StreamServer._handle_and_close, lambda variables, _in_child: variables["connection"])
+def places_of(pool: Any) -> Any:
+    """The semaphore of a ``gevent.pool.Pool``, which has no public name."""
+    return pool._semaphore  # noqa: SLF001 - gevent's
+
+
+_timeout = Timeout._start_new_or_dummy  # noqa: SLF001 - gevent's
 
 
 def _has_raised(sock: Any, error: BaseException) -> bool:
@@ -542,7 +552,9 @@ _started: WeakValueDictionary[int, StreamServer] = WeakValueDictionary()
 
 def _finish_all() -> None:
     loop = get_hub().loop
-    gevent.joinall([gevent.spawn(one._finish) for one in list(_started.values()) if one.started and one.loop is loop])
+    gevent.joinall(
+        [gevent.spawn(one.finish_before_exit) for one in list(_started.values()) if one.started and one.loop is loop]
+    )
 
 
 _sigterm = DieGracefully(_finish_all)

@@ -56,7 +56,8 @@ def _wants_ssl_socket(context: Any) -> bool:
     # A callback of the program's own may do with the socket it gets whatever an SSLSocket can.
     callback = context.sni_callback
     ours = isinstance(getattr(callback, "__self__", None), Credentials)
-    return context._msg_callback is not None or not (callback is None or ours)
+    observed = context._msg_callback is not None  # noqa: SLF001 - the standard library's
+    return observed or not (callback is None or ours)
 
 
 def _states(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -23,8 +23,8 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key, own_logger
 from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from gtcpserver.process.forked import end_process, runs_handler
+from gtcpserver.server.describe import peer
 from gtcpserver.server.outcome import is_client_error
-from gtcpserver.server.stopping import peer
 from gtcpserver.server.time_limits import HandlerTimedOut, TooSlow
 
 from .wsgi_body import BodyError, RequestBody
@@ -36,6 +36,13 @@ log = own_logger("gtcpserver.wsgi")
 
 #: Seconds in which the head of a request must have come, once it has begun; as of the static file server.
 HEAD_TIMEOUT = 30.0
+
+
+def _forked_in_application(variables: Mapping[str, Any], in_child: bool) -> None:
+    # An application answers by what it returns, so its child does not get the connection.
+    if in_child:
+        handler: _WSGIHandler = variables["self"]
+        handler.forked()
 
 
 class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
@@ -207,6 +214,8 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             self.time_finish = self.time_start + time.monotonic() - begun
             self.log_request()
 
+    runs_handler(_serve_application, _forked_in_application)
+
     def _discard_body(self) -> None:
         body = self._body
         if body is None:
@@ -320,16 +329,6 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
-
-
-def _forked_in_application(variables: Mapping[str, Any], in_child: bool) -> None:
-    # An application answers by what it returns, so its child does not get the connection.
-    if in_child:
-        handler: _WSGIHandler = variables["self"]
-        handler.forked()
-
-
-runs_handler(_WSGIHandler._serve_application, _forked_in_application)
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:

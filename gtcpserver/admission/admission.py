@@ -1,12 +1,17 @@
-"""Lobby: where connections are between accept and their handler, if there is something to do first or no place yet.
+"""Admission: what happens between accept and the handler, in its order.
 
-First the PROXY header, then the limits of the client that it names, then the TLS handshake; then they wait until the
-pool has a place. Headers and handshakes have a lane each.
+1. The PROXY header is read, where a balancer is to name the client.
+2. The limits of the client are asked.
+3. The TLS handshake takes place.
+4. The connection is handed over to be served.
+
+Steps 1 and 3 wait for the client, each in a `Stage`. What fails is counted, gets its line in the access log, and is
+closed, or reset where the client is to see that something went wrong.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +21,24 @@ from gtcpserver.tls.config import DEFAULT_MAX_HANDSHAKES
 
 from .client_limits import ClientLimits, Refusal
 from .proxy_header import HeaderStep, network_address
-from .steps import Lane
+from .steps import Stage
 from .tls_handshake import HandshakeStep
 
 if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection
 
 
-class Lobby:
-    """The lanes of a server, and those who have passed them.
+class Admission:
+    """The connections of a server that have something to do before a handler gets them.
 
     Args:
         balancers: from which PROXY headers come; None: from none.
         limits: of each client; None: none.
         tls: whose handshakes; None: plain text.
-        ready: called in the hub when somebody has begun to wait in :attr:`waiting`.
-        empty: called in the hub when somebody has left without being served.
-        header_failures, handshake_failures: count by kind who failed.
+        admitted: called in the hub with a connection that has passed.
+        empty: called in the hub when one has left without being served.
+        header_failures, handshake_failures: count by kind what failed.
         unserved: called with a connection that is about to be closed unserved, what the access log calls it, and why.
-
-    Attributes:
-        waiting: connections that only want for a place, in their order.
-        failed: how many have failed.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Lobby:
         balancers: ProxyProtocol | None,
         limits: ClientLimits | None,
         tls: Credentials | None,
-        ready: Callable[[Connection], Any],
+        admitted: Callable[[Connection], Any],
         empty: Callable[[], Any],
         header_failures: Counter[str],
         handshake_failures: Counter[str],
@@ -53,48 +54,35 @@ class Lobby:
     ) -> None:
         self._balancers = balancers
         self._limits = limits
-        self._ready = ready
+        self._admitted = admitted
         self._empty = empty
         self._unserved = unserved
         #: As whom the limits count a connection: its client address may be another one at its end.
         self._counted_as: dict[Connection, Any] = {}
-        self.waiting: deque[Connection] = deque()
-        self.failed = 0
-        self._headers: Lane | None = None
-        self._handshakes: Lane | None = None
+        self._headers: Stage | None = None
+        self._handshakes: Stage | None = None
         if balancers is not None:
-            self._headers = Lane(
+            self._headers = Stage(
                 "PROXY header",
                 balancers.timeout,
                 DEFAULT_MAX_HANDSHAKES,
                 HeaderStep,
-                self._header_done,
+                self._ask_limits,
                 self._header_failed,
                 header_failures,
             )
         if tls is not None:
-            self._handshakes = Lane(
+            self._handshakes = Stage(
                 "TLS handshake",
                 tls.handshake_timeout,
                 tls.max_handshakes,
                 lambda connection: HandshakeStep(connection, tls),
-                self._pass_on,
+                self._hand_over,
                 self._handshake_failed,
                 handshake_failures,
             )
 
-    @property
-    def headers(self) -> int:
-        """PROXY headers that are waited for."""
-        return len(self._headers) if self._headers is not None else 0
-
-    @property
-    def handshakes(self) -> int:
-        """TLS handshakes under way."""
-        return len(self._handshakes) if self._handshakes is not None else 0
-
-    def __len__(self) -> int:
-        return self.headers + self.handshakes + len(self.waiting)
+    # -- the way of a connection, in the hub -------------------------------------------------------------------------
 
     def enter(self, connection: Connection) -> None:
         """Take a connection that was accepted. Only from the hub.
@@ -102,27 +90,27 @@ class Lobby:
         Raises:
             Exception: there is no memory to go on with. The connection is closed, and nothing of it is left here.
         """
-        if (
-            self._headers is not None
-            and self._balancers is not None
-            and self._balancers.trusts(connection.client_address)
-        ):
-            self._headers.begin(connection)
+        headers, balancers = self._headers, self._balancers
+        if headers is not None and balancers is not None and balancers.trusts(connection.client_address):
+            headers.begin(connection)  # and then _ask_limits
         else:
-            self._header_done(connection)
+            self._ask_limits(connection)
 
-    def _header_done(self, connection: Connection) -> None:
-        address = network_address(connection)
-        try:
-            refusal = self._limits.enter(address) if self._limits is not None else None
-        except BaseException:
-            self._fail(connection, "client_denied", "no memory")
-            raise
-        if refusal is not None:
-            # Reset, as a port that nobody listens on would: no state is kept for it.
-            self._fail(connection, refusal, "", reset=True)
-            return
+    def _header_failed(self, connection: Connection, kind: str) -> None:
+        self._fail(connection, "proxy_header", kind, reset=kind == "not_begun")
+
+    def _ask_limits(self, connection: Connection) -> None:
         if self._limits is not None:
+            address = network_address(connection)
+            try:
+                refusal = self._limits.enter(address)
+            except BaseException:
+                self._fail(connection, "client_denied", "no memory")
+                raise
+            if refusal is not None:
+                # Reset, as a port that nobody listens on would: no state is kept for it.
+                self._fail(connection, refusal, "", reset=True)
+                return
             try:
                 self._counted_as[connection] = address
             except BaseException:
@@ -130,13 +118,17 @@ class Lobby:
                 self._fail(connection, "client_denied", "no memory")
                 raise
         if self._handshakes is not None:
-            self._handshakes.begin(connection)
+            self._handshakes.begin(connection)  # and then _hand_over
         else:
-            self._pass_on(connection)
+            self._hand_over(connection)
 
-    def _pass_on(self, connection: Connection) -> None:
+    def _handshake_failed(self, connection: Connection, kind: str) -> None:
+        self.left(connection)
+        self._fail(connection, "handshake_failed", kind, reset=kind == "not_begun")
+
+    def _hand_over(self, connection: Connection) -> None:
         try:
-            self._ready(connection)
+            self._admitted(connection)
         except BaseException:
             self.not_served(connection)
             raise
@@ -147,11 +139,7 @@ class Lobby:
             self.left(connection)
             self._fail(connection, "error", "no memory", reset=True)
 
-    def _header_failed(self, connection: Connection, kind: str) -> None:
-        self._fail(connection, "proxy_header", kind, reset=kind == "not_begun")
-
     def _fail(self, connection: Connection, result: str, detail: str, reset: bool = False) -> None:
-        self.failed += 1
         try:
             if self._unserved is not None:
                 self._unserved(connection, result, detail)
@@ -162,9 +150,7 @@ class Lobby:
                 connection.close()
             self._empty()
 
-    def _handshake_failed(self, connection: Connection, kind: str) -> None:
-        self.left(connection)
-        self._fail(connection, "handshake_failed", kind, reset=kind == "not_begun")
+    # -- limits of clients -------------------------------------------------------------------------------------------
 
     def named(self, connection: Connection) -> Refusal | None:
         """Count the client that a header has named, if the connection was let in before as the balancer's.
@@ -187,17 +173,30 @@ class Lobby:
         if counted_as is not None and self._limits is not None:
             self._limits.leave(counted_as)
 
-    def left_in_child(self) -> None:
-        """In a forked child: close them there."""
-        for connection in self.waiting:
-            connection.left_by_child()
-        self.waiting.clear()
-        for lane in (self._headers, self._handshakes):
-            if lane is not None:
-                lane.left_in_child()
+    # -- all of them -------------------------------------------------------------------------------------------------
+
+    @property
+    def headers(self) -> int:
+        """PROXY headers that are waited for."""
+        return len(self._headers) if self._headers is not None else 0
+
+    @property
+    def handshakes(self) -> int:
+        """TLS handshakes under way."""
+        return len(self._handshakes) if self._handshakes is not None else 0
+
+    def __len__(self) -> int:
+        return self.headers + self.handshakes
+
+    def _stages(self) -> list[Stage]:
+        return [stage for stage in (self._headers, self._handshakes) if stage is not None]
 
     def end_all(self) -> None:
-        """Drop those who have something to do yet."""
-        for lane in (self._headers, self._handshakes):
-            if lane is not None:
-                lane.end_all()
+        """Drop those that are under way."""
+        for stage in self._stages():
+            stage.end_all()
+
+    def left_in_child(self) -> None:
+        """In a forked child: close them there."""
+        for stage in self._stages():
+            stage.left_in_child()

@@ -60,7 +60,7 @@ class HeaderReader:
 
 
 class HeaderStep(Step):
-    """A PROXY header that is read, in a lane."""
+    """A PROXY header that is read, in a stage."""
 
     __slots__ = ("_reader",)
 

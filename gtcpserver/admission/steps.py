@@ -1,4 +1,4 @@
-"""Lane: connections that have something to do before a handler gets them, without a greenlet for each.
+"""Stage: connections that have something to do before a handler gets them, without a greenlet for each.
 
 A PROXY header that is read, a TLS handshake: neither is a handler, and a client that connects and says nothing must not
 hold a place in the pool. So they run as event callbacks, bounded in time and number.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gtcpserver")
 
 
-class Lane:
+class Stage:
     """What is under way, of one kind.
 
     Args:
@@ -66,10 +66,10 @@ class Lane:
         step = None
         try:
             step = self._make(connection)
-            step.lane = self
+            step.stage = self
             step.until = monotonic() + self._seconds
             self._under_way[step] = None
-            # Afterwards: while one goes and another comes, the lane is never seen empty.
+            # Afterwards: while one goes and another comes, the stage is never seen empty.
             if len(self._under_way) > self._most:
                 oldest = next(iter(self._under_way))
                 oldest.fail(TimeoutError(f"too many at once, this {self.what} was the oldest"), kind="crowded_out")
@@ -122,15 +122,15 @@ class Lane:
 
 
 class Step:
-    """One connection in a lane. A subclass defines `advance` and `kind_of`.
+    """One connection in a stage. A subclass defines `advance` and `kind_of`.
 
     Attributes:
-        lane, until: given by the lane; monotonic time at which it is overdue.
+        stage, until: given by the stage; monotonic time at which it is overdue.
     """
 
-    __slots__ = ("connection", "lane", "until")
+    __slots__ = ("connection", "stage", "until")
 
-    lane: Lane
+    stage: Stage
     until: float
 
     def __init__(self, connection: Connection) -> None:
@@ -155,8 +155,8 @@ class Step:
         except Exception as error:
             self.fail(error)
             return
-        self.lane.leave(self)
-        self.lane.done(self.connection)
+        self.stage.leave(self)
+        self.stage.done(self.connection)
 
     def wait(self, watcher: Any) -> None:
         """Run again when this watcher says so, and no other."""
@@ -182,13 +182,13 @@ class Step:
 
     def fail(self, error: BaseException, kind: str | None = None) -> None:
         """It did not work out."""
-        lane, connection = self.lane, self.connection
-        lane.leave(self)
+        stage, connection = self.stage, self.connection
+        stage.leave(self)
         self.let_go()
         try:
             kind = kind or self.kind_of(error)
         except Exception:
             kind = "other"
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s with %s failed (%s): %s", lane.what, connection.client_address, kind, error)
-        lane.note_failure(connection, kind)
+            log.debug("%s with %s failed (%s): %s", stage.what, connection.client_address, kind, error)
+        stage.note_failure(connection, kind)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class HandshakeStep(Step):
-    """A TLS handshake under way, in a lane."""
+    """A TLS handshake under way, in a stage."""
 
     __slots__ = ("_layer",)
 

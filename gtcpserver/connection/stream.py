@@ -89,7 +89,7 @@ class Stream:
         ended: such a read gave b"".
         bytes_received, bytes_sent: so far.
         mark: set on each error that this stream has raised (see :meth:`note`); None: none so far.
-        progress: a note of the overseer's.
+        progress: a note of the time limits' (server).
         shared: somebody else has the socket too: SHARED, or CHILD where that is a forked child of the handler's.
         shut_for_writing: the program has shut down its side; not set before that.
         tls: the TLS layer that ``io`` is, or None.

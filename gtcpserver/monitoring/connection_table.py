@@ -7,8 +7,8 @@ from typing import Any
 import gevent
 
 from gtcpserver.connection.connection import Connection
+from gtcpserver.server.describe import describe
 from gtcpserver.server.server import Server
-from gtcpserver.server.stopping import describe
 
 MOST = 500
 """Rows of the table, over all workers. More is nothing that somebody reads; the page and the packets stay small."""

@@ -48,7 +48,7 @@ LOG_INTERVAL = 1.0
 
 
 _new = object.__new__
-_RawSocket = Connection._gevent_sock_class
+_RawSocket = Connection._gevent_sock_class  # noqa: SLF001 - gevent's
 
 
 def _is_plain(connection_class: type[Connection]) -> bool:
@@ -56,7 +56,7 @@ def _is_plain(connection_class: type[Connection]) -> bool:
     return (
         connection_class.__init__ is Connection.__init__
         and connection_class.__new__ is Connection.__new__
-        and connection_class._gevent_sock_class is _RawSocket
+        and connection_class._gevent_sock_class is _RawSocket  # noqa: SLF001
     )
 
 
@@ -132,7 +132,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
 
     def do_read(self) -> tuple[Any, Any] | None:
         try:
-            fd, address = self.socket._accept()
+            fd, address = self.socket._accept()  # noqa: SLF001 - the standard library's
         except BlockingIOError:
             return None
         return self._make(fd), address
@@ -146,7 +146,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         except BaseException:
             close_descriptor(fd)  # nobody has it yet
             raise
-        connection._begin(sock)
+        connection._begin(sock)  # noqa: SLF001 - a subclass may well have a method `begin`
         return connection
 
     def _make_any(self, fd: int) -> Connection:
@@ -157,7 +157,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         except BaseException as error:
             try:
                 # Not getattr: gevent's sockets look up what they miss in their _sock.
-                connection_class._sock.__get__(connection).close()
+                connection_class._sock.__get__(connection).close()  # noqa: SLF001 - gevent's
             except AttributeError:
                 close_descriptor(fd)  # it failed before the socket was made
             if isinstance(error, Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,7 +17,6 @@ from typing import Any, Literal
 
 import gevent
 
-from gtcpserver.address import format_sockaddr
 from gtcpserver.connection.connection import Connection, log_fields_of
 from gtcpserver.diagnostics.logs import FaultLimiter, NonBlockingHandler, own_logger
 from gtcpserver.errors import ConfigError
@@ -27,6 +25,9 @@ from gtcpserver.files.trusted_path import UntrustedPath, open_file
 from gtcpserver.plural import counted
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.strict_json import as_text, to_json, to_short_json
+
+from .describe import printed
+from .outcome import Result
 
 log = own_logger("gtcpserver.access")
 _problems = logging.getLogger("gtcpserver")
@@ -47,27 +48,6 @@ FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOC
 
 #: Seconds between two looks at a file that this process may not open itself, and borrows (`lent_files`).
 LOOK_EVERY = 1.0
-
-Result = Literal[
-    "ok",  # the handler has returned
-    "idle_closed",  # it was idle, and was closed at a stop or to make room
-    "reset",  # the peer had gone: a reset, or an end in the midst of a message
-    "timeout",  # nothing moved for too long
-    "deadline",  # Connection.deadline
-    "handler_timeout",
-    "slow",  # min_rate
-    "limit",  # LimitExceeded: the client sent more than the protocol allows
-    "error",  # the handler failed; detail says how
-    "stopped",  # cut by a stop
-    "killed",  # the same, by somebody else
-    "refused",  # on_connect said so
-    "rejected",  # the server was full
-    "client_denied",
-    "client_connections",
-    "client_rate",
-    "proxy_header",  # none came from a balancer, or a bad one; detail says which
-    "handshake_failed",  # of TLS; detail says why
-]
 
 
 class AccessLog:
@@ -104,7 +84,7 @@ class AccessLog:
     @property
     def files(self) -> list[str]:
         """The path of its file, if it has one."""
-        return [one._path for one in self._log.handlers if isinstance(one, AccessFile)]
+        return [one.path for one in self._log.handlers if isinstance(one, AccessFile)]
 
     def begin(self, connection: Connection) -> None:
         """Its handler is about to run."""
@@ -160,13 +140,6 @@ class _End:
     server: str
     result: Result = "ok"
     detail: str = ""
-
-
-def printed(address: Any) -> str:
-    """An address as ``accept`` gives it, printed."""
-    if not isinstance(address, tuple):
-        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
-    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
 
 
 def utc(seconds: float) -> str:
@@ -264,7 +237,7 @@ class AccessFile(NonBlockingHandler):
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.abspath(path)
+        self.path = os.path.abspath(path)
         self._complaints = FaultLimiter(burst=1, interval=60.0)
         self._borrower = 0  # the process that borrows the file: a fork may do so, and has none of our greenlets
         fd, borrowed = self._open()
@@ -282,7 +255,7 @@ class AccessFile(NonBlockingHandler):
             if self._complaints.allow("dropped") is not None:
                 _problems.error(
                     "cannot write the access log %s: %s; %s dropped",
-                    self._path,
+                    self.path,
                     self._reason,
                     counted(self.dropped, "line"),
                 )
@@ -298,11 +271,11 @@ class AccessFile(NonBlockingHandler):
 
     def _open(self) -> tuple[int, bool]:
         try:
-            return open_file(self._path, FILE_FLAGS, FILE_MODE), False
+            return open_file(self.path, FILE_FLAGS, FILE_MODE), False
         except PermissionError:
             if not has_lender():
                 raise
-        return borrow(self._path), True
+        return borrow(self.path), True
 
     def _borrow_from_now_on(self) -> None:
         self._borrower = os.getpid()
@@ -312,14 +285,14 @@ class AccessFile(NonBlockingHandler):
         if self._fd < 0:
             return True  # closed by logging.config, see NonBlockingHandler
         try:
-            status = os.stat(self._path)
+            status = os.stat(self.path)
         except OSError:
             return True
         return self._identity is None or (status.st_dev, status.st_ino) != self._identity[:2]
 
     def _reopen(self) -> None:
         try:
-            self._use(open_file(self._path, FILE_FLAGS, FILE_MODE))
+            self._use(open_file(self.path, FILE_FLAGS, FILE_MODE))
         except (OSError, UntrustedPath) as error:
             if isinstance(error, PermissionError) and has_lender():
                 self._borrow_from_now_on()  # and not here: a record may come where nothing may wait
@@ -330,7 +303,7 @@ class AccessFile(NonBlockingHandler):
         # A record may come long after the file was renamed, when the old one is compressed and gone: so not only then.
         while self._fd >= 0:
             try:
-                self._use(borrow(self._path))
+                self._use(borrow(self.path))
             except OSError as error:
                 self._complain(error)
             gevent.sleep(LOOK_EVERY, ref=False)
@@ -338,7 +311,7 @@ class AccessFile(NonBlockingHandler):
     def _complain(self, error: OSError | UntrustedPath) -> None:
         if self._complaints.allow("open") is not None:
             why = error.strerror if isinstance(error, OSError) else error
-            _problems.error("cannot open the access log %s anew: %s", self._path, why)
+            _problems.error("cannot open the access log %s anew: %s", self.path, why)
 
     def _use(self, new: int) -> None:
         status = os.fstat(new)

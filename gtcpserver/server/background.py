@@ -140,7 +140,7 @@ class Work:
             # A patched program's threads are greenlets, whose ident is their id.
             threads = {thread.ident for thread in threading.enumerate()}
             self._greenlets = [one for one in _greenlets_of_handlers() if id(one) not in threads]
-        return jobs + [Job(f"greenlet {name_of(one._run)}{_place(one.gr_frame)}", one) for one in self._greenlets]
+        return jobs + [Job(f"greenlet {name_of(one._run)}{_place(one.gr_frame)}", one) for one in self._greenlets]  # noqa: SLF001 - gevent's
 
     def _look_at_threads(self, frames: dict[int, FrameType]) -> list[Job]:
         jobs: list[Job] = []
@@ -171,9 +171,9 @@ def _greenlets_of_threads() -> dict[threading.Thread, Any]:
         attributes = [one for one in gc.get_referrers(*methods) if type(one) is dict and "_run" in one]
         found = gc.get_referrers(*attributes)
     return {
-        one._run.__self__: one
+        one._run.__self__: one  # noqa: SLF001 - gevent's
         for one in found
-        if issubclass(type(one), gevent.Greenlet) and isinstance(getattr(one._run, "__self__", None), threading.Thread)
+        if issubclass(type(one), gevent.Greenlet) and isinstance(getattr(one._run, "__self__", None), threading.Thread)  # noqa: SLF001 - gevent's
     }
 
 
@@ -206,7 +206,7 @@ def threads_of_handlers_are_no_daemons() -> None:
 
     @wraps(usual)
     def init(self: threading.Thread, *arguments: Any, daemon: bool | None = None, **named: Any) -> None:
-        if daemon is None and isinstance(threading.current_thread(), threading._DummyThread):
+        if daemon is None and isinstance(threading.current_thread(), threading._DummyThread):  # noqa: SLF001 - the standard library's
             tree = getattr(gevent.getcurrent(), "spawn_tree_locals", None)
             daemon = False if tree is not None and HANDLER_ORIGIN in tree else None
         usual(self, *arguments, daemon=daemon, **named)
@@ -277,7 +277,7 @@ def _greenlets_of_handlers() -> list[Any]:
 
 
 def _is_ours(greenlet: Any) -> bool:
-    function = greenlet._run
+    function = greenlet._run  # noqa: SLF001 - gevent's
     while isinstance(function, partial):
         function = function.func
     return greenlet is gevent.getcurrent() or str(getattr(function, "__module__", "")).startswith("gtcpserver.")
@@ -292,7 +292,7 @@ def _processes() -> list[Job]:
     return [
         Job(f"process {one.name} (pid {one.pid})", process=one)
         for one in module.active_children()
-        if not one.daemon and one.pid not in of_executors and one._parent_pid == os.getpid()
+        if not one.daemon and one.pid not in of_executors and one._parent_pid == os.getpid()  # noqa: SLF001 - the standard library's
     ]
 
 
@@ -341,7 +341,7 @@ def _leave_behind(jobs: list[Job]) -> None:
     left = {job.thread for job in jobs if job.thread is not None}
     if not left:
         return
-    usual = threading._shutdown  # type: ignore[attr-defined]
+    usual = threading._shutdown  # type: ignore[attr-defined]  # noqa: SLF001 - the standard library's
 
     def shutdown() -> None:
         if not any(thread.is_alive() for thread in left):
@@ -352,7 +352,7 @@ def _leave_behind(jobs: list[Job]) -> None:
             gevent.sleep(LOOK_SECONDS)
         end_executors()
 
-    threading._shutdown = shutdown  # type: ignore[attr-defined]
+    threading._shutdown = shutdown  # type: ignore[attr-defined]  # noqa: SLF001 - the standard library's
 
 
 def _listed(jobs: list[Job]) -> str:

@@ -9,30 +9,32 @@ from gtcpserver.connection.connection import Connection, Idle
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .server import Server
+    from .capacity import Capacity
+    from .state import ServerState
 
 
 class PlacelessIdle(Idle):
     """An idle connection of a server: it holds no place in the pool."""
 
     # Once a request where a handler uses it, so all it needs is at hand: 0.5 us with the way back.
-    __slots__ = ("_server", "_stream")
+    __slots__ = ("_capacity", "_state", "_stream")
 
-    def __init__(self, connection: Connection, server: Server) -> None:
+    def __init__(self, connection: Connection, state: ServerState, capacity: Capacity) -> None:
         super().__init__(connection)
-        self._server = server
+        self._state = state
+        self._capacity = capacity
         self._stream = connection.stream
 
     def __enter__(self) -> None:
         self.active = True
-        server = self._server
-        places = server.places
+        places = self._capacity.places
         places.taken -= 1
         try:
             if places.links:
                 places.tell()
-            if server._idle_wanted:
-                server._became_idle(self.connection)
+            wants_idle = self._state.wants_idle
+            if wants_idle is not None:
+                wants_idle(self.connection)
         except BaseException:
             # The block does not begin, and __exit__ will not be called.
             self.active = False
@@ -43,11 +45,11 @@ class PlacelessIdle(Idle):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.active = False
-        places = self._server.places
+        places = self._capacity.places
         stream = self._stream
         if stream.ending or stream.at_eof or kind is not None:
             # It ends, for which it must not wait until busy ones have given up a place.
-            self._server._counters.idle_closed += stream.ended
+            self._state.counters.idle_closed += stream.ended
             stream.ending = False
             places.taken += 1
             return
@@ -57,6 +59,12 @@ class PlacelessIdle(Idle):
         try:
             places.acquire()
         except BaseException:
-            # Killed while it waited for a place: the pool will release one for this worker all the same.
+            # Killed while it waited for a place: the pool will release one for this greenlet all the same.
             places.taken += 1
             raise
+
+
+def end_if_idle(connection: Connection) -> None:
+    """End a connection, unless it has got a request meanwhile. Only from the hub."""
+    if connection.is_idle and not connection.closed:
+        connection.end_idle()

@@ -1,4 +1,7 @@
-"""Outcome: what an exception that has left a handler is called, in the counters and in the access log."""
+"""How a connection ends: what it is called, which counter counts it, and what an exception that has left a handler is.
+
+A `Result` is the one word for it: in the access log, in the counters, and in what a stop cuts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import builtins
 import errno
 import logging
 import ssl
-from typing import Any
+from typing import Any, Literal
 
 from gevent.timeout import Timeout
 
@@ -16,14 +19,37 @@ from gtcpserver.diagnostics.logs import RECORD_FIELDS, FaultLimiter, fault_key
 from gtcpserver.errors import ClientRefused, DeadlineExceeded, EarlyEOF, LimitExceeded, StartTLSError, TruncatedStream
 from gtcpserver.proxy_protocol.header import ProxyProtocolError
 
-from .access_log import Result
-from .stopping import peer
+from .describe import peer
 from .time_limits import HandlerTimedOut, TooSlow
 
 log = logging.getLogger("gtcpserver")
 
-#: Outcome -> the counter of a server that counts it.
+#: How a connection ends.
+Result = Literal[
+    "ok",  # the handler has returned
+    "idle_closed",  # it was idle, and was closed at a stop or to make room
+    "reset",  # the peer had gone: a reset, or an end in the midst of a message
+    "timeout",  # nothing moved for too long
+    "deadline",  # Connection.deadline
+    "handler_timeout",
+    "slow",  # min_rate
+    "limit",  # LimitExceeded: the client sent more than the protocol allows
+    "error",  # the handler failed; detail says how
+    "stopped",  # cut by a stop; StopReport.cut
+    "killed",  # the same, by somebody else
+    "refused",  # on_connect said so
+    "rejected",  # the server was full
+    "client_denied",
+    "client_connections",
+    "client_rate",
+    "proxy_header",  # none came from a balancer, or a bad one; detail says why
+    "handshake_failed",  # of TLS; detail says why
+]
+
+#: Result -> the counter of a server that counts it. Those without one are counted elsewhere: "ok" is the rest of
+#: `accepted`, "stopped" is in the report of the stop, the limits of clients and failures of admission by their kind.
 COUNTER: dict[Result, str] = {
+    "idle_closed": "idle_closed",
     "reset": "resets",
     "limit": "limits_exceeded",
     "handler_timeout": "handler_timeouts",
@@ -31,6 +57,8 @@ COUNTER: dict[Result, str] = {
     "deadline": "timeouts",
     "timeout": "timeouts",
     "error": "handler_errors",
+    "refused": "refused",
+    "rejected": "rejected",
 }
 
 
@@ -75,7 +103,7 @@ def _result_of(error: BaseException, stream: Stream) -> Result:
         if cause is None:
             break
         if isinstance(cause, HandlerTimedOut):
-            return "handler_timeout"  # thrown by the overseer, whatever the handler waits for
+            return "handler_timeout"  # thrown by the time limits, whatever the handler waits for
         if isinstance(cause, _GROUP):
             results = [_result_of(member, stream) for member in cause.exceptions]
             return results[0] if "error" not in results else "error"

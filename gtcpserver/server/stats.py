@@ -1,38 +1,10 @@
-"""Counters of a server, and their snapshot."""
+"""What a server tells of itself: a snapshot of its counters, and the report of its stop."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from gtcpserver.plural import counted
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a server counts while it runs."""
-
-    accepted: int = 0
-    peak: int = 0
-    rejected: int = 0
-    refused: int = 0
-    left_in_queue: int = 0
-    handler_errors: int = 0
-    resets: int = 0
-    timeouts: int = 0
-    limits_exceeded: int = 0
-    slow_clients: int = 0
-    handler_timeouts: int = 0
-    idle_closed: int = 0
-    accept_errors: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    queue_wait_samples: int = 0
-    queue_wait_total: float = 0.0
-    queue_wait_max: float = 0.0
-    proxy_header_failures: Counter[str] = field(default_factory=Counter)
-    handshake_failures: Counter[str] = field(default_factory=Counter)
-    tls_floods: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,46 @@
-"""How a server stops: listening sockets are drained before they are closed, handlers are waited for, then ended."""
+"""Stopping: how a server stops, in its steps.
+
+Listening sockets are drained before they are closed, handlers are waited for, then ended. The states are those of
+state.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import inf
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
+from gevent.hub import get_hub
+from gevent.lock import Semaphore
+from greenlet import GreenletExit
 
-from gtcpserver.address import format_sockaddr
 from gtcpserver.connection.connection import Connection
-from gtcpserver.diagnostics.frames import calls_of_program
-from gtcpserver.listening.draining import HANDSHAKE_SECONDS, handshakes_under_way, queue_length
+from gtcpserver.connection.lingering import LOOK_SECONDS
+from gtcpserver.errors import GtcpServerError
+from gtcpserver.listening.listener import forget_member, steer
 from gtcpserver.plural import counted
+from gtcpserver.process.forked import keep
 
-from .acceptor import Acceptor
-from .stats import CutConnection
+from .describe import describe
+from .drain import LONGEST_DRAIN, LONGEST_DRAIN_OF_DEFERRED, Steps, drain_and_close
+from .idle import end_if_idle
+from .state import ServerState, State
+from .stats import CutConnection, StopReport
+
+if TYPE_CHECKING:
+    from .acceptor import Acceptor
+    from .options import Options
+    from .server import Server
+    from .time_limits import TimeLimits
+    from .watchdog import Watchdog
 
 log = logging.getLogger("gtcpserver")
 
@@ -27,90 +48,320 @@ log = logging.getLogger("gtcpserver")
 KILL_SECONDS = 0.25
 KILL_ATTEMPTS = 4
 
-#: How long a stop waits at most for handshakes that are under way, seconds. Far clients need a round trip; with
-#: defer_accept, and where the system refuses socket filters (see draining), the kernel has to repeat its SYN-ACK, after
-#: 1 s, before a client that has sent nothing comes through.
-LONGEST_DRAIN = 1.0
-LONGEST_DRAIN_OF_DEFERRED = 2.5
+#: Seconds until a stop that waits for connections looks by itself whether there are any.
+LONGEST_WITHOUT_A_LOOK = 1.0
+
+#: Seconds that the hook on_stop gets at least, if nothing is left of the time of the stop.
+ON_STOP_SECONDS = 1.0
+
+#: Seconds from accept in which a stop leaves alone a connection that has not sent a byte: its first request is on its
+#: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
+FIRST_REQUEST = 1.0
+FIRST_REQUEST_OVER_TLS = 2.0
 
 
-class Steps:
-    """The steps of a stop: each is done, whatever has become of those before it.
-
-    Attributes:
-        failures: those that failed, with the error of each.
-    """
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def do(self, what: str, step: Callable[..., Any], *arguments: Any) -> Any:
-        """Do a step; returns what it returns, or None if it has failed."""
-        try:
-            return step(*arguments)
-        except Exception as error:
-            self.failed(what, error)
-            return None
-
-    def failed(self, what: str, error: BaseException | str) -> None:
-        """Note it, and log it once."""
-        failure = f"{what}: {error or type(error).__name__}"
-        if failure not in self.failures:
-            self.failures.append(failure)
-            log.error("stopping: %s", failure)
-
-
-def drain_and_close(
-    acceptors: Sequence[Acceptor],
-    admit: Callable[[Connection, Any], Any],
-    longest: float,
-    hurry: Event,
-    steps: Steps | None = None,
-) -> None:
-    """Accept what the kernel has queued, until no handshake is under way any more, and close.
+class Stopping:
+    """The stop of one server.
 
     Args:
-        acceptors: whose sockets get no new connections (muted, or steered away from).
-        admit: called with each connection and its address; it must not wait.
-        longest: seconds to wait for handshakes.
-        hurry: when set, waits no longer.
-        steps: note what fails; None: of a single accept loop that is closed.
+        admit_drained: called with each connection that comes out of the kernel's queue, and its address.
+
+    Attributes:
+        report: what it did; None before its end.
+        until: monotonic time at which handlers are ended; None: never, or it has not begun.
     """
-    steps = steps or Steps()
-    for acceptor in acceptors:
-        acceptor.leaving = True
-        steps.do("accept no more", acceptor.stop_accepting)
-        steps.do("drain", acceptor.drain, admit)
-    give_up = monotonic() + longest
-    while True:
-        # Handshakes that had begun come into the queue now.
-        steps.do("wait for handshakes", gevent.sleep, HANDSHAKE_SECONDS)
-        for acceptor in acceptors:
-            steps.do("drain", acceptor.drain, admit)
-        if monotonic() > give_up or hurry.is_set() or not any(map(_expects_more, acceptors)):
-            break
-    for acceptor in acceptors:
-        steps.do("drain", acceptor.drain, admit)
+
+    def __init__(
+        self,
+        server: Server,
+        options: Options,
+        state: ServerState,
+        time_limits: TimeLimits,
+        admit_drained: Callable[[Connection, Any], Any],
+    ) -> None:
+        self._server = server
+        self._options = options
+        self._state = state
+        self._time_limits = time_limits
+        self._admit_drained = admit_drained
+        self._access_log = options.access_log
+        self._steps = Steps()
+        self._closing_loops = Semaphore()
+        self._patient = False  # it waits for first requests however long they take
+        self._greenlet: Any = None
+        self.spawn: Callable[[], Any] = partial(gevent.spawn, int)
+        self._signal_missed = 0  # there was no memory to begin a stop
+        self._signalled_early = 0
+        self.watchdog: Watchdog | None = None
+        self.until: float | None = None
+        self.report: StopReport | None = None
+
+    # -- begin -------------------------------------------------------------------------------------------------------
+
+    def begin(self, timeout: float | None, leave_listening: bool = False, patient: bool = False) -> None:
+        """Begin to stop; arguments as :meth:`Server.stop`."""
+        state = self._state
+        self._patient = patient
+        self.until = None if timeout is None else monotonic() + timeout
+        # Handlers that had ended before: the report is about the others.
+        ended_before = state.begun - len(state.connections)
+        self.spawn = partial(gevent.spawn, self.run, timeout, leave_listening, ended_before)
+        # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
+        self._greenlet = self.spawn()
+        state.become(State.STOPPING)
+        state.wants_idle = self._became_idle
+
+    def by_signal(self, number: int, timeout: float | None) -> None:
+        """A signal asks for a stop, or for haste."""
+        state = self._state
+        name = signal.Signals(number).name
+        if state.now is State.NEW:  # it waits for the address of a name
+            if self._signalled_early:
+                os._exit(128 + number)
+            self._signalled_early = number
+        elif state.now is State.STOPPING:
+            log.warning("%s again: ending %s now", name, counted(len(state.connections), "handler"))
+            state.hurry.set()
+        elif state.now is State.STOPPED:
+            log.warning("%s again: ending background work now", name)
+            state.hurry.set()
+        elif state.now is State.SERVING:
+            log.info("%s: stopping, %s", name, counted(len(state.connections), "connection"))
+            self._signal_missed = number
+            self.begin(timeout)
+            self._signal_missed = 0
+
+    def obey_early_signal(self, timeout: float | None) -> None:
+        """The server has started: do what a signal has asked for before."""
+        if self._signalled_early:
+            self.by_signal(self._signalled_early, timeout)
+
+    def hasten(self) -> None:
+        """No longer wait for first requests however long they take."""
+        self._patient = False
+        self._end_idle_connections()
+
+    def look(self) -> None:
+        """Once a second: begin what there was no memory for."""
+        if self._state.now is State.STOPPING and self._greenlet.dead and not self._state.stopped.is_set():
+            self._greenlet = self.spawn()
+        if self._signal_missed:
+            self.by_signal(self._signal_missed, self._server.stop_timeout)
+
+    # -- the steps ---------------------------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None, leave_listening: bool, ended_before: int) -> None:
+        """In a greenlet of its own. Each step is done, whatever has become of those before it."""
+        state, steps, lingerer = self._state, self._steps, self._server.lingerer
+        drain = not (leave_listening or state.hurry.is_set())
+        until = None if timeout is None else monotonic() + timeout
+        cut: list[CutConnection] = []
+        unserved: list[CutConnection] = []
+        try:
+            if drain:
+                for acceptor in state.acceptors:
+                    steps.do("begin no new connections", acceptor.mute)
+            steps.do("tell handlers", state.stopping_event.set)
+            # Idle ones end now, the others when they become idle.
+            steps.do("end idle connections", self._end_idle_connections)
+            if drain:
+                with self._closing_loops:
+                    steps.do("drain", self._drain_and_close, state.acceptors, steps)
+            # Also those that a failed drain has left.
+            for acceptor in state.acceptors:
+                steps.do("close the accept loop", acceptor.close)
+                steps.do("close the listening socket", partial(acceptor.listener.close, keep_path=leave_listening))
+            steps.do("tell that listening has ended", state.listening_ended.set)
+            steps.do("wait for handlers", self._wait_until_nobody_is_connected, until)
+            if self._patient:
+                steps.do("end silent connections", self._end_silent_connections)
+            # What was told to end because it is idle does so in the loop's next turn, and is not cut.
+            steps.do("let idle connections end", gevent.sleep, 0)
+            self._end_unserved(steps, unserved)
+            cut = steps.do("end handlers", end_handlers, state.connections, state.nobody_connected) or []
+            if self._options.on_stop is not None:
+                steps.do("call on_stop", self._call_on_stop, until)
+            if not state.hurry.is_set():
+                steps.do("wait for lingering connections", self._wait_for_lingering, until)
+        finally:
+            steps.do("close lingering connections", lingerer.close_all)
+            steps.do("end the time limits", self._time_limits.stop)
+            if self.watchdog is not None:
+                steps.do("end the watchdog", self.watchdog.stop)
+            if self._options.tls is not None:
+                steps.do("end the watch of certificates", self._options.tls.stop_watching)
+            steps.do("end greenlets", self._options.pool.retire_waiting)
+            self._tell_handler()
+            finished = state.begun - ended_before - len(cut)
+            cut = unserved + cut
+            self.report = StopReport(finished, len(cut), tuple(cut), tuple(steps.failures))
+            state.become(State.STOPPED)
+            state.stopped.set()
+
+    def _end_unserved(self, steps: Steps, cut: list[CutConnection]) -> None:
+        """End those that no handler has got."""
+        state = self._state
+        while state.waiting:
+            steps.do("end a connection", self._end_waiting, state.waiting.popleft()[0], cut)
+        if state.admission is not None:
+            steps.do("end handshakes", state.admission.end_all)
+
+    def _end_waiting(self, connection: Connection, cut: list[CutConnection]) -> None:
+        try:
+            cut.append(describe(connection, None))
+            if self._access_log is not None:
+                self._access_log.write_unserved(connection, "stopped")
+        finally:
+            connection.close()
+            if self._state.admission is not None:
+                self._state.admission.left(connection)
+            self._state.note_if_nobody_is_connected()
+
+    def _tell_handler(self) -> None:
+        stopped = getattr(self._server.handler, "server_stopped", None)
+        if stopped is not None:
+            try:
+                stopped()
+            except BaseException:  # SystemExit, gevent.Timeout: the stop is to be complete all the same
+                log.exception("server_stopped() of the handler failed")
+
+    def _call_on_stop(self, until: float | None) -> None:
+        at_least = monotonic() + ON_STOP_SECONDS
+        hurry = self._state.hurry
+        called = gevent.spawn(self._guarded_on_stop)
+        while not called.ready():
+            hurried = hurry.is_set()
+            end = at_least if hurried else max(at_least, inf if until is None else until)
+            left = min(LONGEST_WITHOUT_A_LOOK, end - monotonic())
+            if left <= 0:
+                break
+            gevent.wait([called] if hurried else [called, hurry], timeout=left, count=1)
+        if not called.ready():
+            log.error("on_stop did not end within the time of the stop and was cut")
+            called.kill(timeout=KILL_SECONDS)
+
+    def _guarded_on_stop(self) -> None:
+        assert self._options.on_stop is not None
+        process = os.getpid()
+        try:
+            self._options.on_stop(self._server)
+        except GreenletExit:
+            raise
+        except BaseException:  # SystemExit, which gevent would raise in the main greenlet: it waits for the stop
+            if os.getpid() != process:
+                raise  # of a child that it has forked, whose end this is
+            log.exception("on_stop failed")
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def _wait_until_nobody_is_connected(self, until: float | None) -> None:
+        # By the books, and not by the event alone: that may have failed to be set.
+        while self._state.somebody_is_connected():
+            if not self._wait_a_little(self._state.nobody_connected, until):
+                return
+
+    def _wait_for_lingering(self, until: float | None) -> None:
+        lingerer = self._server.lingerer
+        while not lingerer.nobody_lingers.is_set():
+            if not self._wait_a_little(lingerer.nobody_lingers, until, LOOK_SECONDS):
+                return
+            lingerer.let_silent_peers_be()
+
+    def _wait_a_little(self, event: Event, until: float | None, longest: float = LONGEST_WITHOUT_A_LOOK) -> bool:
+        """Wait for the event, or at most so long that it is worth while to look; False when there is no more time."""
+        hurry = self._state.hurry
+        left = longest if until is None else min(longest, until - monotonic())
+        if left <= 0 or hurry.is_set():
+            return False
+        if event.is_set():  # it should not be
+            gevent.sleep(min(left, 0.05))
+        else:
+            gevent.wait([event, hurry], timeout=left, count=1)
+        return True
+
+    # -- idle connections --------------------------------------------------------------------------------------------
+
+    def _became_idle(self, connection: Connection) -> None:
+        if self._time_for_first_request(connection) > 0:
+            self._end_idle(connection)
+        else:
+            connection.end_idle()
+
+    def _end_idle_connections(self) -> None:
+        for connection in self._state.idle_connections():
+            self._steps.do("end an idle connection", self._end_idle, connection)
+
+    def _end_silent_connections(self) -> None:
+        """At the end of a patient stop: clients that never sent a request are not cut short."""
+        for connection in self._state.idle_connections():
+            get_hub().loop.run_callback(end_if_idle, connection)
+
+    def _end_idle(self, connection: Connection) -> None:
+        left = self._time_for_first_request(connection)
+        if left > 0 and not self._state.hurry.is_set():
+            if left < inf:
+                gevent.spawn_later(left, end_if_idle, connection)
+        else:
+            get_hub().loop.run_callback(end_if_idle, connection)
+
+    def _time_for_first_request(self, connection: Connection) -> float:
+        """Seconds left for the connection's first byte; 0: it has sent some, or had its time; inf: all of the stop."""
+        if connection.bytes_received:
+            return 0.0
+        if self._patient:
+            return inf
+        allowed = FIRST_REQUEST if connection.tls is None else FIRST_REQUEST_OVER_TLS
+        return max(0.0, connection.accepted_at + allowed - monotonic())
+
+    # -- listening sockets -------------------------------------------------------------------------------------------
+
+    def close_accept_loop(self, index: int) -> None:
+        """As :meth:`Server.close_accept_loop`."""
+        acceptors = self._state.acceptors
+        if not 0 <= index < len(acceptors):
+            raise GtcpServerError(f"accept loop must be 0 to {len(acceptors) - 1}, got {index}")
+        acceptor = acceptors[index]
+        # One after another: each close gives the rest of the group new places.
+        with self._closing_loops:
+            if acceptor in acceptors and self._state.now is State.SERVING:
+                self._close_accept_loop(acceptor)
+
+    def _close_accept_loop(self, acceptor: Acceptor) -> None:
         listener = acceptor.listener
-        if listener.owned and not acceptor.closed and (left := queue_length(listener.socket)):
-            steps.failed(
-                "drain", f"{counted(left, 'connection')} in the queue of {listener.address} could not be accepted"
-            )
-        steps.do("close the accept loop", acceptor.close)
-        steps.do("close the listening socket", listener.close)
+        group = next(group for group in self._state.groups if listener in group)
+        if len(group) < 2:
+            raise GtcpServerError(f"{listener.address} has one accept loop; use stop()")
+        place = group.index(listener)
+        if not steer(group, [i for i in range(len(group)) if i != place]):
+            log.warning("cannot steer connections away from a socket of %s; some may be reset", listener.address)
+        self._drain_and_close([acceptor])
+        self._state.acceptors.remove(acceptor)
+        forget_member(group, place)
+        if len(group) > 1:
+            # The kernel has renumbered the group: the program must name the new places.
+            steer(group, range(len(group)))
 
+    def _drain_and_close(self, acceptors: Sequence[Acceptor], steps: Steps | None = None) -> None:
+        deferred = self._options.listen.defer_accept or any(acceptor.listener.muted_by_ttl for acceptor in acceptors)
+        longest = LONGEST_DRAIN_OF_DEFERRED if deferred else LONGEST_DRAIN
+        drain_and_close(acceptors, self._admit_drained, longest, self._state.hurry, steps)
+        counters = self._state.counters
+        for acceptor in acceptors:
+            counters.accept_errors += acceptor.accept_errors
+            counters.left_in_queue += acceptor.left_in_queue
+            acceptor.accept_errors = acceptor.left_in_queue = 0
 
-def _expects_more(acceptor: Acceptor) -> bool:
-    # A socket that others hold too is theirs to serve.
-    if not acceptor.listener.owned or acceptor.closed:
-        return False
-    # What is still queued after a drain could not be accepted for want of descriptors: handlers that end give some.
-    sock = acceptor.listener.socket
-    return bool(handshakes_under_way(sock)) or queue_length(sock) > 0
+    # -- a fork (see forked.py) --------------------------------------------------------------------------------------
+
+    def left_in_child(self) -> None:
+        """In a forked child: it has stopped."""
+        keep(self._greenlet)
+        self._greenlet = self.watchdog = None
+        self.report = StopReport(0, 0)
 
 
 def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event) -> list[CutConnection]:
-    """End every handler by GreenletExit; whoever swallows it is told again and finds its socket shut.
+    """End every handler by GreenletExit; one that swallows it is told again and finds its socket shut.
 
     Args:
         connections: the open connections and the greenlet of each; handlers that end leave it.
@@ -119,47 +370,27 @@ def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event)
     Returns:
         what each was doing when it was ended.
     """
-    cut = {connection: _described(connection, worker) for connection, worker in connections.items()}
+    cut = {connection: _described(connection, greenlet) for connection, greenlet in connections.items()}
     for attempt in range(KILL_ATTEMPTS):
         if not connections:
             break
-        for connection, worker in list(connections.items()):
+        for connection, greenlet in list(connections.items()):
             if attempt:
                 _shut(connection)
-            worker.kill(block=False)
+            greenlet.kill(block=False)
         nobody_connected.wait(KILL_SECONDS)
-    for connection, worker in list(connections.items()):
-        cut[connection] = _described(connection, worker, ended=False)
+    for connection, greenlet in list(connections.items()):
+        cut[connection] = _described(connection, greenlet, ended=False)
         log.error("a handler would not end: %s", cut[connection])
     return list(cut.values())
 
 
-def _described(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
+def _described(connection: Connection, greenlet: Any, ended: bool = True) -> CutConnection:
     """As :func:`describe`, which must not keep a handler from being ended."""
     try:
-        return describe(connection, worker, ended)
+        return describe(connection, greenlet, ended)
     except Exception as error:
         return CutConnection("?", 0.0, 0, 0, (f"({error or type(error).__name__})",), ended)
-
-
-def describe(connection: Connection, worker: Any, ended: bool = True) -> CutConnection:
-    """What is known of a connection that is cut; ``worker`` is the greenlet of its handler, or None."""
-    return CutConnection(
-        peer=peer(connection),
-        age=monotonic() - connection.accepted_at,
-        bytes_received=connection.bytes_received,
-        bytes_sent=connection.bytes_sent,
-        where=_where(worker.gr_frame) if worker is not None else (),
-        ended=ended,
-    )
-
-
-def peer(connection: Connection) -> str:
-    """The client's address, printed."""
-    address = connection.client_address
-    if not isinstance(address, tuple):
-        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
-    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
 
 
 def _shut(connection: Connection) -> None:
@@ -167,10 +398,3 @@ def _shut(connection: Connection) -> None:
         connection.stream.sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass  # closed already
-
-
-def _where(frame: Any) -> tuple[str, ...]:
-    """The program's own frames of a handler that waits, outermost first."""
-    return tuple(
-        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}" for code, line in calls_of_program(frame)
-    )

@@ -1,4 +1,4 @@
-"""Overseer: ends handlers that take too long, and clients that drip.
+"""TimeLimits: ends handlers that take too long, and clients that drip.
 
 A periodic look at the open connections instead of a timer for each: it costs nothing on a connection's own path.
 """
@@ -29,7 +29,7 @@ class TooSlow(TimeoutError):
     """Raised in a handler whose client moves fewer bytes than ``min_rate``."""
 
 
-class Overseer:
+class TimeLimits:
     """Looks after the connections of one server.
 
     Args:

@@ -13,7 +13,8 @@ from .observers import Observers
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .server import Server
+    from .capacity import Capacity
+    from .state import ServerState
 
 
 class TimedIdle(PlacelessIdle):
@@ -21,8 +22,8 @@ class TimedIdle(PlacelessIdle):
 
     __slots__ = ("_began", "_observers", "_times")
 
-    def __init__(self, connection: Connection, server: Server, observers: Observers) -> None:
-        super().__init__(connection, server)
+    def __init__(self, connection: Connection, state: ServerState, capacity: Capacity, observers: Observers) -> None:
+        super().__init__(connection, state, capacity)
         self._observers = observers
         self._began = 0.0
         self._times = 1
@@ -33,13 +34,13 @@ class TimedIdle(PlacelessIdle):
         if self._began:
             self.end_of_request()
         self.active = True
-        server = self._server
-        places = server.places
+        places = self._capacity.places
         places.taken -= 1
         if places.links:
             places.tell()
-        if server._idle_wanted:
-            server._became_idle(self.connection)
+        wants_idle = self._state.wants_idle
+        if wants_idle is not None:
+            wants_idle(self.connection)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -55,7 +56,7 @@ class TimedIdle(PlacelessIdle):
             self._began = monotonic()
             self._times = every = observers.every
             observers.left = every - 1
-        places = self._server.places
+        places = self._capacity.places
         if places.taken < places.size and not places.links:
             self.active = False
             places.taken += 1

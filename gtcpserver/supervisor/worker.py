@@ -495,10 +495,9 @@ class _Life:
         server = self.worker.server
         assert server is not None
         numbers = {sock.fileno() for sock, use in self.job.sockets if use in drained}
-        for group in server._groups:
-            for listener in group:
-                # Whose it is may tell the kernel to begin no more connections on it.
-                listener.owned = listener.fileno() in numbers
+        for listener in server.listeners():
+            # Whose it is may tell the kernel to begin no more connections on it.
+            listener.owned = listener.fileno() in numbers
         server.stop(timeout, leave_listening=not numbers, patient=patient)
 
     def on_term(self, _number: int, _frame: FrameType | None) -> None:

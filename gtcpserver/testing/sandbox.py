@@ -32,8 +32,9 @@ from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import fault_key
 from gtcpserver.pool.greenlets import HandlerGreenlet
 from gtcpserver.process.forked import own_fork
+from gtcpserver.server.describe import describe, peer
+from gtcpserver.server.outcome import is_client_error
 from gtcpserver.server.server import Server
-from gtcpserver.server.stopping import describe, peer
 from gtcpserver.signatures import Handler
 from gtcpserver.transfer.pipes import PIPES
 
@@ -240,10 +241,10 @@ def _get_own_event_loop() -> None:
     gevent has no call for it: after a fork, greenlets run on in both processes (gevent's issue 2202).
     """
     hub, me = get_hub(), getcurrent()
-    for callback in list(hub.loop._callbacks):
+    for callback in list(hub.loop._callbacks):  # noqa: SLF001 - gevent's
         callback.stop()
     # Their threads are in the parent.
-    hub._threadpool = hub._resolver = None
+    hub._threadpool = hub._resolver = None  # noqa: SLF001 - gevent's
     if me.parent is not None:
         me.parent = hub.parent
     hub.parent = me
@@ -278,7 +279,6 @@ class _Child:
         self._control = control
         self._errors: list[str] = []
         self._faults: dict[Any, int] = {}
-        self._counted = 0
         options = dict(options)
         self._on_error = options.pop("on_error", None)
         self._server = Server("127.0.0.1:0", handler, on_error=self._note_error, **options)
@@ -322,7 +322,7 @@ class _Child:
             "accepted": stats.accepted,
             "active": stats.active,
             "open": stats.active + stats.lingering + stats.handshaking + stats.proxy_headers_awaited,
-            "where": [str(describe(*one)) for one in self._server._connections.items()],
+            "where": [str(describe(*one)) for one in self._server.connections().items()],
             "descriptors": len(os.listdir("/proc/self/fd")),
             "greenlets": greenlets,
             "memory": resident * resource.getpagesize(),
@@ -331,7 +331,7 @@ class _Child:
         }
 
     def _kill(self) -> list[str]:
-        connections = self._server._connections
+        connections = self._server.connections()
         asked = list(connections.items())
         for _, worker in asked:
             worker.kill(block=False)
@@ -341,8 +341,7 @@ class _Child:
         return [str(describe(*one)) for one in asked if one[0] in connections]
 
     def _note_error(self, connection: Connection, error: BaseException) -> None:
-        if self._server._counters.handler_errors > self._counted:
-            self._counted += 1
+        if not is_client_error(error, connection):
             key = fault_key(type(error), error.__traceback__)
             times = self._faults[key] = self._faults.get(key, 0) + 1
             if times == 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.plural import counted
+from gtcpserver.server.outcome import is_client_error
 from gtcpserver.server.server import Server
 from gtcpserver.signatures import ConnectionT, Handler
 
@@ -71,8 +72,7 @@ class ServerUnderTest(Server):
         super().__init__(address, handler, on_error=self._note_error, **options)
 
     def _note_error(self, connection: Connection, error: BaseException) -> None:
-        # The server counts first and calls then, with no switch in between.
-        if self._counters.handler_errors > len(self.errors):
+        if not is_client_error(error, connection):
             self.errors.append(error)
             if self._on_error_of_user is None:
                 log.error("handler for %s failed", connection.client_address, exc_info=error)

@@ -65,7 +65,7 @@ def test_connections_of_one_client(serve, in_thread):
         assert is_served(again, in_thread)
     assert server.stats().clients_refused == {"client_connections": 1}
     server.stop(5)
-    assert server._client_limits._open == {}
+    assert server._options.client_limits._open == {}
 
 
 def test_the_client_is_whom_the_balancer_names(serve, in_thread):
@@ -103,7 +103,7 @@ def test_limits_that_servers_share_survive_a_stop_of_one(serve, connect):
     here = ip_address("127.0.0.1")
     for _ in range(2):
         connect(server).sendall(ProxyHeader((here, 1), (here, 2)).to_bytes())
-    wait_until(lambda: len(server._lobby.waiting) == 1)
+    wait_until(lambda: len(server._state.waiting) == 1)
     server.stop(0.05)
     assert limits._open == {}
 

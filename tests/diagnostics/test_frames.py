@@ -36,7 +36,7 @@ def where_it_was_cut(server: Any) -> list[str]:
 
 def wait_for_bytes(server: Any) -> None:
     with gevent.Timeout(10):
-        while not any(conn.bytes_received for conn in server._connections):
+        while not any(conn.bytes_received for conn in server.connections()):
             gevent.sleep(0.001)
 
 

@@ -9,7 +9,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gtcpserver import Server
-from gtcpserver.server.server import STATE_CHANGES, State
+from gtcpserver.server.state import STATE_CHANGES, ServerState, State
 from gtcpserver.supervisor.master import MASTER_CHANGES, Master, MasterState
 from gtcpserver.supervisor.reload import RELOAD_CHANGES, Reload, ReloadStage
 from gtcpserver.supervisor.slots import WORKER_CHANGES, WorkerProcess, WorkerState
@@ -101,7 +101,7 @@ def watched(monkeypatch):
 
 
 def test_a_server_changes_its_state_as_the_table_says(watched, monkeypatch):
-    changes = watched(Server, "state")
+    changes = watched(ServerState, "now")
 
     def server():
         return Server("127.0.0.1:0", lambda conn: None)
@@ -116,7 +116,7 @@ def test_a_server_changes_its_state_as_the_table_says(watched, monkeypatch):
     failing = server()
     monkeypatch.setattr("gtcpserver.server.server.Acceptor.start", lambda self: [][0])
     with pytest.raises(IndexError):
-        failing.start()
+        failing.start()  # it stays as it was
     failing.stop()
     # Of a forked child the tests of forks tell: see tests/process.
     in_child = {(State.SERVING, State.STOPPED)}

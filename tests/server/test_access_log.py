@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from gtcpserver import AccessLog, ClientLimits, ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.diagnostics.logs import JsonFormatter
-from gtcpserver.server.access_log import MOST_DETAIL, Result, write_line
+from gtcpserver.server.access_log import MOST_DETAIL, write_line
+from gtcpserver.server.outcome import Result
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.waiting import wait_until
@@ -344,8 +345,7 @@ def test_mistakes_are_named(tmp_path):
 def test_it_costs_nothing_when_it_is_off(serve, connect, in_thread, caplog):
     caplog.set_level(logging.INFO)
     server = serve(echo)
-    assert server._serve_bound == server._serve
-    assert "_forget" not in vars(server)
+    assert server._serving._finish == server._serving._end
     talk(in_thread, connect(server), b"x")
     wait_until(lambda: server.accepted_connections and not server.active_connections)
     assert not [record for record in caplog.records if record.name == "gtcpserver.access"]

@@ -150,7 +150,7 @@ def test_a_stream_server_does_not_wait_for_them_either(connect, in_thread):
     client = connect(f"127.0.0.1:{server.server_port}")
     assert in_thread(client.recv, 10) == b"answer"
     with gevent.Timeout(SOON):
-        server._finish()
+        server.finish_before_exit()
 
 
 def test_the_default_stop_is_short():

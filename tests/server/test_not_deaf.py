@@ -7,7 +7,7 @@ import gevent
 import pytest
 
 from gtcpserver.process import watcher as watcher_module
-from gtcpserver.server import server as server_module
+from gtcpserver.server import watchdog as watchdog_module
 from gtcpserver.server.acceptor import Acceptor
 from injection.started import receive_all, received_from
 from injection.strace import needs_strace, rule
@@ -129,7 +129,7 @@ def test_one_epoll_ctl_that_fails_loses_no_input(injected, when):
 @pytest.mark.parametrize("method", ["_has_left", "is_full", "do_read"])
 def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thread, monkeypatch, method):
     server = serve(echo)
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     acceptor._behind = True
     real = getattr(acceptor, method)
     calls = []
@@ -149,7 +149,7 @@ def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thre
 
 def test_a_back_off_without_a_timer_goes_on(serve, connect, in_thread, monkeypatch):
     server = serve(echo)
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     calls = []
 
     def no_timer():
@@ -160,14 +160,14 @@ def test_a_back_off_without_a_timer_goes_on(serve, connect, in_thread, monkeypat
 
     monkeypatch.setattr(acceptor, "_back_off", no_timer)
     monkeypatch.setattr(acceptor, "full", lambda: False if calls else 1 / 0)
-    monkeypatch.setattr(server_module, "WATCHDOG_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     assert is_served(server, connect, in_thread)
 
 
 def test_an_accept_loop_that_has_stopped_without_a_reason_starts_again(serve, connect, in_thread, monkeypatch, caplog):
-    monkeypatch.setattr(server_module, "WATCHDOG_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     server = serve(echo)
-    server._acceptors[0].stop_accepting()
+    server._state.acceptors[0].stop_accepting()
     with caplog.at_level(logging.ERROR, "gtcpserver"):
         assert is_served(server, connect, in_thread)
         gevent.sleep(0.2)
@@ -177,12 +177,12 @@ def test_an_accept_loop_that_has_stopped_without_a_reason_starts_again(serve, co
 
 
 def test_reasons_not_to_accept_are_no_deafness(serve, connect, monkeypatch, caplog):
-    monkeypatch.setattr(server_module, "WATCHDOG_SECONDS", 0.02)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.02)
     full = serve(echo, pool=1)
     clients = [connect(full), connect(full)]
     waiting = serve(echo)
-    waiting._acceptors[0].delay = 0.5
-    waiting._acceptors[0]._back_off()
+    waiting._state.acceptors[0].delay = 0.5
+    waiting._state.acceptors[0]._back_off()
     several = serve(echo, accept_loops=2)
     with caplog.at_level(logging.ERROR, "gtcpserver"):
         closing = gevent.spawn(several.close_accept_loop, 0)

@@ -6,7 +6,7 @@ import gevent
 import pytest
 
 from gtcpserver import ClientLimits, ProxyProtocol
-from gtcpserver.admission import steps as lane_module
+from gtcpserver.admission import steps as steps_module
 from gtcpserver.pool import HandlerPool
 from gtcpserver.pool import places as places_module
 from gtcpserver.pool import pool as pool_module
@@ -30,11 +30,11 @@ def is_served(server, connect, in_thread, before=b""):
 
 def nothing_is_taken(server):
     wait_until(lambda: not server.active_connections)
-    lobby = server._lobby
+    admission = server._state.admission
     assert server.pool.places.taken == len(server.pool.greenlets) == 0
-    assert not lobby or len(lobby) == 0
-    assert not server._client_limits or not server._client_limits._open
-    assert server._nobody_connected.is_set()
+    assert not admission or len(admission) == 0
+    assert not server._options.client_limits or not server._options.client_limits._open
+    assert server._state.nobody_connected.is_set()
 
 
 @pytest.fixture
@@ -159,13 +159,13 @@ def test_a_stop_does_not_wait_for_one_that_could_not_be_served(serve, connect, i
         assert server.stop().ended == 0
 
 
-def test_those_that_wait_in_the_lobby_are_served_after_one_that_could_not(serve, connect, in_thread, monkeypatch):
+def test_those_that_wait_for_a_place_are_served_after_one_that_could_not(serve, connect, in_thread, monkeypatch):
     server = serve(echo, pool=1, proxy_protocol=ProxyProtocol(["127.0.0.1"]), linger=0)
     first, second, third = clients = [connect(server) for _ in range(3)]
-    wait_until(lambda: len(server._lobby) == 3)
+    wait_until(lambda: len(server._state.admission) == 3)
     for passed, client in enumerate(clients, 1):
         client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
-        wait_until(lambda passed=passed: server.active_connections + len(server._lobby.waiting) == passed)
+        wait_until(lambda passed=passed: server.active_connections + len(server._state.waiting) == passed)
     third.sendall(b"third")
     run_one = server.pool.run_one
     calls = []
@@ -208,12 +208,12 @@ def test_a_handshake_that_cannot_begin_is_reset(serve, connect, in_thread, monke
     limits = ClientLimits(connections=5)
     with certificates() as made:
         server = serve(echo, tls=made.server, client_limits=limits)
-        lane = server._lobby._handshakes
+        stage = server._state.admission._handshakes
         with monkeypatch.context() as patched:
             where = {
-                "make": (lane, "_make"),
-                "wait": (lane_module.Step, "wait"),
-                "_start_timer": (lane, "_start_timer"),
+                "make": (stage, "_make"),
+                "wait": (steps_module.Step, "wait"),
+                "_start_timer": (stage, "_start_timer"),
             }
             patched.setattr(*where[step], lambda *_: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(ConnectionResetError):
@@ -263,7 +263,7 @@ EVERY_ALLOCATION = """
         options["proxy_protocol"] = ProxyProtocol(["127.0.0.1"])
     server = Server("127.0.0.1:0", echo, pool=50, linger=0, **options)
     server.start()
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     admit = acceptor.hand_over
     fails_at = [None]
 
@@ -305,11 +305,11 @@ EVERY_ALLOCATION = """
             assert talk() == b"hello", at
         with gevent.Timeout(5, AssertionError(f"allocation {at} leaves something behind")):
             while (
-                server._connections
+                server.connections()
                 or server.pool.places.taken
-                or len(server._lobby)
-                or server._client_limits._open
-                or not server._nobody_connected.is_set()
+                or len(server._state.admission)
+                or server._options.client_limits._open
+                or not server._state.nobody_connected.is_set()
             ):
                 gevent.sleep(0.001)
     server.stop(5)
@@ -352,7 +352,7 @@ LITTLE_MEMORY = """
 
     server = Server("127.0.0.1:0", echo, pool=50, linger=0)
     server.start()
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     # So that arrays and dicts have their size, and small pieces are at hand.
     assert answers(connect(60)[:50]) == 50
     gevent.sleep(0.05)

@@ -951,7 +951,7 @@ def test_lost_listening_socket_stops_the_server_with_the_error(connect, in_threa
     wait_until(lambda: server.state is State.SERVING)
     client = connect(server)
     assert in_thread(ask, client) == b"hello"
-    server._acceptors[0].listener.socket.shutdown(socket.SHUT_RD)  # accept: EINVAL
+    server._state.acceptors[0].listener.socket.shutdown(socket.SHUT_RD)  # accept: EINVAL
     wait_until(lambda: server.state is State.STOPPING)
     assert in_thread(ask, client) == b"hello"  # the connections that are open are served to their end
     client.close()

@@ -8,7 +8,7 @@ import pytest
 from gevent.event import Event
 
 from gtcpserver import ServerStats, StopReport
-from gtcpserver.server.server import QUEUE_WAIT_EVERY
+from gtcpserver.server.serving import QUEUE_WAIT_EVERY
 from kit.waiting import wait_until
 from tests.server.test_server import ask, echo, idle_echo, reset
 
@@ -92,7 +92,7 @@ def test_clients_that_left_while_the_server_was_full_reach_no_handler(serve, con
     first.sendall(b"x")
     wait_until(lambda: len(served) == 1)
     leave_at_once(server, connect)
-    wait_until(lambda: server._acceptors[0]._behind)
+    wait_until(lambda: server._state.acceptors[0]._behind)
     for _ in range(9):
         leave_at_once(server, connect)
     last = connect(server)
@@ -162,7 +162,7 @@ def test_time_in_the_queue_is_not_measured_on_unix_sockets(serve, connect, tmp_p
 
 def test_accept_errors_are_counted_once_before_and_after_the_stop(serve, monkeypatch, connect, in_thread):
     server = serve(echo)
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     errors = [ConnectionAbortedError(103, "aborted"), OSError(71, "protocol error")]
 
     def do_read(real=acceptor.do_read):

@@ -14,7 +14,7 @@ from gevent.event import Event
 
 from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport
 from gtcpserver.listening import draining
-from gtcpserver.server import server as server_module
+from gtcpserver.server import stopping as stopping_module
 from kit.patience import SOON
 from kit.waiting import wait_until
 from tests.server.test_server import ask, echo, idle_echo
@@ -75,7 +75,7 @@ def test_stop_serves_connections_queued_because_the_pool_is_full(serve, connect,
     wait_until(lambda: server.active_connections == 2)
     stopping = gevent.spawn(server.stop, SOON)
     outcomes = spawn_thread(lambda: [outcome(client) for client in clients])
-    wait_until(lambda: all(acceptor.closed for acceptor in server._acceptors))
+    wait_until(lambda: all(acceptor.closed for acceptor in server._state.acceptors))
     assert server.active_connections == 2
     go.set()
     assert outcomes.get(timeout=SOON) == ["x"] * 20
@@ -150,11 +150,11 @@ def test_connection_that_comes_after_the_last_accept_of_one_loop_goes_to_the_oth
     server = serve(answer_one, accept_loops=2)
     late = []
 
-    def close(close=server._acceptors[0].close):
+    def close(close=server._state.acceptors[0].close):
         late.extend(connect(server) for _ in range(50))
         close()
 
-    monkeypatch.setattr(server._acceptors[0], "close", close)
+    monkeypatch.setattr(server._state.acceptors[0], "close", close)
     server.close_accept_loop(0)
     for client in late:
         client.sendall(b"x")
@@ -175,12 +175,12 @@ def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serv
     with socket.socket() as late:
         late.setblocking(False)
 
-        def close(close=server._acceptors[0].close):
+        def close(close=server._state.acceptors[0].close):
             assert late.connect_ex(("127.0.0.1", server.port)) == errno.EINPROGRESS
             assert select.select([], [late], [], 0.05) == ([], [], [])
             close()
 
-        monkeypatch.setattr(server._acceptors[0], "close", close)
+        monkeypatch.setattr(server._state.acceptors[0], "close", close)
         server.stop(SOON)
         assert select.select([], [late], [], SOON) == ([], [late], [])
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
@@ -346,7 +346,7 @@ def test_accept_loops_closed_at_the_same_time(serve, connect, in_thread):
         client = connect(server)
         assert in_thread(ask, client) == b"hello"
     assert server.accepted_connections == 20
-    assert len(server._acceptors) == 1
+    assert len(server._state.acceptors) == 1
 
 
 def test_stop_while_an_accept_loop_is_being_closed(serve, connect, spawn_thread):
@@ -389,7 +389,7 @@ def test_stop_waits_for_handlers_and_returns_when_the_last_one_does(serve, conne
 
     server, clients = start_busy(serve, connect, handler)
     stopping = gevent.spawn(server.stop, LONG)
-    wait_until(lambda: server._acceptors[0].closed)
+    wait_until(lambda: server._state.acceptors[0].closed)
     assert server.state is State.STOPPING
     assert server.stopping
     assert not stopping.ready()
@@ -688,7 +688,7 @@ def test_request_in_progress_is_finished_and_the_connection_then_ends(serve, con
     client.sendall(b"ab")
     wait_until(lambda: server.stats().bytes_received == 2)
     stopping = gevent.spawn(server.stop, None)
-    wait_until(lambda: server._acceptors[0].closed)
+    wait_until(lambda: server._state.acceptors[0].closed)
     client.sendall(b"c\n")
     go.set()
     assert in_thread(client.recv, 100) == b"abc\n"
@@ -708,7 +708,7 @@ def test_request_that_has_come_in_part_is_not_cut(serve, connect, in_thread, rea
     client.sendall(b"half a ")
     wait_until(lambda: server.stats().bytes_received == 7)
     stopping = gevent.spawn(server.stop, None)
-    wait_until(lambda: server._acceptors[0].closed)
+    wait_until(lambda: server._state.acceptors[0].closed)
     assert server.active_connections == 1
     client.sendall(b"line\n")
     assert in_thread(outcome, client) == "half a line\n"
@@ -804,7 +804,7 @@ def test_a_connection_that_comes_with_the_stop_has_time_for_its_request_too(serv
 
 
 def test_silent_connections_hold_up_a_stop_for_the_time_of_a_first_request_only(serve, connect, monkeypatch):
-    monkeypatch.setattr(server_module, "FIRST_REQUEST", 0.2)
+    monkeypatch.setattr(stopping_module, "FIRST_REQUEST", 0.2)
     server = serve(idle_echo)
     clients = [connect(server) for _ in range(3)]
     wait_until(lambda: server.stats().idle == len(clients))

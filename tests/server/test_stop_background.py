@@ -297,7 +297,7 @@ def test_on_stop_is_called_when_the_last_connection_has_ended(serve, connect):
 
 @pytest.mark.parametrize("timeout", [0, None])
 def test_on_stop_has_a_second_and_is_cut_then(serve, monkeypatch, caplog, timeout):
-    monkeypatch.setattr("gtcpserver.server.ON_STOP_SECONDS", 0.05)
+    monkeypatch.setattr("gtcpserver.server.stopping.ON_STOP_SECONDS", 0.05)
     ended = []
 
     def on_stop(_server):

@@ -8,8 +8,7 @@ from gevent.event import Event
 
 from gtcpserver import ListenConfig, StopReport
 from gtcpserver.listening.draining import handshakes_under_way
-from gtcpserver.server import server as server_module
-from gtcpserver.server import stopping
+from gtcpserver.server import drain, stopping
 from kit.patience import SOON
 from kit.waiting import wait_until
 from tests.server.test_server import reset
@@ -69,7 +68,9 @@ def test_those_that_come_with_the_stop_wait_for_a_place_also_where_a_full_server
         first.sendall(b"y")
     for client in others:
         client.sendall(b"xy")
-    wait_until(lambda: server.active_connections and server.active_connections + len(server._held) == 3 - first_ends)
+    wait_until(
+        lambda: server.active_connections and server.active_connections + len(server._state.waiting) == 3 - first_ends
+    )
     assert server.stats().handlers == 1
     go.set()
     for client in others:
@@ -102,18 +103,18 @@ def test_a_client_under_way_that_waits_for_the_server_to_speak_is_served(serve, 
 
 
 def test_handshakes_that_are_never_finished_hold_up_a_stop_for_a_limited_time(serve, monkeypatch):
-    monkeypatch.setattr(stopping, "handshakes_under_way", lambda listening: 1)
-    monkeypatch.setattr(server_module, "LONGEST_DRAIN", 0.1)
-    monkeypatch.setattr(server_module, "LONGEST_DRAIN_OF_DEFERRED", 0.1)
+    monkeypatch.setattr(drain, "handshakes_under_way", lambda listening: 1)
+    monkeypatch.setattr(stopping, "LONGEST_DRAIN", 0.1)
+    monkeypatch.setattr(stopping, "LONGEST_DRAIN_OF_DEFERRED", 0.1)
     server = serve(one_request)
     stopped = gevent.spawn(server.stop, SOON)
     assert stopped.get(timeout=SOON) == StopReport(0, 0)
 
 
 def test_handshakes_of_a_socket_that_others_serve_are_not_waited_for(serve, monkeypatch):
-    monkeypatch.setattr(stopping, "handshakes_under_way", lambda listening: 1)
-    monkeypatch.setattr(server_module, "LONGEST_DRAIN", SOON)
-    monkeypatch.setattr(server_module, "LONGEST_DRAIN_OF_DEFERRED", SOON)
+    monkeypatch.setattr(drain, "handshakes_under_way", lambda listening: 1)
+    monkeypatch.setattr(stopping, "LONGEST_DRAIN", SOON)
+    monkeypatch.setattr(stopping, "LONGEST_DRAIN_OF_DEFERRED", SOON)
     with socket.create_server(("127.0.0.1", 0)) as theirs:
         server = serve(one_request, theirs.dup())
         stopped = gevent.spawn(server.stop, SOON)
@@ -123,10 +124,10 @@ def test_handshakes_of_a_socket_that_others_serve_are_not_waited_for(serve, monk
 def test_handshakes_of_another_port_are_not_waited_for(serve, connect):
     server, other = serve(one_request), serve(one_request, listen=UNDER_WAY)
     connect(other)
-    if handshakes_under_way(other._acceptors[0].socket) is None:
+    if handshakes_under_way(other._state.acceptors[0].socket) is None:
         pytest.skip("this kernel does not tell what is under way")
-    assert handshakes_under_way(other._acceptors[0].socket) == 1
-    assert handshakes_under_way(server._acceptors[0].socket) == 0
+    assert handshakes_under_way(other._state.acceptors[0].socket) == 1
+    assert handshakes_under_way(server._state.acceptors[0].socket) == 0
 
 
 def test_clients_that_have_left_the_queue_are_not_served(serve, connect):
@@ -148,7 +149,7 @@ def test_clients_that_have_left_the_queue_are_not_served(serve, connect):
 
 def test_the_path_of_a_unix_socket_that_others_serve_stays(serve, connect, tmp_path):
     server = serve(one_request, f"unix:{tmp_path}/socket")
-    with server._acceptors[0].socket.dup():
+    with server._state.acceptors[0].socket.dup():
         server.stop(SOON, leave_listening=True)
         connect(server)
 
@@ -167,7 +168,7 @@ def test_the_loops_that_stay_share_new_connections_evenly(serve, connect):
     server = serve(lambda conn: None, accept_loops=3)
     server.close_accept_loop(0)
     taken = [0, 0]
-    for number, acceptor in enumerate(server._acceptors):
+    for number, acceptor in enumerate(server._state.acceptors):
 
         def count(connection, address, number=number, handle=acceptor.hand_over):
             taken[number] += 1

@@ -14,8 +14,8 @@ import pytest
 from gtcpserver import ClientLimits
 from gtcpserver.listening import draining
 from gtcpserver.server import State
-from gtcpserver.server import server as server_module
 from gtcpserver.server import stopping as stopping_module
+from gtcpserver.server import watchdog as watchdog_module
 from injection.strace import needs_strace, rule
 from kit.patience import SOON
 from kit.waiting import wait_until
@@ -86,12 +86,12 @@ def test_a_command_whose_stop_was_not_complete_ends_with_status_1(injected):
         ("acceptor", "mute"),
         ("acceptor", "stop_accepting"),
         ("acceptor", "drain"),
-        ("server", "_drain_and_close"),
-        ("server", "_idle_connections"),
-        ("server", "_wait_until_nobody_is_connected"),
+        ("stop", "_drain_and_close"),
+        ("state", "idle_connections"),
+        ("stop", "_wait_until_nobody_is_connected"),
         ("stopping", "describe"),
         ("lingerer", "close_all"),
-        ("overseer", "stop"),
+        ("time_limits", "stop"),
     ],
 )
 def test_the_other_steps_of_a_stop_are_done(serve, connect, in_thread, monkeypatch, caplog, where, name):
@@ -100,13 +100,14 @@ def test_the_other_steps_of_a_stop_are_done(serve, connect, in_thread, monkeypat
     client.sendall(b"x")
     assert in_thread(client.recv, 1) == b"x"
     place = {
-        "acceptor": server._acceptors[0],
-        "server": server,
+        "acceptor": server._state.acceptors[0],
+        "stop": server._stopping,
+        "state": server._state,
         "stopping": stopping_module,
         "lingerer": server.lingerer,
-        "overseer": server._overseer,
+        "time_limits": server._time_limits,
     }[where]
-    listener = server._acceptors[0].listener
+    listener = server._state.acceptors[0].listener
     with monkeypatch.context() as patched, gevent.Timeout(SOON), caplog.at_level(logging.ERROR, "gtcpserver"):
         patched.setattr(place, name, broken)
         report = server.stop(0.1)
@@ -124,14 +125,14 @@ def test_the_other_steps_of_a_stop_are_done(serve, connect, in_thread, monkeypat
 def test_a_stop_looks_itself_whether_anybody_is_connected(serve, monkeypatch):
     """Whatever has failed to set the event."""
     server = serve(echo)
-    server._nobody_connected.clear()
+    server._state.nobody_connected.clear()
     with gevent.Timeout(SOON):
         server.stop(1000)
 
 
 def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypatch, caplog):
     server = serve(echo)
-    acceptor = server._acceptors[0]
+    acceptor = server._state.acceptors[0]
     acceptor.stop_accepting()
     client = connect(server)
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypa
 
     monkeypatch.setattr(acceptor, "do_read", out_of_descriptors)
     monkeypatch.setattr(acceptor, "mute", lambda: True)
-    monkeypatch.setattr(server_module, "LONGEST_DRAIN", 0.2)
+    monkeypatch.setattr(stopping_module, "LONGEST_DRAIN", 0.2)
     with caplog.at_level(logging.ERROR, "gtcpserver"):
         report = server.stop(1)
     assert [r.message for r in caplog.records if "cannot drain" in r.message] == [
@@ -159,7 +160,7 @@ def test_a_lost_listening_socket_stops_the_server_within_its_stop_timeout(serve,
     serving = gevent.spawn(server.serve_forever, seconds)
     gevent.sleep(0)
     began = time.monotonic()
-    server._acceptors[0].socket.shutdown(socket.SHUT_RDWR)
+    server._state.acceptors[0].socket.shutdown(socket.SHUT_RDWR)
     with pytest.raises(OSError, match="Invalid argument"):
         serving.get(timeout=SOON)
     assert time.monotonic() - began < 25  # the default stop_timeout is 30 s
@@ -177,17 +178,17 @@ def test_a_stop_that_had_no_memory_to_begin_can_be_asked_for_again(serve, monkey
 
 
 def test_a_signal_whose_stop_had_no_memory_to_begin_stops_all_the_same(serve, monkeypatch):
-    monkeypatch.setattr(server_module, "WATCHDOG_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     server = serve(echo)
     with monkeypatch.context() as patched:
         patched.setattr(gevent, "spawn", no_memory)
         with pytest.raises(MemoryError):
-            server._stop_by_signal(signal.SIGTERM, 1)
+            server._stopping.by_signal(signal.SIGTERM, 1)
     assert server.wait_stopped(10)
 
 
 def test_a_stop_whose_greenlet_could_not_start_is_begun_again(serve, monkeypatch):
-    monkeypatch.setattr(server_module, "WATCHDOG_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     server = serve(echo)
     spawn = gevent.spawn
     with monkeypatch.context() as patched:
@@ -198,8 +199,8 @@ def test_a_stop_whose_greenlet_could_not_start_is_begun_again(serve, monkeypatch
             return greenlet
 
         patched.setattr(gevent, "spawn", spawn_dead)
-        server._begin_stop(1)
-    server._spawn_stop = lambda: spawn(server._stop, 1, False, 0)
+        server._stopping.begin(1)
+    server._stopping.spawn = lambda: spawn(server._stopping.run, 1, False, 0)
     assert server.wait_stopped(10)
 
 
@@ -207,7 +208,7 @@ def test_a_limited_client_that_was_refused_keeps_no_stop_waiting(serve, connect,
     server = serve(echo, client_limits=ClientLimits(deny=["127.0.0.1"]))
     with pytest.raises(ConnectionError):
         in_thread(connect(server).recv, 1)
-    wait_until(lambda: server._nobody_connected.is_set())
+    wait_until(lambda: server._state.nobody_connected.is_set())
     with gevent.Timeout(SOON):
         server.stop(1000)
     gc.collect()

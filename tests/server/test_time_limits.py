@@ -179,19 +179,19 @@ def test_handler_timeout_does_not_follow_the_wall_clock(serve, connect, in_threa
     jumped = time.time() + 86_400
     monkeypatch.setattr("gtcpserver.process.clock.time", lambda: jumped)
     looked = Event()
-    for look in (server._overseer._end_long_ones, looked.set):
+    for look in (server._time_limits._end_long_ones, looked.set):
         gevent.get_hub().loop.run_callback(look)
     assert looked.wait(SOON)
     assert in_thread(ask, client) == b"hello"
     assert server.stats().handler_timeouts == 0
 
 
-def test_overseer_costs_nothing_when_it_is_not_asked_for(serve):
-    assert serve(echo)._overseer._timers == []
+def test_time_limits_cost_nothing_when_they_are_not_asked_for(serve):
+    assert serve(echo)._time_limits._timers == []
 
 
 def test_timers_end_with_the_server(serve):
     server = serve(echo, handler_timeout=5, min_rate=5)
-    assert len(server._overseer._timers) == 2
+    assert len(server._time_limits._timers) == 2
     server.stop()
-    assert server._overseer._timers == []
+    assert server._time_limits._timers == []

@@ -128,7 +128,7 @@ def test_clients_that_do_not_read_their_list_hold_little_memory(serve, connect, 
     try:
         for client in clients:
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: sum(conn.stream.writer() is not None for conn in server._connections) == 5)
+        wait_until(lambda: sum(conn.stream.writer() is not None for conn in server.connections()) == 5)
         held = tracemalloc.get_traced_memory()[0] / len(clients) / 3000
     finally:
         tracemalloc.stop()

@@ -27,7 +27,7 @@ from gtcpserver import (
     TLSConfig,
     TruncatedStream,
 )
-from gtcpserver.server import server as server_module
+from gtcpserver.server import stopping as stopping_module
 from kit.patience import SOON
 from kit.programs import needs
 from kit.waiting import wait_until
@@ -1256,7 +1256,7 @@ def test_a_graceful_stop_finishes_handshakes_and_serves_them(serve, tls, shared,
 
 
 def test_a_stop_ends_when_the_last_handshake_has_failed(serve, tls, connect, monkeypatch):
-    monkeypatch.setattr(server_module, "LONGEST_WITHOUT_A_LOOK", SOON)
+    monkeypatch.setattr(stopping_module, "LONGEST_WITHOUT_A_LOOK", SOON)
     server = serve(hello, tls=tls)
     client = connect(server)
     wait_until(lambda: server.stats().handshaking == 1)

@@ -1,0 +1,45 @@
+"""What is known of a connection, for people: its client, and where its handler stands."""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic
+from typing import Any
+
+from gtcpserver.address import format_sockaddr
+from gtcpserver.connection.connection import Connection
+from gtcpserver.diagnostics.frames import calls_of_program
+
+from .stats import CutConnection
+
+
+def describe(connection: Connection, greenlet: Any, ended: bool = True) -> CutConnection:
+    """What is known of a connection that is cut; ``greenlet`` is that of its handler, or None."""
+    return CutConnection(
+        peer=peer(connection),
+        age=monotonic() - connection.accepted_at,
+        bytes_received=connection.bytes_received,
+        bytes_sent=connection.bytes_sent,
+        where=_where(greenlet.gr_frame) if greenlet is not None else (),
+        ended=ended,
+    )
+
+
+def peer(connection: Connection) -> str:
+    """The client's address, printed."""
+    return printed(connection.client_address)
+
+
+def printed(address: Any) -> str:
+    """An address as ``accept`` gives it, printed."""
+    if not isinstance(address, tuple):
+        return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
+    return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
+
+
+def _where(frame: Any) -> tuple[str, ...]:
+    """The program's own frames of a handler that waits, outermost first."""
+    return tuple(
+        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}" for code, line in calls_of_program(frame)
+    )

@@ -1,0 +1,313 @@
+"""Serving: a connection from accept to close. Admit it, run its handler, name its outcome, end it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from greenlet import GreenletExit, getcurrent
+
+from gtcpserver.connection.connection import Connection, Idle
+from gtcpserver.diagnostics.logs import FaultLimiter
+from gtcpserver.errors import ClientRefused
+from gtcpserver.process.forked import end_process, runs_handler
+from gtcpserver.transfer.ends import reset_on_close
+
+from .capacity import Capacity
+from .idle import PlacelessIdle
+from .observers import Observers
+from .outcome import COUNTER, Result, log_client_error, log_fault, outcome_of, system_has_failed
+from .state import ServerState, State
+from .timed_idle import TimedIdle
+
+if TYPE_CHECKING:
+    from .options import Options
+    from .server import Server
+
+#: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
+QUEUE_WAIT_EVERY = 64
+
+
+class Serving:
+    """Serves the connections of one server.
+
+    Attributes:
+        handler: called with each connection.
+        observers: who is told how long requests take.
+    """
+
+    def __init__(self, server: Server, options: Options, state: ServerState, capacity: Capacity) -> None:
+        self._server = server
+        self._state = state
+        self._counters = state.counters
+        self._connections = state.connections
+        self._capacity = capacity
+        self._pool = options.pool
+        self.handler = options.handler
+        self._on_connect = options.on_connect
+        self._on_disconnect = options.on_disconnect
+        self._on_error = options.on_error
+        self._access_log = options.access_log
+        self._context = options.context
+        self._timeout = options.timeout
+        self._max_accepts = options.max_accepts
+        self._max_connections = options.max_connections
+        self._rejects = options.on_full == "reject"
+        self._limits_clients = options.client_limits is not None
+        self.observers = Observers()
+        self._faults = FaultLimiter()
+        self._in_child = False
+        # One bound method for all connections: 64 bytes each.
+        self._serve: Callable[[Connection], None] = self.serve
+        #: Does the last steps of a connection: without an access log, with one, or in a forked child.
+        self._finish: Callable[[Connection], Any] = self._end if self._access_log is None else self._end_and_log
+
+    # -- admit a connection (in the hub) -----------------------------------------------------------------------------
+
+    def admit(self, connection: Connection, address: Any, drained: bool = False) -> None:
+        """A connection was accepted: hand it to a greenlet, which runs until its handler first waits.
+
+        Args:
+            drained: it comes out of the kernel's queue, where it would have waited: it waits for room in ours.
+        """
+        counters = self._counters
+        if self._max_accepts is not None and counters.accepted >= self._max_accepts:
+            connection.close()  # came between the last accept and the end of the loop
+            return
+        if self._rejects and not drained and not self._capacity.has_room() and self._state.now is State.SERVING:
+            self._reject(connection, address)
+            return
+        counters.accepted = number = counters.accepted + 1
+        if not number % QUEUE_WAIT_EVERY:
+            self._measure_queue_wait(connection)
+        connection.client_address = address
+        try:
+            if drained:
+                self._state.nobody_connected.clear()
+                self._capacity.wait(connection, self.begin)
+            else:
+                self.begin(connection)
+        finally:
+            if number == self._max_accepts:
+                self._stop_after_last()
+
+    def begin(self, connection: Connection) -> None:
+        """It has room: let it in. Only from the hub."""
+        connection.server = self._server
+        connection.context = self._context
+        if self._timeout is not None:
+            connection.timeout = self._timeout
+        try:
+            admission = self._state.admission
+            if admission is None:
+                self._pool.run_one(self._serve, connection)
+            else:
+                self._state.nobody_connected.clear()
+                admission.enter(connection)
+        except BaseException:
+            # No memory to serve it with. A reset says so; an end in order would be an empty answer.
+            try:
+                connection.abort()
+            finally:
+                self._state.note_if_nobody_is_connected()
+            raise
+
+    def admitted(self, connection: Connection) -> None:
+        """It has passed admission: serve it when there is room."""
+        capacity = self._capacity
+        if not self._state.waiting and capacity.has_room():
+            self._pool.run_one(self._serve, connection)
+        else:
+            capacity.wait(connection, self._serve_admitted)
+
+    def _serve_admitted(self, connection: Connection) -> None:
+        try:
+            self._pool.run_one(self._serve, connection)
+        except BaseException:
+            assert self._state.admission is not None
+            self._state.admission.not_served(connection)
+            raise
+
+    def _reject(self, connection: Connection, address: Any) -> None:
+        self._counters.rejected += 1
+        if self._access_log is not None:
+            connection.client_address = address
+            self._access_log.write_unserved(connection, "rejected")
+        if not self._server.lingerer.take(connection.stream.sock):
+            connection.close()
+
+    def _stop_after_last(self) -> None:
+        for acceptor in self._state.acceptors:
+            acceptor.leaving = True
+            acceptor.stop_accepting()
+        gevent.spawn(self._server.stop, None)
+
+    def _measure_queue_wait(self, connection: Connection) -> None:
+        # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it counts from the handshake.
+        try:
+            info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+        except OSError:
+            return  # not TCP
+        waited = struct.unpack_from("=I", info, 44)[0] / 1000
+        counters = self._counters
+        counters.queue_wait_samples += 1
+        counters.queue_wait_total += waited
+        counters.queue_wait_max = max(counters.queue_wait_max, waited)
+
+    # -- serve it (in its greenlet) ----------------------------------------------------------------------------------
+
+    def serve(self, connection: Connection) -> None:
+        """Run the handler, and end the connection."""
+        connections = self._connections
+        state = self._state
+        if self._access_log is not None:
+            self._begin_line(connection)
+        try:
+            if not connections:
+                state.nobody_connected.clear()
+            state.begun += 1
+            connections[connection] = getcurrent()
+            if len(connections) > self._counters.peak:
+                self._counters.peak = len(connections)
+            try:
+                if self._on_connect is None or self._on_connect(connection) is not False:
+                    self.handler(connection)
+                else:
+                    self._counters.refused += 1
+                    self.note_end(connection, "refused")
+            except BaseException as error:
+                self._handler_raised(connection, error)
+            try:
+                if self._on_disconnect is not None:
+                    self._on_disconnect(connection)
+            except BaseException as error:
+                self._handler_raised(connection, error)
+        finally:
+            # Hooks and log handlers may wait, and be killed there.
+            self._finish(connection)
+
+    def _begin_line(self, connection: Connection) -> None:
+        assert self._access_log is not None
+        try:
+            self._access_log.begin(connection)
+        except BaseException:
+            self._end(connection)
+            raise
+
+    def _end(self, connection: Connection) -> None:
+        """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
+        counters = self._counters
+        stream = connection.stream
+        counters.bytes_received += stream.bytes_received
+        counters.bytes_sent += stream.bytes_sent
+        if self.observers.all:
+            self._observe_end(connection)
+        # It refers to the connection: no cycle for the garbage collector.
+        connection.idle_block = None
+        connections = self._connections
+        was_full = self._max_connections is not None and len(connections) >= self._max_connections
+        try:
+            if not stream.closed:
+                connection.end()
+        finally:
+            state = self._state
+            if self._limits_clients and state.admission is not None:
+                state.admission.left(connection)
+            try:
+                del connections[connection]
+            except KeyError:
+                pass  # it could not be added
+            try:
+                if not connections:
+                    state.note_if_nobody_is_connected()
+            finally:
+                if was_full:
+                    self._capacity.made_room()
+
+    def _end_and_log(self, connection: Connection) -> None:
+        access_log = self._access_log
+        assert access_log is not None
+        try:
+            fields = access_log.end(connection)
+        finally:
+            self._end(connection)
+        access_log.write(fields)
+
+    def _observe_end(self, connection: Connection) -> None:
+        """Its last request ends with it, or it was one."""
+        idle = connection.idle_block
+        try:
+            if idle is None:
+                self.observers.request_ended(monotonic() - connection.accepted_at)
+            elif isinstance(idle, TimedIdle):
+                idle.end_of_request()
+        except MemoryError:
+            pass  # a figure is lost, and not the rest of the end
+
+    # -- how it has ended --------------------------------------------------------------------------------------------
+
+    def note_end(self, connection: Connection, result: Result, detail: str = "") -> None:
+        """Note how a connection ends, for its line in the access log; the first word counts."""
+        if self._access_log is not None:
+            self._access_log.note(connection, result, detail)
+
+    def _handler_raised(self, connection: Connection, error: BaseException) -> None:
+        """Count what left the handler; print it only if it is a fault of the handler."""
+        if self._in_child:
+            end_process(error)
+        if isinstance(error, GreenletExit):
+            self.note_end(connection, "stopped" if self._state.stopping else "killed")
+            return
+        if system_has_failed(error):
+            # The client is there and waits for the rest. An end in order would make a part look like the whole.
+            reset_on_close(connection)
+        result, said = outcome_of(error, connection)
+        counters = self._counters
+        setattr(counters, COUNTER[result], getattr(counters, COUNTER[result]) + 1)
+        self.note_end(connection, result, said)
+        if self._on_error is not None:
+            try:
+                self._on_error(connection, error)
+                return
+            except GreenletExit:
+                return
+            except BaseException as own:
+                error, result = own, outcome_of(own, connection)[0]
+        if result == "error":
+            log_fault(self._faults, connection, error)
+        else:
+            log_client_error(connection, error)
+
+    # -- what a connection asks of its server (connection/owner.py) --------------------------------------------------
+
+    def make_idle(self, connection: Connection) -> Idle:
+        observers = self.observers
+        if observers.all:
+            return TimedIdle(connection, self._state, self._capacity, observers)
+        return PlacelessIdle(connection, self._state, self._capacity)
+
+    def client_named(self, connection: Connection) -> None:
+        """Count the client that a balancer has named. Raises ClientRefused."""
+        admission = self._state.admission
+        refusal = admission.named(connection) if admission is not None else None
+        if refusal is not None:
+            self.note_end(connection, refusal)
+            connection.abort()
+            raise ClientRefused(refusal)
+
+    # -- a fork in a handler (see forked.py) -------------------------------------------------------------------------
+
+    def left_in_child(self) -> None:
+        """In a forked child: what a handler that has forked comes back to ends the process."""
+        self._connections = self._state.connections
+        self.handler = lambda _connection: end_process()
+        self._on_disconnect = None
+        self._in_child = True
+        self._finish = lambda _connection: end_process()
+
+
+runs_handler(Serving.serve, lambda variables, _in_child: variables["connection"])
