@@ -14,10 +14,11 @@ import sys
 import textwrap
 
 import pytest
+from gevent import socket as gevent_socket
 from gevent.threadpool import ThreadPool
 from hypothesis import HealthCheck, settings
 
-from gtcpserver import Server
+from gtcpserver import Server, StreamServer
 
 pytest.register_assert_rewrite("kit")
 
@@ -114,6 +115,23 @@ def serve():
 
 
 @pytest.fixture
+def serve_stream():
+    """`serve_stream(handle, **options)` starts a StreamServer, which is stopped after the test."""
+    servers = []
+
+    def start(handle, listener=("127.0.0.1", 0), server_class=StreamServer, **options):
+        server = server_class(listener, handle, **options)
+        servers.append(server)
+        server.start()
+        server.address_text = f"127.0.0.1:{server.server_port}"
+        return server
+
+    yield start
+    for server in servers:
+        server.stop(timeout=0.1)
+
+
+@pytest.fixture
 def connect():
     """`connect(server)` gives a plain blocking socket that is connected; it is closed after the test."""
     clients = []
@@ -137,6 +155,15 @@ def connect():
     yield connect_to
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def listening():
+    """A listening socket of gevent, without a server."""
+    with gevent_socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock
 
 
 @pytest.fixture

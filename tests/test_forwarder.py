@@ -17,10 +17,11 @@ import trustme
 
 from gtcpserver import ConfigError, Server, forwarder
 from gtcpserver.forwarder import Forwarder
+from kit.clients import ask
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.waiting import wait_until
-from tests.server.test_server import ask, echo
 
 
 def closed_port():

@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kit.paths import ROOT
+from kit.patience import SOON
 
 CI = ROOT / ".ci"
-SOON = 20
 
 # -- constraints.txt ---------------------------------------------------------------------------------------------------
 

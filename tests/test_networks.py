@@ -13,9 +13,9 @@ from gtcpserver.proxy.build import make_external
 from gtcpserver.proxy.errors import RuleError
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.proxy.settings import ListenerTable
-from tests.admission.test_client_limits import is_served
-from tests.listening.test_listener import needs_ipv6
-from tests.server.test_server import echo
+from kit.clients import is_served
+from kit.handlers import echo
+from kit.programs import needs_ipv6
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ import trustme
 
 from gtcpserver import ConfigError, ListenConfig, TLSConfig
 from gtcpserver.adapters import from_socketserver, from_wsgi
+from kit.clients import converse
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -46,15 +47,6 @@ class Impatient(Upper):
 class WhoAmI(socketserver.BaseRequestHandler):
     def handle(self):
         self.request.sendall(repr((self.client_address, self.server.server_address)).encode())
-
-
-def converse(sock, data):
-    sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
-    answer = b""
-    while more := sock.recv(65536):
-        answer += more
-    return answer
 
 
 def test_stream_and_base_handlers(serve, connect, in_thread):

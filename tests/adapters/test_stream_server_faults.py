@@ -19,12 +19,10 @@ from gevent.hub import get_hub
 
 from gtcpserver import EarlyEOF, StreamServer
 from kit import bad_stream_servers
+from kit.floods import attack
 from kit.patience import SOON
+from kit.spawns import answer_of, any_spawn, waiting_spawn
 from kit.waiting import wait_until
-from tests.adapters.test_stream_server_losses import answer_of, any_spawn, serve, waiting_spawn
-from tests.wholes.test_log_floods import attack
-
-__all__ = ["serve"]  # a fixture
 
 RESET = struct.pack("ii", 1, 0)
 
@@ -47,9 +45,9 @@ def above_debug(caplog):
 
 
 @waiting_spawn
-def test_resets_are_counted_and_not_printed(serve, connect, caplog, capfd, make_spawn):
+def test_resets_are_counted_and_not_printed(serve_stream, connect, caplog, capfd, make_spawn):
     caplog.set_level(logging.DEBUG)
-    server = serve(echo, spawn=make_spawn())
+    server = serve_stream(echo, spawn=make_spawn())
     for _ in range(50):
         client = connect(server.address_text)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -87,8 +85,8 @@ CLIENTS_FAULTS = {
 
 @waiting_spawn
 @pytest.mark.parametrize("fault", CLIENTS_FAULTS, ids=lambda fault: fault.__name__)
-def test_what_a_client_can_provoke_is_counted(serve, connect, in_thread, caplog, capfd, make_spawn, fault):
-    server = serve(lambda sock, address: fault(sock), spawn=make_spawn())
+def test_what_a_client_can_provoke_is_counted(serve_stream, connect, in_thread, caplog, capfd, make_spawn, fault):
+    server = serve_stream(lambda sock, address: fault(sock), spawn=make_spawn())
     for _ in range(20):
         assert in_thread(connect(server.address_text).recv, 10) == b""
     assert counted(server) == {CLIENTS_FAULTS[fault]: 20}
@@ -113,7 +111,7 @@ def test_what_a_client_can_provoke_is_counted(serve, connect, in_thread, caplog,
     ids=repr,
 )
 def test_faults_of_a_handler_are_logged_a_few_times_and_end_nothing_else(
-    serve, connect, in_thread, caplog, capfd, make_spawn, fault
+    serve_stream, connect, in_thread, caplog, capfd, make_spawn, fault
 ):
     def handle(sock, address):
         if sock.recv(1) == b"!":
@@ -132,7 +130,7 @@ def test_faults_of_a_handler_are_logged_a_few_times_and_end_nothing_else(
                 select.select([accepted[0].fileno()], [], [], SOON)
             return accepted
 
-    server = serve(handle, spawn=make_spawn(), server_class=AfterInput)
+    server = serve_stream(handle, spawn=make_spawn(), server_class=AfterInput)
     for _ in range(20):
         assert ask(b"!") == b""
     assert ask(b".") == b"fine"
@@ -144,33 +142,35 @@ def test_faults_of_a_handler_are_logged_a_few_times_and_end_nothing_else(
     assert capfd.readouterr().err == ""
 
 
-def test_a_failed_handlers_greenlet_has_not_failed(serve, connect, in_thread):
+def test_a_failed_handlers_greenlet_has_not_failed(serve_stream, connect, in_thread):
     def handle(sock, address):
         raise ValueError("mine")
 
     spawned = []
-    server = serve(handle, spawn=lambda *args: spawned.append(gevent.spawn(*args)))
+    server = serve_stream(handle, spawn=lambda *args: spawned.append(gevent.spawn(*args)))
     assert in_thread(connect(server.address_text).recv, 10) == b""
     assert spawned[0].exception is None
 
 
-def test_an_error_in_spawn_is_logged_and_leaves_no_connection_open(serve, connect, in_thread, caplog, capfd):
+def test_an_error_in_spawn_is_logged_and_leaves_no_connection_open(serve_stream, connect, in_thread, caplog, capfd):
     def spawn(*args):
         raise RuntimeError("no greenlets today")
 
-    server = serve(echo, spawn=spawn)
+    server = serve_stream(echo, spawn=spawn)
     assert in_thread(connect(server.address_text).recv, 10) == b""
     assert [record.exc_info[1].args for record in above_debug(caplog)] == [("no greenlets today",)]
     assert capfd.readouterr().err == ""
 
 
-def test_a_program_that_prints_errors_by_gevents_hub_still_gets_them(serve, connect, in_thread, caplog, monkeypatch):
+def test_a_program_that_prints_errors_by_gevents_hub_still_gets_them(
+    serve_stream, connect, in_thread, caplog, monkeypatch
+):
     def handle(sock, address):
         raise ValueError("mine")
 
     stream = io.StringIO()
     monkeypatch.setattr(get_hub(), "exception_stream", stream)
-    server = serve(handle)
+    server = serve_stream(handle)
     assert in_thread(connect(server.address_text).recv, 10) == b""
     assert "ValueError: mine" in stream.getvalue()
     assert caplog.records == []
@@ -258,40 +258,40 @@ def upper(sock, address):
 
 
 @pytest.mark.parametrize("spawn", [1, None])
-def test_silent_tls_clients_hold_no_place(serve, connect, in_thread, certificate, spawn):
+def test_silent_tls_clients_hold_no_place(serve_stream, connect, in_thread, certificate, spawn):
     if spawn is None:
 
         def handle(sock, address):  # fmt: skip
             sock.sendall(b"HELLO")
     else:
         handle = upper
-    server = serve(handle, spawn=spawn, certfile=str(certificate[0]))
+    server = serve_stream(handle, spawn=spawn, certfile=str(certificate[0]))
     silent = [connect(server.address_text) for _ in range(20)]
     wait_until(lambda: server.stats()["handshaking"] == 20)
     assert in_thread(greeted, server, certificate, connect) == b"HELLO"
     assert server.stats()["handshaking"] == len(silent)
 
 
-def test_handshakes_are_bounded_in_number_and_time(serve, connect, in_thread, certificate, caplog):
+def test_handshakes_are_bounded_in_number_and_time(serve_stream, connect, in_thread, certificate, caplog):
     class Few(StreamServer):
         max_handshakes = 3
         handshake_timeout = 0.1
 
-    server = serve(upper, server_class=Few, certfile=str(certificate[0]))
+    server = serve_stream(upper, server_class=Few, certfile=str(certificate[0]))
     clients = [connect(server.address_text) for _ in range(10)]
     assert in_thread(lambda: [client.recv(10) for client in clients]) == [b""] * 10
     assert server.stats()["handshake_failures"] == {"crowded_out": 7, "timeout": 3}
     assert above_debug(caplog) == []
 
 
-def test_who_has_passed_the_handshake_waits_for_a_place(serve, connect, in_thread, spawn_thread, certificate):
+def test_who_has_passed_the_handshake_waits_for_a_place(serve_stream, connect, in_thread, spawn_thread, certificate):
     leave = gevent.event.Event()
 
     def handle(sock, address):
         leave.wait()
         upper(sock, address)
 
-    server = serve(handle, spawn=1, certfile=str(certificate[0]))
+    server = serve_stream(handle, spawn=1, certfile=str(certificate[0]))
     # Both are accepted before the first one's handshake makes the pool full.
     clients = [connect(server.address_text) for _ in range(2)]
     wait_until(lambda: server.stats()["handshaking"] == 2)
@@ -314,8 +314,8 @@ def test_who_has_passed_the_handshake_waits_for_a_place(serve, connect, in_threa
 
 @pytest.mark.parametrize("how", ["stop", "close"])
 @pytest.mark.parametrize("spawn", ["default", 2])
-def test_a_stop_serves_queued_tls_clients(serve, connect, spawn_thread, certificate, how, spawn):
-    server = serve(upper, spawn=spawn, certfile=str(certificate[0]))
+def test_a_stop_serves_queued_tls_clients(serve_stream, connect, spawn_thread, certificate, how, spawn):
+    server = serve_stream(upper, spawn=spawn, certfile=str(certificate[0]))
     clients = [socket.create_connection(("127.0.0.1", server.server_port), timeout=SOON) for _ in range(10)]
 
     def ask():
@@ -331,8 +331,8 @@ def test_a_stop_serves_queued_tls_clients(serve, connect, spawn_thread, certific
     assert asking.get(timeout=SOON) == [b"HELLO"] * 10
 
 
-def test_silent_tls_clients_hold_up_a_stop_until_its_time_out(serve, connect, in_thread, certificate):
-    server = serve(upper, spawn=2, certfile=str(certificate[0]))
+def test_silent_tls_clients_hold_up_a_stop_until_its_time_out(serve_stream, connect, in_thread, certificate):
+    server = serve_stream(upper, spawn=2, certfile=str(certificate[0]))
     client = connect(server.address_text)
     wait_until(lambda: server.stats()["handshaking"] == 1)
     server.stop(0.1)
@@ -340,20 +340,20 @@ def test_silent_tls_clients_hold_up_a_stop_until_its_time_out(serve, connect, in
     assert server.stats()["handshake_failures"] == {"stopped": 1}
 
 
-def test_certificate_files_that_are_gone_are_logged(serve, connect, in_thread, tmp_path, caplog):
-    server = serve(upper, certfile=str(tmp_path / "none.pem"))
+def test_certificate_files_that_are_gone_are_logged(serve_stream, connect, in_thread, tmp_path, caplog):
+    server = serve_stream(upper, certfile=str(tmp_path / "none.pem"))
     for _ in range(20):
         assert in_thread(connect(server.address_text).recv, 10) == b""
     assert len(above_debug(caplog)) == 5
     assert isinstance(caplog.records[0].exc_info[1], FileNotFoundError)
 
 
-def test_bad_clients_of_gevents_ssl_sockets_print_nothing(serve, connect, in_thread, certificate, caplog, capfd):
+def test_bad_clients_of_gevents_ssl_sockets_print_nothing(serve_stream, connect, in_thread, certificate, caplog, capfd):
     class Impatient(StreamServer):
         handshake_timeout = 0.1
 
     options = {"certfile": str(certificate[0]), "suppress_ragged_eofs": False}
-    server = serve(upper, server_class=Impatient, spawn=2, **options)
+    server = serve_stream(upper, server_class=Impatient, spawn=2, **options)
     for number in range(20):
         client = connect(server.address_text)
         if number % 4 == 0:

@@ -13,39 +13,12 @@ import pytest
 from gevent.event import Event
 
 from gtcpserver import HandlerPool, StreamServer
+from kit.clients import read_all
 from kit.patience import SOON
+from kit.spawns import answer_of, any_spawn, waiting_spawn
 from kit.waiting import wait_until
-from tests.connection.test_linger import ANSWER, read_all
 
-SPAWNS = {
-    "default": lambda: "default",
-    "spawn": lambda: gevent.spawn,
-    "raw": lambda: gevent.spawn_raw,
-    "none": lambda: None,
-    "number": lambda: 100,
-    "pool": lambda: gevent.pool.Pool(100),
-    "handler_pool": lambda: HandlerPool(100),
-}
-any_spawn = pytest.mark.parametrize("make_spawn", SPAWNS.values(), ids=SPAWNS)
-WAITING = {name: make for name, make in SPAWNS.items() if name != "none"}
-waiting_spawn = pytest.mark.parametrize("make_spawn", WAITING.values(), ids=WAITING)
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(handle, listener=("127.0.0.1", 0), server_class=StreamServer, **options):
-        server = server_class(listener, handle, **options)
-        servers.append(server)
-        server.start()
-        server.address_text = f"127.0.0.1:{server.server_port}"
-        return server
-
-    yield start
-    for server in servers:
-        server.stop(timeout=0.1)
-
+ANSWER = bytes(range(256)) * 4096  # 1 MiB
 
 # -- answers ----------------------------------------------------------------------------------------------------------
 
@@ -66,8 +39,8 @@ def write_and_raise(sock, address):
 
 @waiting_spawn
 @pytest.mark.parametrize("handle", [write_and_return, write_and_close, write_and_raise])
-def test_unread_input_costs_the_client_no_byte_of_the_answer(serve, connect, spawn_thread, make_spawn, handle):
-    server = serve(handle, spawn=make_spawn())
+def test_unread_input_costs_the_client_no_byte_of_the_answer(serve_stream, connect, spawn_thread, make_spawn, handle):
+    server = serve_stream(handle, spawn=make_spawn())
     for _ in range(20):
         client = connect(server.address_text)
         client.sendall(b"a request that nobody reads" * 1000)
@@ -77,31 +50,31 @@ def test_unread_input_costs_the_client_no_byte_of_the_answer(serve, connect, spa
     wait_until(lambda: server.stats()["lingering"] == 0)
 
 
-def test_without_linger_the_socket_is_closed_at_once(serve, connect, in_thread):
+def test_without_linger_the_socket_is_closed_at_once(serve_stream, connect, in_thread):
     class AsGevents(StreamServer):
         linger = 0
 
-    client = connect(serve(lambda sock, address: sock.sendall(b"x"), server_class=AsGevents).address_text)
+    client = connect(serve_stream(lambda sock, address: sock.sendall(b"x"), server_class=AsGevents).address_text)
     client.sendall(b"unread")
     assert in_thread(read_all, client)[1] == "ECONNRESET"
 
 
-def test_a_handler_that_has_set_so_linger_resets_as_it_wants(serve, connect, in_thread):
+def test_a_handler_that_has_set_so_linger_resets_as_it_wants(serve_stream, connect, in_thread):
     def handle(sock, address):
         sock.sendall(b"x")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    assert in_thread(read_all, connect(serve(handle).address_text)) == (b"x", "ECONNRESET")
+    assert in_thread(read_all, connect(serve_stream(handle).address_text)) == (b"x", "ECONNRESET")
 
 
-def test_a_socket_that_a_handler_has_given_away_is_not_shut_down(serve, connect, in_thread):
+def test_a_socket_that_a_handler_has_given_away_is_not_shut_down(serve_stream, connect, in_thread):
     """As prefork dispatchers and inetd do it: another process, here a copy of the descriptor, goes on with it."""
     given_away = []
 
     def handle(sock, address):
         given_away.append(socket.socket(fileno=os.dup(sock.fileno())))
 
-    client = connect(serve(handle).address_text)
+    client = connect(serve_stream(handle).address_text)
     other = wait_until(lambda: given_away)[0]
     gevent.sleep(0.05)
     other.sendall(b"from elsewhere")
@@ -122,19 +95,14 @@ def queue_clients(server, number):
     return clients
 
 
-def answer_of(client):
-    with client:
-        return read_all(client)
-
-
 def upper(sock, address):
     sock.sendall(sock.recv(100).upper())
 
 
 @any_spawn
 @pytest.mark.parametrize("how", ["stop", "close"])
-def test_a_stop_serves_what_the_kernel_has_queued(serve, spawn_thread, make_spawn, how):
-    server = serve(upper, spawn=make_spawn())
+def test_a_stop_serves_what_the_kernel_has_queued(serve_stream, spawn_thread, make_spawn, how):
+    server = serve_stream(upper, spawn=make_spawn())
     answers = spawn_thread(list, map(answer_of, queue_clients(server, 100)))
     getattr(server, how)()
     assert not server.started
@@ -146,26 +114,26 @@ def test_a_stop_serves_what_the_kernel_has_queued(serve, spawn_thread, make_spaw
 
 @pytest.mark.parametrize("make_spawn", [lambda: 3, lambda: HandlerPool(3)])
 @pytest.mark.parametrize("how", ["stop", "close"])
-def test_connections_queued_behind_a_full_pool_get_their_places_in_turn(serve, spawn_thread, make_spawn, how):
+def test_connections_queued_behind_a_full_pool_get_their_places_in_turn(serve_stream, spawn_thread, make_spawn, how):
     def slow(sock, address):
         gevent.sleep(0.005)
         upper(sock, address)
 
-    server = serve(slow, spawn=make_spawn())
+    server = serve_stream(slow, spawn=make_spawn())
     answers = spawn_thread(list, map(answer_of, queue_clients(server, 20)))
     wait_until(server.full)
     getattr(server, how)(*([SOON] if how == "stop" else []))
     assert answers.get(timeout=SOON) == [(b"HELLO", "end")] * 20
 
 
-def test_a_stop_of_a_full_pool_ends_at_its_time_out(serve, in_thread):
+def test_a_stop_of_a_full_pool_ends_at_its_time_out(serve_stream, in_thread):
     begun = []
 
     def endless(sock, address):
         begun.append(address)
         gevent.sleep(1000)
 
-    server = serve(endless, spawn=1)
+    server = serve_stream(endless, spawn=1)
     clients = queue_clients(server, 3)
     server.stop(0.1)
     assert len(begun) == 1
@@ -173,7 +141,7 @@ def test_a_stop_of_a_full_pool_ends_at_its_time_out(serve, in_thread):
     assert server.stats()["active"] == 0
 
 
-def test_a_stop_without_a_pool_waits_for_the_drained_alone(serve, in_thread):
+def test_a_stop_without_a_pool_waits_for_the_drained_alone(serve_stream, in_thread):
     served, forever = [], Event()
 
     def handle(sock, address):
@@ -183,7 +151,7 @@ def test_a_stop_without_a_pool_waits_for_the_drained_alone(serve, in_thread):
         sock.sendall(b"done")
         served.append(address)
 
-    server = serve(handle)
+    server = serve_stream(handle)
     [running] = queue_clients(server, 1)
     wait_until(lambda: server.stats()["active"] == 1)
     clients = queue_clients(server, 5)
@@ -193,8 +161,8 @@ def test_a_stop_without_a_pool_waits_for_the_drained_alone(serve, in_thread):
     assert in_thread(lambda: [answer_of(client) for client in clients]) == [(b"done", "end")] * 5
 
 
-def test_a_stop_with_a_pool_waits_until_answers_are_taken(serve, connect, in_thread):
-    server = serve(lambda sock, address: sock.sendall(b"x"), spawn=10)
+def test_a_stop_with_a_pool_waits_until_answers_are_taken(serve_stream, connect, in_thread):
+    server = serve_stream(lambda sock, address: sock.sendall(b"x"), spawn=10)
     client = connect(server.address_text)
     client.sendall(b"unread")
     wait_until(lambda: server.stats()["lingering"])
@@ -206,52 +174,52 @@ def test_a_stop_with_a_pool_waits_until_answers_are_taken(serve, connect, in_thr
     stopping.get(timeout=SOON)
 
 
-def test_a_stop_of_no_time_serves_what_is_queued_and_waits_for_nobody(serve, spawn_thread):
-    server = serve(upper)
+def test_a_stop_of_no_time_serves_what_is_queued_and_waits_for_nobody(serve_stream, spawn_thread):
+    server = serve_stream(upper)
     answers = spawn_thread(list, map(answer_of, queue_clients(server, 10)))
     server.stop(0)
     assert server.closed
     assert answers.get(timeout=SOON) == [(b"HELLO", "end")] * 10
 
 
-def test_a_handler_may_stop_the_server_it_is_drained_from(serve, in_thread):
+def test_a_handler_may_stop_the_server_it_is_drained_from(serve_stream, in_thread):
     def handle(sock, address):
         server.stop(SOON)
         sock.sendall(b"stopped")
 
-    server = serve(handle)
+    server = serve_stream(handle)
     clients = queue_clients(server, 2)
     server.close()
     assert in_thread(lambda: [answer_of(client) for client in clients]) == [(b"stopped", "end")] * 2
 
 
 @pytest.mark.parametrize("make_spawn", [lambda: "default", lambda: None])
-def test_a_handler_may_close_the_server_while_it_drains(serve, in_thread, make_spawn):
+def test_a_handler_may_close_the_server_while_it_drains(serve_stream, in_thread, make_spawn):
     def handle(sock, address):
         server.close()
         sock.sendall(b"closed")
 
-    server = serve(handle, spawn=make_spawn())
+    server = serve_stream(handle, spawn=make_spawn())
     clients = queue_clients(server, 3)
     gevent.get_hub().loop.run_callback(server.close)
     wait_until(lambda: server.closed)
     assert in_thread(lambda: [answer_of(client) for client in clients]) == [(b"closed", "end")] * 3
 
 
-def test_the_other_owner_of_a_shared_socket_goes_on_after_a_stop(serve, in_thread):
+def test_the_other_owner_of_a_shared_socket_goes_on_after_a_stop(serve_stream, in_thread):
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     copy = listener.dup()
     copy.setblocking(False)
-    one, other = serve(upper, listener=listener), serve(upper, listener=copy)
+    one, other = serve_stream(upper, listener=listener), serve_stream(upper, listener=copy)
     one.stop()
     assert in_thread(lambda: [answer_of(client) for client in queue_clients(other, 10)]) == [(b"HELLO", "end")] * 10
 
 
-def test_a_process_that_got_the_servers_own_socket_goes_on_after_a_stop(serve, in_thread):
+def test_a_process_that_got_the_servers_own_socket_goes_on_after_a_stop(serve_stream, in_thread):
     """By pass_fds, SCM_RIGHTS, a fork: nobody tells the server."""
-    one = serve(upper)
-    other = serve(upper, listener=socket.socket(fileno=os.dup(one.socket.fileno())))
+    one = serve_stream(upper)
+    other = serve_stream(upper, listener=socket.socket(fileno=os.dup(one.socket.fileno())))
     one.stop()
     assert in_thread(lambda: [answer_of(client) for client in queue_clients(other, 10)]) == [(b"HELLO", "end")] * 10
 
@@ -264,11 +232,11 @@ def test_a_server_that_was_never_started_serves_nobody(connect, in_thread):
     assert in_thread(read_all, client) == (b"", "ECONNRESET")
 
 
-def test_it_starts_again_after_a_stop(serve, connect, in_thread):
+def test_it_starts_again_after_a_stop(serve_stream, connect, in_thread):
     class Upper(StreamServer):
         handle = staticmethod(upper)
 
-    server = serve(None, server_class=Upper)
+    server = serve_stream(None, server_class=Upper)
     for _ in range(2):
         client = connect(server.address_text)
         client.sendall(b"hello")
@@ -285,7 +253,6 @@ import os, signal, sys, threading
 import gevent
 from gevent.event import Event
 from gtcpserver import StreamServer
-
 def handle(sock, address):
     request = sock.recv(100)
     gevent.spawn(print, "began", flush=True)  # once this one waits

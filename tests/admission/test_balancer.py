@@ -16,6 +16,7 @@ import trustme
 from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.forwarder import Forwarder
 from gtcpserver.proxy_protocol.header import LONGEST_V2, ProxyHeader, Transport, Type
+from kit.clients import converse
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.waiting import wait_for_port, wait_until
@@ -35,16 +36,6 @@ def who(conn):
     conn.sendall(f"{name[0]} {name[1]} {peer[0] if peer else '-'} {conn.proxy_header is not None}\n".encode())
     while data := conn.recv(1000):
         conn.sendall(data)
-
-
-def converse(sock, data):
-    """Sends, ends, and returns all that comes."""
-    sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
-    answer = b""
-    while more := sock.recv(65536):
-        answer += more
-    return answer
 
 
 @pytest.mark.parametrize(

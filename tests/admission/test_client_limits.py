@@ -1,6 +1,5 @@
 """Limits of each client: who may connect, how many connections at once, how many a second."""
 
-import socket
 from ipaddress import ip_address
 
 import gevent
@@ -10,8 +9,9 @@ from gtcpserver import ClientLimits, ConfigError, ProxyProtocol
 from gtcpserver.admission import client_limits as module
 from gtcpserver.proxy_protocol import ProxyHeader
 from gtcpserver.testing import certificates
+from kit.clients import client_from, is_served
+from kit.handlers import echo
 from kit.waiting import wait_until
-from tests.server.test_server import echo
 
 
 @pytest.fixture
@@ -23,23 +23,6 @@ def clock(monkeypatch):
         now[0] += seconds
 
     return go_on
-
-
-def client_from(server, source):
-    """Connects from an address of this host."""
-    sock = socket.socket()
-    sock.settimeout(60)
-    sock.bind((source, 0))
-    sock.connect(("127.0.0.1", server.port))
-    return sock
-
-
-def is_served(sock, in_thread):
-    try:
-        sock.sendall(b"x")
-        return in_thread(sock.recv, 10) == b"x"
-    except ConnectionError:
-        return False
 
 
 def test_networks_that_may_connect(serve, in_thread):

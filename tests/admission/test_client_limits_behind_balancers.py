@@ -17,12 +17,11 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy_protocol import ProxyHeader, Transport
+from kit.clients import client_from, is_served
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.proxying import ANYBODY, ANYWHERE, reply, socks
 from kit.waiting import wait_until
-from tests.admission.test_client_limits import client_from, is_served
-from tests.proxy.test_keys import reply, socks
-from tests.proxy.test_socks import ANYBODY, ANYWHERE
-from tests.server.test_server import echo
 
 HERE = ProxyProtocol(["127.0.0.0/8"], timeout=SOON)
 TWO = (ip_address("192.0.2.1"), 443)

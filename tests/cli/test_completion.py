@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SOON = 60.0
+from kit.patience import SOON
+
 BIN = str(Path(sys.executable).parent)
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from gtcpserver.cli.secret_files import LARGEST, read_url, read_users
 from gtcpserver.errors import ConfigError
+from kit.handlers import echo
 from kit.patience import SOON
-from tests.proxy.test_keys import reply, socks
-from tests.server.test_server import echo
+from kit.proxying import reply, socks
 
 COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
 LOOPBACK = ["--mixed", "127.0.0.1:0", "--allow-destination", "loopback"]

@@ -24,9 +24,9 @@ from gtcpserver.cli.config import library_defaults
 from gtcpserver.cli.settings import key_of, settings_of
 from gtcpserver.files.toml_file import Lines, parse_text
 from kit.paths import ROOT
+from kit.patience import SOON
 
 COMMAND = [sys.executable, "-m", "gtcpserver"]
-SOON = 60.0
 
 APP = """
 import os, socket

@@ -10,7 +10,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from kit.supervised import APP, COMMAND, SOON, wait_until
+from kit.patience import SOON
+from kit.supervised import APP, COMMAND, wait_until
 
 
 def test_a_single_process_that_hears_twice_that_its_terminal_is_closed_cuts_nobody(tmp_path: Path) -> None:

@@ -15,14 +15,6 @@ from gtcpserver.errors import ConfigError
 from kit.ports import free_port
 
 
-@pytest.fixture
-def listening():
-    with gevent_socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        yield sock
-
-
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", None])
 def test_a_connection_is_made(listening, form):
     port = listening.getsockname()[1]

@@ -1,6 +1,5 @@
 """A closed connection delivers what was written, and holds nothing for long."""
 
-import errno
 import socket
 
 import gevent
@@ -9,22 +8,11 @@ from gevent.event import Event
 
 from gtcpserver.connection import lingering as linger
 from gtcpserver.connection.lingering import Linger
+from kit.clients import read_all, reset
 from kit.patience import SOON
 from kit.waiting import wait_until
-from tests.server.test_server import reset
 
 ANSWER = bytes(range(256)) * 4096  # 1 MiB
-
-
-def read_all(client):
-    """Everything until the peer's end, and what ended it."""
-    data = bytearray()
-    try:
-        while more := client.recv(65536):
-            data += more
-    except OSError as error:
-        return bytes(data), errno.errorcode[error.errno]
-    return bytes(data), "end"
 
 
 def write_and_return(conn):

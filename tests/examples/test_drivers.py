@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
+from kit.examples import run_example
 from kit.paths import ROOT
+from kit.patience import SOON
 from kit.ports import free_port
+from kit.supervised import wait_until
 from kit.waiting import wait_for_port
-from tests.examples.test_examples import SOON, Client, connect, run_example, start  # noqa: F401  (two fixtures)
 
 pymysql = pytest.importorskip("pymysql")
 redis = pytest.importorskip("redis")
@@ -28,14 +29,6 @@ def program(name):
     if path is None:
         pytest.skip(f"not installed: {name}")
     return path
-
-
-def until(condition):
-    give_up = time.monotonic() + SOON
-    while not (value := condition()):
-        assert time.monotonic() < give_up, "still not true"
-        time.sleep(0.01)
-    return value
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def connecting(connect_to, process):
         except (pymysql.Error, redis.RedisError):
             return None
 
-    return until(attempt)
+    return wait_until(attempt)
 
 
 # -- redis -------------------------------------------------------------------------------------------------------------
@@ -87,12 +80,12 @@ def queue(run, tmp_path):
         yield found
 
 
-def test_fifty_handlers_wait_in_redis_at_once(start, connect, queue):  # noqa: F811
+def test_fifty_handlers_wait_in_redis_at_once(start, connect, queue):
     example = start("redis_queue.py", env={"REDIS_URL": queue.url}, LONGEST_WAIT=30)
     clients = [connect(example) for _ in range(50)]
     for client in clients:
         client.send("TAKE")
-    until(lambda: queue.info("clients")["blocked_clients"] == 50)
+    wait_until(lambda: queue.info("clients")["blocked_clients"] == 50)
     sender = connect(example)
     sender.send(*(f"PUT number {number}" for number in range(50)))
     assert {client.read() for client in clients} == {f"TOOK number {number}" for number in range(50)}
@@ -100,7 +93,7 @@ def test_fifty_handlers_wait_in_redis_at_once(start, connect, queue):  # noqa: F
     example.stop()
 
 
-def test_a_queue_that_is_empty_and_a_redis_that_goes_away_are_told(start, connect, queue):  # noqa: F811
+def test_a_queue_that_is_empty_and_a_redis_that_goes_away_are_told(start, connect, queue):
     example = start("redis_queue.py", env={"REDIS_URL": queue.url}, LONGEST_WAIT=1)
     client = connect(example)
     client.send("PUT one", "PUT two", "TAKE", "TAKE", "TAKE")
@@ -134,7 +127,7 @@ def database(run, tmp_path):
         yield found, str(tmp_path / "my.cnf")
 
 
-def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, database):  # noqa: F811
+def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, database):
     connection, path = database
     example = start("database.py", env={"MY_CNF": path}, POOL_SIZE=1, ANSWER_TIMEOUT=1)
     earlier = client = connect(example)
@@ -161,7 +154,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
     example.stop()
 
 
-def test_fifty_handlers_wait_in_the_database_at_once_and_no_more(start, connect, database):  # noqa: F811
+def test_fifty_handlers_wait_in_the_database_at_once_and_no_more(start, connect, database):
     connection, path = database
     example = start("database.py", env={"MY_CNF": path})
     clients = [connect(example) for _ in range(60)]
@@ -176,7 +169,7 @@ def test_fifty_handlers_wait_in_the_database_at_once_and_no_more(start, connect,
         cursor.execute("LOCK TABLES notes WRITE")
         for client in clients:
             client.send("GET 1")
-        until(lambda: waiting() == 50)
+        wait_until(lambda: waiting() == 50)
         cursor.execute("SELECT COUNT(*) FROM information_schema.processlist")
         assert cursor.fetchone()[0] == 51  # and ours: ten handlers wait for a connection
         cursor.execute("UNLOCK TABLES")
@@ -260,7 +253,7 @@ def web(run, tmp_path):
     origin.close()
 
 
-def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):  # noqa: F811
+def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):
     url, origin = web
     example = start("requests_client.py", env={"BACKEND": url})
     clients = [connect(example) for _ in range(50)]
@@ -276,7 +269,7 @@ def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):  # noqa: F8
     example.stop()
 
 
-def test_a_web_server_that_is_missing_is_told_to_clients(start, connect):  # noqa: F811
+def test_a_web_server_that_is_missing_is_told_to_clients(start, connect):
     example = start("requests_client.py", env={"BACKEND": "http://127.0.0.1:1"})
     client = connect(example)
     client.send("/")

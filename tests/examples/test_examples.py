@@ -2,14 +2,10 @@
 
 import ast
 import http.server
-import os
 import re
 import select
 import signal
 import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from kit.paths import ROOT
+from kit.examples import EXAMPLES, Client, Example, Start, run_example
+from kit.patience import SOON
 
-EXAMPLES = ROOT / "examples"
 ALL = sorted(path.name for path in EXAMPLES.glob("*.py"))
 # The TLS ones and the benchmark's HTTP server have tests of their own.
 NAMES = [name for name in ALL if name != "http_server.py" and "TLSConfig" not in (EXAMPLES / name).read_text()]
@@ -28,139 +24,6 @@ NAMES = [name for name in ALL if name != "http_server.py" and "TLSConfig" not in
 ALONE = [name for name in NAMES if name not in ("database.py", "redis_queue.py")]
 # Those that answer by themselves; the forwarder needs somebody behind it: test_files.py.
 ANSWERING = [name for name in ALONE if name != "port_forwarder.py"]
-
-#: For whatever should happen at once; long enough for a machine that is busy with other things.
-SOON = 60.0
-
-#: Runs an example with other constants: program, name=value ..., --, arguments.
-WITH_CONSTANTS = r"""
-import re, sys
-program, *rest = sys.argv[1:]
-split = rest.index("--")
-sys.argv = [program, *rest[split + 1 :]]
-source = open(program).read()
-for constant in rest[:split]:
-    name, value = constant.split("=")
-    source, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", source)
-    assert found == 1, constant
-exec(compile(source, program, "exec"))
-"""
-
-
-class Example:
-    """An example that runs."""
-
-    def __init__(self, process: "subprocess.Popen[str]", address: Any) -> None:
-        self.process = process
-        self.address = address
-
-    def stop(self) -> str:
-        """SIGTERM must end it with exit status 0; returns what it has logged since it listens, without fault."""
-        self.process.send_signal(signal.SIGTERM)
-        log = self.wait()
-        assert self.process.returncode == 0, log
-        assert not re.search(r" (ERROR|CRITICAL) |Traceback", log), log
-        return log
-
-    def wait(self) -> str:
-        """Wait for its end; returns what it has logged since it listens."""
-        output, log = self.process.communicate(timeout=SOON)
-        assert output == ""
-        return log
-
-
-Start = Callable[..., Example]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """``start("echo.py")`` runs it on a free port; keywords replace constants of it. It is stopped after the test."""
-    examples: list[Example] = []
-
-    def run(name: str, address: str = "127.0.0.1:0", env: dict[str, str] | None = None, **constants: object) -> Example:
-        command = [sys.executable, str(EXAMPLES / name), address]
-        if constants:
-            given = [f"{constant}={value!r}" for constant, value in constants.items()]
-            command = [sys.executable, "-c", WITH_CONSTANTS, str(EXAMPLES / name), *given, "--", address]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(env or {})},
-        )
-        example = Example(process, None)
-        examples.append(example)
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.search(r"listening on (?:127\.0\.0\.1:(\d+)|unix:(.+)) \(pid ", said)
-        assert found is not None, said + process.stderr.read()
-        example.address = ("127.0.0.1", int(found[1])) if found[1] else found[2]
-        return example
-
-    yield run
-    try:
-        for example in examples:
-            if example.process.returncode is None:
-                example.stop()
-    finally:
-        for example in examples:
-            example.process.kill()
-            example.process.communicate()
-
-
-class Client:
-    """A client that speaks lines."""
-
-    def __init__(self, address: Any, receive_buffer: int = 0) -> None:
-        self.sock = socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX)
-        if receive_buffer:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.sock.settimeout(SOON)
-        self.sock.connect(address)
-        self.file = self.sock.makefile("rb")
-
-    def send(self, *lines: str) -> None:
-        self.sock.sendall("".join(f"{line}\n" for line in lines).encode())
-
-    def read(self) -> str:
-        return self.file.readline().decode().rstrip("\n")
-
-    def read_until(self, wanted: str) -> list[str]:
-        """Read lines up to the wanted one; returns those before it."""
-        before = []
-        while (line := self.read()) != wanted:
-            assert line, f"the server has closed after {before[-3:]}"
-            before.append(line)
-        return before
-
-    def rest(self) -> bytes:
-        """End the sending side, and read until the server closes."""
-        self.sock.shutdown(socket.SHUT_WR)
-        return self.file.read()
-
-    def close(self) -> None:
-        self.file.close()
-        self.sock.close()
-
-    def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
-
-
-@pytest.fixture
-def connect() -> Iterator[Callable[..., Client]]:
-    """``connect(example)`` gives a Client, which is closed after the test."""
-    clients: list[Client] = []
-
-    def to(example: Example, **options: Any) -> Client:
-        clients.append(Client(example.address, **options))
-        return clients[-1]
-
-    yield to
-    for client in clients:
-        client.close()
-
 
 Connect = Callable[..., Client]
 
@@ -228,11 +91,6 @@ def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) 
     ask(example, b"\xff\xfe\x00\n" * 10)
     assert ask(example, b"no such request\n")
     example.stop()  # and no fault of the handler's was logged
-
-
-def run_example(name: str, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False, env={**os.environ, **env})
 
 
 # -- echo.py -----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import urllib.request
 
 import pytest
 
+from kit.patience import SOON
 from kit.ports import free_port
-from tests.examples.test_examples import SOON, start  # noqa: F401  (a fixture)
 
 BIG = os.urandom(2_000_000)
 
@@ -16,7 +16,7 @@ def connect(example):
     return socket.create_connection(example.address, SOON)
 
 
-def test_file_server(start):  # noqa: F811
+def test_file_server(start):
     example = start("file_server.py")
     host, port = example.address
     request = urllib.request.Request(f"http://{host}:{port}/README.md", headers={"Range": "bytes=0-11"})
@@ -25,7 +25,7 @@ def test_file_server(start):  # noqa: F811
     example.stop()
 
 
-def test_port_forwarder(start):  # noqa: F811
+def test_port_forwarder(start):
     target = start("echo.py")
     example = start("port_forwarder.py", TARGET="{}:{}".format(*target.address))
     with connect(example) as client:
@@ -36,7 +36,7 @@ def test_port_forwarder(start):  # noqa: F811
     assert "7 bytes there, 7 back: closed" in example.stop()
 
 
-def test_port_forwarder_resets_a_client_for_whom_there_is_no_target(start):  # noqa: F811
+def test_port_forwarder_resets_a_client_for_whom_there_is_no_target(start):
     example = start("port_forwarder.py", TARGET=f"127.0.0.1:{free_port()}")
     # The reset may come before connect() has returned.
     with pytest.raises(ConnectionResetError), connect(example) as client:
@@ -44,7 +44,7 @@ def test_port_forwarder_resets_a_client_for_whom_there_is_no_target(start):  # n
     assert "refused" in example.stop()
 
 
-def test_upload_sink(start, tmp_path):  # noqa: F811
+def test_upload_sink(start, tmp_path):
     example = start("upload_sink.py", UPLOADS=str(tmp_path))
     with connect(example) as client, client.makefile("rb") as answers:
         client.sendall(b"PUT big 2000000\n" + BIG + b"PUT empty 0\nPUT big 3\nnew")
@@ -63,7 +63,7 @@ def test_upload_sink(start, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     "line", [b"PUT ../x 1\n", b"PUT .x 1\n", b"PUT x -1\n", b"PUT x\n", b"GET x 1\n", b"PUT x 1e3\n"]
 )
-def test_upload_sink_refuses(start, tmp_path, line):  # noqa: F811
+def test_upload_sink_refuses(start, tmp_path, line):
     example = start("upload_sink.py", UPLOADS=str(tmp_path))
     with connect(example) as client:
         client.sendall(line)
@@ -72,7 +72,7 @@ def test_upload_sink_refuses(start, tmp_path, line):  # noqa: F811
     example.stop()
 
 
-def test_upload_sink_keeps_no_half_of_a_file(start, tmp_path):  # noqa: F811
+def test_upload_sink_keeps_no_half_of_a_file(start, tmp_path):
     example = start("upload_sink.py", UPLOADS=str(tmp_path))
     with connect(example) as client:
         client.sendall(b"PUT x 100\nonly this")

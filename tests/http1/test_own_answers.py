@@ -24,8 +24,8 @@ from gtcpserver.static_files import StaticFiles
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
+from kit.proxying import OnePassword
 from kit.waiting import wait_for_port
-from tests.proxy.test_socks import OnePassword
 
 PASSWORD = b"Proxy-Authorization: Basic QWRhOnB3\r\n"
 

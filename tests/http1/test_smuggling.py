@@ -5,8 +5,8 @@ import pytest
 from gtcpserver import Server, from_wsgi
 from gtcpserver.monitoring import Monitor
 from gtcpserver.static_files import StaticFiles
+from kit.smuggling import Recorder, exchange, serve_http
 from kit.smuggling_corpus import BAD_CHUNKS, SMUGGLED, heads
-from tests.proxy.test_smuggling import Recorder, exchange, serve_http
 
 
 class Subject:

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from gtcpserver.supervisor import ControlError, ask
+from kit.patience import SOON
 from kit.ports import free_port
 
 from . import clients
 from .clients import Origin
-
-#: Seconds for a server to start, a worker to be replaced and the like, on a machine that is busy.
-SOON = 60.0
 
 STOP_TIMEOUT = 2.0
 

@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 
-from . import strace
+from kit.patience import SOON
 
-#: For whatever should happen at once; strace and a busy machine make it slow.
-SOON = 60.0
+from . import strace
 
 #: What the programs begin with: `say` tells the test something, a line each.
 PRELUDE = """

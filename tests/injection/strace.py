@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-#: Seconds for strace to attach; it takes 20 ms on an idle machine.
-SOON = 60.0
+from kit.patience import SOON
 
 
 @functools.cache

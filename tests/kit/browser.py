@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SOON = 60.0
+from kit.patience import SOON
 
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
 

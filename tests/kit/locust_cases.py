@@ -28,6 +28,7 @@ from gevent.event import Event
 from locust.event import Events
 from locust.exception import RescheduleTask, ResponseError, StopTest, StopUser
 
+from kit.patience import SOON
 from kit.ports import free_port
 
 sys.path.insert(0, str(ROOT))
@@ -42,9 +43,6 @@ from loadtests.tcp_user import (
     TcpUser,
     insecure_context,
 )
-
-#: For whatever should happen at once.
-SOON = 60.0
 
 
 class Reported(list):

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,36 @@ class Master:
             return os.readlink(f"/proc/{pid}/cwd").startswith(str(self.folder))
         except OSError:
             return False
+
+
+#: `start(*arguments, app=None, handler="app:handler", bind="127.0.0.1:0", **options of Popen)` of `masters`.
+Start = Callable[..., Master]
+
+
+@contextmanager
+def masters(folder: Path, control: bool = True) -> Iterator[Start]:
+    """Give a function that starts masters in a folder, of APP or another program; they are killed at the end.
+
+    Args:
+        control: with a control socket, which a server without workers cannot have.
+    """
+    started: list[Master] = []
+    (folder / "app.py").write_text(APP)
+
+    def start(
+        *arguments: str, app: str | None = None, handler: str = "app:handler", bind: str = "127.0.0.1:0", **options: Any
+    ) -> Master:
+        if app is not None:
+            (folder / "app.py").write_text(app)
+        more = ("--bind", bind, *(("--control", str(folder / "ctl")) if control else ()), *arguments)
+        started.append(Master(folder, ("serve", handler, *more), **options))
+        return started[-1].wait_listening() if bind.startswith("127") else started[-1]
+
+    try:
+        yield start
+    finally:
+        for master in started:
+            master.kill_all()
 
 
 def state_of(pid: int) -> str:

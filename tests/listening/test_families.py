@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-SOON = 60
+from kit.patience import SOON
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, ("ip", "sysctl", "unshare"))),

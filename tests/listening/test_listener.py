@@ -27,11 +27,10 @@ from gtcpserver.listening.listener import (
     unsteer,
 )
 from kit.ports import free_port
+from kit.programs import needs_ipv6
 
 TCP = socket.IPPROTO_TCP
 SO_DETACH_FILTER = 27
-
-needs_ipv6 = pytest.mark.skipif(not listener._can_bind("::1"), reason="this system has no IPv6 loopback address")
 
 
 @pytest.fixture

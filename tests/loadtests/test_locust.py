@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 from kit.paths import ROOT
+from kit.patience import SOON
 from kit.ports import free_port
 
 CASES = ROOT / "tests" / "kit" / "locust_cases.py"
 NAMES = re.findall(r"^def case_(\w+)", CASES.read_text(), re.MULTILINE)
-SOON = 60.0
 
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is missing: pip install '.[load]'")
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")

@@ -32,8 +32,8 @@ from gtcpserver.server.timed_idle import TimedIdle
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.tls import Files, client_context
 from kit.waiting import wait_until
-from tests.tls.test_config import Files, client_context
 
 PATHS = ("/", "/metrics", "/healthz", "/readyz", "/stats", "/connections")
 

@@ -2,109 +2,18 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-from kit.browser import Browser
-from kit.supervised import COMMAND, SOON, wait_until
+from kit.patience import SOON
+from kit.status_page import text_of
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
 
-APP = """
-def handle(conn):
-    while True:
-        with conn.idle():
-            data = conn.recv(100)
-        if not data:
-            return
-        if data == b"fault":
-            raise RuntimeError("a fault")
-        if data == b"stay":
-            stay(conn)
-        conn.sendall(data)
-
-def stay(conn):
-    conn.server.stopping_event.wait(600)
-"""
 
 #: A client's address, and what a page that takes it for HTML would do with it.
 EVIL = "<img src=x onerror=document.title='owned'>"
-
-
-class Service:
-    """`gtcpserver serve` with metrics, on a unix socket: whose clients choose what their address is."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        (folder / "app.py").write_text(APP)
-        self.folder = folder
-        self.path = folder / "s"
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *COMMAND,
-                    "serve",
-                    "app:handle",
-                    "--bind",
-                    f"unix:{self.path}",
-                    "--metrics",
-                    "127.0.0.1:0",
-                    *arguments,
-                ],
-                cwd=folder,
-                stderr=log,
-            )
-        self.clients: list[socket.socket] = []
-        wait_until(lambda: "listening on" in self.log.read_text())
-        text = self.log.read_text()
-        self.url = text.partition("metrics and status page on ")[2].split()[0]
-
-    def connect(self, name: str = "") -> socket.socket:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(SOON)
-        if name:
-            client.bind("\0" + name)
-        client.connect(str(self.path))
-        self.clients.append(client)
-        return client
-
-    def ask(self, client: socket.socket, data: bytes = b"hello") -> bytes:
-        client.sendall(data)
-        return client.recv(100)
-
-    def end(self) -> None:
-        for client in self.clients:
-            client.close()
-        self.process.terminate()
-        self.process.wait(SOON)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    made = Browser(tmp_path / "profile")
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def service(tmp_path):
-    made = []
-
-    def start(*arguments):
-        made.append(Service(tmp_path, *arguments))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.end()
-
-
-def text_of(element):
-    return f"document.getElementById('{element}').textContent"
 
 
 def test_the_page_shows_live_figures_and_connections_on_demand(browser, service):

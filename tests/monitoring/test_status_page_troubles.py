@@ -9,8 +9,8 @@ import pytest
 
 from gtcpserver.monitoring.web import Web
 from kit.browser import Browser
+from kit.status_page import text_of
 from kit.supervised import wait_until
-from tests.monitoring.test_status_page import Service, text_of
 
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
 
@@ -20,20 +20,6 @@ def browser(tmp_path):
     made = Browser(tmp_path / "profile")
     yield made
     made.close()
-
-
-@pytest.fixture
-def service(tmp_path):
-    made = []
-
-    def start(*arguments):
-        made.append(Service(tmp_path, *arguments))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.process.send_signal(signal.SIGCONT)
-        one.end()
 
 
 TROUBLES = "[...document.querySelectorAll('#trouble-list li')].map(one => one.className + ': ' + one.textContent)"

@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from gtcpserver.monitoring.source import Health, SourceError
 from gtcpserver.supervisor import control, monitor_source
 from gtcpserver.supervisor.monitor_source import FromMaster
-from kit.supervised import APP, SOON, Master, alive, children, wait_until
+from kit.patience import SOON
+from kit.supervised import APP, Master, alive, children, wait_until
 from kit.waiting import wait_until as wait_in_loop
 
 

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from kit.forking import FILE, SOON, Program, read_all, sockets_of
+from kit.forks import FILE, Program, read_all, sockets_of
+from kit.patience import SOON
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ import pytest
 
 from gtcpserver.supervisor import ControlError, ask
 from kit.paths import ROOT
+from kit.patience import SOON
 from kit.supervised import alive, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
-SOON = 60.0  # seconds; eight interpreters may start at once
 MODULE = [sys.executable, "-m", "gtcpserver"]
 
 #: Which are closed.

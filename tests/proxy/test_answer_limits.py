@@ -8,7 +8,9 @@ from gtcpserver.http1.chunks import MANY_LINES, ChunkReader
 from gtcpserver.proxy.http_body import PACED_PIECE
 from gtcpserver.proxy.http_forward import MOST_INTERIM
 from gtcpserver.proxy.http_origin import LONGEST_ANSWER_HEAD, MOST_ANSWER_FIELDS
-from tests.proxy.test_http_forward import OK, client, no_faults, origin, proxy, records  # noqa: F401
+from kit.forwarding import OK
+
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 BODY = b"Content-Length: 5\r\n\r\nhello"
 HINTS = b"HTTP/1.1 103 Early Hints\r\n"
@@ -48,16 +50,16 @@ def final(visitor, url):
 
 
 @pytest.mark.parametrize("what", GOOD)
-def test_an_answer_may_have_this_much(proxy, origin, client, monkeypatch, what):  # noqa: F811
+def test_an_answer_may_have_this_much(http_proxy, origin, client, monkeypatch, what):
     monkeypatch.setattr(http.client, "_MAXHEADERS", 1000)
-    (status, _, body), _ = final(client(proxy()), f"{origin(GOOD[what]).url}/")
+    (status, _, body), _ = final(client(http_proxy()), f"{origin(GOOD[what]).url}/")
     assert (status, body) == (200, b"hello")
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_more_is_a_502_and_ends_the_connection_to_the_origin(proxy, origin, client, records, what):  # noqa: F811
+def test_more_is_a_502_and_ends_the_connection_to_the_origin(http_proxy, origin, client, records, what):
     target = origin(lambda conn, head: BAD[what], OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     (status, _, _), interim = final(visitor, f"{target.url}/")
     assert status == 502
     assert interim <= MOST_INTERIM
@@ -67,7 +69,7 @@ def test_more_is_a_502_and_ends_the_connection_to_the_origin(proxy, origin, clie
 
 
 @pytest.mark.parametrize("of", ["request", "answer"])
-def test_a_body_of_tiny_chunks_is_taken_in_small_pieces(proxy, origin, client, monkeypatch, of):  # noqa: F811
+def test_a_body_of_tiny_chunks_is_taken_in_small_pieces(http_proxy, origin, client, monkeypatch, of):
     """16 KiB of chunks of one byte take 4 ms; as much as a read gives, and 16 reads without a wait, took 275 ms."""
     fed = []
     feed = ChunkReader.feed
@@ -81,10 +83,10 @@ def test_a_body_of_tiny_chunks_is_taken_in_small_pieces(proxy, origin, client, m
     chunked = b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n"
     if of == "answer":
         target = origin(b"HTTP/1.1 200 OK\r\n" + chunked)
-        assert client(proxy()).get(f"{target.url}/")[2] == b"a" * 50_000
+        assert client(http_proxy()).get(f"{target.url}/")[2] == b"a" * 50_000
     else:
         target = origin(lambda conn, head: conn.recv_until(b"0\r\n\r\n", 1 << 20) and OK)
-        visitor = client(proxy())
+        visitor = client(http_proxy())
         visitor.send(f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\n".encode() + chunked)
         assert visitor.answer()[0] == 200
     assert sum(size for size, _ in fed) == len(chunked) - len(b"Transfer-Encoding: chunked\r\n\r\n")

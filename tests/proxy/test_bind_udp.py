@@ -14,8 +14,9 @@ from gtcpserver import ListenConfig, TLSConfig
 from gtcpserver.proxy import socks_bind, socks_session
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
+from kit.clients import read
 from kit.patience import SOON
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, associate, bind_request, named_address, packet, read, udp_socket
+from kit.proxying import ANYBODY, ANYWHERE, associate, bind_request, named_address, packet, udp_socket
 
 
 @pytest.fixture

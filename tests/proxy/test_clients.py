@@ -13,7 +13,7 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.static_files import StaticFiles
 from kit.patience import SOON
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, OnePassword
+from kit.proxying import ANYBODY, ANYWHERE, OnePassword
 
 CONTENT = os.urandom(300_000)
 

@@ -10,30 +10,20 @@ import pytest
 from gtcpserver import Server
 from gtcpserver.errors import ConfigError
 from gtcpserver.proxy.config import make_proxy, parse_config
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.proxying import http
 from kit.waiting import wait_for_port
-from tests.proxy.test_keys import LOOPBACK, http, read
-from tests.server.test_server import echo
 
 COMMANDS = ("connect", "bind", "udp", "forward")
 
 
 @pytest.fixture
-def proxy():
-    servers = []
-
-    def start(commands, speaks="mixed"):
-        listener = f'listen = "127.0.0.1:0"\nspeaks = "{speaks}"\ncommands = {list(commands)!r}\n'
-        made = make_proxy(parse_config(f"[[listener]]\n{listener}{LOOPBACK}"))
-        server = Server("127.0.0.1:0", made.handler)
-        servers.append(server)
-        server.start()
-        return server
-
-    yield start
-    for server in servers:
-        server.halt()
+def proxy(proxy):
+    """`proxy(commands, speaks="mixed")`: one whose listener has these."""
+    return lambda commands, speaks="mixed": proxy(listener=f'speaks = "{speaks}"\ncommands = {list(commands)!r}')
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 
 from gtcpserver import ConfigError, Server
 from gtcpserver.proxy.config import make_proxy, parse_config, read_config
+from kit.handlers import echo
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.ports import free_port
-from tests.proxy.test_passwords import QUICK
-from tests.server.test_server import echo
+from kit.proxying import QUICK
 
 EXAMPLES = ROOT / "examples" / "proxy"
 COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]

@@ -23,11 +23,11 @@ from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.target import make_target, parse_authority
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.proxying import ANYBODY, ANYWHERE, OnePassword, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_keys import read, reply, socks
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, OnePassword
-from tests.server.test_server import echo
 
 WITH_PASSWORD = [parse_client_rule("allow from any to any with auth staff")]
 

@@ -1,7 +1,6 @@
 """HTTP clients through the proxy: forwarding, CONNECT, and what must never be forwarded."""
 
 import hashlib
-import http.client
 import os
 import shutil
 import socket
@@ -24,11 +23,12 @@ from gtcpserver.proxy.http_fields import end_to_end
 from gtcpserver.proxy.http_messages import absolute_target, connect_target
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.static_files import StaticFiles
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.proxying import ANYBODY, ANYWHERE, OnePassword, answer_of
 from kit.waiting import wait_for_port
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, OnePassword, read
-from tests.server.test_server import echo
 
 
 @pytest.fixture
@@ -66,28 +66,6 @@ def origin(serve):
         return server
 
     return start
-
-
-def answer_of(file, method="GET"):
-    """(status, fields, body) of the next answer."""
-    line = file.readline()
-    if not line:
-        return None
-    status = int(line.split()[1])
-    fields = http.client.parse_headers(file)
-    if method == "HEAD" or status in (204, 304) or status < 200:
-        return status, fields, b""
-    if fields["transfer-encoding"] == "chunked":
-        body = b""
-        while size := int(file.readline(), 16):
-            body += file.read(size)
-            file.readline()
-        while file.readline().strip():
-            pass
-        return status, fields, body
-    if fields["content-length"] is not None:
-        return status, fields, file.read(int(fields["content-length"]))
-    return status, fields, file.read()
 
 
 @pytest.fixture

@@ -12,105 +12,14 @@ from gevent.event import Event
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_body import MOST_DISCARDED, SPLICE_FROM
-from gtcpserver.proxy.http_fields import Forwarded
 from gtcpserver.proxy.http_origin import MOST_IDLE
-from gtcpserver.proxy.http_session import HttpSession
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from kit.forwarding import CLOSE, OK
 from kit.patience import SOON
+from kit.proxying import ANYWHERE
 from kit.waiting import wait_until
-from tests.proxy.test_http import answer_of
-from tests.proxy.test_socks import ANYBODY, ANYWHERE
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
-
-
-@pytest.fixture(autouse=True)
-def no_faults(caplog):
-    """Whatever the others do, no handler of ours fails."""
-    yield
-    assert not [record for record in caplog.get_records("call") if record.levelname in ("ERROR", "CRITICAL")]
-
-
-@pytest.fixture
-def records():
-    return []
-
-
-@pytest.fixture
-def proxy(serve, records):
-    """`proxy(**options)`: a server that is nothing but an HttpSession; its records go to `records`."""
-
-    def start(forwarded="pass", **options):
-        gate = Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})
-
-        def handler(conn):
-            HttpSession(conn, gate.admit(conn), b"me", records.append, Forwarded(forwarded)).serve()
-
-        return serve(handler)
-
-    return start
-
-
-@pytest.fixture
-def origin(serve):
-    """`origin(*answers)`: answers one request after another, each with the next of these; then it closes.
-
-    An answer is bytes, or a function of the connection and the head. `.heads` are the requests.
-    """
-
-    def start(*answers):
-        heads = []
-
-        def handler(conn):
-            while len(heads) < len(answers):
-                try:
-                    head = conn.recv_until(b"\r\n\r\n")
-                except EOFError:
-                    return
-                heads.append(head)
-                answer = answers[len(heads) - 1]
-                given = answer(conn, head) if callable(answer) else answer
-                if given is CLOSE:
-                    return
-                conn.sendall(given or b"")
-
-        server = serve(handler)
-        server.heads = heads
-        server.url = f"http://127.0.0.1:{server.port}"
-        return server
-
-    return start
-
-
-CLOSE = object()
-
-
-class Client:
-    """A plain client; what it does runs in a native thread."""
-
-    def __init__(self, sock, in_thread):
-        self.sock = sock
-        self.file = sock.makefile("rb")
-        self.in_thread = in_thread
-
-    def send(self, text, body=b""):
-        self.in_thread(self.sock.sendall, (text.encode("latin-1") if isinstance(text, str) else text) + body)
-
-    def get(self, url, *fields, method="GET", body=b""):
-        self.send("\r\n".join([f"{method} {url} HTTP/1.1", "Host: x", *fields, "", ""]), body)
-        return self.answer(method)
-
-    def answer(self, method="GET"):
-        return self.in_thread(answer_of, self.file, method)
-
-    def read(self):
-        """What comes until the end."""
-        return self.in_thread(self.file.read)
-
-
-@pytest.fixture
-def client(connect, in_thread):
-    return lambda server, **options: Client(connect(server, **options), in_thread)
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 
 def everything(conn):
@@ -145,8 +54,8 @@ def everything(conn):
         b"HTTP/1.1 103 Early Hints\r\n\r\n" * 50 + OK,
     ],
 )
-def test_requirement_21_answers_that_cannot_be_trusted_are_a_502(proxy, origin, client, answer):
-    visitor = client(proxy())
+def test_requirement_21_answers_that_cannot_be_trusted_are_a_502(http_proxy, origin, client, answer):
+    visitor = client(http_proxy())
     found = visitor.get(f"{origin(answer).url}/")
     while found[0] == 103:
         found = visitor.answer()
@@ -157,8 +66,8 @@ def test_requirement_21_answers_that_cannot_be_trusted_are_a_502(proxy, origin, 
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nA: b", b"HTTP/1.1 100 Continue\r\n\r\n"])
-def test_requirement_26_an_origin_that_closes_before_its_answer_is_a_502(proxy, origin, client, records, answer):
-    visitor = client(proxy())
+def test_requirement_26_an_origin_that_closes_before_its_answer_is_a_502(http_proxy, origin, client, records, answer):
+    visitor = client(http_proxy())
     found = visitor.get(f"{origin(answer).url}/")
     if found[0] == 100:
         found = visitor.answer()
@@ -177,8 +86,8 @@ def test_requirement_26_an_origin_that_closes_before_its_answer_is_a_502(proxy, 
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x4\r\nonly",
     ],
 )
-def test_requirement_32_an_answer_that_breaks_off_is_a_reset(proxy, origin, client, records, answer):
-    visitor = client(proxy())
+def test_requirement_32_an_answer_that_breaks_off_is_a_reset(http_proxy, origin, client, records, answer):
+    visitor = client(http_proxy())
     visitor.send(f"GET {origin(answer).url}/ HTTP/1.1\r\nHost: x\r\n\r\n")
     with pytest.raises(ConnectionResetError):
         visitor.read()
@@ -186,41 +95,41 @@ def test_requirement_32_an_answer_that_breaks_off_is_a_reset(proxy, origin, clie
     assert records[0].result == "failed"
 
 
-def test_an_origin_that_stops_in_the_midst_is_a_reset_after_its_time(proxy, origin, client):
+def test_an_origin_that_stops_in_the_midst_is_a_reset_after_its_time(http_proxy, origin, client):
     pause = Event()
     target = origin(lambda conn, head: conn.sendall(OK[:-1]) or (pause.wait() and b""))
-    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
     visitor.send(f"GET {target.url}/ HTTP/1.1\r\nHost: x\r\n\r\n")
     with pytest.raises(ConnectionResetError):
         visitor.read()
 
 
-def test_requirement_31_silence_after_an_interim_answer_is_a_504(proxy, origin, client):
+def test_requirement_31_silence_after_an_interim_answer_is_a_504(http_proxy, origin, client):
     pause = Event()
     target = origin(lambda conn, head: conn.sendall(b"HTTP/1.1 102 Processing\r\n\r\n") or (pause.wait() and b""))
-    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
     assert visitor.get(f"{target.url}/")[0] == 102
     assert visitor.answer()[0] == 504
     pause.set()
 
 
-def test_requirement_25_a_204_has_no_length_and_bytes_behind_it_are_dropped(proxy, origin, client):
+def test_requirement_25_a_204_has_no_length_and_bytes_behind_it_are_dropped(http_proxy, origin, client):
     target = origin(b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     status, fields, _ = visitor.get(f"{target.url}/")
     assert (status, fields["content-length"]) == (204, None)
     assert visitor.get(f"{target.url}/")[::2] == (200, b"hello")
     assert target.accepted_connections == 2  # the first one is out of step
 
 
-def test_requirement_25_trailers_of_both_sides(proxy, origin, client):
+def test_requirement_25_trailers_of_both_sides(http_proxy, origin, client):
     got = []
 
     def answer(conn, head):
         got.append(conn.recv_until(b"X-Sum: 1\r\n\r\n"))
         return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-End: 1\r\nSet-Cookie: a\r\n\r\n"
 
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     visitor.send(f"POST {origin(answer).url}/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3;x\r\nabc")
     visitor.send("\r\n3\r\ndef\r\n0\r\nHost: evil\r\nX-Sum: 1\r\n\r\n")
     head = visitor.in_thread(lambda: b"".join(iter(visitor.file.readline, b"\r\n")))
@@ -238,7 +147,7 @@ LARGE = os.urandom(1 << 20) * 8
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_large_answers_arrive_whole(proxy, origin, client, records, framing, version):
+def test_large_answers_arrive_whole(http_proxy, origin, client, records, framing, version):
     def answer(conn, head):
         if framing == "length":
             conn.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LARGE) + LARGE)
@@ -253,7 +162,7 @@ def test_large_answers_arrive_whole(proxy, origin, client, records, framing, ver
             return CLOSE
         return b""
 
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     visitor.send(f"GET {origin(answer).url}/ HTTP/{version}\r\nHost: x\r\n\r\n")
     status, fields, body = visitor.answer()
     assert (status, body == LARGE) == (200, True)
@@ -277,9 +186,9 @@ def sink(conn, head):
 
 
 @pytest.mark.parametrize("size", [5, 70_000, len(LARGE)])
-def test_large_uploads_arrive_whole_and_pipelined_requests_behind_them(proxy, origin, client, records, size):
+def test_large_uploads_arrive_whole_and_pipelined_requests_behind_them(http_proxy, origin, client, records, size):
     target = origin(sink, OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     head = f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
     visitor.send(head, LARGE[:size] + f"GET {target.url}/2 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert visitor.answer()[2].decode() == hashlib.sha256(LARGE[:size]).hexdigest()
@@ -290,7 +199,7 @@ def test_large_uploads_arrive_whole_and_pipelined_requests_behind_them(proxy, or
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-def test_requirement_30_a_client_that_does_not_read_stops_the_origin(proxy, origin, client, framing):
+def test_requirement_30_a_client_that_does_not_read_stops_the_origin(http_proxy, origin, client, framing):
     sent = [0]
 
     def answer(conn, head):
@@ -309,7 +218,7 @@ def test_requirement_30_a_client_that_does_not_read_stops_the_origin(proxy, orig
                 sent[0] += 1
         return CLOSE
 
-    visitor = client(proxy(), receive_buffer=4096)
+    visitor = client(http_proxy(), receive_buffer=4096)
     target = origin(answer)
     visitor.send(f"GET {target.url}/ HTTP/1.1\r\nHost: x\r\n\r\n")
     wait_until(lambda: sent[0])
@@ -323,10 +232,12 @@ def test_requirement_30_a_client_that_does_not_read_stops_the_origin(proxy, orig
     wait_until(lambda: not target.active_connections)
 
 
-def test_requirement_30_an_origin_that_does_not_read_stops_the_client(proxy, origin, client, in_thread, spawn_thread):
+def test_requirement_30_an_origin_that_does_not_read_stops_the_client(
+    http_proxy, origin, client, in_thread, spawn_thread
+):
     pause = Event()
     target = origin(lambda conn, head: pause.wait() and CLOSE)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     visitor.send(f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
     sent = [0]
 
@@ -352,12 +263,12 @@ def test_requirement_30_an_origin_that_does_not_read_stops_the_client(proxy, ori
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_an_early_answer_to_an_upload_reaches_the_client(proxy, origin, client, spawn_thread, large):
+def test_an_early_answer_to_an_upload_reaches_the_client(http_proxy, origin, client, spawn_thread, large):
     def refuse(conn, head):
         conn.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nno!")
         return CLOSE
 
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     size = 100_000_000 if large else 200_000
     head = f"POST {origin(refuse).url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
 
@@ -375,8 +286,8 @@ def test_an_early_answer_to_an_upload_reaches_the_client(proxy, origin, client, 
 
 
 @pytest.mark.parametrize("size", [1000, 10 * SPLICE_FROM])
-def test_an_upload_may_take_longer_than_an_answer(proxy, origin, client, size):
-    visitor = client(proxy(timeouts=Timeouts(answer=0.6)))
+def test_an_upload_may_take_longer_than_an_answer(http_proxy, origin, client, size):
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.6)))
     visitor.send(f"POST {origin(sink).url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n")
     for start in range(0, size, size // 5):
         gevent.sleep(0.15)
@@ -385,10 +296,10 @@ def test_an_upload_may_take_longer_than_an_answer(proxy, origin, client, size):
 
 
 @pytest.mark.parametrize("size", [1000, 10 * SPLICE_FROM])
-def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(proxy, origin, client, size):
+def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(http_proxy, origin, client, size):
     pause = Event()
     target = origin(lambda conn, head: sink(conn, head) and pause.wait() and b"")
-    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
     visitor.send(f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n")
     visitor.send(LARGE[:size])
     assert visitor.answer()[0] == 504
@@ -397,10 +308,10 @@ def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(proxy, o
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000", "Content-Length: 10000000", "Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("how", ["half-close", "reset", "silence"])
-def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(proxy, client, serve, framing, how):
+def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(http_proxy, client, serve, framing, how):
     got = []
     target = serve(lambda conn: got.append(everything(conn)))
-    visitor = client(proxy(timeouts=Timeouts(answer=0.2)))
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.2)))
     visitor.send(f"PUT http://127.0.0.1:{target.port}/ HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n")
     wait_until(lambda: target.active_connections)
     visitor.send("3\r\nabc\r\n")
@@ -416,10 +327,10 @@ def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(proxy, client, serv
     assert got[0].endswith(b"RESET")
 
 
-def test_requirement_21_a_bad_chunk_behind_good_ones_resets_the_origin(proxy, client, serve, records):
+def test_requirement_21_a_bad_chunk_behind_good_ones_resets_the_origin(http_proxy, client, serve, records):
     got = []
     target = serve(lambda conn: got.append(everything(conn)))
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     visitor.send(
         f"POST http://127.0.0.1:{target.port}/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
     )
@@ -433,9 +344,9 @@ def test_requirement_21_a_bad_chunk_behind_good_ones_resets_the_origin(proxy, cl
     assert records[0].result == "bad_request"
 
 
-def test_requirement_25_expect_is_no_dead_lock(proxy, origin, client):
+def test_requirement_25_expect_is_no_dead_lock(http_proxy, origin, client):
     # An origin that does not know it: the client loses patience and sends.
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     target = origin(sink)
     visitor.send(f"PUT {target.url}/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
     wait_until(lambda: target.heads)
@@ -458,9 +369,9 @@ class Everyone:
         return user == password
 
 
-def test_an_origin_connection_is_not_shared_between_users(proxy, origin, client, records):
+def test_an_origin_connection_is_not_shared_between_users(http_proxy, origin, client, records):
     target = origin(OK, OK, OK, OK)
-    server = proxy(
+    server = http_proxy(
         client_rules=[parse_client_rule("allow from any to any with auth all")],
         authenticators={"all": Everyone()},
         destination_rules=[parse_destination_rule("allow from any user ada to 127.0.0.0/8")],
@@ -475,9 +386,9 @@ def test_an_origin_connection_is_not_shared_between_users(proxy, origin, client,
     assert b"Authorization" not in b"".join(target.heads)
 
 
-def test_idle_origin_connections_are_kept_for_each_destination_up_to_a_limit(proxy, origin, client):
+def test_idle_origin_connections_are_kept_for_each_destination_up_to_a_limit(http_proxy, origin, client):
     targets = [origin(*[OK] * 10) for _ in range(MOST_IDLE + 1)]
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     for _ in range(2):
         for target in targets[:-1]:
             assert visitor.get(f"{target.url}/")[0] == 200
@@ -489,7 +400,7 @@ def test_idle_origin_connections_are_kept_for_each_destination_up_to_a_limit(pro
     wait_until(lambda: not any(target.active_connections for target in targets))
 
 
-def test_requirement_26_what_is_not_idempotent_is_not_repeated(proxy, origin, client):
+def test_requirement_26_what_is_not_idempotent_is_not_repeated(http_proxy, origin, client):
     mute = lambda conn, head: CLOSE  # noqa: E731
     for method, fields, body, status in [
         ("GET", [], b"", 200),
@@ -505,18 +416,18 @@ def test_requirement_26_what_is_not_idempotent_is_not_repeated(proxy, origin, cl
             return CLOSE
 
         target = origin(OK, closes_now, OK)
-        visitor = client(proxy())
+        visitor = client(http_proxy())
         assert visitor.get(f"{target.url}/1")[0] == 200
         assert visitor.get(f"{target.url}/2", *fields, method=method, body=body)[0] == status
         assert [head.split()[1] for head in target.heads] == [b"/1", b"/2", b"/2"][: 3 if status == 200 else 2]
     # And a fresh connection that ends mute is not tried again.
     target = origin(mute, OK)
-    assert client(proxy()).get(f"{target.url}/")[0] == 502
+    assert client(http_proxy()).get(f"{target.url}/")[0] == 502
     assert len(target.heads) == 1
 
 
-def test_requirement_27_a_refused_request_with_a_small_body_leaves_the_connection_open(proxy, origin, client):
-    server = proxy(destination_rules=[parse_destination_rule("allow 127.0.0.1")])
+def test_requirement_27_a_refused_request_with_a_small_body_leaves_the_connection_open(http_proxy, origin, client):
+    server = http_proxy(destination_rules=[parse_destination_rule("allow 127.0.0.1")])
     visitor = client(server)
     url = "http://10.0.0.1/"
     assert visitor.get(url, f"Content-Length: {MOST_DISCARDED}", method="POST", body=b"x" * MOST_DISCARDED)[0] == 403
@@ -532,24 +443,24 @@ def test_requirement_27_a_refused_request_with_a_small_body_leaves_the_connectio
         assert visitor.read() == b""
 
 
-def test_http_1_0_clients_get_one_answer(proxy, origin, client):
-    visitor = client(proxy())
+def test_http_1_0_clients_get_one_answer(http_proxy, origin, client):
+    visitor = client(http_proxy())
     visitor.send(f"GET {origin(OK).url}/ HTTP/1.0\r\nConnection: keep-alive\r\nProxy-Connection: keep-alive\r\n\r\n")
     status, fields, body = visitor.answer()
     assert (status, fields["connection"], body) == (200, "close", b"hello")
     assert visitor.read() == b""
 
 
-def test_an_upgrade_with_a_body_is_an_ordinary_request(proxy, origin, client):
+def test_an_upgrade_with_a_body_is_an_ordinary_request(http_proxy, origin, client):
     target = origin(sink)
     fields = ["Connection: upgrade", "Upgrade: websocket", "Content-Length: 3"]
-    assert client(proxy()).get(f"{target.url}/", *fields, method="POST", body=b"abc")[0] == 200
+    assert client(http_proxy()).get(f"{target.url}/", *fields, method="POST", body=b"abc")[0] == 200
     assert b"pgrade" not in target.heads[0]
 
 
-def test_requirement_21_bytes_behind_a_connect_with_a_length_are_not_a_tunnel(proxy, origin, client):
+def test_requirement_21_bytes_behind_a_connect_with_a_length_are_not_a_tunnel(http_proxy, origin, client):
     target = origin(OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     assert visitor.get(f"127.0.0.1:{target.port}", "Content-Length: 3", method="CONNECT", body=b"abc")[0] == 400
     assert not target.accepted_connections
 
@@ -557,9 +468,9 @@ def test_requirement_21_bytes_behind_a_connect_with_a_length_are_not_a_tunnel(pr
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
-def test_requirement_24_via_on_both_ways_and_max_forwards(proxy, origin, client):
+def test_requirement_24_via_on_both_ways_and_max_forwards(http_proxy, origin, client):
     target = origin(OK, OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     _, fields, _ = visitor.get(f"{target.url}/", "Via: 1.0 other", "Max-Forwards: 3", method="OPTIONS")
     assert fields["via"] == "1.1 me"
     assert target.heads[0].count(b"Via: ") == 2
@@ -582,14 +493,14 @@ def test_requirement_24_via_on_both_ways_and_max_forwards(proxy, origin, client)
         ("replace", [b"X-Forwarded-For: 127.0.0.1"]),
     ],
 )
-def test_requirement_37_clients_are_named_by_option(proxy, origin, client, how, expected):
+def test_requirement_37_clients_are_named_by_option(http_proxy, origin, client, how, expected):
     target = origin(OK)
-    client(proxy(forwarded=how)).get(f"{target.url}/", "X-Forwarded-For: 10.9.9.9", "Connection: X-Forwarded-For")
+    client(http_proxy(forwarded=how)).get(f"{target.url}/", "X-Forwarded-For: 10.9.9.9", "Connection: X-Forwarded-For")
     assert [line for line in target.heads[0].split(b"\r\n") if b"orwarded" in line] == expected
 
 
-def test_requirement_30_a_head_that_drips_has_one_deadline(proxy, client, records):
-    visitor = client(proxy(timeouts=Timeouts(negotiate=0.3)))
+def test_requirement_30_a_head_that_drips_has_one_deadline(http_proxy, client, records):
+    visitor = client(http_proxy(timeouts=Timeouts(negotiate=0.3)))
     dripped = 0
     with suppress(OSError):
         for letter in "GET http://x/ HTTP/1.1\r\nHost: " + "x" * 200:
@@ -603,19 +514,19 @@ def test_requirement_30_a_head_that_drips_has_one_deadline(proxy, client, record
     assert records[0].result == "negotiation_timeout"
 
 
-def test_empty_lines_before_a_request_are_skipped_however_they_come(proxy, origin, client):
+def test_empty_lines_before_a_request_are_skipped_however_they_come(http_proxy, origin, client):
     target = origin(OK, OK)
-    visitor = client(proxy())
+    visitor = client(http_proxy())
     for pieces in (["\r\n\r\n"], ["\r", "\n", "\r", "\n"]):
         for piece in pieces:
             visitor.send(piece)
         assert visitor.get(f"{target.url}/")[0] == 200
 
 
-def test_requirement_36_a_stop_in_the_midst_of_an_answer_is_noted(proxy, origin, client, records):
+def test_requirement_36_a_stop_in_the_midst_of_an_answer_is_noted(http_proxy, origin, client, records):
     pause = Event()
     target = origin(lambda conn, head: pause.wait() and b"")
-    server = proxy()
+    server = http_proxy()
     visitor = client(server)
     visitor.send(f"GET {target.url}/ HTTP/1.1\r\nHost: x\r\n\r\n")
     wait_until(lambda: target.heads)
@@ -637,24 +548,24 @@ def test_an_embedded_proxy_is_a_few_lines(serve, origin, client):
 # -- the stages of a connection, one after another ---------------------------------------------------------------------
 
 
-def test_requirement_31_the_pause_between_requests_is_no_limit_of_their_bodies(proxy, origin, client):
+def test_requirement_31_the_pause_between_requests_is_no_limit_of_their_bodies(http_proxy, origin, client):
     target = origin(lambda conn, head: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + conn.recv_exactly(3))
-    visitor = client(proxy(timeouts=Timeouts(keep_alive=0.05)))
+    visitor = client(http_proxy(timeouts=Timeouts(keep_alive=0.05)))
     visitor.send(f"POST {target.url}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
     gevent.sleep(0.2)
     visitor.send("abc")
     assert visitor.answer()[0] == 200
 
 
-def test_requirement_31_a_client_that_stops_in_its_head_is_told_and_logged(proxy, client, records):
-    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+def test_requirement_31_a_client_that_stops_in_its_head_is_told_and_logged(http_proxy, client, records):
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
     visitor.send("GET http://x/ HT")
     assert visitor.answer()[0] == 408
     wait_until(lambda: [record.result for record in records] == ["negotiation_timeout"])
 
 
-def test_a_reset_within_a_head_is_logged(proxy, client, records):
-    visitor = client(proxy())
+def test_a_reset_within_a_head_is_logged(http_proxy, client, records):
+    visitor = client(http_proxy())
     visitor.send("GET http://x/ HT")
     gevent.sleep(0.05)
     visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -663,10 +574,10 @@ def test_a_reset_within_a_head_is_logged(proxy, client, records):
     wait_until(lambda: [record.result for record in records] == ["reset"])
 
 
-def test_requirement_31_a_mute_origin_has_a_counter_of_its_own(proxy, origin, client, records):
+def test_requirement_31_a_mute_origin_has_a_counter_of_its_own(http_proxy, origin, client, records):
     pause = Event()
     target = origin(lambda conn, head: pause.wait() and b"")
-    visitor = client(proxy(timeouts=Timeouts(answer=0.1)))
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
     assert visitor.get(target.url + "/")[0] == 504
     pause.set()
     wait_until(lambda: [record.result for record in records] == ["answer_timeout"])
@@ -699,7 +610,7 @@ def test_requirement_27_a_password_is_asked_for_with_each_request(serve, connect
     assert in_thread(ask) == b"407"
 
 
-def test_a_request_needs_a_host(proxy, client):
-    visitor = client(proxy())
+def test_a_request_needs_a_host(http_proxy, client):
+    visitor = client(http_proxy())
     visitor.send("GET http://x/ HTTP/1.1\r\n\r\n")
     assert visitor.answer()[0] == 400

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 from typing import get_args
@@ -21,11 +20,12 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.record import Result
 from gtcpserver.proxy.target import KINDS
 from gtcpserver.proxy_protocol import ProxyHeader
+from kit.clients import read
+from kit.handlers import echo
 from kit.paths import ROOT
 from kit.patience import SOON
+from kit.proxying import LOOPBACK, QUICK, full_listener, http, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_passwords import QUICK
-from tests.server.test_server import echo
 
 #: test -> the keys that it is about; at the end it is compared with what there is.
 ABOUT: dict[str, set[str]] = {}
@@ -39,64 +39,9 @@ def about(*keys):
     return note
 
 
-LOOPBACK = '[rules]\ndestinations = ["allow loopback", "allow any"]\n'
-
-
-@pytest.fixture
-def proxy(tmp_path):
-    """`proxy(text, listener="")` starts a proxy with this configuration on a port of its own."""
-    servers = []
-
-    def start(text="", listener="", top="", rules=LOOPBACK):
-        text = f'{top}\n[[listener]]\nlisten = "127.0.0.1:0"\n{listener}\n{rules}\n{text}'
-        made = make_proxy(parse_config(text))
-        server = Server([str(address) for address in made.addresses], made.handler)
-        servers.append(server)
-        server.start()
-        return server
-
-    yield start
-    for server in servers:
-        server.halt()
-
-
 @pytest.fixture
 def origin(serve):
     return serve(echo)
-
-
-def socks(port, host="127.0.0.1", user=None, password=b"pw"):
-    """What a client says that asks for a connection."""
-    name = host.encode()
-    request = b"\x05\x01\x00\x03" + bytes([len(name)]) + name + struct.pack("!H", port)
-    if user is None:
-        return b"\x05\x01\x00" + request
-    return b"\x05\x01\x02\x01" + bytes([len(user)]) + user + bytes([len(password)]) + password + request
-
-
-def read(sock, size):
-    data = b""
-    while len(data) < size and (more := sock.recv(size - len(data))):
-        data += more
-    return data
-
-
-def reply(sock, asked):
-    """The reply's code: 0 is granted; None: the proxy closed."""
-    sock.sendall(asked)
-    answer = read(sock, 2 if asked[2] == 0 else 4)
-    if len(answer) < 2 or answer[1] == 0xFF or (len(answer) == 4 and answer[3]):
-        return None
-    said = read(sock, 10)
-    return said[1] if len(said) > 1 else None
-
-
-def http(sock, request):
-    sock.sendall(request)
-    data = b""
-    while b"\r\n\r\n" not in data and (more := sock.recv(65536)):
-        data += more
-    return data
 
 
 # -- listeners ---------------------------------------------------------------------------------------------------------
@@ -306,18 +251,9 @@ def test_requirement_31_negotiate(proxy, connect, in_thread, access_records):
 
 @about("timeouts.connect")
 def test_requirement_31_connect(proxy, connect, in_thread, access_records):
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        waiting = []
-        for _ in range(3):  # of which the kernel completes two
-            waiting.append(socket.socket())
-            waiting[-1].setblocking(False)
-            waiting[-1].connect_ex(full.getsockname())
+    with full_listener() as full:
         client = connect(proxy("[timeouts]\nconnect = 0.2"))
         assert in_thread(reply, client, socks(full.getsockname()[1])) == 4
-        for sock in waiting:
-            sock.close()
     ends_as("connect_timeout", access_records)
 
 

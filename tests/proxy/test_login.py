@@ -20,8 +20,7 @@ from gtcpserver.static_files import StaticFiles
 from kit.browser import Browser
 from kit.patience import SOON
 from kit.programs import needs
-from tests.proxy.test_real_clients import in_thread_for
-from tests.proxy.test_socks import ANYWHERE, OnePassword
+from kit.proxying import ANYWHERE, OnePassword, in_thread_for
 
 CONTENT = os.urandom(100_000)
 

@@ -19,12 +19,8 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
+from kit.proxying import ANYBODY, ANYWHERE, http, reply, socks
 from kit.waiting import wait_until
-from tests.connection.test_connect import listening
-from tests.proxy.test_keys import http, reply, socks
-from tests.proxy.test_socks import ANYBODY, ANYWHERE
-
-__all__ = ["listening"]  # a fixture
 
 MANY = [f"127.7.{number // 250}.{number % 250 + 1}" for number in range(300)]
 CONNECT = b"CONNECT many.example:%d HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -20,12 +20,11 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.proxying import ANYBODY, ANYWHERE, QUICK, OnePassword, full_listener, http, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_keys import http, read, reply, socks
-from tests.proxy.test_passwords import QUICK
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, OnePassword
-from tests.server.test_server import echo
 
 WITH_PASSWORD = {
     "client_rules": [parse_client_rule("allow from any to any with auth staff")],
@@ -153,14 +152,7 @@ def test_requirement_05_a_password_is_asked_for_whatever_is_offered_first(proxy,
 
 
 def test_requirement_07_nothing_is_granted_before_the_destination_has_accepted(proxy, connect, in_thread):
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        waiting = []
-        for _ in range(3):  # of which the kernel completes two
-            waiting.append(socket.socket())
-            waiting[-1].setblocking(False)
-            waiting[-1].connect_ex(full.getsockname())
+    with full_listener() as full:
         server = proxy(timeouts=Timeouts(connect=0.3))
         port = full.getsockname()[1]
         for request, before, after in (
@@ -176,8 +168,6 @@ def test_requirement_07_nothing_is_granted_before_the_destination_has_accepted(p
                 in_thread(client.recv, 1)
             client.settimeout(SOON)
             assert in_thread(read, client, len(after)) == after
-        for sock in waiting:
-            sock.close()
 
 
 @pytest.mark.parametrize("command", [2, 3])

@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
-from kit.patience import SOON
+from kit.programs import run_in_network
 
 #: Ours has v0 with several addresses, and w0 as of a VPN, whose addresses nobody on the other side of v0 knows. Behind
 #: v0 are an origin, which says who has come, and a router to 10.9.2.0/24 and fd00:2::/64.
@@ -92,14 +90,7 @@ pytestmark = pytest.mark.skipif(
 def in_network(what):
     """What the program writes, of which `what` are the last lines."""
     source = textwrap.dedent(NETWORK).replace("{what}", textwrap.indent(textwrap.dedent(what), " " * 8).strip())
-    can = subprocess.run(["unshare", "--net", "ip", "link", "add", "type", "veth"], capture_output=True, text=True)
-    if can.returncode != 0:
-        pytest.skip(f"no network namespaces with veth: {can.stderr}")
-    done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return run_in_network(source).stdout.split()
 
 
 def test_requirement_38_destinations_are_connected_from_the_address_the_client_has_chosen(in_thread):

@@ -3,7 +3,6 @@
 from ipaddress import ip_address
 from time import monotonic
 
-import argon2
 import bcrypt
 import gevent
 import pytest
@@ -12,9 +11,10 @@ from gtcpserver import ConfigError
 from gtcpserver.proxy import authenticate, passwords
 from gtcpserver.proxy.authenticate import HashedUsers
 from gtcpserver.proxy.passwords import Failures, check_hash, hash_password, matches, read_htpasswd
+from kit.proxying import QUICK
 
 CLIENT = ip_address("192.0.2.1")
-QUICK = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(b"pw")
+
 BCRYPT = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 
 

@@ -18,12 +18,12 @@ from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.static_files import StaticFiles
+from kit.clients import read
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
+from kit.proxying import ANYBODY, ANYWHERE, OnePassword, bind_request, named_address, reply, socks
 from kit.waiting import wait_for_port
-from tests.proxy.test_keys import read, reply, socks
-from tests.proxy.test_socks import ANYBODY, ANYWHERE, OnePassword, bind_request, named_address
 
 CONTENT = os.urandom(700_000)
 WITH_PASSWORD = {

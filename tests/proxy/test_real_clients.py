@@ -25,13 +25,13 @@ from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
 from gtcpserver.static_files import StaticFiles
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
+from kit.proxying import QUICK, http, in_thread_for, reply, socks
 from kit.waiting import wait_for_port, wait_until
-from tests.proxy.test_keys import http, read, reply, socks
-from tests.proxy.test_passwords import QUICK
-from tests.server.test_server import echo
 
 ANYBODY = [parse_client_rule("allow any")]
 ANYWHERE = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
@@ -85,10 +85,6 @@ def test_a_browser_loads_an_https_page(proxy, serve, in_thread, tmp_path, lines,
     done = in_thread_for(SOON, lambda: subprocess.run(command, capture_output=True, text=True, timeout=SOON))
     assert "it has run" in done.stdout, done.stderr[-2000:]
     assert any(line["asked"] == f"page.example:{origin.port}" and line["command"] == "CONNECT" for line in lines())
-
-
-def in_thread_for(seconds, function):
-    return gevent.get_hub().threadpool.spawn(function).get(timeout=seconds)
 
 
 SSHD = """

@@ -17,11 +17,11 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.proxying import ANYBODY, ANYWHERE, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_keys import read, reply, socks
-from tests.proxy.test_socks import ANYBODY, ANYWHERE
-from tests.server.test_server import echo
 
 
 def gate(**options):

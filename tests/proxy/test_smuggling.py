@@ -1,6 +1,5 @@
 """Request smuggling: what a proxy and an origin could read in two ways never gets from the one to the other."""
 
-import http.client
 import os
 import shutil
 import socket
@@ -15,31 +14,13 @@ from hypothesis import strategies as st
 
 from gtcpserver import Server
 from gtcpserver.http1.head import check_head
-from gtcpserver.proxy.gate import Gate
-from gtcpserver.proxy.http_session import HttpSession
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.smuggling import Recorder, exchange, serve_http
 from kit.smuggling_corpus import BAD_CHUNKS, DISGUISES, LENGTHS, SMUGGLED
 from kit.waiting import wait_for_port, wait_until
-from tests.proxy.test_socks import ANYBODY, ANYWHERE
 
-
-@pytest.fixture(autouse=True)
-def no_faults(caplog):
-    """Whatever the others do, no handler of ours fails."""
-    yield
-    assert not [record for record in caplog.get_records("call") if record.levelname in ("ERROR", "CRITICAL")]
-
-
-def serve_http(conn, records):
-    """A client of a proxy that lets everybody go everywhere; its records go to `records`."""
-    gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)
-    HttpSession(conn, gate.admit(conn), b"me", records.append).serve()
-
-
-@pytest.fixture
-def records():
-    return []
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 
 @pytest.fixture
@@ -47,45 +28,9 @@ def proxy(serve, records):
     return serve(lambda conn: serve_http(conn, records))
 
 
-class Recorder:
-    """An origin that notes every byte, of each connection apart, and answers nothing."""
-
-    def __init__(self, serve):
-        self.heard = []
-        self.ended = 0
-        self.server = serve(self)
-        self.url = f"http://127.0.0.1:{self.server.port}"
-
-    def __call__(self, conn):
-        number = len(self.heard)
-        self.heard.append(b"")
-        with suppress(OSError):
-            while more := conn.recv(65536):
-                self.heard[number] += more
-        self.ended += 1
-
-
 @pytest.fixture
 def recorder(serve):
     return Recorder(serve)
-
-
-def exchange(address, *pieces):
-    """The first answer's status, and whether there was more than this one answer; the pieces are sent in turn.
-
-    A piece may be a function that waits for something.
-    """
-    host, port = address.split(":")
-    with socket.create_connection((host, int(port)), SOON) as sock, sock.makefile("rb") as file:
-        for piece in pieces:
-            if callable(piece):
-                piece()
-            else:
-                sock.sendall(piece)
-        line = file.readline()
-        fields = http.client.parse_headers(file)
-        file.read(int(fields["content-length"]))
-        return int(line.split()[1]), file.read()
 
 
 # -- bodies that turn out to be bad when the request is on its way -----------------------------------------------------

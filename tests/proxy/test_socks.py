@@ -13,20 +13,12 @@ from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.proxying import ANYBODY, ANYWHERE, OnePassword, associate, bind_request, named_address, packet, udp_socket
 from kit.waiting import wait_until
-from tests.server.test_server import echo
-
-ANYBODY = [parse_client_rule("allow any")]
-ANYWHERE = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
-
-
-class OnePassword:
-    """Ada's is "pw"."""
-
-    def check(self, user, password, client):
-        return (user, password) == (b"Ada", b"pw")
 
 
 @pytest.fixture
@@ -49,13 +41,6 @@ def connect_request(host, port, version=5):
     if version == 4:
         return b"\x04\x01" + struct.pack("!H", port) + socket.inet_aton(host) + b"me\0"
     return b"\x05\x01\x00\x03" + bytes([len(host)]) + host.encode() + struct.pack("!H", port)
-
-
-def read(sock, size):
-    data = b""
-    while len(data) < size and (more := sock.recv(size - len(data))):
-        data += more
-    return data
 
 
 def test_requirement_01_everything_in_one_segment_and_early_bytes_reach_the_destination(
@@ -286,19 +271,6 @@ def test_curl_with_a_password(proxy, serve, in_thread):
 # -- BIND --------------------------------------------------------------------------------------------------------------
 
 
-def bind_request(host="127.0.0.1", port=0, version=5):
-    if version == 4:
-        return b"\x04\x02" + struct.pack("!H", port) + socket.inet_aton(host) + b"me\0"
-    return b"\x05\x02\x00\x01" + socket.inet_aton(host) + struct.pack("!H", port)
-
-
-def named_address(reply):
-    """The address in a reply to SOCKS4 (8 bytes) or SOCKS5 (10)."""
-    if len(reply) == 8:
-        return socket.inet_ntoa(reply[4:]), struct.unpack("!H", reply[2:4])[0]
-    return socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]
-
-
 @pytest.mark.parametrize("version", [4, 5])
 def test_requirement_12_bind_tells_where_it_listens_and_who_has_come(proxy, connect, in_thread, lines, version):
     client = connect(proxy())
@@ -410,22 +382,6 @@ def udp_echo():
     yield sock.getsockname()[1], heard
     greenlet.kill()
     sock.close()
-
-
-def udp_socket():
-    sock = gevent.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind(("127.0.0.1", 0))
-    sock.settimeout(SOON)
-    return sock
-
-
-def associate(client, in_thread, port=0):
-    client.sendall(b"\x05\x01\x00\x05\x03\x00\x01\0\0\0\0" + struct.pack("!H", port))
-    return named_address(in_thread(read, client, 12)[2:])
-
-
-def packet(port, data, fragment=0, host="127.0.0.1"):
-    return bytes([0, 0, fragment, 1]) + socket.inet_aton(host) + struct.pack("!H", port) + data
 
 
 def test_requirement_13_datagrams_there_and_back_until_the_connection_ends(proxy, connect, in_thread, udp_echo, lines):

@@ -13,10 +13,10 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
-from tests.proxy.test_keys import http, read, reply, socks
-from tests.proxy.test_target import LOOPBACK_SPELLINGS, METADATA_SPELLINGS
-from tests.server.test_server import echo
+from kit.proxying import LOOPBACK_SPELLINGS, METADATA_SPELLINGS, http, reply, socks
 
 ANYBODY = [parse_client_rule("allow any")]
 

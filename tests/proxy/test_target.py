@@ -9,36 +9,7 @@ from hypothesis import strategies as st
 
 from gtcpserver.proxy.errors import BadTarget
 from gtcpserver.proxy.target import Target, addresses_meant, canonical_name, kind_of, make_target, parse_authority
-
-LOOPBACK_SPELLINGS = [
-    "127.0.0.1",
-    "127.1",
-    "127.0.1",
-    "0x7f.1",
-    "0x7f000001",
-    "0X7F.0.0.1",
-    "2130706433",
-    "0177.0.0.1",
-    "017700000001",
-    "127.0.0.1.",
-    "0x7f.0x0.0x0.0x1",
-    "0177.0x0.1",
-    "[::ffff:127.0.0.1]",
-    "::ffff:7f00:1",
-    "::FFFF:127.0.0.1",
-    "0:0:0:0:0:ffff:127.0.0.1",
-]
-METADATA_SPELLINGS = [
-    "169.254.169.254",
-    "0xa9fea9fe",
-    "2852039166",
-    "0251.0376.0251.0376",
-    "169.254.43518",
-    "169.16689662",
-    "::ffff:169.254.169.254",
-    "[::ffff:a9fe:a9fe]",
-    "0xA9.0xFE.0xA9.0xFE",
-]
+from kit.proxying import LOOPBACK_SPELLINGS, METADATA_SPELLINGS
 
 
 @pytest.mark.parametrize("text", LOOPBACK_SPELLINGS)

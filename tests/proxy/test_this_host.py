@@ -6,8 +6,6 @@ import platform
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import textwrap
 from contextlib import suppress
 from ipaddress import ip_address
@@ -22,7 +20,7 @@ from gtcpserver.proxy.config import parse_config
 from gtcpserver.proxy.rules import RuleMatch, decide_destination, parse_destination_rule
 from gtcpserver.proxy.target import addresses_meant, parse_nat64
 from gtcpserver.proxy.this_host import ThisHost, answer, question
-from kit.patience import SOON
+from kit.programs import run_in_network
 
 # -- the kernel's answers ----------------------------------------------------------------------------------------------
 
@@ -376,14 +374,7 @@ def in_network(what, *rules, before=""):
     """Run a program on a host of its own; what it has logged."""
     source = textwrap.dedent(NETWORK).replace("{what}", textwrap.indent(textwrap.dedent(what), " " * 4).strip())
     source = source.replace("{rules!r}", repr(rules or ("allow any",))).replace("{before}", textwrap.dedent(before))
-    can = subprocess.run(["unshare", "--net", "ip", "link", "add", "type", "veth"], capture_output=True, text=True)
-    if can.returncode != 0:
-        pytest.skip(f"no network namespaces with veth: {can.stderr}")
-    done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", source], capture_output=True, text=True, timeout=SOON
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return run_in_network(source).stderr
 
 
 @needs_namespaces

@@ -20,31 +20,12 @@ from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import RuleMatch, decide_destination, parse_client_rule, parse_destination_rule
 from gtcpserver.proxy.target import make_target
 from gtcpserver.proxy.upstream import DIRECT, choose_upstream, parse_upstream, parse_upstream_rule
+from kit.clients import read
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.proxying import ANYWHERE, http, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_keys import http, read, reply, socks
-from tests.server.test_server import echo
-
-EVERYTHING = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
-
-
-@pytest.fixture
-def proxy_by(serve):
-    """`proxy_by(upstream, **gate)` starts a proxy that goes everywhere by another one."""
-
-    def start(upstream, **options):
-        options.setdefault("destination_rules", EVERYTHING)
-        gate = Gate(
-            client_rules=[parse_client_rule("allow any")],
-            upstreams={upstream.name: upstream},
-            upstream_rules=[parse_upstream_rule(f"through {upstream.name} any")],
-            **options,
-        )
-        return serve(ProxyHandler(gate))
-
-    return start
-
 
 # -- rules and urls ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +101,7 @@ def test_names_that_another_proxy_looks_up_meet_the_rules_about_names():
 
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
 def test_failures_are_told_as_if_they_were_ours(proxy_by, serve, connect, in_thread, lines, scheme):
-    other = serve(ProxyHandler(Gate(client_rules=[parse_client_rule("allow any")], destination_rules=EVERYTHING[:1])))
+    other = serve(ProxyHandler(Gate(client_rules=[parse_client_rule("allow any")], destination_rules=ANYWHERE[:1])))
     server = proxy_by(parse_upstream("up", f"{scheme}://{other.address}", resolve="there"))
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

@@ -13,13 +13,10 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import ResolveTimeout
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
+from kit.clients import read
 from kit.patience import SOON
 from kit.ports import free_port
-from tests.proxy.test_keys import http, read, reply, socks
-from tests.proxy.test_upstream import EVERYTHING, proxy_by
-
-__all__ = ["proxy_by"]  # a fixture
-
+from kit.proxying import ANYWHERE, http, reply, socks
 
 # -- which way, when names change or are not known ---------------------------------------------------------------------
 
@@ -47,7 +44,7 @@ def proxy_with(serve):
     def start(resolver, *rules):
         gate = Gate(
             client_rules=[parse_client_rule("allow any")],
-            destination_rules=EVERYTHING,
+            destination_rules=ANYWHERE,
             upstreams={"up": parse_upstream("up", f"socks5://127.0.0.1:{free_port()}")},
             upstream_rules=[parse_upstream_rule(rule) for rule in rules],
             resolver=resolver,
@@ -151,7 +148,7 @@ def test_requirement_31_an_address_that_does_not_answer_leaves_time_for_the_othe
 def test_requirement_07_a_chain_whose_second_proxy_refuses_is_not_taken_for_the_destination(
     proxy_by, serve, connect, in_thread, lines, scheme
 ):
-    first = serve(ProxyHandler(Gate(client_rules=[parse_client_rule("allow any")], destination_rules=EVERYTHING)))
+    first = serve(ProxyHandler(Gate(client_rules=[parse_client_rule("allow any")], destination_rules=ANYWHERE)))
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         one = parse_upstream("one", f"socks5://{first.address}")

@@ -11,11 +11,9 @@ import pytest
 
 from gtcpserver.proxy import limits as module
 from gtcpserver.proxy.limits import LimitKeeper, Limits
+from kit.clients import read
+from kit.proxying import QUICK, reply, socks
 from kit.waiting import wait_until
-from tests.proxy.test_keys import proxy, read, reply, socks
-from tests.proxy.test_passwords import QUICK
-
-__all__ = ["proxy"]  # a fixture
 
 USERS = "\n".join(f'{name} = "{QUICK}"' for name in ("ada", "bob"))
 RULES = '[rules]\nclients = ["allow from any to any with auth staff"]\ndestinations = ["allow loopback"]\n'

@@ -15,9 +15,10 @@ from gevent.event import Event
 from greenlet import GreenletExit
 
 from gtcpserver import ListenConfig
+from kit.clients import ask
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.waiting import wait_until
-from tests.server.test_server import ask, echo
 
 # Connects, gets as far as it is told, and resets the connection, again and again.
 RESETS = """

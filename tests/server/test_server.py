@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import struct
 import threading
 
 import gevent
@@ -13,43 +12,12 @@ from gevent.socket import socket as gevent_socket
 from greenlet import getcurrent
 
 from gtcpserver import ConfigError, Connection, EarlyEOF, GtcpServerError, HandlerPool, ListenConfig, Server, State, run
-from gtcpserver.listening.listener import _can_bind
+from kit.clients import ask
+from kit.handlers import echo, idle_echo
 from kit.patience import SOON
 from kit.ports import free_port
+from kit.programs import needs_ipv6
 from kit.waiting import wait_until
-
-needs_ipv6 = pytest.mark.skipif(not _can_bind("::1"), reason="this system has no IPv6 loopback address")
-
-
-def echo(conn):
-    while data := conn.recv(4096):
-        conn.sendall(data)
-
-
-def idle_echo(conn):
-    """Answers each chunk; idle in between."""
-    while True:
-        with conn.idle():
-            data = conn.recv(4096)
-        if not data:
-            return
-        conn.sendall(data)
-
-
-def ask(client, data=b"hello"):
-    """Send and read back as many bytes, in a native thread."""
-    client.sendall(data)
-    answer = b""
-    while len(answer) < len(data) and (more := client.recv(65536)):
-        answer += more
-    return answer
-
-
-def reset(client):
-    """Close with a RST instead of a FIN."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
 
 # -- construction ----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ from gevent.event import Event
 
 from gtcpserver import ServerStats, StopReport
 from gtcpserver.server.serving import QUEUE_WAIT_EVERY
+from kit.clients import ask, reset
+from kit.handlers import echo, idle_echo
 from kit.waiting import wait_until
-from tests.server.test_server import ask, echo, idle_echo, reset
 
 
 def test_stats_are_a_plain_dataclass_of_plain_values(serve):

@@ -15,9 +15,10 @@ from gevent.event import Event
 from gtcpserver import GtcpServerError, HandlerPool, ListenConfig, Server, State, StopReport
 from gtcpserver.listening import draining
 from gtcpserver.server import stopping as stopping_module
+from kit.clients import ask
+from kit.handlers import echo, idle_echo
 from kit.patience import SOON
 from kit.waiting import wait_until
-from tests.server.test_server import ask, echo, idle_echo
 
 LONG = 3600.0
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import gevent
 import pytest
 
-from kit.supervised import SOON, Master
+from kit.patience import SOON
+from kit.supervised import Start, masters
 
 APP = """
 import os, sys
@@ -46,17 +48,9 @@ WAYS = [pytest.param((), id="single"), pytest.param(("--workers", "1"), id="work
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Master]]:
-    masters: list[Master] = []
-
-    def start(*arguments: str) -> Master:
-        (tmp_path / "app.py").write_text(APP)
-        masters.append(Master(tmp_path, ("serve", "app:handler", "--bind", "127.0.0.1:0", *arguments)))
-        return masters[-1].wait_listening()
-
-    yield start
-    for master in masters:
-        master.kill_all()
+def start(tmp_path: Path) -> Iterator[Start]:
+    with masters(tmp_path, control=False) as start:
+        yield partial(start, app=APP)
 
 
 @pytest.mark.parametrize("workers", WAYS)

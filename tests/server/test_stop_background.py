@@ -12,7 +12,19 @@ import pytest
 from kit.patience import SOON
 from kit.supervised import Master
 
-APP = """
+#: Work of handlers, which leaves its name.
+JOB = """
+def job(name, seconds):
+    time.sleep(seconds)
+    note(name)
+
+def note(line):
+    with open("done", "a") as file:
+        file.write(line + "\\n")
+"""
+
+APP = (
+    """
 import os, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import gevent
@@ -20,17 +32,9 @@ import gevent
 pool = ThreadPoolExecutor(1, "jobs")
 pool.submit(int).result()  # a thread that waits for jobs holds up nothing
 
-def job(name, seconds):
-    time.sleep(seconds)
-    note(name)
-
 def green_job(name, seconds):
     gevent.sleep(seconds)
     note(name)
-
-def note(line):
-    with open("done", "a") as file:
-        file.write(line + "\\n")
 
 def handler(conn):
     name, seconds = conn.recv_until(b"\\n").decode().split()
@@ -57,6 +61,8 @@ def on_stop(server):
 
 helper = gevent.spawn(gevent.sleep, 3600)  # the program's own, without an end
 """
+    + JOB
+)
 
 KINDS = ("executor", "thread", "greenlet", "native")
 SHORT, ENDLESS = 0.3, 3600
@@ -227,21 +233,14 @@ def test_a_script_goes_on_and_its_exit_waits_for_what_was_not_cut_alone(tmp_path
     assert "cut 2 background jobs" in output
 
 
-PROCESSES = """
+PROCESSES = (
+    """
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 spawning = get_context("spawn")  # not by a fork of a process with handlers
 pool = None
-
-def job(name, seconds):
-    time.sleep(seconds)
-    note(name)
-
-def note(line):
-    with open("done", "a") as file:
-        file.write(line + "\\n")
 
 def handler(conn):
     global pool
@@ -256,6 +255,8 @@ def handler(conn):
 def on_stop(server):
     pass
 """
+    + JOB
+)
 
 
 @pytest.mark.parametrize("workers", [(), ("--workers=1",)], ids=["single", "workers"])

@@ -9,9 +9,9 @@ from gevent.event import Event
 from gtcpserver import ListenConfig, StopReport
 from gtcpserver.listening.draining import handshakes_under_way
 from gtcpserver.server import drain, stopping
+from kit.clients import reset
 from kit.patience import SOON
 from kit.waiting import wait_until
-from tests.server.test_server import reset
 
 #: The kernel takes no connection for complete that has sent nothing: as if its last ACK were still on its way.
 UNDER_WAY = ListenConfig(defer_accept=60)

@@ -8,9 +8,10 @@ from gevent.event import Event
 
 from gtcpserver import DeadlineExceeded
 from gtcpserver.server.time_limits import HandlerTimedOut, TooSlow
+from kit.clients import ask
+from kit.handlers import echo, idle_echo
 from kit.patience import SOON
 from kit.waiting import wait_until
-from tests.server.test_server import ask, echo, idle_echo
 
 WINDOW = 0.2  # seconds
 

@@ -22,26 +22,9 @@ from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.system import REAL_SYSTEM
 from gtcpserver.supervisor.worker import BEAT_SECONDS
-from kit.supervised import APP, Master, state_of, wait_until
-
-Start = Callable[..., Master]
+from kit.supervised import APP, Master, Start, state_of, wait_until
 
 PID = 1 << 30  # no process's: above what pid_max may be
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-
-    def begin(*arguments: str, app: str = APP) -> Master:
-        (tmp_path / "app.py").write_text(app)
-        more = ("--bind", "127.0.0.1:0", "--control", str(tmp_path / "ctl"), *arguments)
-        masters.append(Master(tmp_path, ("serve", "app:handler", *more)))
-        return masters[-1].wait_listening()
-
-    yield begin
-    for master in masters:
-        master.kill_all()
 
 
 # As APP, but its import does in one worker what it is told to by the file "start": fails, or takes until it is gone.

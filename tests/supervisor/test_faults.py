@@ -6,30 +6,11 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit.supervised import APP, Load, Master, alive, children, wait_until
-
-Start = Callable[..., Master]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-    (tmp_path / "app.py").write_text(APP)
-
-    def begin(*arguments: str, bind: str = "127.0.0.1:0", **options: Any) -> Master:
-        more = ("--bind", bind, "--control", str(tmp_path / "ctl"), *arguments)
-        masters.append(Master(tmp_path, ("serve", "app:handler", *more), **options))
-        return masters[-1].wait_listening()
-
-    yield begin
-    for master in masters:
-        master.kill_all()
+from kit.supervised import APP, Load, Master, Start, alive, children, wait_until
 
 
 def test_a_worker_that_computes_for_ever_is_dumped_and_replaced_while_others_serve(start: Start) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gtcpserver.supervisor import ask
-from kit.forking import read_all, sockets_of
+from kit.forks import read_all, sockets_of
 from kit.supervised import Master, alive, wait_until
 
 APP = """

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,7 @@ from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS
 from gtcpserver.supervisor.slots import WorkerProcess
 from injection.strace import command, injecting, needs_strace
 from kit.simulated import SimulatedSystem
-from kit.supervised import APP, Master, alive, wait_until
-
-Start = Callable[..., Master]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-    (tmp_path / "app.py").write_text(APP)
-
-    def begin(*arguments: str, **options: Any) -> Master:
-        more = ("--bind", "127.0.0.1:0", "--control", str(tmp_path / "ctl"), *arguments)
-        masters.append(Master(tmp_path, ("serve", "app:handler", *more), **options))
-        return masters[-1].wait_listening()
-
-    yield begin
-    for master in masters:
-        master.kill_all()
+from kit.supervised import APP, Master, Start, alive, wait_until
 
 
 def cpu_seconds(pid: int) -> float:

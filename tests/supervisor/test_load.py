@@ -5,43 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import pytest
-
-from kit.supervised import APP, Load, Master, connections_inside, state_of, wait_until
-
-Start = Callable[..., Master]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-    (tmp_path / "app.py").write_text(APP)
-
-    def begin(*arguments: str, **options: Any) -> Master:
-        more = ("--bind", "127.0.0.1:0", "--control", str(tmp_path / "ctl"), *arguments)
-        masters.append(Master(tmp_path, ("serve", "app:handler", *more), **options))
-        return masters[-1].wait_listening()
-
-    yield begin
-    for master in masters:
-        master.kill_all()
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., Load]]:
-    loads: list[Load] = []
-
-    def begin(port: int, **options: Any) -> Load:
-        loads.append(Load(port, **options))
-        return loads[-1]
-
-    yield begin
-    for one in loads:
-        one.kill()
+from kit.supervised import Load, Start, connections_inside, state_of, wait_until
 
 
 def test_twenty_reloads_lose_nothing(start: Start, load: Callable[..., Load]) -> None:

@@ -6,18 +6,17 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gtcpserver.supervisor.control import ControlError
-from kit.supervised import APP, COMMAND, Load, Master, alive, wait_until
+from kit.supervised import APP, COMMAND, Load, Master, Start, alive, wait_until
 
 pytestmark = pytest.mark.timeout(60)
-
-Start = Callable[..., Master]
 
 # As APP; a worker that starts while there is a file "poison", and whose number is in "poisoned" if there is that, does
 # what it says: ends after so many seconds, at its first request, or blocks its event loop.
@@ -42,31 +41,8 @@ elif poison == "blocks":
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-
-    def begin(*arguments: str, app: str = POISON, **options: Any) -> Master:
-        (tmp_path / "app.py").write_text(app)
-        more = ("--bind", "127.0.0.1:0", "--control", str(tmp_path / "ctl"), *arguments)
-        masters.append(Master(tmp_path, ("serve", "app:handler", *more), **options))
-        return masters[-1].wait_listening()
-
-    yield begin
-    for master in masters:
-        master.kill_all()
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., Load]]:
-    loads: list[Load] = []
-
-    def begin(*arguments: Any, **options: Any) -> Load:
-        loads.append(Load(*arguments, **options))
-        return loads[-1]
-
-    yield begin
-    for one in loads:
-        one.kill()
+def start(start: Start) -> Start:
+    return partial(start, app=POISON)
 
 
 @pytest.fixture

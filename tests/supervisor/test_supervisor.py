@@ -13,16 +13,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gtcpserver.supervisor import ControlError
-from kit.supervised import APP, COMMAND, SOON, Load, Master, alive, children, wait_until
-
-Start = Callable[..., Master]
+from kit.patience import SOON
+from kit.supervised import APP, COMMAND, Load, Master, Start, alive, children, masters, wait_until
 
 ORDINARY_USER = 65534  # nobody
 
@@ -38,16 +36,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
-    masters: list[Master] = []
-
-    def begin(*arguments: str, handler: str = "app:handler", bind: str = "127.0.0.1:0", **options: Any) -> Master:
-        more = ("--bind", bind, "--control", str(folder / "ctl"), *arguments)
-        masters.append(Master(folder, ("serve", handler, *more), **options))
-        return masters[-1].wait_listening() if bind.startswith("127") else masters[-1]
-
-    yield begin
-    for master in masters:
-        master.kill_all()
+    with masters(folder) as start:
+        yield start
 
 
 AS_ORDINARY_USER = ["setpriv", f"--reuid={ORDINARY_USER}", f"--regid={ORDINARY_USER}", "--clear-groups"]
@@ -690,9 +680,9 @@ def test_nonsense_on_the_control_socket_harms_nobody(start: Start) -> None:
 
 
 @pytest.fixture
-def notified(tmp_path: Path) -> Iterator[socket.socket]:
+def notified(folder: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(tmp_path / "notify"))
+        sock.bind(str(folder / "notify"))
         sock.settimeout(SOON)
         yield sock
 

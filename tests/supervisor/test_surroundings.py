@@ -27,7 +27,8 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.listening.listener import ListenConfig, open_listeners
 from gtcpserver.supervisor.control import ControlError
 from gtcpserver.supervisor.surroundings import Terminal
-from kit.supervised import APP, COMMAND, SOON, Master, wait_until
+from kit.patience import SOON
+from kit.supervised import APP, COMMAND, Master, wait_until
 
 LISTEN = ("--bind", "127.0.0.1:0")
 

@@ -17,7 +17,8 @@ import pytest
 import trustme
 
 from gtcpserver.proxy.passwords import hash_password
-from kit.supervised import SOON, Master, wait_until
+from kit.patience import SOON
+from kit.supervised import Master, wait_until
 
 USER = "nobody"
 

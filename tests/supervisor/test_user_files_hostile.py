@@ -8,12 +8,13 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kit.supervised import COMMAND, SOON, Master, wait_until
+from kit.patience import SOON
+from kit.supervised import COMMAND, Start, masters, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user")
 
@@ -27,18 +28,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[Callable[..., Master]]:
-    masters: list[Master] = []
-
-    def start(app: str, *arguments: str) -> Master:
-        (folder / "app.py").write_text(app)
-        command = ("serve", "app:handler", "--bind", "127.0.0.1:0", "--control", str(folder / "ctl"), *arguments)
-        masters.append(Master(folder, command))
-        return masters[-1].wait_listening()
-
-    yield start
-    for master in masters:
-        master.kill_all()
+def start(folder: Path) -> Iterator[Start]:
+    with masters(folder) as start:
+        yield lambda app, *arguments: start(*arguments, app=app)
 
 
 def ask(port: int, line: bytes = b"\n") -> bytes:

@@ -7,26 +7,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kit.supervised import SOON, Master, wait_until
+from kit.patience import SOON
+from kit.supervised import Start, masters, wait_until
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Master]]:
-    masters: list[Master] = []
-
-    def start(app: str, *arguments: str) -> Master:
-        (tmp_path / "app.py").write_text(app)
-        masters.append(Master(tmp_path, ("serve", "app:handler", "--bind", "127.0.0.1:0", *arguments)))
-        return masters[-1].wait_listening()
-
-    yield start
-    for master in masters:
-        master.kill_all()
+def start(tmp_path: Path) -> Iterator[Start]:
+    with masters(tmp_path, control=False) as start:
+        yield lambda app, *arguments: start(*arguments, app=app)
 
 
 def control(folder: Path) -> tuple[str, str]:

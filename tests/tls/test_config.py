@@ -34,6 +34,7 @@ from gtcpserver.tls import (
 )
 from kit.patience import SOON
 from kit.programs import needs
+from kit.tls import FAILURES, Files, client_context, read
 from kit.waiting import wait_until
 
 UNRECOGNIZED_NAME = 112
@@ -41,62 +42,6 @@ MISSING_EXTENSION = 109
 
 # What `context._wrap_socket` takes: a `_socket.socket` that can be referred to weakly.
 RawSocket = gevent.socket.socket._gevent_sock_class
-
-
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-class Files:
-    """Certificates of one CA, in a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.ca = trustme.CA()
-        self.ca_file = str(folder / "ca.pem")
-        self.ca.cert_pem.write_to_path(self.ca_file)
-
-    def path(self, name):
-        return str(self.folder / name)
-
-    def write(self, name, *content):
-        path = self.path(name)
-        with open(path, "wb") as file:
-            file.write(b"".join(content))
-        return path
-
-    def issue(self, name, *identities, **options):
-        """Write name.pem (chain) and name.key; returns the pair of paths."""
-        return self.save(name, self.ca.issue_cert(*identities or [f"{name}.example.com"], **options))
-
-    def save(self, name, leaf):
-        chain = [blob.bytes() for blob in leaf.cert_chain_pems]
-        return self.write(f"{name}.pem", *chain), self.write(f"{name}.key", leaf.private_key_pem.bytes())
-
-    def encrypt(self, name, keyfile, password):
-        key = serialization.load_pem_private_key(read(keyfile), None)
-        encrypted = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.BestAvailableEncryption(password.encode()),
-        )
-        return self.write(name, encrypted)
-
-    def revoke(self, name, *certfiles):
-        """Write a certificate revocation list of the CA."""
-        ca_key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
-        ca_certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
-        now = datetime.datetime.now(datetime.timezone.utc)
-        builder = x509.CertificateRevocationListBuilder(
-            ca_certificate.subject, now - datetime.timedelta(days=1), now + datetime.timedelta(days=1)
-        )
-        for certfile in certfiles:
-            serial = x509.load_pem_x509_certificate(read(certfile)).serial_number
-            revoked = x509.RevokedCertificateBuilder(serial, now - datetime.timedelta(days=1)).build()
-            builder = builder.add_revoked_certificate(revoked)
-        crl = builder.sign(ca_key, hashes.SHA256())
-        return self.write(name, crl.public_bytes(serialization.Encoding.PEM))
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +80,6 @@ class Owner:
     @context.setter
     def context(self, context):
         self.object.context = context
-
-
-def client_context(ca_file=None, version=None, client=None, alpn=()):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    if ca_file is None:
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        context.load_verify_locations(ca_file)
-    if version is not None:
-        context.minimum_version = context.maximum_version = version
-    if client is not None:
-        context.load_cert_chain(*client)
-    if alpn:
-        context.set_alpn_protocols(list(alpn))
-    return context
 
 
 class Handshake:
@@ -1264,23 +1193,7 @@ def test_a_silent_client_is_a_timeout(shared, listening):
 
 
 @needs("openssl")
-@pytest.mark.parametrize(
-    ("server", "client", "kind"),
-    [
-        ({}, ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], "version"),
-        ({"minimum_version": "TLSv1.3"}, ["-tls1_2"], "version"),
-        ({"maximum_version": "TLSv1.2"}, ["-tls1_3"], "version"),
-        ({}, ["-tls1_2", "-cipher", "ECDHE-RSA-AES128-GCM-SHA256"], "no_shared_cipher"),
-        ({}, ["-tls1_3", "-ciphersuites", "TLS_AES_128_CCM_8_SHA256"], "no_shared_cipher"),
-        ({}, ["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256"], "no_shared_cipher"),
-        ({"client_auth": "required"}, ["-tls1_2"], "client_certificate"),
-        ({"client_auth": "required"}, ["-tls1_3"], "client_certificate"),
-        ({"strict_sni": True}, ["-servername", "unknown"], "unknown_name"),
-        ({"strict_sni": True}, ["-noservername"], "unknown_name"),
-        ({}, ["-tls1_2", "-verify_return_error"], "server_certificate"),
-        ({}, ["-tls1_3", "-verify_return_error"], "server_certificate"),
-    ],
-)
+@pytest.mark.parametrize(("server", "client", "kind"), FAILURES)
 def test_failures_of_real_clients(shared, listening, server, client, kind):
     if "client_auth" in server:
         server = {**server, "client_ca": shared.ca_file}

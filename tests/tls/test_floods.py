@@ -8,10 +8,12 @@ import time
 import gevent
 import pytest
 
-from gtcpserver import TLSConfig, TLSFlood
+from gtcpserver import TLSFlood
 from gtcpserver.connection import tls_layer as handshake
 from gtcpserver.connection.tls_layer import MAX_HANDSHAKE_RECORDS, MAX_RECORDS_WITHOUT_DATA, RECORDS_IN_A_TURN
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.tls import MemoryClient, client_context
 from kit.tls_records import (
     ALERT,
     APPLICATION_DATA,
@@ -24,22 +26,8 @@ from kit.tls_records import (
     plain,
 )
 from kit.waiting import wait_until
-from tests.tls.test_config import Files, client_context
-from tests.tls.test_tls import MemoryClient, echo
 
 V12, V13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    files = Files(tmp_path_factory.mktemp("tls"))
-    files.server = files.issue("server", "localhost")
-    return files
-
-
-@pytest.fixture
-def tls(shared):
-    return TLSConfig(*shared.server)
 
 
 @pytest.fixture

@@ -8,27 +8,12 @@ import gevent
 import gevent.socket
 import pytest
 
-from gtcpserver import TLSConfig
+from kit.handlers import echo
 from kit.patience import SOON
+from kit.tls import MemoryClient, client_context, memory_shutdown, read_all, read_exactly, strict_context
 from kit.waiting import wait_until
-from tests.tls.test_config import Files, client_context
-from tests.tls.test_tls import MemoryClient, echo, memory_shutdown, read_all, read_exactly, strict_context, tls_client
 
 PLENTY = bytes(range(256)) * 4096  # 1 MiB
-
-__all__ = ["tls_client"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    files = Files(tmp_path_factory.mktemp("tls"))
-    files.server = files.issue("server", "localhost")
-    return files
-
-
-@pytest.fixture
-def tls(shared):
-    return TLSConfig(*shared.server)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from gtcpserver import TLSConfig
 from gtcpserver.tls.client_hello import server_name_in
 from kit.programs import needs
-from tests.tls.test_config import Files, client_context
-from tests.tls.test_tls import s_client
+from kit.tls import Files, client_context, s_client
 
 V12, V13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 PROTOCOL = {V12: "-tls1_2", V13: "-tls1_3"}

@@ -4,24 +4,11 @@ import gc
 
 import pytest
 
-from gtcpserver import StartTLSError, TLSConfig
+from gtcpserver import StartTLSError
+from kit.tls import MemoryClient, client_context, read_exactly
 from kit.waiting import wait_until
-from tests.tls.test_config import Files, client_context
-from tests.tls.test_tls import MemoryClient, read_exactly
 
 INJECTED = b"STARTTLS\r\nMAIL FROM:<mallory@example.com>\r\n"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    files = Files(tmp_path_factory.mktemp("tls"))
-    files.server = files.issue("server", "localhost")
-    return files
-
-
-@pytest.fixture
-def tls(shared):
-    return TLSConfig(*shared.server)
 
 
 MODES = [("rb", {}), ("r", {}), ("rwb", {}), ("rw", {"encoding": "ascii"}), ("rb", {"buffering": 100})]

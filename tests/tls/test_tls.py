@@ -28,10 +28,22 @@ from gtcpserver import (
     TruncatedStream,
 )
 from gtcpserver.server import stopping as stopping_module
+from kit.handlers import echo
 from kit.patience import SOON
 from kit.programs import needs
+from kit.tls import (
+    FAILURES,
+    Files,
+    MemoryClient,
+    client_context,
+    memory_shutdown,
+    read,
+    read_all,
+    read_exactly,
+    s_client,
+    strict_context,
+)
 from kit.waiting import wait_until
-from tests.tls.test_config import Files, client_context, read
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
 PLENTY = bytes(range(256)) * 4096  # 1 MiB
@@ -47,28 +59,6 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture
-def tls(shared):
-    return TLSConfig(*shared.server)
-
-
-@pytest.fixture
-def tls_client(shared, connect, in_thread):
-    """`tls_client(server, **options of client_context)` gives a blocking ssl.SSLSocket whose handshake is done."""
-    clients = []
-
-    def open_client(server, name="localhost", session=None, context=None, **options):
-        context = context or client_context(shared.ca_file, **options)
-        sock = connect(server)
-        client = in_thread(lambda: context.wrap_socket(sock, server_hostname=name, session=session))
-        clients.append(client)
-        return client
-
-    yield open_client
-    for client in clients:
-        client.close()
-
-
-@pytest.fixture
 def quiet(caplog, capfd):
     """No traceback and no error in the test, on stderr or in the log."""
     caplog.set_level(logging.INFO)
@@ -77,35 +67,8 @@ def quiet(caplog, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def s_client(server, *options):
-    """Run the openssl command until the server closes; returns its exit status and what it printed."""
-    command = ["openssl", "s_client", "-connect", server.address, "-ign_eof", *options]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SOON, check=False
-    )
-    return done.returncode, done.stdout.decode(errors="replace")
-
-
 def hello(conn):
     conn.sendall(b"hello\n")
-
-
-def echo(conn):
-    while data := conn.recv(65536):
-        conn.sendall(data)
-
-
-def read_all(client):
-    return b"".join(iter(lambda: client.recv(65536), b""))
-
-
-def read_exactly(client, size):
-    data = b""
-    while len(data) < size:
-        more = client.recv(size - len(data))
-        assert more, f"{len(data)} of {size} bytes"
-        data += more
-    return data
 
 
 def failures(server):
@@ -558,14 +521,6 @@ def test_half_close_by_the_client(serve, tls, tls_client, in_thread):
         in_thread(client.recv, 10)
 
 
-def memory_shutdown(client):
-    """Send close_notify and do not wait for the answer."""
-    client.setblocking(False)
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client.unwrap()
-    client.settimeout(SOON)
-
-
 def test_half_close_by_the_server(serve, tls, tls_client, in_thread):
     seen = []
 
@@ -600,13 +555,6 @@ def test_half_close_by_the_server_with_input_unread(serve, tls, tls_client, in_t
     assert in_thread(read_all, client) == b""
     wait_until(lambda: not server.active_connections)
     assert seen == [b"1", b"234567890"]
-
-
-def strict_context():
-    """A client to which an end without close_notify is an error."""
-    context = client_context()
-    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    return context
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -957,31 +905,6 @@ def test_reload_serves_the_new_certificate_and_leaves_connections_alone(serve, t
 # -- clients that do not do their part --------------------------------------------------------------------------------
 
 
-class MemoryClient:
-    """A TLS client whose bytes the test moves."""
-
-    def __init__(self, sock, context):
-        self.sock = sock
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
-
-    def handshake(self, send=None):
-        """Blocking: run it in a thread."""
-        while True:
-            try:
-                self.tls.do_handshake()
-                done = True
-            except ssl.SSLWantReadError:
-                done = False
-            data = self.outgoing.read()
-            (send or self.sock.sendall)(data)
-            if done:
-                return
-            received = self.sock.recv(65536)
-            assert received
-            self.incoming.write(received)
-
-
 def test_200_silent_clients_do_not_keep_a_good_one_waiting(serve, tls, connect, tls_client, in_thread):
     server = serve(echo, tls=tls, pool=100)
     silent = [connect(server) for _ in range(200)]
@@ -1160,23 +1083,7 @@ def test_clients_that_close_in_the_handshake(serve, tls, connect, end, quiet):
 
 
 @needs("openssl")
-@pytest.mark.parametrize(
-    ("options", "client", "kind"),
-    [
-        ({}, ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], "version"),
-        ({"minimum_version": "TLSv1.3"}, ["-tls1_2"], "version"),
-        ({"maximum_version": "TLSv1.2"}, ["-tls1_3"], "version"),
-        ({}, ["-tls1_2", "-cipher", "ECDHE-RSA-AES128-GCM-SHA256"], "no_shared_cipher"),
-        ({}, ["-tls1_3", "-ciphersuites", "TLS_AES_128_CCM_8_SHA256"], "no_shared_cipher"),
-        ({}, ["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256"], "no_shared_cipher"),
-        ({"client_auth": "required"}, ["-tls1_2"], "client_certificate"),
-        ({"client_auth": "required"}, ["-tls1_3"], "client_certificate"),
-        ({"strict_sni": True}, ["-servername", "unknown"], "unknown_name"),
-        ({"strict_sni": True}, ["-noservername"], "unknown_name"),
-        ({}, ["-tls1_2", "-verify_return_error"], "server_certificate"),
-        ({}, ["-tls1_3", "-verify_return_error"], "server_certificate"),
-    ],
-)
+@pytest.mark.parametrize(("options", "client", "kind"), FAILURES)
 def test_every_alert_ends_in_a_counter(serve, shared, in_thread, caplog, options, client, kind):
     caplog.set_level(logging.DEBUG, "gtcpserver")
     if "client_auth" in options:
@@ -1340,20 +1247,12 @@ def test_stats_of_a_plain_server_know_no_handshakes(serve):
 
 
 @pytest.fixture
-def stream_server(shared):
-    servers = []
-
-    def start(handle, server_class=StreamServer, **options):
-        options = options or {"certfile": shared.server[0], "keyfile": shared.server[1]}
-        server = server_class(("127.0.0.1", 0), handle, **options)
-        servers.append(server)
-        server.start()
-        server.address_text = f"127.0.0.1:{server.server_port}"
-        return server
-
-    yield start
-    for server in servers:
-        server.stop(timeout=0.1)
+def stream_server(serve_stream, shared):
+    """`stream_server(handle, **options)`: a StreamServer with TLS."""
+    files = {"certfile": shared.server[0], "keyfile": shared.server[1]}
+    return lambda handle, server_class=StreamServer, **options: serve_stream(
+        handle, server_class=server_class, **(options or files)
+    )
 
 
 def open_stream(server, connect, in_thread, shared, **options):

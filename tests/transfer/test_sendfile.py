@@ -35,13 +35,10 @@ def cls(request):
 
 
 @pytest.fixture
-def pair(cls):
+def pair(cls, listening):
     """(client, connection); a byte the client gets was sent by the connection."""
-    with gevent_socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        client = gevent_socket.create_connection(listening.getsockname())
-        accepted, _ = listening.accept()
+    client = gevent_socket.create_connection(listening.getsockname())
+    accepted, _ = listening.accept()
     client.settimeout(60)
     connection = cls(fileno=accepted.detach())
     yield client, connection
@@ -364,12 +361,9 @@ def tls():
 
 
 @pytest.fixture
-def tls_pair(tls):
-    with gevent_socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        raw = gevent_socket.create_connection(listening.getsockname())
-        accepted, _ = listening.accept()
+def tls_pair(tls, listening):
+    raw = gevent_socket.create_connection(listening.getsockname())
+    accepted, _ = listening.accept()
     accepting = gevent.spawn(tls[0].wrap_socket, accepted, server_side=True)
     client = tls[1].wrap_socket(raw, server_hostname="localhost")
     server = accepting.get(timeout=60)

@@ -1,10 +1,8 @@
 """Bad clients fill no log: whatever they send to whatever server, it is a counter."""
 
-import contextlib
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,47 +12,16 @@ import trustme
 
 from gtcpserver.supervisor import control
 from kit import bad_clients
-from kit.bad_clients import EVERYTHING
+from kit.floods import attack
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.supervised import Master
 
-#: Bad connections in all, and how many are open at a time.
-CONNECTIONS, AT_ONCE = 10_000, 40
+#: Bad connections in all.
+CONNECTIONS = 10_000
 
 #: For the servers of one process, and for a master with its worker: some limited kinds of fault say so at first.
 A_HANDFUL = 8
-
-
-def attack(addresses, connections, at_once=AT_ONCE):
-    """Send each of EVERYTHING to each address, again and again.
-
-    A third of them reset, a third close one side, a third just leave.
-    """
-    number = 0
-    while number < connections:
-        clients = []
-        for _ in range(at_once):
-            address = addresses[number % len(addresses)]
-            data = EVERYTHING[number // len(addresses) % len(EVERYTHING)]
-            client = socket.socket(socket.AF_UNIX if address.startswith("/") else socket.AF_INET)
-            client.settimeout(SOON)
-            host, _, port = address.rpartition(":")
-            with contextlib.suppress(ConnectionResetError):  # by a server that is quicker than we look
-                client.connect(address if address.startswith("/") else (host, int(port)))
-            with contextlib.suppress(OSError):
-                client.sendall(data)
-            clients.append(client)
-            number += 1
-        for place, client in enumerate(clients):
-            with contextlib.suppress(OSError):
-                if place % 3 == 0:
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                elif place % 3 == 1:
-                    client.shutdown(socket.SHUT_WR)
-                    while client.recv(65536):
-                        pass
-            client.close()
 
 
 @pytest.fixture
