@@ -67,6 +67,7 @@ class Listener:
         address: where it listens, with the real port, in the form that `parse_address` reads. "*:5000" stays "*:5000"
             if it accepts IPv4 and IPv6, otherwise it is "0.0.0.0:5000" or "[::]:5000".
         sockaddr: the result of getsockname().
+        path_identity: device and inode of a Unix socket's path that this process made; None: another keeps the path.
         family: socket.AF_INET, AF_INET6 or AF_UNIX.
         owned: False for a socket or descriptor that was passed to us, which another process may hold as well. Set it to
             False when the socket is passed to another process.
@@ -89,7 +90,7 @@ class Listener:
         self.address = address if address is not None else format_sockaddr(self.sockaddr, self.family)
         self.owned = owned
         self.muted_by_ttl = False
-        self._path_identity = path_identity
+        self.path_identity = path_identity
         self._given = given
         # A forked child has this object too, but the path and the filter belong to the process that opened it.
         self._process = os.getpid()
@@ -140,7 +141,7 @@ class Listener:
         """
         # The accept loop closes the socket too, so a closed one says nothing about the rest.
         if keep_path:
-            self._path_identity = None
+            self.path_identity = None
         elif self._is_ours():
             self._remove_path()
         self.socket.close()
@@ -151,9 +152,9 @@ class Listener:
         return self.owned and self._process == os.getpid()
 
     def _remove_path(self) -> bool:
-        if self._path_identity is None:
+        if self.path_identity is None:
             return False
-        identity, self._path_identity = self._path_identity, None
+        identity, self.path_identity = self.path_identity, None
         return remove_if_ours(self.sockaddr, identity)
 
 

@@ -177,7 +177,7 @@ class ListeningSockets:
                 None,
                 one.external,
                 one.listener.address,
-                one.listener._path_identity,
+                one.listener.path_identity,
             )
             for one in self.shared
             if not one.listener.closed
