@@ -1,7 +1,8 @@
-"""TcpUser: a locust user that speaks any protocol on TCP or TLS.
+"""TcpUser: a locust user that speaks any protocol over TCP or TLS.
 
-locust knows HTTP users. Requests on raw sockets do not appear in its statistics (locust issues 1609 and 2374) until
-somebody fires its events. This does: derive from TcpUser and write the protocol, blocking, as one would with a socket.
+locust knows HTTP users. Requests on raw sockets do not appear in its statistics (locust issues 1609 and 2374) unless
+its events are fired. This module does that: derive from TcpUser and write the protocol with blocking calls, as with a
+socket.
 
     from locust import task
     from tcp_user import TcpUser
@@ -17,7 +18,7 @@ somebody fires its events. This does: derive from TcpUser and write the protocol
                 if answer.startswith(b"ERROR"):
                     request.failure("the server says ERROR")
 
-It needs locust alone, so this one file can be copied next to any locustfile. docs/load-testing.md shows more.
+It only needs locust, so this one file can be copied next to any locustfile. docs/load-testing.md shows more.
 """
 
 from __future__ import annotations
@@ -38,27 +39,27 @@ import gevent
 from locust import User, events
 from locust.exception import CatchResponseError, RescheduleTask, ResponseError, StopTest, StopUser
 
-#: What is asked of the kernel at once.
+#: Bytes to ask the kernel for at once.
 READ_SIZE = 64 * 1024
 
-#: What a server does wrong; anything else that a task raises is a fault of the test.
+#: Errors of the server; anything else that a task raises is a bug in the test.
 FAILURES = (OSError, EOFError, AssertionError, ResponseError)
 
 _T = TypeVar("_T")
 
 
 class RequestFailed(RescheduleTask):
-    """A request has failed, and locust's statistics have it already. ``__cause__`` is what went wrong.
+    """A request has failed, and is already in locust's statistics. ``__cause__`` is the reason.
 
-    In a task it needs no handling: locust takes it for a ``return``, waits as between any two tasks, and goes on.
+    A task need not handle it: locust treats it like a ``return``, waits as between any two tasks, and continues.
     """
 
 
 class ClosedByServer(ConnectionError):
-    """The server closed before the whole answer had come.
+    """The server closed before the whole response had arrived.
 
     Attributes:
-        partial: what had come. Not in the message, since locust counts failures by their message.
+        partial: bytes received so far. Not in the message, since locust counts failures by message.
     """
 
     def __init__(self, partial: bytes, begun: bool) -> None:
@@ -69,10 +70,10 @@ class ClosedByServer(ConnectionError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a user connects to, as "HOST:PORT", "[IPv6]:PORT", "unix:/PATH", or with "tcp://" or "tls://" before it.
+    """The address of a server: "HOST:PORT", "[IPv6]:PORT", "unix:/PATH", optionally preceded by "tcp://" or "tls://".
 
     Attributes:
-        tls: it said "tls://".
+        tls: it began with "tls://".
     """
 
     family: int
@@ -84,7 +85,7 @@ class Address:
     def parse(cls, text: str) -> Address:
         """
         Raises:
-            ValueError: it is none of these; the message says so.
+            ValueError: an invalid address; the message says so.
         """
         if text.startswith("unix:") and len(text) > len("unix:"):
             return cls(socket.AF_UNIX, text.removeprefix("unix:"))
@@ -92,21 +93,21 @@ class Address:
             parts = urlsplit(text if "://" in text else f"tcp://{text}")
             if parts.scheme in ("tcp", "tls") and parts.hostname and parts.port and not (parts.path or parts.username):
                 return cls(socket.AF_UNSPEC, parts.hostname, parts.port, parts.scheme == "tls")
-        except ValueError:  # a port that is no number, or too large
+        except ValueError:  # a port that is not a number, or too large
             pass
         raise ValueError(f'must be "HOST:PORT", "tls://HOST:PORT" or "unix:/PATH", got {text!r}')
 
 
 @dataclass(frozen=True)
 class Reconnect:
-    """When to connect again after a failure: at once would make a client that hammers a server which is down.
+    """When to reconnect after a failure: doing so at once would hammer a server that is down.
 
     Args:
         first: seconds before the first attempt.
-        factor: how much longer each next wait is. The count begins anew when bytes come from the server.
-        longest: seconds at most.
-        jitter: share by which a wait is made shorter or longer at random, so that users do not come back all at once.
-        attempts: failures in a row after which the user gives up (locust counts one user less); None: never.
+        factor: how much longer each next wait is. Starts over when bytes arrive from the server.
+        longest: maximum seconds.
+        jitter: random share by which a wait is made shorter or longer, so that users do not come back all at once.
+        attempts: consecutive failures after which the user gives up (locust counts one user less); None: never.
     """
 
     first: float = 0.1
@@ -116,25 +117,25 @@ class Reconnect:
     attempts: int | None = None
 
     def wait(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
-        exponent = min(failures - 1, 64)  # no number overflows, however long the server is down
+        """Return the seconds to wait after this many consecutive failures."""
+        exponent = min(failures - 1, 64)  # avoids overflow, however long the server is down
         seconds = min(self.longest, self.first * self.factor**exponent)
         return seconds * random.uniform(1 - self.jitter, 1 + self.jitter)
 
 
 class TcpClient:
-    """One connection that is made when it is needed, and what goes over it reported to locust.
+    """A connection that is opened on demand, and whose traffic is reported to locust.
 
-    Each of ``connect``, ``start_tls``, ``send`` and the ``receive`` methods is a request in locust's statistics, by the
-    ``name`` it is given, with its time, the bytes it moved and its exception. Within :meth:`request` they are parts of
-    that one. A call that fails closes the connection and raises :class:`RequestFailed`; the next one connects again.
+    Each of ``connect``, ``start_tls``, ``send`` and the ``receive`` methods is a request in locust's statistics, named
+    by its argument ``name``, with its time, bytes and exception. Within :meth:`request` they are parts of that request.
+    A call that fails closes the connection and raises :class:`RequestFailed`; the next one reconnects.
 
     Attributes:
-        user: whose it is; its attributes are the options.
-        address: where it connects to.
-        socket: the connection, gevent's socket or SSL socket, for what is not here; None while there is none.
-        failures: in a row; :meth:`connect` waits after one.
-        under_way: the request that is being measured.
+        user: the user it belongs to; its attributes are the options.
+        address: address to connect to.
+        socket: the connection, gevent's socket or SSL socket, for everything else; None while there is none.
+        failures: consecutive failures; :meth:`connect` waits after one.
+        under_way: the request being measured.
     """
 
     def __init__(self, user: TcpUser, address: Address) -> None:
@@ -143,15 +144,15 @@ class TcpClient:
         self.socket: Any = None
         self.failures = 0
         self.under_way: Request | None = None
-        self._kept = b""  # read, and not asked for yet
+        self._kept = b""  # read, but not asked for yet
 
     # -- connecting --------------------------------------------------------------------------------------------------
 
     def connect(self, name: str = "connect") -> None:
-        """Connect, unless it is connected; all other methods do this by themselves.
+        """Connect, unless already connected; all other methods do this on demand.
 
-        After a failure it waits first, as the user's ``reconnect`` says; the wait is not part of the time reported.
-        With TLS, the handshake is a request of its own. Then the user's ``on_connect`` is called.
+        After a failure it waits first, according to the user's ``reconnect``; the wait is not part of the reported
+        time. With TLS, the handshake is a separate request. Then the user's ``on_connect`` is called.
         """
         if self.socket is not None:
             return
@@ -168,10 +169,10 @@ class TcpClient:
             raise
 
     def wait_to_reconnect(self) -> None:
-        """Wait after a failure, as the user's ``reconnect`` says.
+        """Wait after a failure, according to the user's ``reconnect``.
 
         Raises:
-            StopUser: there were too many in a row.
+            StopUser: there were too many consecutive failures.
         """
         if not self.failures:
             return
@@ -183,7 +184,7 @@ class TcpClient:
     def _open(self) -> None:
         user, address = self.user, self.address
         late = TimeoutError(f"not connected within {user.connect_timeout} s")
-        with gevent.Timeout(user.connect_timeout, late):  # of the look-up of the name, too
+        with gevent.Timeout(user.connect_timeout, late):  # includes looking up the name
             if address.family == socket.AF_UNIX:
                 targets: list[Any] = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", address.host)]
             else:
@@ -207,7 +208,7 @@ class TcpClient:
         raise failed
 
     def start_tls(self, name: str = "TLS handshake") -> None:
-        """Encrypt the connection from here on; for protocols that ask for it in plain text first (STARTTLS)."""
+        """Encrypt the connection from here on; for protocols that begin in plain text (STARTTLS)."""
         self._measured(name, self._start_tls)
 
     def _start_tls(self) -> None:
@@ -223,22 +224,22 @@ class TcpClient:
     # -- one request of several steps --------------------------------------------------------------------------------
 
     def request(self, name: str, *, connect: bool = False, context: dict[str, Any] | None = None) -> Request:
-        """``with client.request("GET") as request:`` makes one request of all that is sent and received in the block.
+        """Make one request of everything that is sent and received in ``with client.request("GET") as request:``.
 
         An OSError, EOFError, AssertionError or locust's ResponseError that leaves the block is the request's failure,
-        and goes on as RequestFailed; ``request.failure("why")`` marks one that leaves the connection usable. Any other
-        exception is reported and goes on as it is: locust logs it, since it is likely a fault of the test.
+        and becomes RequestFailed; ``request.failure("why")`` reports a failure that leaves the connection usable. Any
+        other exception is reported and passed on: locust logs it, since it is likely a bug in the test.
 
         Args:
-            name: in the statistics.
-            connect: connect anew, and count the time of it (with TLS: and of the handshake). Otherwise a connection
-                that has to be made is a request of its own, before this one begins.
-            context: for listeners of locust's event, beside what ``User.context()`` says.
+            name: name in the statistics.
+            connect: use a new connection, and include its setup in the time (with TLS: and the handshake). Otherwise,
+                opening a connection is a separate request, before this one begins.
+            context: for listeners of locust's event, in addition to ``User.context()``.
         """
         return Request(self, name, connect, context)
 
     def _measured(self, name: str, call: Callable[..., _T], *arguments: Any) -> _T:
-        """A request of its own, or a part of the one under way."""
+        """Measure a call as a request of its own, or as a part of the current one."""
         if self.under_way is not None:
             return call(*arguments)
         if self.socket is None and call != self._open:
@@ -251,7 +252,7 @@ class TcpClient:
     # -- sending and receiving ---------------------------------------------------------------------------------------
 
     def send(self, data: bytes | bytearray | memoryview, name: str = "send") -> None:
-        """Send all of ``data``. It is done when the kernel has taken it, which says nothing about the server."""
+        """Send all of ``data``. Returns when the kernel has taken it, which says nothing about the server."""
         self._measured(name, self._send, data)
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
@@ -264,7 +265,7 @@ class TcpClient:
         self._count.sent += len(data)
 
     def receive(self, limit: int = READ_SIZE, name: str = "receive") -> bytes:
-        """Receive what there is, at least one byte and at most ``limit``."""
+        """Receive what has arrived, at least one byte and at most ``limit``."""
         return self._measured(name, self._receive, limit)
 
     def _receive(self, limit: int) -> bytes:
@@ -280,7 +281,7 @@ class TcpClient:
 
     def _receive_exactly(self, size: int) -> bytes:
         deadline = self._deadline()
-        # Joined once: to add to a large bytes object again and again would copy it each time.
+        # Joined once: adding to a large bytes object repeatedly would copy it each time.
         pieces, missing = [self._kept], size - len(self._kept)
         self._kept = b""
         while missing > 0:
@@ -293,11 +294,11 @@ class TcpClient:
         return self._take(data[:size])
 
     def receive_until(self, delimiter: bytes = b"\n", limit: int = READ_SIZE, name: str = "receive") -> bytes:
-        """Receive up to and including ``delimiter``; what came behind it is kept for the next call.
+        """Receive up to and including ``delimiter``; keep surplus bytes for the next call.
 
         Args:
             delimiter: one byte or more.
-            limit: bytes, the delimiter included; more without it is a failure.
+            limit: maximum bytes, including the delimiter; more without it is a failure.
         """
         if not delimiter:
             raise ValueError("delimiter must be one byte or more, got b''")
@@ -319,7 +320,7 @@ class TcpClient:
         return self._take(data[:end])
 
     def receive_to_end(self, limit: int = 1 << 30, name: str = "receive") -> bytes:
-        """Receive until the server closes its side, ``limit`` bytes at most. The connection is closed then."""
+        """Receive until the server closes its side, at most ``limit`` bytes. Then close the connection."""
         return self._measured(name, self._receive_to_end, limit)
 
     def _receive_to_end(self, limit: int) -> bytes:
@@ -339,7 +340,7 @@ class TcpClient:
         return self.socket
 
     def _deadline(self) -> float | None:
-        # Of a whole call: a server that drips cannot stretch it.
+        # For a whole call: a server that trickles bytes cannot extend it.
         seconds = self.user.timeout
         return None if seconds is None else time.monotonic() + seconds
 
@@ -377,33 +378,33 @@ class TcpClient:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def half_close(self) -> None:
-        """Tell the server that nothing more will be sent; answers can still be received. Not over TLS."""
+        """Tell the server that nothing more will be sent; responses can still be received. Not over TLS."""
         if self.socket is not None:
             self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the connection, if there is one. The next call connects again, at once."""
+        """Close the connection, if there is one. The next call reconnects, at once."""
         if self.socket is not None:
             self.failures = 0
         self.drop()
 
     def reset(self) -> None:
-        """Close with a reset, as a client does that crashes: the server gets ECONNRESET (SO_LINGER 0, socket(7))."""
+        """Close with a reset, like a client that crashes: the server gets ECONNRESET (SO_LINGER 0, socket(7))."""
         if self.socket is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
     def drop(self) -> None:
-        """As :meth:`close`, but failures stay counted: for a connection that failed.
+        """Close a connection that failed: like :meth:`close`, but the failures stay counted.
 
-        What still comes on it would be taken for the answer to something else.
+        Bytes that still arrive on it would be taken for the response to something else.
         """
         sock, self.socket, self._kept = self.socket, None, b""
         if sock is not None:
             sock.close()
 
     def __enter__(self) -> TcpClient:
-        """``with self.client:`` connects, and closes at the end of the block."""
+        """Connect in ``with self.client:``, and close at the end of the block."""
         self.connect()
         return self
 
@@ -412,18 +413,18 @@ class TcpClient:
 
 
 class Request:
-    """What is measured: the block of :meth:`TcpClient.request`, or one call outside of such a block.
+    """A measured request: the block of :meth:`TcpClient.request`, or one call outside such a block.
 
     Attributes:
-        name: in the statistics; may be changed until the end of the block.
+        name: name in the statistics; may be changed until the end of the block.
         response: for listeners of locust's event; the last bytes received, unless something else is assigned.
-        response_length: for the column "Average size", bytes; None: those received, or sent where none were.
+        response_length: for the column "Average size", bytes; None: those received, or sent if none were.
         context: for listeners of locust's event.
-        exception: what the request is reported to have failed by; None: it has not.
+        exception: the reported failure; None: none.
         received, sent: bytes so far.
     """
 
-    # A class with slots, not @contextmanager: that costs 1 us more a request.
+    # A class with slots instead of @contextmanager, which costs 1 us more per request.
     __slots__ = (
         "_began",
         "_client",
@@ -454,12 +455,12 @@ class Request:
         self.received = self.sent = 0
 
     def failure(self, why: str | BaseException) -> None:
-        """Report the request as failed. Give equal messages to equal failures: locust counts them by message."""
+        """Report the request as failed. Use equal messages for equal failures: locust counts them by message."""
         measured = self._client.under_way or self  # this one may be a part of another
         measured.exception = why if isinstance(why, BaseException) else CatchResponseError(why)
 
     def sleep(self, seconds: float) -> None:
-        """Let the user pause in the midst of the request; the time reported is without it."""
+        """Let the user pause in the middle of the request; the reported time excludes the pause."""
         began = time.perf_counter()
         gevent.sleep(seconds)
         self._paused += time.perf_counter() - began
@@ -519,20 +520,20 @@ class Request:
 
 
 class TcpUser(User):
-    """A locust user with a TCP or TLS connection of its own, ``client``. Derive from it and write tasks.
+    """A locust user with its own TCP or TLS connection, ``client``. Derive from it and write tasks.
 
-    The connection is made when the first task needs it, and kept from task to task; close it in a task that wants a
+    The connection is opened when the first task needs it, and kept from task to task; close it in a task that wants a
     new one (``with self.client:``). Do not talk to the server in ``on_start``, where an exception ends the user for
-    good: a greeting or a log-in belongs into :meth:`on_connect`, which is called for each new connection.
+    good: a greeting or a login belongs in :meth:`on_connect`, which is called for each new connection.
 
     Attributes:
-        host: "HOST:PORT", "[IPv6]:PORT", "tls://HOST:PORT" or "unix:/PATH"; locust's --host replaces it.
-        request_type: in the column "Type" of the statistics.
-        connect_timeout: seconds to connect, the look-up of the name included; and seconds for the TLS handshake.
-        timeout: seconds for each send and receive as a whole, however slowly its bytes drip; None waits for ever.
-        tls: True encrypts, with the system's authorities; an ssl.SSLContext does as it says.
-        tls_server_name: the name to ask for and to find in the certificate; None: the host's.
-        reconnect: when to connect again after a failure; None: never, the user ends.
+        host: "HOST:PORT", "[IPv6]:PORT", "tls://HOST:PORT" or "unix:/PATH"; locust's --host overrides it.
+        request_type: value of the column "Type" in the statistics.
+        connect_timeout: seconds to connect, including looking up the name; and seconds for the TLS handshake.
+        timeout: seconds for each send and receive as a whole, no matter how slowly bytes trickle in; None: no limit.
+        tls: True encrypts, verified by the system's CAs; or an ssl.SSLContext.
+        tls_server_name: the name to request and to find in the certificate; None: the host's.
+        reconnect: when to reconnect after a failure; None: never, the user ends.
     """
 
     abstract = True
@@ -555,10 +556,10 @@ class TcpUser(User):
         self.client = TcpClient(self, address)
 
     def prepare_socket(self, sock: socket.socket) -> None:
-        """Called before ``sock`` connects: for socket options, or a ``bind`` to one of many source addresses."""
+        """Prepare ``sock`` before it connects: set socket options, or ``bind`` to one of many source addresses."""
 
     def on_connect(self) -> None:
-        """Called when a connection has been made, before its first use: greet, log in."""
+        """Prepare a new connection before its first use: greet, log in."""
 
     def start(self, group: Any) -> Any:
         greenlet = super().start(group)
@@ -569,7 +570,7 @@ class TcpUser(User):
 
 @events.init.add_listener
 def check_hosts(environment: Any, **_: Any) -> None:
-    """A host that cannot be one ends locust with a line and exit status 2, before anything begins."""
+    """End locust with a line and exit status 2 if a host is invalid, before anything begins."""
     for user_class in environment.user_classes:
         host = environment.host or user_class.host
         if issubclass(user_class, TcpUser) and host:
@@ -584,7 +585,7 @@ _context: ssl.SSLContext | None = None
 
 
 def _default_context() -> ssl.SSLContext:
-    # One for all users: reading the system's authorities takes 20 ms.
+    # One for all users: loading the system's CAs takes 20 ms.
     global _context
     if _context is None:
         _context = ssl.create_default_context()
@@ -592,7 +593,7 @@ def _default_context() -> ssl.SSLContext:
 
 
 def insecure_context() -> ssl.SSLContext:
-    """For ``TcpUser.tls``: encrypts, and trusts every certificate; for servers with a self-signed one."""
+    """Return a context for ``TcpUser.tls`` that encrypts and trusts every certificate, such as a self-signed one."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context

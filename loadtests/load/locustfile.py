@@ -4,8 +4,8 @@
     locust -f loadtests/load/locustfile.py --start-servers --headless -u 50 -r 50 -t 15s --fail-ratio 0 --html load.html
     locust -f loadtests/load/locustfile.py --echo-server 10.0.0.7:5000 --headless -u 500 -r 100 -t 5m EchoUser
 
-Each kind of user needs a server that speaks its protocol; those whose server has no address take no part. What a user
-of your own looks like: LineUser, below, and docs/load-testing.md.
+Each kind of user needs a server that speaks its protocol; users whose server has no address do not take part. LineUser,
+below, and docs/load-testing.md show how to write your own user.
 """
 
 from __future__ import annotations
@@ -79,41 +79,41 @@ def add_options(parser: Any) -> None:
             type=http_address if option == "http_server" else address,
             metavar="ADDRESS",
             env_var=f"LOCUST_{option.upper()}",
-            help=f"Of a server such as {what}; users whose server is not given take no part",
+            help=f"Address of a server such as {what}; users without a server do not take part",
         )
     parser.add_argument(
         "--start-servers",
         action="store_true",
         include_in_web_ui=False,
-        help="Start one of each that is not given, on this machine, for as long as locust runs",
+        help="Start a local server for each address that is not given, and stop it when locust ends",
     )
     parser.add_argument(
         "--target",
         type=address,
         metavar="ADDRESS",
-        help="What proxy users reach through the proxy, an echo server. Default: --echo-server",
+        help="Destination of proxy users, an echo server. Default: --echo-server",
     )
-    parser.add_argument("--size", type=size, metavar="BYTES", default=128, help="Of a message. Default: 128")
+    parser.add_argument("--size", type=size, metavar="BYTES", default=128, help="Message size. Default: 128")
     parser.add_argument(
         "--pace",
         type=positive,
         metavar="RATE",
         default=10.0,
-        help="Tasks that a user does in a second, at most. Default: 10; 100000: as fast as it can",
+        help="Maximum tasks per second of a user. Default: 10; 100000: as fast as possible",
     )
     parser.add_argument(
         "--storm-every",
         type=positive,
         metavar="SECONDS",
         default=5.0,
-        help="Between two storms of StormUser. Default: 5",
+        help="Seconds between two storms of StormUser. Default: 5",
     )
     parser.add_argument(
         "--shape",
         choices=["none", *shapes.SHAPES],
         default="none",
         include_in_web_ui=False,
-        help="How many of the --users there are over the --run-time",
+        help="Number of users over the --run-time, up to --users",
     )
 
 
@@ -172,7 +172,7 @@ def end(status: int, message: str) -> None:
 
 
 class Paced(User):
-    """What all users here have: a pace, and a server that the options name."""
+    """What all users here have in common: a pace, and a server given by the options."""
 
     abstract = True
     server: str
@@ -188,8 +188,8 @@ class Paced(User):
         return host
 
     def wait_time(self) -> float:
-        # As locust's constant_throughput, which cannot be changed by an option; beginning at a random time, so that
-        # users who were spawned at once do not act at once for ever.
+        # Like locust's constant_throughput, which cannot be changed by an option; begins at a random time, so that
+        # users spawned at the same moment do not act in step forever.
         interval = 1.0 / float(self.environment.parsed_options.pace)
         now = time.monotonic()
         self._next = max(now, self._next + interval) if self._next else now + random.random() * interval
@@ -197,7 +197,7 @@ class Paced(User):
 
     @classmethod
     def lacks(cls, options: Any, host: str | None) -> str:
-        """The option that it cannot do without, "" for none."""
+        """Return the missing option that it needs, "" for none."""
         return "" if host or getattr(options, cls.server) else "--" + cls.server.replace("_", "-")
 
 
@@ -205,11 +205,11 @@ class PacedTcpUser(Paced, TcpUser):
     abstract = True
 
     def message(self) -> bytes:
-        """Random bytes, so that an answer to another message is noticed."""
+        """Return random bytes, so that an answer to another message is noticed."""
         return random.randbytes(int(self.environment.parsed_options.size))
 
     def exchange(self, name: str, connect: bool = False) -> None:
-        """Send a message, expect it back."""
+        """Send a message, and expect it back."""
         message = self.message()
         with self.client.request(name, connect=connect) as request:
             self.client.send(message)
@@ -218,7 +218,7 @@ class PacedTcpUser(Paced, TcpUser):
 
 
 class EchoUser(PacedTcpUser):
-    """One connection, kept; a message, and the same back."""
+    """One kept connection; a message, and its echo."""
 
     server = "echo_server"
     weight = 4
@@ -240,7 +240,7 @@ class EchoNewConnectionUser(PacedTcpUser):
 
 
 class TlsEchoUser(PacedTcpUser):
-    """The same, encrypted. Any certificate will do."""
+    """The same, encrypted. Any certificate is accepted."""
 
     server = "tls_server"
     tls = insecure_context()
@@ -258,7 +258,7 @@ class TlsEchoUser(PacedTcpUser):
 
 
 class LineUser(PacedTcpUser):
-    """The key-value store of examples/line_protocol.py: an example of a protocol of one's own."""
+    """The key-value store of examples/line_protocol.py: an example of a custom protocol."""
 
     server = "line_server"
     request_type = "LINE"
@@ -294,7 +294,7 @@ class LineUser(PacedTcpUser):
 
 
 class SlowUser(PacedTcpUser):
-    """A client behind a bad line: its bytes drip in, and it reads the answer in small pieces."""
+    """A client on a bad line: its bytes trickle in, and it reads the response in small pieces."""
 
     server = "line_server"
     request_type = "LINE"
@@ -322,14 +322,14 @@ class SlowUser(PacedTcpUser):
 
 
 class StormUser(PacedTcpUser):
-    """All of them lose their connections at the same moment, as when a router restarts, and come back at once."""
+    """All users lose their connections at the same moment, as when a router restarts, and reconnect at once."""
 
     server = "echo_server"
 
     @task
     def storm(self) -> None:
         self.exchange("before the storm")
-        # By the clock of the wall, so that the users of all of locust's processes act together.
+        # By wall clock, so that the users of all locust processes act together.
         every = float(self.environment.parsed_options.storm_every)
         gevent.sleep(every - time.time() % every)
         self.client.reset()
@@ -337,7 +337,7 @@ class StormUser(PacedTcpUser):
 
 
 class HttpUser(Paced, FastHttpUser):
-    """HTTP on a connection that is kept, by locust's own client."""
+    """HTTP on a kept connection, with locust's own client."""
 
     server = "http_server"
     weight = 2
@@ -370,7 +370,7 @@ class TunnelUser(PacedTcpUser):
     abstract = True
     server = "proxy_server"
 
-    #: Messages in a tunnel.
+    #: Messages per tunnel.
     messages = 5
 
     @classmethod
