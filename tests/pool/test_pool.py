@@ -621,7 +621,7 @@ def test_a_link_that_fails_does_not_keep_others_from_their_place(monkeypatch):
     waiting = gevent.spawn(places.acquire)
     gevent.sleep(0)
     places.release()
-    assert waiting.get(timeout=1)
+    assert waiting.get(timeout=SOON)
     assert reported == [ZeroDivisionError]
 
 

@@ -20,8 +20,6 @@ from kit.paths import ROOT
 from kit.patience import SOON
 from kit.supervised import alive, wait_until
 
-pytestmark = pytest.mark.timeout(120)
-
 MODULE = [sys.executable, "-m", "gtcpserver"]
 
 #: Which are closed.

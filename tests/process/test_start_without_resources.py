@@ -14,6 +14,7 @@ import pytest
 
 from gtcpserver import BlockDetector
 from gtcpserver.supervisor import systemd
+from kit.patience import SOON
 
 SECOND_HUB = """
 import os, resource, threading
@@ -48,7 +49,7 @@ print(results)
 
 
 def test_run_coroutine_in_a_thread_without_an_event_loop_fails_where_descriptors_have_run_out() -> None:
-    done = subprocess.run([sys.executable, "-c", SECOND_HUB], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", SECOND_HUB], capture_output=True, text=True, timeout=SOON, check=False)
     assert done.stdout == "[5, 24, 5]\n", done.stderr[-500:]
 
 
@@ -100,7 +101,7 @@ def test_a_notification_for_which_there_is_no_memory_is_said_later(
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path)
-        manager.settimeout(5)
+        manager.settimeout(SOON)
         notifier = systemd.Notifier()
         with monkeypatch.context() as patch:
             patch.setattr(systemd, "_socket_class", no_memory)

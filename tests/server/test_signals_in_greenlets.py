@@ -6,8 +6,6 @@ import signal
 
 import pytest
 
-pytestmark = pytest.mark.timeout(60)
-
 IN_GREENLET = """
     {patch}
     import gevent, gtcpserver

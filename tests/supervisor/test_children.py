@@ -22,6 +22,7 @@ from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.system import REAL_SYSTEM
 from gtcpserver.supervisor.worker import BEAT_SECONDS
+from kit.patience import SOON
 from kit.supervised import APP, Master, Start, state_of, wait_until
 
 PID = 1 << 30  # no process's: above what pid_max may be
@@ -49,7 +50,7 @@ def in_background(master: Master, command: str, **more: Any) -> Callable[[], Any
     threads = ThreadPoolExecutor(1)
     asked = threads.submit(master.ask, command, **more)
     threads.shutdown(wait=False)
-    return lambda: asked.result(20)
+    return lambda: asked.result(SOON)
 
 
 def test_after_a_reload_that_failed_only_the_old_workers_serve(start: Start, tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 
 from gtcpserver.supervisor import ControlError, ask
+from kit.patience import SOON
 from kit.supervised import APP, Master, alive, children, wait_until
-
-pytestmark = pytest.mark.timeout(90)
 
 ARGUMENTS = ("serve", "app:handler", "--workers", "1", "--pid-file", "app.pid", "--bind", "127.0.0.1:0")
 
@@ -242,10 +241,10 @@ def test_a_master_in_a_program_of_ones_own_has_no_event_loop(tmp_path: Path, pat
     try:
         wait_until(lambda: "listening on" in (tmp_path / "log0").read_text())
         for request in ({"command": "reload"}, {"command": "scale", "workers": 2}, {"command": "status"}):
-            ask(control, request, 20)
+            ask(control, request, SOON)
             assert event_loops(process.pid) == [], request
-        ask(control, {"command": "stop"}, 20)
-        assert process.wait(20) == 0
+        ask(control, {"command": "stop"}, SOON)
+        assert process.wait(SOON) == 0
     finally:
         process.kill()
         process.wait()
@@ -277,9 +276,9 @@ def test_a_master_whose_program_had_an_event_loop_closes_what_it_opens(tmp_path:
 
         def turn() -> None:
             for request in ({"command": "reopen"}, {"command": "scale", "workers": 2}, {"command": "reload"}):
-                assert ask(control, request, 20) == {"ok": True}
-            assert ask(control, {"command": "scale", "workers": 1}, 20) == {"ok": True}
-            wait_until(lambda: len(ask(control, {"command": "status"}, 20)["workers"]) == 1)
+                assert ask(control, request, SOON) == {"ok": True}
+            assert ask(control, {"command": "scale", "workers": 1}, SOON) == {"ok": True}
+            wait_until(lambda: len(ask(control, {"command": "status"}, SOON)["workers"]) == 1)
 
         def opened() -> list[str]:
             return sorted(os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd"))
@@ -289,8 +288,8 @@ def test_a_master_whose_program_had_an_event_loop_closes_what_it_opens(tmp_path:
         turn()
         wait_until(lambda: len(opened()) <= len(before))
         assert str(tmp_path) not in opened()  # a folder that was opened to look into it, and is locked then
-        ask(control, {"command": "stop"}, 20)
-        assert process.wait(20) == 0
+        ask(control, {"command": "stop"}, SOON)
+        assert process.wait(SOON) == 0
     finally:
         process.kill()
         process.wait()

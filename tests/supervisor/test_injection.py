@@ -16,6 +16,7 @@ from gtcpserver.supervisor.channel import Channel, make_pair
 from gtcpserver.supervisor.messages import MASTER_KINDS, WORKER_KINDS
 from gtcpserver.supervisor.slots import WorkerProcess
 from injection.strace import command, injecting, needs_strace
+from kit.patience import SOON
 from kit.simulated import SimulatedSystem
 from kit.supervised import APP, Master, Start, alive, wait_until
 
@@ -145,7 +146,7 @@ def test_a_limit_of_open_files_that_may_not_be_read_is_told_and_left(tmp_path: P
         assert "WARNING" in master.wait_for(".*cannot read the limit of open files: .*")
         assert master.request()[1] == "more"
         os.kill(int(master.wait_for(r"listening on .*\(pid (\d+)")), signal.SIGTERM)
-        assert master.process.wait(20) == 0
+        assert master.process.wait(SOON) == 0
     finally:
         master.kill_all()
 

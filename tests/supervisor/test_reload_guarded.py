@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from gtcpserver.supervisor.control import ControlError
+from kit.patience import SOON
 from kit.supervised import APP, COMMAND, Load, Master, Start, alive, wait_until
-
-pytestmark = pytest.mark.timeout(60)
 
 # As APP; a worker that starts while there is a file "poison", and whose number is in "poisoned" if there is that, does
 # what it says: ends after so many seconds, at its first request, or blocks its event loop.
@@ -66,7 +65,7 @@ def in_background(master: Master, command: str, **more: Any) -> Callable[[], Any
     threads = ThreadPoolExecutor(1)
     asked = threads.submit(master.ask, command, **more)
     threads.shutdown(wait=False)
-    return lambda: asked.result(20)
+    return lambda: asked.result(SOON)
 
 
 # -- probation ---------------------------------------------------------------------------------------------------------
@@ -388,5 +387,5 @@ def test_retired_workers_are_bounded_in_a_master_that_was_left_too(start: Start,
     else:
         master.send_signal(signal.SIGTERM)
     assert old.recv(100) == b""
-    assert master.process.wait(20) == 0
+    assert master.process.wait(SOON) == 0
     assert ("to finish its 1 connection" in master.log()) == (stopped == "upgrade")

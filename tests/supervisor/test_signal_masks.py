@@ -13,8 +13,6 @@ import pytest
 
 from kit.supervised import Master, alive, wait_until
 
-pytestmark = pytest.mark.timeout(90)
-
 APP = r"""
 import os, subprocess, sys, threading
 
