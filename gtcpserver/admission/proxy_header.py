@@ -27,9 +27,7 @@ def network_address(connection: Connection) -> Any:
 
 
 class HeaderReader:
-    """Reads a header from a non-blocking socket, and not a byte more: what follows may be a TLS handshake, which
-    OpenSSL reads from the socket itself.
-    """
+    """Read a header from a non-blocking socket, and not a byte more: what follows may be a TLS handshake."""
 
     def __init__(self) -> None:
         self._data = b""
