@@ -3,6 +3,7 @@ PYTHON ?= python3
 ADDRESS ?= 127.0.0.1:5000
 DOCS_ADDRESS ?= 127.0.0.1:8000
 FUZZ_SECONDS ?= 60
+SCHEDULES ?= 20000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-quick matrix core fuzz inject mutants check bench bench-programs docs docs-serve load \
+.PHONY: help serve test test-quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
+	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some five minutes (SCHEDULES=...)'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
 	@echo 'make check   lint, format, types, who may import what (.importlinter), and names of news files (changes/)'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
@@ -74,6 +76,10 @@ fuzz: $(VENV)/dev.stamp
 
 inject: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(BIN)/python -m injection --quiet $(if $(INJECT),$(INJECT),--write docs/reliability.md)
+
+# Of deaths, time-outs, signals and failing calls; see tests/supervisor/test_schedules.py.
+schedules: $(VENV)/dev.stamp
+	GTCPSERVER_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -o timeout=0 tests/supervisor/test_schedules.py
 
 # The list is tests/mutants.toml.
 mutants: $(VENV)/dev.stamp

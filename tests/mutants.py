@@ -170,7 +170,13 @@ class Copies:
         command += ["-o", "timeout=30"]  # less patience, here and below: what a mutant breaks is waited for in vain
         command += [f"--basetemp={copy / 't'}", *(f"tests/{test}" for test in tests)]
         # Before the installed package, also in programs that the tests start.
-        environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "200", "TEST_PATIENCE": "15"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(copy),
+            "COLUMNS": "200",
+            "TEST_PATIENCE": "15",
+            "GTCPSERVER_NO_SHRINK": "1",
+        }
         began = time.monotonic()
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
