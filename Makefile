@@ -13,12 +13,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
+.PHONY: help serve test quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
-	@echo 'make test    the tests; make test-quick those of them that are quick, in a minute'
+	@echo 'make test    the tests; make quick those of them that are quick, in a minute'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
@@ -44,8 +44,8 @@ serve: $(VENV)/serve.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 3
 
-# Without those of tests/slow.txt.
-test-quick: $(VENV)/dev.stamp
+# Without those that are marked slow.
+quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 # What depends on the interpreter and on gevent's greenlets most.

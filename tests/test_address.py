@@ -78,6 +78,7 @@ def test_a_unix_path_may_be_as_long_as_the_kernel_takes():
     assert parse_address("unix:" + path).path == path
 
 
+@pytest.mark.slow
 @given(st.text())
 @example("unix:\ud800")
 @example("\ud800:1")
@@ -90,6 +91,7 @@ def test_any_text_is_an_address_that_reads_back_or_a_config_error(text):
     assert parse_address(str(address)) == address
 
 
+@pytest.mark.slow
 @given(
     st.one_of(
         st.tuples(st.ip_addresses(v=4).map(str), st.integers(0, 65535)).map(lambda a: f"{a[0]}:{a[1]}"),
@@ -100,6 +102,7 @@ def test_every_ip_address_and_port_is_read(text):
     assert str(parse_address(text)) == str(parse_address(str(parse_address(text))))
 
 
+@pytest.mark.slow
 @given(st.one_of(st.integers(), st.floats(), st.binary(), st.none(), st.tuples(st.text(), st.integers())))
 def test_any_object_is_an_address_or_a_config_error(thing):
     try:

@@ -225,6 +225,7 @@ def run(*arguments):
     return done.returncode, done.stderr.strip()
 
 
+@pytest.mark.slow
 def test_mistakes_on_the_command_line_are_one_line_and_status_2():
     assert run("127.0.0.1:0") == (2, "gtcpserver: missing TARGET...")
     assert run("nowhere", "127.0.0.1:1")[0] == 2
@@ -246,6 +247,7 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2():
     )
 
 
+@pytest.mark.slow
 def test_the_command_forwards_and_stops_in_order(serve, in_thread):
     target = serve(echo)
     with subprocess.Popen(

@@ -139,6 +139,7 @@ def test_what_is_ready_for_a_release_is_built(checkout: Path) -> None:
     assert os.listdir(checkout / "dist") == ["built"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "text", "said"),
     [
@@ -162,6 +163,7 @@ def test_what_a_release_still_lacks_is_named(checkout: Path, path: str, text: st
     assert not (checkout / "dist").exists()
 
 
+@pytest.mark.slow
 def test_only_what_is_committed_and_has_no_tag_yet_is_released(checkout: Path) -> None:
     git(checkout, "tag", "v1.2.3")
     (checkout / "forgotten.py").touch()

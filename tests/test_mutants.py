@@ -14,6 +14,7 @@ from mutants import ListError, Mutant, choose, read_list
 LISTED = read_list()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", LISTED, ids=[one.name for one in LISTED])
 def test_each_mutant_fits_its_file_once_and_its_tests_are_there(mutant):
     source = (ROOT / "gtcpserver" / mutant.file).read_text()
@@ -61,6 +62,7 @@ def test_mutants_are_chosen_by_name_and_pattern():
         choose(LISTED, ["pol-"])
 
 
+@pytest.mark.slow
 def test_seen_and_survived_are_told_and_the_checkout_stays_as_it_is(tmp_path, monkeypatch, capsys):
     one_test = "test_networks.py"
     before = (ROOT / "gtcpserver/networks.py").read_bytes()

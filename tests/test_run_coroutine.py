@@ -222,6 +222,7 @@ def run(python, source, patched):
 both = pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
 
 
+@pytest.mark.slow
 @both
 def test_handlers_talk_to_a_server_by_asyncios_streams_all_at_once(python, patched):
     source = """
@@ -259,6 +260,7 @@ def test_handlers_talk_to_a_server_by_asyncios_streams_all_at_once(python, patch
     assert run(python, source, patched) == "{b'hello you\\n'} 0\n"
 
 
+@pytest.mark.slow
 @both
 def test_a_thread_of_asyncio_and_a_look_up_work(python, patched):
     source = """
@@ -275,6 +277,7 @@ def test_a_thread_of_asyncio_and_a_look_up_work(python, patched):
     assert run(python, source, patched) == "True\n"
 
 
+@pytest.mark.slow
 @both
 def test_what_is_under_way_when_the_process_ends_is_cancelled(python, patched):
     source = """
@@ -298,6 +301,7 @@ def test_what_is_under_way_when_the_process_ends_is_cancelled(python, patched):
     assert run(python, source, patched) == "exit\nended\n"
 
 
+@pytest.mark.slow
 @both
 def test_what_will_not_end_delays_the_end_of_the_process_for_a_bounded_time(python, patched):
     source = """
@@ -323,6 +327,7 @@ def test_what_will_not_end_delays_the_end_of_the_process_for_a_bounded_time(pyth
     run(python, source, patched)
 
 
+@pytest.mark.slow
 @both
 def test_a_forked_child_has_a_loop_of_its_own(python, patched):
     source = """
@@ -344,6 +349,7 @@ def test_a_forked_child_has_a_loop_of_its_own(python, patched):
     assert run(python, source, patched) == "7\n"
 
 
+@pytest.mark.slow
 @both
 def test_without_descriptors_it_fails_and_works_again_when_there_are_some(python, patched):
     source = """
@@ -371,6 +377,7 @@ def test_without_descriptors_it_fails_and_works_again_when_there_are_some(python
     assert output.splitlines()[-1] == "7"
 
 
+@pytest.mark.slow
 def test_each_worker_has_one(python, tmp_path, in_thread, connect):
     (tmp_path / "app.py").write_text(
         textwrap.dedent("""

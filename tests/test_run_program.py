@@ -151,6 +151,7 @@ def start(tmp_path):
 # -- what stops everybody ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_call_that_blocks_is_reported_once_with_its_line_and_monkey_patching(start):
     program = start("time.sleep(0.4)", head="import time")
     program.ask()
@@ -163,6 +164,7 @@ def test_a_call_that_blocks_is_reported_once_with_its_line_and_monkey_patching(s
     assert "Pass monkey_patch=True to run(), or begin the program with 'from gevent import monkey; " in said
 
 
+@pytest.mark.slow
 def test_computation_is_reported_with_threads_and_processes(start):
     program = start("compute()", head=COMPUTE)
     program.ask()
@@ -170,6 +172,7 @@ def test_computation_is_reported_with_threads_and_processes(start):
     assert re.search(r"app\.py:\d+ in compute", program.stop())
 
 
+@pytest.mark.slow
 def test_a_library_that_blocks_is_reported_with_the_program_s_own_line(start):
     listener = socket.create_server(("127.0.0.1", 0))
     program = start("fetch()", head=FETCH.format(port=listener.getsockname()[1]))
@@ -187,6 +190,7 @@ def test_a_library_that_blocks_is_reported_with_the_program_s_own_line(start):
             assert client.recv(1) == b"x"
 
 
+@pytest.mark.slow
 def test_worker_processes_report_a_place_once_for_all(start):
     program = start("time.sleep(0.3)", ", workers=2", head="import time")
     # While one of them is blocked, the kernel gives connections to the other as well.
@@ -202,6 +206,7 @@ def test_worker_processes_report_a_place_once_for_all(start):
     assert said.count("listening on") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "head"),
     [(", block_detector=None", ""), (", monkey_patch=True", ""), ("", "from gevent import monkey; monkey.patch_all()")],
@@ -214,12 +219,14 @@ def test_nothing_watches_where_it_is_switched_off_or_the_program_is_patched(star
         assert client.recv(1) == b"0"
 
 
+@pytest.mark.slow
 def test_a_patched_program_may_ask_for_it(start):
     program = start("sleep_in_c()", ", monkey_patch=True, block_detector=0.05", head=SLEEP_IN_C)
     program.ask()
     program.wait_for("in spite of monkey patching: .* Run it in a thread")
 
 
+@pytest.mark.slow
 def test_a_detector_of_the_program_s_own_stays_the_only_one(start):
     program = start("time.sleep(0.3)", head=OWN_DETECTOR)
     program.ask(2)
@@ -266,6 +273,7 @@ def test_a_thread_clock_without_proc_tells_of_computation_alone():
 # -- monkey_patch=True -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "options"), [("handle", ""), ("'app:handle'", ""), ("'app:handle'", ", workers=1")]
 )
@@ -284,6 +292,7 @@ def test_monkey_patch_lets_blocking_calls_wait(start, handler, options, sleep):
     assert LATE not in program.stop()
 
 
+@pytest.mark.slow
 def test_monkey_patch_complains_of_what_came_before_it(start):
     head = """
 import queue, socket, threading, ssl
@@ -308,6 +317,7 @@ class MySocket(socket.socket): pass
     assert "gevent.monkey" not in program.stop()  # nor another warning of the same
 
 
+@pytest.mark.slow
 def test_monkey_patch_of_a_patched_program_says_nothing(start):
     program = start(head=PARTLY_PATCHED, options=", monkey_patch=True")
     program.ask()
@@ -317,6 +327,7 @@ def test_monkey_patch_of_a_patched_program_says_nothing(start):
 # -- log lines ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_without_logging_says_where_it_listens_and_how_it_stopped(start):
     program = start()
     program.ask()
@@ -327,6 +338,7 @@ def test_a_program_without_logging_says_where_it_listens_and_how_it_stopped(star
     assert re.search(r"Z INFO gtcpserver: stopped: [01] connections? finished, 0 cut\n$", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", ", workers=1"])
 @pytest.mark.parametrize(
     ("head", "expected"),
@@ -343,6 +355,7 @@ def test_logging_that_the_program_has_set_up_stays(start, head, expected, option
     assert "INFO gtcpserver" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head",
     [
@@ -390,6 +403,7 @@ def test_options_that_cannot_be(option, message, workers):
         run(lambda _conn: None, "127.0.0.1:0", workers=workers, **option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [", stop_timeout=0", ", stop_timeout=0, workers=1"])
 def test_stop_timeout_cuts_what_has_not_finished(start, options):
     program = start("gevent.sleep(1000)", options, head="import gevent")

@@ -52,12 +52,14 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(values)
 def test_any_value_becomes_json(value: Any) -> None:
     strict(to_json(value))
     strict(_json(value))
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=5) | st.just("n" * 5000), values), st.integers(200, 1000))
 def test_a_short_line_is_json_of_that_length(fields: dict[str, Any], longest: int) -> None:
     line = to_short_json(fields, longest)
@@ -91,6 +93,7 @@ def test_what_json_does_not_have_becomes_null_or_text(value: Any, becomes: Any) 
     assert "\n" in to_json([value], indent=2)
 
 
+@pytest.mark.slow
 def test_values_that_refer_to_themselves_or_are_deep_end() -> None:
     circle: list[Any] = [1]
     circle.append(circle)
@@ -101,6 +104,7 @@ def test_values_that_refer_to_themselves_or_are_deep_end() -> None:
     strict(to_json({"deep": deep}))
 
 
+@pytest.mark.slow
 def test_a_long_line_keeps_the_begin_and_the_end_of_its_longest_texts() -> None:
     line = to_short_json({"message": "short", "exception": "begin" + "é" * 100_000 + "end"}, 10_000)
     found = strict(line)
@@ -176,6 +180,7 @@ def test_a_text_line_is_written_whatever_the_handler_adds(tmp_path: Path) -> Non
     assert line.endswith("broken=<Broken>")
 
 
+@pytest.mark.slow
 def test_infinite_settings_are_shown_as_json(tmp_path: Path) -> None:
     (tmp_path / "app.toml").write_text("timeout = inf\n")
     command = [*COMMAND, "config", "show", "--json", "echo", "--config", "app.toml"]

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from kit.paths import ROOT
 from kit.patience import SOON
 
@@ -64,19 +66,44 @@ def run_suite(folder, source, *options, **environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=2 * SOON)
 
 
+@pytest.mark.slow
 def test_tests_that_hang_fail_and_the_others_run(tmp_path):
     done = run_suite(tmp_path, HANGING)
     assert "2 failed, 1 passed" in done.stdout
     assert "in spin" in done.stdout + done.stderr  # where it hangs
 
 
+@pytest.mark.slow
 def test_tests_whose_report_cannot_be_sent_fail_and_the_others_run(tmp_path):
     done = run_suite(tmp_path, UNSENDABLE)
     assert "2 failed, 1 passed, 1 skipped" in done.stdout
     assert {"message \\udca0", "output \\udca1", "reason \\udca2"} <= set(re.findall(r"[a-z]+ \\udca.", done.stdout))
 
 
-def test_each_test_of_the_slow_ones_is_there():
-    for name in (ROOT / "tests" / "slow.txt").read_text().split():
-        path, _, function = name.partition("::")
-        assert f"def {function}(" in (ROOT / "tests" / path).read_text(), f"{name}: take it out of tests/slow.txt"
+MARKS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_that_is_slow(number):
+    time.sleep(0.1)
+
+@pytest.mark.slow
+def test_that_is_quick_and_marked():
+    pass
+
+def test_that_is_quick():
+    pass
+
+@pytest.mark.slow
+def test_that_is_slow_and_marked():
+    time.sleep(0.2)
+"""
+
+
+def test_wrong_marks_of_slow_tests_are_told(tmp_path):
+    run_suite(tmp_path, MARKS, "-pkit.selection", TEST_SLOW=str(tmp_path / "marks"))
+    assert (tmp_path / "marks").read_text().splitlines() == [
+        "quick: test_it.py::test_that_is_quick_and_marked",
+        "slow: test_it.py::test_that_is_slow",
+    ]

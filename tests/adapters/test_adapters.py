@@ -229,6 +229,7 @@ def test_what_setup_does_to_the_socket_holds(serve, connect, in_thread):
     assert seen == [1, "time-out"]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_handlers_when_connections_have_ended(serve, connect, in_thread):
     instances = weakref.WeakSet()
 
@@ -342,6 +343,7 @@ def test_the_standard_librarys_validator_has_nothing_to_say(serve, in_thread):
     assert (status, body) == (200, b"hello")
 
 
+@pytest.mark.slow
 def test_wsgi_over_tls_and_a_unix_socket(serve, connect, in_thread, tmp_path):
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "x")
@@ -423,6 +425,7 @@ def app(environ, start_response):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--workers", "1"]])
 @pytest.mark.parametrize(
     ("words", "answer"),
@@ -448,6 +451,7 @@ def test_the_command_serves_them(in_thread, tmp_path, words, answer, more):
             in_thread(process.communicate)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_no_application(tmp_path):
     (tmp_path / "app.py").write_text("def one(x): pass")
     command = [sys.executable, "-m", "gtcpserver", "serve", "app.py:one", "--wsgi"]
@@ -456,6 +460,7 @@ def test_the_command_says_what_is_no_application(tmp_path):
     assert "app.py:one must take two arguments, the environment and start_response; it takes (x)" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["socketserver:DatagramRequestHandler", "http.server:HTTPServer"])
 def test_the_command_says_what_it_cannot_serve(reference):
     command = [sys.executable, "-m", "gtcpserver", "serve", reference]
@@ -465,6 +470,7 @@ def test_the_command_says_what_it_cannot_serve(reference):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_http_servers_lines_cannot_stop_it_when_nobody_reads_them(in_thread, tmp_path):
     """A pipe is full after 64 KiB: http.server itself writes to stderr, and waits."""
     command = [sys.executable, "-m", "gtcpserver", "serve", "http.server:SimpleHTTPRequestHandler"]

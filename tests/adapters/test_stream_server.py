@@ -34,6 +34,7 @@ print(result.testsRun, len(result.skipped), len(result.failures) + len(result.er
 """
 
 
+@pytest.mark.slow
 def test_gevents_own_server_tests_pass():
     outcomes = {}
     for whose in ("gevent", "ours"):
@@ -60,6 +61,7 @@ print(result.testsRun, len(result.failures) + len(result.errors) + len(result.un
 """
 
 
+@pytest.mark.slow
 def test_gevents_own_wsgi_server_passes_its_tests_on_it():
     ran = subprocess.run([sys.executable, "-c", RUN_GEVENTS_WSGI_TESTS], capture_output=True, text=True, timeout=SOON)
     assert ran.stdout, ran.stderr
@@ -292,6 +294,7 @@ def test_it_takes_a_listening_socket(connect):
             StreamServer(listener, echo, backlog=5)
 
 
+@pytest.mark.slow
 def test_swapping_the_class_in_gevents_module_works():
     source = """
 import gevent.server, gevent.socket, gtcpserver

@@ -44,6 +44,7 @@ def above_debug(caplog):
 # -- what clients do --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @waiting_spawn
 def test_resets_are_counted_and_not_printed(serve_stream, connect, caplog, capfd, make_spawn):
     caplog.set_level(logging.DEBUG)
@@ -83,6 +84,7 @@ CLIENTS_FAULTS = {
 }
 
 
+@pytest.mark.slow
 @waiting_spawn
 @pytest.mark.parametrize("fault", CLIENTS_FAULTS, ids=lambda fault: fault.__name__)
 def test_what_a_client_can_provoke_is_counted(serve_stream, connect, in_thread, caplog, capfd, make_spawn, fault):
@@ -97,6 +99,7 @@ def test_what_a_client_can_provoke_is_counted(serve_stream, connect, in_thread, 
 # -- what handlers do wrong -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @any_spawn
 @pytest.mark.parametrize(
     "fault",
@@ -208,6 +211,7 @@ def say(port, request):
     return client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", ", spawn=10", ", spawn=gevent.spawn_raw"])
 def test_ctrl_c_that_hits_a_handler_ends_the_program(python, options):
     process = python(PROGRAM.format(options=options))
@@ -220,6 +224,7 @@ def test_ctrl_c_that_hits_a_handler_ends_the_program(python, options):
     client.close()
 
 
+@pytest.mark.slow
 def test_a_stderr_that_nobody_reads_blocks_nothing(python):
     process = python(PROGRAM.format(options=""))
     port = int(process.stdout.readline())
@@ -257,6 +262,7 @@ def upper(sock, address):
     sock.sendall(sock.recv(100).upper())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spawn", [1, None])
 def test_silent_tls_clients_hold_no_place(serve_stream, connect, in_thread, certificate, spawn):
     if spawn is None:
@@ -272,6 +278,7 @@ def test_silent_tls_clients_hold_no_place(serve_stream, connect, in_thread, cert
     assert server.stats()["handshaking"] == len(silent)
 
 
+@pytest.mark.slow
 def test_handshakes_are_bounded_in_number_and_time(serve_stream, connect, in_thread, certificate, caplog):
     class Few(StreamServer):
         max_handshakes = 3
@@ -312,6 +319,7 @@ def test_who_has_passed_the_handshake_waits_for_a_place(serve_stream, connect, i
     stopping.get(timeout=SOON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "close"])
 @pytest.mark.parametrize("spawn", ["default", 2])
 def test_a_stop_serves_queued_tls_clients(serve_stream, connect, spawn_thread, certificate, how, spawn):
@@ -348,6 +356,7 @@ def test_certificate_files_that_are_gone_are_logged(serve_stream, connect, in_th
     assert isinstance(caplog.records[0].exc_info[1], FileNotFoundError)
 
 
+@pytest.mark.slow
 def test_bad_clients_of_gevents_ssl_sockets_print_nothing(serve_stream, connect, in_thread, certificate, caplog, capfd):
     class Impatient(StreamServer):
         handshake_timeout = 0.1
@@ -374,6 +383,7 @@ def test_bad_clients_of_gevents_ssl_sockets_print_nothing(serve_stream, connect,
 # -- all at once ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_connections_to_every_kind_of_server_are_no_log_line(certificate, tmp_path):
     source = bad_stream_servers.__file__
     with open(tmp_path / "stderr", "wb") as stderr:

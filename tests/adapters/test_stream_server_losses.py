@@ -37,6 +37,7 @@ def write_and_raise(sock, address):
     raise ConnectionError("after the answer")
 
 
+@pytest.mark.slow
 @waiting_spawn
 @pytest.mark.parametrize("handle", [write_and_return, write_and_close, write_and_raise])
 def test_unread_input_costs_the_client_no_byte_of_the_answer(serve_stream, connect, spawn_thread, make_spawn, handle):
@@ -99,6 +100,7 @@ def upper(sock, address):
     sock.sendall(sock.recv(100).upper())
 
 
+@pytest.mark.slow
 @any_spawn
 @pytest.mark.parametrize("how", ["stop", "close"])
 def test_a_stop_serves_what_the_kernel_has_queued(serve_stream, spawn_thread, make_spawn, how):
@@ -112,6 +114,7 @@ def test_a_stop_serves_what_the_kernel_has_queued(serve_stream, spawn_thread, ma
         socket.create_connection(("127.0.0.1", server.server_port))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_spawn", [lambda: 3, lambda: HandlerPool(3)])
 @pytest.mark.parametrize("how", ["stop", "close"])
 def test_connections_queued_behind_a_full_pool_get_their_places_in_turn(serve_stream, spawn_thread, make_spawn, how):
@@ -296,6 +299,7 @@ def ask(process, port, request=b"x"):
     return client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spawn", ["'default'", "gevent.spawn", "gevent.spawn_raw", "10", "gevent.pool.Pool(10)"])
 def test_sigterm_finishes_requests_and_is_what_the_process_dies_of(program, spawn):
     process, port = program(spawn, before="import gevent.pool")
@@ -306,6 +310,7 @@ def test_sigterm_finishes_requests_and_is_what_the_process_dies_of(program, spaw
     assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 def test_sigterm_serves_what_is_queued_and_stops_the_servers_of_other_greenlets(program):
     then = """
 other = StreamServer(("127.0.0.1", 0), handle)
@@ -328,6 +333,7 @@ print("not reached", flush=True)
     assert b"not reached" not in process.stdout.read()
 
 
+@pytest.mark.slow
 def test_sigterm_waits_until_answers_are_taken(program):
     process, port = program()
     client = ask(process, port, b"large")
@@ -337,6 +343,7 @@ def test_sigterm_waits_until_answers_are_taken(program):
     assert process.wait(SOON) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_sigterm_waits_for_the_stop_time_out_and_no_longer(program):
     process, port = program(then="server.serve_forever(stop_timeout=0.1)")
     client = ask(process, port, b"endless")
@@ -345,6 +352,7 @@ def test_sigterm_waits_for_the_stop_time_out_and_no_longer(program):
     client.close()
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_it_at_once(program):
     process, port = program(then="server.serve_forever(stop_timeout=1000)")
     client = ask(process, port, b"endless")
@@ -368,6 +376,7 @@ OWN_HANDLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", OWN_HANDLERS.values(), ids=OWN_HANDLERS)
 def test_a_program_with_a_sigterm_handler_of_its_own_keeps_it(program, before):
     process, port = program(before=before)
@@ -377,6 +386,7 @@ def test_a_program_with_a_sigterm_handler_of_its_own_keeps_it(program, before):
     client.close()
 
 
+@pytest.mark.slow
 def test_a_handler_that_is_set_while_it_serves_is_kept_as_well(program):
     process, _ = program(
         then="gevent.spawn(signal.signal, signal.SIGTERM, lambda *_: os._exit(7))\n"
@@ -387,6 +397,7 @@ def test_a_handler_that_is_set_while_it_serves_is_kept_as_well(program):
     assert process.wait(SOON) == 7
 
 
+@pytest.mark.slow
 def test_after_serve_forever_sigterm_is_what_it_was(program):
     process, _ = program(
         then="gevent.spawn(server.stop)\nserver.serve_forever()\n"
@@ -396,12 +407,14 @@ def test_after_serve_forever_sigterm_is_what_it_was(program):
     assert process.wait(SOON) == 0
 
 
+@pytest.mark.slow
 def test_a_forked_child_dies_of_sigterm_at_once(program):
     """As multiprocessing.Process.terminate() wants it."""
     process, port = program()
     assert answer_of(ask(process, port, b"fork")) == (str(int(signal.SIGTERM)).encode(), "end")
 
 
+@pytest.mark.slow
 def test_sigterm_works_in_a_patched_program_and_beside_a_server_in_a_thread(program):
     process, port = program(
         first="gevent.monkey; gevent.monkey.patch_all()",
@@ -417,6 +430,7 @@ gevent.get_hub().threadpool.spawn(in_thread)
     assert process.wait(SOON) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_the_first_process_of_a_container_ends_too(python):
     """The kernel does not end it by a signal that it leaves at its default, pid_namespaces(7)."""
     if os.system("unshare --user --map-root-user --pid --fork true 2>/dev/null"):
@@ -443,6 +457,7 @@ def children_of(pid):
         return [int(child) for child in file.read().split()]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it_and_ends_the_program(program):
     process, port = program(spawn="10")
     client = ask(process, port)

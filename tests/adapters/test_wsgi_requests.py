@@ -241,6 +241,7 @@ HALF = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello"
 HALF_CHUNK = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\na\r\nhello"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", [echo, wrapped])
 @pytest.mark.parametrize("body", [HALF, HALF_CHUNK])
 @pytest.mark.parametrize("how", ["closed", "reset", "silent"])
@@ -347,6 +348,7 @@ def test_a_rest_that_does_not_come_is_not_waited_for(talk, monkeypatch):
     assert talk(ignore, HALF, end=False).count(b"ignored") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [POST, CHUNKS, HALF_CHUNK, HALF, b"nonsense\r\n\r\n", POST.replace(b"hello", b"")])
 def test_nothing_is_left_of_a_request(serve, connect, in_thread, data):
     """Without the garbage collector."""

@@ -91,6 +91,7 @@ def test_without_a_good_header_a_balancer_is_not_served(serve, connect, in_threa
     assert server.stats().active == 0
 
 
+@pytest.mark.slow
 def test_a_header_has_its_time_however_slowly_bytes_come(serve, connect, in_thread):
     server = serve(who, proxy_protocol=ProxyProtocol(["127.0.0.1"], timeout=0.2))
     silent, slow = connect(server), connect(server)
@@ -119,6 +120,7 @@ def test_a_unix_socket_can_be_trusted(serve, connect, in_thread, tmp_path):
     assert in_thread(client.recv, 100).startswith(b"192.0.2.7 1234 ")
 
 
+@pytest.mark.slow
 def test_the_header_comes_before_tls(serve, connect, in_thread, tmp_path):
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "x")
@@ -176,6 +178,7 @@ def test_what_cannot_be_is_told(options, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_it_too():
     for arguments, message in (
         (["--proxy-protocol", "x"], "--proxy-protocol: must be networks, addresses or \"unix\", got 'x'"),
@@ -210,6 +213,7 @@ def test_curl(serve, in_thread):
     assert in_thread(lambda: subprocess.run(command, capture_output=True, timeout=SOON)).returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 @pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options unique-id,crc32c"])
 def test_haproxy(serve, connect, in_thread, tmp_path, option):
@@ -257,6 +261,7 @@ def test_a_forwarder_names_its_clients(serve, connect, in_thread, version):
     assert in_thread(converse, client, b"hello") == f"127.0.0.1 {port} 127.0.0.1 True\nhello".encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("certificate", [False, True])
 def test_a_forwarder_tells_what_it_knows_of_the_clients_tls(certificate, serve, connect, in_thread, tmp_path):
     authority = trustme.CA()
@@ -322,6 +327,7 @@ def nginx(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_nginx_understands_a_forwarder(nginx, serve, connect, in_thread, version):
     server = serve(Forwarder([f"127.0.0.1:{nginx()}"], send_proxy=version))
@@ -344,6 +350,7 @@ def test_nginx_as_the_balancer(nginx, serve, connect, in_thread):
     assert in_thread(converse, client, b"hello") == f"127.0.0.1 {name} 127.0.0.1 True\nhello".encode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 def test_haproxys_health_checks_are_its_own(serve, in_thread, tmp_path):
     """They are LOCAL: the client is haproxy itself, and its header is no fault."""

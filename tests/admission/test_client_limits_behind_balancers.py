@@ -62,6 +62,7 @@ def assigns(conn):
 # -- counted out as counted in -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [reads_header, assigns])
 def test_connections_of_named_clients_are_counted_out_as_they_were_counted_in(serve, connect, in_thread, handler):
     """As the balancer in, and as the client out, would refuse everybody after some connections, for good."""

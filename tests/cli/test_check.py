@@ -21,6 +21,7 @@ def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_report_has_a_line_for_each_finding_and_exits_0() -> None:
     result = run_check()
     assert result.returncode == 0
@@ -30,6 +31,7 @@ def test_report_has_a_line_for_each_finding_and_exits_0() -> None:
     assert all(line.endswith(" ok") or " advice: " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_json_says_the_same() -> None:
     result = run_check("--json")
     findings = json.loads(result.stdout)
@@ -38,6 +40,7 @@ def test_json_says_the_same() -> None:
     assert all((finding["verdict"] == "ok") == (finding["advice"] is None) for finding in findings)
 
 
+@pytest.mark.slow
 def test_closed_output_is_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -116,6 +119,7 @@ def test_listener_filter_that_does_nothing_is_found_out(monkeypatch: pytest.Monk
         assert said in finding.value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the TTL is asked for on Linux")
 def test_listener_filter_is_not_missed_where_a_ttl_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check.draining, "_drop_by_filter", lambda listening: False)
@@ -157,6 +161,7 @@ def test_probe_that_the_system_refuses_is_a_finding_not_a_traceback() -> None:
     assert finding.verdict == "advice"
 
 
+@pytest.mark.slow
 def test_select_backend_is_advised_against() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "gtcpserver", "check", "--json"],

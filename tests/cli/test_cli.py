@@ -164,6 +164,7 @@ def complaint(*arguments: str, cwd: Path | None = None, status: int = 2) -> str:
     return lines[0][len("gtcpserver: ") :]
 
 
+@pytest.mark.slow
 def test_version_names_all_that_matters() -> None:
     result = run("--version")
     assert result.returncode == 0
@@ -171,6 +172,7 @@ def test_version_names_all_that_matters() -> None:
     assert all(word in result.stdout for word in words)
 
 
+@pytest.mark.slow
 def test_help_names_every_command_and_the_exit_status() -> None:
     result = run("--help")
     assert result.returncode == 0
@@ -178,6 +180,7 @@ def test_help_names_every_command_and_the_exit_status() -> None:
     assert "Exit status" in result.stdout
 
 
+@pytest.mark.slow
 def test_without_click_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['click'] = None; sys.argv[1:] = ['check']; import gtcpserver.cli as c; c.main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -195,6 +198,7 @@ def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
     assert {name for name, _, _ in TLS_OPTIONS} == {field.name for field in dataclasses.fields(TLSConfig)}
 
 
+@pytest.mark.slow
 def test_echo_sends_back_and_stops_with_a_report(start: Callable[..., Running]) -> None:
     server = start("echo", "--bind", "127.0.0.1:0", "--pool", "123")
     assert server.listening.endswith(f"(pid {server.process.pid}, 1 accept loop, pool 123)")
@@ -203,11 +207,13 @@ def test_echo_sends_back_and_stops_with_a_report(start: Callable[..., Running]) 
     assert "stopped:" in server.lines[-1]
 
 
+@pytest.mark.slow
 def test_sigterm_as_soon_as_it_listens_is_a_graceful_stop(start: Callable[..., Running]) -> None:
     assert start("echo", "--bind", "127.0.0.1:0").stop() == 0
     assert start("echo", "--bind", "127.0.0.1:0").stop(signal.SIGINT) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", ["app:handler", "app.py:handler", "./app.py:handler"])
 def test_serve_runs_the_handler_named(start: Callable[..., Running], handler: str) -> None:
     server = start("serve", handler, "--bind", "127.0.0.1:0")
@@ -215,10 +221,12 @@ def test_serve_runs_the_handler_named(start: Callable[..., Running], handler: st
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_handler_may_be_an_attribute(start: Callable[..., Running]) -> None:
     assert start("serve", "app:Group.handler", "--bind", "127.0.0.1:0").ask() == b"from an attribute\n"
 
 
+@pytest.mark.slow
 def test_file_finds_the_modules_beside_it(start: Callable[..., Running], folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "beside.py").write_text("answer = b'beside\\n'\n")
@@ -226,10 +234,12 @@ def test_file_finds_the_modules_beside_it(start: Callable[..., Running], folder:
     assert start("serve", "sub/main.py:handler", "--bind", "127.0.0.1:0").ask() == b"beside\n"
 
 
+@pytest.mark.slow
 def test_user_module_is_imported_after_the_patch(start: Callable[..., Running]) -> None:
     assert start("serve", "app:patched", "--bind", "127.0.0.1:0").ask() == b"True\n"
 
 
+@pytest.mark.slow
 def test_patch_can_be_left_out(start: Callable[..., Running]) -> None:
     assert start("serve", "app:patched", "--bind", "127.0.0.1:0", "--no-monkey-patch").ask() == b"False\n"
 
@@ -251,6 +261,7 @@ def test_patch_is_decided_before_click_is_imported(arguments: list[str], wanted:
     assert wants_monkey_patch(arguments) is wanted
 
 
+@pytest.mark.slow
 def test_several_addresses_are_listened_on(start: Callable[..., Running], folder: Path) -> None:
     path = folder / "sock"
     server = start("echo", "--bind", "127.0.0.1:0", "--bind", f"unix:{path}", "--accept-loops", "2")
@@ -265,6 +276,7 @@ def test_several_addresses_are_listened_on(start: Callable[..., Running], folder
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_options_reach_server_and_sockets(start: Callable[..., Running]) -> None:
     server = start(
         *("serve", "app:context", "--bind", "127.0.0.1:0", "--context", "app:number", "--max-accepts", "2"),
@@ -286,6 +298,7 @@ def test_options_reach_server_and_sockets(start: Callable[..., Running]) -> None
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_hooks_are_called(start: Callable[..., Running]) -> None:
     server = start(
         "serve", "app:fail", "--bind", "127.0.0.1:0", "--on-error", "app:report", "--on-disconnect", "app:left"
@@ -297,6 +310,7 @@ def test_hooks_are_called(start: Callable[..., Running]) -> None:
     assert refusing.ask() == b""
 
 
+@pytest.mark.slow
 def test_tls_options_encrypt(start: Callable[..., Running], folder: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
@@ -313,6 +327,7 @@ def test_tls_options_encrypt(start: Callable[..., Running], folder: Path) -> Non
         assert client.recv(10) == b"secret"
 
 
+@pytest.mark.slow
 def test_stop_waits_for_handlers(start: Callable[..., Running]) -> None:
     server = start("serve", "app:wait", "--bind", "127.0.0.1:0")
     with server.connect() as client:
@@ -326,6 +341,7 @@ def test_stop_waits_for_handlers(start: Callable[..., Running]) -> None:
     assert "1 connection finished, 0 cut" in server.wait_for("stopped:")
 
 
+@pytest.mark.slow
 def test_each_cut_connection_is_reported(start: Callable[..., Running]) -> None:
     server = start("serve", "app:wait", "--bind", "127.0.0.1:0", "--stop-timeout", "0")
     with server.connect() as client:
@@ -338,6 +354,7 @@ def test_each_cut_connection_is_reported(start: Callable[..., Running]) -> None:
     assert "0 connections finished, 1 cut" in server.lines[-1]
 
 
+@pytest.mark.slow
 def test_log_is_json_where_asked_for_with_the_counters(start: Callable[..., Running]) -> None:
     server = start("echo", "--bind", "127.0.0.1:0", "--log-format", "json", "--stats-interval", "0.05")
     assert json.loads(server.listening)["level"] == "INFO"
@@ -347,6 +364,7 @@ def test_log_is_json_where_asked_for_with_the_counters(start: Callable[..., Runn
     assert all(json.loads(line) for line in server.lines)
 
 
+@pytest.mark.slow
 def test_log_level_hides_what_is_below(start: Callable[..., Running]) -> None:
     server = start("serve", "app:too_long", "--bind", "127.0.0.1:0", "--log-level", "info")
     assert server.ask() == b""
@@ -357,6 +375,7 @@ def test_log_level_hides_what_is_below(start: Callable[..., Running]) -> None:
     assert "DEBUG" in server.wait_for("xxx")
 
 
+@pytest.mark.slow
 def test_soft_limit_of_descriptors_is_raised_to_the_hard_one(start: Callable[..., Running]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = start(
@@ -365,6 +384,7 @@ def test_soft_limit_of_descriptors_is_raised_to_the_hard_one(start: Callable[...
     assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "frozen"), [("--freeze-gc", True), ("--no-freeze-gc", False)])
 def test_garbage_collector_is_frozen_unless_told_otherwise(
     start: Callable[..., Running], folder: Path, option: str, frozen: bool
@@ -379,6 +399,7 @@ def test_garbage_collector_is_frozen_unless_told_otherwise(
     assert answer.startswith(b"True 10000" if frozen else b"False ")
 
 
+@pytest.mark.slow
 def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Running]) -> None:
     server = start("serve", "app:too_long", "--bind", "127.0.0.1:0", "--log-level", "debug")
     connections = 1500  # of which each logs a line of more than 100 bytes, into a pipe that holds 65,536
@@ -388,6 +409,7 @@ def test_server_goes_on_when_nobody_reads_its_stderr(start: Callable[..., Runnin
     assert 0 < len(server.lines) < connections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -433,6 +455,7 @@ def test_wrong_call_is_one_line_and_status_2(folder: Path, arguments: list[str],
     assert complaint(*arguments, cwd=folder).startswith(said)
 
 
+@pytest.mark.slow
 def test_address_in_use_is_one_line_and_status_1() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -443,11 +466,13 @@ def test_address_in_use_is_one_line_and_status_1() -> None:
     assert "--shared" in line
 
 
+@pytest.mark.slow
 def test_address_of_another_host_is_one_line_and_status_1() -> None:
     # RFC 5737: an address that no host has.
     assert complaint("echo", "--bind", "192.0.2.1:0", status=1).startswith("cannot listen: 192.0.2.1:0: ")
 
 
+@pytest.mark.slow
 def test_exception_in_the_users_module_shows_his_frames_alone(folder: Path) -> None:
     (folder / "broken.py").write_text("import helper\n")
     (folder / "helper.py").write_text("def load():\n    return 1 / 0\nload()\n")
@@ -460,6 +485,7 @@ def test_exception_in_the_users_module_shows_his_frames_alone(folder: Path) -> N
     assert any(line == "ZeroDivisionError: division by zero" for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["broken:handler", "broken.py:handler"])
 @pytest.mark.parametrize(
     ("source", "kind"),
@@ -491,6 +517,7 @@ def test_fields_are_named_as_options(message: str, named: str) -> None:
     assert name_option(message) == named
 
 
+@pytest.mark.slow
 def test_a_self_signed_certificate_is_made_for_a_first_try_and_said_so(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "gtcpserver", "echo", "--bind", "127.0.0.1:0", "--tls-self-signed"],
@@ -524,6 +551,7 @@ def test_a_self_signed_certificate_is_made_for_a_first_try_and_said_so(tmp_path:
     assert "--tls-self-signed" in done.stderr
 
 
+@pytest.mark.slow
 def test_sighup_reads_certificates_again_and_says_what_it_cannot_do(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:

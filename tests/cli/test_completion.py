@@ -13,6 +13,8 @@ import pytest
 
 from kit.patience import SOON
 
+pytestmark = pytest.mark.slow
+
 BIN = str(Path(sys.executable).parent)
 
 

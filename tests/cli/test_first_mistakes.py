@@ -49,6 +49,7 @@ def complaint(folder: Path, *arguments: str, status: int = 2) -> str:
 # -- what is named -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "name", "hint"),
     [
@@ -68,6 +69,7 @@ def test_a_part_of_a_package_is_told_its_name(folder: Path, at: str, name: str, 
     assert said.endswith("; it is part of a package: " + hint.format(folder=folder))
 
 
+@pytest.mark.slow
 def test_a_class_is_told_what_to_give_instead(folder: Path) -> None:
     assert "app:Chat is a class; give a function" in complaint(folder, "serve", "app:Chat")
 
@@ -75,6 +77,7 @@ def test_a_class_is_told_what_to_give_instead(folder: Path) -> None:
 # -- files of settings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -91,6 +94,7 @@ def test_mistakes_in_a_file_have_one_form(folder: Path, text: str, said: str) ->
     assert complaint(folder, "config", "check", "app.toml").startswith(f"app.toml {said}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -105,6 +109,7 @@ def test_so_do_those_in_the_file_of_a_proxy(folder: Path, text: str, said: str) 
     assert complaint(folder, "proxy", "check", "proxy.toml").startswith(f"proxy.toml {said}")
 
 
+@pytest.mark.slow
 def test_check_imports_the_program_where_it_is_asked_to(folder: Path) -> None:
     (folder / "good.toml").write_text('handler = "app:only_patched"\non_connect = "app:handle"\n')
     done = run(folder, "config", "check", "--load", "good.toml")
@@ -125,6 +130,7 @@ def test_check_imports_the_program_where_it_is_asked_to(folder: Path) -> None:
 # -- addresses ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("--workers", "1")])
 def test_an_address_that_is_given_twice_is_told_before_anything_is_opened(
     folder: Path, workers: tuple[str, ...]
@@ -155,6 +161,7 @@ def test_a_part_of_every_address_is_told_to_be_ours() -> None:
         Server(f"*:{one.port}", print).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("--workers", "1")])
 def test_nothing_is_said_to_have_stopped_that_did_not_start(folder: Path, workers: tuple[str, ...]) -> None:
     done = run(folder, "serve", "app:nobody", "--bind", "127.0.0.1:0", *workers)
@@ -165,6 +172,7 @@ def test_nothing_is_said_to_have_stopped_that_did_not_start(folder: Path, worker
 # -- ctl and signals ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctl_takes_its_options_behind_the_command_as_well(folder: Path) -> None:
     before = complaint(folder, "ctl", "--control", "nobody", "status", status=1)
     assert "No such file" in before
@@ -173,6 +181,7 @@ def test_ctl_takes_its_options_behind_the_command_as_well(folder: Path) -> None:
     assert "--timeout" in complaint(folder, "ctl", "status", "--timeout", "0")
 
 
+@pytest.mark.slow
 def test_a_single_process_is_not_ended_by_the_signals_of_a_master(folder: Path) -> None:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -67,6 +67,7 @@ def command_line(process):
         return file.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [False, True])
 def test_users_from_a_file(start, in_thread, serve, tmp_path, workers):
     target = serve(echo)
@@ -81,6 +82,7 @@ def test_users_from_a_file(start, in_thread, serve, tmp_path, workers):
     assert "cret" not in "".join(lines)
 
 
+@pytest.mark.slow
 def test_users_from_standard_input(start, in_thread, serve):
     target = serve(echo)
     with start("--user-file", "-", given=b"ada:secret\n") as (_, port, _lines):
@@ -88,6 +90,7 @@ def test_users_from_standard_input(start, in_thread, serve):
         assert in_thread(lambda: ask(port, target.port)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_workers_without_rights_need_not_read_the_file(start, in_thread, serve, tmp_path):
     target = serve(echo)
@@ -97,6 +100,7 @@ def test_workers_without_rights_need_not_read_the_file(start, in_thread, serve, 
         assert in_thread(lambda: ask(port, target.port, user=b"ada", password=b"secret")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False], ids=["standard input", "file"])
 def test_an_upstream_from_a_file(start, in_thread, serve, tmp_path, given):
     target = serve(echo)
@@ -110,6 +114,7 @@ def test_an_upstream_from_a_file(start, in_thread, serve, tmp_path, given):
         assert "command line" not in "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [False, True])
 @pytest.mark.parametrize(
     ("options", "warned"),
@@ -127,6 +132,7 @@ def test_a_password_on_the_command_line_is_warned_of_once(start, options, warned
     assert not [line for line in lines if "secret" in line]
 
 
+@pytest.mark.slow
 def test_hash_password_warns_too():
     done = subprocess.run([*COMMAND, "hash-password", "--password", "pw"], capture_output=True, text=True, timeout=SOON)
     assert done.returncode == 0
@@ -143,6 +149,7 @@ def refused(*options, given=""):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_name_the_option_and_no_password(tmp_path):
     users, url = secret(tmp_path / "users", "ada:a\nsecret\n"), secret(tmp_path / "url", "socks5://a:secret@h:99999")
     said = refused("--user-file", users)
@@ -223,6 +230,7 @@ def test_what_is_no_file(path, told):
         read_url(path)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_text_has_users_or_a_mistake_without_the_text(tmp_path_factory, text):
     path = secret(tmp_path_factory.getbasetemp() / "any-secret", text)

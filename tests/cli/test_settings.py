@@ -119,6 +119,7 @@ def run(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
+@pytest.mark.slow
 def test_a_file_is_enough(start, folder) -> None:
     (folder / "app.toml").write_text(
         'handler = "app:pool"\nbind = "127.0.0.1:0"\npool = 7\ntimeout = 5.5\nmax_connections = "none"\n'
@@ -128,12 +129,14 @@ def test_a_file_is_enough(start, folder) -> None:
     server.stop()
 
 
+@pytest.mark.slow
 def test_the_environment_is_enough(start) -> None:
     server = start("serve", GTCPSERVER_HANDLER="app:pool", GTCPSERVER_BIND="127.0.0.1:0", GTCPSERVER_POOL="9")
     assert server.ask() == b"9 None None"
     server.stop()
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_before_the_environment_and_that_before_the_file(start, folder) -> None:
     (folder / "app.toml").write_text(
         'handler = "app:handle"\nbind = "127.0.0.1:0"\npool = 1\ntimeout = 1\nmax_connections = 1\n'
@@ -147,12 +150,14 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(s
     assert server.ask() == b"3 2.0 1"
 
 
+@pytest.mark.slow
 def test_values_separated_by_spaces_are_several(start) -> None:
     server = start("echo", GTCPSERVER_BIND="127.0.0.1:0 127.0.0.1:0", GTCPSERVER_REUSE_PORT="no")
     assert server.lines[-1].count("127.0.0.1:") == 2
     server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "environment"])
 def test_forward_and_files_have_settings_too(start, folder, place) -> None:
     target = start("echo", GTCPSERVER_BIND="127.0.0.1:0")
@@ -169,6 +174,7 @@ def test_forward_and_files_have_settings_too(start, folder, place) -> None:
     assert files.ask(b"GET /app.py HTTP/1.0\r\n\r\n") == b"HTTP/1.1 200 OK"
 
 
+@pytest.mark.slow
 def test_the_proxy_obeys_the_environment_for_what_is_not_its_own(start) -> None:
     pytest.importorskip("msgspec")
     proxy = start("proxy", "--mixed", "127.0.0.1:0", GTCPSERVER_POOL="33", GTCPSERVER_MIXED="127.0.0.1:1")
@@ -176,6 +182,7 @@ def test_the_proxy_obeys_the_environment_for_what_is_not_its_own(start) -> None:
     assert any("there is no setting GTCPSERVER_MIXED" in line for line in proxy.lines)
 
 
+@pytest.mark.slow
 def test_the_proxys_own_file_may_be_named_by_the_environment(start, run, folder) -> None:
     pytest.importorskip("msgspec")
     (folder / "proxy.toml").write_text('[[listener]]\nlisten = "127.0.0.1:0"\n')
@@ -183,6 +190,7 @@ def test_the_proxys_own_file_may_be_named_by_the_environment(start, run, folder)
     assert run("proxy", "check", "proxy.toml", GTCPSERVER_CONFIG="no.toml").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_variable_that_is_no_setting_is_a_warning(start) -> None:
     server = start(
         "echo", GTCPSERVER_BIND="127.0.0.1:0", GTCPSERVER_POOLL="3", GTCPSERVER_TARGETS="x", GTCPSERVER_CONTROL="y"
@@ -195,6 +203,7 @@ def test_a_variable_that_is_no_setting_is_a_warning(start) -> None:
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -245,6 +254,7 @@ def test_every_mistake_is_told_with_its_line(folder, monkeypatch, capsys, text, 
         assert line.startswith(f"gtcpserver: bad.toml {start}")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_none(run, folder) -> None:
     (folder / "bad.toml").write_text("pool = = 5")
     (folder / "latin.toml").write_bytes(b"handler = '\xe4'")
@@ -259,6 +269,7 @@ def test_a_file_that_is_none(run, folder) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_environment_is_told_by_its_name(run) -> None:
     for value, words in (("many", "must be a whole number"), ("0", "must have at least 1 place")):
         result = run("serve", "app:handle", GTCPSERVER_POOL=value)
@@ -268,6 +279,7 @@ def test_a_mistake_in_the_environment_is_told_by_its_name(run) -> None:
     assert (result.returncode, result.stderr) == (2, "gtcpserver: GTCPSERVER_HANDLER: app has no 'nobody'\n")
 
 
+@pytest.mark.slow
 def test_a_mistake_that_workers_find_is_told_by_its_line(run, folder) -> None:
     (folder / "app.toml").write_text('bind = "127.0.0.1:0"\nworkers = 1\nhandler = "app:nobody"')
     result = run("serve", "--config", "app.toml")
@@ -278,6 +290,7 @@ def test_a_mistake_that_workers_find_is_told_by_its_line(run, folder) -> None:
 # -- config show, config check -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_show_says_what_holds_and_where_from(run, folder) -> None:
     (folder / "secret").write_text("s3cr3t\n")
     (folder / "app.toml").write_text(
@@ -303,6 +316,7 @@ def test_show_says_what_holds_and_where_from(run, folder) -> None:
     assert told.keys() == rows.keys()
 
 
+@pytest.mark.slow
 def test_show_takes_the_options_of_another_command(run) -> None:
     result = run("config", "show", "--command", "forward", "--balance", "least", "127.0.0.1:0", "127.0.0.1:1")
     assert re.search(r'^targets +\["127.0.0.1:1"\] +command line$', result.stdout, re.MULTILINE)
@@ -311,6 +325,7 @@ def test_show_takes_the_options_of_another_command(run) -> None:
     assert re.match("gtcpserver: no such option:? '?--no-such", wrong.stderr)
 
 
+@pytest.mark.slow
 def test_check_says_that_a_file_is_good(run, folder) -> None:
     text = (ROOT / "docs" / "settings.md").read_text()
     example = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
@@ -325,6 +340,7 @@ def test_check_says_that_a_file_is_good(run, folder) -> None:
 # -- a reload ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reload_reads_the_file_again(start, folder) -> None:
     file = folder / "app.toml"
     text = 'bind = "127.0.0.1:0"\nworkers = 1\n'
@@ -380,6 +396,7 @@ def test_the_patch_obeys_file_and_environment(folder, monkeypatch, arguments, va
     assert wants_monkey_patch(arguments, variables) is wanted
 
 
+@pytest.mark.slow
 def test_a_program_is_as_unpatched_as_its_file_says(start, folder) -> None:
     (folder / "app.toml").write_text('handler = "app:patched"\nbind = "127.0.0.1:0"\nmonkey_patch = false')
     assert start("serve", "--config", "app.toml").ask() == b"False"
@@ -392,6 +409,7 @@ NAMES = st.text("abcxyz-_0189", min_size=1, max_size=8)
 VALUES = st.sampled_from(["1", '"x"', '"""\n[x]\ny = 1\n"""', "[\n1, # [\n2,\n]", '["[", "["]', "{ a = 1 }", "'\\'"])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(NAMES, VALUES, st.integers(0, 2)), unique_by=lambda one: one[0], max_size=8))
 def test_each_key_is_found_in_its_line(entries) -> None:
     text, wanted, table = "", {}, ""
@@ -407,6 +425,7 @@ def test_each_key_is_found_in_its_line(entries) -> None:
     assert lines.of("nowhere") is None
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_key_has_a_line_or_none(keys) -> None:
     assert Lines("[[a]]\nb = 1\n[[a]]\nb.c = 1\n").of(keys) in (None, 1, 2, 3, 4)

@@ -10,10 +10,13 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from kit.patience import SOON
 from kit.supervised import APP, COMMAND, wait_until
 
 
+@pytest.mark.slow
 def test_a_single_process_that_hears_twice_that_its_terminal_is_closed_cuts_nobody(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     ours, theirs = pty.openpty()

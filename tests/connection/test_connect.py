@@ -89,6 +89,7 @@ class Refused(Connection._gevent_sock_class):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")  # ioctl(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [True, False], ids=["no socket", "nobody listens"])
 def test_an_address_that_cannot_be_tried_leaves_no_descriptor_and_no_cycle(monkeypatch, refused):
     if refused:

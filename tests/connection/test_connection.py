@@ -389,6 +389,7 @@ def test_recv_times_out_and_works_afterwards(pair):
     assert connection.recv(1) == b"x"
 
 
+@pytest.mark.slow
 def test_a_timeout_begins_anew_with_each_wait(pair):
     connection, peer = pair()
     connection.settimeout(0.6)
@@ -414,6 +415,7 @@ def test_one_timer_serves_many_waits(pair):
     assert len(timers) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["settimeout", "deadline"])
 def test_a_timeout_taken_back_does_not_end_a_later_wait(pair, change):
     connection, peer = pair()
@@ -429,6 +431,7 @@ def test_a_timeout_taken_back_does_not_end_a_later_wait(pair, change):
     assert connection.recv(10) == b"late"
 
 
+@pytest.mark.slow
 def test_a_write_timeout_taken_back_does_not_end_a_later_wait(pair):
     connection, _peer = pair()
     connection.settimeout(0.05)
@@ -452,6 +455,7 @@ def test_a_shorter_timeout_holds_from_the_next_wait_on(pair):
         connection.recv(10)
 
 
+@pytest.mark.slow
 def test_data_that_came_in_time_is_not_late_because_the_loop_was_held_up(pair):
     connection, peer = pair()
     connection.settimeout(0.3)
@@ -462,6 +466,7 @@ def test_data_that_came_in_time_is_not_late_because_the_loop_was_held_up(pair):
     assert reader.get(timeout=SOON) == b"in time"
 
 
+@pytest.mark.slow
 def test_reader_and_writer_time_out_each_by_its_own_clock(pair):
     connection, peer = pair()
     connection.settimeout(0.6)
@@ -501,6 +506,7 @@ def test_sendall_to_a_client_that_never_reads_times_out(pair):
             connection.send(b"x" * 1_000_000)
 
 
+@pytest.mark.slow
 def test_sendall_that_moves_does_not_time_out(pair):
     connection, peer = pair()
     connection.settimeout(0.6)
@@ -531,6 +537,7 @@ def test_settimeout_refuses_nonsense(pair, value):
 # -- deadlines -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_deadline_bounds_a_client_that_drips(pair):
     connection, peer = pair()
     connection.settimeout(SOON)
@@ -1019,6 +1026,7 @@ def test_a_fast_sender_does_not_keep_the_event_loop_to_itself(pair, watcher_was_
     other.get()
 
 
+@pytest.mark.slow
 def test_a_dropped_connection_leaves_nothing_behind(pair):
     loop = get_hub().loop
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -1043,6 +1051,7 @@ def test_a_dropped_connection_leaves_nothing_behind(pair):
             peer.close()
 
 
+@pytest.mark.slow
 def test_dropped_connections_do_not_abort_the_process():
     # libev aborts when a started watcher outlives its descriptor; so this runs apart.
     source = """
@@ -1155,6 +1164,7 @@ class Stress:
             worker.greenlet.throw(Killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_interruptions_at_any_moment_leave_no_stale_watcher(pair, seed):
     stress = Stress(seed)

@@ -34,6 +34,7 @@ def write_to_a_file(conn):
         file.write(ANSWER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [write_and_return, write_and_raise, write_and_close, write_to_a_file])
 def test_unread_input_costs_the_peer_no_byte_of_the_answer(serve, connect, spawn_thread, handler):
     server = serve(handler, on_error=lambda conn, error: None)
@@ -47,6 +48,7 @@ def test_unread_input_costs_the_peer_no_byte_of_the_answer(serve, connect, spawn
     wait_until(lambda: server.stats().lingering == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [write_and_return, write_and_raise, write_and_close])
 def test_input_that_goes_on_coming_costs_the_peer_no_byte_of_the_answer(serve, connect, spawn_thread, handler):
     server = serve(handler, on_error=lambda conn, error: None)
@@ -172,6 +174,7 @@ def test_linger_alone():
         assert mine.fileno() == -1
 
 
+@pytest.mark.slow
 def test_each_peer_has_its_time_and_is_closed_after_it_though_others_came_before():
     pairs = [socket.socketpair() for _ in range(3)]
     polite = Linger(0.1)

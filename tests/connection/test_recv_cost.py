@@ -53,6 +53,7 @@ def cpu(function):
 SIZES = 20_000, 160_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", [b"\n", b"--end--"])
 def test_recv_until_costs_the_same_for_each_byte(dripping, separator):
     """400,000 took 26 times as long as 100,000, and a megabyte half a minute."""

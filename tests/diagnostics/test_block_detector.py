@@ -66,6 +66,7 @@ def ask(client):
     return client.recv(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [sleep_natively, compute, hold_the_interpreter])
 def test_what_blocks_is_counted_and_named(serve, connect, in_thread, detector, reports, function):
     server = serve(work(function))
@@ -95,12 +96,14 @@ def test_what_blocks_is_counted_and_named(serve, connect, in_thread, detector, r
     assert stats.blocked_seconds == pytest.approx(sum(ended), abs=0.001)
 
 
+@pytest.mark.slow
 def test_what_waits_is_not_found_however_long(serve, connect, in_thread, detector, reports):
     server = serve(work(lambda: gevent.sleep(0.9)))
     in_thread(ask, connect(server))
     assert (detector.blocked, reports()) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", [0.5], indirect=True)
 def test_load_is_not_found(serve, connect, detector, reports):
     """A hundred handlers that compute for 20 ms each, one after another: nobody of them blocks."""
@@ -127,6 +130,7 @@ def test_load_is_not_found(serve, connect, detector, reports):
     assert (detector.blocked, reports()) == (0, [])
 
 
+@pytest.mark.slow
 def test_one_that_may_never_end_is_told_while_it_blocks(serve, connect, in_thread, reports):
     with BlockDetector(0.05) as detector:
         in_thread(ask, connect(serve(work(lambda: native_sleep(0.7)))))
@@ -139,6 +143,7 @@ def test_one_that_may_never_end_is_told_while_it_blocks(serve, connect, in_threa
     assert second.created - first.created > 0.05
 
 
+@pytest.mark.slow
 def test_a_flood_from_one_place_is_counted_and_thinned_out(reports):
     with BlockDetector(0.05) as detector:
         for _ in range(12):
@@ -149,6 +154,7 @@ def test_a_flood_from_one_place_is_counted_and_thinned_out(reports):
     assert 5 <= len([one for one in reports() if one.getMessage().endswith(f"in {here}")]) <= 6
 
 
+@pytest.mark.slow
 def test_it_ends_when_it_is_stopped_and_its_counters_stay(reports):
     detector = BlockDetector(0.3)
     wait_until(lambda: threads() == 0)  # those of other tests
@@ -188,6 +194,7 @@ def handle(conn):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--block-detector=0.05"], ["--workers", "1", "--block-detector"]])
 def test_the_command_reports(tmp_path, in_thread, more):
     (tmp_path / "app.py").write_text(APP)
@@ -217,6 +224,7 @@ def test_the_command_reports(tmp_path, in_thread, more):
         assert '    monkey.get_original("time", "sleep")(0.3)\n' in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -60,6 +60,7 @@ def read_available(fd: int) -> bytes:
     return data
 
 
+@pytest.mark.slow
 def test_unread_pipe_drops_records_and_says_so_when_read_again(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     handler = text_handler(writer)
@@ -190,6 +191,7 @@ def test_a_file_put_in_place_of_stderr_is_followed(tmp_path: os.PathLike[str]) -
     assert handler.dropped == 0
 
 
+@pytest.mark.slow
 def test_socket_as_stderr_is_written_and_does_not_wait() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -201,6 +203,7 @@ def test_socket_as_stderr_is_written_and_does_not_wait() -> None:
         assert handler.dropped
 
 
+@pytest.mark.slow
 def test_terminal_nobody_reads_does_not_block_and_keeps_its_flags() -> None:
     master, slave = pty.openpty()
     try:
@@ -258,6 +261,7 @@ def test_json_is_one_object_a_line() -> None:
     assert fields["time"].endswith("Z")
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_message_is_one_line_of_text(message: str) -> None:
     text = TextFormatter().format(make_record("%s", message))
@@ -321,6 +325,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
 def test_configured_process_logs_greenlet_errors_warnings_and_unraisable_exceptions(patch: str) -> None:
     result = run_python(
@@ -347,6 +352,7 @@ logging.getLogger("app").debug("not mine")
     assert records[3]["message"] == "mine"
 
 
+@pytest.mark.slow
 def test_unread_stderr_does_not_stop_the_event_loop_when_greenlets_fail() -> None:
     code = """
 from gevent import monkey; monkey.patch_all()
@@ -368,6 +374,7 @@ print(handler.dropped)
     assert int(process.stdout) > 0
 
 
+@pytest.mark.slow
 def test_process_started_with_stderr_closed_runs() -> None:
     result = subprocess.run(
         [
@@ -383,6 +390,7 @@ def test_process_started_with_stderr_closed_runs() -> None:
     assert result.stdout == "1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "said"), [({"level": "loud"}, "LOUD"), ({"format": "xml"}, "log format must be")])
 def test_unknown_level_or_format_is_an_error(options: dict[str, str], said: str) -> None:
     result = run_python(f"from gtcpserver.diagnostics.logs import configure_logging; configure_logging(**{options!r})")

@@ -57,6 +57,7 @@ if WHERE == "import":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("--workers=1",)], ids=["single", "workers"])
 @pytest.mark.parametrize(
     ("how", "where"), [("dict", "import"), ("named", "import"), ("file", "import"), ("dict", "handler")]
@@ -92,6 +93,7 @@ logging.getLogger("gtcpserver.access").error("not heard")
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_imports_the_library_before_it_sets_up_logging_hears_it():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=SOON)
     assert done.returncode == 0, done.stderr
@@ -143,6 +145,7 @@ def test_a_logger_class_of_the_program_stays():
     assert own_logger(logger.name) is logger
 
 
+@pytest.mark.slow
 def test_every_logger_of_the_library_is_one_that_stays():
     package = Path(sys.modules["gtcpserver"].__file__).parent
     for path in package.rglob("*.py"):

@@ -47,6 +47,7 @@ def test_the_table_has_every_room_once():
     assert named == sorted(there - {"__init__", "__main__", "_version", "gtcpserver"})
 
 
+@pytest.mark.slow
 def test_a_room_is_above_all_that_it_imports(pictures):
     graph = pictures.imports()
     assert "connection" in graph["server"]
@@ -123,6 +124,7 @@ def test_a_server_changes_its_state_as_the_table_says(watched, monkeypatch):
     assert set(changes) == STATE_CHANGES.keys() - in_child
 
 
+@pytest.mark.slow
 def test_masters_and_workers_change_their_states_as_the_tables_say(watched):
     """In the simulated system, by random schedules."""
     from supervisor.test_schedules import Schedules

@@ -197,6 +197,7 @@ def place(request, tmp_path, short_path, certificates):
     place.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_blocks_of_page_do_what_it_says(path, place):
     blocks = find_blocks(path)
@@ -504,6 +505,7 @@ def test_a_block_in_an_unknown_language_is_told(tmp_path, certificates):
         test_blocks_of_page_do_what_it_says(path, Place(tmp_path / "place", certificates, {}))
 
 
+@pytest.mark.slow
 def test_tests_in_a_block_are_run_with_what_is_given(tmp_path, certificates):
     block = "<!-- given: x = 1 -->\n```python\ndef test_it():\n    assert x == %d\n```\n"
     (tmp_path / "place").mkdir()
@@ -513,6 +515,7 @@ def test_tests_in_a_block_are_run_with_what_is_given(tmp_path, certificates):
         test_blocks_of_page_do_what_it_says(page(tmp_path, block % 2), place)
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_is_told(tmp_path, certificates):
     path = page(tmp_path, "```python\nx = 1\n```\n\n<!-- continues -->\n\n```python\nassert x == 2, 'not two'\n```\n")
     (tmp_path / "place").mkdir()
@@ -564,6 +567,7 @@ def typed(tmp_path, text):
         place.kill()
 
 
+@pytest.mark.slow
 def test_a_typed_page_has_what_it_installs(tmp_path):
     text = (
         "```console\n$ ls -A\n.venv\n$ python -c 'import gtcpserver, click'\n$ [ -t 1 ] && gtcpserver --version\n"
@@ -572,6 +576,7 @@ def test_a_typed_page_has_what_it_installs(tmp_path):
     typed(tmp_path, SETUP % "[cli]" + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -71,6 +71,7 @@ def load(port, size, stop, keep, failures, counts):
             sock.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is missing")
 def test_two_instances_behind_haproxy_are_replaced_without_a_lost_request(tmp_path, need_descriptors):
     need_descriptors(8192)  # haproxy's, for its maxconn
@@ -145,6 +146,7 @@ def test_the_unit_files_name_commands_and_options_that_exist():
         assert {re.split("[= ]", argument)[0] for argument in arguments if argument.startswith("--")} <= known
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is missing")
 def test_systemd_understands_the_unit_files(tmp_path):
     units = []
@@ -174,6 +176,7 @@ def test_the_containerfile_copies_what_is_there_and_is_not_root():
     assert re.search(r"^STOPSIGNAL SIGTERM$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 @pytest.mark.parametrize("workers", [True, False])
 def test_the_container_s_process_1_is_healthy_serves_and_stops_at_its_stop_signal(tmp_path, workers):

@@ -80,6 +80,7 @@ def queue(run, tmp_path):
         yield found
 
 
+@pytest.mark.slow
 def test_fifty_handlers_wait_in_redis_at_once(start, connect, queue):
     example = start("redis_queue.py", env={"REDIS_URL": queue.url}, LONGEST_WAIT=30)
     clients = [connect(example) for _ in range(50)]
@@ -93,6 +94,7 @@ def test_fifty_handlers_wait_in_redis_at_once(start, connect, queue):
     example.stop()
 
 
+@pytest.mark.slow
 def test_a_queue_that_is_empty_and_a_redis_that_goes_away_are_told(start, connect, queue):
     example = start("redis_queue.py", env={"REDIS_URL": queue.url}, LONGEST_WAIT=1)
     client = connect(example)
@@ -127,6 +129,7 @@ def database(run, tmp_path):
         yield found, str(tmp_path / "my.cnf")
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, database):
     connection, path = database
     example = start("database.py", env={"MY_CNF": path}, POOL_SIZE=1, ANSWER_TIMEOUT=1)
@@ -154,6 +157,7 @@ def test_what_is_written_is_read_and_a_late_answer_is_nobodys(start, connect, da
     example.stop()
 
 
+@pytest.mark.slow
 def test_fifty_handlers_wait_in_the_database_at_once_and_no_more(start, connect, database):
     connection, path = database
     example = start("database.py", env={"MY_CNF": path})
@@ -177,6 +181,7 @@ def test_fifty_handlers_wait_in_the_database_at_once_and_no_more(start, connect,
     example.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variable", "value", "message"),
     [
@@ -253,6 +258,7 @@ def web(run, tmp_path):
     origin.close()
 
 
+@pytest.mark.slow
 def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):
     url, origin = web
     example = start("requests_client.py", env={"BACKEND": url})
@@ -269,6 +275,7 @@ def test_fifty_handlers_wait_for_nginx_at_once(start, connect, web):
     example.stop()
 
 
+@pytest.mark.slow
 def test_a_web_server_that_is_missing_is_told_to_clients(start, connect):
     example = start("requests_client.py", env={"BACKEND": "http://127.0.0.1:1"})
     client = connect(example)
@@ -284,6 +291,7 @@ def test_all_of_them_are_told_of_in_the_docs():
         assert name in text
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs():
     text = ROOT.joinpath("docs", "blocking.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

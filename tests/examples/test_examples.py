@@ -50,6 +50,7 @@ def test_each_can_be_copied_alone(name: str) -> None:
     assert f"python examples/{name}" in (ast.get_docstring(tree) or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_the_last_line_tells_of_a_wrong_address(name: str) -> None:
     done = run_example(name, "127.0.0.1:70000")
@@ -57,6 +58,7 @@ def test_the_last_line_tells_of_a_wrong_address(name: str) -> None:
     assert "port must be 0 to 65535" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_last_line_tells_of_an_address_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_example("echo.py", f"127.0.0.1:{taken.getsockname()[1]}")
@@ -64,11 +66,13 @@ def test_the_last_line_tells_of_an_address_in_use() -> None:
     assert "in use" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_a_signal_right_after_it_listens_is_a_graceful_stop(start: Start, name: str) -> None:
     start(name).stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ANSWERING if name != "echo.py"])
 def test_a_silent_client_holds_up_no_stop(start: Start, connect: Connect, name: str) -> None:
     example = start(name)
@@ -77,6 +81,7 @@ def test_a_silent_client_holds_up_no_stop(start: Start, connect: Connect, name: 
     assert ", 0 cut" in example.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERING)
 def test_serves_a_unix_socket_too(start: Start, tmp_path: Path, name: str) -> None:
     example = start(name, f"unix:{tmp_path}/socket")
@@ -84,6 +89,7 @@ def test_serves_a_unix_socket_too(start: Start, tmp_path: Path, name: str) -> No
     assert ", 0 cut" in example.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ANSWERING if name != "echo.py"])
 def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) -> None:
     example = start(name)
@@ -96,6 +102,7 @@ def test_a_flood_without_a_line_ends_that_client_alone(start: Start, name: str) 
 # -- echo.py -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_echo_sends_back_what_comes(start: Start) -> None:
     assert ask(start("echo.py"), b"x" * 300_000) == b"x" * 300_000
 
@@ -103,12 +110,14 @@ def test_echo_sends_back_what_comes(start: Start) -> None:
 # -- line_protocol.py --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_line_protocol_stores_values_with_any_bytes(start: Start) -> None:
     example = start("line_protocol.py")
     assert ask(example, b"GET name\nSET name 5\nA\nda \nGET name\nQUIT\nGET name\n") == b"NONE\nOK\nVALUE 5\nA\nda \n"
     assert ask(example, b"SET none 0\n\nGET none\nGET name\n") == b"OK\nVALUE 0\n\nVALUE 5\nA\nda \n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "answer"),
     [
@@ -130,6 +139,7 @@ def test_line_protocol_refuses_what_it_cannot_read(start: Start, request_: bytes
     assert ask(example, b"GET name\n") == b"NONE\n"
 
 
+@pytest.mark.slow
 def test_line_protocol_ends_a_request_that_takes_too_long(start: Start, connect: Connect) -> None:
     example = start("line_protocol.py", REQUEST_SECONDS=0.2)
     slow, silent = connect(example), connect(example)
@@ -149,6 +159,7 @@ def join(client: Client, name: str) -> None:
     assert name in greeting
 
 
+@pytest.mark.slow
 def test_chat_lines_reach_everybody_else(start: Start, connect: Connect) -> None:
     example = start("chat.py")
     ada, bob = connect(example), connect(example)
@@ -161,6 +172,7 @@ def test_chat_lines_reach_everybody_else(start: Start, connect: Connect) -> None
     assert bob.read() == "Ada: hello Bob"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Ada", "", "x" * 33])
 def test_chat_takes_no_name_that_is_taken_or_unfit(start: Start, connect: Connect, name: str) -> None:
     example = start("chat.py")
@@ -172,6 +184,7 @@ def test_chat_takes_no_name_that_is_taken_or_unfit(start: Start, connect: Connec
     assert ada.read() == "* Bob has come"  # and nobody came or left before
 
 
+@pytest.mark.slow
 def test_chat_members_who_leave_in_any_way_are_gone(start: Start, connect: Connect) -> None:
     example = start("chat.py")
     ada = connect(example)
@@ -184,6 +197,7 @@ def test_chat_members_who_leave_in_any_way_are_gone(start: Start, connect: Conne
         assert ada.read() == "* Bob has left"
 
 
+@pytest.mark.slow
 def test_chat_slow_members_hold_up_nobody_and_hear_what_they_missed(start: Start, connect: Connect) -> None:
     example = start("chat.py")
     slow = connect(example, receive_buffer=4096)
@@ -208,6 +222,7 @@ def test_chat_slow_members_hold_up_nobody_and_hear_what_they_missed(start: Start
     assert 8000 <= heard + missed <= 8003
 
 
+@pytest.mark.slow
 def test_chat_a_flood_of_short_lines_arrives_whole(start: Start, connect: Connect) -> None:
     example = start("chat.py")
     ada, bob = connect(example), connect(example)
@@ -249,6 +264,7 @@ def web() -> Iterator[Any]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_blocking_code_serves_others_while_one_waits(start: Start, connect: Connect, web: Any) -> None:
     example = start("blocking_code.py")
     waiting = connect(example)
@@ -260,12 +276,14 @@ def test_blocking_code_serves_others_while_one_waits(start: Start, connect: Conn
     assert waiting.read() == "4 bytes, asked for 1 times"
 
 
+@pytest.mark.slow
 def test_blocking_code_does_not_wait_for_a_page_for_ever(start: Start, connect: Connect, web: Any) -> None:
     client = connect(start("blocking_code.py", FETCH_SECONDS=0.2))
     client.send(f"{web.url}/slow")
     assert "not fetched within 0.2 seconds" in client.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "answer"), [("/none", "ERROR HTTP Error 404"), ("/a b", "ERROR "), ("\0", "ERROR "), (None, "ERROR expec")]
 )
@@ -279,6 +297,7 @@ def test_blocking_code_says_what_is_wrong_with_a_url(start: Start, web: Any, pat
 # -- cpu_work.py -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cpu_work_in_a_thread_leaves_others_served(start: Start, connect: Connect) -> None:
     example = start("cpu_work.py")
     computing = connect(example)
@@ -293,6 +312,7 @@ def test_cpu_work_in_a_thread_leaves_others_served(start: Start, connect: Connec
     assert ask(start("cpu_work.py"), b"THREAD 0.01\nPING\n") == b"DONE\nPONG\n"
 
 
+@pytest.mark.slow
 def test_cpu_work_in_a_process_leaves_others_served(start: Start, connect: Connect) -> None:
     example = start("cpu_work.py")
     computing, waiting = connect(example), connect(example)
@@ -309,6 +329,7 @@ def test_cpu_work_in_a_process_leaves_others_served(start: Start, connect: Conne
     example.stop()
 
 
+@pytest.mark.slow
 def test_cpu_work_in_the_handler_holds_up_others(start: Start, connect: Connect) -> None:
     example = start("cpu_work.py")
     computing, waiting = connect(example), connect(example)
@@ -331,6 +352,7 @@ def test_cpu_work_in_the_handler_holds_up_others(start: Start, connect: Connect)
         assert "This is computation" in log
 
 
+@pytest.mark.slow
 def test_cpu_work_refuses_what_is_no_number(start: Start) -> None:
     example = start("cpu_work.py")
     for request in (b"WHAT\n", b"HERE\n", b"HERE .\n", b"HERE -1\n", b"THREAD nan\n", b"HERE \xc2\xb2\n"):
@@ -340,6 +362,7 @@ def test_cpu_work_refuses_what_is_no_number(start: Start) -> None:
 # -- graceful.py -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_graceful_finishes_requests_and_lets_idle_clients_go(start: Start, connect: Connect) -> None:
     example = start("graceful.py", WATCH_SECONDS=0.02)
     idle, working, watching = (connect(example) for _ in range(3))
@@ -357,6 +380,7 @@ def test_graceful_finishes_requests_and_lets_idle_clients_go(start: Start, conne
     assert example.process.returncode == 0
 
 
+@pytest.mark.slow
 def test_graceful_cuts_and_reports_what_takes_too_long(start: Start, connect: Connect) -> None:
     example = start("graceful.py", STOP_SECONDS=0.1)
     working = connect(example)
@@ -370,6 +394,7 @@ def test_graceful_cuts_and_reports_what_takes_too_long(start: Start, connect: Co
     assert re.search(r" cut 127\.0\.0\.1:\d+, \d\.\d s old, 15 bytes in, 5 out, at .* in work < .* in handle\n", log)
 
 
+@pytest.mark.slow
 def test_graceful_refuses_too_many_from_one_address(start: Start, connect: Connect) -> None:
     example = start("graceful.py", MOST_FROM_ONE_ADDRESS=2)
     first, second, third = (connect(example) for _ in range(3))

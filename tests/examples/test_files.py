@@ -9,6 +9,8 @@ import pytest
 from kit.patience import SOON
 from kit.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 BIG = os.urandom(2_000_000)
 
 

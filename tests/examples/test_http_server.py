@@ -11,6 +11,8 @@ import pytest
 
 from kit.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = ROOT / "examples" / "http_server.py"
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = b"a" * 1024

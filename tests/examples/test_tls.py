@@ -62,6 +62,7 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
 
 
+@pytest.mark.slow
 def test_tls_echo(start: Start) -> None:
     port = start("tls_echo.py")
     with unverified().wrap_socket(connect(port)) as client:
@@ -69,6 +70,7 @@ def test_tls_echo(start: Start) -> None:
         assert client.recv(100) == b"hello"
 
 
+@pytest.mark.slow
 def test_tls_echo_with_files(start: Start, tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
@@ -80,6 +82,7 @@ def test_tls_echo_with_files(start: Start, tmp_path: Path) -> None:
         assert client.recv(100) == b"hello"
 
 
+@pytest.mark.slow
 def test_starttls_lines(start: Start) -> None:
     port = start("starttls_lines.py")
 
@@ -100,6 +103,7 @@ def test_starttls_lines(start: Start) -> None:
         assert client.recv(100) == b""
 
 
+@pytest.mark.slow
 def test_starttls_lines_hears_nothing_that_came_behind_starttls(start: Start) -> None:
     with connect(start("starttls_lines.py")) as sock:
         sock.sendall(b"STARTTLS\r\nNOTE by somebody else\r\n")
@@ -107,6 +111,7 @@ def test_starttls_lines_hears_nothing_that_came_behind_starttls(start: Start) ->
     assert answers == b"220 notes ready\r\n220 go ahead\r\n554 nothing may follow STARTTLS\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 def test_starttls_lines_with_the_openssl_command(start: Start) -> None:
     port = start("starttls_lines.py")
@@ -122,6 +127,7 @@ def test_starttls_lines_with_the_openssl_command(start: Start) -> None:
     assert "221 bye" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_sni(start: Start) -> None:
     port = start("sni.py")
@@ -141,6 +147,7 @@ def test_sni(start: Start) -> None:
     assert len(certificates) == 3
 
 
+@pytest.mark.slow
 def test_mutual_tls(start: Start, tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -153,6 +160,7 @@ def test_mutual_tls(start: Start, tmp_path: Path) -> None:
         stranger.recv(100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

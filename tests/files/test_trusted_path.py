@@ -171,6 +171,7 @@ def test_where_distributions_have_their_files_is_trusted(path: str) -> None:
     check_path(f"{path}/gtcpserver-test.log")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1", "/dev/null"])
 def test_own_descriptors_and_devices_are_files_too(folder: Path, name: str) -> None:
     code = f"""
@@ -206,6 +207,7 @@ def test_other_users_open_what_they_like(folder: Path) -> None:
 # -- each file that is opened ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -228,6 +230,7 @@ def test_the_command_line_says_so_and_ends_with_2(folder: Path, options: tuple[s
     assert (folder / "secret").read_text() == "secret\n"
 
 
+@pytest.mark.slow
 def test_a_log_file_whose_folder_was_exchanged_since_is_not_opened_again(folder: Path) -> None:
     (folder / "log").mkdir()
     log = folder / "log/app.log"
@@ -372,6 +375,7 @@ def test_a_pid_file_that_another_user_has_made_is_replaced(folder: Path) -> None
     one.remove()
 
 
+@pytest.mark.slow
 def test_a_device_is_not_replaced_by_a_pid_file(folder: Path) -> None:
     """`--pid-file /dev/null` put a file in place of the whole host's /dev/null, and removed it at the end."""
     path = folder / "null"
@@ -386,6 +390,7 @@ def test_a_device_is_not_replaced_by_a_pid_file(folder: Path) -> None:
     assert path.is_char_device()
 
 
+@pytest.mark.slow
 def test_a_folder_is_no_pid_file(folder: Path) -> None:
     (folder / "pids").mkdir()
     command = [*COMMAND, "echo", "--bind", "127.0.0.1:0", "--workers", "1", "--pid-file", "pids"]

@@ -53,6 +53,7 @@ def planted(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_fault_behind_three_conditions_is_found_by_what_was_covered(planted):
     target, folder = planted("three_steps")
     with pytest.raises(Fault, match="KeyError") as found:
@@ -61,6 +62,7 @@ def test_a_fault_behind_three_conditions_is_found_by_what_was_covered(planted):
     assert isinstance(found.value.__cause__, KeyError)
 
 
+@pytest.mark.slow
 def test_without_the_coverage_it_is_not(planted):
     target, _ = planted("three_steps")
     random = Random(1)
@@ -68,6 +70,7 @@ def test_without_the_coverage_it_is_not(planted):
         target.function(mutate(random, b"some seed", b"another", ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -83,6 +86,7 @@ def test_costs_out_of_proportion_are_faults(planted, name, options, words):
         Fuzzer(target, Random(1), [b"aaaa"], folder=folder).run(20)
 
 
+@pytest.mark.slow
 def test_what_never_returns_is_stopped_even_in_a_regular_expression(planted, monkeypatch):
     monkeypatch.setattr("fuzz.engine.HANG_SECONDS", 0.2)
     target, folder = planted("stuck")

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(300)  # which count on a busy machine, too, whe
 SECONDS = 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds(name):
     target = TARGETS[name]
@@ -23,6 +24,7 @@ def test_seeds(name):
         check(target, path.read_bytes(), tracer, memory=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_some_seconds(name):
     """The same inputs each time, as long as the code is the same and the machine as fast."""

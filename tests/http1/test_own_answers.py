@@ -165,6 +165,7 @@ WAYS = pytest.mark.parametrize(
 AT_ONCE_OR_LATER = pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize(("server", "line", "fields", "status"), OF_PROXY)
 def test_no_body_of_a_request_that_the_proxy_answers_itself_is_read_as_a_request(
@@ -256,6 +257,7 @@ OF_FILES = [
 ]
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize(("line", "fields", "status"), OF_FILES)
 def test_nor_is_that_of_a_request_for_files(serve, folder, in_thread, line, fields, status, framing, later):
@@ -283,6 +285,7 @@ OF_METRICS = [
 ]
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize(("line", "fields", "status"), OF_METRICS)
 def test_nor_is_that_of_a_request_for_metrics(monitor, in_thread, line, fields, status, framing, later):
@@ -312,6 +315,7 @@ backend proxy
 """
 
 
+@pytest.mark.slow
 @needs("haproxy")
 @pytest.mark.parametrize("framing", ["counted", "chunked"])
 def test_no_client_gets_the_answer_to_anothers_hidden_request(serve, target, in_thread, tmp_path, framing):

@@ -8,6 +8,8 @@ from gtcpserver.static_files import StaticFiles
 from kit.smuggling import Recorder, exchange, serve_http
 from kit.smuggling_corpus import BAD_CHUNKS, SMUGGLED, heads
 
+pytestmark = pytest.mark.slow
+
 
 class Subject:
     """A server to be attacked.

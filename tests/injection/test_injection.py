@@ -68,6 +68,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield bench
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(("subject", "phase"), CHOSEN, ids=["-".join(which) for which in CHOSEN])
 def test_a_call_that_fails_breaks_no_promise(bench: Bench, subject: str, phase: str) -> None:
@@ -121,6 +122,7 @@ def test_a_flood_and_an_end_without_a_word_are_faults() -> None:
     assert silent.faults == ["ended with status 1 without a line"]
 
 
+@pytest.mark.slow
 def test_the_table_counts_what_became_of_the_injections(tmp_path: Path) -> None:
     injection = Injection("echo", "serve", "accept4", "EMFILE", "1")
     found = [

@@ -58,6 +58,7 @@ WITHOUT_LOOPBACK = (
 )
 
 
+@pytest.mark.slow
 def test_the_wildcard_takes_both_where_only_the_loopback_interface_has_no_ipv6() -> None:
     assert in_network(*WITHOUT_LOOPBACK, 'reached("*", "fd00:7::1", "127.0.0.1")') == ["* 1", "yes", "yes"]
 
@@ -78,6 +79,7 @@ def test_a_name_loses_only_the_loopback_address_that_is_missing() -> None:
     assert told == ["127.0.0.1 1", "yes", "127.0.0.1 2", "yes"]
 
 
+@pytest.mark.slow
 def test_the_wildcard_takes_ipv6_addresses_that_come_later() -> None:
     told = in_network(
         "$ip link set lo up",
@@ -93,6 +95,7 @@ def test_the_wildcard_takes_ipv6_addresses_that_come_later() -> None:
     assert told == ["*"]
 
 
+@pytest.mark.slow
 def test_the_wildcard_says_so_when_it_is_one_family() -> None:
     told = in_network(
         "$ip link set lo up",

@@ -199,6 +199,7 @@ def test_an_address_the_host_does_not_have_is_named():
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run a process that may not bind low ports")
 def test_a_port_for_the_privileged_is_named():
     # The user may not be able to read Python's own files: getaddrinfo's codec is loaded before.
@@ -317,6 +318,7 @@ def test_the_mode_of_a_unix_path_is_set(opened, tmp_path):
     assert stat.S_IMODE(os.lstat(path).st_mode) == 0o640
 
 
+@pytest.mark.slow
 def test_a_stale_unix_path_is_taken_over(opened, tmp_path):
     path = str(tmp_path / "s")
     run_python("import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()", path)
@@ -326,6 +328,7 @@ def test_a_stale_unix_path_is_taken_over(opened, tmp_path):
     assert count_and_close(one) == 1
 
 
+@pytest.mark.slow
 def test_a_unix_path_with_a_server_behind_it_is_an_error_that_names_the_process(opened, tmp_path):
     path = str(tmp_path / "s")
     (one,) = opened(f"unix:{path}")
@@ -634,6 +637,7 @@ def test_several_sockets_on_one_port_share_its_connections(opened, connect):
     assert min(counts) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("host", ["127.0.0.1", "*"])
 def test_a_second_process_on_the_port_is_an_error_that_names_the_first(opened, connect, host, count):
@@ -670,17 +674,20 @@ def test_a_port_that_a_connection_has_is_not_blamed_on_a_server(opened, connect)
     assert caught.value.errno == errno.EADDRINUSE
 
 
+@pytest.mark.slow
 def test_processes_share_a_port_if_both_ask_for_it(opened):
     (one,) = opened("127.0.0.1:0", ListenConfig(shared=True))
     assert run_python(OPEN_ELSEWHERE, one.address, "shared") == "opened"
     assert "already in use" in run_python(OPEN_ELSEWHERE, one.address)
 
 
+@pytest.mark.slow
 def test_sharing_with_a_server_that_does_not_share_says_so(opened):
     (one,) = opened("127.0.0.1:0", ListenConfig(reuse_port=False))
     assert "every server on it needs SO_REUSEPORT" in run_python(OPEN_ELSEWHERE, one.address, "shared")
 
 
+@pytest.mark.slow
 def test_of_servers_that_start_at_once_on_a_port_one_gets_it(opened):
     address = f"127.0.0.1:{free_port()}"
     for _ in range(20):
@@ -740,6 +747,7 @@ def begin_connect(sockaddr, family):
     return sock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("[::1]", marks=needs_ipv6)])
 def test_a_muted_listener_keeps_its_queue_and_answers_no_new_connection(opened, connect, host, way):
     (one,) = opened(f"{host}:0")
@@ -761,6 +769,7 @@ def test_a_muted_listener_keeps_its_queue_and_answers_no_new_connection(opened, 
     assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
 
 
+@pytest.mark.slow
 def test_a_client_that_a_muted_listener_left_waiting_gets_the_next_server(opened, way):
     (one,) = opened("127.0.0.1:0")
     one.mute()
@@ -770,6 +779,7 @@ def test_a_client_that_a_muted_listener_left_waiting_gets_the_next_server(opened
     assert opened.keep(accept_one(following)).getpeername() == late.getsockname()
 
 
+@pytest.mark.slow
 @needs_filter  # for the client's own
 def test_a_handshake_under_way_at_mute_is_completed_and_counted_until_then(opened, way):
     (one,) = opened("127.0.0.1:0")
@@ -788,6 +798,7 @@ def test_a_handshake_under_way_at_mute_is_completed_and_counted_until_then(opene
     assert handshakes_under_way(one.socket) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:0", pytest.param("*:0", marks=needs_ipv6)])
 def test_connections_deferred_until_their_data_come_to_a_muted_listeners_queue(opened, address, way):
     (one,) = opened(address, ListenConfig(defer_accept=60))
@@ -807,6 +818,7 @@ LOOPBACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "client_host"), LOOPBACKS)
 def test_what_a_client_sends_first_makes_its_connection_on_a_listener_muted_by_ttl(
     opened, monkeypatch, host, client_host
@@ -851,6 +863,7 @@ def test_handshakes_are_not_counted_for_a_unix_socket(opened, tmp_path):
     assert handshakes_under_way(one.socket) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stay", [[0], [1], [2], [3], [1, 3], [0, 2, 3]])
 def test_steering_gives_new_connections_to_the_members_that_stay(opened, connect, stay):
     group = opened("127.0.0.1:0", count=4)
@@ -946,6 +959,7 @@ def echo(connection):
         connection.sendall(connection.recv(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mute", "mute by ttl", "steer to the first", "steer to the second"])
 def test_no_client_is_reset_when_a_listener_is_drained_under_bursts(opened, monkeypatch, how):
     if how == "mute by ttl":

@@ -67,6 +67,7 @@ def skip_without_its_package(name):
         pytest.skip(f"{servers.NEEDS[name]} is missing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [["--timeout", "30"], ["--no-keepalive", "--size", "16384"], ["--aes128", "--sleep", "1"]],
@@ -76,6 +77,7 @@ def test_peers_answer_as_we_do(options):
     answers.check_answers(servers.installed(list(servers.SERVERS)), options)
 
 
+@pytest.mark.slow
 def test_peers_agree_on_the_same_tls_and_answer_the_same(tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("openssl is missing")
@@ -84,6 +86,7 @@ def test_peers_agree_on_the_same_tls_and_answer_the_same(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(servers.SERVERS))
 def test_servers_answer_pipelined_requests_and_close_when_asked(name):
     skip_without_its_package(name)
@@ -101,6 +104,7 @@ def test_servers_answer_pipelined_requests_and_close_when_asked(name):
     assert (said.count(b"Connection: keep-alive"), said.count(b"Connection: close")) == (2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(servers.SERVERS))
 def test_idle_timeout_closes_a_silent_connection(name):
     skip_without_its_package(name)
@@ -114,6 +118,7 @@ def test_idle_timeout_closes_a_silent_connection(name):
             pass  # the Protocol peers abort
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--size", "10"], ["--no-keepalive"]], ids=" ".join)
 def test_an_unequal_answer_is_an_error(monkeypatch, options):
     command = servers.SERVERS["asyncio Protocol"]
@@ -133,6 +138,7 @@ def test_what_is_encrypted_is_compared_behind_the_key():
             answers.decrypt(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["-c print('no')", "-c import(time).sleep(0) {port}"])
 def test_a_server_that_does_not_start_is_an_error(monkeypatch, command):
     monkeypatch.setitem(servers.SERVERS, "bad", [sys.executable, *command.split(" ", 1)])
@@ -150,12 +156,14 @@ with socket.create_server(("127.0.0.1", 0)) as listening:
 """
 
 
+@pytest.mark.slow
 def test_an_answer_that_does_not_end_is_an_error(monkeypatch):
     monkeypatch.setitem(servers.SERVERS, "endless", [sys.executable, "-c", ENDLESS])
     with pytest.raises(measure.BenchError, match="endless does not answer as it must: the answer does not end"):
         answers.check_answers(["endless"], [])
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_a_server_that_answers_nothing_is_named_and_left_out(monkeypatch):
     def load(server, *_args, **_options):
@@ -174,6 +182,7 @@ def own_servers(monkeypatch):
     monkeypatch.setattr(servers, "OWN", [])
 
 
+@pytest.mark.slow
 def test_a_server_of_the_users_own(own_servers):
     words = f"{sys.executable} examples/http_server.py --listen 127.0.0.1:{{port}} {{options}} --no-idle"
     assert servers.add_server(f"mine={words}") == "mine"
@@ -209,6 +218,7 @@ with Server(("127.0.0.1", int(sys.argv[1])), Handler) as server:
 """
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_a_chatty_server_is_measured_beside_ours_and_the_main_peers(tmp_path):
     (tmp_path / "chatty.py").write_text(CHATTY)
@@ -324,11 +334,13 @@ def test_figures_have_three_digits():
     ]
 
 
+@pytest.mark.slow
 def test_idle_memory_counts_what_connections_take():
     with servers.serving(servers.OURS) as server:
         assert 1 < idle.idle_memory(server, 300) < 100
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_a_run_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "results.json"
@@ -357,6 +369,7 @@ def test_a_run_prints_a_table_and_writes_json(tmp_path):
     assert (tmp_path / "results-light.svg").exists() == (find_spec("matplotlib") is not None)
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_a_new_connection_for_each_request_has_no_errors():
     with servers.serving(servers.OURS, ["--no-keepalive"]) as server:
@@ -365,6 +378,7 @@ def test_a_new_connection_for_each_request_has_no_errors():
     assert run.rate > 0
 
 
+@pytest.mark.slow
 def test_missing_programs_are_one_line_and_exit_code_2(tmp_path):
     done = run_bench("--scenario", "keepalive", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
@@ -468,6 +482,7 @@ def test_compare_looks_at_other_figures_too(tmp_path, capsys, now, status):
     assert "| idle | gtcpserver | KiB | " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_takes_the_same_settings_only(tmp_path):
     old = write_results(tmp_path / "old", gtcpserver=[10, 10])
     quick = write_results(tmp_path / "new", {"rounds": 2, "seconds": 1, "quick": True}, gtcpserver=[10, 10])
@@ -504,12 +519,14 @@ def test_plots_are_made_for_light_and_dark_pages(tmp_path):
     assert "<!-- Memory -->" in (tmp_path / "plot-more-light.svg").read_text()
 
 
+@pytest.mark.slow
 def test_first_bytes_and_a_crowd():
     with servers.serving(servers.OURS) as server:
         assert idle.crowd(server, 100) > 10
         assert len(idle.first_bytes(server, beside=20, times=10)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [["--rounds", "0"], ["--seconds", "x"], ["--scenario", "none"], ["--server", "nobody"], ["--clients", "0"]],
@@ -540,6 +557,7 @@ def run_module(name, path, *options):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @needs_peers
 def test_transfers_are_measured_against_real_peers(tmp_path):
     chosen = ("relay-bulk", "files-large")
@@ -552,12 +570,14 @@ def test_transfers_are_measured_against_real_peers(tmp_path):
     assert output["machine"]["commit"]
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_a_monitor_is_measured_against_none(tmp_path):
     output = run_module("monitoring", tmp_path / "found.json", "--rounds", "1", "--seconds", "2", "--clients", "10")
     assert list(output["figures"]["monitoring"]["runs"]) == list(monitoring.WAYS)
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_the_account_of_a_relay_is_its_own(tmp_path):
     target = starting.free_port()
@@ -568,6 +588,7 @@ def test_the_account_of_a_relay_is_its_own(tmp_path):
         assert measure.load(server, 1, 10).cpu > 1
 
 
+@pytest.mark.slow
 def test_a_server_whose_account_cannot_be_read_is_an_error():
     if shutil.which("wrk") is None:
         pytest.skip("wrk is missing")
@@ -585,6 +606,7 @@ def test_proxies_are_measured(tmp_path):
         assert all(len(rounds) == 1 for rounds in figures["runs"].values())
 
 
+@pytest.mark.slow
 def test_a_proxy_that_does_not_start_is_named(tmp_path):
     bad = proxy_peers.Proxy("socks5", sys.executable, lambda *_: [sys.executable, "-c", "pass"])
     progress = turns.Progress(1, 0)
@@ -593,12 +615,14 @@ def test_a_proxy_that_does_not_start_is_named(tmp_path):
     assert failed["bad"].startswith(f"{sys.executable} did not start: nobody listens on port ")
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_several_workers_are_measured_against_one(tmp_path):
     output = run_module("workers", tmp_path / "found.json", "--rounds", "1", "--seconds", "1", "--workers", "3")
     assert list(output["figures"]["workers"]["runs"]) == ["gtcpserver, 1 worker", "gtcpserver, 3 workers"]
 
 
+@pytest.mark.slow
 @needs_wrk
 def test_the_effect_of_options_is_measured(monkeypatch, tmp_path, capsys):
     title = next(iter(options.VARIANTS))
@@ -611,6 +635,7 @@ def test_the_effect_of_options_is_measured(monkeypatch, tmp_path, capsys):
     assert "### TCP Fast Open" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="needs root, and /dev/net/tun")
 def test_fast_open_saves_a_round_trip_and_the_kernel_counts_it():
     figures = options.fast_open(1)
@@ -740,6 +765,7 @@ def test_what_cannot_be_published_is_one_line(pages, capsys):
     assert (pages / "performance.md").read_text() == before
 
 
+@pytest.mark.slow
 def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
     name = "gtcpserver, 2 workers"
     monkeypatch.setattr(servers, "WITH_WORKERS", name)
@@ -750,6 +776,7 @@ def test_worker_processes_take_part_where_there_are_cpus_for_them(monkeypatch):
         assert sum(measure.cpu_of_session(server.pid)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "threads", "from_wsgi", "pywsgi", "wsgiref"])
 def test_existing_code_answers_the_same_on_each_server(monkeypatch, kind):
     command = [starting.PYTHON, "loadtests/bench/peers/existing.py", kind]

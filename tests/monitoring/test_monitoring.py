@@ -146,6 +146,7 @@ def test_openmetrics_where_the_client_asks_for_it(watched, get):
     assert get(monitor, "/metrics")[1]["Content-Type"].startswith("text/plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["x", "1.x", "", "9" * 5000, "1.0.0;escaping=x", "\xe9"])
 @pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
 def test_any_accept_header_has_an_answer(watched, get, kind, version):
@@ -155,6 +156,7 @@ def test_any_accept_header_has_an_answer(watched, get, kind, version):
     assert b"gtcpserver_build_info" in body
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: it is in Debian's prometheus")
 def test_promtool_has_nothing_to_say(watched, get):
     _, monitor = watched()
@@ -191,6 +193,7 @@ def requests_of(monitor, get):
     return {name: count for name, count in latency.items() if count and name != "sum"}, latency["sum"]
 
 
+@pytest.mark.slow
 def test_latency_is_that_of_requests_between_idle_blocks(watched, connect, in_thread, get):
     def handle(conn):
         while True:
@@ -218,6 +221,7 @@ def test_latency_is_that_of_requests_between_idle_blocks(watched, connect, in_th
     assert any(float(name) >= 0.05 for name in counts)
 
 
+@pytest.mark.slow
 def test_latency_is_that_of_connections_where_nothing_is_idle(watched, connect, in_thread, get):
     server, monitor = watched(lambda conn: conn.sendall(conn.recv(10)))
     for _ in range(3):
@@ -259,6 +263,7 @@ def test_the_rate_decides_what_is_measured():
     assert latency.every == 1
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1e6), max_size=50), st.integers(1, 20))
 def test_each_request_is_in_the_bucket_whose_bound_it_does_not_exceed(times, weight):
     latency = Latency()
@@ -315,6 +320,7 @@ def test_a_server_without_a_monitor_measures_nothing(serve, connect, in_thread):
 # -- health, JSON, pages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ready_while_it_serves_and_alive_until_the_end(watched, connect, in_thread, get):
     go_on = Event()
     server, monitor = watched(lambda conn: (conn.recv(1), go_on.wait()), begin=False)
@@ -341,6 +347,7 @@ def test_stats_have_every_counter(watched, get):
     assert (status["ready"], status["state"], len(status["workers"])) == (True, "serving", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_head_other_methods_and_headers(watched, get, path):
     _, monitor = watched()
@@ -385,6 +392,7 @@ def test_names_of_this_host(host):
     assert is_this_host(host)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_host_header_has_an_answer(host):
     assert is_this_host(host) in (True, False)
@@ -426,6 +434,7 @@ def test_connections_with_what_is_known_of_them(watched, connect, in_thread, get
     wait.set()
 
 
+@pytest.mark.slow
 def test_the_table_is_bounded(watched, connect, get, monkeypatch):
     monkeypatch.setattr("gtcpserver.monitoring.source.MOST", 50)
     server, monitor = watched()
@@ -450,6 +459,7 @@ def test_many_silent_clients_neither_disturb_the_service_nor_the_scrapes(watched
         one.close()
 
 
+@pytest.mark.slow
 def test_slow_clients_are_ended(watched, connect, in_thread, monkeypatch):
     monkeypatch.setattr("gtcpserver.monitoring.monitor.TIMEOUT", 0.1)
     monkeypatch.setattr("gtcpserver.monitoring.monitor.REQUEST_TIMEOUT", 0.3)
@@ -470,6 +480,7 @@ def test_slow_clients_are_ended(watched, connect, in_thread, monkeypatch):
     assert in_thread(drip)
 
 
+@pytest.mark.slow
 def test_large_requests_are_refused(watched, connect, in_thread, get):
     server, monitor = watched()
     client = connect(monitor.address)
@@ -494,6 +505,7 @@ def test_large_requests_are_refused(watched, connect, in_thread, get):
     assert get(monitor, "/metrics")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "junk", [b"\0\xff\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01"]
 )
@@ -533,6 +545,7 @@ def test_an_address_in_use(watched):
         other.address  # noqa: B018
 
 
+@pytest.mark.slow
 def test_run_serves_metrics_of_its_server(python, in_thread):
     process = python(
         """
@@ -557,6 +570,7 @@ def gtcpserver(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--workers", "1")])
 def test_the_command_line_names_what_is_wrong(watched, more):
     done = gtcpserver("echo", "--bind", "127.0.0.1:0", "--metrics", "nowhere", *more)
@@ -570,6 +584,7 @@ def test_the_command_line_names_what_is_wrong(watched, more):
     assert "listening on" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_prometheus_client_the_error_names_the_extra():
     source = """
         import sys
@@ -604,6 +619,7 @@ def names(watched, get):
     return found
 
 
+@pytest.mark.slow
 def test_the_dashboard_asks_for_metrics_that_exist(names):
     dashboard = json.loads((ROOT / "examples/deployment/grafana/gtcpserver.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
@@ -616,6 +632,7 @@ def test_the_dashboard_asks_for_metrics_that_exist(names):
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is missing")
 def test_prometheus_scrapes_it_and_answers_what_the_dashboard_asks(watched, connect, in_thread, tmp_path):
     server, monitor = watched()
@@ -673,6 +690,7 @@ def test_the_documentation_has_every_metric_and_no_other(names):
     assert told == names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: it is in Debian's prometheus")
 def test_promtool_takes_the_alerts_and_the_scrape_config(tmp_path):
     text = (ROOT / "docs/monitoring.md").read_text()

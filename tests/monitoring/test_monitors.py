@@ -90,6 +90,7 @@ def test_a_connection_measures_for_the_monitors_of_each_moment(serve, connect, i
     assert (requests_seen(one), requests_seen(two)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_thousand_monitors_that_came_and_went_leave_nothing_behind(serve, connect, in_thread):
     server = serve(idle_echo)
     talk(server, connect, in_thread)

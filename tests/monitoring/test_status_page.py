@@ -9,7 +9,7 @@ import pytest
 from kit.patience import SOON
 from kit.status_page import text_of
 
-pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")]
 
 
 #: A client's address, and what a page that takes it for HTML would do with it.

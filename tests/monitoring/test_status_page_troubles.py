@@ -12,6 +12,8 @@ from kit.browser import Browser
 from kit.status_page import text_of
 from kit.supervised import wait_until
 
+pytestmark = pytest.mark.slow
+
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is missing")
 
 

@@ -89,6 +89,7 @@ class Polling:
         return self.answers
 
 
+@pytest.mark.slow
 def test_metrics_of_all_workers_and_of_each(start):
     master = start()
     address = address_of(master)
@@ -105,6 +106,7 @@ def test_metrics_of_all_workers_and_of_each(start):
     assert status["stats"]["accepted"] == 12
 
 
+@pytest.mark.slow
 def test_run_with_workers_and_metrics(tmp_path, python):
     (tmp_path / "app.py").write_text(APP)
     source = "from gtcpserver import run\nrun('app:handler', '127.0.0.1:0', workers=1, metrics=0)"
@@ -118,6 +120,7 @@ def test_run_with_workers_and_metrics(tmp_path, python):
     assert process.wait(SOON) == 0
 
 
+@pytest.mark.slow
 def test_a_monitor_that_stands_still_is_replaced(tmp_path, python):
     (tmp_path / "app.py").write_text(APP)
     source = """
@@ -142,6 +145,7 @@ def test_a_monitor_that_stands_still_is_replaced(tmp_path, python):
     assert process.wait(SOON) == 0
 
 
+@pytest.mark.slow
 def test_counters_survive_workers_that_are_killed_and_those_that_are_replaced(start):
     master = start()
     address = address_of(master)
@@ -159,6 +163,7 @@ def test_counters_survive_workers_that_are_killed_and_those_that_are_replaced(st
     assert value(address, "gtcpserver_cpu_seconds_total") >= used
 
 
+@pytest.mark.slow
 def test_ready_through_a_reload_and_not_from_the_begin_of_a_stop(start):
     master = start("--drain-delay", "1")
     address = address_of(master)
@@ -179,6 +184,7 @@ def test_ready_through_a_reload_and_not_from_the_begin_of_a_stop(start):
         fetch(address, "/readyz")
 
 
+@pytest.mark.slow
 def test_starting_and_no_worker_is_ready(start, tmp_path):
     (tmp_path / "slow.py").write_text(
         "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
@@ -209,6 +215,7 @@ def test_starting_and_no_worker_is_ready(start, tmp_path):
         master.kill_all()
 
 
+@pytest.mark.slow
 def test_a_monitor_that_dies_is_started_again_and_nobody_who_asks_is_turned_away(start):
     master = start()
     address = address_of(master)
@@ -222,6 +229,7 @@ def test_a_monitor_that_dies_is_started_again_and_nobody_who_asks_is_turned_away
     assert len(master.settled(2)) == 2
 
 
+@pytest.mark.slow
 def test_an_upgrade_takes_the_address_along_without_a_lost_scrape(start):
     master = start()
     address = address_of(master)
@@ -238,6 +246,7 @@ def test_an_upgrade_takes_the_address_along_without_a_lost_scrape(start):
     assert json.loads(fetch(address, "/stats")[1])["pid"] == new
 
 
+@pytest.mark.slow
 def test_a_new_log_file_and_other_numbers_of_workers(start, tmp_path):
     master = start("--log-file", str(tmp_path / "new"), log_path=tmp_path / "new")
     address = address_of(master)
@@ -251,6 +260,7 @@ def test_a_new_log_file_and_other_numbers_of_workers(start, tmp_path):
     assert {status for status, _ in polling.end()} == {200}
 
 
+@pytest.mark.slow
 def test_connections_of_all_workers_and_a_blocked_one_is_named(start):
     master = start()
     address = address_of(master)
@@ -275,6 +285,7 @@ def test_connections_of_all_workers_and_a_blocked_one_is_named(start):
         one.close()
 
 
+@pytest.mark.slow
 def test_the_monitor_ends_with_its_master(start):
     master = start()
     address = address_of(master)
@@ -320,6 +331,7 @@ def test_whoever_asks_at_the_same_time_gets_the_same_answer(line):
     asking.kill()
 
 
+@pytest.mark.slow
 def test_silent_and_slow_scrapers_do_not_reach_the_master(start):
     master = start()
     address = address_of(master)
@@ -336,6 +348,7 @@ def test_silent_and_slow_scrapers_do_not_reach_the_master(start):
     wait_until(lambda: fetch(address, "/metrics")[0] == 200)
 
 
+@pytest.mark.slow
 def test_sigterm_for_every_process_as_service_managers_send_it(start):
     master = start("--drain-delay", "0.5")
     address = address_of(master)
@@ -346,6 +359,7 @@ def test_sigterm_for_every_process_as_service_managers_send_it(start):
     assert master.wait() == 0
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_monitor_have_what_is_the_others(start):
     master = start(workers=1)
     address = address_of(master)

@@ -82,6 +82,7 @@ def test_run_makes_as_many_greenlets_as_run_at_once(pool):
     assert len(numbers) == 3
 
 
+@pytest.mark.slow
 def test_workers_without_work_retire(monkeypatch):
     monkeypatch.setattr(pool_module, "IDLE_GREENLET_SECONDS", 0.02)
     pool = HandlerPool()
@@ -112,6 +113,7 @@ def test_a_worker_that_is_needed_now_and_then_does_not_retire():
     assert pool._waiting == []
 
 
+@pytest.mark.slow
 def test_idle_workers_keep_no_program_alive():
     source = """
 import gevent
@@ -139,6 +141,7 @@ def test_contextvars_do_not_leak(pool):
     assert {result_of(pool, handler) for _ in range(3)} == {(result_of(pool, worker_number), "clean")}
 
 
+@pytest.mark.slow
 def test_gevent_locals_do_not_leak(pool):
     local = gevent.local.local()
 
@@ -170,6 +173,7 @@ def test_attributes_of_the_greenlet_do_not_leak(pool):
     assert [result_of(pool, handler) for _ in range(3)] == [{}, {}, {}]
 
 
+@pytest.mark.slow
 def test_monkey_patched_thread_data_does_not_leak():
     source = """
 from gevent import monkey; monkey.patch_all()
@@ -355,6 +359,7 @@ def test_greenlet_exit_ends_quietly(pool, monkeypatch):
     assert result_of(pool, lambda: "works") == "works"
 
 
+@pytest.mark.slow
 def test_system_exit_ends_the_program_as_it_does_in_gevent_spawn():
     source = """
 import sys, gevent
@@ -568,6 +573,7 @@ def test_a_place_that_became_free_is_not_taken_from_the_one_that_waits_for_it():
     assert order == ["first", "second"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_no_place_is_lost_when_those_that_wait_are_killed_or_give_up(seed):
     import random

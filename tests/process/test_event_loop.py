@@ -8,6 +8,8 @@ import pytest
 
 from injection.strace import command, needs_strace
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import gevent.socket
 from gtcpserver import Server

@@ -13,6 +13,8 @@ import pytest
 from kit.forks import FILE, Program, read_all, sockets_of
 from kit.patience import SOON
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start(tmp_path):

@@ -20,6 +20,8 @@ from kit.paths import ROOT
 from kit.patience import SOON
 from kit.supervised import alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 MODULE = [sys.executable, "-m", "gtcpserver"]
 
 #: Which are closed.

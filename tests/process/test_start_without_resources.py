@@ -48,6 +48,7 @@ print(results)
 """
 
 
+@pytest.mark.slow
 def test_run_coroutine_in_a_thread_without_an_event_loop_fails_where_descriptors_have_run_out() -> None:
     done = subprocess.run([sys.executable, "-c", SECOND_HUB], capture_output=True, text=True, timeout=SOON, check=False)
     assert done.stdout == "[5, 24, 5]\n", done.stderr[-500:]

@@ -46,6 +46,7 @@ def reads_of_the_wall_clock(path):
                 yield name
 
 
+@pytest.mark.slow
 def test_the_package_reads_the_wall_clock_only_where_it_says_why():
     found = {
         (str(path.relative_to(PACKAGE)), name)
@@ -118,6 +119,7 @@ def client_of_stopping(start, step):
 STEPS = pytest.mark.parametrize("step", [signal.SIGUSR1, signal.SIGUSR2], ids=["back", "forward"])
 
 
+@pytest.mark.slow
 @STEPS
 def test_a_stop_takes_as_long_as_ever(start, step):
     with client_of_stopping(start, step) as (process, client):
@@ -131,6 +133,7 @@ def test_a_stop_takes_as_long_as_ever(start, step):
     assert float(errors.split(b"duration=")[1].split()[0]) < SOON
 
 
+@pytest.mark.slow
 @STEPS
 def test_a_silent_client_holds_up_a_stop_no_longer_and_is_not_cut(start, step):
     with client_of_stopping(start, step) as (process, client):
@@ -139,6 +142,7 @@ def test_a_silent_client_holds_up_a_stop_no_longer_and_is_not_cut(start, step):
     assert output == b"1 0\n", errors
 
 
+@pytest.mark.slow
 @STEPS
 def test_what_is_cut_has_its_true_age(start, step):
     process, port = start(HOUR, 0.1)
@@ -152,6 +156,7 @@ def test_what_is_cut_has_its_true_age(start, step):
     assert 0 <= int(output.split()[2]) < SOON
 
 
+@pytest.mark.slow
 @STEPS
 def test_a_handler_has_its_time(start, step):
     process, port = start(0.3, HOUR)

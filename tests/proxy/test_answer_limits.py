@@ -68,6 +68,7 @@ def test_more_is_a_502_and_ends_the_connection_to_the_origin(http_proxy, origin,
     assert target.accepted_connections == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["request", "answer"])
 def test_a_body_of_tiny_chunks_is_taken_in_small_pieces(http_proxy, origin, client, monkeypatch, of):
     """16 KiB of chunks of one byte take 4 ms; as much as a read gives, and 16 reads without a wait, took 275 ms."""

@@ -265,6 +265,7 @@ def test_unknown_users_are_compared_with_a_hash_that_is_always_the_same(users, m
     assert set(compared) == {ADA, BOB}
 
 
+@pytest.mark.slow
 def test_hashes_are_computed_while_the_event_loop_goes_on(users):
     staff = users({b"Ada": passwords.hash_password(b"pw")})
     checking = gevent.spawn(staff.check, b"Ada", b"pw", CLIENT)
@@ -477,6 +478,7 @@ def test_several_processes_answer_at_the_same_time_and_no_more_are_started_than_
     hanging.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("user", "message"),
     [
@@ -496,6 +498,7 @@ def test_a_process_that_goes_wrong_is_replaced_and_the_client_is_not_to_blame(he
     assert wait_until(lambda: sum(map(alive, helper.started())) == 1)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_is_killed(helper, caplog):
     staff = helper(timeout=0.3, remember=0)
     assert not staff.check(b"hang", b"x", CLIENT)
@@ -550,6 +553,7 @@ def test_a_command_that_dies_again_and_again_is_not_started_again_at_once(tmp_pa
     assert started.read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "right", "message"),
     [

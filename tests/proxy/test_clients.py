@@ -81,6 +81,7 @@ def test_python_socks(where, origin, in_thread, scheme):
         assert in_thread(fetch).endswith(CONTENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h", "http"])
 def test_requests(where, origin, in_thread, scheme):
     requests = pytest.importorskip("requests")
@@ -95,6 +96,7 @@ def test_requests(where, origin, in_thread, scheme):
     assert in_thread(fetch) == [CONTENT] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
 def test_httpx(where, origin, in_thread, scheme):
     httpx = pytest.importorskip("httpx")
@@ -107,6 +109,7 @@ def test_httpx(where, origin, in_thread, scheme):
     assert in_thread(fetch) == [CONTENT] * 3
 
 
+@pytest.mark.slow
 def test_aiohttp_socks(where, origin, in_thread):
     aiohttp, aiohttp_socks = pytest.importorskip("aiohttp"), pytest.importorskip("aiohttp_socks")
 
@@ -118,6 +121,7 @@ def test_aiohttp_socks(where, origin, in_thread):
     assert in_thread(lambda: asyncio.run(fetch())) == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_git_clones_through_the_proxy(where, serve, in_thread, tmp_path):
     def git(*arguments, folder=tmp_path):

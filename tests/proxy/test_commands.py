@@ -106,6 +106,7 @@ def test_http_clients_are_told_what_there_is(proxy, connect, in_thread, origin):
     assert answer.endswith(b"This proxy forwards no requests: it has CONNECT alone.\n")
 
 
+@pytest.mark.slow
 def test_a_password_comes_first(connect, in_thread, serve):
     """Strangers do not learn what a listener has."""
     text = '[[listener]]\nlisten = "127.0.0.1:0"\ncommands = ["udp"]\n[auth.staff.users]\nada = "HASH"\n'
@@ -141,6 +142,7 @@ def test_one_list_may_serve_listeners_of_several_protocols():
     made.handler.server_stopped()
 
 
+@pytest.mark.slow
 def test_on_the_command_line(in_thread, serve):
     """With the listener that is there when none is named, too."""
     target, port = serve(echo), free_port()

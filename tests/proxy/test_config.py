@@ -209,6 +209,7 @@ def run(*arguments):
     return done.returncode, (done.stderr or done.stdout).strip()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong(tmp_path):
     (tmp_path / "bad.toml").write_text("[timeouts]\nconect = 5\n")
     wrong = f"gtcpserver: {tmp_path}/bad.toml line 2: there is no conect (at timeouts.conect); did you mean connect?"
@@ -222,6 +223,7 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert run("hash-password", "--password", "x")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [True, False])
 def test_the_command_serves_and_reloads(serve, connect, in_thread, tmp_path, workers):
     import socket
@@ -289,6 +291,7 @@ def test_rules_about_a_listener_of_this_host_do_not_open_another_one():
     make_proxy(parse_config('[rules]\nclients = ["allow from any to default"]'))
 
 
+@pytest.mark.slow
 def test_allow_open_by_itself_serves_everybody(in_thread):
     import socket
 
@@ -307,6 +310,7 @@ def test_allow_open_by_itself_serves_everybody(in_thread):
         assert said.endswith(f"{option[0]}: cannot be used together with --config")
 
 
+@pytest.mark.slow
 def test_sockets_from_systemd_may_be_public(tmp_path):
     """What a unit file says is not in ours, so that a rule for everybody is refused."""
     (tmp_path / "proxy.toml").write_text('[rules]\nclients = ["allow any"]')

@@ -89,6 +89,7 @@ def test_requirement_33_slow_names_hold_up_nobody_else(names, resolver):
     gevent.joinall(waiting)
 
 
+@pytest.mark.slow
 def test_requirement_33_the_name_server_of_one_domain_holds_up_no_other_names(names, resolver):
     known, asked, slow = names
     known["www.fast.example"] = ["192.0.2.3"]
@@ -222,6 +223,7 @@ def test_an_address_that_does_not_answer_costs_a_quarter_of_a_second(unanswering
         assert str(ip) == "127.0.0.2"
 
 
+@pytest.mark.slow
 def test_the_time_is_for_all_addresses_together(unanswering):
     dead, port = unanswering
     with pytest.raises(TimeoutError, match=r"not connected within 0.1 seconds"):
@@ -230,6 +232,7 @@ def test_the_time_is_for_all_addresses_together(unanswering):
         dial([dead], port, timeout=0.1)
 
 
+@pytest.mark.slow
 def test_no_socket_is_left_by_the_losers(unanswering):
     import os
 

@@ -85,6 +85,7 @@ def test_an_empty_value_adds_nothing():
     assert with_client([(b"X-Forwarded-For", b"")], V4, Forwarded("append")) == [(b"X-Forwarded-For", b"192.0.2.1")]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from([name for name, _ in HEADERS]), st.text('ab,;=" \\', max_size=9))),
     st.sampled_from([XFF, FORWARDED]),

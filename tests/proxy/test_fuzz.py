@@ -78,6 +78,7 @@ def talk(port, pieces):
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["open", "with passwords", "behind a balancer"])
 def test_requirement_36_any_bytes_end_one_connection_and_nothing_else(in_thread, caplog, kind):
     """Each connection has an end and a line in the log, no handler fails, and a good client is served afterwards."""

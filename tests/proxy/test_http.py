@@ -330,6 +330,7 @@ SMUGGLED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", SMUGGLED)
 def test_requirement_21_what_could_be_read_in_two_ways_is_refused_and_not_forwarded(proxy, origin, ask, fields):
     target = origin()
@@ -444,6 +445,7 @@ def curl(server, *arguments):
     return subprocess.run(command, capture_output=True, timeout=SOON)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_and_nginx(proxy, nginx, in_thread, tmp_path):
     server, url = proxy(), f"http://127.0.0.1:{nginx}"
@@ -490,6 +492,7 @@ def test_rules_by_name_hold_for_http(proxy, origin, ask):
     assert ask(server, f"GET {target.url}/ HTTP/1.1\r\nHost: x\r\n\r\n".encode())[0] == 200
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200), st.sampled_from([b"GET ", b"CONNECT ", b"GET http://", b""]))
 def test_any_bytes_are_a_head_or_an_error_of_ours(junk, start):
     for raw in (start + junk, start + b"x HTTP/1.1\r\n" + junk, start + junk + b" HTTP/1.1\r\nHost: x"):
@@ -503,6 +506,7 @@ def test_any_bytes_are_a_head_or_an_error_of_ours(junk, start):
             absolute_target(head)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_an_https_proxy_and_socks_in_tls(serve, in_thread, tmp_path):
     authority = trustme.CA()

@@ -36,6 +36,7 @@ def everything(conn):
 # -- what origins send -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
@@ -145,6 +146,7 @@ def test_requirement_25_trailers_of_both_sides(http_proxy, origin, client):
 LARGE = os.urandom(1 << 20) * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_large_answers_arrive_whole(http_proxy, origin, client, records, framing, version):
@@ -185,6 +187,7 @@ def sink(conn, head):
     return b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + digest.hexdigest().encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 70_000, len(LARGE)])
 def test_large_uploads_arrive_whole_and_pipelined_requests_behind_them(http_proxy, origin, client, records, size):
     target = origin(sink, OK)
@@ -198,6 +201,7 @@ def test_large_uploads_arrive_whole_and_pipelined_requests_behind_them(http_prox
     assert [(record.result, record.sent) for record in records] == [("ok", size), ("ok", 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 def test_requirement_30_a_client_that_does_not_read_stops_the_origin(http_proxy, origin, client, framing):
     sent = [0]
@@ -232,6 +236,7 @@ def test_requirement_30_a_client_that_does_not_read_stops_the_origin(http_proxy,
     wait_until(lambda: not target.active_connections)
 
 
+@pytest.mark.slow
 def test_requirement_30_an_origin_that_does_not_read_stops_the_client(
     http_proxy, origin, client, in_thread, spawn_thread
 ):
@@ -285,6 +290,7 @@ def test_an_early_answer_to_an_upload_reaches_the_client(http_proxy, origin, cli
     done.get(timeout=SOON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 10 * SPLICE_FROM])
 def test_an_upload_may_take_longer_than_an_answer(http_proxy, origin, client, size):
     visitor = client(http_proxy(timeouts=Timeouts(answer=0.6)))
@@ -295,6 +301,7 @@ def test_an_upload_may_take_longer_than_an_answer(http_proxy, origin, client, si
     assert visitor.answer()[2].decode() == hashlib.sha256(LARGE[:size]).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 10 * SPLICE_FROM])
 def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(http_proxy, origin, client, size):
     pause = Event()
@@ -306,6 +313,7 @@ def test_requirement_31_an_answer_is_awaited_from_the_end_of_the_upload(http_pro
     pause.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", ["Content-Length: 1000", "Content-Length: 10000000", "Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("how", ["half-close", "reset", "silence"])
 def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(http_proxy, client, serve, framing, how):
@@ -400,6 +408,7 @@ def test_idle_origin_connections_are_kept_for_each_destination_up_to_a_limit(htt
     wait_until(lambda: not any(target.active_connections for target in targets))
 
 
+@pytest.mark.slow
 def test_requirement_26_what_is_not_idempotent_is_not_repeated(http_proxy, origin, client):
     mute = lambda conn, head: CLOSE  # noqa: E731
     for method, fields, body, status in [
@@ -499,6 +508,7 @@ def test_requirement_37_clients_are_named_by_option(http_proxy, origin, client, 
     assert [line for line in target.heads[0].split(b"\r\n") if b"orwarded" in line] == expected
 
 
+@pytest.mark.slow
 def test_requirement_30_a_head_that_drips_has_one_deadline(http_proxy, client, records):
     visitor = client(http_proxy(timeouts=Timeouts(negotiate=0.3)))
     dripped = 0
@@ -548,6 +558,7 @@ def test_an_embedded_proxy_is_a_few_lines(serve, origin, client):
 # -- the stages of a connection, one after another ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requirement_31_the_pause_between_requests_is_no_limit_of_their_bodies(http_proxy, origin, client):
     target = origin(lambda conn, head: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + conn.recv_exactly(3))
     visitor = client(http_proxy(timeouts=Timeouts(keep_alive=0.05)))

@@ -48,6 +48,7 @@ TOKENS = st.text("abcXYZ019!#$%&'*+.^_`|~-", min_size=1, max_size=8)
 VALUES = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=20)
 
 
+@pytest.mark.slow
 @given(TOKENS, st.lists(st.tuples(TOKENS, VALUES), max_size=6), st.integers(0, 1))
 def test_requirement_21_what_is_taken_is_read_in_the_same_way_by_h11(method, fields, minor):
     text = f"{method} http://x/ HTTP/1.{minor}\r\n" + "".join(f"{name}:{value}\r\n" for name, value in fields)
@@ -63,6 +64,7 @@ def test_requirement_21_what_is_taken_is_read_in_the_same_way_by_h11(method, fie
     assert [(name.lower(), value) for name, value in head.headers] == list(event.headers)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=60), st.lists(st.integers(0, 80), max_size=5))
 def test_requirement_01_a_head_may_come_in_any_pieces(junk, cuts):
     data = b"GET http://x/ HTTP/1.1\r\nA: b\r\n\r\n" + junk
@@ -77,6 +79,7 @@ def test_requirement_01_a_head_may_come_in_any_pieces(junk, cuts):
     assert found == len(data) - len(junk)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300), st.sampled_from([b"", b"GET http://x/ HTTP/1.1\r\n", b"POST http://x/ HTTP/1.1\r\nA:"]))
 def test_any_bytes_are_a_head_or_an_error_of_ours(junk, start):
     with suppress(HttpError):
@@ -212,6 +215,7 @@ def test_requirements_18_28_29_targets_that_are_refused(target):
     assert status_of(lambda: absolute_target(head_of(line=f"GET {target} HTTP/1.1"))) == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target", ["x", "x:", "x:0", "x:65536", "x:http", "u@x:80", "x:80/", "http://x:80", "::1:80", "[::1]", ":80", "*"]
 )
@@ -345,6 +349,7 @@ def read(reader, data, cuts=()):
 CUTS = st.lists(st.integers(0, 200), max_size=8)
 
 
+@pytest.mark.slow
 @given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.binary(max_size=10), CUTS)
 def test_what_is_written_in_chunks_is_read_again_however_it_is_cut(pieces, rest, cuts):
     trailers = [(b"A", b"b"), (b"C", b"")]
@@ -357,6 +362,7 @@ def test_what_is_written_in_chunks_is_read_again_however_it_is_cut(pieces, rest,
 PARTS = [b"0", b"3", b"a", b"A", b"\r\n", b"\n", b"\r", b";", b" ", b"x=y", b"abc", b"X: y", b"-", b"+", b"\0", b"0x"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(PARTS), max_size=14).map(b"".join), CUTS, st.booleans())
 def test_any_chunks_are_read_as_h11_reads_them_or_refused(data, cuts, of_answer):
     reader = ChunkReader(of_answer)
@@ -381,6 +387,7 @@ def test_any_chunks_are_read_as_h11_reads_them_or_refused(data, cuts, of_answer)
         assert reader.rest == other.trailing_data[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [

@@ -60,6 +60,7 @@ def test_listeners_have_names_and_protocols(proxy, connect, in_thread, origin):
     assert in_thread(reply, connect(server.addresses[1]), socks(origin.port)) == 2  # not this way
 
 
+@pytest.mark.slow
 @about("listener.commands")
 def test_commands_that_a_listener_does_not_have(proxy, connect, in_thread, origin):
     assert in_thread(reply, connect(proxy(listener='commands = ["connect"]')), socks(origin.port)) == 0
@@ -73,6 +74,7 @@ def test_addresses_behind_nat64_are_looked_at(proxy, connect, in_thread, origin)
         assert in_thread(reply, connect(server), socks(origin.port, f"2a00:64::{inner}")) == 2
 
 
+@pytest.mark.slow
 @about("listener.external")
 @pytest.mark.parametrize(
     ("external", "expected"),
@@ -99,6 +101,7 @@ def test_an_address_family_that_external_does_not_have_is_out_of_reach(proxy, co
     assert in_thread(reply, connect(server), socks(origin.port)) == 3
 
 
+@pytest.mark.slow
 @about(
     "listener.tls_certfile",
     "listener.tls_keyfile",
@@ -147,6 +150,7 @@ def test_clients_are_known_by_their_certificates(proxy, connect, in_thread, orig
     assert access_records(2)[0].access["user"] == access_records(2)[1].access["user"] == "Ada"
 
 
+@pytest.mark.slow
 @about("listener.proxy_protocol", "listener.proxy_protocol_timeout")
 def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, origin, access_records):
     from ipaddress import ip_address
@@ -182,6 +186,7 @@ def test_requirement_37_balancers_name_their_clients(proxy, connect, in_thread, 
 WITH_AUTH = '[rules]\nclients = ["allow from any to any with auth staff"]\ndestinations = ["allow loopback"]\n'
 
 
+@pytest.mark.slow
 @about("auth.users", "auth.htpasswd")
 def test_users_and_a_file_of_users(proxy, connect, in_thread, origin, tmp_path):
     (tmp_path / "users").write_text(f"bob:{QUICK}\n")
@@ -203,6 +208,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 @about("auth.command", "auth.processes", "auth.timeout", "auth.remember", "timeouts.authenticate")
 def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, access_records):
     (tmp_path / "helper.py").write_text(COMMAND)
@@ -241,6 +247,7 @@ def ends_as(result, access_records, number=1):
     wait_until(lambda: access_records(number)[-1].access["result"] == result)
 
 
+@pytest.mark.slow
 @about("timeouts.negotiate")
 def test_requirement_31_negotiate(proxy, connect, in_thread, access_records):
     client = connect(proxy("[timeouts]\nnegotiate = 0.1"))
@@ -249,6 +256,7 @@ def test_requirement_31_negotiate(proxy, connect, in_thread, access_records):
     ends_as("negotiation_timeout", access_records)
 
 
+@pytest.mark.slow
 @about("timeouts.connect")
 def test_requirement_31_connect(proxy, connect, in_thread, access_records):
     with full_listener() as full:
@@ -257,6 +265,7 @@ def test_requirement_31_connect(proxy, connect, in_thread, access_records):
     ends_as("connect_timeout", access_records)
 
 
+@pytest.mark.slow
 @about("timeouts.idle", "timeouts.half_closed", "timeouts.lifetime")
 @pytest.mark.parametrize("which", ["idle", "half_closed", "lifetime"])
 def test_requirement_31_tunnels(proxy, connect, in_thread, serve, access_records, which):
@@ -271,6 +280,7 @@ def test_requirement_31_tunnels(proxy, connect, in_thread, serve, access_records
     wait_until(lambda: server.stats().handler_counters == {which: 1})
 
 
+@pytest.mark.slow
 @about("timeouts.answer", "timeouts.keep_alive")
 def test_requirement_31_http(proxy, connect, in_thread, serve, access_records):
     def answer(conn):
@@ -290,6 +300,7 @@ def test_requirement_31_http(proxy, connect, in_thread, serve, access_records):
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @about("limits.connections", "limits.client_connections", "limits.user_connections", "limits.new_per_second")
 @pytest.mark.parametrize("which", ["connections", "client_connections", "new_per_second"])
 def test_requirement_34_connections(proxy, connect, in_thread, origin, access_records, which):
@@ -322,6 +333,7 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
 
 
+@pytest.mark.slow
 @about("limits.connect_attempts", "limits.client_connect_attempts")
 @pytest.mark.parametrize("which", ["connect_attempts", "client_connect_attempts"])
 def test_attempts_to_connect(proxy, connect, in_thread, access_records, which):
@@ -358,6 +370,7 @@ def test_bodies_of_requests_have_a_limit(proxy, connect, in_thread, serve, frami
     assert in_thread(read, client, 12)[9:] == status
 
 
+@pytest.mark.slow
 @about("limits.rate", "limits.user_rate")
 @pytest.mark.parametrize("which", ["rate", "user_rate"])
 def test_requirement_34_bytes_a_second(proxy, connect, in_thread, serve, access_records, which):
@@ -444,6 +457,7 @@ def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, ac
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @about("resolver.family", "resolver.timeout")
 def test_the_resolver(proxy, connect, in_thread, origin, monkeypatch):
     from gtcpserver.proxy import resolve
@@ -464,6 +478,7 @@ def test_the_resolver(proxy, connect, in_thread, origin, monkeypatch):
     assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 0
 
 
+@pytest.mark.slow
 @about("http.forwarded", "http.forwarded_field", "http.pseudonym")
 @pytest.mark.parametrize(
     ("how", "field"), [("remove", None), ("append", b"X-Forwarded-For"), ("replace", b"Forwarded")]
@@ -496,6 +511,7 @@ def test_the_log(proxy, connect, in_thread, origin, access_records):
     assert json.loads(as_json)["asked"] == "-"
 
 
+@pytest.mark.slow
 @about("log.file")
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_the_log_has_a_file_of_its_own(in_thread, serve, tmp_path, style):
@@ -530,6 +546,7 @@ def test_the_log_has_a_file_of_its_own(in_thread, serve, tmp_path, style):
             assert re.match(r"20\d\d-\d\d-\d\dT\S+ client=127\.0\.0\.1 .* result=ok ", lines[0])
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_opened_is_told(tmp_path):
     (tmp_path / "proxy.toml").write_text('[log]\nfile = "/no/such/log"')
     command = [sys.executable, "-m", "gtcpserver", "proxy", "--config", str(tmp_path / "proxy.toml")]

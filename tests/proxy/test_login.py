@@ -22,6 +22,8 @@ from kit.patience import SOON
 from kit.programs import needs
 from kit.proxying import ANYWHERE, OnePassword, in_thread_for
 
+pytestmark = pytest.mark.slow
+
 CONTENT = os.urandom(100_000)
 
 

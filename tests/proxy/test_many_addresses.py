@@ -81,6 +81,7 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_300_silent_addresses_of_a_name_hold_a_few_descriptors(silent, many, tried, serve, connect, spawn_thread):
     server = serve(ProxyHandler(gate()))
     clients = [connect(server) for _ in range(5)]
@@ -98,6 +99,7 @@ def test_300_silent_addresses_of_a_name_hold_a_few_descriptors(silent, many, tri
     wait_until(lambda: descriptors() <= before + 3)
 
 
+@pytest.mark.slow
 def test_addresses_behind_silent_ones_have_their_turn(tried):
     """Those under way give up their places in time for the others."""
     with ExitStack() as stack:
@@ -224,6 +226,7 @@ def test_attempts_are_counted_out_when_they_are_killed_before_they_begin(silent)
             attempts.begin()
 
 
+@pytest.mark.slow
 def test_attempts_to_reach_an_upstream_count_as_well(silent, tried, serve, connect, in_thread, lines):
     server = serve(
         ProxyHandler(

@@ -63,6 +63,7 @@ def test_numbers_of_seconds_are_what_the_file_says():
             make_proxy(parse_config(f"[timeouts]\nnegotiate = {value}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [True, False])
 def test_requirement_36_tunnels_live_through_reloads_good_and_bad(serve, connect, in_thread, tmp_path, workers):
     """A broken file, and one with a listener that cannot be opened: it says why, and everything stays as it was."""
@@ -151,6 +152,7 @@ def test_requirement_05_a_password_is_asked_for_whatever_is_offered_first(proxy,
     assert in_thread(read, client, 100) == b"\x05\x02\x01\x01"
 
 
+@pytest.mark.slow
 def test_requirement_07_nothing_is_granted_before_the_destination_has_accepted(proxy, connect, in_thread):
     with full_listener() as full:
         server = proxy(timeouts=Timeouts(connect=0.3))
@@ -381,6 +383,7 @@ def test_requirement_38_outgoing_connections_have_the_options_of_a_proxy(proxy, 
     assert found["client"][0]
 
 
+@pytest.mark.slow
 def test_requirement_39_a_password_need_not_be_on_the_command_line(tmp_path):
     """It can come from a file of hashes, and the hash from a prompt: neither is in the list of processes."""
     (tmp_path / "users").write_text(f"ada:{QUICK}\n")

@@ -81,10 +81,13 @@ NETWORK = """
         origin.kill()
 """
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "sysctl", "unshare"))),
-    reason="needs root, ip(8), nsenter(1), sysctl(8) and unshare(1)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "sysctl", "unshare"))),
+        reason="needs root, ip(8), nsenter(1), sysctl(8) and unshare(1)",
+    ),
+]
 
 
 def in_network(what):

@@ -70,6 +70,7 @@ def test_unknown_names_take_as_long_as_wrong_passwords(users, hashed):
     assert hashed == [b"pw"]
 
 
+@pytest.mark.slow
 def test_the_event_loop_goes_on_while_a_hash_is_computed(users):
     staff = users({b"Ada": hash_password(b"pw")})
     checking = gevent.spawn(staff.check, b"Ada", b"pw", CLIENT)
@@ -144,6 +145,7 @@ def test_a_hash_does_not_show_the_password_in_errors():
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_hashes_made_here_are_argon2id():
     kept = hash_password(b"pw")
     assert kept.startswith("$argon2id$")

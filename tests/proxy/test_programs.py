@@ -78,6 +78,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @needs("curl")
 @pytest.mark.parametrize("password", [False, True], ids=["open", "with a password"])
 @pytest.mark.parametrize("way", WAYS)
@@ -107,6 +108,7 @@ def test_curl_by_every_way_to_http_and_https(proxy, serve, folder, curl, way, pa
         assert done.stdout == CONTENT
 
 
+@pytest.mark.slow
 @needs("curl")
 @pytest.mark.parametrize("way", ["socks4a", "socks5", "socks5-hostname", "http", "proxytunnel"])
 def test_curl_to_ipv6_with_a_chunked_upload_and_to_where_nobody_is(proxy, serve, folder, curl, way):
@@ -257,6 +259,7 @@ def test_ftp_in_active_mode(proxy, vsftpd, in_thread):
     assert (folder / "up" / "new").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 @needs("curl")
 @pytest.mark.parametrize("way", ["socks4", "socks5-hostname", "proxytunnel"])
 def test_ftp_in_passive_mode(proxy, vsftpd, curl, way):

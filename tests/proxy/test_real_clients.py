@@ -49,6 +49,7 @@ def run(*command, **options):
     return subprocess.run(command, capture_output=True, timeout=SOON, **options)
 
 
+@pytest.mark.slow
 @needs("chromium")
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
 def test_a_browser_loads_an_https_page(proxy, serve, in_thread, tmp_path, lines, scheme):
@@ -99,6 +100,7 @@ PasswordAuthentication no
 """
 
 
+@pytest.mark.slow
 @needs("ncat", "ssh", "sshd", "ssh-keygen")
 @pytest.mark.skipif(os.geteuid() != 0, reason="sshd needs root")
 @pytest.mark.parametrize("kind", ["socks5", "socks4", "http"])
@@ -129,6 +131,7 @@ def test_ssh(proxy, in_thread, tmp_path, kind):
         sshd.wait()
 
 
+@pytest.mark.slow
 @needs("dnsmasq")
 def test_a_dns_query_over_udp_associate(proxy, connect, in_thread):
     # It listens on both, and not where connections are in TIME-WAIT.
@@ -174,6 +177,7 @@ def test_a_dns_query_over_udp_associate(proxy, connect, in_thread):
         dnsmasq.wait()
 
 
+@pytest.mark.slow
 @needs("curl")
 @pytest.mark.parametrize("option", ["-x http://", "--proxytunnel -x http://", "--socks5-hostname ", "--socks4a "])
 def test_curl_resumes_and_uploads(proxy, serve, in_thread, tmp_path, option):
@@ -212,6 +216,7 @@ def test_python_socks(proxy, serve, in_thread):
         assert in_thread(talk, scheme) == b"hello"
 
 
+@pytest.mark.slow
 def test_500_clients_that_drip_do_not_keep_a_good_one_out(proxy, serve, connect, in_thread, need_descriptors):
     need_descriptors(2000)
     origin, server = serve(echo), proxy()
@@ -244,6 +249,7 @@ INSIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", INSIDE)
 def test_requirements_11_14_16_nobody_is_led_inside_by_any_spelling(proxy, connect, in_thread, lines, host):
     server = proxy(destination_rules=[parse_destination_rule("allow any")])
@@ -294,6 +300,7 @@ def test_what_is_unknown_gets_a_proper_end(proxy, connect, in_thread, sent, answ
     assert in_thread(read, client, 100) == answer
 
 
+@pytest.mark.slow
 def test_a_numeric_timeout_below_a_second_is_kept(proxy, connect, in_thread):
     from gtcpserver.proxy.gate import Timeouts
 
@@ -354,6 +361,7 @@ def own_address():
         return probe.getsockname()[0]
 
 
+@pytest.mark.slow
 def test_a_head_that_drips_has_the_time_of_one_negotiation(proxy, connect, in_thread, monkeypatch):
     from gtcpserver.proxy.gate import Timeouts
     from gtcpserver.proxy.http_session import HttpSession
@@ -411,6 +419,7 @@ EXHAUSTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
 def test_requirement_38_ports_are_for_each_destination_and_their_end_is_told(in_thread):
     # In a network namespace with two ports for outgoing connections.
@@ -429,6 +438,7 @@ def public_folder():
         yield Path(name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up being root")
 def test_requirement_39_the_workers_are_not_root_and_passwords_are_in_a_file(serve, in_thread, public_folder):
     origin = serve(echo)

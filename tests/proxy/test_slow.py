@@ -28,6 +28,7 @@ def gate(**options):
     return Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})
 
 
+@pytest.mark.slow
 def test_requirement_31_500_clients_that_drip_are_gone_in_time_and_a_good_one_is_served_meanwhile(
     serve, connect, in_thread, lines
 ):
@@ -68,6 +69,7 @@ def test_requirement_31_500_clients_that_drip_are_gone_in_time_and_a_good_one_is
     greenlet.kill()
 
 
+@pytest.mark.slow
 def test_requirement_31_clients_that_stop_in_a_tls_handshake(serve, connect, in_thread, tmp_path):
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
@@ -94,6 +96,7 @@ def test_requirement_31_clients_that_stop_in_a_tls_handshake(serve, connect, in_
     wait_until(lambda: server.active_connections == 0)
 
 
+@pytest.mark.slow
 def test_requirement_31_balancers_that_do_not_say_who_is_there(serve, connect, in_thread, lines):
     balancers = ProxyProtocol(["127.0.0.0/8"], timeout=0.2)
     origin, server = serve(echo), serve(ProxyHandler(gate(), proxy_protocol=balancers))
@@ -106,6 +109,7 @@ def test_requirement_31_balancers_that_do_not_say_who_is_there(serve, connect, i
     assert {line["result"] for line in lines(50)} == {"proxy_header"}
 
 
+@pytest.mark.slow
 def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, connect, in_thread, monkeypatch):
     """As many of them as there are threads for look-ups, and more: addresses and names that are known go on, each
     client waits as long as it should, and then other names have their turn."""
@@ -142,6 +146,7 @@ def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, con
     assert len(asked) == threads + 2
 
 
+@pytest.mark.slow
 def test_requirement_30_a_tunnel_whose_one_side_does_not_read_holds_little(serve, connect, in_thread, spawn_thread):
     """The sender is stopped by the receiver's window, through the proxy; what is under way is in the kernel."""
     sent = []
@@ -170,6 +175,7 @@ def test_requirement_30_a_tunnel_whose_one_side_does_not_read_holds_little(serve
     assert len(in_thread(read, other, 1_000_000)) == 1_000_000
 
 
+@pytest.mark.slow
 def test_requirement_34_clients_beyond_a_limit_hold_nothing_by_silence(serve, connect, in_thread, monkeypatch, lines):
     monkeypatch.setattr(handler, "TIME_OF_REFUSED", 0.2)
     monkeypatch.setattr(handler, "MOST_REFUSED", 20)

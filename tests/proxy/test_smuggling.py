@@ -162,6 +162,7 @@ def answers(port, data):
     return got
 
 
+@pytest.mark.slow
 def test_requirement_21_the_origin_reads_what_the_proxy_has_read(in_thread):
     """Several requests on one connection, of dangerous parts in any order: the origin gets those that the proxy
     believes to have forwarded, each once, in their order, and no other."""

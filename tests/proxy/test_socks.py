@@ -142,6 +142,7 @@ def test_requirement_16_by_default_nobody_goes_anywhere_special(proxy, connect, 
     assert in_thread(read, client, 100)[2:4] == b"\x05\x02"
 
 
+@pytest.mark.slow
 def test_requirement_31_negotiation_has_one_deadline_however_slowly_bytes_come(proxy, connect, in_thread, lines):
     server = proxy(timeouts=Timeouts(negotiate=0.2))
     for first in (b"", b"\x05", b"\x05\x01\x00\x05\x01"):
@@ -231,6 +232,7 @@ def test_clients_that_speak_something_else_or_leave(proxy, connect, in_thread, l
     assert lines()[0]["result"] == "bad_request"
 
 
+@pytest.mark.slow
 def test_many_slow_clients_do_not_keep_a_good_one_out(proxy, origin, connect, in_thread):
     server = proxy()
     slow = [connect(server) for _ in range(500)]
@@ -241,6 +243,7 @@ def test_many_slow_clients_do_not_keep_a_good_one_out(proxy, origin, connect, in
     assert in_thread(read, client, 16)[12:] == b"ping"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("option", ["--socks4", "--socks4a", "--socks5", "--socks5-hostname"])
 def test_curl(proxy, serve, in_thread, option):

@@ -195,6 +195,7 @@ def test_any_datagram_and_any_first_bytes(data):
             continue
 
 
+@pytest.mark.slow
 @given(st.ip_addresses(), st.integers(1, 65535), st.binary(max_size=50))
 def test_a_datagram_survives_the_way_there_and_back(ip, port, data):
     found = socks5.parse_datagram(socks5.datagram(ip, port, data))

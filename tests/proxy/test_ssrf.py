@@ -94,6 +94,7 @@ def in_brackets(spelling):
     return f"[{spelling}]" if ":" in spelling and not spelling.startswith("[") else spelling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", [*LOOPBACK_SPELLINGS, *METADATA_SPELLINGS])
 def test_requirements_11_14_16_every_spelling_is_recognized_by_every_protocol(
     proxy, connect, in_thread, lines, forbidden, spelling
@@ -158,6 +159,7 @@ TRICKS_OF_SOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", TRICKS_OF_SOCKS)
 def test_requirement_17_what_is_no_host_is_not_asked_for(proxy, connect, in_thread, lines, forbidden, host):
     names = Names()
@@ -175,6 +177,7 @@ def test_requirement_17_what_is_no_host_is_not_asked_for(proxy, connect, in_thre
         assert "\r" not in str(line["detail"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [trick for trick in TRICKS if trick])
 def test_requirement_18_what_is_no_authority_is_not_asked_for(proxy, connect, in_thread, forbidden, host):
     names = Names()
@@ -244,6 +247,7 @@ INSIDE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", INSIDE)
 def test_requirement_15_a_name_that_leads_inside(proxy, connect, in_thread, lines, forbidden, address):
     server = proxy(resolver=Names(good_example=[address]), destination_rules=rules("allow .example", "allow any"))
@@ -385,6 +389,7 @@ def test_requirement_12_nobody_inside_is_waited_for(proxy, connect, in_thread, l
     assert lines()[0]["result"] == "destination_denied"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "localhost", "::1", "[::ffff:127.0.0.1]", "0x7f.1", "0"])
 def test_requirement_16_no_listener_of_the_proxy_is_reached_through_another(in_thread, host):
     """It would come back as a client from this host, which may be allowed more."""

@@ -190,6 +190,7 @@ def test_any_text_is_a_target_or_a_bad_one(text, port):
         parse_authority(text, 80)
 
 
+@pytest.mark.slow
 @given(st.ip_addresses())
 def test_every_address_has_its_own_form(ip):
     target = make_target(str(ip), 1)

@@ -257,6 +257,7 @@ def test_addresses_behind_prefixes_of_every_length(prefix, ip):
     assert addresses_meant(ip) == (ip,)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(OF_RFC_6052), st.ip_addresses(v=4), st.integers(0, 2**64 - 1))
 def test_the_rest_of_an_address_behind_a_prefix_hides_nothing(prefix_and_ip, inner, noise):
     """Bits that must be zero, and what a gateway may pass over."""
@@ -377,6 +378,7 @@ def in_network(what, *rules, before=""):
     return run_in_network(source).stderr
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_no_address_of_this_host_is_reached(in_thread):
     in_thread(
@@ -393,6 +395,7 @@ def test_no_address_of_this_host_is_reached(in_thread):
     )
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_addresses_come_and_go_while_the_proxy_runs(in_thread):
     in_thread(
@@ -408,6 +411,7 @@ def test_addresses_come_and_go_while_the_proxy_runs(in_thread):
     )
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_rules_that_name_this_host_lead_there(in_thread):
     in_thread(
@@ -423,6 +427,7 @@ def test_rules_that_name_this_host_lead_there(in_thread):
     )
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_the_proxy_is_not_reached_by_a_secondary_address(in_thread):
     in_thread(
@@ -457,6 +462,7 @@ assert prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0) == 
 """
 
 
+@pytest.mark.slow
 @needs_namespaces
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the system call's number is not known")
 def test_without_netlink_the_interfaces_are_looked_at(in_thread):

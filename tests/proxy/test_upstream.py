@@ -257,6 +257,7 @@ def test_by_way_of_tinyproxy(proxy_by, serve, connect, in_thread, tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_bind_and_udp_are_not_led_past_the_other_proxy(proxy_by, serve, connect, in_thread):
     server = proxy_by(parse_upstream("up", f"socks5://{serve(echo).address}"))
     client = connect(server)
@@ -313,6 +314,7 @@ FAST_OPEN = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip(8)")
 def test_requests_go_in_the_syn_where_the_origin_has_given_a_cookie(in_thread):
     # In a network namespace, where fast open can be switched on.

@@ -118,6 +118,7 @@ def test_requirement_15_neither_bind_nor_datagrams_go_past_an_upstream_that_may_
 # -- several addresses, several proxies --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requirement_31_an_address_that_does_not_answer_leaves_time_for_the_others(
     proxy_by, serve, connect, in_thread, lines
 ):

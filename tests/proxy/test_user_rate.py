@@ -15,6 +15,8 @@ from kit.clients import read
 from kit.proxying import QUICK, reply, socks
 from kit.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 USERS = "\n".join(f'{name} = "{QUICK}"' for name in ("ada", "bob"))
 RULES = '[rules]\nclients = ["allow from any to any with auth staff"]\ndestinations = ["allow loopback"]\n'
 PIECE = 16 * 1024

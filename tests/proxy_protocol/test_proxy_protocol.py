@@ -319,6 +319,7 @@ headers = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(headers, st.booleans(), st.binary(max_size=30))
 def test_a_header_survives_the_way_there_and_back(header, checksum, behind):
     data = header.to_bytes(checksum=checksum)
@@ -337,6 +338,7 @@ def flipped(draw):
     return data[:at] + draw(st.binary(min_size=1, max_size=1)) + data[at + 1 :]
 
 
+@pytest.mark.slow
 @given(st.one_of(st.builds(bytes.__add__, begins, st.binary(max_size=200)), flipped()), st.binary(max_size=20))
 def test_any_bytes_cut_anywhere_give_the_same_and_only_our_errors(data, behind):
     """Byte by byte: more, more, and then the very outcome that the whole has."""
@@ -385,6 +387,7 @@ def receive_header(listening):
         return found[0], sock.recv(5, socket.MSG_WAITALL)
 
 
+@pytest.mark.slow
 @needs_haproxy
 @pytest.mark.parametrize(
     ("options", "version"),
@@ -404,6 +407,7 @@ def test_what_haproxy_sends_is_understood(tmp_path, options, version):
             assert header.unique_id == (b"id-127.0.0.1" if "unique-id" in options else None)
 
 
+@pytest.mark.slow
 @needs_haproxy
 def test_what_haproxy_sends_of_tls_is_understood(tmp_path):
     authority = trustme.CA()
@@ -437,6 +441,7 @@ def test_what_haproxy_sends_of_tls_is_understood(tmp_path):
             assert header.tls.text(Type.SSL_CIPHER) == client.cipher()[0]
 
 
+@pytest.mark.slow
 @needs_haproxy
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("ip", ["192.0.2.1", "2001:db8::1"])
@@ -458,6 +463,7 @@ def test_haproxy_understands_what_is_written(tmp_path, version, ip):
     assert said == [ip, "4096", ip, "443", *(["example.com", "id-1"] if version == 2 else [])]
 
 
+@pytest.mark.slow
 @needs_haproxy
 def test_haproxy_refuses_a_wrong_checksum_as_we_do(tmp_path):
     data = V4.to_bytes(checksum=True)

@@ -140,6 +140,7 @@ def test_one_log_line_a_second(accepting, caplog, monkeypatch):
     assert str(one.address[1]) in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -332,6 +333,7 @@ def test_a_handler_may_close_the_acceptor(accepting, monkeypatch):
     assert reported == []
 
 
+@pytest.mark.slow
 def test_a_process_out_of_descriptors_waits_and_recovers(python):
     server = python(
         """

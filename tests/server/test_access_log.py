@@ -149,6 +149,7 @@ def test_a_client_that_is_silent(serve, connect, lines, handler, options, result
     client.close()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_server(serve, connect, in_thread, lines):
     begun = []
 
@@ -265,6 +266,7 @@ def test_a_handlers_fields_are_in_the_record_of_its_failure(serve, connect, in_t
 WORD = re.compile(r'(?P<name>"(?:[^"\\]|\\.)*"|[^ "=\\]+)=(?P<value>"(?:[^"\\]|\\.)*"|[^ "=\\]*)(?: |$)')
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(min_size=1).filter(lambda name: name != "time"), st.text(), min_size=1))
 def test_whatever_is_in_a_line_can_be_read_back(fields):
     written = []
@@ -354,6 +356,7 @@ def test_it_costs_nothing_when_it_is_off(serve, connect, in_thread, caplog):
 # -- the command, and the documentation --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_to_a_file_from_every_worker(tmp_path):
     path = tmp_path / "access.log"
     command = [sys.executable, "-m", "gtcpserver", "echo", "--bind", "127.0.0.1:0", "--workers", "2"]

@@ -51,6 +51,7 @@ SMALL_BUFFERS = ListenConfig(send_buffer=65536)
 MORE_THAN_BUFFERS = bytes(16 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["before data", "mid-request", "mid-answer"])
 def test_resets_are_counted_and_not_printed(serve, connect, in_thread, python, caplog, capfd, stage):
     server = serve(answer_at_length, listen=SMALL_BUFFERS)
@@ -83,6 +84,7 @@ STDERR_SERVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["resets", "faults"])
 def test_server_whose_stderr_nobody_reads_serves_on(python, connect, in_thread, trouble):
     process = python(STDERR_SERVER)
@@ -208,6 +210,7 @@ FEW_DESCRIPTORS = """
 """
 
 
+@pytest.mark.slow
 def test_server_without_descriptors_serves_all_in_the_end(python, connect, in_thread):
     process = python(FEW_DESCRIPTORS)
     port = int(process.stdout.readline())
@@ -242,6 +245,7 @@ CONNECT_AND_CLOSE = """
 """
 
 
+@pytest.mark.slow
 def test_ten_thousand_connections_leave_nothing_behind(serve, python, in_thread):
     def handler(conn):
         with conn.idle():
@@ -291,6 +295,7 @@ def test_ten_thousand_connections_leave_nothing_behind(serve, python, in_thread)
 # -- clients that hold places ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clients_that_never_read_are_freed_by_the_time_out(serve, connect, in_thread):
     def handler(conn):
         if conn.recv(1) == b"!":
@@ -421,6 +426,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["silent", "sending"])
 def test_peers_that_vanish_are_found(serve, far_host, in_thread, state):
     address, prefix, cut = far_host

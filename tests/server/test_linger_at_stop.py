@@ -28,6 +28,7 @@ def send_answer(conn):
     conn.sendall(b"answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0", "unix"])
 def test_a_client_that_has_everything_and_stays_open_does_not_hold_up_a_stop(
     serve, connect, in_thread, tmp_path, address
@@ -53,6 +54,7 @@ def test_a_client_that_has_read_nothing_yet_does_not_hold_up_a_stop_and_loses_no
     assert in_thread(client.recv, 10) == b""
 
 
+@pytest.mark.slow
 def test_a_client_whose_system_has_not_acknowledged_everything_is_waited_for(serve, connect, spawn_thread, in_thread):
     server = serve(lambda conn: conn.sendall(ANSWER), linger=LONG)
     client = connect(server, receive_buffer=4096)
@@ -74,6 +76,7 @@ def test_a_client_whose_system_has_not_acknowledged_everything_is_waited_for(ser
     assert read + rest.get(timeout=SOON) == len(ANSWER)
 
 
+@pytest.mark.slow
 def test_a_client_that_still_sends_is_waited_for(serve, connect, spawn_thread):
     """A reset would make its next send fail, and it may give up before it reads the answer."""
     server = serve(send_answer, linger=LONG)
@@ -97,6 +100,7 @@ def test_a_client_that_still_sends_is_waited_for(serve, connect, spawn_thread):
     stopping.get(timeout=SOON)
 
 
+@pytest.mark.slow
 def test_clients_that_are_not_waited_for_have_the_time_of_those_who_are(serve, connect):
     """Only the end of the stop closes their sockets."""
     server = serve(send_answer, linger=LONG)
@@ -114,6 +118,7 @@ def test_clients_that_are_not_waited_for_have_the_time_of_those_who_are(serve, c
     stopping.get(timeout=SOON)
 
 
+@pytest.mark.slow
 def test_without_a_stop_a_silent_client_has_the_whole_linger_time(serve, connect):
     server = serve(send_answer, linger=LONG)
     connect(server).sendall(b"?")
@@ -122,6 +127,7 @@ def test_without_a_stop_a_silent_client_has_the_whole_linger_time(serve, connect
     assert server.stats().lingering == 1
 
 
+@pytest.mark.slow
 def test_where_the_system_does_not_tell_what_has_arrived_the_peer_is_waited_for(monkeypatch):
     monkeypatch.delattr(socket, "TCP_INFO")
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as peer:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import gevent
 import gevent.socket
 import gevent.ssl
+import pytest
 import trustme
 from gevent.hub import get_hub
 from hypothesis import settings
@@ -393,6 +394,7 @@ def settle(found: Callable[[], T], expected: T) -> None:
     assert now == expected, f"{now} is not {expected}"
 
 
+@pytest.mark.slow
 def test_whatever_clients_and_operators_do_the_books_of_a_server_balance() -> None:
     get_hub()  # its own descriptors are no leak
     run_state_machine_as_test(Machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=30))

@@ -49,6 +49,7 @@ def is_served(server, connect, in_thread):
     return in_thread(talk) == b"hello"
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("when", [*map(str, range(2, 8)), "2..4"])  # the first is of the loop itself
 def test_an_epoll_ctl_that_fails_makes_no_server_deaf(injected, when):
@@ -62,6 +63,7 @@ def test_an_epoll_ctl_that_fails_makes_no_server_deaf(injected, when):
     assert subject.wait() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected):
     subject = injected(ECHO)
@@ -79,6 +81,7 @@ def test_a_connection_that_cannot_be_watched_gives_its_handler_an_error(injected
     assert "the event loop cannot watch this descriptor" in subject.log()
 
 
+@pytest.mark.slow
 @needs_strace
 def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(injected):
     subject = injected(DOWNLOAD)
@@ -87,6 +90,7 @@ def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(
     assert subject.cpu_seconds() < 5
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["EAGAIN", "EBUSY", "EINTR", "EACCES", "ENOMEM"])
 def test_an_upload_whose_watcher_cannot_be_made_is_reset(injected, error):
@@ -98,6 +102,7 @@ def test_an_upload_whose_watcher_cannot_be_made_is_reset(injected, error):
     assert "the event loop cannot watch this descriptor: fcntl(2): " in subject.log()
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["EAGAIN", "EBUSY"])
 def test_a_download_whose_watcher_cannot_be_made_is_reset(injected, error):
@@ -106,6 +111,7 @@ def test_a_download_whose_watcher_cannot_be_made_is_reset(injected, error):
         assert received_from(subject, 4096, once="the event loop cannot watch this descriptor").how == "reset"
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("when", ["1", "2", "3"])
 def test_one_epoll_ctl_that_fails_costs_no_connection(injected, when):
@@ -114,6 +120,7 @@ def test_one_epoll_ctl_that_fails_costs_no_connection(injected, when):
         assert receive_all(client).size == 20_000_000
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("when", ["1", "2", "3"])
 def test_one_epoll_ctl_that_fails_loses_no_input(injected, when):
@@ -147,6 +154,7 @@ def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thre
     first.close()
 
 
+@pytest.mark.slow
 def test_a_back_off_without_a_timer_goes_on(serve, connect, in_thread, monkeypatch):
     server = serve(echo)
     acceptor = server._state.acceptors[0]
@@ -164,6 +172,7 @@ def test_a_back_off_without_a_timer_goes_on(serve, connect, in_thread, monkeypat
     assert is_served(server, connect, in_thread)
 
 
+@pytest.mark.slow
 def test_an_accept_loop_that_has_stopped_without_a_reason_starts_again(serve, connect, in_thread, monkeypatch, caplog):
     monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     server = serve(echo)
@@ -176,6 +185,7 @@ def test_an_accept_loop_that_has_stopped_without_a_reason_starts_again(serve, co
     ]
 
 
+@pytest.mark.slow
 def test_reasons_not_to_accept_are_no_deafness(serve, connect, monkeypatch, caplog):
     monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.02)
     full = serve(echo, pool=1)

@@ -317,6 +317,7 @@ EVERY_ALLOCATION = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("_testcapi") is None, reason="this Python has no _testcapi")
 @pytest.mark.parametrize("kind", ["tls", "header"])
 def test_no_allocation_that_fails_while_a_connection_is_admitted_leaves_anything_behind(python, kind):
@@ -379,6 +380,7 @@ LITTLE_MEMORY = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_short_of_memory_serves_as_many_as_before(python):
     process = python(LITTLE_MEMORY)
     out, err = process.communicate(timeout=60)

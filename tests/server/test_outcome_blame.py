@@ -243,6 +243,7 @@ TROUBLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", TROUBLE, ids=lambda trouble: trouble.__name__)
 def test_the_handlers_own_trouble_is_logged_with_its_traceback(serve, caplog, tls, upstream, trouble):
     server = serve(lambda conn: trouble(conn, upstream), tls=tls and tls.server)
@@ -288,6 +289,7 @@ def test_the_test_kit_does_not_pass_a_handler_that_cannot_reach_its_database(ups
         assert client.recv_all() == b""
 
 
+@pytest.mark.slow
 def test_the_fault_player_does_not_pass_it_either():
     def handler(conn):
         while data := conn.recv(100):
@@ -414,6 +416,7 @@ RECEIVE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", RECEIVE, ids=lambda handler: handler.__name__)
 def test_a_reset_is_the_clients_and_no_line_of_the_log(serve, caplog, tls, handler):
     server = serve(lambda conn: handler(conn, None), tls=tls and tls.server)
@@ -519,6 +522,7 @@ WAITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", WAITS, ids=lambda handler: handler.__name__)
 def test_a_time_out_is_the_clients_where_the_handler_has_waited_for_it(serve, caplog, tls, upstream, handler):
     server = serve(lambda conn: handler(conn, upstream), tls=tls and tls.server)

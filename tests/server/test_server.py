@@ -818,6 +818,7 @@ def read_line_with(process, wanted):
         assert line, f"the process has ended before it wrote {wanted!r}: {process.stderr.read().decode()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_gracefully(python, connect, in_thread, number):
     process = python(SIGNAL_SERVER)
@@ -835,6 +836,7 @@ def test_signal_stops_gracefully(python, connect, in_thread, number):
     assert errors == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
 def test_second_signal_ends_handlers_at_once(python, connect, in_thread, numbers):
     process = python(SIGNAL_SERVER)
@@ -896,12 +898,14 @@ SIGNAL_JUST_BEFORE_THE_LOOP_SLEEPS = """
 """
 
 
+@pytest.mark.slow
 def test_a_signal_just_before_the_event_loop_sleeps_is_noticed(python, in_thread):
     process = python(SIGNAL_JUST_BEFORE_THE_LOOP_SLEEPS)
     output, errors = in_thread(process.communicate)
     assert output == b"told\n", errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_around_the_moment_it_begins_to_listen_is_a_graceful_stop(python, in_thread, when):
     process = python(SIGNAL_AT_START, when)

@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 IN_GREENLET = """
     {patch}
     import gevent, gtcpserver

@@ -138,6 +138,7 @@ def test_client_that_closed_in_order_while_queued_is_served(serve, connect, in_t
     assert server.stats().left_in_queue == 0
 
 
+@pytest.mark.slow
 def test_time_in_the_queue_is_measured_on_one_connection_in_many(serve, connect):
     go = Event()
     server = serve(lambda conn: go.wait(), pool=1)

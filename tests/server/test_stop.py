@@ -48,6 +48,7 @@ def outcome(client):
 # -- what is queued --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loops", "pool"), [(1, None), (2, None), (2, 10)])
 def test_stop_serves_connections_already_queued(serve, connect, spawn_thread, loops, pool):
     server = serve(answer_one, accept_loops=loops, pool=pool)
@@ -132,6 +133,7 @@ BURSTS = """
 """
 
 
+@pytest.mark.slow
 def test_closing_one_accept_loop_of_two_under_bursts_loses_nothing(serve, python, in_thread):
     process = python(BURSTS)
     for _ in range(20):
@@ -171,6 +173,7 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serve, monkeypatch, way):
     server = serve(answer_one)
     with socket.socket() as late:
@@ -187,6 +190,7 @@ def test_connection_that_comes_after_the_last_accept_of_a_stop_is_not_begun(serv
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
 
 
+@pytest.mark.slow
 def test_connection_whose_handshake_is_under_way_when_a_stop_begins_is_served(serve, connect, in_thread, way):
     def answer_two(conn):
         with conn.idle():  # which a stop would end at once if the request had not come with the connection
@@ -236,6 +240,7 @@ ORDINARY_USER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become an ordinary user")
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "*:0"])
 def test_stop_of_an_ordinary_users_server_under_bursts_resets_nobody(python, in_thread, address):
@@ -306,6 +311,7 @@ CLIENTS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tcp", "tcp with 2 accept loops", "unix"])
 def test_stop_under_load_resets_nobody(serve, python, in_thread, tmp_path, kind):
     address = f"unix:{tmp_path}/s.sock" if kind == "unix" else "127.0.0.1:0"
@@ -318,6 +324,7 @@ def test_stop_under_load_resets_nobody(serve, python, in_thread, tmp_path, kind)
     assert report.ended == 0
 
 
+@pytest.mark.slow
 def test_port_can_be_used_again_at_once(serve, connect, in_thread):
     server = serve(echo)
     address = server.address
@@ -402,6 +409,7 @@ def test_stop_waits_for_handlers_and_returns_when_the_last_one_does(serve, conne
     assert outcomes.get(timeout=SOON) == ["done"] * 50
 
 
+@pytest.mark.slow
 def test_stop_without_time_out_waits_as_long_as_it_takes(serve, connect, spawn_thread, go):
     def handler(conn):
         conn.recv(1)
@@ -417,6 +425,7 @@ def test_stop_without_time_out_waits_as_long_as_it_takes(serve, connect, spawn_t
     assert server.wait_stopped(0)
 
 
+@pytest.mark.slow
 def test_stop_ends_handlers_at_its_time_out_and_says_what_they_did(serve, connect, go):
     finished, ended = [], []
 
@@ -462,6 +471,7 @@ def test_age_and_peer_of_a_cut_unix_connection(serve, connect, go, tmp_path):
     assert cut.peer == "unix:"
 
 
+@pytest.mark.slow
 def test_handler_that_swallows_greenlet_exit_once_is_told_again(serve, connect, go):
     swallowed = []
 
@@ -482,6 +492,7 @@ def test_handler_that_swallows_greenlet_exit_once_is_told_again(serve, connect, 
     assert server.active_connections == 0
 
 
+@pytest.mark.slow
 def test_handler_that_will_not_end_is_reported_and_its_socket_shut(serve, connect, in_thread, go, caplog):
     def handler(conn):
         conn.recv(1)
@@ -630,6 +641,7 @@ def test_pool_shared_by_two_servers_survives_the_stop_of_one(serve, connect, in_
 # -- idle connections ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_idle_connections_do_not_hold_up_a_stop(serve, connect):
     # The clients never look at their connections, as those in a client's pool.
     server = serve(idle_echo, linger=LONG)
@@ -640,6 +652,7 @@ def test_idle_connections_do_not_hold_up_a_stop(serve, connect):
     assert [client.recv(1) for client in clients] == [b""] * 50
 
 
+@pytest.mark.slow
 def test_idle_connection_ends_at_once_although_the_pool_is_full(serve, connect, in_thread, go):
     def handler(conn):
         with conn.idle():
@@ -661,6 +674,7 @@ def test_idle_connection_ends_at_once_although_the_pool_is_full(serve, connect, 
     assert stopping.get(timeout=SOON) == StopReport(2, 0)
 
 
+@pytest.mark.slow
 def test_request_that_has_arrived_when_the_stop_begins_is_served(serve, connect, spawn_thread):
     server = serve(idle_echo)
     clients = [connect(server) for _ in range(20)]
@@ -673,6 +687,7 @@ def test_request_that_has_arrived_when_the_stop_begins_is_served(serve, connect,
     assert report == StopReport(20, 0)
 
 
+@pytest.mark.slow
 def test_request_in_progress_is_finished_and_the_connection_then_ends(serve, connect, in_thread, go):
     def handler(conn):
         while True:
@@ -697,6 +712,7 @@ def test_request_in_progress_is_finished_and_the_connection_then_ends(serve, con
     assert stopping.get(timeout=SOON) == StopReport(1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [lambda conn: conn.recv_until(b"\n"), lambda conn: conn.recv_exactly(12)])
 def test_request_that_has_come_in_part_is_not_cut(serve, connect, in_thread, read):
     def handler(conn):
@@ -716,6 +732,7 @@ def test_request_that_has_come_in_part_is_not_cut(serve, connect, in_thread, rea
     assert stopping.get(timeout=SOON) == StopReport(1, 0)
 
 
+@pytest.mark.slow
 def test_peer_that_does_not_close_holds_up_a_stop_for_the_linger_time_at_most(serve, connect):
     server, (client,) = start_busy(serve, connect, lambda conn: conn.recv(1), count=1, linger=0.2)
     begun = time.monotonic()
@@ -724,6 +741,7 @@ def test_peer_that_does_not_close_holds_up_a_stop_for_the_linger_time_at_most(se
     assert client.recv(1) == b""
 
 
+@pytest.mark.slow
 def test_lingering_answer_reaches_its_peer_before_the_stop_ends(serve, connect, spawn_thread):
     answer = b"x" * (1 << 20)
 
@@ -757,6 +775,7 @@ def test_stop_does_not_wait_for_sockets_of_clients_that_were_reset(serve, connec
     assert server.stop(None) == StopReport(0, 0)
 
 
+@pytest.mark.slow
 def test_a_stop_that_leaves_listening_leaves_the_queue_to_whoever_has_the_socket_too():
     with socket.create_server(("127.0.0.1", 0)) as held:
         first = Server(held.dup(), lambda conn: conn.sendall(b"first"))
@@ -804,6 +823,7 @@ def test_a_connection_that_comes_with_the_stop_has_time_for_its_request_too(serv
     assert stopping.get(timeout=SOON).ended == 0
 
 
+@pytest.mark.slow
 def test_silent_connections_hold_up_a_stop_for_the_time_of_a_first_request_only(serve, connect, monkeypatch):
     monkeypatch.setattr(stopping_module, "FIRST_REQUEST", 0.2)
     server = serve(idle_echo)

@@ -53,6 +53,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield partial(start, app=APP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WAYS)
 def test_background_work_may_fork(start, workers):
     master = start(*workers)
@@ -65,6 +66,7 @@ def test_background_work_may_fork(start, workers):
     assert master.log().count("stopped: ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WAYS)
 def test_a_hook_that_would_end_the_program_ends_no_stop(start, workers):
     hooks = ("--on-stop", "app:leave", *(("--worker-stop", "app:leave") if workers else ()))

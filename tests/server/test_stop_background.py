@@ -104,6 +104,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "patched"), WAYS)
 def test_work_that_ends_in_time_ends_whole(start, workers, patched):
     server = start(*workers, *patched, "--stop-timeout=20")
@@ -115,6 +116,7 @@ def test_work_that_ends_in_time_ends_whole(start, workers, patched):
     assert "cut" not in server.log().replace("0 cut", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "patched"), WAYS)
 def test_work_without_an_end_is_cut_at_the_stop_time_and_named(start, workers, patched):
     server = start(*workers, *patched, "--stop-timeout=0.3")
@@ -138,6 +140,7 @@ def test_work_without_an_end_is_cut_at_the_stop_time_and_named(start, workers, p
     assert "stopped: 0 connections finished, 0 cut" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "patched"), WAYS)
 def test_a_second_signal_cuts_it_now(start, workers, patched):
     server = start(*workers, *patched, "--stop-timeout=none")
@@ -149,6 +152,7 @@ def test_a_second_signal_cuts_it_now(start, workers, patched):
     assert "cut 1 background job: thread helper" in server.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "patched"), WAYS)
 def test_threads_that_are_daemons_and_the_program_s_own_greenlets_hold_up_nothing(start, workers, patched):
     server = start(*workers, *patched, "--stop-timeout=none")
@@ -158,6 +162,7 @@ def test_threads_that_are_daemons_and_the_program_s_own_greenlets_hold_up_nothin
     assert "background" not in server.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [(), ("--no-monkey-patch",)], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("way", ["reload", "recycling"])
 def test_workers_that_are_replaced_finish_their_work(start, way, patched):
@@ -173,6 +178,7 @@ def test_workers_that_are_replaced_finish_their_work(start, way, patched):
     assert server.process.wait(SOON) == 0
 
 
+@pytest.mark.slow
 def test_work_of_a_replaced_worker_is_cut_after_the_stop_time_although_connections_would_not_be(start):
     server = start("--workers=1", "--stop-timeout=0.3")
     begin(server, "thread", ENDLESS)
@@ -215,6 +221,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", [True, False])
 def test_a_script_goes_on_and_its_exit_waits_for_what_was_not_cut_alone(tmp_path, patch):
     patches = "from gevent import monkey; monkey.patch_all()" if patch else ""
@@ -259,6 +266,7 @@ def on_stop(server):
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("--workers=1",)], ids=["single", "workers"])
 def test_processes_end_whole_in_time(start, workers):
     server = start(*workers, "--no-monkey-patch", "--stop-timeout=20", app=PROCESSES)
@@ -270,6 +278,7 @@ def test_processes_end_whole_in_time(start, workers):
     assert not re.search(r"cut \d+ background", server.log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [(), ("--workers=1",)], ids=["single", "workers"])
 def test_processes_without_an_end_are_cut_and_named(start, workers):
     server = start(*workers, "--no-monkey-patch", "--stop-timeout=0.3", app=PROCESSES)
@@ -296,6 +305,7 @@ def test_on_stop_is_called_when_the_last_connection_has_ended(serve, connect):
     assert seen == [(True, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout", [0, None])
 def test_on_stop_has_a_second_and_is_cut_then(serve, monkeypatch, caplog, timeout):
     monkeypatch.setattr("gtcpserver.server.stopping.ON_STOP_SECONDS", 0.05)

@@ -81,6 +81,7 @@ def test_those_that_come_with_the_stop_wait_for_a_place_also_where_a_full_server
     assert server.stats().peak == 1
 
 
+@pytest.mark.slow
 def test_a_handshake_that_takes_its_time_is_waited_for(serve, connect, in_thread):
     server = serve(one_request, listen=UNDER_WAY)
     client = connect(server)
@@ -93,6 +94,7 @@ def test_a_handshake_that_takes_its_time_is_waited_for(serve, connect, in_thread
     assert stopped.get(timeout=SOON) == StopReport(1, 0)
 
 
+@pytest.mark.slow
 def test_a_client_under_way_that_waits_for_the_server_to_speak_is_served(serve, connect, in_thread):
     server = serve(lambda conn: conn.sendall(b"hello"), listen=UNDER_WAY)
     client = connect(server)

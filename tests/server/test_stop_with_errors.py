@@ -41,6 +41,7 @@ def no_memory(*_, **__):
     raise MemoryError
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("call", ["getsockname", "accept4", "setsockopt", "socket", "recvfrom", "close", "epoll_ctl"])
 @pytest.mark.parametrize("when", ["1", "1+"])
@@ -56,6 +57,7 @@ def test_a_stop_ends_in_its_time_although_calls_fail(injected, call, when):
     assert len(subject.log().splitlines()) < 10
 
 
+@pytest.mark.slow
 @needs_strace
 def test_a_command_whose_stop_was_not_complete_ends_with_status_1(injected):
     program = """
@@ -80,6 +82,7 @@ def test_a_command_whose_stop_was_not_complete_ends_with_status_1(injected):
     assert "Traceback" not in subject.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "name"),
     [
@@ -130,6 +133,7 @@ def test_a_stop_looks_itself_whether_anybody_is_connected(serve, monkeypatch):
         server.stop(1000)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypatch, caplog):
     server = serve(echo)
     acceptor = server._state.acceptors[0]
@@ -151,6 +155,7 @@ def test_what_cannot_be_drained_is_logged_once_and_told(serve, connect, monkeypa
     client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.2, 0.0])
 def test_a_lost_listening_socket_stops_the_server_within_its_stop_timeout(serve, connect, in_thread, seconds):
     server = serve(echo)
@@ -204,6 +209,7 @@ def test_a_stop_whose_greenlet_could_not_start_is_begun_again(serve, monkeypatch
     assert server.wait_stopped(10)
 
 
+@pytest.mark.slow
 def test_a_limited_client_that_was_refused_keeps_no_stop_waiting(serve, connect, in_thread):
     server = serve(echo, client_limits=ClientLimits(deny=["127.0.0.1"]))
     with pytest.raises(ConnectionError):

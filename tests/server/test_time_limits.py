@@ -32,6 +32,7 @@ def drip(client, go_on):
     return "still open"
 
 
+@pytest.mark.slow
 def test_client_that_drips_is_ended(serve, connect, spawn_thread):
     seen = []
     server = serve(
@@ -50,6 +51,7 @@ def test_client_that_drips_is_ended(serve, connect, spawn_thread):
     assert (stats.slow_clients, stats.timeouts, stats.handler_errors) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_client_that_does_not_read_is_ended(serve, connect):
     server = serve(lambda conn: conn.sendall(bytes(16 << 20)), min_rate=1000, min_rate_window=WINDOW)
     connect(server, receive_buffer=4096)
@@ -57,6 +59,7 @@ def test_client_that_does_not_read_is_ended(serve, connect):
     wait_until(lambda: server.active_connections == 0)
 
 
+@pytest.mark.slow
 def test_slow_clients_do_not_keep_good_ones_out(serve, connect, in_thread, python):
     server = serve(echo, pool=100, timeout=SOON, min_rate=100, min_rate_window=WINDOW)
     # 500 clients that send a byte in a while, without end.
@@ -83,6 +86,7 @@ def test_slow_clients_do_not_keep_good_ones_out(serve, connect, in_thread, pytho
     assert server.stats().peak <= 100
 
 
+@pytest.mark.slow
 def test_handler_that_computes_or_waits_for_others_is_not_the_client_s_fault(serve, connect, in_thread):
     looks = []
 
@@ -101,6 +105,7 @@ def test_handler_that_computes_or_waits_for_others_is_not_the_client_s_fault(ser
     assert server.stats().slow_clients == 0
 
 
+@pytest.mark.slow
 def test_client_that_is_fast_enough_is_left_alone(serve, connect, spawn_thread):
     server = serve(echo, min_rate=1, min_rate_window=WINDOW)
     client = connect(server)
@@ -112,6 +117,7 @@ def test_client_that_is_fast_enough_is_left_alone(serve, connect, spawn_thread):
     assert ending.get(timeout=SOON) == "still open"
 
 
+@pytest.mark.slow
 def test_idle_connection_is_not_slow(serve, connect, in_thread):
     server = serve(idle_echo, min_rate=1e6, min_rate_window=WINDOW)
     client = connect(server)
@@ -120,6 +126,7 @@ def test_idle_connection_is_not_slow(serve, connect, in_thread):
     assert server.stats().slow_clients == 0
 
 
+@pytest.mark.slow
 def test_handler_may_catch_it_and_say_good_bye(serve, connect, in_thread):
     def handler(conn):
         try:
@@ -146,6 +153,7 @@ def test_handler_timeout_is_a_deadline(serve, connect):
     assert server.stats().handler_timeouts == 1
 
 
+@pytest.mark.slow
 def test_handler_timeout_ends_old_connections_and_no_young_ones(serve, connect, in_thread):
     server = serve(echo, handler_timeout=1.0)
     old = connect(server)

@@ -36,6 +36,7 @@ def fetch(server, method="GET", path="/", version=11):
     return answer, body.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [10, 11])
 def test_a_long_list_is_complete_and_sorted(serve, in_thread, many, version):
     server = serve(StaticFiles(many, listing=True))
@@ -47,6 +48,7 @@ def test_a_long_list_is_complete_and_sorted(serve, in_thread, many, version):
     assert "more" not in body
 
 
+@pytest.mark.slow
 def test_the_connection_is_kept_after_a_long_list_and_head_has_none(serve, connect, in_thread, many):
     client = connect(serve(StaticFiles(many, listing=True)))
     client.sendall(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
@@ -64,6 +66,7 @@ def test_the_connection_is_kept_after_a_long_list_and_head_has_none(serve, conne
     assert got.index(b"<ul>") > got.index(b"\r\n\r\nHTTP/1.1 200 OK\r\n")
 
 
+@pytest.mark.slow
 def test_a_list_that_would_be_too_long_says_so(serve, in_thread, many, monkeypatch):
     monkeypatch.setattr(handler, "MOST_LISTED", 250)
     read = []
@@ -96,6 +99,7 @@ class _Counting:
             yield entry
 
 
+@pytest.mark.slow
 def test_others_are_served_while_a_long_list_is_made(serve, in_thread, many):
     """It is read by a thread, and each piece of it is followed by a turn of the others."""
     turns = 0
@@ -116,6 +120,7 @@ def test_others_are_served_while_a_long_list_is_made(serve, in_thread, many):
     assert turns >= 3001 / handler.ROWS_A_PIECE
 
 
+@pytest.mark.slow
 def test_clients_that_do_not_read_their_list_hold_little_memory(serve, connect, many):
     """The names, but not the page, which is six times as long here."""
 
@@ -135,6 +140,7 @@ def test_clients_that_do_not_read_their_list_hold_little_memory(serve, connect, 
     assert held < 150  # bytes a name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO, errno.ESTALE, errno.EMFILE])
 @pytest.mark.parametrize("call", ["fstat", "read", "listing"])
 def test_what_the_system_cannot_read_just_now_is_a_503_and_the_client_is_served_on(

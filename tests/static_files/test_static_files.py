@@ -142,6 +142,7 @@ def test_what_is_not_there(get, path):
     assert get(path).status == 404
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
@@ -260,6 +261,7 @@ def test_content_types(get):
     assert get("/a.txt", cache_control="max-age=60").fields["cache-control"] == "max-age=60"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "status"),
     [
@@ -437,6 +439,7 @@ def test_any_range_lies_in_the_file(text, size):
             assert part is None or (part[0] >= 0 and part[1] >= 1 and sum(part) <= size)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 60))
 def test_ranges_are_what_slices_are(first, last, size):
     content = bytes(range(size))
@@ -468,6 +471,7 @@ def test_mistakes_are_named(options, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_command(in_thread, www):
     command = [sys.executable, "-m", "gtcpserver", "files", str(www), "--bind", "127.0.0.1:0", "--log-requests"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -12,6 +12,8 @@ import pytest
 
 from kit.supervised import Master, wait_until
 
+pytestmark = pytest.mark.slow
+
 APP = r"""
 import os, resource, sys
 import gevent.event

@@ -53,6 +53,7 @@ def in_background(master: Master, command: str, **more: Any) -> Callable[[], Any
     return lambda: asked.result(SOON)
 
 
+@pytest.mark.slow
 def test_after_a_reload_that_failed_only_the_old_workers_serve(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "2", app=SLOW_START)
     before = master.pids()
@@ -63,6 +64,7 @@ def test_after_a_reload_that_failed_only_the_old_workers_serve(start: Start, tmp
     assert {master.request()[0] for _ in range(20)} <= set(before)
 
 
+@pytest.mark.slow
 def test_a_new_worker_whose_predecessor_died_stays_when_its_reload_fails(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "2", app=SLOW_START)
     first, second = master.pids()
@@ -78,6 +80,7 @@ def test_a_new_worker_whose_predecessor_died_stays_when_its_reload_fails(start: 
     assert master.settled(2) == [new, second]
 
 
+@pytest.mark.slow
 def test_a_reload_whose_first_new_worker_dies_fails_and_the_old_ones_serve(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "2", app=SLOW_START)
     before = master.pids()
@@ -92,6 +95,7 @@ def test_a_reload_whose_first_new_worker_dies_fails_and_the_old_ones_serve(start
     assert master.settled(2) == before
 
 
+@pytest.mark.slow
 def test_workers_that_are_due_at_the_same_time_are_replaced_one_after_the_other(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "2", app=SLOW_START)
     before = master.pids()
@@ -124,6 +128,7 @@ def begin(worker):
 )
 
 
+@pytest.mark.slow
 def test_workers_that_die_as_soon_as_they_are_ready_are_not_started_without_a_pause(
     start: Start, tmp_path: Path
 ) -> None:
@@ -136,6 +141,7 @@ def test_workers_that_die_as_soon_as_they_are_ready_are_not_started_without_a_pa
     master.settled(1)
 
 
+@pytest.mark.slow
 def test_a_slot_is_closed_only_when_its_workers_have_left(start: Start) -> None:
     master = start("--workers", "2")
     stays, leaves = master.pids()
@@ -158,6 +164,7 @@ def test_a_slot_is_closed_only_when_its_workers_have_left(start: Start) -> None:
     assert "failed at something" not in master.log()
 
 
+@pytest.mark.slow
 def test_a_slot_is_closed_only_when_no_worker_starts(start: Start, tmp_path: Path) -> None:
     # One that starts may still hold the sockets of all slots, so that the kernel counts them.
     master = start("--workers", "3", app=SLOW_START)
@@ -185,6 +192,7 @@ def packet_sockets(pid: int) -> list[str]:
     return [inode for inode in inodes if kinds.get(inode) == "0005"]
 
 
+@pytest.mark.slow
 def test_a_worker_has_its_own_end_of_its_own_channel_and_no_other(start: Start) -> None:
     master = start("--workers", "3")
     channels = [packet_sockets(pid) for pid in master.pids()]
@@ -192,6 +200,7 @@ def test_a_worker_has_its_own_end_of_its_own_channel_and_no_other(start: Start) 
     assert len(packet_sockets(master.pid)) == 3
 
 
+@pytest.mark.slow
 def test_a_worker_shares_with_its_master_its_own_listening_socket_and_nothing_else(start: Start) -> None:
     def pipes_and_sockets(pid: int) -> set[str]:
         fds = [fd for fd in os.listdir(f"/proc/{pid}/fd") if int(fd) > 2]
@@ -215,6 +224,7 @@ def handler(conn):
 """
 
 
+@pytest.mark.slow
 def test_signals_of_a_worker_are_written_nowhere(start: Start) -> None:
     # The master's pipe is closed in it, and its number is something else's.
     master = start("--workers", "1", app=SIGNAL_PIPE)
@@ -253,6 +263,7 @@ def test_the_path_of_a_unix_socket_goes_before_its_queue_is_drained(fleet: Any, 
     assert not shared.listener.closed  # until the worker has drained it
 
 
+@pytest.mark.slow
 def test_exit_handlers_of_the_master_do_not_run_in_its_workers(start: Start) -> None:
     leaves = "import atexit, os, sys\natexit.register(lambda: print('bye from', os.getpid(), file=sys.stderr))\n"
     master = start("--workers", "1", "--preload", app=leaves + APP)
@@ -275,6 +286,7 @@ def handler(conn):
 """
 
 
+@pytest.mark.slow
 def test_finally_blocks_have_time_when_a_stop_ends_their_handlers(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1", "--stop-timeout", "0.1", app=LONG_FINALLY)
     with master.connect() as client:
@@ -283,6 +295,7 @@ def test_finally_blocks_have_time_when_a_stop_ends_their_handlers(start: Start, 
     assert (tmp_path / "ended").read_text() == "ready: False"
 
 
+@pytest.mark.slow
 def test_finally_blocks_have_time_when_everything_is_ended_at_once(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1", app=LONG_FINALLY)
     with master.connect() as client:
@@ -292,6 +305,7 @@ def test_finally_blocks_have_time_when_everything_is_ended_at_once(start: Start,
     assert "killing it" not in master.log()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_while_it_starts_does_so_when_it_has_started(
     start: Start, tmp_path: Path
 ) -> None:
@@ -318,6 +332,7 @@ _Life.look_whether_due = fails
 """
 
 
+@pytest.mark.slow
 def test_a_worker_whose_beats_fail_in_part_is_not_taken_for_blocked(start: Start) -> None:
     master = start("--workers", "1", "--worker-timeout", "2", app=FAILING_BEATS + APP)
     before = master.pids()
@@ -339,6 +354,7 @@ Commands.look_after = fails
 """
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_master_every_time_keeps_it_from_nothing_else(start: Start) -> None:
     master = start("--workers", "1", "--preload", app=FAILING_COMMANDS + APP)
     master.wait_for("the master failed at something, and goes on")
@@ -350,6 +366,7 @@ def test_what_fails_in_a_master_every_time_keeps_it_from_nothing_else(start: Sta
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_computes_when_its_time_is_over_is_killed(start: Start) -> None:
     master = start("--workers", "1", "--stop-timeout", "0.1")
     (worker,) = master.pids()

@@ -115,6 +115,7 @@ def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
     assert system.count() == 2
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(st.sampled_from(" -:/.,\n0189cgroupxma2\\"), max_size=80), min_size=3, max_size=3))
 def test_any_text_is_a_number_of_cpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     root = tmp_path_factory.getbasetemp() / "any-cpus"
@@ -151,6 +152,7 @@ def real_group(quota: int) -> Iterator[str]:
     pytest.skip("no control groups here that may be limited")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_real_group() -> None:
     with real_group(100_000) as procs:

@@ -23,6 +23,8 @@ from gtcpserver.supervisor import ControlError, ask
 from kit.patience import SOON
 from kit.supervised import APP, Master, alive, children, wait_until
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ("serve", "app:handler", "--workers", "1", "--pid-file", "app.pid", "--bind", "127.0.0.1:0")
 
 WAYS = {

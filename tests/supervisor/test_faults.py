@@ -12,6 +12,8 @@ import pytest
 
 from kit.supervised import APP, Load, Master, Start, alive, children, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_worker_that_computes_for_ever_is_dumped_and_replaced_while_others_serve(start: Start) -> None:
     master = start("--workers", "2", "--worker-timeout", "2")

@@ -16,6 +16,8 @@ from gtcpserver.supervisor import ask
 from kit.forks import read_all, sockets_of
 from kit.supervised import Master, alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 APP = """
 import concurrent.futures, multiprocessing, os, signal, sys, time
 import gevent

@@ -155,6 +155,7 @@ def check_that_all_is_told(master: Master, url: str) -> None:
         assert b'\ngtcpserver_workers{state="ready"} 2.0\n' in answer.read()
 
 
+@pytest.mark.slow
 def test_no_lie_of_a_worker_breaks_what_the_master_tells(master: Master) -> None:
     url = master.wait_for(r"status page on (http://\S+)")
     client = Client(master)
@@ -178,6 +179,7 @@ def test_no_lie_of_a_worker_breaks_what_the_master_tells(master: Master) -> None
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 def test_descriptors_that_a_worker_sends_are_not_taken(master: Master) -> None:
     client = Client(master)
     before = len(os.listdir(f"/proc/{master.pid}/fd"))
@@ -189,6 +191,7 @@ def test_descriptors_that_a_worker_sends_are_not_taken(master: Master) -> None:
     assert client.pid in master.pids()
 
 
+@pytest.mark.slow
 def test_a_flood_of_one_worker_keeps_the_master_from_nothing(master: Master) -> None:
     client = Client(master)
     client.sock.sendall(b"flood\n" * 5)
@@ -205,6 +208,7 @@ values = st.recursive(
 names = st.sampled_from([*ServerStats.__slots__, "latency", "cpu_seconds", "x"])
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(names, values) | values, max_size=4))
 def test_whatever_is_counted_can_be_added_up_and_written(all_stats: list[Any]) -> None:
     totals = Totals()
@@ -215,6 +219,7 @@ def test_whatever_is_counted_can_be_added_up_and_written(all_stats: list[Any]) -
         assert all(abs(value) < MAX_NUMBER * 20 for value in found.values() if isinstance(value, (int, float)))
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.sampled_from([*ROW, "where"]), values) | values, max_size=4) | values)
 def test_any_table_is_rows_of_a_known_shape(table: Any) -> None:
     for row in checked_table(table):

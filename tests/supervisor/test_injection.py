@@ -26,6 +26,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
     "rule",
@@ -54,6 +55,7 @@ def test_a_healthy_worker_is_kept_and_the_service_goes_on(start: Start, tmp_path
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
     "rule",
@@ -77,6 +79,7 @@ def test_commands_and_signals_are_obeyed_meanwhile(start: Start, tmp_path: Path,
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 def test_a_worker_that_cannot_read_what_it_is_told_reads_it_later(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
@@ -90,6 +93,7 @@ def test_a_worker_that_cannot_read_what_it_is_told_reads_it_later(start: Start, 
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 def test_a_worker_that_cannot_be_forked_is_forked_later(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
@@ -103,6 +107,7 @@ def test_a_worker_that_cannot_be_forked_is_forked_later(start: Start, tmp_path: 
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 def test_the_control_socket_waits_for_descriptors_and_does_not_spin(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
@@ -119,6 +124,7 @@ def test_the_control_socket_waits_for_descriptors_and_does_not_spin(start: Start
         assert client.makefile("rb").readline().startswith(b'{"state": "serving"')
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["ECONNABORTED", "EINTR", "EPERM", "ENOBUFS"])
 def test_a_client_of_the_control_socket_that_is_gone_keeps_it_from_no_other(
@@ -134,6 +140,7 @@ def test_a_client_of_the_control_socket_that_is_gone_keeps_it_from_no_other(
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["single", "workers"])
 def test_a_limit_of_open_files_that_may_not_be_read_is_told_and_left(tmp_path: Path, workers: tuple[str, ...]) -> None:
@@ -151,6 +158,7 @@ def test_a_limit_of_open_files_that_may_not_be_read_is_told_and_left(tmp_path: P
         master.kill_all()
 
 
+@pytest.mark.slow
 @needs_strace
 def test_an_upgrade_that_cannot_be_started_is_told(start: Start, tmp_path: Path) -> None:
     master = start("--workers", "1")
@@ -160,6 +168,7 @@ def test_an_upgrade_that_cannot_be_started_is_told(start: Start, tmp_path: Path)
     assert master.request()[1] == "more"
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("rule", ["openat:error=EMFILE", "dup2:error=EBUSY", "dup3:error=EBUSY"])
 def test_a_log_file_that_cannot_be_opened_again_is_told_and_another_time_it_is(tmp_path: Path, rule: str) -> None:
@@ -184,6 +193,7 @@ def test_a_log_file_that_cannot_be_opened_again_is_told_and_another_time_it_is(t
         master.kill_all()
 
 
+@pytest.mark.slow
 @needs_strace
 def test_systemd_is_told_again_what_it_could_not_be_told(start: Start, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -201,6 +211,7 @@ def test_systemd_is_told_again_what_it_could_not_be_told(start: Start, tmp_path:
         assert said[0].startswith(b"RELOADING=1\nMONOTONIC_USEC=")
 
 
+@pytest.mark.slow
 def test_a_stop_that_waits_for_handlers_does_not_spin(start: Start) -> None:
     master = start("--workers", "1")
     (client,) = master.hold()

@@ -7,7 +7,11 @@ import signal
 import socket
 from collections.abc import Callable
 
+import pytest
+
 from kit.supervised import Load, Start, connections_inside, state_of, wait_until
+
+pytestmark = pytest.mark.slow
 
 
 def test_twenty_reloads_lose_nothing(start: Start, load: Callable[..., Load]) -> None:

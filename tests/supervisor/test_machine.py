@@ -257,6 +257,7 @@ class Machine(RuleBasedStateMachine):
         self.clients.remove(client)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_whatever_clients_and_operators_do_workers_answer_what_was_asked() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=15))

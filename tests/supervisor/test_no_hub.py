@@ -27,6 +27,7 @@ def handler(conn):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [True, False])
 def test_the_master_makes_no_event_loop_whatever_it_does(tmp_path: Path, patched: bool) -> None:
     (tmp_path / "app.py").write_text(APP)

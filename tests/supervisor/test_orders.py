@@ -11,6 +11,8 @@ import pytest
 
 from kit.supervised import APP, Master, alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 #: What begins to obey cannot be started the first time: gevent.spawn raises, or its greenlet ends before it has begun.
 NO_MEMORY = """
 spawn = gevent.spawn

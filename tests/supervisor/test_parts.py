@@ -55,6 +55,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(WORKER_KINDS)), st.dictionaries(st.sampled_from(["lag", "why", "stats", "x"]), json_values)
 )
@@ -62,6 +63,7 @@ def test_what_is_encoded_is_decoded(kind: str, fields: dict[str, Any]) -> None:
     assert decode(encode(kind, **fields), WORKER_KINDS) == Message(kind, fields)
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_fields_of_another_type_are_no_error(value: Any) -> None:
     message = Message("beat", {"x": value})
@@ -124,6 +126,7 @@ def test_a_channel_never_waits_for_its_reader() -> None:
     there.close()
 
 
+@pytest.mark.slow
 def test_too_big_a_message_is_an_error_where_it_is_made() -> None:
     with pytest.raises(MessageError, match=f"at most {MAX_BYTES} bytes"):
         encode("beat", stats={str(number): number for number in range(20_000)})

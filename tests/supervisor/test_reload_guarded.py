@@ -17,6 +17,8 @@ from gtcpserver.supervisor.control import ControlError
 from kit.patience import SOON
 from kit.supervised import APP, COMMAND, Load, Master, Start, alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 # As APP; a worker that starts while there is a file "poison", and whose number is in "poisoned" if there is that, does
 # what it says: ends after so many seconds, at its first request, or blocks its event loop.
 POISON = """

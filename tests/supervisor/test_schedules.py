@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -575,6 +576,7 @@ def shorten(calls: list[Call]) -> list[Call]:
     return [begin, *calls]
 
 
+@pytest.mark.slow
 def test_whatever_happens_every_slot_is_served_and_every_operation_ends() -> None:
     for number in range(FIRST_SCHEDULE, FIRST_SCHEDULE + SCHEDULES):
         calls = draw(random.Random(number))

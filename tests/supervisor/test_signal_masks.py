@@ -13,6 +13,8 @@ import pytest
 
 from kit.supervised import Master, alive, wait_until
 
+pytestmark = pytest.mark.slow
+
 APP = r"""
 import os, subprocess, sys, threading
 

@@ -22,6 +22,8 @@ from gtcpserver.supervisor import ControlError
 from kit.patience import SOON
 from kit.supervised import APP, COMMAND, Load, Master, Start, alive, children, masters, wait_until
 
+pytestmark = pytest.mark.slow
+
 ORDINARY_USER = 65534  # nobody
 
 

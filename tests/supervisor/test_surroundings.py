@@ -70,6 +70,7 @@ def terminal() -> Iterator[tuple[Callable[[], None], dict[str, Any]]]:
             os.close(ours)
 
 
+@pytest.mark.slow
 def test_a_master_whose_terminal_is_closed_stops_gracefully(start) -> None:
     with terminal() as (close, options):
         master = start(**options)
@@ -82,6 +83,7 @@ def test_a_master_whose_terminal_is_closed_stops_gracefully(start) -> None:
     assert "1 connection finished, 0 cut" in master.log()
 
 
+@pytest.mark.slow
 def test_a_hangup_while_the_terminal_is_there_is_a_reload(start) -> None:
     with terminal() as (_, options):
         master = start(**options)
@@ -91,6 +93,7 @@ def test_a_hangup_while_the_terminal_is_there_is_a_reload(start) -> None:
         assert not set(before) & set(master.settled(2))
 
 
+@pytest.mark.slow
 def test_nohup_is_obeyed(start) -> None:
     with terminal() as (close, options):
         master = start(prefix=["nohup"], **options)
@@ -110,6 +113,7 @@ def test_long_after_the_terminal_was_closed_a_hangup_is_a_reload() -> None:
     assert seen.hung_up(103.0) is False
 
 
+@pytest.mark.slow
 def test_a_single_process_whose_terminal_is_closed_stops_gracefully(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     with terminal() as (close, options), (tmp_path / "log").open("wb") as log:
@@ -133,6 +137,7 @@ def test_a_single_process_whose_terminal_is_closed_stops_gracefully(tmp_path: Pa
 # -- service managers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_under_supervisord_there_is_no_upgrade(start) -> None:
     master = start(env={**os.environ, "SUPERVISOR_ENABLED": "1"})
     with pytest.raises(ControlError, match="supervisord knows the process that it started"):
@@ -142,6 +147,7 @@ def test_under_supervisord_there_is_no_upgrade(start) -> None:
     master.request()
 
 
+@pytest.mark.slow
 def test_under_runit_there_is_no_upgrade(start, tmp_path: Path) -> None:
     # A process of this name that starts ours, and ends with it.
     (tmp_path / "runsv").symlink_to(sys.executable)
@@ -163,6 +169,7 @@ def test_under_systemd_there_is_one_if_it_is_told(monkeypatch: pytest.MonkeyPatc
     assert ("Type=notify" in who_ends_with_us()) is not notified
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 def test_as_process_1_quit_is_obeyed() -> None:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -222,6 +229,7 @@ os.execv(sys.argv[1], sys.argv[1:])
     return [sys.executable, "-S", "-c", source]
 
 
+@pytest.mark.slow
 @needs_seccomp
 @pytest.mark.parametrize("error", [92, 22], ids=["ENOPROTOOPT", "EINVAL"])
 def test_without_so_reuseport_workers_share_a_socket(start, error: int) -> None:
@@ -239,6 +247,7 @@ def test_without_so_reuseport_workers_share_a_socket(start, error: int) -> None:
     assert master.stop() == 0
 
 
+@pytest.mark.slow
 @needs_seccomp
 def test_without_so_reuseport_a_single_process_has_one_accept_loop(tmp_path: Path) -> None:
     prefix = sandbox({"setsockopt": (92, (2, socket.SO_REUSEPORT))})
@@ -253,6 +262,7 @@ def test_without_so_reuseport_a_single_process_has_one_accept_loop(tmp_path: Pat
     assert port
 
 
+@pytest.mark.slow
 @needs_seccomp
 def test_without_prctl_it_serves(start) -> None:
     master = start(prefix=sandbox({"prctl": (1, (0, 1))}))  # EPERM, PR_SET_PDEATHSIG
@@ -262,6 +272,7 @@ def test_without_prctl_it_serves(start) -> None:
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
 
 
+@pytest.mark.slow
 @needs_seccomp
 @pytest.mark.parametrize("error", [1, 38], ids=["EPERM", "ENOSYS"])
 def test_files_are_served_where_fast_ways_are_refused(start, tmp_path: Path, error: int) -> None:
@@ -281,6 +292,7 @@ def test_files_are_served_where_fast_ways_are_refused(start, tmp_path: Path, err
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "path", "status", "said"),
     [
@@ -308,6 +320,7 @@ def test_a_path_that_cannot_be_had_is_told_with_its_option(
     assert f"gtcpserver: {said.format(name)}" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 @pytest.mark.parametrize(("option", "what"), [("--pid-file", "PID file"), ("--control", "control socket")])
 def test_a_full_folder_is_told_with_its_option(tmp_path: Path, option: str, what: str) -> None:
@@ -370,6 +383,7 @@ def test_a_socket_that_cannot_be_given_away_is_not_left_behind(tmp_path: Path) -
 # -- preload -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [True, False])
 def test_only_real_threads_are_warned_of(start, tmp_path: Path, patched: bool) -> None:
     extra = """
@@ -385,6 +399,7 @@ threading.Thread(target=wait, args=(60,), daemon=True).start()
 # -- ctl ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctl_does_not_wait_for_a_master_that_is_stopped(start, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 

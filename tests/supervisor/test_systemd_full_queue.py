@@ -15,6 +15,8 @@ import pytest
 from kit.patience import SOON
 from kit.supervised import COMMAND, wait_until
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import gtcpserver
 def handler(conn):

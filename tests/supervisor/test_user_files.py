@@ -22,7 +22,10 @@ from kit.supervised import Master, wait_until
 
 USER = "nobody"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user"),
+]
 
 APP = """
 import os

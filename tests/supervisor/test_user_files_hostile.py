@@ -16,7 +16,10 @@ import pytest
 from kit.patience import SOON
 from kit.supervised import COMMAND, Start, masters, wait_until
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can have workers of another user"),
+]
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 from kit.patience import SOON
 from kit.supervised import Start, masters, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:

@@ -54,6 +54,7 @@ def found(report):
 # -- good ones ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "conversation"),
     [
@@ -72,11 +73,13 @@ def test_a_good_handler_passes(handler, conversation):
     assert str(report).startswith("nothing found: 13 faults, ")
 
 
+@pytest.mark.slow
 def test_time_outs_are_waited_for():
     report = check_faults(lines, LINES, timeout=1, stall_timeout=1, **PATIENT)
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_a_server_with_tls_and_a_balancer_in_front_passes():
 
     def handler(conn):
@@ -223,6 +226,7 @@ def ends_the_process(conn):
         os._exit(7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("handler", "kind", "says"),
     [
@@ -267,6 +271,7 @@ def test_a_bad_handler_is_found_out(handler, kind, says):
     assert re.search(says, str(report), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [keeps_a_buffer, reads_without_a_limit])
 def test_memory_is_found_although_the_process_has_much_of_it_free(handler):
     del kept[:]
@@ -279,23 +284,27 @@ def test_memory_is_found_although_the_process_has_much_of_it_free(handler):
     assert last
 
 
+@pytest.mark.slow
 def test_clients_that_stop_must_lose_their_connection_where_that_is_asked_for():
     report = check_faults(lines, LINES, stall_timeout=0.1, **QUICK, leave_out=["many connections"])
     assert found(report) == {"stall"}
     assert "stall: a client that stopped after 0 of 8 bytes still has its connection" in str(report)
 
 
+@pytest.mark.slow
 def test_silent_clients_that_take_all_places_are_told():
     report = check_faults(lines, LINES, pool=3, **QUICK)
     assert "silence: a good client is not served while 6 others say nothing" in str(report)
 
 
+@pytest.mark.slow
 def test_a_conversation_that_does_not_work_is_told_and_nothing_is_played():
     report = check_faults(lines, [(b"one\n", b"two\n")], **QUICK)
     assert [problem.text for problem in report.problems] == [r"expected b'two\n' after b'one\n', got b'one\n'"]
     assert report.played == ()
 
 
+@pytest.mark.slow
 def test_clients_that_get_no_tls_are_told():
     with certificates() as made:
         report = check_faults(lines, LINES, client_tls=made.client, **QUICK)
@@ -303,6 +312,7 @@ def test_clients_that_get_no_tls_are_told():
     assert "as given: the connection failed: " in str(report)
 
 
+@pytest.mark.slow
 def test_an_error_is_told_once():
     def handler(conn):
         conn.recv(1)  # otherwise the client may find its connection closed before it has said anything
@@ -315,6 +325,7 @@ def test_an_error_is_told_once():
 # -- where it runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_test_s_greenlets_and_servers_do_not_run_in_the_other_process():
     here = os.getpid()
 
@@ -333,6 +344,7 @@ def test_the_test_s_greenlets_and_servers_do_not_run_in_the_other_process():
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_a_handler_s_upstream_may_be_served_by_the_test():
     from gtcpserver import connect, relay
 
@@ -346,6 +358,7 @@ def test_a_handler_s_upstream_may_be_served_by_the_test():
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_a_lock_that_was_waited_for_in_the_test_works_in_the_other_process():
     shared = Semaphore()
 
@@ -364,6 +377,7 @@ def test_a_lock_that_was_waited_for_in_the_test_works_in_the_other_process():
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_it_leaves_nothing_in_the_test_s_process():
     def state():
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()

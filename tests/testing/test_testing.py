@@ -125,6 +125,7 @@ def test_a_handler_that_waits_for_something_else_is_ended():
     assert ended == [True]
 
 
+@pytest.mark.slow
 def test_a_handler_that_would_not_end_fails_the_block():
     over = gevent.event.Event()
 
@@ -167,6 +168,7 @@ def test_a_thread_s_error_and_its_time_out_are_raised():
     ours.close()
 
 
+@pytest.mark.slow
 def test_tls():
     def handler(conn):
         conn.sendall(conn.tls.server_name.encode() + b" " + conn.recv(10) + b"x" * 100_000)
@@ -255,6 +257,7 @@ def run_pytest(folder, source, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=SOON, cwd=folder, env=environment)
 
 
+@pytest.mark.slow
 def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_whose_handler_raised(tmp_path):
     done = run_pytest(
         tmp_path,
@@ -281,6 +284,7 @@ def test_the_plugin_imports_nothing_before_a_fixture_is_used_and_fails_a_test_wh
     assert "3 passed, 1 error" in done.stdout
 
 
+@pytest.mark.slow
 def test_all_of_it_works_in_a_patched_program(tmp_path):
     done = run_pytest(
         tmp_path,

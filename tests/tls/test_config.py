@@ -356,6 +356,7 @@ def test_a_weak_key_is_told(files):
     assert "expected RSA of 2048 bits or more" in message
 
 
+@pytest.mark.slow
 def test_an_encrypted_key_without_password_is_told_and_nothing_is_asked(shared, files, python):
     encrypted = files.encrypt("encrypted.key", shared.server[1], "secret")
     assert f'keyfile "{encrypted}" is encrypted; expected a password' in refused(shared.server[0], encrypted)
@@ -527,6 +528,7 @@ def several(files):
     return lambda **options: TLSConfig(*default, sni=sni, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "certificate"),
     [
@@ -546,6 +548,7 @@ def test_the_certificate_is_chosen_by_name(several, name, certificate):
     assert handshake.owner.server_name == (name and name.lower())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize(
     ("name", "certificate"),
@@ -604,6 +607,7 @@ def test_a_name_that_is_not_ascii_fails_without_a_word(several, strict, monkeypa
     assert printed == []
 
 
+@pytest.mark.slow
 def test_other_errors_that_cannot_be_raised_are_still_printed(several, monkeypatch):
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
@@ -666,6 +670,7 @@ def test_the_context_also_serves_gevents_own_sockets(several, listening, spawn_t
         assert server.server_name == "b.example.com"
 
 
+@pytest.mark.slow
 def test_a_context_can_be_made_in_a_monkey_patched_process(several, shared, python):
     process = python(
         """
@@ -783,6 +788,7 @@ def resume(credentials, listening, session, *options):
     return owner.reused
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_a_session_is_resumed_before_and_after_a_reload(files, listening, option, version):
@@ -799,6 +805,7 @@ def test_a_session_is_resumed_before_and_after_a_reload(files, listening, option
     assert resume(credentials, listening, session, *names)
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_a_session_is_resumed_at_another_worker_process(files, listening, option, version):
@@ -825,6 +832,7 @@ def test_a_session_is_resumed_at_another_worker_process(files, listening, option
     assert "Reused, " in in_worker()
 
 
+@pytest.mark.slow
 @needs("openssl")
 def test_sessions_are_not_resumed_when_clients_are_judged_anew(files, listening):
     client = files.issue("client", "client@example.com")
@@ -848,6 +856,7 @@ def test_sessions_are_not_resumed_when_clients_are_judged_anew(files, listening)
         serve_once(credentials.context, listening)
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize(("option", "version"), BOTH_VERSIONS)
 def test_without_session_tickets_none_are_sent(shared, listening, option, version):
@@ -1090,6 +1099,7 @@ def test_a_stopped_watch_looks_no_more(files, watching):
     assert Handshake(credentials.context).served == "server.example.com"
 
 
+@pytest.mark.slow
 def test_watching_does_not_keep_a_program_alive(shared, python):
     process = python(
         """
@@ -1192,6 +1202,7 @@ def test_a_silent_client_is_a_timeout(shared, listening):
     assert classify_handshake_error(caught.value) == "timeout"
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize(("server", "client", "kind"), FAILURES)
 def test_failures_of_real_clients(shared, listening, server, client, kind):
@@ -1264,6 +1275,7 @@ def test_a_self_signed_certificates_files_are_private():
     assert isinstance(certificate.public_key(), ec.EllipticCurvePublicKey)
 
 
+@pytest.mark.slow
 def test_a_self_signed_certificates_files_go_with_the_process_that_made_them(python):
     process = python(
         """

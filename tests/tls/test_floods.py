@@ -113,6 +113,7 @@ def client_hello():
     return outgoing.read()[5:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flood", FLOODS)
 def test_a_flood_without_data_is_ended(serve, tls, forge, in_thread, spawn_thread, turns, processed, caplog, flood):
     caplog.set_level(logging.DEBUG, "gtcpserver")
@@ -146,6 +147,7 @@ def test_a_flood_without_data_is_ended(serve, tls, forge, in_thread, spawn_threa
     assert about.levelno == logging.DEBUG
 
 
+@pytest.mark.slow
 def test_others_get_a_turn_after_each_record_without_data(serve, tls, forge, in_thread, turns):
     server = serve(echo, tls=tls)
     client = forge(server)
@@ -159,6 +161,7 @@ def test_others_get_a_turn_after_each_record_without_data(serve, tls, forge, in_
     assert server.stats().tls_floods == {}
 
 
+@pytest.mark.slow
 def test_a_flood_of_key_updates_costs_next_to_nothing(serve, tls, forge, in_thread, spawn_thread):
     """In CPU: 8,000 key updates took 0.2 s, in one piece."""
     server = serve(echo, tls=tls)

@@ -33,6 +33,7 @@ def records(client, *messages):
     return client.outgoing.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 6, 100, 1000, 16384])
 def test_records_arrive_however_they_are_cut(serve, tls, memory_client, in_thread, size, version):

@@ -76,6 +76,7 @@ def test_without_strict_sni_the_connection_tells_what_was_asked_for(serve, share
     assert resume(server, V12, name) == repr((name, True))
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize("version", [V12, V13])
 def test_the_openssl_command(serve, shared, in_thread, tmp_path, version):

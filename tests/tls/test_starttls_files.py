@@ -110,6 +110,7 @@ def test_files_that_read_nothing_ahead_may_stay_open(serve, tls, connect, shared
     assert done == [False]
 
 
+@pytest.mark.slow
 def test_files_that_are_gone_are_forgotten(serve, tls, connect):
     counts = []
 

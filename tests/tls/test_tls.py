@@ -132,6 +132,7 @@ def test_the_openssl_command_agrees_on_a_protocol(serve, shared, in_thread):
     assert seen == ["h2", None]
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
 def test_the_openssl_command_shows_a_certificate(serve, shared, in_thread, option, quiet):
@@ -149,6 +150,7 @@ def test_the_openssl_command_shows_a_certificate(serve, shared, in_thread, optio
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
 def test_the_openssl_command_resumes_a_session(serve, tls, in_thread, tmp_path, option):
@@ -167,6 +169,7 @@ def test_the_openssl_command_resumes_a_session(serve, tls, in_thread, tmp_path, 
     assert seen == [False, True, True]
 
 
+@pytest.mark.slow
 @needs("openssl")
 def test_the_openssl_command_reconnects(serve, tls, in_thread):
     server = serve(lambda conn: gevent.sleep(0.05), tls=tls)
@@ -196,6 +199,7 @@ def test_curl(serve, tls, shared, in_thread, version):
     assert (done.stdout, done.stderr) == ("hello\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 def test_node(serve, tls, shared, in_thread):
     server = serve(http, tls=tls)
@@ -408,6 +412,7 @@ def test_a_timeout_in_the_midst_of_a_record_loses_nothing(serve, tls, shared, co
     assert seen[1] >= 1
 
 
+@pytest.mark.slow
 def test_what_a_client_gets_of_a_write_that_timed_out_is_its_beginning(serve, tls, tls_client, in_thread, quiet):
     def handle(conn):
         conn.settimeout(0.05)
@@ -440,6 +445,7 @@ def test_a_write_that_failed_for_want_of_buffers_leaves_no_gap(serve, tls, tls_c
     assert in_thread(read_all, client) == b"onetwo"
 
 
+@pytest.mark.slow
 def test_a_large_write_that_moves_is_no_slow_client(serve, tls, shared, tls_client, in_thread, spawn_thread, quiet):
     """One call moves 3 MiB over longer than the window in which something must move."""
     size = 48 * 65536
@@ -457,6 +463,7 @@ def test_a_large_write_that_moves_is_no_slow_client(serve, tls, shared, tls_clie
     assert server.stats().slow_clients == 0
 
 
+@pytest.mark.slow
 def test_bytes_count_while_a_large_write_goes_on(serve, tls, tls_client, in_thread):
     conns = []
 
@@ -491,6 +498,7 @@ def test_an_idle_connection_is_ended_by_a_stop(serve, tls, tls_client, in_thread
     assert in_thread(first.recv, 10) == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repetition", range(20))
 def test_an_answer_arrives_whole_although_input_was_unread(serve, tls, tls_client, in_thread, repetition):
     def handle(conn):
@@ -933,6 +941,7 @@ def test_the_lane_drops_the_oldest_when_it_is_full(serve, shared, connect, tls_c
     assert server.stats().handshaking == 2
 
 
+@pytest.mark.slow
 def test_a_lane_of_one_is_waited_for_by_a_stop(serve, shared, connect, in_thread):
     """The oldest makes room for the newest: at no time does the server seem to have nobody connected."""
     server = serve(hello, tls=TLSConfig(*shared.server, max_handshakes=1))
@@ -980,6 +989,7 @@ def test_a_handshake_that_takes_too_long(serve, shared, connect, in_thread, quie
     assert server.stats().handshaking == 0
 
 
+@pytest.mark.slow
 def test_each_slow_handshake_is_ended_though_others_came_before(serve, shared, connect, in_thread):
     server = serve(hello, tls=TLSConfig(*shared.server, handshake_timeout=0.1))
     for _ in range(2):
@@ -1017,6 +1027,7 @@ def test_curl_with_plain_http_is_told(serve, tls, in_thread):
     assert done.stdout == "This port speaks TLS. Use https:// instead. 400"
 
 
+@pytest.mark.slow
 def test_1000_plain_text_clients(serve, tls, connect, spawn_thread, descriptors, quiet):
     before = descriptors()
     server = serve(hello, tls=tls)
@@ -1039,6 +1050,7 @@ def test_1000_plain_text_clients(serve, tls, connect, spawn_thread, descriptors,
     wait_until(lambda: descriptors() <= before)
 
 
+@pytest.mark.slow
 def test_2000_resets_before_and_in_the_handshake(serve, tls, spawn_thread, descriptors, quiet):
     before = descriptors()
     server = serve(hello, tls=tls)
@@ -1082,6 +1094,7 @@ def test_clients_that_close_in_the_handshake(serve, tls, connect, end, quiet):
     wait_until(lambda: failures(server) == {"eof": 1})
 
 
+@pytest.mark.slow
 @needs("openssl")
 @pytest.mark.parametrize(("options", "client", "kind"), FAILURES)
 def test_every_alert_ends_in_a_counter(serve, shared, in_thread, caplog, options, client, kind):
@@ -1173,6 +1186,7 @@ def test_a_stop_ends_when_the_last_handshake_has_failed(serve, tls, connect, mon
     assert stopping.get(timeout=SOON / 2).ended == 0
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_longer_than_a_handshake_may_take(serve, shared, connect, quiet):
     server = serve(echo, tls=TLSConfig(*shared.server, handshake_timeout=0.1))
     connect(server)
@@ -1182,6 +1196,7 @@ def test_a_stop_does_not_wait_longer_than_a_handshake_may_take(serve, shared, co
     assert failures(server) == {"timeout": 1}
 
 
+@pytest.mark.slow
 def test_a_handler_that_began_after_its_handshake_in_a_stop_is_reported(serve, tls, shared, connect, in_thread):
     server = serve(echo, tls=tls)
     sock = connect(server)
@@ -1219,6 +1234,7 @@ def test_halt_cuts_those_that_wait_for_a_place(serve, tls, shared, connect, in_t
         client.close()
 
 
+@pytest.mark.slow
 def test_max_accepts_over_tls(serve, tls, tls_client, in_thread):
     server = serve(hello, tls=tls, max_accepts=3)
     for _ in range(3):
@@ -1388,6 +1404,7 @@ def test_unwrap_of_a_stream_servers_connection(stream_server, connect, in_thread
 # -- inside a program -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
     program = python(
         """
@@ -1407,6 +1424,7 @@ def test_a_program_ends_when_its_tls_server_has_stopped(python, tls, shared):
     assert (output, errors) == (b"0 {'not_tls': 1}\n", b"")
 
 
+@pytest.mark.slow
 def test_a_stop_allows_for_the_round_trips_of_tls_before_the_first_request(serve, tls, tls_client, in_thread):
     def handle(conn):
         conn.accepted_at -= 1.2  # more than a plain connection gets

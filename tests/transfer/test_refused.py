@@ -62,6 +62,7 @@ serve(Server("127.0.0.1:0", receive))
 # -- over real processes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
     ("name", "when"),
@@ -76,6 +77,7 @@ def test_a_relay_that_may_not_splice_copies(injected, source, name, when):
     assert subject.log().count("splice(2) was refused") == 1
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
     "injection",
@@ -96,6 +98,7 @@ def test_a_relay_that_broke_never_ends_in_order(injected, source, injection):
     assert received.how == "reset" or received == whole(DATA)  # where the call was one after the last byte
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
     "injection",
@@ -117,6 +120,7 @@ def test_a_file_that_may_not_be_sent_by_the_kernel_is_copied(injected, tmp_path,
     subject.wait_for_failed_call()
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("injection", [rule("sendfile", "ESTALE", "2"), rule("sendfile", "EOVERFLOW", "2")])
 def test_a_file_that_broke_off_never_ends_in_order(injected, tmp_path, injection):
@@ -130,6 +134,7 @@ def test_a_file_that_broke_off_never_ends_in_order(injected, tmp_path, injection
     assert received.how == "reset"
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(("name", "when"), [("EPERM", ""), ("EINVAL", "2"), ("ENOMEM", "3"), ("EIO", "4")])
 def test_a_file_is_received_whole_without_splice(injected, tmp_path, name, when):
@@ -261,6 +266,7 @@ def reset_socket(sock):
     sock._sock.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "buffered"])
 @pytest.mark.parametrize("end", ["idle", "kill"])
 def test_bytes_that_were_lost_are_never_followed_by_an_end_in_order(way, end):

@@ -115,6 +115,7 @@ def reset(sock):
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_both_directions_are_byte_exact_with_random_chunks(relayed, seed):
     one = relayed()
@@ -297,6 +298,7 @@ def test_a_reset_is_passed_on_as_a_reset(relayed, who):
         other.recv(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_a_reset_at_any_time_ends_the_relay(relayed, seed):
     one = relayed()
@@ -341,6 +343,7 @@ def test_an_answer_given_before_the_upload_ended_arrives_although_its_server_clo
     assert one.a.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER) == 0
 
 
+@pytest.mark.slow
 def test_idle_timeout_counts_both_directions_together(relayed):
     one = relayed(idle_timeout=0.6)
     for _ in range(8):
@@ -354,6 +357,7 @@ def test_idle_timeout_counts_both_directions_together(relayed):
     assert one.a.fileno() >= 0
 
 
+@pytest.mark.slow
 def test_a_relay_is_not_idle_when_data_has_come_while_the_loop_was_held_up(relayed):
     one = relayed(idle_timeout=0.4)
     gevent.sleep(0.05)
@@ -363,6 +367,7 @@ def test_a_relay_is_not_idle_when_data_has_come_while_the_loop_was_held_up(relay
     assert not one.greenlet.ready()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 10])
 def test_half_closed_timeout_counts_from_the_end_of_one_side(relayed, size):
     pair = relayed(half_closed_timeout=0.1)
@@ -376,6 +381,7 @@ def test_half_closed_timeout_counts_from_the_end_of_one_side(relayed, size):
     assert result.duration >= 0.25
 
 
+@pytest.mark.slow
 def test_half_closed_timeout_gives_way_while_the_other_side_sends(relayed):
     pair = relayed(half_closed_timeout=0.6)
     pair.client.shutdown(socket.SHUT_WR)
@@ -386,6 +392,7 @@ def test_half_closed_timeout_gives_way_while_the_other_side_sends(relayed):
     assert pair.result().reason == "closed"
 
 
+@pytest.mark.slow
 def test_lifetime_ends_a_busy_relay(relayed):
     pair = relayed(lifetime=0.15, idle_timeout=5)
 
@@ -402,6 +409,7 @@ def test_lifetime_ends_a_busy_relay(relayed):
     assert 0.15 <= result.duration < 5
 
 
+@pytest.mark.slow
 def test_pace_lets_a_direction_rest_and_the_relay_is_not_idle_meanwhile(relayed):
     seen = []
 
@@ -453,6 +461,7 @@ def test_a_deadline_of_either_connection_ends_the_relay():
         sock.close()
 
 
+@pytest.mark.slow
 def test_a_time_out_of_an_earlier_read_does_not_hit_the_relay():
     client, a = tcp_pair(Connection)
     server, b = tcp_pair(Connection)
@@ -473,6 +482,7 @@ def test_a_time_out_of_an_earlier_read_does_not_hit_the_relay():
         sock.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stalled", [False, True])
 def test_kill_stops_everything_and_leaves_the_sockets(relayed, stalled):
     one = relayed()
@@ -499,6 +509,7 @@ def fill(sock):
     return sent
 
 
+@pytest.mark.slow
 def test_a_stalled_reader_holds_a_bounded_amount(cls):
     buffers = {"SO_RCVBUF": 200_000, "SO_SNDBUF": 200_000}
     one = Relayed(cls, options=buffers)
@@ -507,6 +518,7 @@ def test_a_stalled_reader_holds_a_bounded_amount(cls):
     one.close()
 
 
+@pytest.mark.slow
 def test_bytes_in_a_stalled_pipe_never_reach_another_relay(relayed):
     stuck = relayed()
     fill(stuck.client)
@@ -566,6 +578,7 @@ def test_who_ends_a_slow_connection_by_throwing_at_its_reader_ends_the_relay():
 # -- pipes and descriptors -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_thousand_relays_hold_no_pipe_while_idle_and_leave_no_descriptor(cls):
     # Unix sockets: as many TCP ones would use up the system's ports for a minute.
     before = len(descriptors())
@@ -590,6 +603,7 @@ def test_ten_thousand_relays_hold_no_pipe_while_idle_and_leave_no_descriptor(cls
     assert len(descriptors()) <= before + 2
 
 
+@pytest.mark.slow
 def test_busy_relays_share_pipes(cls):
     several = [Relayed(cls) for _ in range(8)]
     senders = [
@@ -693,6 +707,7 @@ SPLICING = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_bulk_is_spliced_and_small_messages_are_not(tmp_path):
     client, a = socket_pair_for_child()
@@ -804,6 +819,7 @@ def test_tls_on_one_side_is_copied_and_half_close_is_passed_on(tls):
         sock.close()
 
 
+@pytest.mark.slow
 def test_the_sockets_own_timeouts_do_not_count_in_a_tls_relay(tls):
     client, a = tls_pair(tls)
     server, b = tcp_pair(Connection)
@@ -833,6 +849,7 @@ def test_a_killed_tls_relay_leaves_the_sockets(tls):
 # -- fairness --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fast_pair_does_not_starve_others(relayed):
     fast, small = relayed(), relayed()
 

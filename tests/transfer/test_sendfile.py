@@ -87,6 +87,7 @@ def sent_and_received(pair, *arguments, **options):
 # -- sendfile --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "str", "descriptor", "buffered", "raw", "temporary", "BytesIO", "gzip"])
 def test_any_kind_of_file_is_sent(pair, path, kind):
     with path.open("rb") as buffered, path.open("rb", buffering=0) as raw, tempfile.NamedTemporaryFile() as temporary:
@@ -114,6 +115,7 @@ def test_any_kind_of_file_is_sent(pair, path, kind):
             assert os.lseek(file, 0, os.SEEK_CUR) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_memory", [False, True])
 @pytest.mark.parametrize(
     ("offset", "count"),
@@ -127,6 +129,7 @@ def test_a_part_is_sent_exactly(pair, path, offset, count, from_memory):
     assert sent == len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Connection], indirect=True)
 def test_a_file_of_more_than_4_gib_is_sent_whole(pair):
     size = (4 << 30) + 12_345
@@ -171,6 +174,7 @@ def test_a_file_cut_short_meanwhile_ends_early_with_the_true_count(pair, tmp_pat
     assert len(first) + len(rest.get(timeout=60)) == sent < 64 << 20
 
 
+@pytest.mark.slow
 def test_a_file_that_grew_is_sent_to_its_new_end(pair, tmp_path):
     client, connection = pair
     file = tmp_path / "file"
@@ -230,6 +234,7 @@ def test_wrong_arguments(pair, path):
         sendfile(connection, path)
 
 
+@pytest.mark.slow
 def test_the_time_out_counts_from_the_last_byte(pair, tmp_path):
     client, connection = pair
     file = tmp_path / "file"
@@ -245,6 +250,7 @@ def test_the_time_out_counts_from_the_last_byte(pair, tmp_path):
         sending.get(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_deadline_counts_in_all(pair, tmp_path):
     client, connection = pair
     if not isinstance(connection, Connection):
@@ -258,6 +264,7 @@ def test_a_deadline_counts_in_all(pair, tmp_path):
     drain.kill()
 
 
+@pytest.mark.slow
 def test_a_reset_is_an_oserror_and_a_close_by_another_greenlet_too(pair, tmp_path):
     client, connection = pair
     file = tmp_path / "file"
@@ -271,6 +278,7 @@ def test_a_reset_is_an_oserror_and_a_close_by_another_greenlet_too(pair, tmp_pat
         sending.get(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_close_by_another_greenlet_ends_it(pair, tmp_path):
     client, connection = pair
     file = tmp_path / "file"
@@ -285,6 +293,7 @@ def test_a_close_by_another_greenlet_ends_it(pair, tmp_path):
     assert caught.value.errno == errno.EBADF
 
 
+@pytest.mark.slow
 def test_other_greenlets_run_while_a_fast_client_gets_a_large_file(pair, path):
     client, connection = pair
     reader = gevent.spawn(receive, client)
@@ -304,6 +313,7 @@ def test_other_greenlets_run_while_a_fast_client_gets_a_large_file(pair, path):
     assert turns >= len(DATA) // disk.WINDOW
 
 
+@pytest.mark.slow
 def test_what_is_not_in_the_page_cache_is_read_by_a_thread(pair, path, monkeypatch):
     threads = []
     real = disk.in_thread
@@ -324,6 +334,7 @@ def test_what_is_not_in_the_page_cache_is_read_by_a_thread(pair, path, monkeypat
         assert len(threads) == asked  # what is there is not read again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
 def test_where_the_cache_cannot_be_asked_a_thread_takes_samples(pair, path, monkeypatch, seconds):
     samples = []
@@ -333,6 +344,7 @@ def test_where_the_cache_cannot_be_asked_a_thread_takes_samples(pair, path, monk
     assert samples == ([0] if not seconds else list(range(0, len(DATA), disk.WINDOW)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_that_does_not_say_what_is_cached(pair, path, monkeypatch, failure):
     def preadv(*arguments):
@@ -342,6 +354,7 @@ def test_a_file_system_that_does_not_say_what_is_cached(pair, path, monkeypatch,
     assert sent_and_received(pair, path) == (len(DATA), DATA)
 
 
+@pytest.mark.slow
 def test_a_file_that_sendfile_cannot_read_is_read(pair, path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.EINVAL, "not this file")
@@ -372,6 +385,7 @@ def tls_pair(tls, listening):
     server.close()
 
 
+@pytest.mark.slow
 def test_over_tls_the_file_is_encrypted(tls_pair, path):
     client, server = tls_pair
     reader = gevent.spawn(receive, client, 4_000_000)
@@ -386,6 +400,7 @@ def sender(client, data):
     return gevent.spawn(lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "descriptor", "buffered", "raw", "append", "BytesIO"])
 def test_what_comes_is_in_the_file(pair, tmp_path, kind):
     client, connection = pair
@@ -456,6 +471,7 @@ def test_a_slow_disk_is_waited_for_by_a_thread(pair, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == DATA
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_thread_writes_leaves_nothing_behind(pair, tmp_path, monkeypatch):
     module = RECV_TO_FILE
     monkeypatch.setattr(module, "SLOW_WRITE", -1.0)
@@ -495,6 +511,7 @@ def test_a_full_disk_is_an_oserror(pair):
     sending.kill()
 
 
+@pytest.mark.slow
 def test_into_a_fifo_nobody_reads_only_this_greenlet_waits(pair, tmp_path):
     client, connection = pair
     reading, writing = os.pipe()

@@ -154,6 +154,7 @@ def test_the_program_uses_every_public_name(module):
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_a_user_s_program_is_clean_and_its_types_are_known(checker):
     messages = [message for message in messages_on_typed(checker) if message.path.name == PROGRAM.name]
@@ -182,6 +183,7 @@ def _short(type):
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", type)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_mistakes_are_told_where_they_are(checker):
     messages = [message for message in messages_on_typed(checker) if message.path.name == REFUSED.name]
@@ -233,6 +235,7 @@ def write_blocks(pages, folder):
 MISTAKEN = "```python\ndef handle(conn):\n    conn.sendfile('/etc/hostname')\n    conn.nosuch\n```\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_the_code_of_readme_and_docs_has_no_type_errors(checker, tmp_path):
     mistaken = tmp_path / "mistaken.md"

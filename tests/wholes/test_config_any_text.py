@@ -41,6 +41,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_that_parsers_stumble_over(tmp_path, name):
     text, told = TEXTS[name]
@@ -173,6 +174,7 @@ def document(data):
     return "\n".join(f"{written(key)} = {written(value)}" for key, value in data.items())
 
 
+@pytest.mark.slow
 @given(st.text() | st.text(string.digits + string.ascii_letters + "[]{}=.\"'\n#_-+:,x ", max_size=60))
 def test_any_text(text):
     with contextlib.suppress(ConfigError):
@@ -182,6 +184,7 @@ def test_any_text(text):
     Lines(text)
 
 
+@pytest.mark.slow
 @so_many(max_examples=40)
 @given(proxy_file(table) | proxy_file(wrong_table))
 def test_any_file_of_the_proxy(data):
@@ -190,6 +193,7 @@ def test_any_file_of_the_proxy(data):
         made.handler.server_stopped()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["ListenerTable", "RulesTable", "AuthTable", "UpstreamTable", "LimitsTable", "TimeoutsTable"]
 )
@@ -223,6 +227,7 @@ def read_settings(path, text, name="serve"):
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["serve", "forward", "files"])
 def test_any_file_with_settings(tmp_path, name):
     keys = [key_of(parameter).split(".") for parameter in settings_of(load_command(name))]
@@ -236,6 +241,7 @@ def test_any_file_with_settings(tmp_path, name):
     check()
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_text_with_settings(tmp_path_factory, text):
     assert read_settings(tmp_path_factory.getbasetemp() / "any.toml", text) in (0, 2)
@@ -246,6 +252,7 @@ OF_SUPERVISORS = {
 }
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(OF_SUPERVISORS)).flatmap(lambda name: st.tuples(st.just(name), OF_SUPERVISORS[name])),
     st.integers(-(2**70), 2**70),

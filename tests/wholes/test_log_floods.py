@@ -31,6 +31,7 @@ def certificate(tmp_path):
     return tmp_path / "certificate.pem"
 
 
+@pytest.mark.slow
 def test_ten_thousand_bad_connections_to_every_server_are_a_handful_of_log_lines(certificate, tmp_path):
     with open(tmp_path / "stderr", "wb") as stderr:
         command = [sys.executable, bad_clients.__file__, certificate, tmp_path, str(free_port())]
@@ -48,6 +49,7 @@ def test_ten_thousand_bad_connections_to_every_server_are_a_handful_of_log_lines
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_bad_connections_to_a_worker_and_to_the_control_socket_are_a_handful_of_log_lines(tmp_path):
     path = str(tmp_path / "ctl")
     master = Master(tmp_path, ("echo", "--bind", "127.0.0.1:0", "--workers", "1", "--control", path)).wait_listening()
