@@ -797,7 +797,7 @@ _set_sendall = vars(Connection)["sendall"].__set__
 # A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = vars(Connection)["_proxied"].__get__
 #: A property of C, 30 ns: what reads it does so once a connection. One that is assigned to raises AttributeError.
-Connection.stream = property(vars(Connection)["_stream"].__get__)  # type: ignore[assignment]
+Connection.stream = property(vars(Connection)["_stream"].__get__, doc=":meta private:")  # type: ignore[assignment]
 _get_lingerer = vars(Connection)["_lingerer"].__get__
 _get_log_fields = vars(Connection)["_log_fields"].__get__
 _get_readers = vars(Connection)["_readers"].__get__

@@ -103,7 +103,7 @@ def test_http_clients_are_told_what_there_is(proxy, connect, in_thread, origin):
     assert answer.endswith(b"This proxy has no CONNECT.\n")
     answer = in_thread(http, connect(proxy(["connect"])), b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"\r\nAllow: CONNECT\r\n" in answer
-    assert answer.endswith(b"This proxy forwards no requests: it has CONNECT alone.\n")
+    assert answer.endswith(b"This proxy forwards no requests: it only supports CONNECT.\n")
 
 
 @pytest.mark.slow
