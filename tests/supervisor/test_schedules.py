@@ -334,9 +334,11 @@ class Schedules(RuleBasedStateMachine):
             worker.exit(0)
             worker.buried = True
 
-    @step(what=FAILING, seconds=[0.0, 0.3, 2.0])
-    def fail(self, what: str, seconds: float) -> None:
+    @step(what=FAILING, seconds=[0.3, 0.0, 2.0], number=(None, *NUMBER))
+    def fail(self, what: str, seconds: float, number: int | None) -> None:
         self.system.failing.add(what)
+        if number is not None and (worker := self.pick(number)) is not None:
+            worker.exit(signal.SIGKILL)
         self.go(seconds)
         self.system.failing.clear()
 
@@ -394,7 +396,7 @@ class Schedules(RuleBasedStateMachine):
             return
         fleet = self.fleet
         successors = [slot for slot in fleet.slots.values() if slot.next is not None]
-        if fleet.reload is None or self.config.reload_one_by_one:
+        if not fleet.stopping and (fleet.reload is None or self.config.reload_one_by_one):
             assert len(successors) <= 1
         for slot in fleet.slots.values():
             accepting = [one for one in slot.workers() if self.system.processes[one.pid].accepts and not one.leaving]
