@@ -1,4 +1,4 @@
-"""The greenlets that run handlers: limited in number, resizable, used again."""
+"""The greenlets that run handlers: limited in number, resizable, reused."""
 
 from .pool import HandlerPool
 

@@ -1,15 +1,15 @@
 """HandlerGreenlet: a greenlet that runs one handler after another.
 
-On CPython 3.11 and newer a new greenlet maps and unmaps a 16 KiB stack of Python frames: 7 to 9 us, against 0.4 us for
-switching into one that waits. So a greenlet whose handler has returned waits for the next connection.
+On CPython 3.11 and newer, a new greenlet maps and unmaps a 16 KiB stack of Python frames. This costs 7 to 9 us;
+switching into a waiting greenlet costs 0.4 us. So a greenlet whose handler has returned waits for the next connection.
 
-Nothing of one connection may reach the next. Such a greenlet therefore
+No state of one connection may reach the next. Such a greenlet therefore
 
-* runs the callbacks that were registered for "this greenlet has died" (gevent.local and a monkey-patched
-  threading.local register there to drop their data),
-* forgets its contextvars context and its attributes,
-* is not used again while anybody else still holds a reference to it: a ``gevent.Timeout`` never cancelled, a greenlet
-  kept in a list to be killed later. Such a reference means the finished connection, so the greenlet ends instead.
+* runs the callbacks registered for "this greenlet has died" (gevent.local and a monkey-patched threading.local
+  register there to drop their data),
+* clears its contextvars context and its attributes,
+* is not reused while other code still holds a reference to it: a ``gevent.Timeout`` never cancelled, a greenlet kept
+  in a list to be killed later. Such a reference means the finished connection, so the greenlet ends instead.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from gtcpserver.process.forked import end_process
 if TYPE_CHECKING:
     from .pool import HandlerPool
 
-#: A key in the ``spawn_tree_locals`` of greenlets that a handler has spawned, and of those that these spawn, and so on.
-#: gevent hands that dictionary down, unless it is told not to (GEVENT_TRACK_GREENLET_TREE=0).
+#: Key in the ``spawn_tree_locals`` of greenlets that a handler spawned, directly or through other greenlets. gevent
+#: passes that dictionary down, unless GEVENT_TRACK_GREENLET_TREE=0.
 HANDLER_ORIGIN = "gtcpserver.handler"
 
 _switch_to = greenlet.switch
 
 
 class Origin:
-    """Stands for one run of a handler that has spawned greenlets, while any of them exists."""
+    """One run of a handler that spawned greenlets; lives as long as any of them."""
 
     __slots__ = ("__weakref__",)
 
@@ -46,24 +46,24 @@ class Origin:
 origins: WeakSet[Origin] = WeakSet()
 
 
-# By name, since type checkers would otherwise not know those of greenlet's class.
+# By name: type checkers do not know the slots of greenlet's class.
 _SLOTS = ("_pool", "ends_process", "links", "loop", "runs", "seen", "working")
 
 
 class HandlerGreenlet(greenlet):  # type: ignore[misc]
-    """A greenlet that runs one function after another. To others it looks like a ``gevent.Greenlet`` that runs one.
+    """A greenlet that runs one function after another. Other code sees a ``gevent.Greenlet`` that runs one function.
 
     Attributes:
-        links: called when the function that runs now has ended; None: nobody waits for it.
-        working: a function runs.
-        runs: functions run so far.
-        seen: how many it were when the pool last looked.
-        ends_process: it has forked, and this is the child: the process ends with the function.
+        links: callbacks for the end of the current function; None if there are none.
+        working: whether a function is running.
+        runs: number of functions run so far.
+        seen: value of `runs` when the pool last looked.
+        ends_process: True in a forked child: the process exits when the function ends.
     """
 
     __slots__ = _SLOTS
 
-    #: gevent's waiting functions read these of a finished greenlet.
+    #: gevent's waiting functions read these attributes of a finished greenlet.
     exception = value = None
 
     gr_context: Any
@@ -87,8 +87,8 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
             while function is not None:
                 self.working = True
                 try:
-                    # Not function(*arguments): CPython calls this one within the same C frame, 0.5 KiB less of C stack
-                    # to put aside and to copy at each switch.
+                    # Not function(*arguments): CPython calls function(argument) within the same C frame, which leaves
+                    # 0.5 KiB less of C stack to save and copy at each switch.
                     function(argument)
                 except GreenletExit:
                     pass
@@ -108,11 +108,11 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
                 try:
                     function, argument = _wait_for_a_job(hub)
                 except BaseException:
-                    # Something that outlived its connection (a Timeout, a kill) was meant for this greenlet.
+                    # An exception meant for a finished connection (a Timeout, a kill) reached this greenlet.
                     pool.lost(self)
                     return
         except BaseException:
-            # No memory, between one function and the next. Its place must not be lost with it.
+            # Out of memory between two functions. The greenlet's place must not be lost with it.
             self.working = False
             pool.lost(self)
             raise
@@ -124,14 +124,14 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
                 link(self)
             except BaseException:
                 self.parent.handle_error((link, self), *sys.exc_info())
-        if not self.dead:  # killed meanwhile by somebody who meant its last connection
+        if not self.dead:  # a kill meant for its last connection may have ended it
             self._pool.wait_for_work(self)
 
     # -- what gevent expects of a greenlet ---------------------------------------------------------------------------
 
     @property
     def spawn_tree_locals(self) -> dict[Any, Any]:
-        """What greenlets share with those they spawn; asked for when the handler spawns one."""
+        """Return the dictionary shared with spawned greenlets; gevent reads it when the handler spawns one."""
         tree: dict[Any, Any] | None = self.__dict__.get("spawn_tree_locals")
         if tree is None:
             origin = Origin()
@@ -140,7 +140,7 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
         return tree
 
     def rawlink(self, callback: Callable[[Any], Any]) -> None:
-        """Call ``callback(self)`` when the function that runs now has ended (at once if none runs)."""
+        """Call ``callback(self)`` when the current function ends (at once if none is running)."""
         if not self.working:
             self.loop.run_callback(callback, self)
         elif self.links is None:
@@ -149,7 +149,7 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
             self.links.append(callback)
 
     def link(self, callback: Callable[[Any], Any]) -> None:
-        """As :meth:`rawlink`, in a greenlet of its own: the callback may wait."""
+        """Like :meth:`rawlink`, but run the callback in a new greenlet, so that it may wait."""
         self.rawlink(SpawnedLink(callback))
 
     def unlink(self, callback: Callable[[Any], Any]) -> None:
@@ -162,9 +162,9 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
     successful = ready
 
     def kill(self, exception: Any = GreenletExit, block: bool = True, timeout: float | None = None) -> None:
-        """Raise ``exception`` in the function that runs now, if it still runs when the hub comes to it."""
+        """Raise ``exception`` in the current function, if it is still running when the hub gets to it."""
         if self.working:
-            # Until then the callback refers to this greenlet, so that it is not used again.
+            # The pending callback refers to this greenlet, which prevents its reuse.
             self.loop.run_callback(self._throw_if_it_runs, exception)
             if block:
                 self.join(timeout)
@@ -174,11 +174,11 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
             self.throw(exception)
 
     def throw(self, *error: Any) -> Any:
-        # gevent.Timeout keeps this bound method and may call it when the greenlet has long ended.
+        # gevent.Timeout keeps this bound method and may call it long after the greenlet ended.
         return None if self.dead else greenlet.throw(self, *error)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the function that runs now has ended."""
+        """Wait until the current function ends."""
         if not self.working:
             return
         waiter = Waiter()
@@ -194,7 +194,7 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
 
 
 def _report(hub: Any, context: HandlerGreenlet) -> None:
-    """Print what a function has raised, if that can be done."""
+    """Print the current exception, if possible."""
     try:
         hub.handle_error(context, *sys.exc_info())
     except HubDestroyed:
@@ -204,6 +204,6 @@ def _report(hub: Any, context: HandlerGreenlet) -> None:
 
 
 def _wait_for_a_job(hub: Any) -> Any:
-    # A function of its own: greenlet makes a frame object (240 bytes) of the frame that switches, and that frame keeps
-    # it until it returns. Not hub.switch(): see stream.py.
+    # A separate function: greenlet makes a frame object (240 bytes) of the frame that switches, and that frame keeps it
+    # until it returns. Not hub.switch(): see stream.py.
     return _switch_to(hub)

@@ -1,4 +1,4 @@
-"""Places: how many handlers may run at once, and who waits for a place."""
+"""Places: the limit on running handlers, and the queue for a free place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NO_LIMIT = sys.maxsize
 
 
 class Places:
-    """The places of a pool: a counter with the face of a ``gevent.lock.Semaphore``, whose size can change.
+    """The places of a pool: a counter with the interface of ``gevent.lock.Semaphore`` and a size that can change.
 
-    gevent's servers register with ``rawlink`` to hear once of a free place; greenlets wait for one in ``acquire``.
-    Whoever came first is told first.
+    gevent's servers register with ``rawlink`` for one notification of a free place; greenlets wait in ``acquire``.
+    Waiters are served in order of arrival.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -38,8 +38,8 @@ class Places:
         return max(0, self.size - self.taken)
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take a place; False when there is none (in time)."""
-        # Those who wait already come first, unless the caller would not wait anyway.
+        """Take a place; return False if none is free (in time)."""
+        # Waiters come first, unless the caller would not wait anyway.
         if self.taken < self.size and not self.links:
             self.taken += 1
             return True
@@ -60,13 +60,13 @@ class Places:
             self.tell()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until there is a place, without taking it; returns how many there are."""
+        """Wait until a place is free, without taking it; return the number of free places."""
         if self.locked():
             self._wait(timeout)
         return self.counter
 
     def rawlink(self, callback: Callable[[Any], Any]) -> None:
-        """Call ``callback(self)`` once, in the hub, when there is a place."""
+        """Call ``callback(self)`` once, in the hub, when a place is free."""
         self.links.append(callback)
         self.tell()
 
@@ -89,14 +89,14 @@ class Places:
             self.unlink(waiter.switch)
 
     def tell(self) -> None:
-        """There may be a place: tell those who registered, soon."""
+        """Notify the waiters soon, if a place is free."""
         if self.links and not self._notifying and self.taken < self.size:
             get_hub().loop.run_callback(self._notify)
             self._notifying = True
 
     def _notify(self) -> None:
         self._notifying = False
-        # A link that takes a place does so before it returns here; one that does not leaves it to the next.
+        # A link that takes a place does so before it returns; a link that takes none leaves it to the next.
         while self.links and self.taken < self.size:
             link = self.links.popleft()
             try:

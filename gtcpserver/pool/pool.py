@@ -1,4 +1,4 @@
-"""HandlerPool: the greenlets that run handlers, limited in number, resizable, and used again."""
+"""HandlerPool: the greenlets that run handlers, limited in number, resizable, and reused."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gtcpserver.process.forked import keep
 from .greenlets import HandlerGreenlet
 from .places import Places, check_size
 
-#: Greenlets in no use for so long end, seconds. ultrapool's default; a burst comes back sooner or not at all.
+#: Seconds after which an unused greenlet ends. ultrapool's default; the next burst comes sooner or not at all.
 IDLE_GREENLET_SECONDS = 5.0
 
-#: The default number of handlers at once: ten thousand blocked handlers take about 100 MiB with their sockets, and
-#: most systems allow more descriptors than that once asked. Above it the kernel's queue holds new connections.
+#: Default limit on running handlers: ten thousand blocked handlers take about 100 MiB with their sockets, and most
+#: systems allow more descriptors than that on request. Above it, the kernel's queue holds new connections.
 DEFAULT_SIZE = 10_000
 
 
 class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
-    """A ``gevent.pool.Pool`` that can change its size and uses its greenlets again.
+    """A ``gevent.pool.Pool`` that can change its size and reuses its greenlets.
 
-    The whole of gevent's API works (``spawn`` makes a new ``gevent.Greenlet`` that counts here like a handler);
-    servers use :meth:`run`.
+    All of gevent's API works (``spawn`` makes a new ``gevent.Greenlet`` that takes a place like a handler); servers
+    use :meth:`run`.
 
     Args:
-        size: how many handlers may run at once; None for no limit.
+        size: maximum number of running handlers; None for no limit.
 
     Raises:
         ValueError: size is negative or not a whole number.
@@ -47,11 +47,11 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
     def run(self, function: Callable[..., Any], *args: Any) -> None:
         """Run ``function(*args)`` at once in a greenlet, until it first waits. Only from the hub (an event's callback).
 
-        The caller has seen that there is a place (``full()`` is false). What the function raises is reported through
-        gevent's hub; a server's function lets nothing out.
+        The caller has checked that a place is free (``full()`` is false). Exceptions of the function are reported
+        through gevent's hub; a server's function raises none.
 
         Raises:
-            MemoryError: the function was not begun, and no place is taken.
+            MemoryError: the function was not started, and no place is taken.
         """
         if len(args) == 1:
             self.run_one(function, args[0])
@@ -59,7 +59,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             self.run_one(_call, (function, args))
 
     def run_one(self, function: Callable[[Any], Any], argument: Any) -> None:
-        """:meth:`run` with one argument, which is what a server does with each connection."""
+        """Like :meth:`run` with one argument, which is how a server runs each connection."""
         waiting = self._waiting
         while waiting:
             greenlet = waiting.pop()
@@ -68,27 +68,28 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             greenlet.switch(None, None)
         else:
             greenlet = HandlerGreenlet(self)
-            # To its first wait: what a greenlet is started with, it keeps as long as it lives.
+            # Run to its first wait: a greenlet keeps the arguments of its first switch as long as it lives.
             greenlet.switch()
         greenlets = self.greenlets
         if not greenlets:
             self._empty_event.clear()
-        # Who is among the greenlets has a place. Neither is taken before there is a greenlet: it may be refused memory.
+        # Each greenlet in the set has a place. Add it only once the greenlet exists: creating it may fail for lack of
+        # memory.
         greenlets.add(greenlet)
         self.places.taken += 1
         try:
             greenlet.switch(function, argument)
         except BaseException:
-            if not greenlet.working:  # it was not switched to, or it has ended
+            if not greenlet.working:  # it was not switched to, or it ended
                 self.lost(greenlet)
             raise
 
-    #: References to a greenlet that only the pool knows, as counted in :meth:`run`; 0: not counted yet.
+    #: References to a greenlet that only the pool holds, as counted in :meth:`run`; 0: not counted yet.
     _references = 0
 
     @classmethod
     def _count_references(cls) -> int:
-        HandlerPool._references = sys.maxsize  # the pool that counts must not count again
+        HandlerPool._references = sys.maxsize  # prevents recursion: the pool below calls run_one() too
         try:
             HandlerPool._references = HandlerPool(1).references_of_a_waiting_one()
         except BaseException:
@@ -97,7 +98,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         return HandlerPool._references
 
     def references_of_a_waiting_one(self) -> int:
-        """Count them as :meth:`run_one` does. Only from the hub, of a pool that was made for it.
+        """Count references as :meth:`run_one` does. Only from the hub, on a pool made for this purpose.
 
         :meta private:
         """
@@ -109,25 +110,25 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         return references
 
     def resize(self, size: int | None) -> None:
-        """Allow ``size`` handlers at once from now on (None: no limit).
+        """Set the maximum number of running handlers (None: no limit).
 
-        More: those that wait for a place go on. Fewer: nobody is killed; no handler starts until enough have ended.
+        A larger size wakes waiters. A smaller size kills no handler; none starts until enough have ended.
         """
         check_size(size)
         self.size = size
         self.places.resize(size)
 
     def full(self) -> bool:
-        """True while no further handler may start."""
+        """Return whether no further handler may start."""
         places = self.places
         return places.taken >= places.size
 
     def free_count(self) -> int:
-        """How many further handlers may start now (at least 1 where there is no limit)."""
+        """Return the number of handlers that may start now (at least 1 if there is no limit)."""
         return max(0, self.places.size - self.places.taken) if self.size is not None else 1
 
     def retire_waiting(self, count: int | None = None) -> None:
-        """End greenlets without work, those longest without any first. Only from the hub or while it may wait."""
+        """End idle greenlets, longest idle first. Only from the hub, or where the caller may wait."""
         waiting = self._waiting
         leaving = waiting[:count] if count is not None else waiting[:]
         del waiting[: len(leaving)]
@@ -135,25 +136,25 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             get_hub().loop.run_callback(greenlet.switch, None, None)
 
     def left_in_child(self) -> None:
-        """In a forked child of the process: all its greenlets are copies, which do not run."""
+        """Reset the pool in a forked child, where all its greenlets are copies that do not run."""
         keep(self._waiting, self.greenlets, self.places)
         self._waiting = []
         self.greenlets: set[Any] = set()
-        # The one that has forked holds none, and waits for none.
+        # The forking greenlet takes no place and waits for none.
         self._semaphore = self.places = Places(None)
         self._retire_timer = None
         forker = getcurrent()
         if isinstance(forker, HandlerGreenlet):
             forker.ends_process = True
 
-    # -- what its greenlets call -------------------------------------------------------------------------------------
+    # -- called by the pool's greenlets ------------------------------------------------------------------------------
 
     def finished(self, greenlet: HandlerGreenlet) -> None:
-        """A greenlet has finished its function.
+        """Free the place of a greenlet that finished its function.
 
         :meta private:
         """
-        # Once a connection: what release() and wait_for_work() do is written out.
+        # Runs once per connection: release() and wait_for_work() are inlined.
         greenlets = self.greenlets
         greenlets.discard(greenlet)
         places = self.places
@@ -165,7 +166,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         if places.links:
             places.tell()
         if greenlet.links is not None:
-            # In the hub, where alone a gevent waiter may be woken; not used again before that.
+            # In the hub, the only place where a gevent waiter may be woken; no reuse before that.
             greenlet.loop.run_callback(greenlet.notify_links)
         elif self._retire_timer is not None:
             self._waiting.append(greenlet)
@@ -173,7 +174,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             self.wait_for_work(greenlet)
 
     def lost(self, greenlet: HandlerGreenlet) -> None:
-        """A greenlet will do nothing more: it could not be switched to, or died.
+        """Remove a greenlet that will do nothing more: it could not be switched to, or died.
 
         :meta private:
         """
@@ -188,19 +189,19 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             self.places.tell()
 
     def wait_for_work(self, greenlet: HandlerGreenlet) -> None:
-        """A greenlet may be used again.
+        """Offer a greenlet for reuse.
 
         :meta private:
         """
         self._waiting.append(greenlet)
         if self._retire_timer is None:
-            # ref=False: greenlets without work keep no program alive.
+            # ref=False: idle greenlets keep no program alive.
             timer = get_hub().loop.timer(IDLE_GREENLET_SECONDS, IDLE_GREENLET_SECONDS, ref=False)
             timer.start(self._retire_unused)
             self._retire_timer = timer
 
     def _retire_unused(self) -> None:
-        # Who has had no work since the last time has waited for 5 to 10 s. The last to come is the first to get work.
+        # A greenlet without work since the last call has waited for 5 to 10 s. The most recently used gets work first.
         waiting = self._waiting
         unused = 0
         while unused < len(waiting) and waiting[unused].seen == waiting[unused].runs:
