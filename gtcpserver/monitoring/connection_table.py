@@ -1,4 +1,4 @@
-"""The table of connections: who is connected, since when, and where its handler stands."""
+"""The table of connections: each peer, its age, and where its handler stands."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from gtcpserver.connection.connection import Connection
 from gtcpserver.server.describe import describe
 from gtcpserver.server.server import Server
 
+#: Rows of the table, over all workers. Nobody reads more; the page and the packets stay small.
 MOST = 500
-"""Rows of the table, over all workers. More is nothing that somebody reads; the page and the packets stay small."""
 
+#: Rows made without a pause: 10 us each, during which the event loop does nothing else.
 AT_ONCE = 50
-"""Rows that are made without a pause: 10 us each, in which the event loop does nothing else."""
 
 
 def table_of(server: Server, most: int = MOST) -> list[dict[str, Any]]:
-    """The connections of a server, the oldest first; waits between some of them, so that the server goes on.
+    """Return the connections of a server, oldest first. Yields to the event loop regularly, so that the server goes on.
 
     Returns:
-        for each its peer, age in seconds, bytes_received, bytes_sent, whether it is idle, the version of TLS (None on a
-        plain one), server_name (of TLS), and where its handler stands, the innermost call last.
+        one dictionary per connection: its peer, age in seconds, bytes_received, bytes_sent, whether it is idle, the
+        TLS version (None without TLS), the TLS server_name, and where its handler stands, innermost call last.
     """
     rows = []
     connections = server.connections()
     for number, (connection, worker) in enumerate(list(connections.items())[:most], 1):
-        # It may have ended while we waited.
+        # The connection may have ended during a pause.
         if connection in connections:
             rows.append(_row(connection, worker))
         if not number % AT_ONCE:

@@ -1,7 +1,7 @@
-"""The metrics: from a status (see `source`) to the families of prometheus_client, and to text.
+"""The metrics: convert a status (see `source`) to families of prometheus_client, and to text.
 
-Names follow https://prometheus.io/docs/practices/naming/. What is true of all workers together has no label; what is of
-one is a metric of its own, gtcpserver_worker_..., so that a sum over labels counts nothing twice.
+Names follow https://prometheus.io/docs/practices/naming/. Metrics of all workers together have no label. Metrics of one
+worker have names of their own, gtcpserver_worker_..., so that a sum over labels counts nothing twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .latency import BUCKETS
 
 PREFIX = "gtcpserver_"
 
-# Name without "_total", the counter it comes from, help.
+# Name without "_total", field of the status, help text.
 COUNTERS = (
     ("connections_accepted", "accepted", "Connections accepted."),
     ("connections_rejected", "rejected", "Connections closed at once because the server was full."),
@@ -53,7 +53,7 @@ GAUGES = (
     ("queue_wait_max_seconds", "queue_wait_max", "Longest time a connection waited to be accepted, of those measured."),
 )
 
-#: Of gtcpserver_connections_failed_total, by counter.
+#: Kinds of gtcpserver_connections_failed_total, by counter.
 FAILURES = {
     "resets": "reset",
     "timeouts": "timeout",
@@ -64,7 +64,7 @@ FAILURES = {
 
 
 class Collected:
-    """A status as a registry of prometheus_client: what `choose_encoder`'s encoders take."""
+    """A status as a registry of prometheus_client, as `choose_encoder`'s encoders expect."""
 
     def __init__(self, status: Mapping[str, Any], version: str) -> None:
         self._status = status
@@ -78,10 +78,10 @@ class Collected:
 
 
 def encode(status: Mapping[str, Any], version: str, accept: str) -> tuple[bytes, str]:
-    """The metrics as text, and its content type: OpenMetrics where the Accept header asks for it."""
+    """Return the metrics as text, and its content type: OpenMetrics if the Accept header asks for it."""
     try:
         return _encode(status, version, accept)
-    except (ValueError, TypeError):  # it names a version that is none
+    except (ValueError, TypeError):  # the Accept header names an invalid version
         return _encode(status, version, "")
 
 
@@ -187,7 +187,7 @@ def _stat(name: str) -> Any:
 
 
 def serving_workers(workers: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """One process a worker's number: the first of a slot, which the others are to replace or have been replaced by."""
+    """Yield one process per worker number: the first in the slot; the others are its successors or predecessors."""
     seen = set()
     for worker in workers:
         if worker["number"] not in seen:

@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-#: Enough for some scrapers, probes and browsers; whoever opens more has the oldest silent one closed.
+#: Enough for several scrapers, probes and browsers; a further connection closes the oldest silent one.
 MOST_CONNECTIONS = 64
 MOST_REQUESTS = 16
 
-#: Seconds in which nothing moves, and that a whole connection (one request) may take. Prometheus gives up after 10.
+#: Seconds without any transfer, and seconds for a whole connection (one request). Prometheus gives up after 10.
 TIMEOUT = 5.0
 REQUEST_TIMEOUT = 10.0
 
-#: Seconds that answers under way get at the end.
+#: Seconds for answers in progress at a stop.
 STOP_TIMEOUT = 2.0
 
 
 class Monitor:
-    """Serves metrics and more of a server over HTTP: /metrics, /healthz, /readyz, /stats, /connections and a page at /.
+    """Serve metrics and more of a server over HTTP: /metrics, /healthz, /readyz, /stats, /connections and a page at /.
 
-    It has a listening socket, a pool and limits of its own. Without one a server measures nothing.
+    The monitor has its own listening socket, pool and limits. A server without a monitor measures nothing.
 
     Args:
-        server: which is watched. Best before its start: /readyz then says "starting".
-        address: where to listen, as :class:`Server`; a port alone is on 127.0.0.1. The page shows the addresses of
-            clients and asks for no password: think before you name another address than a loopback one.
+        server: the server to watch. Create the monitor before the server starts: /readyz then says "starting".
+        address: listening address, as for :class:`Server`; a port without a host is on 127.0.0.1. The page shows
+            clients' addresses and requires no password: think before you choose an address other than a loopback one.
 
     Raises:
-        ConfigError: the address cannot work, or prometheus_client is missing.
+        ConfigError: the address is invalid, or prometheus_client is missing.
     """
 
     def __init__(self, server: Server, address: str | int | tuple[Any, ...] | Address) -> None:
@@ -56,7 +56,7 @@ class Monitor:
         self._pages = make_pages(FromServer(server, self._watch), self._address)
 
     def start(self) -> None:
-        """Listens and answers. Raises OSError: the address cannot be had; the message names it."""
+        """Listen and answer. Raises OSError if the address is unavailable; the message names it."""
         try:
             self._pages.start()
         except OSError as error:
@@ -64,7 +64,7 @@ class Monitor:
         log.info("metrics and status page on %s", url_of(self.address))
 
     def stop(self) -> None:
-        """Finishes the answers under way, for two seconds at most, and closes."""
+        """Finish the answers in progress, within two seconds, and close."""
         self._watch.close()
         self._pages.stop(STOP_TIMEOUT)
 
@@ -79,22 +79,22 @@ class Monitor:
 
     @property
     def address(self) -> str:
-        """Where it listens, with the real port. Raises GtcpServerError before the start."""
+        """The listening address, with the real port. Raises GtcpServerError before the start."""
         return self._pages.address
 
 
 def make_pages(source: Source, address: Address, sockets: list[socket.socket] | None = None) -> Server:
-    """The server of the pages, not started.
+    """Return the server of the pages, not started.
 
     Args:
-        sockets: that listen already; otherwise it opens its own.
+        sockets: sockets that are listening already; by default, the server opens its own.
     """
     web = importlib.import_module("gtcpserver.monitoring.web")
     application = web.Web(source, __version__, for_this_host=is_loopback(address))
     return Server(
         sockets if sockets is not None else str(address),
         from_wsgi(application),
-        # One process has the port, and a second that is given the same by mistake is told so.
+        # Only one process has the port; a second one configured with it by mistake gets an error.
         listen=ListenConfig(reuse_port=False),
         pool=MOST_REQUESTS,
         max_connections=MOST_CONNECTIONS,
@@ -105,10 +105,10 @@ def make_pages(source: Source, address: Address, sockets: list[socket.socket] | 
 
 
 def check_metrics_address(address: Any) -> Address:
-    """Reads where metrics are to be served.
+    """Parse the address of the metrics.
 
     Raises:
-        ConfigError: it is no address, or prometheus_client is missing.
+        ConfigError: the address is invalid, or prometheus_client is missing.
     """
     if isinstance(address, Address):
         checked = address
@@ -134,7 +134,7 @@ def is_loopback(address: Address) -> bool:
 
 
 def url_of(address: str) -> str:
-    """For people: what they may open."""
+    """Return the URL that a person can open."""
     if address.startswith("unix:"):
         return address
     return f"http://{address.replace('*', '127.0.0.1').replace('0.0.0.0', '127.0.0.1').replace('[::]', '[::1]')}/"

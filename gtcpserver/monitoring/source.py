@@ -1,4 +1,4 @@
-"""Where a monitor gets what it tells: a server of this process (here), or a master (`supervisor.monitor_source`)."""
+"""The sources of a monitor's data: a server of this process (here), or a master (`supervisor.monitor_source`)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .watch import Watch, resident_bytes
 
 Status = dict[str, Any]
 
-#: Seconds for which an answer is used again, so that whoever asks all the time costs the server no more than this.
+#: Seconds for which an answer is reused: the server's cost stays bounded however often clients ask.
 FRESH_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Health:
-    """What health checks ask for.
+    """The result of a health check.
 
     Attributes:
-        alive: the process that accepts connections, or the one that looks after those that do, is at work.
-        ready: connections are wanted.
-        word: "ready", "starting", "draining", or what else is the matter.
+        alive: whether the process that accepts connections, or its supervisor, is working.
+        ready: whether connections are wanted.
+        word: "ready", "starting", "draining", or the name of another state.
     """
 
     alive: bool
@@ -37,23 +37,23 @@ class Health:
 
 
 class Source(Protocol):
-    """What `web` asks. Each may wait, and raise `SourceError`."""
+    """What `web` asks for. Each method may wait, and raise `SourceError`."""
 
     def health(self) -> Health: ...
 
     def status(self) -> Status:
-        """The state, the counters together and of each worker: what `gtcpserver ctl status` prints, and more."""
+        """Return the state and the counters, total and by worker: all that `gtcpserver ctl status` prints, and more."""
 
     def connections(self) -> Status:
-        """{"connections": rows, "total": how many there are, "missing": workers that did not answer}."""
+        """Return {"connections": rows, "total": their number, "missing": workers that did not answer}."""
 
 
 class SourceError(Exception):
-    """There is no answer."""
+    """No answer is available."""
 
 
 class FromServer:
-    """One server in this process, in the words of a master with one worker."""
+    """One server in this process, described like a master with one worker."""
 
     def __init__(self, server: Server, watch: Watch) -> None:
         self._server = server
@@ -104,7 +104,7 @@ class FromServer:
 
 
 class Fresh:
-    """An answer that is made once for all who ask at about the same time."""
+    """An answer computed once for all clients that ask at about the same time."""
 
     def __init__(self, make: Callable[[], Any], seconds: float = FRESH_SECONDS) -> None:
         self._make = make

@@ -1,4 +1,4 @@
-"""Watch: measures one server from inside of its process, which is what a monitor tells of it."""
+"""Watch: measures one server from inside its process, for a monitor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gtcpserver.server.server import Server
 
 from .latency import Latency
 
-#: How often it is looked whether the event loop is late, seconds, and how many of these a figure is the worst of.
+#: Interval in seconds at which the event loop's lag is measured, and the number of measurements to take the worst of.
 LAG_SECONDS = 0.25
 LAGS = 8
 
@@ -22,9 +22,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch:
-    """Measures latency, CPU and memory of a server and its process, and how late its event loop is.
+    """Measure latency, CPU and memory of a server and its process, and the lag of its event loop.
 
-    It costs a timer four times a second, and what `latency` says. Made in the process that serves.
+    Costs a timer four times a second, and what `latency` costs. Create it in the process that serves.
     """
 
     def __init__(self, server: Server) -> None:
@@ -45,11 +45,11 @@ class Watch:
 
     @property
     def lag(self) -> float:
-        """Seconds that the event loop was late, the worst of the last two seconds."""
+        """Largest lag of the event loop in the last two seconds, in seconds."""
         return max(self._lags)
 
     def stats(self) -> dict[str, Any]:
-        """The server's counters as a dictionary, with "latency" (see `Latency.snapshot`) and "cpu_seconds"."""
+        """Return the server's counters, with "latency" (see `Latency.snapshot`) and "cpu_seconds"."""
         return {
             **dataclasses.asdict(self._server.stats()),
             "latency": self._latency.snapshot(),
@@ -57,7 +57,7 @@ class Watch:
         }
 
     def close(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         self._timer.close()
         self._server.remove_observer(self._latency)
 
@@ -66,9 +66,9 @@ _resident_bytes = 0
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (statm in proc(5)).
+    """Return the memory of this process that is in RAM, in bytes (statm in proc(5)).
 
-    Where it cannot be read, as without a descriptor, the figure of the last time; 0 if there was none.
+    If it cannot be read, for example without a free descriptor, return the last figure; 0 if there is none.
     """
     global _resident_bytes
     try:

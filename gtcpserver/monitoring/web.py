@@ -1,4 +1,4 @@
-"""What a monitor answers over HTTP, as a WSGI application: metrics, health, JSON, and the status page."""
+"""The HTTP side of a monitor, as a WSGI application: metrics, health, JSON, and the status page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .source import Fresh, Source, SourceError
 
 PAGE = Path(__file__).with_name("status.html").read_bytes()
 
-#: Browsers ask for /favicon.ico by themselves, also beside /metrics, and call a 404 an error.
+#: Browsers request /favicon.ico on their own, also beside /metrics, and report a 404 as an error.
 ICON = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#2a6fdb"/>'
     b'<path d="M3 6h8L8.5 3.5M13 10H5l2.5 2.5" fill="none" stroke="#fff" stroke-width="2"/></svg>\n'
@@ -28,7 +28,7 @@ JSON = "application/json"
 
 
 def _policy(page: bytes) -> str:
-    """Content-Security-Policy (CSP level 3): the page's own script and style by their hashes, and nothing else."""
+    """Return a Content-Security-Policy (CSP level 3) that allows only the page's own script and style, by hash."""
 
     def hashes(tag: bytes) -> str:
         found = re.findall(b"<" + tag + b">(.*?)</" + tag + b">", page, re.DOTALL)
@@ -46,7 +46,7 @@ HEADERS = [
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cache-Control", "no-store"),
-    # A connection is for one request: those that wait for another would only fill the few places there are.
+    # One request per connection: connections kept open would fill the few places.
     ("Connection", "close"),
 ]
 
@@ -54,14 +54,14 @@ Answer = tuple[str, str, bytes]
 
 
 class Web:
-    """The application.
+    """The WSGI application.
 
     Args:
-        source: which is asked.
-        version: of gtcpserver.
-        for_this_host: the address is a loopback one: requests whose Host header has another name are refused. A web
-            site that a browser of this host looks at could have its own name lead here otherwise (DNS rebinding), and
-            read what is meant for this host alone.
+        source: source of the data.
+        version: version of gtcpserver.
+        for_this_host: True if the address is a loopback one: refuse requests whose Host header has another name.
+            Otherwise a web site open in a browser on this host could point its own name here (DNS rebinding), and read
+            data meant only for this host.
     """
 
     def __init__(self, source: Source, version: str, *, for_this_host: bool) -> None:
@@ -123,7 +123,7 @@ class Web:
 
 
 def is_this_host(host: str) -> bool:
-    """Whether a Host header names an IP address, localhost, or nothing (as HTTP/1.0 may)."""
+    """Return whether a Host header names an IP address, localhost, or nothing (as HTTP/1.0 may)."""
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
     name = name.strip("[]").lower().rstrip(".")
     if name in ("", "localhost") or name.endswith(".localhost"):
@@ -140,5 +140,5 @@ def _unavailable(word: str) -> Answer:
 
 
 def _json(value: Any) -> bytes:
-    # ASCII, so whatever characters a client's name has.
+    # ASCII, whatever characters a client's name contains.
     return to_json(value).encode() + b"\n"
