@@ -17,7 +17,7 @@ def test_a_whole_number_beyond_every_float_is_refused_by_name() -> None:
 
 def test_a_block_detector_with_a_threshold_beyond_every_clock_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[BaseException | None] = []
-    usual = BlockDetector._look_until
+    usual = BlockDetector._look_until  # noqa: SLF001  how its thread ends
 
     def look_until(self: BlockDetector, *arguments: object) -> None:
         try:

@@ -179,7 +179,7 @@ def test_an_upgrade_gets_the_connection_as_a_file(talk):
     seen = []
 
     def websocket(environ, start_response):
-        seen.append(environ["wsgi.input"].raw._sock)
+        seen.append(environ["wsgi.input"].raw._sock)  # noqa: SLF001  what the input reads from
         start_response("101 Switching Protocols", [("Upgrade", "websocket"), ("Connection", "Upgrade")])(b"")
         return [environ["wsgi.input"].readline()]
 

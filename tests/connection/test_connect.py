@@ -84,7 +84,7 @@ def test_what_cannot_be_connected_to(address):
         connect(address)
 
 
-class Refused(Connection._gevent_sock_class):
+class Refused(Connection._gevent_sock_class):  # noqa: SLF001  gevent's hook for other sockets
     def setblocking(self, flag):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")  # ioctl(2)
 

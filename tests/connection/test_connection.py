@@ -410,7 +410,7 @@ def test_one_timer_serves_many_waits(pair):
     for _ in range(50):
         connection.sendall(b"x")
         connection.recv(10)
-        timers.add(connection.stream._timer)
+        timers.add(connection.stream._timer)  # noqa: SLF001  how it waits
     echo.get(timeout=SOON)
     assert len(timers) == 1
 
@@ -437,7 +437,7 @@ def test_a_write_timeout_taken_back_does_not_end_a_later_wait(pair):
     connection.settimeout(0.05)
     with pytest.raises(TimeoutError):
         connection.sendall(bytes(LOTS))
-    connection.stream._start_timer(time.monotonic() + 0.05)  # as left over from a wait that ended in time
+    connection.stream._start_timer(time.monotonic() + 0.05)  # noqa: SLF001  as left over from a wait that ended in time
     connection.settimeout(None)
     writer = gevent.spawn(connection.sendall, bytes(LOTS))
     gevent.sleep(0.15)

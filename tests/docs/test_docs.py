@@ -384,7 +384,8 @@ def check_gtcpserver(block, words):
     try:
         while True:
             context = command.make_context(name, list(arguments), parent=context)
-            rest = [*context._protected_args, *context.args] if isinstance(command, click.Group) else []
+            protected = context._protected_args if isinstance(command, click.Group) else []  # noqa: SLF001  no public name
+            rest = [*protected, *context.args] if isinstance(command, click.Group) else []
             if not rest:
                 return
             name, command, arguments = command.resolve_command(context, rest)

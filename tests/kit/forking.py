@@ -123,11 +123,11 @@ def start_pool(conn, kind):
     if kind == "futures":
         pool = concurrent.futures.ProcessPoolExecutor(2, mp_context=context)
         result = list(pool.map(square, range(10)))
-        pids = list(pool._processes)
+        pids = list(pool._processes)  # noqa: SLF001  the children of a pool
     else:
         pool = context.Pool(2)
         result = pool.map(square, range(10))
-        pids = [process.pid for process in pool._pool]
+        pids = [process.pid for process in pool._pool]  # noqa: SLF001  the children of a pool
     KEPT.append(pool)
     assert result == [number * number for number in range(10)]
     conn.sendall(" ".join(map(str, pids)).encode() + b"\n")

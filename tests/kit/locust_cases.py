@@ -579,7 +579,7 @@ def case_tls_is_a_handshake_and_then_the_same():
                 user.tls = tls
                 data = os.urandom(300_000)
                 with user.client.request("ping"):
-                    writer = gevent.spawn(user.client._send, data)
+                    writer = gevent.spawn(user.client._send, data)  # noqa: SLF001  one send, without its event
                     assert user.client.receive_exactly(len(data)) == data
                     writer.get()
                 assert user.client.socket.version() == "TLSv1.3"

@@ -165,7 +165,7 @@ def test_every_address_of_a_host_name_is_bound_once_and_on_one_port(opened, monk
 
 def test_a_port_that_is_taken_on_the_second_address_is_drawn_again(opened, monkeypatch):
     resolve_to(monkeypatch, "127.0.0.1", "127.0.0.2")
-    real_bind, taken = listener._bind, []
+    real_bind, taken = listener._bind, []  # noqa: SLF001  replaced below
 
     def bind_where_the_first_port_is_taken(family, sockaddr, config, **kwargs):
         if sockaddr[0] == "127.0.0.2" and not taken:
@@ -705,7 +705,7 @@ def test_the_port_of_a_server_that_ended_is_free_although_connections_linger(ope
 
 
 def test_nothing_stays_open_when_a_later_socket_fails(opened, monkeypatch):
-    real_bind, made = listener._bind, []
+    real_bind, made = listener._bind, []  # noqa: SLF001  replaced below
 
     def fail_at_the_third(*args, **kwargs):
         if len(made) == 2:
@@ -785,7 +785,8 @@ def test_a_handshake_under_way_at_mute_is_completed_and_counted_until_then(opene
     (one,) = opened("127.0.0.1:0")
     # The client drops the SYN-ACK, as a far one has not got it yet.
     client = opened.keep(socket.socket())
-    draining._attach(client, draining.SO_ATTACH_FILTER, [(draining.BPF_RETURN, 0, 0, 0)])
+    drop_all = [(draining.BPF_RETURN, 0, 0, 0)]
+    draining._attach(client, draining.SO_ATTACH_FILTER, drop_all)  # noqa: SLF001  which has no public user
     client.setblocking(False)
     client.connect_ex(one.sockaddr)
     if handshakes_under_way(one.socket) is None:

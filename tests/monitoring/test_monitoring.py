@@ -233,8 +233,8 @@ def test_latency_is_that_of_connections_where_nothing_is_idle(watched, connect, 
 
 def test_many_requests_a_second_are_sampled_and_still_counted(watched, connect, spawn_thread):
     server, monitor = watched()
-    latency = monitor._watch._latency
-    monitor._watch._timer.stop()
+    latency = monitor._watch._latency  # noqa: SLF001  its own measurements
+    monitor._watch._timer.stop()  # noqa: SLF001  its own measurements
     latency.every = EVERY
     client = connect(server)
 
@@ -454,7 +454,7 @@ def test_many_silent_clients_neither_disturb_the_service_nor_the_scrapes(watched
     for _ in range(20):
         assert ask(in_thread, client) == b"x"
     assert get(monitor, "/metrics")[0] == 200
-    assert monitor._pages.active_connections <= MOST_CONNECTIONS
+    assert monitor._pages.active_connections <= MOST_CONNECTIONS  # noqa: SLF001  its own server
     for one in silent:
         one.close()
 

@@ -367,8 +367,7 @@ def test_requirement_38_outgoing_connections_have_the_options_of_a_proxy(proxy, 
     real = socks_session.relay
 
     def relay(conn, upstream, **options):
-        for name, one in (("client", conn), ("destination", upstream)):
-            sock = one._sock
+        for name, sock in (("client", conn), ("destination", upstream)):
             found[name] = (
                 sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0,
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0,

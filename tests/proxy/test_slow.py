@@ -152,7 +152,7 @@ def test_requirement_30_a_tunnel_whose_one_side_does_not_read_holds_little(serve
     sent = []
 
     def pour(conn):
-        conn._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         while True:
             conn.sendall(bytes(65536))
             sent.append(65536)

@@ -28,7 +28,8 @@ def many(tmp_path):
 
 def fetch(server, method="GET", path="/", version=11):
     client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SOON)
-    client._http_vsn, client._http_vsn_str = version, f"HTTP/{version // 10}.{version % 10}"
+    client._http_vsn = version  # noqa: SLF001  http.client has no public option for it
+    client._http_vsn_str = f"HTTP/{version // 10}.{version % 10}"  # noqa: SLF001
     client.request(method, path)
     answer = client.getresponse()
     body = answer.read()

@@ -256,7 +256,8 @@ def test_a_message_is_kept_until_it_can_be_sent_and_the_newest_of_a_kind_counts(
     from errno import EAGAIN, EMSGSIZE, ENOBUFS, ENOMEM, ETOOMANYREFS
 
     here, there = make_pair(WORKER_KINDS, MASTER_KINDS)
-    channel = Channel(Moody(here._sock, ENOBUFS, ENOMEM, EAGAIN, ETOOMANYREFS), WORKER_KINDS)  # type: ignore[arg-type]
+    moody: Any = Moody(here._sock, ENOBUFS, ENOMEM, EAGAIN, ETOOMANYREFS)  # noqa: SLF001  what there is behind a channel
+    channel = Channel(moody, WORKER_KINDS)
     channel.send("unready")
     channel.send("retire", timeout=5)
     channel.send("retire", timeout=1)
@@ -267,7 +268,7 @@ def test_a_message_is_kept_until_it_can_be_sent_and_the_newest_of_a_kind_counts(
         ("unready", {}),
         ("retire", {"timeout": 1}),
     ]
-    channel._sock.errors.append(EMSGSIZE)  # type: ignore[attr-defined]
+    moody.errors.append(EMSGSIZE)
     channel.send("report")  # never to be sent, and no reason to hold up others
     channel.send("halt")
     assert [message.kind for message, _ in there.receive()] == ["halt"]

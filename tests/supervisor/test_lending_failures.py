@@ -30,12 +30,13 @@ def descriptors():
 
 def test_an_answer_that_comes_in_the_turn_in_which_the_wait_has_ended_is_closed(file):
     borrower = lending.Borrower(SilentMaster())
-    borrower._names = {file}
+    borrower._names = {file}  # noqa: SLF001  in the midst of it
     waiting = gevent.spawn(borrower, file)
     gevent.sleep(0)
     before = descriptors()
     waiting.kill(block=False)
-    borrower.hear(Message("lent", {"number": borrower._number}), os.open(file, os.O_RDONLY))
+    number = borrower._number  # noqa: SLF001  that of the question under way
+    borrower.hear(Message("lent", {"number": number}), os.open(file, os.O_RDONLY))
     waiting.join(5)
     assert waiting.dead
     assert descriptors() == before
@@ -54,5 +55,5 @@ def test_a_master_keeps_no_descriptor_of_a_file_that_it_cannot_look_at(file, mon
 
     monkeypatch.setattr(lending, "os", NoStat())
     with pytest.raises(OSError, match="no"):
-        loans._open(file)
+        loans._open(file)  # noqa: SLF001  in the midst of it
     assert descriptors() == before

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -403,7 +403,7 @@ def test_stacks_of_greenlets_at_the_same_place_are_printed_once() -> None:
 
     waiting = [gevent.spawn(wait_here) for _ in range(50)]
     gevent.sleep(0)
-    text = format_stacks(sys._getframe())
+    text = format_stacks(inspect.currentframe())
     gevent.killall(waiting)
     assert text.count("in wait_here") == 1
     assert "50 greenlets:" in text

@@ -40,7 +40,8 @@ class Client:
 
     def update_keys(self):
         # struct PySSLSocket of CPython: the object's head, the socket, then the SSL*.
-        pointer = struct.unpack_from("P", ctypes.string_at(id(self._tls._sslobj), 32), 24)[0]
+        inner = self._tls._sslobj  # noqa: SLF001  ssl has no key updates
+        pointer = struct.unpack_from("P", ctypes.string_at(id(inner), 32), 24)[0]
         assert key_update(pointer, UPDATE_REQUESTED) == 1
 
     def send(self, data):

@@ -430,13 +430,13 @@ def test_what_a_client_gets_of_a_write_that_timed_out_is_its_beginning(serve, tl
 def test_a_write_that_failed_for_want_of_buffers_leaves_no_gap(serve, tls, tls_client, in_thread):
     def handler(conn):
         layer = conn.stream.tls
-        transmit = layer._transmit
+        transmit = layer._transmit  # noqa: SLF001  fails once
 
         def fail_once(data):
-            layer._transmit = transmit
+            layer._transmit = transmit  # noqa: SLF001  fails once
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
-        layer._transmit = fail_once
+        layer._transmit = fail_once  # noqa: SLF001  fails once
         with pytest.raises(OSError, match="No buffer space"):
             conn.sendall(b"one")
         conn.sendall(b"two")

@@ -322,11 +322,11 @@ def test_what_is_not_in_the_page_cache_is_read_by_a_thread(pair, path, monkeypat
         cache = disk.PageCache(file.fileno())
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if cache._is_cached(0, 4096) is not False:
+        if cache._is_cached(0, 4096) is not False:  # noqa: SLF001  what the page cache has
             pytest.skip("this file system does not say what is cached, or keeps it")
         assert cache.make_ready(0, len(DATA)) == disk.WINDOW
         assert threads == [0]
-        assert cache._is_cached(0, disk.WINDOW)
+        assert cache._is_cached(0, disk.WINDOW)  # noqa: SLF001  what the page cache has
         assert sent_and_received(pair, file) == (len(DATA), DATA)
         assert 0 not in threads[1:]
         asked = len(threads)
@@ -477,7 +477,7 @@ def test_a_kill_while_a_thread_writes_leaves_nothing_behind(pair, tmp_path, monk
     monkeypatch.setattr(module, "SLOW_WRITE", -1.0)
     client, connection = pair
     in_thread, may_go_on = os.pipe()
-    real = module._empty
+    real = module._empty  # noqa: SLF001  what the page cache has
     writes = 0
 
     def slow(pipe, fd, size):
