@@ -6,6 +6,7 @@ runs in a greenlet of its own: `run` lets it go on for some virtual seconds, and
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import heapq
 import itertools
@@ -13,6 +14,7 @@ import json
 import os
 import select
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,11 +27,12 @@ from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.master import Master, WorkersCannotStart
-from gtcpserver.supervisor.messages import encode
+from gtcpserver.supervisor.messages import HANDOVER_KINDS, MAX_BYTES, decode, encode
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
 from gtcpserver.supervisor.system import Signals
+from gtcpserver.supervisor.upgrade import VARIABLE, Handover
 from gtcpserver.supervisor.worker import Job
 
 MASTER = 4242  # the process id that the master has
@@ -593,17 +596,42 @@ def make_ready(worker: WorkerProcess) -> None:
 class SimulatedMaster:
     """A master that runs in a simulated system.
 
+    Args:
+        takes_over: it is the new master of an upgrade. The old one hears it over a real socket: `told`.
+
     Attributes:
         outcome: how its life has ended; None: it has not.
     """
 
-    def __init__(self, system: SimulatedSystem, **options: Any) -> None:
+    def __init__(self, system: SimulatedSystem, *, takes_over: bool = False, **options: Any) -> None:
         self.system = system
         self.master = Master(PROGRAM, SupervisorConfig(**options), system)
         self.outcome: Fleet | WorkersCannotStart | None = None
+        self._slots = self.master.config.worker_count()
+        self._old_master: socket.socket | None = None
+        if takes_over:
+            self._old_master, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._old_master.setblocking(False)
+            self._channel = theirs.detach()
         system.begin(self._live)
 
+    def told(self) -> list[str]:
+        """What the old master has heard until now, once; at the end."""
+        assert self._old_master is not None
+        kinds = []
+        with self._old_master as sock:
+            try:
+                while data := sock.recv(MAX_BYTES):
+                    kinds.append(decode(data, HANDOVER_KINDS).kind)
+            except BlockingIOError:
+                os.close(self._channel)  # as the end of its process would
+        return kinds
+
     def _live(self) -> None:
+        if self._old_master is not None:
+            slots = [*range(self._slots)]
+            handover = Handover(1, self._channel, slots, sockets=[], control=None, listen_fds=0, metrics=[])
+            os.environ[VARIABLE] = json.dumps(dataclasses.asdict(handover))
         try:
             self.outcome = self.master.run()
         except WorkersCannotStart as error:

@@ -190,6 +190,7 @@ BEGIN: Choices = {
     "graceful_timeout": (GRACEFUL_TIMEOUT, None),
     "retire_timeout": (None, 2.0),
     "max_retired": (None, 0, 1),
+    "takes_over": (False, False, True),
     "first": (*["good"] * len(FATE), *FATE),
     "second": FATE,
     "third": FATE,
@@ -200,7 +201,9 @@ class Schedules(RuleBasedStateMachine):
     """The operator, and everything that can go wrong."""
 
     @initialize(**drawn(BEGIN))
-    def begin(self, workers: int, one_by_one: bool, first: str, second: str, third: str, **options: Any) -> None:
+    def begin(
+        self, workers: int, one_by_one: bool, takes_over: bool, first: str, second: str, third: str, **options: Any
+    ) -> None:
         self.system = SimulatedSystem()
         self.operations: list[Operation] = []
         self.faults = Faults()
@@ -213,7 +216,9 @@ class Schedules(RuleBasedStateMachine):
         self.scaled_by_signal = False
         self.retired: set[int] = set()
         more = {"workers": workers, "reload_one_by_one": one_by_one, "drain_delay": 0.5}
-        self.simulated = SimulatedMaster(self.system, **options, **more)
+        self.served = False
+        self.takes_over = takes_over
+        self.simulated = SimulatedMaster(self.system, takes_over=takes_over, **options, **more)
         self.master = self.simulated.master
         self.config = self.master.config
         self.system.run(2.0 if first == "good" else 0.0)
@@ -350,6 +355,7 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self) -> None:
+        self.served = self.served or self.master.state is MasterState.SERVING
         self.no_part_of_the_master_has_failed()
         self.every_child_is_known_once()
         self.no_slot_has_two_workers_but_while_one_is_replaced()
@@ -485,6 +491,9 @@ class Schedules(RuleBasedStateMachine):
             if self.outcome is None:
                 system.signals.send(signal.SIGQUIT)
         self.run_until(lambda: self.outcome is not None, max(ENDED, FAILED_SECONDS + LINGERS + 2) + HALT_SECONDS)
+        if self.takes_over:
+            failed = isinstance(self.outcome, WorkersCannotStart)
+            assert self.simulated.told() == (["failed"] if failed else ["ready"] if self.served else [])
         assert all(one.told for one in self.operations)
         assert not system.open_fds()
         assert system.signals is None or system.signals.closed
