@@ -1,4 +1,4 @@
-"""connect: a Connection to somebody else's server."""
+"""connect: open a Connection to another server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gtcpserver.signatures import ConnectionT
 
 from .connection import Connection
 
-#: Addresses of one name that are tried, of both families if it has both. Whose name it is decides how many it has: some
-#: thousand fit into one answer of a name server, and each may be silent. Large sites have 2 to 8.
+#: Addresses tried per host name, of both families if it has both. The owner of the name decides how many there are:
+#: some thousand fit into one answer of a name server, and each may be silent. Large sites have 2 to 8.
 MOST_ADDRESSES = 8
 
 
@@ -28,13 +28,13 @@ def connect(
     source_address: tuple[str, int] | None = None,
     connection_class: type[ConnectionT] = Connection,  # type: ignore[assignment]
 ) -> ConnectionT:
-    """Connect, and have the same kind of socket that a handler gets; an upstream for :func:`relay`, say.
+    """Connect and return the kind of socket that a handler gets, such as an upstream for :func:`relay`.
 
     Args:
         address: "host:port", "[IPv6]:port", "unix:/path", "unix:@name", or a tuple (host, port). A host name's
             addresses are tried in the order the resolver gives them (RFC 6724), one after the other; at most 8.
-        timeout: seconds for all of it, the look-up of the name included; None waits as long as the system does. It
-            ends with the call: the connection has no time-out until ``settimeout`` gives it one.
+        timeout: seconds for the whole call, including the name look-up; None waits as long as the system does. It
+            applies to this call only: the connection has no time-out until ``settimeout`` sets one.
         source_address: (host, port) to connect from.
         connection_class: Connection or a class derived from it.
 
@@ -44,7 +44,7 @@ def connect(
     Raises:
         ConfigError: not an address to connect to.
         TimeoutError: not connected within ``timeout``.
-        OSError: of the last address tried; socket.gaierror: no such host.
+        OSError: from the last address tried; socket.gaierror: no such host.
     """
     check_event_loop()
     parsed = parse_address(address)
@@ -71,7 +71,7 @@ def connect(
 
 
 def _resolve(host: str, port: int) -> list[tuple[int, Any]]:
-    # An address needs no look-up, which gevent does in a thread (0.1 ms). Not so one with a zone: "fe80::1%eth0".
+    # A literal address needs no look-up, which gevent does in a thread (0.1 ms). One with a zone does: "fe80::1%eth0".
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)
@@ -83,7 +83,7 @@ def _resolve(host: str, port: int) -> list[tuple[int, Any]]:
 
 
 def _some(found: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """MOST_ADDRESSES of them in the same order: the first ones of each family."""
+    """Return at most MOST_ADDRESSES of them in the same order: the first ones of each family."""
     found = list(dict.fromkeys(found))
     seen: Counter[int] = Counter()
     ranks = []

@@ -1,6 +1,6 @@
 """Connection: the socket that a handler gets.
 
-A Connection is a gevent socket, so whatever takes a socket takes it. How it waits and moves bytes is in stream.py.
+A Connection is a gevent socket, so any code that takes a socket takes it. stream.py has how it waits and moves bytes.
 The order below: construct, read, write, bound, idle, close.
 """
 
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from .owner import Owner
 
     class _Socket(_stdlib_socket.socket):
-        """gevent's class, which has no types of its own: typeshed's stubs of gevent, too, take it for this one.
+        """gevent's class, which is untyped: typeshed's stubs of gevent also declare it as this one.
 
-        What follows is what gevent's has more, and what we use of its private parts.
+        The members below are those that gevent's class adds, and the private ones that we use.
         """
 
         _gevent_sock_class: ClassVar[type[Any]]
@@ -73,7 +73,7 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 log = own_logger("gtcpserver.tls")
 
-#: How much ``recv_until`` asks the kernel for at once when it has to go beyond what it kept.
+#: Bytes that ``recv_until`` asks the kernel for at once when the bytes it kept are not enough.
 READ_AHEAD = 16 * 1024
 
 # Plain numbers: the socket module's enums cost 0.1 us a call.
@@ -82,7 +82,7 @@ _SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_
 _new = object.__new__
 _set_up = Stream.__init__
 
-# By name, since type checkers would otherwise not know those of gevent's classes, which have no types.
+# By name: type checkers do not know the slots of gevent's untyped classes.
 _SLOTS = (
     "_lingerer",
     "_log_fields",
@@ -98,13 +98,13 @@ _SLOTS = (
     "server",
 )
 
-#: What the package uses of a connection beside what is documented: a subclass that has another thing by such a name
-#: would find its connections broken in some place far away.
+#: Undocumented attributes of a connection that the package uses: a subclass that redefines one of them would break its
+#: connections in a distant place.
 _OWN_NAMES = frozenset({"accepted_at", "end", "end_idle", "idle_block", "is_idle", "peeked", "stream"})
 
 
 def _noted(method: MethodT) -> MethodT:
-    """Mark what a method raises as this connection's errors (:meth:`Stream.note`)."""
+    """Mark the errors that a method raises as this connection's (:meth:`Stream.note`)."""
 
     @wraps(method)
     def noted(self: Connection, *args: Any, **options: Any) -> Any:
@@ -118,24 +118,24 @@ def _noted(method: MethodT) -> MethodT:
 
 
 class Connection(SSLMethods, HasStream, _Socket):
-    """A client's connection: a blocking, cooperative socket with the answers a handler asks for.
+    """A client's connection: a blocking, cooperative socket with the extra methods that handlers need.
 
-    All of the socket API works. Time-outs count the time in which nothing moved: ``settimeout(30)`` ends a ``recv`` or
-    a ``sendall`` after 30 seconds without a byte, not a ``sendall`` that moves (the standard library's bounds it in
-    total; :meth:`deadline` does that here).
+    All of the socket API works. Time-outs count the time without progress: ``settimeout(30)`` ends a ``recv`` or a
+    ``sendall`` after 30 seconds without a byte, not a ``sendall`` that makes progress (the standard library's bounds
+    the whole call; :meth:`deadline` does that here).
 
     Attributes:
         client_address: the peer as ``accept`` gave it: (host, port) for IPv4, (host, port, flow, scope) for IPv6,
-            "" or a path for a unix socket. Behind a balancer that says so (``proxy_protocol``) the client's, and
-            :attr:`peer_address` is the balancer's. To assign another one changes what is logged, and not as whom
-            ``client_limits`` count the connection. None for a connection that was not accepted.
-        server: the Server it belongs to; None for a connection made by hand.
-        context: whatever the server was given as ``context``; assign to it to keep data by the connection.
+            "" or a path for a unix socket. Behind a balancer that sends PROXY headers (``proxy_protocol``) it is the
+            client's, and :attr:`peer_address` is the balancer's. Assigning another address changes the logs, not the
+            client that ``client_limits`` count the connection for. None for a connection that was not accepted.
+        server: the Server it belongs to; None for a connection created without one.
+        context: the server's ``context`` argument; assign to it to keep data with the connection.
         recv: ``recv(bufsize, flags=0) -> bytes``: at most ``bufsize`` bytes; b"" when the peer has closed its side.
-            Raises TimeoutError when nothing came for ``settimeout`` seconds, DeadlineExceeded inside :meth:`deadline`,
-            OSError as recv(2); EBADF when another greenlet closed the connection meanwhile.
-        sendall: ``sendall(data, flags=0) -> None``: all of ``data`` (any contiguous buffer). Raises TimeoutError when
-            the peer took nothing for ``settimeout`` seconds (some of the data may have gone), otherwise as ``recv``.
+            Raises TimeoutError when nothing arrived for ``settimeout`` seconds, DeadlineExceeded inside
+            :meth:`deadline`, OSError as recv(2); EBADF when another greenlet closed the connection meanwhile.
+        sendall: ``sendall(data, flags=0) -> None``: sends all of ``data`` (any contiguous buffer). Raises TimeoutError
+            when the peer took nothing for ``settimeout`` seconds (some of the data may be sent), otherwise as ``recv``.
     """
 
     __slots__ = _SLOTS
@@ -165,7 +165,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             raise TypeError(f"{cls.__name__} must not define {min(taken)!r}: gtcpserver uses this name of a Connection")
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
-        # gevent's constructor makes two io watchers (0.5 us each); ours are made when first waited for.
+        # gevent's constructor makes two io watchers (0.5 us each); ours are made at the first wait.
         if fileno is None:
             family = _stdlib_socket.AF_INET if family == -1 else family
             type = _stdlib_socket.SOCK_STREAM if type == -1 else type
@@ -173,23 +173,23 @@ class Connection(SSLMethods, HasStream, _Socket):
         sock = self._gevent_sock_class(family, type, proto, fileno)
         try:
             self._begin(sock)
-            # Those that a server accepts, it knows.
+            # The server keeps track of the ones it accepts.
             close_in_children(self)
         except BaseException:
-            sock.close()  # at once: the error may be kept, and with it what its traceback refers to
+            sock.close()  # at once: the caller may keep the error, and its traceback refers to the socket
             raise
 
     def _begin(self, sock: Any) -> None:
-        # Once a connection; the acceptor, which knows what it has accepted, calls it without the constructor.
+        # Runs once per connection; the acceptor knows what it accepted and calls this without the constructor.
         sock.setblocking(False)
         self._sock = sock
         self.hub = hub = get_hub()
         self._io_refs = 0
         self._closed = False
-        # Not Stream(...): a call of a class costs 0.2 us more than a function's.
+        # Not Stream(...): calling a class costs 0.2 us more than calling a function.
         self._stream = stream = _new(Stream)
         _set_up(stream, sock, hub, getdefaulttimeout())
-        # The stream's own methods, not wrappers of them: 0.1 us a call. Set past a subclass that overrides them.
+        # The stream's own methods, not wrappers: 0.1 us a call. Writes the slots even if a subclass overrides them.
         _set_recv(self, stream.recv)
         _set_sendall(self, stream.sendall)
         self.idle_block: Idle | None = None
@@ -198,7 +198,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @property
     def started_at(self) -> float:
-        """When the connection was accepted, in seconds since the epoch, by the clock as it is set now."""
+        """Time of the accept in seconds since the epoch, by the clock as it is set now."""
         return wall_time(self.accepted_at)
 
     if not TYPE_CHECKING:
@@ -209,24 +209,24 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @property
     def server_address(self) -> SocketAddress:
-        """The address the client connected to, as ``getsockname`` says it."""
+        """Address that the client connected to, as ``getsockname`` returns it."""
         address: SocketAddress = self._sock.getsockname()
         return address
 
     @property
     def peer_address(self) -> SocketAddress:
-        """Who is at the other end of the socket, the client or the balancer it came by."""
+        """Address at the other end of the socket: the client's, or that of the balancer in front."""
         proxied = self._behind_balancer()
         return self.client_address if proxied is None else proxied[1]
 
     @property
     def proxy_header(self) -> ProxyHeader | None:
-        """What the balancer has said of the client (PROXY protocol); None where none has."""
+        """Header that the balancer sent about the client (PROXY protocol); None without one."""
         proxied = self._behind_balancer()
         return None if proxied is None else proxied[0]
 
     def _behind_balancer(self) -> tuple[ProxyHeader, SocketAddress] | None:
-        # Set for those connections alone: a slot that is set for all costs each of them.
+        # Set only for connections with a header: setting the slot for all would cost each of them.
         try:
             proxied: tuple[ProxyHeader, SocketAddress] = _get_proxied(self)
         except AttributeError:
@@ -234,13 +234,13 @@ class Connection(SSLMethods, HasStream, _Socket):
         return proxied
 
     def note_proxy_header(self, header: ProxyHeader) -> None:
-        """Take for the client's address what a balancer says it is, and count that client (``client_limits``).
+        """Take the client's address from a balancer's header, and count that client (``client_limits``).
 
-        A header without an address (LOCAL, UNKNOWN, UNSPEC) changes nothing: the client is whom the connection is from.
-        Nor does one of datagrams, whose sources can be forged: this is a stream (haproxy and nginx do the same).
+        A header without an address (LOCAL, UNKNOWN, UNSPEC) changes nothing: the client is the peer of the connection.
+        Nor does a header for datagrams, whose sources can be forged: this is a stream (haproxy and nginx do the same).
 
         Raises:
-            ClientRefused: it is beyond a limit. The connection has been reset.
+            ClientRefused: the client is over a limit. The connection was reset.
         """
         self._proxied = (header, self.client_address)
         source = header.source
@@ -257,25 +257,25 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @property
     def log_fields(self) -> dict[str, Any]:
-        """What the handler adds to this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
+        """Extra fields of this connection's line in the access log: ``conn.log_fields["user"] = "ada"``.
 
-        Values are printed (text) or as JSON has them. Names that the log uses itself keep its own values.
+        Values are printed (text) or encoded as JSON. Names that the log itself uses keep the log's values.
         """
         try:
             fields: dict[str, Any] = _get_log_fields(self)
         except AttributeError:
-            # Made for those that use it alone, as for _proxied.
+            # Made only for connections that use it, as for _proxied.
             fields = self._log_fields = {}
         return fields
 
     @property
     def bytes_received(self) -> int:
-        """Bytes read through this object."""
+        """Number of bytes read through this object."""
         return self._stream.bytes_received
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes written through this object."""
+        """Number of bytes written through this object."""
         return self._stream.bytes_sent
 
     # -- time-outs ---------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             stream.forget_bounds()
 
     def settimeout(self, seconds: float | None) -> None:
-        """Raise TimeoutError from a read or write in which nothing moved for so many seconds; None waits for ever.
+        """Raise TimeoutError from a read or write that makes no progress for ``seconds``; None waits indefinitely.
 
         0 makes the socket non-blocking: BlockingIOError instead of waiting.
         """
@@ -304,15 +304,15 @@ class Connection(SSLMethods, HasStream, _Socket):
         self.timeout = seconds
 
     def gettimeout(self) -> float | None:
-        """What ``settimeout`` set."""
+        """Return the time-out that ``settimeout`` set, in seconds, or None."""
         return self._stream.timeout
 
     def deadline(self, seconds: float) -> Deadline:
-        """Bound all calls on this connection within a ``with`` block together.
+        """Bound the total time of all calls on this connection within a ``with`` block.
 
-        ``settimeout`` starts anew with each byte; a deadline does not, so a client that drips cannot stretch it.
-        Blocks nest; the earlier end holds. Only this connection's calls are bound: to interrupt any other waiting,
-        use ``gevent.Timeout``.
+        ``settimeout`` restarts with each byte; a deadline does not, so a client that drips cannot stretch it. Blocks
+        nest; the earlier deadline applies. It bounds only this connection's calls: to interrupt any other wait, use
+        ``gevent.Timeout``.
 
         Args:
             seconds: from now; more than 0.
@@ -348,14 +348,14 @@ class Connection(SSLMethods, HasStream, _Socket):
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive into a writable buffer; returns the number of bytes, 0 at the peer's end. Errors as ``recv``."""
+        """Receive into a writable buffer; return the number of bytes, 0 at the peer's end. Errors as ``recv``."""
         return self._stream.recv_into(buffer, nbytes, flags)
 
     def recv_exactly(self, n: int) -> bytes:
         """Receive exactly ``n`` bytes.
 
         Raises:
-            EarlyEOF: the peer closed first; ``partial`` holds what had come.
+            EarlyEOF: the peer closed first; ``partial`` holds the bytes received.
             TimeoutError, DeadlineExceeded, OSError: as ``recv``.
         """
         return self._stream.recv_exactly(n)
@@ -363,16 +363,16 @@ class Connection(SSLMethods, HasStream, _Socket):
     def recv_until(self, separator: bytes = b"\n", limit: int = 64 * 1024) -> bytes:
         """Receive up to and including the next ``separator``.
 
-        What came behind it is kept and given to the next call of ``recv``, :meth:`recv_into`, :meth:`recv_exactly`,
-        this one, or a file made by ``makefile`` (not to reads from the bare descriptor).
+        Bytes after the separator are kept for the next call of ``recv``, :meth:`recv_into`, :meth:`recv_exactly`, this
+        method, or a file made by ``makefile`` (not for reads from the bare descriptor).
 
         Args:
             separator: bytes that end a message, for instance b"\\r\\n".
             limit: largest message, separator included, in bytes.
 
         Raises:
-            LimitExceeded: no separator within ``limit`` bytes. The stream is out of step: close the connection.
-            EarlyEOF: the peer closed before a separator; ``partial`` holds what had come, b"" for none.
+            LimitExceeded: no separator within ``limit`` bytes. The stream is out of sync: close the connection.
+            EarlyEOF: the peer closed before a separator; ``partial`` holds the bytes received, possibly b"".
             TimeoutError, DeadlineExceeded, OSError: as ``recv``.
         """
         if not separator:
@@ -389,7 +389,7 @@ class Connection(SSLMethods, HasStream, _Socket):
                 return data[:end]
             if len(data) >= limit:
                 break
-            # While more is read, what came is not kept: recv would hand it out again.
+            # Empty while more is read: recv would hand out the kept bytes again.
             stream.kept = b""
             try:
                 more = stream.recv(READ_AHEAD)
@@ -405,8 +405,10 @@ class Connection(SSLMethods, HasStream, _Socket):
         raise stream.note(LimitExceeded(f"no {separator!r} within {limit} bytes"))
 
     def _recv_until_in_pieces(self, separator: bytes, limit: int, data: bytearray, more: bytes) -> bytes:
-        """``recv_until`` from the second piece on. What it costs grows with the bytes and not with the pieces: a peer
-        that drips has nothing copied or searched a second time for each of its bytes."""
+        """Continue ``recv_until`` from the second piece on.
+
+        The cost grows with the bytes, not with the pieces: when a peer drips, no byte is copied or searched twice.
+        """
         stream = self._stream
         try:
             while True:
@@ -432,32 +434,32 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         def makefile(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             file = super().makefile(mode, *arguments, **options)
-            # What reads ahead is beneath a text file, which may be taken off it.
+            # The buffer beneath a text file reads ahead; the text file may be detached from it.
             reader = getattr(file, "buffer", file)
             if "r" in mode and not isinstance(reader, RawIOBase):
                 self._readers = [*(one for one in _readers_of(self) if one() is not None), ref(reader)]
             return file
 
     def _is_read_by_file(self) -> bool:
-        """Whether a file of :meth:`makefile` is open that may have read ahead."""
+        """Return whether a file of :meth:`makefile` that may have read ahead is open."""
         return any(is_open(one()) for one in _readers_of(self))
 
     @property
     def peeked(self) -> bytes:
-        """What ``recv_until`` has read ahead, or :meth:`unread` given back. For this package.
+        """Bytes that ``recv_until`` read ahead or :meth:`unread` gave back. For this package.
 
         :meta private:
         """
         return self._stream.kept
 
     def unread(self, data: bytes) -> None:
-        """Give back bytes that were read: the next read, or a relay, gets them first."""
+        """Give back bytes already read: the next read, or a relay, gets them first."""
         self._stream.kept = data + self._stream.kept
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def send(self, data: Buffer, flags: int = 0) -> int:
-        """Send some of ``data``; returns how many bytes the kernel took (at least one, waiting where necessary)."""
+        """Send some of ``data``; return the number of bytes the kernel took (at least one; waits if necessary)."""
         return self._stream.send(data, flags)
 
     # -- files (transfer/) -------------------------------------------------------------------------------------------
@@ -474,24 +476,24 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @property
     def tls(self) -> ConnectionTLS | None:
-        """What TLS agreed on (version, cipher, server name, ALPN, peer certificate); None on a plain connection."""
+        """Result of the handshake (version, cipher, server name, ALPN, peer certificate); None without TLS."""
         layer = self._stream.tls
         return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
 
     def start_tls(
         self, tls: TLSConfig | ssl.SSLContext | Credentials | None = None, *, timeout: float | None = None
     ) -> ConnectionTLS:
-        """Encrypt this connection from here on, as its server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
+        """Start TLS on this connection as the server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
 
         Args:
             tls: a TLSConfig or ssl.SSLContext; None: the server's.
             timeout: seconds for the handshake; None: the configuration's.
 
         Raises:
-            StartTLSError: there is nothing to start it with; it has been started; a buffered file of ``makefile`` is
-                open for reading; or bytes came behind the client's request for TLS, before the handshake, and were
-                read already: a man in the middle may have put them there to be taken for encrypted ones (RFC 3207
-                section 6). Close the connection.
+            StartTLSError: no TLS configuration is available; TLS is already started; a buffered file of ``makefile`` is
+                open for reading; or bytes that followed the client's request for TLS, before the handshake, were read
+                already: a man in the middle may have injected them to pass for encrypted ones (RFC 3207 section 6).
+                Close the connection.
             OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
         """
         stream = self._stream
@@ -531,7 +533,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         log.debug("TLS handshake with %s failed (%s): %s", self.client_address, kind, error)
 
     def stop_tls(self) -> None:
-        """Go back to plain text: tell the peer (close_notify), wait for its answer.
+        """Return to plain text: send close_notify and wait for the peer's.
 
         Raises:
             StartTLSError: the connection is not encrypted.
@@ -546,10 +548,10 @@ class Connection(SSLMethods, HasStream, _Socket):
             stream.note(error)
             raise
         stream.io, stream.tls = stream.sock, None
-        stream.drained = stream.at_eof = False  # the end was that of the encrypted part
+        stream.drained = stream.at_eof = False  # only the encrypted part ended
 
     def unwrap(self) -> Self:
-        """``stop_tls`` by the name it has in ``ssl.SSLSocket``; returns this connection."""
+        """Call ``stop_tls``, under its name in ``ssl.SSLSocket``; return this connection."""
         self._ssl_object()
         self.stop_tls()
         return self
@@ -610,8 +612,8 @@ class Connection(SSLMethods, HasStream, _Socket):
     def idle(self) -> Idle:
         """Mark the wait between two requests: ``with conn.idle(): data = conn.recv(4096)``.
 
-        An idle connection holds no place in the server's pool. When the server stops, its ``recv`` gives b"" at once,
-        as if the peer had closed, unless a request has already come. Without a server it does nothing.
+        An idle connection holds no place in the server's pool. When the server stops, its ``recv`` returns b"" at once,
+        as if the peer had closed, unless a request has already arrived. Without a server this does nothing.
         """
         return self.idle_block or self._make_idle()
 
@@ -622,7 +624,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits between two requests (:meth:`idle`). For this package.
+        """Whether the connection waits between two requests (:meth:`idle`). For this package.
 
         :meta private:
         """
@@ -630,9 +632,9 @@ class Connection(SSLMethods, HasStream, _Socket):
         return block is not None and block.active
 
     def end_idle(self) -> None:
-        """Let the read that idles give b"", as if the peer had closed, unless data has come. Only from the hub.
+        """Make the idle read return b"", as if the peer had closed, unless data has arrived. For this package.
 
-        For this package.
+        Call only from the hub.
 
         :meta private:
         """
@@ -647,9 +649,9 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     @_noted
     def shutdown(self, how: int) -> None:
-        """Shut down one or both sides, as ``shutdown(2)``. Over TLS, the peer is told first (close_notify).
+        """Shut down one or both sides, as ``shutdown(2)``. Over TLS, send close_notify first.
 
-        A greenlet that waits on that side is woken by the kernel: a reader gets b"", a writer EPIPE.
+        The kernel wakes a greenlet that waits on that side: a reader gets b"", a writer EPIPE.
         """
         if self._stream.tls is not None and how != _stdlib_socket.SHUT_RD:
             self._stream.tls.close_notify_and_read_on()
@@ -658,25 +660,25 @@ class Connection(SSLMethods, HasStream, _Socket):
             self._stream.shut_for_writing = True
 
     def abort(self) -> None:
-        """Close with a reset: the peer learns that something went wrong, and what it was not sent yet is dropped.
+        """Close with a reset: the peer learns that something went wrong, and unsent data is dropped.
 
-        For a proxy whose other side failed; SO_LINGER with a time of 0, socket(7). Closed already: does nothing.
+        For a proxy whose other side failed; SO_LINGER with a time of 0, socket(7). Does nothing if already closed.
         """
         if not self._closed:
             reset_on_close(self)
             self.close()
 
     def _real_close(self) -> None:
-        # Called by gevent's close() when no file made by makefile() is open any more.
+        # gevent's close() calls this when no file made by makefile() is open any more.
         if self._sock:
             self.end()
 
     def end(self) -> None:
-        """Close it, whatever file of :meth:`makefile` is open still. For this package: handlers call ``close``.
+        """Close the connection even if files of :meth:`makefile` are open. For this package: handlers call ``close``.
 
         :meta private:
         """
-        # Once a connection, and little of it reads attributes of self (see stream.py).
+        # Runs once per connection, and reads few attributes of self (see stream.py).
         stream = self._stream
         owner: Owner | None = self.server
         self._closed = True
@@ -687,9 +689,9 @@ class Connection(SSLMethods, HasStream, _Socket):
         waiting = stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
-        # To linger is to shut down the write side, for whoever else has the socket too. A peer that has closed its side
-        # sends nothing more that could provoke a reset. One that was idle has had its last answer, and may not look at
-        # its end before it has the next request: no stop waits for it.
+        # Lingering shuts down the write side, for every other process with the socket too. A peer that has closed its
+        # side sends nothing more that could provoke a reset. An idle peer has received its last answer and may not
+        # notice the end before its next request: no stop waits for it.
         elif (
             stream.at_eof
             or stream.shared
@@ -700,7 +702,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             super()._drop_ref_on_close(sock)
 
     def _end_shared(self, stream: Stream, sock: Any, owner: Owner | None) -> bool:
-        """Tell the peer of the end although a forked child has the socket too. False: close it now."""
+        """Signal the end to the peer although a forked child has the socket too. False: close it now."""
         try:
             if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
                 return False  # to be reset
@@ -715,11 +717,11 @@ class Connection(SSLMethods, HasStream, _Socket):
     # -- a fork in its handler (see forked.py) -----------------------------------------------------------------------
 
     def shared_with_child(self) -> None:
-        """In the parent."""
+        """Note, in the parent, that a forked child has the socket too."""
         self._stream.shared = self._stream.shared or CHILD
 
     def taken_by_child(self) -> None:
-        """In the child: it reads and writes, and its end tells the peer nothing. Without a server."""
+        """Take over reading and writing in the child, without a server; the close there signals nothing to the peer."""
         stream = self._stream
         stream.leave_event_loop()
         stream.__class__ = StreamInChild
@@ -730,16 +732,16 @@ class Connection(SSLMethods, HasStream, _Socket):
         self.idle_block = None
 
     def left_by_child(self) -> None:
-        """In the child: close another handler's there."""
+        """Close, in the child, a connection of another handler."""
         self._stream.left_by_child()
         self._sock = CLOSED
         self._closed = True
 
     def _linger(self, stream: Stream, sock: Any) -> bool:
-        """Close politely without a Server, where :meth:`linger_with` has been called. False: close at once.
+        """Close politely without a Server, if :meth:`linger_with` was called. False: close at once.
 
-        A handler that has written nothing may have left the answer to another process that holds the socket, which a
-        shutdown would silence. One that has set SO_LINGER has decided by itself how its socket closes.
+        A handler that has written nothing may have left the answer to another process that holds the socket; a shutdown
+        would silence it. A handler that has set SO_LINGER has decided how its socket closes.
         """
         try:
             lingerer: Linger = _get_lingerer(self)
@@ -754,13 +756,13 @@ class Connection(SSLMethods, HasStream, _Socket):
         self._lingerer = lingerer
 
     def _detach_socket(self, reason: str) -> None:
-        # gevent's asks the kernel for the socket's family, type and protocol first, for its repr afterwards (0.6 us).
+        # gevent's version first asks the kernel for the socket's family, type and protocol, for a later repr (0.6 us).
         if self._sock:
             self._drop_events_and_close(closefd=reason == "closed")
             self._sock = _closedsocket(-1, -1, -1, None, reason)
 
     def dup(self) -> Self:
-        """A second Connection on the same socket, which stays open when this one is closed (by its server, too)."""
+        """Return a second Connection on the same socket; it stays open when this one is closed (even by its server)."""
         if self._stream.tls is not None:
             refuse(self, "dup", NotImplementedError)
         self._stream.shared = SHARED
@@ -769,7 +771,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         return copy
 
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
-        # Called by gevent's detach().
+        # gevent's detach() calls this.
         waiting = self._stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, error, self._drop_ref_on_close if closefd else id, self._sock)
@@ -777,7 +779,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             self._drop_ref_on_close(self._sock)
 
     def _drop_ref_on_close(self, sock: Any) -> None:
-        # Called when no greenlet waits on the socket any more. What holds of it: see end().
+        # Called when no greenlet waits on the socket any more. See end() for the conditions.
         owner: Owner | None = self.server
         stream = self._stream
         stream.sock = CLOSED
@@ -794,9 +796,9 @@ class Connection(SSLMethods, HasStream, _Socket):
 # The slots' own descriptors.
 _set_recv = vars(Connection)["recv"].__set__
 _set_sendall = vars(Connection)["sendall"].__set__
-# A slot that is not set would be looked for by gevent's __getattr__, which raises EBADF when the connection is closed.
+# For an unset slot Python calls gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = vars(Connection)["_proxied"].__get__
-#: A property of C, 30 ns: what reads it does so once a connection. One that is assigned to raises AttributeError.
+#: A property implemented in C, 30 ns: its readers read it once per connection. Assigning to it raises AttributeError.
 Connection.stream = property(vars(Connection)["_stream"].__get__, doc=":meta private:")  # type: ignore[assignment]
 _get_lingerer = vars(Connection)["_lingerer"].__get__
 _get_log_fields = vars(Connection)["_log_fields"].__get__
@@ -811,11 +813,11 @@ def _readers_of(connection: Connection) -> list[Any]:
 
 
 def is_open(file: Any) -> bool:
-    """Whether a file (or None) can still be read from."""
+    """Return whether a file (or None) can still be read from."""
     try:
         return file is not None and not file.closed
     except ValueError:
-        return False  # what it has read ahead went when its raw file was taken off it
+        return False  # its read-ahead bytes were lost when its raw file was detached
 
 
 def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
@@ -823,7 +825,7 @@ def _no_separator(data: bytes, separator: bytes) -> EarlyEOF:
 
 
 def log_fields_of(connection: Connection) -> dict[str, Any]:
-    """What is in its :attr:`Connection.log_fields`, without making any."""
+    """Return its :attr:`Connection.log_fields` without creating the dict."""
     try:
         fields: dict[str, Any] = _get_log_fields(connection)
     except AttributeError:
@@ -853,7 +855,7 @@ class Deadline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        # Not simply the one before: a greenlet that reads and one that writes may have overlapping blocks.
+        # Not simply the previous one: a reading greenlet and a writing greenlet may have overlapping blocks.
         stream = self._stream
         if len(stream.deadlines) == 1:
             stream.deadlines = ()
@@ -868,7 +870,7 @@ class Deadline:
 
 
 class Idle:
-    """The ``with`` block of :meth:`Connection.idle`; one object a connection, used again and again.
+    """The ``with`` block of :meth:`Connection.idle`; one reusable object per connection.
 
     Attributes:
         active: the connection is idle now.

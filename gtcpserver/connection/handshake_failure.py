@@ -1,4 +1,4 @@
-"""What becomes of a client whose TLS handshake failed: the kind of failure, and an answer where it speaks no TLS."""
+"""Failed TLS handshakes: classify the failure, and answer a client that speaks no TLS."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gtcpserver.transfer.ends import reset_on_close
 if TYPE_CHECKING:
     from .connection import Connection
 
-#: What a client gets that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a record
-#: of its own. OpenSSL sends nothing to such a client.
+#: Answer to a client that speaks no TLS at all: the alert unexpected_message (RFC 8446 sections 5 and 6.2), in a
+#: separate record. OpenSSL sends nothing to such a client.
 NOT_TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x0a"
 
-#: What a client gets that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
+#: Answer to a client that speaks plain HTTP to a TLS port (RFC 9110 section 15.5.1).
 PLAIN_HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 43\r\n\r\n"
     b"This port speaks TLS. Use https:// instead."
@@ -24,7 +24,7 @@ PLAIN_HTTP_ANSWER = (
 
 
 def handshake_failed(connection: Connection, error: BaseException) -> HandshakeFailure:
-    """The kind of a failed handshake. Gives a client that speaks no TLS an answer, and resets one that floods."""
+    """Classify a failed handshake. Answer a client that speaks no TLS, and reset one that floods."""
     if isinstance(error, TLSFlood):
         reset_on_close(connection)
         return "too_many_records"
@@ -34,7 +34,7 @@ def handshake_failed(connection: Connection, error: BaseException) -> HandshakeF
 
 
 def _kind_of_failure(sock: Any, error: BaseException) -> HandshakeFailure:
-    # Told also from what the client sent behind the five bytes that OpenSSL has got.
+    # Also looks at the bytes that followed the five that OpenSSL consumed.
     kind = classify_handshake_error(error)
     if kind == "not_tls":
         try:
@@ -48,7 +48,7 @@ def _kind_of_failure(sock: Any, error: BaseException) -> HandshakeFailure:
 
 
 def _answer_plain_text(sock: Any, kind: str) -> None:
-    """Tell a client that speaks no TLS what is wrong, if it can be told without waiting."""
+    """Tell a client that speaks no TLS what is wrong, if that is possible without waiting."""
     answer = {"http_request": PLAIN_HTTP_ANSWER, "not_tls": NOT_TLS_ALERT}.get(kind)
     if answer is not None:
         try:

@@ -2,8 +2,8 @@
 
 When a socket is closed with input unread, or input arrives after the close, the kernel answers with a reset and the
 peer may lose what was sent before (RFC 9112 section 9.6 describes it for HTTP; measured on gevent: 20 of 20 large
-answers cut short). So the write side is shut down, and what still comes is read and thrown away until the peer closes
-too, for a bounded time and amount. No greenlet waits meanwhile: an event callback does it.
+answers cut short). So the write side is shut down, and further input is read and thrown away until the peer closes too,
+for a bounded time and amount. No greenlet waits meanwhile: an event callback does the work.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from gtcpserver.process.watcher import watch
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
 MOST_DISCARDED = 1 << 20
 
-#: Connections that linger at once, after the first look. Beyond it the one that lingered longest is closed: clients
+#: Connections that linger at once, after the first look. Beyond this the one that lingered longest is closed: clients
 #: that never close must not hold descriptors without limit.
 MOST_LINGERING = 4096
 
-#: A stop waits no longer for a peer that has everything and has sent nothing for so many seconds since the close.
-#: To have everything is not enough: input that comes when the socket is gone is answered with a reset. Linux lets its
-#: process read what had arrived (measured: 50,000 of 50,000 bytes), other systems may discard it; and a process that
-#: still sends fails at its next send and may never read. An upload under way has packets closer together than this.
+#: Silence, in seconds since the close, after which a stop no longer waits for a peer that has received everything. That
+#: it has received everything is not enough: input that arrives after the socket is gone is answered with a reset. Linux
+#: lets the peer's process read what had arrived (measured: 50,000 of 50,000 bytes), other systems may discard it; and a
+#: process that still sends fails at its next send and may never read. An upload under way has packets closer together
+#: than this.
 SILENT_SECONDS = 0.25
 
-#: Seconds between two looks of a stop at the peers it still waits for.
+#: Seconds between two checks by a stop of the peers it still waits for.
 LOOK_SECONDS = 0.05
 
-#: Most peers close at once when they see the end. So the first look comes after so many seconds, at all who linger
-#: together, and only those still open then get a watcher of their own: 5 us less for each connection.
+#: Seconds until the first look, which checks all lingering connections together. Most peers close at once when they see
+#: the end, and only connections still open then get a watcher: 5 us less for each connection.
 FIRST_LOOK = 0.02
 
 # A plain number: the socket module's enum costs 0.1 us a call.
@@ -45,7 +46,7 @@ SHUT_WR = int(socket.SHUT_WR)
 #: section 3.3.2); what the peer had sent before it knew of the FIN has arrived.
 TCP_FIN_WAIT2 = 5
 
-# What lingering connections send is read into here, and never looked at.
+# Input of lingering connections is read into this buffer and ignored.
 _rubbish = bytearray(64 * 1024)
 
 
@@ -53,7 +54,7 @@ class Linger:
     """Closes sockets politely.
 
     Args:
-        seconds: how long a peer may take to close its side; 0 closes at once.
+        seconds: time that a peer may take to close its side; 0 closes at once.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -61,7 +62,7 @@ class Linger:
         self._nobody: Event | None = None
         self._fresh: dict[Any, bool] = {}  # sockets before the first look -> awaited
         self._first_look: Any = None
-        self._lingering: dict[_Lingering, None] = {}  # after it, those who came first first
+        self._lingering: dict[_Lingering, None] = {}  # after the first look, oldest first
         self._awaited = 0  # among them
         self._timer: Any = None
 
@@ -70,7 +71,7 @@ class Linger:
 
     @property
     def nobody_lingers(self) -> Event:
-        """An event that is set when no connection lingers that is awaited; for a stop, which asks once."""
+        """Return an event that is set when no awaited connection lingers; for a stop, which asks once."""
         self._nobody = self._nobody or Event()
         self._tell_if_nobody()
         return self._nobody
@@ -83,13 +84,13 @@ class Linger:
                 self._nobody.set()
 
     def take(self, sock: Any, awaited: bool = True) -> bool:
-        """Shut down the write side and close later. False if the caller shall close at once.
+        """Shut down the write side and close later. False if the caller must close at once.
 
         Args:
             sock: the raw non-blocking socket. No greenlet waits on it any more.
             awaited: False: ``nobody_lingers`` does not wait for this one.
         """
-        # Once a connection: no object of its own, and no clock, before the first look.
+        # Runs once per connection: no per-connection object and no clock before the first look.
         if not self.seconds:
             return False
         try:
@@ -120,14 +121,14 @@ class Linger:
                 except OSError:
                     discarded = 0
                 if discarded == 0 or not self._keep(sock, until, awaited, discarded or 0):
-                    # Watchers that others still have on the descriptor hear of its end.
+                    # Notify watchers that others still have on the descriptor.
                     closing_fd(sock.fileno())
                     sock.close()
         finally:
             self._tell_if_nobody()
 
     def _keep(self, sock: Any, until: float, awaited: bool, discarded: int) -> bool:
-        """Let it linger on; False if it cannot."""
+        """Let it keep lingering; False if it cannot."""
         if len(self._lingering) >= MOST_LINGERING:
             next(iter(self._lingering)).close()
         try:
@@ -138,11 +139,11 @@ class Linger:
         return True
 
     def let_silent_peers_be(self) -> None:
-        """Await no peer any more that has everything and sends nothing; for a stop, which asks again and again."""
+        """Stop awaiting silent peers that have received everything; for a stop, which calls this repeatedly."""
         silent_since = monotonic() - SILENT_SECONDS
         for entry in list(self._lingering):
             if entry.awaited and entry.heard_at <= silent_since:
-                entry.readable()  # its input may have come in this turn of the loop
+                entry.readable()  # input may have arrived in this loop iteration
                 if entry.heard_at <= silent_since and entry.peer_has_everything():
                     entry.await_no_more()
 
@@ -157,18 +158,18 @@ class Linger:
         self._tell_if_nobody()
 
     def forget(self, entry: _Lingering) -> bool:
-        """One is about to be closed; False: it has been already."""
+        """Forget a connection about to be closed; False if it was already."""
         # The values are None.
         return self._lingering.pop(entry, entry) is None
 
     def note_not_awaited(self) -> None:
-        """One that was awaited is no longer."""
+        """Note that one awaited connection fewer lingers."""
         self._awaited -= 1
         if not self._awaited:
             self._tell_if_nobody()
 
     def left_in_child(self) -> None:
-        """In a forked child: close them there."""
+        """Close the lingering sockets in a forked child."""
         for sock in (*self._fresh, *(entry.sock for entry in self._lingering)):
             sock.close()
         self._fresh = {}
@@ -186,7 +187,7 @@ class Linger:
         self._timer.close()
         self._timer = None
         now = monotonic()
-        # All have the same time, so they are overdue in the order they came.
+        # All have the same time limit, so they expire in order of arrival.
         for entry in list(self._lingering):
             if entry.until > now:
                 self._start_timer(entry.until - now)
@@ -222,12 +223,12 @@ class _Lingering:
             self.close()
 
     def peer_has_everything(self) -> bool:
-        """Whether the peer's system has all that was sent, and knows of the end; False where it cannot be known."""
+        """Return whether the peer's system has received all data and the FIN; False if that cannot be determined."""
         sock = self.sock
         if sock.family == socket.AF_UNIX:
             return True  # a send puts it into the peer's own queue
         try:
-            # The state of a multipath connection is not that of the subflow which TCP_INFO tells of.
+            # TCP_INFO reports the state of one subflow, not that of the multipath connection.
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP:
                 return False
             # tcpi_state comes first (linux/tcp.h).

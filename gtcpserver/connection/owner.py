@@ -1,4 +1,4 @@
-"""Owner: what a connection asks of the server that it belongs to. Nothing else of a server is used in this folder."""
+"""Owner: what a connection needs from its server. This folder uses nothing else of a server."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol):
-    """A Server is one. None of it may wait."""
+    """Implemented by Server. No member may wait."""
 
     @property
     def tls(self) -> Credentials | None:
-        """What ``start_tls`` uses unless it is given something else."""
+        """Default credentials of ``start_tls``."""
 
     @property
     def lingerer(self) -> Linger:
-        """Closes the sockets of its connections."""
+        """The Linger that closes the sockets of its connections."""
 
     def make_idle(self, connection: Connection) -> Idle:
-        """Make the ``with`` block of :meth:`Connection.idle`; once a connection."""
+        """Make the ``with`` block of :meth:`Connection.idle`; called once per connection."""
 
     def client_named(self, connection: Connection) -> None:
         """Count the client that a balancer has named (``client_limits``).
 
         Raises:
-            ClientRefused: it is beyond a limit. The connection has been reset.
+            ClientRefused: the client is over a limit. The connection was reset.
         """
 
     def count_failed_handshake(self, kind: HandshakeFailure) -> None:
-        """Count a ``start_tls`` that has failed."""
+        """Count a failed ``start_tls``."""
 
     def count_tls_flood(self, kind: str) -> None:
-        """Count a client that has sent too many TLS records without data, by their kind."""
+        """Count a client that sent too many TLS records without data, by kind of record."""

@@ -1,4 +1,4 @@
-"""The PROXY header that tells the next server whose connection this is, where we are the balancer."""
+"""The PROXY header that tells the next server the client's address, when we are the balancer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ProxyVersion = Literal["v1", "v2"]
 
 
 def header_of(connection: Connection, version: ProxyVersion) -> ProxyHeader:
-    """The header that tells somebody behind us whose connection this is.
+    """Return the header that tells the next server the client's address.
 
-    What a balancer before us has said goes on; otherwise it is the client's address and the one it has connected to,
-    with what is known of its TLS (version 2: server name, ALPN, version, cipher, and the common name of the client's
-    certificate, which haproxy calls ``send-proxy-v2-ssl-cn``). Clients by a unix socket have none: UNKNOWN.
+    A header from a balancer in front of us is passed on; otherwise it has the client's address and the one it connected
+    to, with the known facts about its TLS (version 2: server name, ALPN, version, cipher, and the common name of the
+    client's certificate, which haproxy calls ``send-proxy-v2-ssl-cn``). Clients by a unix socket have none: UNKNOWN.
     """
     number: Literal[1, 2] = 1 if version == "v1" else 2
     told = connection.proxy_header
@@ -38,7 +38,7 @@ def header_of(connection: Connection, version: ProxyVersion) -> ProxyHeader:
 
 
 def _tlvs_of(tls: ConnectionTLS) -> tuple[TLV, ...]:
-    """What is known of a client's TLS (sections 2.2.1, 2.2.2 and 2.2.6)."""
+    """Return the known facts about a client's TLS (sections 2.2.1, 2.2.2 and 2.2.6)."""
     tlvs = []
     if tls.server_name:
         tlvs.append(TLV(Type.AUTHORITY, tls.server_name.encode()))

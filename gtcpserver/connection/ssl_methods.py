@@ -1,6 +1,6 @@
 """The methods of ssl.SSLSocket that programs call on an accepted connection, for those written against gevent or ssl.
 
-New programs ask ``Connection.tls``, which has the same and more.
+New programs use ``Connection.tls``, which has the same and more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class SSLMethods:
-    """Mixed into Connection. On a plain connection the methods raise ValueError, the properties say None."""
+    """Mixin of Connection. On a plain connection the methods raise ValueError and the properties are None."""
 
     __slots__ = ()
 
@@ -25,43 +25,45 @@ class SSLMethods:
         return layer.object
 
     def getpeercert(self, binary_form: bool = False) -> Any:
-        """The client's certificate: a dict ({} where nobody has checked it), or DER; None if it showed none."""
+        """Return the client's certificate: a dict ({} if it was not verified), or DER; None if the client sent none."""
         return self._ssl_object().getpeercert(binary_form)
 
     def cipher(self) -> tuple[str, str, int] | None:
-        """(name, version, bits of the key)."""
+        """Return (name, version, bits of the key)."""
         return self._ssl_object().cipher()  # type: ignore[no-any-return]
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
-        """The cipher suites that the client offered and we have."""
+        """Return the cipher suites that both the client and we support."""
         return self._ssl_object().shared_ciphers()  # type: ignore[no-any-return]
 
     def compression(self) -> str | None:
-        """None: compression is off."""
+        """Return None: compression is off."""
         return self._ssl_object().compression()  # type: ignore[no-any-return]
 
     def version(self) -> str | None:
-        """ "TLSv1.3" or "TLSv1.2"."""
+        """Return "TLSv1.3" or "TLSv1.2"."""
         return self._ssl_object().version()  # type: ignore[no-any-return]
 
     def selected_alpn_protocol(self) -> str | None:
-        """The protocol that was agreed on."""
+        """Return the protocol agreed on."""
         return self._ssl_object().selected_alpn_protocol()  # type: ignore[no-any-return]
 
     def pending(self) -> int:
-        """Bytes that were decrypted and not read; at least 1 while a record is there for which the socket will not
-        become readable."""
+        """Return the number of bytes decrypted and not read.
+
+        At least 1 while a record is held for which the socket will not become readable.
+        """
         layer = self.stream.tls
         return layer.pending() if layer is not None else int(self._ssl_object().pending())
 
     def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
-        """What both sides of this very connection know (RFC 5929)."""
+        """Return the channel binding data, known only to both sides of this connection (RFC 5929)."""
         if cb_type != "tls-unique":
             raise ValueError(f"{cb_type} channel binding type not implemented")
         return self._ssl_object().get_channel_binding(cb_type)  # type: ignore[no-any-return]
 
     def verify_client_post_handshake(self) -> None:
-        """Ask the client for a certificate (TLS 1.3); it shows it, or not, in what is read next."""
+        """Request a certificate from the client (TLS 1.3); its answer arrives with the next reads."""
         try:
             self._ssl_object().verify_client_post_handshake()
         except OSError as error:
@@ -75,7 +77,7 @@ class SSLMethods:
 
     @property
     def server_hostname(self) -> None:
-        """None, as on every server's side. What the client asked for is ``tls.server_name``."""
+        """None, as on every server side. ``tls.server_name`` is the name that the client asked for."""
         return None
 
     @property
@@ -90,5 +92,5 @@ class SSLMethods:
 
 
 def refuse(connection: Any, method: str, error: type[Exception]) -> NoReturn:
-    """What would pass bytes by the encryption: the same errors as ssl.SSLSocket's."""
+    """Refuse a method that would bypass the encryption, with the same errors as ssl.SSLSocket."""
     raise error(f"{method} not allowed on an encrypted connection, {connection}")

@@ -1,19 +1,19 @@
 """Stream: how a connection waits and moves bytes. The hot path of the library.
 
 A Connection (connection.py) is a gevent socket, and gevent's class has a ``__getattr__``: on CPython 3.11 that makes
-every attribute of an object 20 ns dearer, 0.3 us a request. So what runs once a read or write lives here, in a plain
+every attribute access 20 ns slower, 0.3 us a request. So code that runs once per read or write lives here, in a plain
 object, and the connection's ``recv`` and ``sendall`` are this object's bound methods.
 
-What it does differently from gevent is wait:
+It differs from gevent in how it waits:
 
 * gevent's ``recv`` asks first, fails with EAGAIN (an exception: 1.3 us), then makes a Waiter, starts a watcher,
-  switches, stops the watcher. Here a read that came back short is remembered: the socket is drained, so the next
-  ``recv`` waits before it asks. The read watcher stays started for the life of the connection.
-* The started watcher's callback is the ``switch`` of the greenlet that waits, and while none waits it is the
-  watcher's own ``stop`` ("parked"). libev looks the callback up when it fires, so an event that was already pending
-  when a wait ended (time-out, kill) finds the parked callback: no greenlet is switched into that does not wait.
-* A time-out is a deadline written down at each wait. One timer a connection serves them all: when it fires too early
-  it is started again for what is left.
+  switches, stops the watcher. Here a short read is remembered: the socket is drained, so the next ``recv`` waits before
+  it asks. The read watcher stays started for the life of the connection.
+* The started watcher's callback is the ``switch`` of the greenlet that waits, and while none waits it is the watcher's
+  own ``stop`` ("parked"). libev looks the callback up when it fires, so an event that was already pending when a wait
+  ended (time-out, kill) finds the parked callback: only a waiting greenlet is switched to.
+* A time-out is a deadline noted at each wait. One timer per connection serves them all: when it fires too early it is
+  restarted for the remaining time.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
-#: Name of the attribute of an error that says which stream has raised it.
+#: Name of the attribute of an error that tells which stream raised it.
 MARK = "_gtcpserver_mark"
 
-#: After so many reads in a row that filled the caller's buffer, wait once, so that one fast sender cannot keep the
-#: event loop to itself. gevent never does. 16 reads of 64 KiB are about 0.3 ms.
+#: Consecutive reads that filled the caller's buffer after which the stream waits once, so that one fast sender cannot
+#: monopolize the event loop. gevent never does. 16 reads of 64 KiB are about 0.3 ms.
 FULL_READS_IN_A_ROW = 16
 
 #: Bytes that ``recv_exactly`` asks for at once beyond its first read.
 SMALL_ROOM = 64 * 1024
 LARGE_ROOM = 1024 * 1024
 
-#: What `Stream.shared` may be, besides False.
+#: Values of `Stream.shared`, besides False.
 SHARED, CHILD = 1, 2
 
-#: What stands in the place of a closed socket.
+#: Stands in for a closed socket.
 CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
 
-# The hub is entered by greenlet's own switch: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
-# greenlet, which costs 0.3 us a wait. A greenlet class that defines the hook is not called back from our waits.
+# greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
+# greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
 _switch_to = greenlet.switch
 
 # As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
@@ -72,26 +72,26 @@ class Stream:
     Args:
         sock: the raw socket, non-blocking; once closed, one that raises EBADF.
         hub: the gevent hub of this thread.
-        timeout: seconds without progress until TimeoutError; None waits for ever; 0.0 never waits.
+        timeout: seconds without progress until TimeoutError; None waits indefinitely; 0.0 never waits.
 
     Attributes:
         hub: as above.
-        io: what is read from and written to: the raw socket, or what stands in for it (``recv``, ``recv_into``,
-            ``send``; BlockingIOError to say "wait").
-        reading, writing: the io watchers, made when first waited for.
+        io: object to read from and write to: the raw socket, or its substitute (``recv``, ``recv_into``, ``send``;
+            BlockingIOError means "wait").
+        reading, writing: the io watchers, made at the first wait.
         timeout: as above; may be changed at any time between two calls.
-        deadline: the monotonic time at which every call ends with DeadlineExceeded; None: no such time.
-        deadlines: all that hold now; ``deadline`` is the earliest.
-        drained: the last read came back short, and ``reading`` is there: wait before the next.
-        kept: bytes read ahead by ``recv_until``, which come first.
+        deadline: the monotonic time at which every call ends with DeadlineExceeded; None: no deadline.
+        deadlines: all deadlines in effect; ``deadline`` is the earliest.
+        drained: the last read was short, and ``reading`` exists: wait before the next.
+        kept: bytes read ahead by ``recv_until``; the next read returns them first.
         at_eof: the peer has closed its side and everything was read.
-        ending: reads that would wait give b"" instead (an idle connection that is being ended).
-        ended: such a read gave b"".
-        bytes_received, bytes_sent: so far.
-        mark: set on each error that this stream has raised (see :meth:`note`); None: none so far.
-        progress: a note of the time limits' (server).
-        shared: somebody else has the socket too: SHARED, or CHILD where that is a forked child of the handler's.
-        shut_for_writing: the program has shut down its side; not set before that.
+        ending: reads that would wait return b"" instead (an idle connection that is being ended).
+        ended: such a read returned b"".
+        bytes_received, bytes_sent: totals so far.
+        mark: set on each error that this stream raised (see :meth:`note`); None: none so far.
+        progress: a note kept by the server's time limits.
+        shared: another process or object has the socket too: SHARED, or CHILD for a child forked by the handler.
+        shut_for_writing: the program shut down its side; not set before that.
         tls: the TLS layer that ``io`` is, or None.
     """
 
@@ -153,8 +153,8 @@ class Stream:
         """Wait until there is something to read (or the end, or an error).
 
         Args:
-            certain: the socket was found empty just now. Otherwise return at once where the watcher has seen input
-                while nobody waited.
+            certain: the socket was just found empty. Otherwise return at once if the watcher saw input while no
+                greenlet waited.
         """
         me = getcurrent()
         if me is self.hub:
@@ -182,7 +182,7 @@ class Stream:
             raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {watcher.callback!r}")
 
     def _bound_read(self) -> bool:
-        """Write down when the wait that begins now is over; False if there must be none."""
+        """Note when the wait that starts now must end; False if it must not wait."""
         if self.timeout == 0.0:
             return False
         self._read_until = until = self._end_of_wait()
@@ -191,7 +191,7 @@ class Stream:
         return True
 
     def forget_bounds(self) -> None:
-        """Neither time-out nor deadline holds any more: a wait without one must not be judged by an earlier one's."""
+        """Forget time-out and deadline: a wait without them must not be judged by those of an earlier wait."""
         self._read_until = self._write_until = inf
 
     def _end_of_wait(self) -> float:
@@ -205,7 +205,7 @@ class Stream:
         return watcher
 
     def wait_writable(self) -> None:
-        """Wait until the socket takes more. A writable socket is the normal state, so this watcher runs only here."""
+        """Wait until the socket is writable. That is the normal state, so this watcher runs only here."""
         watcher = self.writing
         if watcher is None:
             watcher = self.make_write_watcher()
@@ -234,29 +234,29 @@ class Stream:
         return self.writing
 
     def reader(self) -> Any:
-        """The greenlet that waits to read, or None."""
+        """Return the greenlet that waits to read, or None."""
         callback = self.reading.callback if self.reading is not None else None
         return None if callback is None or callback is self._parked else callback.__self__
 
     def writer(self) -> Any:
-        """The greenlet that waits to write, or None."""
+        """Return the greenlet that waits to write, or None."""
         callback = self.writing.callback if self.writing is not None else None
         return None if callback is None else callback.__self__
 
-    # -- somebody else's callbacks on the watchers: a transfer's, a step of admission's --------------------------------
+    # -- other callbacks on the watchers: a transfer's, a step of admission's ------------------------------------------
 
     def lend(self) -> Any:
-        """Let callbacks take the place of a waiting greenlet; returns the read watcher. No time-out of ours counts."""
+        """Let callbacks replace a waiting greenlet; return the read watcher. The stream's time-outs do not apply."""
         self._stop_timer()
         self.forget_bounds()
         return self.reading or self.make_read_watcher()
 
     def is_parked(self) -> bool:
-        """Whether the read watcher runs and nobody waits."""
+        """Return whether the read watcher runs and no greenlet waits."""
         return self.reading is not None and self.reading.callback is self._parked
 
     def take_back(self) -> None:
-        """Leave the watchers as they are while nobody waits."""
+        """Return the watchers to their state while no greenlet waits."""
         if self.writing is not None:
             self.writing.stop()
         if self.reading.callback is None:
@@ -275,18 +275,18 @@ class Stream:
             self._timer.close()
         self._timer_at = until
         self._timer = self.hub.loop.timer(max(0.0, until - monotonic()))
-        # update: a loop that has just been held up by a computation thinks it is still earlier.
-        # Weak: a timer must not keep a connection open that everybody else has dropped.
+        # update: after a long computation the loop's cached time is too early. Weak: a timer must not keep a connection
+        # alive that has no other reference.
         self._timer.start(_on_timer_of, ref(self), update=True)
 
     def on_timer(self) -> None:
-        """In the hub: end the waits whose time is over, or sleep on for what is left."""
+        """End, in the hub, the waits whose time is over, or restart the timer for the remaining time."""
         self._timer_at = inf
         if self.timeout is None and self.deadline is None:
             return  # armed for an earlier wait, which had a time-out
         now = monotonic()
-        # After the loop was held up, time-outs and the data that would have prevented them come together, and libev
-        # runs the time-outs first: what has come in time is not late.
+        # After the loop was blocked, time-outs and the data that would have prevented them are due together, and libev
+        # runs the time-outs first: data that arrived in time is not late.
         reader = self.reader()
         if reader is not None:
             if now < self._read_until:
@@ -309,22 +309,22 @@ class Stream:
     # -- errors ------------------------------------------------------------------------------------------------------
 
     def note(self, error: ErrorT) -> ErrorT:
-        """Mark an error as raised by this connection, and not by something else that its handler uses; returns it.
+        """Mark an error as raised by this connection, not by another object that its handler uses; return it.
 
-        What a client does is counted, and what its handler does wrong is logged (outcome.py). The class of an error
-        does not tell which it was: a database may reset its connection just as a client may. The mark is on the error
-        itself, since one connection may have several at a time, and is nothing that refers to the connection.
+        Errors caused by the client are counted, errors of the handler are logged (outcome.py). The class of an error
+        does not distinguish them: a database may reset its connection just as a client may. The mark is on the error
+        itself, since one connection may have several at a time, and does not refer to the connection.
         """
         if getattr(self, "shut_for_writing", False) and (
             isinstance(error, BrokenPipeError) or getattr(error, "reason", None) == "PROTOCOL_IS_SHUTDOWN"
         ):
-            return error  # nobody can send after a shutdown of his own
-        # Past a __setattr__ of a class of the program's own.
+            return error  # a program that shut down its side cannot send
+        # Bypasses a __setattr__ of a class defined by the program.
         error.__dict__[MARK] = self._get_mark()
         return error
 
     def has_raised(self, error: BaseException) -> bool:
-        """Whether an error is one of this connection."""
+        """Return whether this connection raised an error."""
         return self.mark is not None and error.__dict__.get(MARK) is self.mark
 
     def _get_mark(self) -> object:
@@ -333,25 +333,25 @@ class Stream:
         return self.mark
 
     def share_mark(self, other: Stream) -> None:
-        """Both streams are of one socket."""
+        """Use one mark for both streams, which belong to one socket."""
         self.mark = other._get_mark()
 
     def _note_thrown(self, error: BaseException) -> None:
-        """``note`` what has ended a wait, such as a gevent.Timeout, unless another connection has raised it."""
+        """``note`` the exception that ended a wait, such as a gevent.Timeout, unless another connection raised it."""
         if MARK not in error.__dict__ and not isinstance(error, GreenletExit):
             self.note(error)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        # Hot: see Connection for what it promises. The wait is wait_readable() written out: 0.15 us.
+        # Hot path: Connection documents it. wait_readable() is inlined: 0.15 us.
         if flags or self.kept or self.deadline is not None:
             return self._recv_with_care(bufsize, flags)
         if self.drained and bufsize:
             watcher = self.reading
             if watcher.callback is self._parked:
                 if self.timeout is None or self._bound_read():
-                    # (In the hub itself this returns at once, and the wait below says what is wrong.)
+                    # (In the hub itself this returns at once, and the wait below raises the error.)
                     watcher.callback = getcurrent().switch
                     try:
                         _switch_to(self.hub)
@@ -419,20 +419,20 @@ class Stream:
         return size
 
     def _read_was_full(self) -> None:
-        """There may be more: ask before waiting, but not for ever."""
+        """There may be more: read before waiting, up to FULL_READS_IN_A_ROW times."""
         self._full_reads += 1
         self.drained = False
         if self._full_reads >= FULL_READS_IN_A_ROW:
             self._full_reads = 0
-            # What TLS has decrypted already does not make the socket readable.
+            # Data that TLS has already decrypted does not make the socket readable.
             self.drained = self.tls is None or not self.tls.pending()
             watcher = self.reading or self.make_read_watcher()
             if self.drained and watcher.callback is None:
-                # A stopped watcher means "there is input, do not wait": started again it means a turn for the others.
+                # A stopped watcher means "there is input, do not wait"; restarted, it gives the others a turn.
                 watcher.start(self._parked)
 
     def _recv_with_care(self, bufsize: int, flags: int) -> bytes:
-        """recv with flags, without waiting, within a deadline, or after ``recv_until`` has read ahead."""
+        """Receive with flags, without waiting, within a deadline, or after ``recv_until`` has read ahead."""
         if self.deadline is not None and monotonic() >= self.deadline:
             raise self.timeout_error(self.deadline)
         if self.kept:
@@ -468,7 +468,7 @@ class Stream:
         return data
 
     def _recv_rest(self, data: bytes, bufsize: int) -> bytes:
-        """For MSG_WAITALL: ``data`` and what follows, ``bufsize`` bytes in all unless the peer closes before."""
+        """Return, for MSG_WAITALL, ``data`` and what follows: ``bufsize`` bytes unless the peer closes first."""
         try:
             return data + self.recv_exactly(bufsize - len(data))
         except EarlyEOF as early:
@@ -486,12 +486,12 @@ class Stream:
         buffer = bytearray(data)
         try:
             while (data or (buffer and self.goes_on())) and len(buffer) < n:
-                # Room for much only where much comes: for 1 MiB the allocator asks the kernel, 12 us for each dripped
+                # A large buffer only after large reads: for 1 MiB the allocator asks the kernel, 12 us for each dripped
                 # byte.
                 data = self.recv(min(n - len(buffer), SMALL_ROOM if len(data) < SMALL_ROOM else LARGE_ROOM))
                 buffer += data
         except BaseException:
-            # A time-out or a kill loses nothing: the next read begins where this one began.
+            # A time-out or a kill loses nothing: the next read starts where this one started.
             self.kept = bytes(buffer) + self.kept
             raise
         if len(buffer) < n:
@@ -499,7 +499,7 @@ class Stream:
         return bytes(buffer)
 
     def goes_on(self) -> bool:
-        """After a read gave b"" in the midst of a message: it was told to end while idle, which it no longer is."""
+        """Return whether to read on after b"" within a message: the stream was ended as idle, but is no longer idle."""
         ended, self.ended = self.ended, False
         if ended:
             self.ending = False
@@ -525,7 +525,7 @@ class Stream:
         return sent
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        # Hot: small answers go in one call.
+        # Hot path: one call sends a small answer.
         sent = 0
         if not flags and self.deadline is None:
             try:
@@ -546,7 +546,7 @@ class Stream:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> tuple[Any, Any] | None:
-        """Let nothing wait or move any more. Returns the watchers on which somebody waits, to be cancelled, or None."""
+        """Stop all waiting and transfers. Return the watchers with waiting greenlets, to be cancelled, or None."""
         self.drained = False
         self.kept = b""
         self.io = _closed
@@ -559,13 +559,13 @@ class Stream:
         if reading is not None and reading.callback is self._parked:
             stop_watcher(reading)
         if (reading is None or reading.callback is None) and (writing is None or writing.callback is None):
-            # Most closes.
+            # The common case.
             if writing is not None:
                 writing.close()
             self.sock = CLOSED
             return None
-        # gevent closes a watcher on which somebody waits a little later. If that one leaves before, the watcher is
-        # still started and must have something to call.
+        # gevent closes a watcher with a waiting greenlet a little later. If that greenlet leaves before, the watcher is
+        # still started and needs a callback.
         self._parked = _ignore
         return reading, writing
 
@@ -574,13 +574,13 @@ class Stream:
         return self.io is _closed
 
     def leave_event_loop(self) -> None:
-        """In a forked child: forget what hangs on the parent's event loop, which is gone."""
+        """Forget, in a forked child, all that depends on the parent's event loop, which is gone."""
         self.drained = self.ending = False
         self.reading = self.writing = self._parked = self._timer = None
         self._timer_at = self._read_until = self._write_until = inf
 
     def left_by_child(self) -> None:
-        """In a forked child: close the socket there."""
+        """Close the socket in a forked child."""
         self.leave_event_loop()
         self.kept = b""
         self.io = _closed
@@ -601,7 +601,7 @@ class Stream:
 
 
 class StreamInChild(Stream):
-    """A stream that has gone over to a forked child, with an event loop that is made when it first waits."""
+    """A stream taken over by a forked child; its event loop is made at the first wait."""
 
     __slots__ = ()
 
@@ -611,7 +611,7 @@ class StreamInChild(Stream):
 
 
 class _Closed:
-    """What a closed stream reads from and writes to."""
+    """The ``io`` of a closed stream."""
 
     def recv(self, *args: Any) -> Any:
         raise cancel_wait_ex()

@@ -1,10 +1,10 @@
-"""TLS on a connection: the layer that a Stream reads from and writes to.
+"""TLS on a connection: the layer between a Stream and its socket.
 
 OpenSSL never touches the socket. Left to itself, one SSL_read goes on until a record holds application data: a client
-that sends nothing but key updates (RFC 8446 section 4.6.3; 27 bytes, 24 us of CPU) keeps it, and the event loop with
-it, for as long as it sends, and nothing outside can stop it. So bytes pass through two ssl.MemoryBIO, one record at a
-time: what came of a record is known before OpenSSL gets the next. This costs no more than letting OpenSSL read by
-itself, since it asks the kernel twice for each record.
+that sends nothing but key updates (RFC 8446 section 4.6.3; 27 bytes, 24 us of CPU) occupies it, and the event loop, for
+as long as it sends, and nothing outside can stop it. So bytes pass through two ssl.MemoryBIO objects, one record at a
+time: the result of a record is known before OpenSSL gets the next. This costs no more than letting OpenSSL read the
+socket, since it asks the kernel twice for each record.
 """
 
 from __future__ import annotations
@@ -28,46 +28,47 @@ if TYPE_CHECKING:
     from .connection import Connection
     from .owner import Owner
 
-#: Encrypted and sent at once: two records. Four cost 5 % less CPU a MiB, and one 5 % more; but a MemoryBIO keeps the
-#: largest buffer that it ever needed, 4/3 of this, for as long as the connection lives.
+#: Bytes encrypted and sent at once: two records. Four cost 5 % less CPU a MiB, and one 5 % more; but a MemoryBIO keeps
+#: the largest buffer it ever needed, 4/3 of this, for the life of the connection.
 PIECE = 32 * 1024
 
-#: Written by one call. One for all of a large answer would tell only at its end that it moves, so that a client that
-#: reads steadily would look like one that has stopped.
+#: Bytes written by one call. A single call for a whole large answer would show progress only at its end: a client that
+#: reads steadily would look stalled.
 WRITE_SIZE = 2 * PIECE
 
 RECORD_SIZE = 16 * 1024  #: The most data in a record (RFC 8446 section 5.1).
 
 HEADER = 5  #: Of a record: content type, version (two bytes), length (two bytes).
 
-#: Asked of the kernel at once: the largest record of TLS 1.3 (RFC 8446 section 5.2).
+#: Bytes asked of the kernel at once: the largest record of TLS 1.3 (RFC 8446 section 5.2).
 READ_SIZE = HEADER + RECORD_SIZE + 256
 
-#: Longer records are an error, about which OpenSSL need not wait for the end (RFC 5246 section 6.2.3).
+#: Bytes of the longest valid record; OpenSSL gets a longer one before its end, to report the error (RFC 5246 section
+#: 6.2.3).
 MAX_RECORD = RECORD_SIZE + 2048
 
-#: Records without application data, in a row. BoringSSL takes 32, Go 16, OpenSSL any number of key updates.
+#: Consecutive records without application data. BoringSSL takes 32, Go 16, OpenSSL any number of key updates.
 MAX_RECORDS_WITHOUT_DATA = 32
 
-#: ... of which one is forgiven for each second, and for this much application data, in bytes: a client that renews its
-#: keys every second is no flood, and one that puts a byte of data between its key updates is.
+#: Bytes of application data that forgive one such record, as does each second: a client that renews its keys every
+#: second is no flood, but one that sends a byte of data between its key updates is.
 DATA_TO_FORGIVE = 1024
 
-#: Records of a client's handshake; 3 to 10 are usual. Most in a chain of certificates, in records of 512 bytes for
-#: clients with little memory (RFC 6066 section 4).
+#: Records of a client's handshake; 3 to 10 are usual. A chain of certificates takes the most, in records of 512 bytes
+#: from clients with little memory (RFC 6066 section 4).
 MAX_HANDSHAKE_RECORDS = 128
 
-#: Records of one connection that are served, without a wait for its socket, before the others get a turn.
+#: Records of one connection served without waiting for its socket before the others get a turn.
 RECORDS_IN_A_TURN = 64
 
 #: Content types of records, RFC 8446 section 5.1.
 APPLICATION_DATA = 23
 _CONTENT = {20: "change_cipher_spec", 21: "alert", 22: "handshake"}
 
-#: Of encrypted records of TLS 1.3 without padding: content, its type (1), the tag (16).
+#: Lengths of encrypted TLS 1.3 records without padding: content, its type (1), the tag (16).
 _LENGTHS = {5 + 17: "key_update", 2 + 17: "alert", 17: "empty"}
 
-#: What OpenSSL says of floods that it ends itself: 5 warning alerts in a row, 32 empty records.
+#: OpenSSL's reasons for floods that it ends itself: 5 warning alerts in a row, 32 empty records.
 _OPENSSL_ENDS = {"TOO_MANY_WARN_ALERTS": "alert", "RECORD_TOO_SMALL": "empty"}
 
 
@@ -75,14 +76,15 @@ class TLSLayer:
     """An encrypted stream's ``io``.
 
     Args:
-        connection: whose socket it encrypts.
+        connection: the Connection whose socket it encrypts.
         context: an ssl.SSLContext, the standard library's or gevent's.
-        report_truncation: an end without close_notify raises TruncatedStream instead of looking like an end.
+        report_truncation: raise TruncatedStream for an end without close_notify, instead of treating it as a normal
+            end.
 
     Attributes:
-        object: the ``_ssl._SSLSocket`` that OpenSSL's state is in.
-        server_name: what the client asked for (SNI, RFC 6066 section 3), once an SNI callback has noted it.
-        broken: something is missing from what was sent: no close_notify, which would say that all is well.
+        object: the ``_ssl._SSLSocket`` with OpenSSL's state.
+        server_name: name that the client asked for (SNI, RFC 6066 section 3), once an SNI callback has noted it.
+        broken: part of a send is missing: send no close_notify, which would claim that the data is complete.
     """
 
     __slots__ = (
@@ -123,7 +125,7 @@ class TLSLayer:
         self.broken = False
         self._incoming = MemoryBIO()
         self._outgoing = MemoryBIO()
-        # The owner is what an SNI callback gets.
+        # SNI callbacks get the owner.
         self.object = context._wrap_bio(  # noqa: SLF001 - the only way to name an owner
             self._incoming, self._outgoing, server_side=True, owner=self
         )
@@ -133,15 +135,15 @@ class TLSLayer:
         self._take = self._outgoing.read
         self._receive = stream.sock.recv
         self._transmit = stream.sock.send
-        # Read from the socket; OpenSSL has got it up to _place, which is the beginning of a record.
+        # Bytes read from the socket; OpenSSL has those before _place, which is the start of a record.
         self._held = b""
         self._place = 0
         self._unread = False  # OpenSSL has decrypted more than was asked for
         self._left_over = False  # something is held, or unread
         self._ask_for = READ_SIZE
-        self._undelivered: bytes | memoryview = b""  # encrypted, and not taken by the kernel yet
-        self._accepted = 0  # bytes of a send that did not wait until they were delivered
-        self._hello = b""  # the client's first handshake message, until its name was asked for
+        self._undelivered: bytes | memoryview = b""  # encrypted, not yet taken by the kernel
+        self._accepted = 0  # bytes of a send that returned before they were delivered
+        self._hello = b""  # the client's first handshake message, until its name is read
         self._records = 0
         self._without_data = 0
         self._forgiven_at = (0.0, 0)  # monotonic time, application data until then
@@ -157,22 +159,22 @@ class TLSLayer:
         self.object.context = context
 
     def take_requested_name(self) -> str | None:
-        """What the client's first message asks for, as it is written there; None: nothing. Once, in an SNI callback."""
+        """Return the name in the client's first message, verbatim; None without one. Call once, in an SNI callback."""
         hello, self._hello = self._hello, b""
         return server_name_in(hello)
 
     def _sslsock(self) -> TLSLayer:
-        # gevent's SSLContext hands an SNI callback of the user's what the owner's _sslsock() returns.
+        # gevent's SSLContext passes the result of the owner's _sslsock() to a user's SNI callback.
         return self
 
     def pending(self) -> int:
-        """More than 0: there is something to read for which the socket will not become readable."""
+        """Return more than 0 if data is ready for which the socket will not become readable."""
         return int(self.object.pending()) or int(self._holds_record())
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv(self, bufsize: int) -> bytes:
-        # Hot: one record has come, whole and alone.
+        # Hot path: exactly one whole record arrived.
         if self._left_over or not bufsize:
             return self._recv_left_over(bufsize)
         chunk = self._receive(self._ask_for)
@@ -195,7 +197,7 @@ class TLSLayer:
         return len(data)
 
     def _recv_left_over(self, bufsize: int) -> bytes:
-        """``recv`` where there is more, or less, than one record."""
+        """Receive when more, or less, than one record is held."""
         if not bufsize:
             return b""
         if self._flood is not None:
@@ -216,16 +218,16 @@ class TLSLayer:
             return data
 
     def _do_not_wait(self) -> None:
-        """Let the stream's next read not wait until the socket is readable."""
+        """Make the stream's next read skip the wait for a readable socket."""
         if self._stream.reading is not None:
-            stop_watcher(self._stream.reading)  # as if there had been input while nobody waited
+            stop_watcher(self._stream.reading)  # as if input had arrived while nobody waited
         self._records += 1
         if self._records >= RECORDS_IN_A_TURN:
             self._records = 0
             self._give_turn()
 
     def _is_end(self, error: OSError, record: bytes) -> bool:
-        """True for the peer's end, False to try the next record; other errors are raised."""
+        """Return True for the peer's end, False to try the next record; raise other errors."""
         if isinstance(error, SSLWantReadError):
             self._note_without_data(record)
             return False
@@ -242,13 +244,13 @@ class TLSLayer:
         raise error
 
     def _feed_record(self, ahead: bool = True) -> bytes:
-        """Give OpenSSL the next record; returns it. At the peer's end, give it that; returns b"".
+        """Give OpenSSL the next record and return it. At the peer's end, pass on the end and return b"".
 
         Args:
-            ahead: read what is behind it, too.
+            ahead: also read what follows the record.
 
         Raises:
-            BlockingIOError: it has not come yet.
+            BlockingIOError: the record has not arrived yet.
         """
         while True:
             held, place = self._held, self._place
@@ -257,7 +259,7 @@ class TLSLayer:
             if missing <= 0:
                 break
             if size > RECORD_SIZE:
-                # Others as large will follow: read each by itself, so that none has to be put together.
+                # More of this size will follow: read each separately, so that none must be reassembled.
                 self._ask_for = size
                 ahead = False
             more = self._receive(self._ask_for if ahead else missing)
@@ -284,7 +286,7 @@ class TLSLayer:
         return place < len(held) and place + _size_of_record(held, place) <= len(held)
 
     def _note_without_data(self, record: bytes) -> None:
-        """OpenSSL has got a record, and nothing to read came of it."""
+        """Note a record from which OpenSSL produced no data."""
         now, received = monotonic(), self._stream.bytes_received
         then, received_then = self._forgiven_at
         forgiven = int(now - then) + (received - received_then) // DATA_TO_FORGIVE
@@ -294,12 +296,12 @@ class TLSLayer:
         self._without_data += 1
         if self._without_data > MAX_RECORDS_WITHOUT_DATA:
             self._end_flood(_kind_of_record(record, self.object.version()))
-        # The answer to a key update. Should the kernel not take it, it goes before what is sent next.
+        # The answer to a key update. If the kernel does not take it, it is sent before the next data.
         self._try_to_flush()
         self._give_turn()
 
     def _end_flood(self, kind: str) -> None:
-        """Raise, now and at each further read; the connection is reset when it is closed."""
+        """Raise TLSFlood, now and at each further read; reset the connection when it is closed."""
         connection = self._connection()
         self._flood = flood = TLSFlood(f"too many TLS records without data ({kind})", kind)
         self._held, self._place, self._left_over = b"", 0, True
@@ -311,7 +313,7 @@ class TLSLayer:
         raise flood
 
     def _give_turn(self) -> None:
-        """Let the others go on, unless this is a call that must not wait."""
+        """Let other greenlets run, unless this call must not wait."""
         stream = self._stream
         if stream.timeout != 0.0 and getcurrent() is not stream.hub:
             gevent.sleep(0)
@@ -321,7 +323,7 @@ class TLSLayer:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def send(self, data: Any, flags: int = 0) -> int:
-        # Hot: the kernel takes it all.
+        # Hot path: the kernel takes it all.
         if flags:
             raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
         size = len(data)
@@ -344,14 +346,14 @@ class TLSLayer:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._undelivered = record  # ENOBUFS, ENOMEM: none of it is to be missing, should the caller go on
+            self._undelivered = record  # ENOBUFS, ENOMEM: lose nothing, in case the caller goes on
             raise
         if sent < len(record):
             self._wait_until_sent(record, sent, size)
         return size
 
     def _send_large(self, data: memoryview) -> int:
-        """``send``, without a way back to the caller after each piece."""
+        """Send all pieces of ``data`` without returning to the caller after each one."""
         write, take, transmit = self._write, self._take, self._transmit
         for end in range(PIECE, len(data) + PIECE, PIECE):
             part = data[end - PIECE : end]
@@ -380,9 +382,9 @@ class TLSLayer:
         self._accepted = 0
 
     def _write_again(self, data: Any, error: OSError) -> int:
-        """After a failed write: again, where it waits for the client."""
+        """Retry a failed write that waits for the client."""
         while isinstance(error, SSLWantReadError):
-            # A handshake message of the client's has come in part.
+            # Part of a handshake message of the client arrived.
             self._wait_for_record()
             try:
                 return self._write(data)  # type: ignore[no-any-return]
@@ -393,9 +395,9 @@ class TLSLayer:
         raise error
 
     def _deliver(self) -> None:
-        """Wait until the kernel has taken what was encrypted; a socket that must not wait: BlockingIOError.
+        """Wait until the kernel has taken the encrypted bytes; BlockingIOError on a socket that must not wait.
 
-        Should the wait end early, it goes before what is sent next.
+        If the wait ends early, they are sent before the next data.
         """
         while not self._flush():
             if self._stream.timeout == 0.0:
@@ -404,7 +406,7 @@ class TLSLayer:
             self._stream.wait_writable()
 
     def _flush(self) -> bool:
-        """Send what OpenSSL has written; False if the kernel has not taken all of it."""
+        """Send the output of OpenSSL; False if the kernel did not take all of it."""
         data = self._undelivered
         if self._outgoing.pending:
             data = bytes(data) + self._take()
@@ -426,12 +428,12 @@ class TLSLayer:
     # -- handshake and end -------------------------------------------------------------------------------------------
 
     def advance_handshake(self) -> None:
-        """Go on with the handshake as far as it goes without waiting. Reads nothing that is behind it.
+        """Advance the handshake as far as possible without waiting. Read nothing beyond it.
 
         Raises:
-            SSLWantReadError, SSLWantWriteError: what it waits for.
-            TLSFlood: it takes too many records.
-            OSError: it has failed.
+            SSLWantReadError, SSLWantWriteError: the handshake must wait for the socket.
+            TLSFlood: the handshake has too many records.
+            OSError: the handshake failed.
         """
         while True:
             done = True
@@ -460,7 +462,7 @@ class TLSLayer:
                 self._hello += record[HEADER:]
 
     def handshake(self) -> None:
-        """Do the handshake, in a greenlet that waits."""
+        """Complete the handshake, blocking the greenlet."""
         while True:
             try:
                 self.advance_handshake()
@@ -481,12 +483,12 @@ class TLSLayer:
             self._stream.wait_readable(True)
 
     def close_notify(self) -> None:
-        """Tell the peer that nothing more comes (RFC 8446 section 6.1), if it can be told without waiting.
+        """Send close_notify (RFC 8446 section 6.1), if possible without waiting.
 
         Nothing can be read afterwards.
         """
         if self.broken or self._undelivered:
-            return  # a send was broken off: this is no end in order
+            return  # a send was cut short: this is not an orderly end
         try:
             self.object.shutdown()
         except (OSError, ValueError):
@@ -496,7 +498,8 @@ class TLSLayer:
     def close_notify_and_read_on(self) -> None:
         """As :meth:`close_notify`, for a half-close."""
         stream = self._stream
-        # The ssl module calls SSL_shutdown twice, and OpenSSL gives up reading when the second finds application data.
+        # The ssl module calls SSL_shutdown twice, and OpenSSL stops reading when the second call finds application
+        # data.
         if self._unread:
             data = self._read(self.object.pending())
             stream.bytes_received += len(data)
@@ -505,7 +508,7 @@ class TLSLayer:
         self.close_notify()
 
     def unwrap(self) -> bytes:
-        """End TLS and go on in the clear: send close_notify and wait for the peer's; returns what came behind it."""
+        """End TLS and continue in plain text: send close_notify, wait for the peer's, and return the bytes after it."""
         while True:
             try:
                 self.object.shutdown()
@@ -518,8 +521,10 @@ class TLSLayer:
 
 
 def _size_of_record(held: bytes, place: int) -> int:
-    """Bytes, header included; before the header is whole, the header's. All there is where it is none of TLS's: OpenSSL
-    says what is wrong with it."""
+    """Return the size of a record in bytes, header included; the header's size until the header is complete.
+
+    For bytes that are not TLS, return the size of all of them: OpenSSL reports what is wrong.
+    """
     if len(held) - place < HEADER:
         return HEADER
     length = held[place + 3] << 8 | held[place + 4]
@@ -527,10 +532,10 @@ def _size_of_record(held: bytes, place: int) -> int:
 
 
 def _kind_of_record(record: bytes, version: str | None) -> str:
-    """What a record is that has brought no data: "key_update", "alert", "handshake", "change_cipher_spec", "empty".
+    """Return the kind of a record without data: "key_update", "alert", "handshake", "change_cipher_spec", "empty".
 
-    TLS 1.3 encrypts the content type, but the lengths of the first two tell (with one byte of type and 16 of tag), as
-    long as nobody pads them: "other".
+    TLS 1.3 encrypts the content type, but the lengths of the first two identify them (with one byte of type and 16 of
+    tag), unless they are padded: "other".
     """
     content = record[0] if record else 0
     if content != APPLICATION_DATA:
