@@ -1,4 +1,4 @@
-"""BufferedFlow: bytes from one socket to another through a buffer, where the kernel cannot move them (TLS)."""
+"""BufferedFlow: move bytes between sockets through a buffer, where the kernel cannot (TLS)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 #: Four TLS records: each recv gives one record, each sendall makes up to four.
 BUFFER_SIZE = 64 * 1024
 
-#: Of a flow that is slowed down: what it moves at once.
+#: Bytes that a paced flow moves at once.
 PACED_SIZE = 16 * 1024
 
 
 class BufferedFlow:
-    """One direction, in a greenlet of its own. The same to its owner as a :class:`~.flow.Flow`, which see.
+    """One direction, in a separate greenlet. Same interface as :class:`~.flow.Flow`.
 
     Args:
-        pace: called with the size of each piece when it was written; returns how many seconds to rest.
+        pace: called with the size of each piece after it was written; returns the seconds to rest.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class BufferedFlow:
         self._left = count
         self._pace = pace
         self._greenlet: Any = None
-        self._holds = False  # bytes that were read and are not written
+        self._holds = False  # bytes were read and not yet written
         self.moved = 0
         self.done = False
 
@@ -58,7 +58,7 @@ class BufferedFlow:
             self._greenlet.kill(block=False)
 
     def join(self) -> None:
-        """Wait until the stopped greenlet has let go of the sockets."""
+        """Wait until the stopped greenlet has released the sockets."""
         if self._greenlet is not None:
             self._greenlet.kill()
 
@@ -71,12 +71,12 @@ class BufferedFlow:
     def pass_on_end(self) -> None:
         try:
             if isinstance(self._sink, gevent.ssl.SSLSocket):
-                # Its shutdown() would forget the encryption of the other direction too, and unwrap() would wait.
+                # The socket's shutdown() would drop the encryption of the other direction too, and unwrap() would wait.
                 self._sink._sslobj.shutdown()  # noqa: SLF001 - gevent's name for it
             else:
                 self._sink.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # close_notify is sent, the peer's is still to come; or the sink is gone
+            pass  # close_notify is sent, the peer's has not arrived; or the sink is gone
 
     def pass_on_reset(self) -> None:
         reset_on_close(self._sink)
@@ -115,7 +115,7 @@ class BufferedFlow:
             if move.watched:
                 move.tell(self, size)
             if self._pace is not None and (rest := self._pace(size)) > 0:
-                # It is not idle while it waits for its turn.
+                # A paced flow is not idle while it rests.
                 move.moved_at = monotonic() + rest
                 gevent.sleep(rest)
         self.done = True

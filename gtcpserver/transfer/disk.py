@@ -1,7 +1,7 @@
-"""Disk: keep the event loop from waiting for one.
+"""Disk: keep the event loop from waiting for the disk.
 
-Regular files are always "ready" (epoll(7) refuses them), and a read of what is not in the page cache simply blocks: the
-whole server then waits for the disk. So whoever is about to read asks first, and lets a thread wait.
+Regular files are always "ready" (epoll(7) refuses them), and a read of data that is not in the page cache blocks: the
+whole server then waits for the disk. So callers check the page cache before they read, and let a thread wait.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from gevent.threadpool import ThreadPool
 
 from gtcpserver.process.descriptors import close_descriptor
 
-#: Reads and writes under way at once. A pool of our own: gevent's default one also resolves host names, and those must
+#: Concurrent reads and writes. The pool is separate: gevent's default one also resolves host names, and look-ups must
 #: not queue behind a disk that hangs.
 MOST_THREADS = 4
 
-#: How much is looked at, and read by a thread, at a time.
+#: Bytes checked, and read by a thread, at a time.
 WINDOW = 2 << 20
 
-#: Distance of the looks within a window. The kernel reads ahead 128 KiB by default, so pages come and go in such lots.
+#: Bytes between two checks within a window. The kernel reads ahead 128 KiB by default, so pages come and go in such
+#: units.
 STEP = 512 * 1024
 
-#: Read at once where sendfile(2) is refused.
+#: Bytes read at once where sendfile(2) is refused.
 COPY_SIZE = 64 * 1024
 
-#: How far ahead the disk is kept busy while a thread waits for one window.
+#: Bytes that the disk reads ahead while a thread waits for one window.
 READ_AHEAD = 2 * WINDOW
 
-#: Some file systems cannot say what is cached (tmpfs, overlayfs). There a thread reads one window as a sample, and if
-#: that took no longer than this (seconds; 0.1 ms is usual for what is cached), the next ones are taken to be like it.
+#: Some file systems cannot tell what is cached (tmpfs, overlayfs). There a thread reads one window as a sample, and if
+#: that took no longer than this (seconds; 0.1 ms is usual for cached data), the next windows are assumed cached.
 FAST_READ = 0.002
 TRUSTED = 4 * WINDOW
 
-#: So little of such a file is read without a thread: one read ahead of the kernel's, and a thread costs 0.1 ms.
+#: Bytes of such a file that are read without a thread: one read-ahead of the kernel, and a thread costs 0.1 ms.
 UNSAMPLED = 128 * 1024
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -48,7 +49,7 @@ _pools: WeakKeyDictionary[Any, ThreadPool] = WeakKeyDictionary()
 
 
 def pool() -> Any:
-    """This thread's pool for work that waits for a disk."""
+    """Return this thread's pool for work that waits for a disk."""
     hub = get_hub()
     found = _pools.get(hub)
     if found is None:
@@ -57,12 +58,12 @@ def pool() -> Any:
 
 
 def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a thread; the other greenlets run meanwhile. A kill does not wait for its end."""
+    """Call a function in a thread while the other greenlets run. A kill does not wait for the function to return."""
     return pool().apply(function, arguments)
 
 
 class PageCache:
-    """Sees to it that the next part of a file can be read without waiting.
+    """Makes the next part of a file readable without waiting.
 
     Args:
         fd: a regular file or block device.
@@ -78,10 +79,10 @@ class PageCache:
         self._was_slow = False
 
     def make_ready(self, position: int, size: int) -> int:
-        """Read up to ``size`` bytes from ``position`` into the page cache, in a thread unless they are there.
+        """Read up to ``size`` bytes from ``position`` into the page cache, in a thread unless they are cached.
 
         Returns:
-            How many bytes are ready: at least 1 if ``size`` is.
+            The number of bytes ready: at least 1 if ``size`` is.
         """
         size = min(size, WINDOW)
         if self._can_tell:
@@ -93,13 +94,13 @@ class PageCache:
                     in_thread(_read, self._fd, position, size)
                 return size
         if size > UNSAMPLED and (self._was_slow or position >= self._trusted_until):
-            # One slow sample counts for the whole file: those after it are fast only because it was read ahead.
+            # One slow sample counts for the whole file: later samples are fast only because of read-ahead.
             self._was_slow |= in_thread(_read, self._fd, position, size) > FAST_READ
             self._trusted_until = position + TRUSTED
         return size
 
     def _is_cached(self, position: int, size: int) -> bool | None:
-        """None: the file system does not say."""
+        """Return whether a part of the file is cached; None if the file system does not tell."""
         last = position + size - 1
         try:
             for place in range(position, last, STEP):
@@ -108,32 +109,32 @@ class PageCache:
         except BlockingIOError:
             return False
         except OSError:
-            return None  # nor does a sandbox that refuses the call; an error of the disk is the sender's to meet
+            return None  # nor does a sandbox that refuses the call; the sender will meet and report disk errors
         return True
 
 
 def _read(fd: int, position: int, size: int) -> float:
-    """In a thread: wait until a part of a file is in the page cache, and let the disk go on with what follows.
+    """Wait, in a thread, until a part of a file is in the page cache, and let the disk read ahead.
 
     Returns:
-        How long it took, in seconds.
+        The time it took, in seconds.
     """
     began = monotonic()
-    # The descriptor may have been closed since, and its number given to something else, if the greenlet that asked was
-    # killed: then these calls fail or read what nobody sees, and do no harm.
+    # If the calling greenlet was killed, the descriptor may be closed and its number reused: then these calls fail or
+    # read data that nobody sees, and do no harm.
     end = position + size
     with suppress(OSError):
         os.posix_fadvise(fd, position, size + READ_AHEAD, os.POSIX_FADV_WILLNEED)
     with suppress(OSError):
-        # Into /dev/null by sendfile: the pages are waited for, but not copied (16 KiB a syscall would be by read).
+        # sendfile to /dev/null waits for the pages without copying them (read would copy 16 KiB a syscall).
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
             while position < end and (moved := os.sendfile(nowhere, fd, position, end - position)):
                 position += moved
         finally:
             close_descriptor(nowhere)
-    # Where that is refused (a sandbox, a chroot without /dev) they are copied after all. An error of the disk is the
-    # sender's to meet, where there is somebody to tell.
+    # Where that is refused (a sandbox, a chroot without /dev) the pages are copied instead. The sender will meet and
+    # report disk errors.
     with suppress(OSError):
         while position < end and (data := os.pread(fd, min(COPY_SIZE, end - position), position)):
             position += len(data)

@@ -1,8 +1,8 @@
-"""End: a socket that a transfer has borrowed from its owner.
+"""End: a socket that a transfer borrows from its owner.
 
-A transfer's callbacks hang on the socket's own watchers, in place of a waiting greenlet's ``switch``. Whatever ends a
-wait (another greenlet that closes the socket, a server that ends a slow client) finds by ``callback.__self__`` whom to
-``throw`` its error at, so the object behind a callback here has a ``throw`` just as a greenlet does.
+A transfer's callbacks replace a waiting greenlet's ``switch`` on the socket's own watchers. Code that ends a wait
+(another greenlet that closes the socket, a server that ends a slow client) calls ``throw`` on ``callback.__self__``, so
+the object behind a callback here has a ``throw`` like a greenlet.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Stopped(Exception):
-    """Leaves a flow's callback after the whole move was stopped from within it. Never seen outside."""
+    """Raised to leave a flow's callback after the whole move was stopped from within it. Never escapes the package."""
 
 
 class HasStream:
-    """A socket that waits and moves its bytes by a Stream (connection/stream.py): a Connection.
+    """A socket that waits and moves bytes through a Stream (connection/stream.py): a Connection.
 
-    A class to ask for: a gevent socket of the program's own may have a ``stream`` that is another thing.
+    A base class for isinstance(): a program's subclass of a gevent socket may have an unrelated ``stream``.
     """
 
     __slots__ = ()
@@ -39,7 +39,7 @@ class HasStream:
 
 
 class _Count:
-    """Stands in for the counters of a socket that has none."""
+    """Stands in for the counters of a socket without any."""
 
     __slots__ = ("bytes_received", "bytes_sent")
 
@@ -54,10 +54,10 @@ class End:
         sock: a Connection, or a ``gevent.socket.socket``; not encrypted.
 
     Attributes:
-        raw: the non-blocking socket beneath it. Its descriptor is asked for at each use: when somebody has closed it,
-            that is -1 and the call fails, instead of hitting the next connection that got the same number.
-        count: where ``bytes_received`` and ``bytes_sent`` are kept.
-        reading, writing: the socket's io watchers; None: not made yet.
+        raw: the non-blocking socket beneath it. Each use asks for the descriptor: after a close it is -1 and the call
+            fails, instead of hitting the next connection with the same number.
+        count: object with ``bytes_received`` and ``bytes_sent``.
+        reading, writing: the socket's io watchers; None if not made yet.
     """
 
     __slots__ = ("count", "raw", "reading", "sock", "stream", "writing")
@@ -75,11 +75,11 @@ class End:
         else:
             self.count = stream
             self.reading = stream.lend()
-            # Made when it is first wanted: a socket that always takes what it is given needs none.
+            # Made on first use: a socket that always takes all data needs none.
             self.writing = stream.writing
 
     def take_kept(self) -> bytes:
-        """What ``recv_until`` had read ahead."""
+        """Take the bytes that ``recv_until`` read ahead."""
         if self.stream is None:
             return b""
         kept: bytes = self.stream.kept
@@ -87,7 +87,7 @@ class End:
         return kept
 
     def keep(self, data: bytes) -> None:
-        """Give back some of it."""
+        """Give back some of those bytes."""
         self.stream.kept = data
 
     def start_reading(self, callback: Any) -> None:
@@ -118,37 +118,37 @@ class End:
             self.writing.stop()
 
     def ended(self) -> None:
-        """The peer has closed its side and everything was read."""
+        """Note that the peer has closed its side and everything was read."""
         if self.stream is not None:
             self.stream.at_eof = True
 
 
 def stream_of(sock: Any) -> Any:
-    """A Connection's Stream; None for any other socket."""
+    """Return a Connection's Stream; None for any other socket."""
     return sock.stream if isinstance(sock, HasStream) else None
 
 
 def raw_of(sock: Any) -> Any:
-    """The non-blocking socket beneath a gevent socket, which a Connection is too."""
+    """Return the non-blocking socket beneath a gevent socket, such as a Connection."""
     return sock._sock  # noqa: SLF001 - gevent's name for it
 
 
 def wait_readable(sock: Any) -> None:
-    """Wait until there is something to read, as gevent's own methods do. Errors as ``recv``."""
+    """Wait until the socket is readable, as gevent's own methods do. Errors as ``recv``."""
     sock._wait(sock._read_event)  # noqa: SLF001 - gevent's names
 
 
 def wait_writable(sock: Any) -> None:
-    """Wait until the socket takes more, as gevent's own methods do. Errors as ``send``."""
+    """Wait until the socket is writable, as gevent's own methods do. Errors as ``send``."""
     sock._wait(sock._write_event)  # noqa: SLF001 - gevent's names
 
 
 def has_ended(sock: Any) -> bool:
-    """Whether a TCP connection is over for the kernel, by an error or by the ends of both sides."""
+    """Return whether the kernel has closed a TCP connection, by an error or because both sides ended."""
     try:
         (state,) = struct.unpack("B", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
     except OSError:
-        return False  # a unix socket: its errors are others
+        return False  # a unix socket: it has other errors
     return bool(state == _TCP_CLOSE)
 
 
@@ -159,7 +159,7 @@ def note_error(sock: Any, error: BaseException) -> None:
 
 
 def reset_on_close(sock: Any) -> None:
-    """Let the owner's ``close`` reset the connection instead of ending it in order."""
+    """Make the owner's ``close`` reset the connection instead of ending it in order."""
     try:
         raw_of(sock).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
     except OSError:
@@ -172,9 +172,9 @@ def reset_on_close(sock: Any) -> None:
 
 
 def is_plain(sock: Any) -> bool:
-    """Whether the bytes on the wire are those the user sees: then the kernel may move them.
+    """Return whether the bytes on the wire are those the user sees: then the kernel may move them.
 
-    Not so for an encrypted socket, nor, as far as we can know, for any class but gevent's own and Connection.
+    False for an encrypted socket and, to be safe, for any class other than gevent's own and Connection.
 
     Raises:
         TypeError: not a gevent socket.
@@ -187,6 +187,6 @@ def is_plain(sock: Any) -> bool:
 
 
 def closing_error(error: Any) -> BaseException:
-    """The exception from what was given to a ``throw``, which may be a class."""
+    """Return the exception from the argument of a ``throw``, which may be a class."""
     made: BaseException = error() if isinstance(error, type) else error
     return made

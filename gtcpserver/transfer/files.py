@@ -1,4 +1,4 @@
-"""What may stand for a file: a path, a descriptor, a file object, or anything that reads or writes."""
+"""Accepted file arguments: a path, a descriptor, a file object, or any object that reads or writes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def descriptor_of(file: Any) -> int | None:
-    """The descriptor behind a descriptor or file object, if its bytes are those of the file; otherwise None.
+    """Return the descriptor of a descriptor or file object if its bytes are those of the file; otherwise None.
 
-    (A GzipFile has a ``fileno()``, too, but that is of the compressed file.)
+    (A GzipFile has a ``fileno()``, too, but that refers to the compressed file.)
 
     Raises:
         ValueError: a file opened in text mode.
@@ -39,18 +39,18 @@ def descriptor_of(file: Any) -> int | None:
         return file
     if isinstance(file, io.TextIOBase) or isinstance(getattr(file, "encoding", None), str):
         raise ValueError(f"the file must be opened in binary mode, got {file!r}")
-    # A plain FileIO, a buffered one on top of it, or a tempfile's wrapper of either.
+    # A plain FileIO, a buffered file on top of it, or tempfile's wrapper of either.
     raw = getattr(file, "raw", file)
     return raw.fileno() if isinstance(raw, io.FileIO) else None
 
 
 @contextlib.contextmanager
 def opened(file: Any, flags: int) -> Iterator[Any]:
-    """The file itself; or, of a path, a descriptor that is closed at the end."""
+    """Yield the file itself or, for a path, a descriptor that is closed at the end."""
     if not isinstance(file, (str, bytes, os.PathLike)):
         yield file
         return
-    # Non-blocking: to open a FIFO would otherwise wait for its other end. It changes nothing for a regular file.
+    # Non-blocking: opening a FIFO would otherwise wait for its other end. No effect on a regular file.
     fd = os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
         yield fd
@@ -59,13 +59,13 @@ def opened(file: Any, flags: int) -> Iterator[Any]:
 
 
 def is_seekable_file(fd: int) -> bool:
-    """Whether a descriptor is of a regular file or a block device; False: a FIFO, terminal, socket ..."""
+    """Return whether a descriptor is a regular file or a block device; False: a FIFO, terminal, socket ..."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def wait_for(fd: int, event: int) -> None:
-    """Wait until a FIFO or device can be read (event 1) or written (event 2)."""
+    """Wait until a FIFO or device is readable (event 1) or writable (event 2)."""
     hub = get_hub()
     watcher = watch(hub.loop, fd, event)
     try:

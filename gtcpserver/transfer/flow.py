@@ -1,15 +1,15 @@
-"""Flow: bytes from one socket to another, moved by event callbacks.
+"""Flow: move bytes from one socket to another in event callbacks.
 
-A greenlet that relays must be switched to for each message, and two are needed for two directions. A flow has none: its
-callbacks run in the event loop and move the bytes there and then, while the greenlet that called ``relay`` sleeps until
+A relaying greenlet costs a switch for each message, and two directions need two greenlets. A flow has none: its
+callbacks run in the event loop and move the bytes right there, while the greenlet that called ``relay`` sleeps until
 the end. An event moves at most one pipe full (1 MiB, about 0.3 ms), then the other connections have their turn.
 
-Small messages are copied (recv, send), since splice needs a pipe between: it is dearer below 8 KiB, equal to 32 KiB,
-and a half of the price from 256 KiB. So a flow copies until a read fills its buffer, then splices until a few
-transfers in a row were small.
+Small messages are copied (recv, send), since splice needs an intermediate pipe: it costs more below 8 KiB, the same up
+to 32 KiB, and half from 256 KiB. So a flow copies until a read fills its buffer, then splices until a few transfers in
+a row were small.
 
-While the receiver takes no more, nothing is read: what a flow holds is at most one pipe or one buffer full, and the
-rest stays in the kernel's socket buffers, whose limits slow down the sender.
+While the receiver takes no more, nothing is read: a flow holds at most one full pipe or buffer, and the rest stays in
+the kernel's socket buffers, whose limits slow down the sender.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 if TYPE_CHECKING:
     from .move import Move
 
-#: The buffer of a copying flow. A read that fills it turns to splicing.
+#: Buffer of a copying flow, bytes. A read that fills it switches to splicing.
 COPY_SIZE = 64 * 1024
 
-#: So many splices in a row below this size turn back to copying.
+#: Bytes of a small splice; several in a row switch back to copying.
 SMALL_SPLICE = 16 * 1024
 SMALL_SPLICES_IN_A_ROW = 4
 
-#: What shutdown(2) says of a sink that is gone, which the other direction learns when it reads.
+#: Errors of shutdown(2) for a sink that is gone; the other direction notices that when it reads.
 _GONE = (errno.ENOTCONN, errno.EBADF)
 
 
@@ -40,8 +40,8 @@ class Flow:
     """One direction of a relay.
 
     Args:
-        move: whom to tell of the end and of errors.
-        source, sink: from where to where.
+        move: the Move to notify of the end and of errors.
+        source, sink: ends to read from and write to.
         count: bytes to move; None: until the source ends.
 
     Attributes:
@@ -83,7 +83,7 @@ class Flow:
         self.done = False
 
     def start(self) -> None:
-        """Begin, with what the source had read ahead."""
+        """Start, beginning with the bytes that the source read ahead."""
         if self._left == 0:
             self._end()
             return
@@ -103,7 +103,7 @@ class Flow:
         self._move.fail(closing_error(error))
 
     def stop(self) -> None:
-        """Let go of the sockets. What was read but not written is lost; the sink must not take the rest for all."""
+        """Release the sockets. Bytes read but not written are lost; the sink must not take its data as complete."""
         if self.done:
             return
         self.done = True
@@ -117,15 +117,15 @@ class Flow:
             self._pipe = None
 
     def join(self) -> None:
-        """Nothing to wait for: a stopped flow has let go."""
+        """Do nothing: a stopped flow has released the sockets."""
 
     def pending(self) -> bool:
-        """Whether an event has come that was not seen to yet."""
+        """Return whether an event is pending that has not been handled."""
         writing = self.sink.writing
         return bool(self.source.reading.pending or (writing is not None and writing.pending))
 
     def waits_for(self) -> Any:
-        """The socket that does not go on."""
+        """Return the socket that the flow waits for."""
         return (self.sink if self._pending or self._in_pipe else self.source).sock
 
     def pass_on_end(self) -> None:
@@ -137,13 +137,13 @@ class Flow:
                 self._write_failed(error)
 
     def pass_on_reset(self) -> None:
-        """Tell the sink, when its owner closes it, that this was not all."""
+        """Make the sink reset when its owner closes it: the data is incomplete."""
         reset_on_close(self.sink.sock)
 
     # -- in the event loop -------------------------------------------------------------------------------------------
 
     def readable(self) -> None:
-        # Hot: once a message or a pipe full.
+        # Hot path: once per message or full pipe.
         try:
             if self._splicing:
                 self._splice()
@@ -219,13 +219,13 @@ class Flow:
             self._splicing = False
             try:
                 check_source(self.source.raw, error)
-                return  # the event comes again, and is copied
+                return  # the event fires again, and is copied
             except OSError as broken:
                 error = broken
         self._read_failed(error)
 
     def writable(self) -> None:
-        """The sink, which took no more, takes something again."""
+        """Write to the sink, which has become writable again."""
         try:
             if self._pipe is not None:
                 if not self._empty_pipe():
@@ -250,7 +250,7 @@ class Flow:
             self._move.fail(error)
 
     def _empty_pipe(self) -> bool:
-        """Give the sink what is in the pipe; True when that was all, and the pipe is back in the pool."""
+        """Move the pipe's content to the sink; True when the pipe is empty and back in the pool."""
         assert self._pipe is not None
         try:
             sent = self._pipe.empty(self.sink.raw.fileno(), self._in_pipe)
@@ -267,7 +267,7 @@ class Flow:
         return not self._in_pipe
 
     def _copy_pipe(self, refusal: OSError) -> bool:
-        """The sink takes no splice: give it what is in the pipe by a copy; True when that was all."""
+        """Copy the pipe's content to a sink that refuses splice; True when the pipe is empty."""
         assert self._pipe is not None
         data = self._pipe.take_out(self._in_pipe)
         self._in_pipe = 0
@@ -280,7 +280,7 @@ class Flow:
         except BlockingIOError:
             return False
         except BrokenPipeError:
-            # The kernel tells an error of the connection once, then EPIPE: the refusal was one.
+            # The kernel reports a connection error once, then EPIPE: the refusal was such an error.
             raise refusal from None
         self._sent(sent)
         self._pending = self._pending[sent:]

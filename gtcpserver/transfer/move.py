@@ -1,4 +1,4 @@
-"""Move: what relay and pipe share: flows, a sleeping greenlet, and one timer."""
+"""Move: the common part of relay and pipe: flows, a sleeping greenlet, and one timer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ AnyFlow = Flow | BufferedFlow
 
 
 class Move:
-    """Some flows, and the greenlet that waits for them.
+    """The flows of one transfer, and the greenlet that waits for them.
 
     Args:
-        sockets: between which the flows are.
-        idle_timeout: seconds in which nothing moves until ``idle`` is called; None: never.
-        watched: flows shall ``tell`` each piece.
-        lifetime: seconds until ``lived`` is called, whatever moves; None: never.
+        sockets: the two sockets of the flows.
+        idle_timeout: seconds without progress until ``idle`` is called; None: never.
+        watched: flows must ``tell`` each piece.
+        lifetime: seconds until ``lived`` is called, regardless of progress; None: never.
 
     Attributes:
         flows: set by the derived class.
-        timed: flows shall write down ``moved_at``, the monotonic time at which the last bytes went.
+        timed: flows must set ``moved_at``, the monotonic time at which the last bytes were written.
         watched: as above.
-        finished: it has ended, in whatever way.
+        finished: the move has ended, for any reason.
     """
 
     flows: tuple[AnyFlow, ...]
@@ -42,7 +42,7 @@ class Move:
         check_seconds("idle_timeout", idle_timeout)
         check_seconds("lifetime", lifetime)
         a, b = sockets
-        a_is_plain, b_is_plain = is_plain(a), is_plain(b)  # both are checked before anything is lent
+        a_is_plain, b_is_plain = is_plain(a), is_plain(b)  # check both before lending either
         self._ends: dict[Any, End] | None = None
         if a_is_plain and b_is_plain:
             end = End(a)
@@ -73,7 +73,7 @@ class Move:
     def sleep(self) -> None:
         """Run the flows until ``finish`` or ``fail``."""
         self.moved_at = monotonic()
-        # What is lent as an End has none already.
+        # An End has already suspended its socket's time-out.
         timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
         broke = True
         try:
@@ -92,21 +92,21 @@ class Move:
                     flow.pass_on_reset()
             for sock, timeout in timeouts:
                 sock.settimeout(timeout)
-            # They refer to each other, and to the sockets: no work for the garbage collector.
+            # Break the references between flows and sockets: no work for the garbage collector.
             self.flows = ()
             self._ends = None
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Stop the flows and wake the greenlet. May be called again."""
+        """Stop the flows and wake the greenlet. Idempotent."""
         if not self.finished:
             self._stop()
-            # Not switched to from here: whoever calls may be in the middle of something.
+            # Scheduled, not switched to at once: the caller may not be finished.
             self._loop.run_callback(self._waiter.switch, None)
 
     def fail(self, error: BaseException) -> None:
-        """Finish; the greenlet gets the error."""
+        """Finish and raise the error in the waiting greenlet."""
         if not self.finished:
             self._error = error
             self.finish()
@@ -120,7 +120,7 @@ class Move:
             self._timer = None
 
     def tell(self, flow: AnyFlow, size: int) -> None:
-        """The sink took so many bytes. Only called if ``watched``."""
+        """Note that the sink took ``size`` bytes. Called only if ``watched``."""
         try:
             self.moved(flow, size)
         except BaseException as error:
@@ -130,11 +130,11 @@ class Move:
     # -- told by flows, answered by the derived class -----------------------------------------------------------------
 
     def moved(self, flow: AnyFlow, size: int) -> None:
-        """The sink took so many bytes."""
+        """Note that the sink took ``size`` bytes."""
         raise NotImplementedError
 
     def flow_ended(self, flow: AnyFlow) -> None:
-        """The source has ended and the sink has everything."""
+        """Note that the source has ended and the sink has everything."""
         raise NotImplementedError
 
     def read_failed(self, flow: AnyFlow, error: OSError) -> None:
@@ -144,17 +144,17 @@ class Move:
         raise NotImplementedError
 
     def idle(self) -> None:
-        """Nothing has moved for ``idle_timeout``."""
+        """Handle that nothing moved for ``idle_timeout``."""
         raise NotImplementedError
 
     def lived(self) -> None:
-        """The lifetime is over."""
+        """Handle that the lifetime is over."""
         raise NotImplementedError
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def be_idle_after(self, seconds: float) -> None:
-        """From now on another idle time-out holds."""
+        """Change the idle time-out from now on."""
         self._idle_timeout = seconds
         self.moved_at = monotonic()
         if self._timer is not None:
@@ -167,7 +167,7 @@ class Move:
         if self._idle_timeout is not None:
             until = min(until, self.moved_at + self._idle_timeout)
         if until < inf and not self.finished:
-            # One timer for the whole move: when it fires early it is started again for what is left.
+            # One timer for the whole move: when it fires early it is restarted for the remaining time.
             self._timer = self._loop.timer(max(0.0, until - monotonic()))
             self._timer.start(self._on_timer, update=True)
 
@@ -182,7 +182,7 @@ class Move:
         elif now >= self._lives_until:
             self.lived()
         elif self._idle_timeout is not None and now >= self.moved_at + self._idle_timeout:
-            # After the loop was held up the timer comes before the events that would have prevented it.
+            # After the loop was blocked, the timer fires before the events that would have prevented it.
             if not any(flow.pending() for flow in self.flows):
                 self.idle()
             else:
@@ -198,6 +198,6 @@ def check_seconds(name: str, value: float | None) -> None:
 
 
 def deadline_of(sock: Any) -> float:
-    """The monotonic time by which a Connection's owner wants everything done; inf for none, or any other socket."""
+    """Return the monotonic deadline of a Connection; inf without one, or for any other socket."""
     stream = stream_of(sock)
     return inf if stream is None or stream.deadline is None else stream.deadline

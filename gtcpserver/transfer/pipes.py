@@ -1,9 +1,9 @@
-"""The pipes that spliced bytes pass through, kept for use again.
+"""A pool of the pipes that spliced bytes pass through.
 
 splice(2) moves bytes between a socket and a pipe, so each transfer needs a pipe, but only while bytes are in it: a pipe
 is taken, filled, emptied and put back within one event, and ten thousand idle relays hold none. Only a transfer whose
-receiving side takes no more keeps its pipe until it does. A pipe with bytes in it is closed, never put back: they
-would come out in somebody else's connection.
+receiver takes no more keeps its pipe until it does. A pipe with bytes in it is closed, never put back: the bytes would
+come out in another connection.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .ends import has_ended
 LARGEST = 1 << 20
 
 #: (pipes in existence, size of the next). All pipes of a user together may have fs.pipe-user-pages-soft pages (64 MiB)
-#: before the kernel hands out tiny ones; this staircase gives the few that are busy the large ones, and makes about 600
-#: within that limit.
+#: before the kernel hands out tiny ones; these steps give the large pipes to the few busy transfers, and allow about
+#: 600 pipes within that limit.
 SIZES = ((16, LARGEST), (64, 256 * 1024))
 
-#: The size of all further ones, and the least worth having; also what pipe(2) gives anyway.
+#: Bytes of all further pipes, and the smallest useful size; also the default of pipe(2).
 SMALLEST = 64 * 1024
 
-#: Empty pipes kept. One is enough while every receiver keeps up, since none is held from one event to the next.
+#: Empty pipes kept. One is enough while every receiver keeps up: then no pipe is held between events.
 MOST_IDLE = 16
 
-#: After the system refused a pipe (EMFILE, or the limit above) or splice, do without for so many seconds.
+#: Seconds without pipes after the system refused a pipe (EMFILE, or the limit above) or splice.
 PAUSE_AFTER_REFUSAL = 1.0
 
-#: What splice(2) says that need not come from the other end of the socket: a sandbox that does not allow it (seccomp,
-#: systemd's SystemCallFilter: EPERM, ENOSYS, EACCES), a kernel short of memory, or one that cannot do it with this pair
-#: of descriptors. To copy goes on from the same byte.
+#: Errors of splice(2) that may not come from the peer: a sandbox forbids it (seccomp, systemd's SystemCallFilter:
+#: EPERM, ENOSYS, EACCES), the kernel is short of memory, or cannot splice this pair of descriptors. Copying goes on
+#: from the same byte.
 REFUSALS = frozenset(
     {
         errno.EPERM,
@@ -74,7 +74,7 @@ class Pipe:
                 try:
                     self.size = fcntl.fcntl(self.input, fcntl.F_SETPIPE_SZ, size)
                 except OSError:
-                    size //= 2  # EPERM: more than this user may have; ENOMEM: than there is
+                    size //= 2  # EPERM: over this user's limit; ENOMEM: out of memory
         except BaseException:
             self.close()
             raise
@@ -88,7 +88,7 @@ class Pipe:
         return os.splice(self.output, sink, size, None, None, _NONBLOCK)
 
     def take_out(self, size: int) -> bytes:
-        """Read all that is in the pipe, for whoever cannot splice it: ``size`` bytes."""
+        """Read the whole content of the pipe, ``size`` bytes, for a sink that cannot splice."""
         taken = bytearray()
         while len(taken) < size:
             piece = os.read(self.output, size - len(taken))
@@ -98,7 +98,7 @@ class Pipe:
         return bytes(taken)
 
     def close(self) -> None:
-        """Close both ends; the bytes in between are lost. May be called again."""
+        """Close both ends; bytes in the pipe are lost. Idempotent."""
         ends = self.output, self.input
         self.output = self.input = -1
         for end in ends:
@@ -111,13 +111,13 @@ class PipePool:
 
     Attributes:
         taken: pipes in use.
-        refused: how often the system gave none, or none worth having.
-        refused_splices: how often splice(2) itself was refused.
+        refused: times that the system gave no pipe, or a useless one.
+        refused_splices: times that splice(2) itself was refused.
     """
 
     def __init__(self) -> None:
         self._idle: deque[Pipe] = deque()
-        self._made: WeakSet[Pipe] = WeakSet()  # all there are, for a forked child
+        self._made: WeakSet[Pipe] = WeakSet()  # all existing pipes, for a forked child
         self._refused_at = -PAUSE_AFTER_REFUSAL
         self.taken = 0
         self.refused = 0
@@ -125,12 +125,12 @@ class PipePool:
 
     @property
     def idle(self) -> int:
-        """Empty pipes kept for the next."""
+        """Number of empty pipes kept."""
         return len(self._idle)
 
     def take(self) -> Pipe | None:
-        """An empty pipe, or None where splice or a pipe is not to be had: copy then."""
-        # Hot: once an event of a bulk transfer.
+        """Return an empty pipe, or None if splice or pipes are unavailable: copy then."""
+        # Hot path: once per event of a bulk transfer.
         try:
             pipe = self._idle.pop()
         except IndexError:
@@ -149,7 +149,7 @@ class PipePool:
         elif pipe.size >= LARGEST:
             self._idle.append(pipe)
         else:
-            self._idle.appendleft(pipe)  # the large ones go out first
+            self._idle.appendleft(pipe)  # large pipes are handed out first
 
     def discard(self, pipe: Pipe) -> None:
         """Close a pipe that may have bytes in it."""
@@ -157,7 +157,7 @@ class PipePool:
         pipe.close()
 
     def refuse(self, error: OSError) -> None:
-        """splice(2) was refused: give no pipe for a while, so that transfers copy."""
+        """Note that splice(2) was refused: hand out no pipe for a while, so that transfers copy."""
         if not self.refused_splices:
             log.warning("splice(2) was refused (%s): copying instead", error.strerror or error)
         self.refused_splices += 1
@@ -165,7 +165,7 @@ class PipePool:
         self.close_idle()
 
     def close_idle(self) -> None:
-        """Close the pipes that are kept."""
+        """Close the empty pipes kept."""
         while self._idle:
             self._idle.pop().close()
 
@@ -173,7 +173,7 @@ class PipePool:
         if not _NONBLOCK or monotonic() - self._refused_at < PAUSE_AFTER_REFUSAL:
             return None
         with contextlib.suppress(OSError):
-            # Each pipe is two descriptors, and together they may be a quarter of them: connections come first.
+            # Each pipe takes two descriptors; pipes may take a quarter of all descriptors: connections come first.
             most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             if most_descriptors == resource.RLIM_INFINITY or self.taken < most_descriptors // 8:
                 size = next((size for until, size in SIZES if self.taken < until), SMALLEST)
@@ -187,7 +187,7 @@ class PipePool:
         return None
 
     def left_in_child(self) -> None:
-        """In a forked child: close them there. The parent goes on to use these very pipes, which does them no harm."""
+        """Close the pipes in a forked child. The parent still uses these pipes and is not affected."""
         for pipe in self._made:
             pipe.close()
         self._made.clear()
@@ -196,19 +196,19 @@ class PipePool:
 
 
 def check_source(sock: socket.socket, refusal: OSError) -> None:
-    """After a splice from a socket was refused: raise if that may have been an error of the connection.
+    """Raise if a refused splice from a socket may have been an error of the connection.
 
-    The kernel tells such an error once. If the splice got it, a read gets the end, like that of a complete stream.
+    The kernel reports such an error once. If the splice got it, a read returns the end, as for a complete stream.
 
     Raises:
-        OSError: ``refusal``, or what the socket says now.
+        OSError: ``refusal``, or the socket's current error.
     """
     try:
         if sock.recv(1, socket.MSG_PEEK):
             return
     except BlockingIOError:
         return
-    # Also after an end in order, if ours had been sent before. In doubt it is broken.
+    # Also true after an orderly end, if ours was sent before. When in doubt, treat it as broken.
     if has_ended(sock):
         raise refusal
 

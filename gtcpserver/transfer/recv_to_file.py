@@ -1,4 +1,4 @@
-"""recv_to_file: what a connection sends, into a file."""
+"""recv_to_file: write the data that a connection sends to a file."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from .ends import is_plain, note_error, raw_of, stream_of, wait_readable
 from .files import descriptor_of, opened, wait_for
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
-#: Read and written at once where splice(2) cannot be used.
+#: Bytes read and written at once where splice(2) cannot be used.
 BUFFER_SIZE = 64 * 1024
 
-#: A write that took longer than this (seconds) was waiting for the disk: the rest of the file is written by a thread.
-#: Until then the page cache took it, at 0.2 ms for a pipe full.
+#: A write that took longer than this (seconds) waited for the disk: a thread writes the rest of the file. Writes into
+#: the page cache take 0.2 ms for a full pipe.
 SLOW_WRITE = 0.005
 
-#: As much may be written at once to a FIFO that is ready, or the write could wait; pipe(7).
+#: Most bytes to write at once to a FIFO that is ready; a larger write could block; pipe(7).
 _PIPE_BUF = 4096
 
 
 def recv_to_file(conn: Any, file: Any, count: int | None = None) -> int:
-    """Receive into a file without the bytes passing through Python: splice(2).
+    """Receive into a file by splice(2), without copying the bytes through Python.
 
-    Other connections go on meanwhile; when the disk cannot keep up, a thread waits for it. Over TLS, and into what is
-    not a regular file, the bytes are read and written in pieces of 64 KiB.
+    Other connections are served meanwhile; when the disk cannot keep up, a thread waits for it. Over TLS, or if the
+    file is not a regular file, the bytes are read and written in pieces of 64 KiB.
 
     Args:
         conn: a Connection or a ``gevent.socket.socket``.
-        file: a path (created, or cut to nothing first), a file descriptor, a file opened in binary mode, or any object
-            with ``write(data)``. It is written from its position on, which is behind what was received in the end. Only
-            what is opened here is closed here.
-        count: how many bytes; None: until the peer closes its side.
+        file: a path (created or truncated first), a file descriptor, a file opened in binary mode, or any object with
+            ``write(data)``. Writing starts at its position, which is after the received data at the end. Only a file
+            opened here is closed here.
+        count: number of bytes; None: until the peer closes its side.
 
     Returns:
-        How many bytes were received and written: less than ``count`` if the peer closed early.
+        The number of bytes received and written: less than ``count`` if the peer closed early.
 
     Raises:
-        TimeoutError: nothing came for ``settimeout`` seconds.
+        TimeoutError: nothing arrived for ``settimeout`` seconds.
         DeadlineExceeded: within ``deadline()``.
         ValueError: a negative count, a non-blocking socket (``settimeout(0)``) or a file in text mode.
-        OSError: of the connection or of the file (ENOSPC). Then some of what was received may not have been written.
+        OSError: from the connection or the file (ENOSPC). Some of the received data may not have been written.
     """
     if count is not None and count < 0:
         raise ValueError(f"count must not be negative, got {count}")
@@ -74,7 +74,7 @@ def recv_to_file(conn: Any, file: Any, count: int | None = None) -> int:
 
 
 class _Receiving:
-    """A file on its way in."""
+    """The reception of one file."""
 
     def __init__(self, conn: Any, fd: int, count: int | None) -> None:
         self._conn = conn
@@ -88,7 +88,7 @@ class _Receiving:
         conn = self._conn
         self._write_kept()
         while self._left is None or self._left > 0:
-            # A wait before each read: one fast client must not keep the event loop.
+            # Wait before each read: one fast client must not monopolize the event loop.
             wait_readable(conn)
             deadline = None if self._stream is None else self._stream.deadline
             if deadline is not None and monotonic() >= deadline:
@@ -139,7 +139,7 @@ class _Receiving:
             self._left -= size
 
     def _write(self, pipe: Pipe, size: int) -> None:
-        """Write what is in the pipe, and put it back."""
+        """Write the content of the pipe, and put the pipe back."""
         if self._slow_disk:
             _write_in_thread(pipe, self._fd, size)
             return
@@ -158,13 +158,13 @@ def _empty(pipe: Pipe, fd: int, size: int) -> None:
         while size:
             size -= pipe.empty(fd, size)
     except OSError:
-        # Refused, or a file system that cannot. An error of the file itself comes again.
+        # Refused, or unsupported by the file system. An error of the file itself recurs.
         _write_all(lambda data: os.write(fd, data), pipe.take_out(size))
 
 
 def _write_in_thread(pipe: Pipe, fd: int, size: int) -> None:
-    # If this greenlet is killed the thread writes on, and our caller closes the file: so the thread has a descriptor
-    # of its own, lest it hits another file that got the same number.
+    # If this greenlet is killed, the thread keeps writing while our caller closes the file: a separate descriptor keeps
+    # the thread from hitting another file with the same number.
     own = os.dup(fd)
 
     def finish(job: Any) -> None:
@@ -184,7 +184,7 @@ def _write_in_thread(pipe: Pipe, fd: int, size: int) -> None:
 
 
 def _copy(conn: Any, write: Any, count: int | None) -> int:
-    """Receive into a buffer and write that."""
+    """Receive into a buffer and write its content."""
     buffer = memoryview(bytearray(BUFFER_SIZE))
     copied = 0
     while count is None or copied < count:
@@ -200,7 +200,7 @@ def _write_all(write: Any, data: Any) -> None:
     data = memoryview(data)
     while data:
         written = write(data)
-        if not isinstance(written, int):  # an object with a write() that takes everything and says nothing
+        if not isinstance(written, int):  # an object whose write() takes everything and returns None
             return
         data = data[written:]
 

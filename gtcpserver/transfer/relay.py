@@ -13,7 +13,7 @@ from .ends import note_error
 from .move import AnyFlow, Move, check_seconds
 
 if TYPE_CHECKING:
-    import socket  # to type checkers gevent's sockets are sockets of this module
+    import socket  # type checkers see gevent's sockets as sockets of this module
 
 Direction = Literal["a_to_b", "b_to_a"]
 Reason = Literal["closed", "idle", "half_closed", "lifetime", "reset_a", "reset_b"]
@@ -23,13 +23,13 @@ Pace = Callable[[Direction, int], float]
 
 @dataclass(frozen=True, slots=True)
 class RelayResult:
-    """What a relay moved, and why it ended.
+    """Bytes that a relay moved, and the reason it ended.
 
     Attributes:
         bytes_a_to_b, bytes_b_to_a: bytes handed to the kernel for b and for a.
         reason: "closed": both sides ended in order; "idle": nothing moved for ``idle_timeout``; "half_closed": nothing
-            moved for ``half_closed_timeout`` after one side had ended; "lifetime": it lasted that long; "reset_a",
-            "reset_b": that side was reset, or took no more although the other still had something to say.
+            moved for ``half_closed_timeout`` after one side had ended; "lifetime": ``lifetime`` is over; "reset_a",
+            "reset_b": that side was reset, or took no more although the other still had data to send.
         duration: seconds.
         error: the OSError behind "reset_a" or "reset_b".
     """
@@ -55,24 +55,22 @@ def relay(
 
     The end of one side is passed on (``shutdown(SHUT_WR)``) when everything before it was written, and the other
     direction goes on. A reset is passed on as a reset: the other socket is set to reset when it is closed
-    (SO_LINGER 0, socket(7)). A side that only takes no more (EPIPE: it had ended, and is closed now) may still deliver
-    what it sent. The sockets stay open and belong to the caller, however this ends. Where bytes are lost, or the relay
-    ends by an error or a kill, they are set to reset: an end in order would say that all has come.
+    (SO_LINGER 0, socket(7)). Data sent by a side that only takes no more (EPIPE: it had ended, and is closed now) is
+    still delivered. The sockets stay open and belong to the caller, however the relay ends. If bytes are lost, or the
+    relay ends by an error or a kill, they are set to reset: an orderly end would claim that the data is complete.
 
-    Large flows are moved by splice(2), without passing through Python, small ones by recv and send; over TLS always
-    the latter.
+    Large flows use splice(2), without copying through Python, small ones recv and send; over TLS always the latter.
 
     Args:
-        a, b: Connections, or ``gevent.socket.socket`` objects. Nobody else may read or write them meanwhile.
-        idle_timeout: end after so many seconds in which neither direction moved a byte; None waits for ever. The
-            sockets' own ``settimeout`` does not count: one side of a relay may well be silent while the other works.
-        half_closed_timeout: the same, from when one side has ended; None: as before.
-        lifetime: end after so many seconds, whatever moves; None: never.
+        a, b: Connections, or ``gevent.socket.socket`` objects. No other code may read or write them meanwhile.
+        idle_timeout: seconds without a byte in either direction until the relay ends; None waits indefinitely. The
+            sockets' own ``settimeout`` does not apply: one side of a relay may well be silent while the other works.
+        half_closed_timeout: the idle time-out after one side has ended; None: unchanged.
+        lifetime: seconds until the relay ends, regardless of traffic; None: no limit.
         on_bytes: called as ``on_bytes("a_to_b", n)`` after each piece of ``n`` bytes was written. It runs in the event
-            loop, so it must not block; what it raises ends the relay and is raised here.
-        pace: called as ``pace("a_to_b", n)`` after each piece was written; that direction then rests for as many
-            seconds as it returns. A relay that is slowed down goes through a buffer and not by splice(2), in pieces of
-            16 KiB.
+            loop, so it must not block; an exception it raises ends the relay and is raised here.
+        pace: called as ``pace("a_to_b", n)`` after each piece was written; that direction then rests for the seconds it
+            returns. A paced relay uses a buffer instead of splice(2), in pieces of 16 KiB.
 
     Returns:
         RelayResult.
@@ -98,9 +96,9 @@ def pipe(
     """Move bytes from one socket to another until the source ends. The sink is not shut down.
 
     Args:
-        source, sink: as for :func:`relay`. They may be one and the same socket (an echo).
-        count: move so many bytes only; None: all.
-        idle_timeout: seconds in which nothing moved until TimeoutError; None: the shorter ``settimeout`` of the two.
+        source, sink: sockets to read from and write to, as for :func:`relay`. They may be the same socket (an echo).
+        count: most bytes to move; None: all.
+        idle_timeout: seconds without progress until TimeoutError; None: the shorter ``settimeout`` of the two.
         on_bytes: called as ``on_bytes(n)``, otherwise as for :func:`relay`.
 
     Returns:
@@ -108,8 +106,8 @@ def pipe(
 
     Raises:
         TimeoutError, DeadlineExceeded: as above, or within ``deadline()`` of one of the connections.
-        OSError: of the source or the sink. What was read but not yet written is lost, so the sink is set to reset when
-            it is closed (as by a kill).
+        OSError: from the source or the sink. Bytes read but not yet written are lost, so the sink is set to reset when
+            it is closed (a kill does the same).
         TypeError: source or sink is not a gevent socket.
     """
     if count is not None and count < 0:
@@ -175,7 +173,7 @@ class _Relay(Move):
     def write_failed(self, flow: AnyFlow, error: OSError) -> None:
         sink_is_a = flow is self.flows[1]
         if error.errno == errno.EPIPE:
-            # It had ended in order before it was closed, so what it sent is whole: let the other side have it. (A
+            # That side ended in order before it was closed, so its data is complete: deliver it to the other side. (A
             # server that answers in the middle of an upload and closes.)
             flow.stop()
             self._note("reset_a" if sink_is_a else "reset_b", error)
@@ -188,7 +186,7 @@ class _Relay(Move):
             self.fail(error)
             return
         self._note("reset_a" if a_broke else "reset_b", error)
-        # Both: where the error is one of this system (ENOMEM), that side is there and waits for the rest.
+        # Both: after an error of this system (ENOMEM), that side still exists and waits for the rest.
         for flow in self.flows:
             flow.pass_on_reset()
         self.finish()

@@ -1,4 +1,4 @@
-"""sendfile: a file, or a part of it, to a connection."""
+"""sendfile: send a file, or a part of it, to a connection."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from .ends import has_ended, is_plain, note_error, raw_of, reset_on_close, strea
 from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .pipes import REFUSALS
 
-#: Given to the kernel at once: after so much the other connections have their turn (about 0.3 ms).
+#: Bytes given to the kernel at once; then the other connections have their turn (about 0.3 ms).
 CHUNK = 2 << 20
 
-#: Read at once where sendfile(2) cannot be used: four TLS records.
+#: Bytes read at once where sendfile(2) cannot be used: four TLS records.
 READ_SIZE = 64 * 1024
 
 
 def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
-    """Send a file without its bytes passing through Python: sendfile(2).
+    """Send a file by sendfile(2), without copying its bytes through Python.
 
-    Other connections go on meanwhile, also while the disk is waited for: what is not in the page cache is read by a
-    thread first. Over TLS, and from what is not a regular file, the bytes are read in pieces of 64 KiB and sent.
+    Other connections are served meanwhile, even during waits for the disk: a thread first reads data that is not in the
+    page cache. Over TLS, or if the file is not a regular file, the bytes are read in pieces of 64 KiB and sent.
 
     Args:
         conn: a Connection or a ``gevent.socket.socket``.
-        file: a path, a file descriptor, a file opened in binary mode, or any object with ``read(size)``. Only what is
-            opened here is closed here. A file object's position is set behind what was sent, as ``socket.sendfile``
-            does; a descriptor's does not matter and does not change.
-        offset: where to start, in bytes.
-        count: how many bytes at most; None: to the end of the file.
+        file: a path, a file descriptor, a file opened in binary mode, or any object with ``read(size)``. Only a file
+            opened here is closed here. A file object's position is set after the data sent, as ``socket.sendfile``
+            does; a descriptor's is ignored and does not change.
+        offset: start of the data in the file, in bytes.
+        count: most bytes to send; None: to the end of the file.
 
     Returns:
-        How many bytes were sent: less than ``count`` if the file is shorter, or was cut meanwhile.
+        The number of bytes sent: less than ``count`` if the file is shorter, or was truncated meanwhile.
 
     Raises:
         TimeoutError: the peer took nothing for ``settimeout`` seconds.
         DeadlineExceeded: within ``deadline()``.
         ValueError: a negative offset or count, a non-blocking socket (``settimeout(0)``), a file in text mode, or an
             offset in something that cannot seek.
-        OSError: of the file or of the connection; some of the file may have gone.
+        OSError: from the file or the connection; some of the file may be sent.
 
-    When it fails or is killed after some of the file has gone, the connection is set to reset when it is closed: an end
-    in order would say that this was all.
+    When it fails or is killed after some of the file was sent, the connection is set to reset when it is closed: an
+    orderly end would claim that the file is complete.
     """
     if offset < 0:
         raise ValueError(f"offset must not be negative, got {offset}")
@@ -73,11 +73,11 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
 
 
 class _Sending:
-    """A file on its way.
+    """The sending of one file.
 
     Attributes:
-        position: in the file, of the next byte to send.
-        began: some of it may have gone.
+        position: offset in the file of the next byte to send.
+        began: some of the file may be sent.
     """
 
     def __init__(self, conn: Any, fd: int, offset: int, count: int | None) -> None:
@@ -91,10 +91,10 @@ class _Sending:
         self.began = False
 
     def _chunk(self) -> int:
-        """How much to send next, which can be read without waiting for the disk; 0: the end."""
+        """Return the number of bytes to send next, readable without waiting for the disk; 0 at the end."""
         end = self._end
         if end is None:
-            # Ask beyond the size only at its end: the file may have grown, or have no size at all (/proc).
+            # Ask beyond the size only at the end: the file may have grown, or have no size at all (/proc).
             end = self._size if self.position < self._size else self.position + CHUNK
         left = end - self.position
         if left <= 0:
@@ -106,7 +106,8 @@ class _Sending:
         return min(left, ready if ready > 0 else CHUNK)
 
     def by_kernel(self) -> bool:
-        """By sendfile(2). False: it cannot read this file (some of /proc, some FUSE file systems), or is refused."""
+        """Send by sendfile(2). False: it cannot read this file (some of /proc, some FUSE file systems), or is
+        refused."""
         conn, fd = self._conn, self._fd
         stream = stream_of(conn)
         to_next_turn = CHUNK
@@ -114,17 +115,17 @@ class _Sending:
             if stream is not None and stream.deadline is not None and monotonic() >= stream.deadline:
                 raise stream.timeout_error(stream.deadline)
             try:
-                # The socket's descriptor is asked for each time: -1 once another greenlet has closed it.
+                # Ask for the socket's descriptor each time: it is -1 once another greenlet has closed it.
                 sent = os.sendfile(conn.fileno(), fd, self.position, chunk)
             except BlockingIOError:
                 wait_writable(conn)
                 continue
             except OSError as error:
-                # An error of the connection or of the file comes again, there.
+                # An error of the connection or of the file recurs there.
                 if error.errno in REFUSALS:
                     return False
                 if isinstance(error, ConnectionError) or has_ended(raw_of(conn)):
-                    note_error(conn, error)  # otherwise it is one of the file
+                    note_error(conn, error)  # otherwise it is an error of the file
                 raise
             if not sent:
                 break
@@ -134,14 +135,14 @@ class _Sending:
             if stream is not None:
                 stream.bytes_sent += sent
             if self.position < self._size and (sent < chunk or to_next_turn <= 0):
-                # Either the socket is full (do not ask just to be told so), or it takes all we give: then this wait
-                # ends at once, but the other connections' events come first.
+                # Either the socket is full (another call would only fail), or it takes all data: then this wait ends at
+                # once, but the other connections' events come first.
                 wait_writable(conn)
                 to_next_turn = CHUNK
         return True
 
     def by_reading(self) -> None:
-        """By reading and sending pieces."""
+        """Read and send the file in pieces."""
         while chunk := self._chunk():
             data = os.pread(self._fd, min(chunk, READ_SIZE), self.position)
             if not data:
@@ -152,7 +153,7 @@ class _Sending:
 
 
 def _send_stream(conn: Any, fd: int, offset: int, count: int | None) -> int:
-    """From a FIFO, a terminal or another device, as it comes."""
+    """Send from a FIFO, a terminal or another device, as data arrives."""
     if offset:
         raise ValueError(f"descriptor {fd} cannot seek, so offset must be 0, got {offset}")
 
@@ -168,7 +169,7 @@ def _send_stream(conn: Any, fd: int, offset: int, count: int | None) -> int:
 
 
 def _send_readable(conn: Any, file: Any, offset: int, count: int | None) -> int:
-    """From an object with ``read``, from where it stands unless ``offset`` says otherwise."""
+    """Send from an object with ``read``, from its current position unless ``offset`` is given."""
     if not callable(getattr(file, "read", None)):
         raise TypeError(f"file must be a path, a descriptor, or an object with read(), got {file!r}")
     if offset:
