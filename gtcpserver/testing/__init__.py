@@ -1,4 +1,4 @@
-"""For tests of your own handlers: servers, clients, certificates, and clients that misbehave.
+"""Helpers for testing handlers: servers, clients, certificates, and clients that misbehave.
 
     with serving(handle) as server, connect(server) as client:
         client.sendall(b"GET name\\n")
@@ -7,8 +7,8 @@
     report = check_faults(handle, [(b"GET name\\n", b"NONE\\n")])
     assert report.ok, report
 
-Nothing in here needs pytest, monkey patching, or their absence. Where pytest is installed, ``pytest_gtcpserver`` makes
-fixtures of it: gtcp_serve, gtcp_connect, gtcp_tls, gtcp_in_thread.
+Works with and without pytest, with and without monkey patching. If pytest is installed, ``pytest_gtcpserver`` provides
+fixtures: gtcp_serve, gtcp_connect, gtcp_tls, gtcp_in_thread.
 """
 
 from .certificates import Certificates, certificates

@@ -1,4 +1,4 @@
-"""Certificates for tests: a server's, and a client's trust in it."""
+"""Certificates for tests: a server certificate, and a client context that trusts it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gtcpserver.tls import TLSConfig
 
 @dataclass(frozen=True)
 class Certificates:
-    """A certificate authority of a test's own, and what it has signed.
+    """A certificate authority for one test, and the certificates it signed.
 
     Attributes:
         server: for ``Server(tls=...)``.
-        client: for ``connect(tls=...)``, http.client and others: trusts the authority, and nothing else.
+        client: for ``connect(tls=...)``, http.client and others: trusts only this authority.
         ca_file: the authority's certificate (PEM), for ``curl --cacert`` and ``TLSConfig(client_ca=...)``.
-        certfile, keyfile: the server's, for a TLSConfig with other options.
+        certfile, keyfile: files of the server's certificate, for a TLSConfig with other options.
     """
 
     server: TLSConfig
@@ -33,7 +33,7 @@ class Certificates:
     _ca: Any = field(repr=False)
 
     def client_with_certificate(self, name: str) -> ssl.SSLContext:
-        """A context for a client that shows a certificate: for ``TLSConfig(client_auth="required")``.
+        """Return a context for a client that sends a certificate: for ``TLSConfig(client_auth="required")``.
 
         Args:
             name: common name in the certificate.
@@ -48,7 +48,7 @@ def certificates(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> It
     """Make certificates (0.01 s); the files are removed at the end of the ``with`` block.
 
     Args:
-        names: host names and IP addresses that the server's certificate is good for.
+        names: host names and IP addresses in the server's certificate.
 
     Raises:
         ConfigError: the package trustme is missing.

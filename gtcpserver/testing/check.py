@@ -1,4 +1,4 @@
-"""check_faults: an example conversation, played with faults, and what the handler leaves behind."""
+"""check_faults: play an example conversation with faults, and check what the handler leaks."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 MANY_CONNECTIONS = "many connections"
 
-#: In each of so many batches; pieces of memory are compared between them.
+#: Connections in a batch, and batches; pieces of memory are compared between batches.
 BATCH, BATCHES = 80, 4
 
-#: Pieces of memory (Python objects, mostly) that each connection of the last batches leaves. A leak leaves one at
-#: least; caches that fill up, and what the interpreter keeps, leave some here and there.
+#: Pieces of memory (mostly Python objects) that each connection of the last batches may leave. A leak leaves at least
+#: one; caches that fill up, and the interpreter itself, leave one occasionally.
 MOST_PIECES = 0.9
 
-#: Descriptors and greenlets have so long to go when their connection has gone, seconds.
+#: Seconds that descriptors and greenlets have to disappear after their connection.
 GRACE = 0.3
 
-#: What looks like a leak is played so often again: a pool of connections that fills up does not grow each time.
+#: Repetitions of a fault that seems to leak: a connection pool that fills up does not grow each time.
 REPEATS = 2
 
-#: Nothing more is played then: each may cost the time of all patience, and one repair may heal several.
+#: Problems after which no more faults are played: each may use up the whole patience, and one fix may solve several.
 ENOUGH_PROBLEMS = 5
 
 _LEAKS: tuple[Kind, ...] = ("descriptors", "greenlets")
 
 if TYPE_CHECKING:
-    # To type checkers the handler and the hooks are for connections of connection_class.
+    # For type checkers the handler and the hooks take connections of connection_class.
     @overload
     def check_faults(
         handler: Handler[Connection],
@@ -91,30 +91,30 @@ def check_faults(
     client_proxy: ProxyHeader | str | None = None,
     **options: Any,
 ) -> FaultReport:
-    """Play a conversation with a handler, with every fault that a client can have, and report what that leaves behind.
+    """Play a conversation with a handler, with every client fault, and report the problems and leaks.
 
-    The server runs in a process of its own, forked from this one: what the handler does there (to a store, say) is not
-    seen here. It takes some seconds.
+    The server runs in a separate process, forked from this one: the handler's effects there (on a store, say) are not
+    visible here. Takes some seconds.
 
     Args:
         handler: as Server.
-        conversation: what a good client says, and what it expects: (bytes, bytes or compiled pattern) pairs. It is said
-            to the same server again and again, so that the answers must be the same each time.
-        leave_out: names of FAULTS that are not for this protocol. "one segment", where a client must wait for an answer
-            before it goes on; "half-close", where it means that the client wants no more answers.
-        patience: seconds in which the handler must answer, or end when its client has gone.
-        stall_timeout: seconds after which a client that says nothing more must have lost its connection; None: it may
-            keep it.
-        max_memory_growth: bytes that the server's memory may grow by, in all and by what one client sends.
+        conversation: what a good client sends and expects: (bytes, bytes or compiled pattern) pairs. The same server
+            gets it repeatedly, so the answers must be the same each time.
+        leave_out: names of FAULTS that do not apply to this protocol: "one segment" if a client must wait for an answer
+            before it goes on; "half-close" if it means that the client wants no more answers.
+        patience: seconds in which the handler must answer, or end after its client left.
+        stall_timeout: seconds after which a client that went silent must have lost its connection; None: it may keep
+            it.
+        max_memory_growth: bytes that the server's memory may grow by, in total and through one client's data.
         client_tls: context of the clients, for a server with ``tls``.
         client_proxy: PROXY header of the clients, for a server with ``proxy_protocol``; as for ``connect``.
         **options: as Server (``timeout``, ``pool``, ``tls`` ...).
 
     Returns:
-        the report: ``assert report.ok, report``.
+        The report: ``assert report.ok, report``.
 
     Raises:
-        ConfigError: an argument that cannot work, or one of Server's.
+        ConfigError: an invalid argument, of this function or of Server.
     """
     check_number("patience", patience, above=0)
     check_number("stall_timeout", stall_timeout, above=0, none="if clients may keep their connections")
@@ -152,8 +152,8 @@ class _Check:
         self._played: list[str] = []
         self._fault = ""
         self._before: Look | None = None
-        self._leaking: set[Kind] = set()  # told once: what was found first is the simplest way to see it
-        self._stuck = 0  # connections that are known not to end
+        self._leaking: set[Kind] = set()  # reported once: the first fault that shows a leak is the simplest
+        self._stuck = 0  # connections known not to end
 
     def run(self, leave_out: Collection[str]) -> FaultReport:
         began = monotonic()
@@ -191,7 +191,7 @@ class _Check:
             self._problems.append(problem)
 
     def _warm_up(self) -> bool:
-        """The conversation as it is: what it makes for the first time is no leak. False: it does not work."""
+        """Play it unmodified first, so that one-time allocations do not count as leaks. False if it fails."""
         self._fault = "as given"
         for _ in range(3):
             FAULTS["as given"](self._player)
@@ -200,19 +200,19 @@ class _Check:
         return not self._problems
 
     def _play(self, function: Callable[[Player], None]) -> bool:
-        """Play one fault and judge; False if there is no use in going on."""
+        """Play one fault and judge the result; False if going on is useless."""
         before, stuck = self._before, self._stuck
         assert before is not None
         try:
             function(self._player)
         except OSError as error:
-            # The server may refuse: whether it still serves is seen next.
+            # The server may refuse: the next step checks whether it still serves.
             self._found("not served", f"a client could not connect or send: {error or type(error).__name__}")
         self._player.leave()
         after = self._settled()
         for kind in _LEAKS:
             grown = getattr(after, kind) - getattr(before, kind)
-            # What belongs to handlers that do not end has been told.
+            # Leftovers of handlers that do not end are already reported.
             if grown > 0 and kind not in self._leaking and self._stuck == stuck:
                 after = self._repeat(function, kind, grown)
         self._before = after
@@ -232,7 +232,7 @@ class _Check:
         return after
 
     def _settled(self) -> Look:
-        """Look when the connections have ended, or should have, and what belongs to them had time to go."""
+        """Look at the server after the connections ended, or should have, and had time to release resources."""
         give_up = monotonic() + self._patience
         while (look := self._look(thorough=False)).open > self._stuck and monotonic() < give_up:
             gevent.sleep(0.002)
@@ -258,14 +258,14 @@ class _Check:
         )
 
     def _look(self, thorough: bool = True) -> Look:
-        """Look at the server. Each error is told by one look only, so each look notes them."""
+        """Look at the server. Each error appears in one look only, so each look notes them."""
         look = self._sandbox.look(thorough)
         for error in look.errors:
             self._found("handler error", error)
         return look
 
     def _serve_many(self) -> None:
-        """Short connections, so many that what each of them leaves adds up."""
+        """Make many short connections, so that what each of them leaks adds up."""
         pieces = []
         for _ in range(BATCHES):
             for number in range(BATCH):
@@ -285,5 +285,5 @@ class _Check:
             else:
                 client.sendall(sent[: number * 7 % (len(sent) + 1)])
         except (OSError, WrongAnswer):
-            pass  # has been told of already
+            pass  # already reported
         self._player.leave(Client.close if number % 2 else Client.reset)

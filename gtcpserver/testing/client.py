@@ -1,4 +1,4 @@
-"""connect: clients that let the server run while they wait, and in_thread for those that cannot."""
+"""connect: clients that let the server run while they wait, and in_thread for clients that cannot."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from gtcpserver.tls.info import is_unannounced_end
 
 Result = TypeVar("Result")
 
-#: Seconds for whatever should happen at once; long enough for a machine that is busy with other things.
+#: Seconds for anything that should happen at once; long enough for a busy machine.
 SOON = 15.0
 
 _PIECE = 64 * 1024
 
 
 class Client:
-    """A client's side of a connection, plain or TLS. A ``with`` block closes it.
+    """The client side of a connection, plain or TLS. A ``with`` block closes it.
 
-    Its calls wait on the event loop, so a server in the same thread runs meanwhile; each has the time-out.
+    Its calls wait on the event loop, so a server in the same thread runs meanwhile; the time-out applies to each call.
 
     Args:
-        socket: connected; a gevent socket.
-        tls: context of the client's side, or None. The handshake is done here.
-        server_hostname: the name that the certificate must have, and that is asked for (SNI).
+        socket: a connected gevent socket.
+        tls: context of the client side, or None. The constructor does the handshake.
+        server_hostname: the name that the certificate must have, also sent as SNI.
 
     Attributes:
-        socket: for whatever has no method here. What is sent by it is not encrypted.
+        socket: for anything without a method here. Data sent through it is not encrypted.
 
     Raises (the calls):
-        TimeoutError: nothing came, or nothing could be sent, for the time-out.
-        ConnectionError: a reset, as the system says it.
+        TimeoutError: nothing arrived, or nothing could be sent, for the time-out.
+        ConnectionError: a reset, as the system reports it.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class Client:
         self._kept = b""
         self._tls: ssl.SSLObject | None = None
         if tls is not None:
-            # Over memory and not over the socket: works with the contexts of ssl and of gevent.ssl alike.
+            # Over memory instead of the socket: works with contexts of both ssl and gevent.ssl.
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = tls.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
             self._tls_call(self._tls.do_handshake)
 
     @property
     def tls(self) -> ssl.SSLObject | None:
-        """What TLS agreed on (``version()``, ``getpeercert()`` ...); None on a plain connection."""
+        """The TLS object (``version()``, ``getpeercert()`` ...); None on a plain connection."""
         return self._tls
 
     @property
     def address(self) -> Any:
-        """This side's address, which the handler sees as ``client_address``."""
+        """Address of this side, which the handler sees as ``client_address``."""
         return self.socket.getsockname()
 
     def settimeout(self, seconds: float | None) -> None:
-        """Time-out of each call; None waits for ever."""
+        """Set the time-out of each call, in seconds; None waits indefinitely."""
         self.socket.settimeout(seconds)
 
     def sendall(self, data: bytes) -> None:
@@ -81,7 +81,7 @@ class Client:
             self._tls_call(self._tls.write, data)
 
     def recv(self, size: int = _PIECE) -> bytes:
-        """At most ``size`` bytes; b"" when the server has closed its side."""
+        """Receive at most ``size`` bytes; b"" when the server has closed its side."""
         if self._kept:
             data, self._kept = self._kept[:size], self._kept[size:]
             return data
@@ -96,7 +96,7 @@ class Client:
             raise
 
     def recv_exactly(self, size: int) -> bytes:
-        """Exactly ``size`` bytes. Raises EOFError if the server closed first."""
+        """Receive exactly ``size`` bytes. Raises EOFError if the server closed first."""
         parts: list[bytes] = []
         missing = size
         while missing:
@@ -108,7 +108,7 @@ class Client:
         return b"".join(parts)
 
     def recv_until(self, separator: bytes = b"\n") -> bytes:
-        """Up to and including ``separator``. Raises EOFError if the server closed first."""
+        """Receive up to and including ``separator``. Raises EOFError if the server closed first."""
         data, searched = bytearray(), 0
         while (found := data.find(separator, searched)) < 0:
             searched = max(0, len(data) - len(separator) + 1)
@@ -121,18 +121,18 @@ class Client:
         return bytes(data[:end])
 
     def recv_all(self) -> bytes:
-        """Everything until the server closes its side."""
+        """Receive everything until the server closes its side."""
         parts = []
         while part := self.recv():
             parts.append(part)
         return b"".join(parts)
 
     def unread(self, data: bytes) -> None:
-        """Give back bytes that were read: the next call gets them first."""
+        """Give back bytes already read: the next call gets them first."""
         self._kept = data + self._kept
 
     def half_close(self) -> None:
-        """Say that nothing more is sent (FIN); answers can still be read."""
+        """End the sending side (FIN); answers can still be read."""
         self.socket.shutdown(_stdlib_socket.SHUT_WR)
 
     def reset(self) -> None:
@@ -141,7 +141,7 @@ class Client:
         self.socket.close()
 
     def close(self) -> None:
-        """Close. May be called again."""
+        """Close. Idempotent."""
         self.socket.close()
 
     def __enter__(self) -> Client:
@@ -166,7 +166,7 @@ class Client:
                 else:
                     self._incoming.write_eof()
             except ssl.SSLError:
-                self._send_encrypted()  # the alert that says why
+                self._send_encrypted()  # the alert with the reason
                 raise
 
     def _send_encrypted(self) -> None:
@@ -188,15 +188,15 @@ def connect(
 
     Args:
         server: a started Server, or an address ("127.0.0.1:5000", "[::1]:5000", "unix:/run/x.sock").
-        tls: encrypt; a context that trusts the server, such as ``certificates().client``.
+        tls: context for an encrypted connection that trusts the server, such as ``certificates().client``.
         server_hostname: the name in the server's certificate.
-        proxy: begin with a PROXY header, as a balancer does: a ProxyHeader, or the address of the client to speak of
+        proxy: PROXY header to send first, as a balancer does: a ProxyHeader, or the address of the client to name
             ("192.0.2.7:40000", "[2001:db8::7]:40000").
-        timeout: seconds for each call; None waits for ever.
-        receive_buffer: bytes (SO_RCVBUF, set before the connection); small to be a client that does not read.
+        timeout: seconds for each call; None waits indefinitely.
+        receive_buffer: bytes (SO_RCVBUF, set before connecting); small for a client that does not read.
 
     Raises:
-        ConfigError: an address that is none.
+        ConfigError: an invalid address.
         OSError: no connection, or no TLS (ssl.SSLError).
     """
     target = server if isinstance(server, str) else server.address
@@ -204,7 +204,7 @@ def connect(
     if parsed.kind == "tcp" and parsed.host == "*":
         target = f"127.0.0.1:{parsed.port}"
     header = None if proxy is None else _header(proxy).to_bytes()
-    # A connection of ours is a gevent socket, whatever the program has patched.
+    # Our connection is a gevent socket even if the program is not patched.
     sock = _connect_small(target, timeout, receive_buffer) if receive_buffer else connect_to(target, timeout)
     sock.settimeout(timeout)
     try:
@@ -217,19 +217,19 @@ def connect(
 
 
 def in_thread(function: Callable[..., Result], *arguments: Any, timeout: float | None = SOON) -> Result:
-    """Run a function in a native thread while the event loop of this one goes on; returns what it returns.
+    """Run a function in a native thread while the event loop of this one runs on; return its result.
 
-    For clients that block: in a program that is not monkey-patched, the standard library's sockets and everything
-    that stands on them. Several at once: ``gevent.spawn(in_thread, function)``.
+    For clients that block: in a program that is not monkey-patched, the standard library's sockets and everything built
+    on them. Several at once: ``gevent.spawn(in_thread, function)``.
 
     Args:
         function: called in the thread.
-        *arguments: for it.
-        timeout: seconds; None waits for ever.
+        *arguments: arguments of the function.
+        timeout: seconds; None waits indefinitely.
 
     Raises:
-        TimeoutError: it has not returned yet. (The thread goes on: threads cannot be ended.)
-        Exception: whatever the function raises.
+        TimeoutError: the function did not return in time. (The thread goes on: threads cannot be ended.)
+        Exception: any exception from the function.
     """
     threads = ThreadPool(1)
     job = threads.spawn(function, *arguments)
@@ -259,7 +259,7 @@ def _connect_small(target: str, timeout: float | None, size: int) -> Any:
     sock = gevent.socket.socket(family, _stdlib_socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        # Before the connection: the window is agreed on then (tcp(7)).
+        # Before connecting, which negotiates the window (tcp(7)).
         sock.setsockopt(_stdlib_socket.SOL_SOCKET, _stdlib_socket.SO_RCVBUF, size)
         sock.connect((parsed.host, parsed.port))
     except BaseException:

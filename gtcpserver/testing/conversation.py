@@ -10,22 +10,22 @@ from gtcpserver.errors import ConfigError
 
 from .client import Client
 
-#: b"...": exactly these bytes; a pattern: bytes that it matches from their beginning on.
+#: b"...": exactly these bytes; a pattern: bytes that it matches from their start.
 Expected: TypeAlias = "bytes | re.Pattern[bytes]"
 
-#: (what the client sends, what it expects then).
+#: (bytes that the client sends, the answer it expects).
 Turn: TypeAlias = "tuple[bytes, Expected]"
 
-#: A pattern that has not matched within so much does not match.
+#: Bytes within which a pattern must match.
 MOST_FOR_A_PATTERN = 1 << 20
 
 
 class WrongAnswer(Exception):
-    """The server has not said what was expected."""
+    """The server did not send the expected answer."""
 
 
 class Conversation:
-    """The turns of an example, checked.
+    """The turns of an example, validated.
 
     Args:
         turns: (bytes to send, expected) pairs; b"" sends nothing, or expects nothing.
@@ -34,7 +34,7 @@ class Conversation:
         sent: all bytes that the client sends.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: ``turns`` has another form.
     """
 
     def __init__(self, turns: Iterable[Turn]) -> None:
@@ -54,22 +54,22 @@ class Conversation:
             raise ConfigError("conversation must send or expect something, got nothing")
 
     def play(self, client: Client) -> None:
-        """Say each thing when the answer to the one before has come.
+        """Send each turn after the answer to the previous one.
 
         Raises:
-            WrongAnswer: or none, or the connection has ended.
+            WrongAnswer: a wrong answer or none, or the connection ended.
         """
         for data, expected in self.turns:
             self._send(client, data)
             self.expect(client, expected, data)
 
     def expect_all(self, client: Client) -> None:
-        """Read the answers to everything, which was sent before. Raises WrongAnswer."""
+        """Read the answers to all turns, after all were sent. Raises WrongAnswer."""
         for data, expected in self.turns:
             self.expect(client, expected, data)
 
     def expect(self, client: Client, expected: Expected, after: bytes) -> None:
-        """Read what is expected next. Raises WrongAnswer."""
+        """Read the next expected answer. Raises WrongAnswer."""
         got = b""
         try:
             if isinstance(expected, bytes):
@@ -107,7 +107,7 @@ def _expected(expected: Expected, after: bytes) -> str:
 
 
 def short(data: bytes) -> str:
-    """Printed, the middle left out where it is long."""
+    """Return the repr of bytes, without the middle if it is long."""
     if not data:
         return "nothing"
     return repr(data) if len(data) <= 80 else f"{data[:40]!r}...{data[-20:]!r} ({len(data)} bytes)"

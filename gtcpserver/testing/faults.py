@@ -1,7 +1,7 @@
-"""The faults: what clients do to a server, by accident or on purpose.
+"""The faults: client behaviour that harms a server, by accident or on purpose.
 
-Each is a function of a Player, which has the example conversation and makes connections. It does its part and leaves:
-what that has done to the server is judged afterwards (check.py).
+Each is a function of a Player, which has the example conversation and makes connections. It plays its part and leaves;
+check.py then judges the effect on the server.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from .conversation import Conversation, WrongAnswer, short
 from .report import Kind
 from .sandbox import Sandbox
 
-#: A long conversation is cut at so many places, evenly spread, ends included.
+#: Most cuts of a long conversation, evenly spread, ends included.
 MOST_CUTS = 24
 
-#: So many of its first bytes are sent one by one, each when the server has seen the one before; then the rest in as
-#: many pieces.
+#: Most first bytes sent one by one, each after the server has seen the previous one; the rest follows in as many
+#: pieces.
 MOST_SINGLE_BYTES = 200
 
-#: Clients that stop in the middle, and that say nothing, at once.
+#: Clients that stop in the middle, and clients that stay silent, at once.
 STALLED = 6
 
-#: What is sent to a handler which does not read it, or which reads without end, bytes.
+#: Bytes sent to a handler that does not read them, or that reads without end.
 FLOOD = 16 << 20
 
-#: Nothing of it was taken for so long: the handler does not read, seconds. And no flood takes longer than the second:
-#: a handler that answers a million small requests has shown enough.
+#: Seconds without a byte taken after which the handler is considered not to read. No flood takes longer than the second
+#: figure: a handler that answers a million small requests has shown enough.
 NOT_TAKEN = 0.15
 LONGEST_FLOOD = 1.0
 
 
 class Player:
-    """What the faults are played with.
+    """Makes connections and plays the conversation for the faults.
 
     Args:
-        sandbox: where the server is.
+        sandbox: the Sandbox of the server.
         conversation: the example.
-        client_options: of ``connect``.
-        patience: seconds for whatever should happen at once.
-        stall_timeout: seconds after which a client that has stopped loses its connection; None: not looked at.
-        most_memory: bytes that a client may make the server's process grow by.
-        found: called with (kind, text) for what is seen while a fault is played.
+        client_options: options of ``connect``.
+        patience: seconds for anything that should happen at once.
+        stall_timeout: seconds after which a stalled client loses its connection; None: not checked.
+        most_memory: bytes by which a client may make the server's process grow.
+        found: called with (kind, text) for each problem seen while a fault is played.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Player:
         self._clients: list[Client] = []
 
     def connect(self, *, raw: bool = False, **options: Any) -> Client:
-        """A client; ``leave`` closes it.
+        """Return a connected client; ``leave`` closes it.
 
         Args:
             raw: without PROXY header and TLS.
@@ -85,17 +85,17 @@ class Player:
         return client
 
     def leave(self, end: Callable[[Client], None] = Client.close) -> None:
-        """Close what is still open."""
+        """Close all open clients."""
         for client in self._clients:
             try:
                 end(client)
             except OSError:
-                pass  # a reset of what is closed
+                pass  # reset of a closed socket
         self._clients.clear()
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """A wrong answer within is told."""
+        """Report a wrong answer within the block."""
         try:
             yield
         except WrongAnswer as wrong:
@@ -104,7 +104,7 @@ class Player:
             self.found("conversation", f"the connection failed: {error or type(error).__name__}")
 
     def good_client_is_served(self, while_what: str) -> bool:
-        """Play the conversation; tell if it goes wrong."""
+        """Play the conversation; report a failure."""
         try:
             with self.connect() as client:
                 self.conversation.play(client)
@@ -114,7 +114,7 @@ class Player:
         return True
 
     def cuts(self, most: int = MOST_CUTS) -> list[int]:
-        """Lengths of what is sent before something happens: 0, 1 ... all, in the order of the bytes."""
+        """Return the lengths to send before a fault: 0, 1 ... all, in ascending order."""
         size = len(self.conversation.sent)
         return sorted({round(i * size / (most - 1)) for i in range(most)}) if size >= most else list(range(size + 1))
 
@@ -169,16 +169,16 @@ def reset(player: Player) -> None:
     for length in player.cuts():
         client = player.connect()
         client.sendall(player.conversation.sent[:length])
-        # The handler has it, and waits for more; or has answered, and nobody has read.
+        # The handler has the bytes and waits for more; or it has answered, and the answer is unread.
         player.sandbox.turn()
         client.reset()
-    # Before the server has accepted it, and when all is said.
+    # Before the server has accepted it, and after the whole conversation.
     player.connect(raw=True).reset()
     client = player.connect()
     try:
         player.conversation.play(client)
     except WrongAnswer:
-        pass  # was told of where it is played as given
+        pass  # reported where the conversation is played as given
     client.reset()
 
 
@@ -186,7 +186,7 @@ def leave_answers_unread(player: Player) -> None:
     for end in (Client.reset, Client.close):
         client = player.connect(receive_buffer=4096)
         if player.conversation.sent:
-            # Whole conversations one behind the other: more answers than all buffers hold, if the handler goes on.
+            # Whole conversations back to back: more answers than all buffers hold, if the handler goes on.
             times = max(1, 65536 // len(player.conversation.sent))
             _flood(client, player.conversation.sent * times, FLOOD)
         player.sandbox.turn()
@@ -214,7 +214,7 @@ def stall(player: Player) -> None:
 
 
 def speak_tls_to_it(player: Player) -> None:
-    # To a handler without TLS, a hello; to one with it, half a hello and what is none.
+    # A handler without TLS gets a hello; one with TLS gets half a hello and then other bytes.
     hello = _client_hello()
     for data in (hello, hello[:40], hello[:5] + Random(1).randbytes(500), b"GET / HTTP/1.1\r\n\r\n"):
         for end in (Client.close, Client.reset):
@@ -273,7 +273,7 @@ def _client_hello() -> bytes:
 
 
 def _flood(client: Client, piece: bytes, size: int) -> int:
-    """Send without reading, until enough is sent or nothing more is taken; how much it was."""
+    """Send without reading until ``size`` bytes are sent or the peer stops taking them; return the count."""
     sent = 0
     client.settimeout(NOT_TAKEN)
     give_up = monotonic() + LONGEST_FLOOD
@@ -305,7 +305,7 @@ def _wait_for_stalled(player: Player, clients: Sequence[Client], lengths: Sequen
             pass  # closed with a reset
 
 
-#: By name, in the order they are played. The last one ends the server.
+#: Faults by name, in playing order. The last one ends the server.
 FAULTS: dict[str, Callable[[Player], None]] = {
     "as given": play_as_given,
     "one segment": send_in_one_segment,

@@ -1,4 +1,4 @@
-"""What the faults have shown."""
+"""The report of check_faults."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that went wrong.
+    """One problem found.
 
     Attributes:
-        fault: what was done to the handler when it showed: one of FAULTS, or "many connections".
+        fault: the fault played when it appeared: one of FAULTS, or "many connections".
         kind: "conversation" (an answer is not the one expected), "descriptors" or "greenlets" (they stay), "memory" (it
-            grows), "handler error" (it raised), "endless handler" (it does not end when its client has gone, or when
-            it is told to), "not served" (a good client gets no answer any more), "stall" (a client that has stopped
-            keeps its connection), "blocked" (the event loop stands still), "died" (the process has ended).
-        text: what was seen; may have several lines.
+            grows), "handler error" (it raised), "endless handler" (it does not end after its client left, or when it is
+            told to), "not served" (a good client no longer gets an answer), "stall" (a stalled client keeps its
+            connection), "blocked" (the event loop does not run), "died" (the process ended).
+        text: description; may have several lines.
     """
 
     fault: str
@@ -45,15 +45,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FaultReport:
-    """What ``check_faults`` has found. Printed, it is a text for people: ``assert report.ok, report``.
+    """The findings of ``check_faults``. str() gives a readable text: ``assert report.ok, report``.
 
     Attributes:
-        problems: in the order they were found.
+        problems: the problems, in the order found.
         played: the faults that were played; fewer than asked for if the server did not survive one.
-        connections: how many the handler has served.
-        memory_growth: bytes of memory that the server's process has grown by (resident set), from its first good
-            conversation to the end.
-        seconds: how long it took.
+        connections: number of connections the handler served.
+        memory_growth: growth of the server process in bytes (resident set), from its first good conversation to the
+            end.
+        seconds: duration of the check.
     """
 
     problems: tuple[Problem, ...]
@@ -64,7 +64,7 @@ class FaultReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing was found."""
+        """Whether no problem was found."""
         return not self.problems
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""Sandbox: a server in a process of its own, so that a handler which spins, hangs or leaks can be watched and ended.
+"""Sandbox: a server in a separate process, so that a handler that spins, hangs or leaks can be watched and ended.
 
-The process is forked from the test's, so any handler will do: a closure, an object, one that stands in the test itself.
-It gets an event loop of its own. A pair of sockets joins it to the test, for commands, and a file, for the stacks of a
-process that does not answer any more.
+The process is forked from the test's, so any handler works: a closure, an object, a function in the test itself. It
+gets a new event loop. A socket pair connects it to the test for commands, and a file holds the stacks of a process that
+no longer answers.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ from gtcpserver.server.server import Server
 from gtcpserver.signatures import Handler
 from gtcpserver.transfer.pipes import PIPES
 
-#: A process that nobody ends (its test was killed, and it computes for ever) is ended by the kernel, CPU seconds.
+#: CPU seconds after which the kernel ends a process that nobody else ends (an endless computation after its test was
+#: killed).
 MOST_CPU_SECONDS = 120
 
-#: For the server to start, seconds: nothing of the handler runs yet, and the machine may be busy.
+#: Seconds for the server to start: no handler code runs yet, and the machine may be busy.
 START_SECONDS = 60.0
 
-#: A handler that is told to end may take so long over its ``finally`` blocks, seconds.
+#: Seconds that a handler told to end may take for its ``finally`` blocks.
 KILL_SECONDS = 0.5
 
 _STACK_SIGNAL = signal.SIGUSR2
 
 
 class Blocked(Exception):
-    """The event loop of the server does not run; the message is where it stands."""
+    """The event loop of the server does not run; the message is the stack of the code that blocks it."""
 
 
 class Died(Exception):
-    """The server's process has ended; the message says how."""
+    """The server's process ended; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class Look:
 
     Attributes:
         accepted: connections since the start.
-        open: connections that a handler has, or that are not closed yet.
-        active: of these, those that a handler has.
-        where: where these handlers stand.
-        descriptors: open in the process.
-        greenlets: alive, without those that wait for work.
-        blocks: pieces of memory that Python has given out.
+        open: connections with a running handler, or not closed yet.
+        active: open connections with a running handler.
+        where: position of each of these handlers in the code.
+        descriptors: number open in the process.
+        greenlets: number alive, except those that wait for work.
+        blocks: memory blocks allocated by Python.
         memory: resident set, bytes.
-        errors: of handlers that raised since the last thorough look, each once, as text.
+        errors: errors of handlers since the last thorough look, each once, as text.
     """
 
     accepted: int
@@ -91,25 +92,25 @@ class Sandbox:
     Args:
         handler: as Server.
         options: as Server.
-        patience: seconds in which a server that runs must answer.
+        patience: seconds in which a running server must answer.
 
     Raises:
         ConfigError: as Server.
     """
 
     def __init__(self, handler: Handler[Any], options: Mapping[str, Any], patience: float) -> None:
-        Server("127.0.0.1:0", handler, **options)  # a mistake in the options is told here
+        Server("127.0.0.1:0", handler, **options)  # validates the options
         self._patience = patience
         self._stacks = os.memfd_create("stacks")
         ours, theirs = _socketpair()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # or both processes would write what it holds
-        # From here to the fork and in the child to the end of the old loop, no other greenlet can run: this one was
-        # just called by the loop, not by an event among others that are pending.
+                stream.flush()  # or both processes would write the buffered data
+        # From here to the fork, and in the child to the end of the old loop, no other greenlet can run: the loop called
+        # this one directly, not for one of several pending events.
         gevent.sleep(0)
         with warnings.catch_warnings():
-            # Of threads (Python 3.12): the child only runs a server, in the thread that has forked.
+            # A warning about threads (Python 3.12): the child only runs a server, in the thread that forked.
             warnings.simplefilter("ignore", DeprecationWarning)
             with own_fork():
                 self.pid: int = monkey.get_original("os", "fork")()
@@ -127,7 +128,7 @@ class Sandbox:
             raise
 
     def look(self, thorough: bool = True) -> Look:
-        """How it is now. Raises Blocked or Died.
+        """Return the current state. Raises Blocked or Died.
 
         Args:
             thorough: collect garbage and count; otherwise ``greenlets`` and ``blocks`` are 0.
@@ -135,12 +136,12 @@ class Sandbox:
         return Look(**self._ask("look" if thorough else "glance"))
 
     def turn(self) -> None:
-        """Return when the server's event loop has gone round: it has seen what was sent before. Raises as look."""
+        """Wait for one iteration of the server's event loop: it has then seen all data sent before. Raises as look."""
         for _ in range(2):
             self._ask("turn")
 
     def kill_handlers(self) -> list[str]:
-        """End every handler by GreenletExit, as a stop does; where those stand that have not ended. Raises as look."""
+        """End every handler by GreenletExit, as a stop does; return where the others are. Raises as look."""
         standing: list[str] = self._ask("kill", self._patience + KILL_SECONDS)
         return standing
 
@@ -231,14 +232,14 @@ def _run_child(control: int, stacks: int, handler: Handler[Any], options: Mappin
     except BaseException:
         traceback.print_exc()
     finally:
-        # Not sys.exit: what the test would do at its end is not this process's to do.
+        # Not sys.exit: this process must not run the test's exit code.
         os._exit(status)
 
 
 def _get_own_event_loop() -> None:
     """Leave the parent's event loop with all its greenlets: they run in the parent.
 
-    gevent has no call for it: after a fork, greenlets run on in both processes (gevent's issue 2202).
+    gevent has no function for this: after a fork, greenlets run on in both processes (gevent's issue 2202).
     """
     hub, me = get_hub(), getcurrent()
     for callback in list(hub.loop._callbacks):  # noqa: SLF001 - gevent's
@@ -249,12 +250,12 @@ def _get_own_event_loop() -> None:
         me.parent = hub.parent
     hub.parent = me
     hub.destroy(destroy_loop=True)
-    # Out of its frame: a lock that has waited on it before looks whether it is dead, and takes the new one then.
+    # Leave its frame: a lock that waited on the old hub checks whether it is dead, and then takes the new one.
     hub.throw()
 
 
 def _forget_the_test() -> None:
-    # What is there now is not looked at again: counts are of what comes, and fast.
+    # Existing objects are not examined again: counts cover new objects only, and are fast.
     gc.collect()
     gc.freeze()
     _give_back_free_memory()
@@ -265,7 +266,7 @@ def _forget_the_test() -> None:
 
 
 def _give_back_free_memory() -> None:
-    """What the server takes shows in the size of its process only if the test has left nothing free to take."""
+    """Return free memory to the system: reused memory would hide the server's allocations."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -273,7 +274,7 @@ def _give_back_free_memory() -> None:
 
 
 class _Child:
-    """Runs the server, and answers."""
+    """Runs the server, and answers commands."""
 
     def __init__(self, control: Any, handler: Handler[Any], options: Mapping[str, Any]) -> None:
         self._control = control

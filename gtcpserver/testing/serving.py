@@ -1,4 +1,4 @@
-"""serving: a server for the length of a ``with`` block, which tells what went wrong in its handlers."""
+"""serving: run a server during a ``with`` block, and report errors of its handlers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 log = own_logger("gtcpserver.testing")
 
-#: Handlers whose clients have left get so long to end, seconds; then they are ended. It is a handler that waits for
-#: something else that takes this time, at the end of its test.
+#: Seconds that handlers get to end after their clients left; then they are ended. Only a handler that waits for
+#: something else takes this time, at the end of its test.
 STOP_SECONDS = 1.0
 
 
 class HandlerFailed(AssertionError):
-    """A handler raised, or would not end. The first exception is the ``__cause__``, the others are in the log."""
+    """A handler raised, or did not end. The first exception is the ``__cause__``, the others are in the log."""
 
 
 class ServerUnderTest(Server):
-    """A Server on a free port of 127.0.0.1 that remembers what its handlers raised.
+    """A Server on a free port of 127.0.0.1 that keeps the exceptions of its handlers.
 
     Args:
         handler: as Server.
@@ -42,7 +42,7 @@ class ServerUnderTest(Server):
 
     Attributes:
         errors: the exceptions that were faults of a handler, oldest first. A reset, a time-out or a line that is too
-            long is the client's doing, and not among them (but is counted, see ``stats()``).
+            long is the client's fault: not included (but counted, see ``stats()``).
     """
 
     if TYPE_CHECKING:
@@ -112,21 +112,21 @@ def serving(
     stop_timeout: float = STOP_SECONDS,
     **options: Any,
 ) -> Iterator[ServerUnderTest]:
-    """A server that serves while the ``with`` block runs, whenever that waits.
+    """Run a server during the ``with`` block, whenever the block waits.
 
-    It runs in the event loop of this thread: wait by ``connect()``'s clients, ``in_thread()`` or ``gevent.sleep()``, or
-    in a monkey-patched program by whatever you like. A plain socket's ``recv`` would wait for a server that waits for
-    it.
+    It runs in the event loop of this thread: wait with ``connect()``'s clients, ``in_thread()`` or ``gevent.sleep()``,
+    or with any call in a monkey-patched program. A plain socket's ``recv`` would deadlock: it blocks the server that it
+    waits for.
 
     Args:
         handler: as Server.
         address: as Server; a free port by default.
-        allow_errors: do not complain of handlers that raised; they are in ``server.errors``.
+        allow_errors: do not raise for errors of handlers; they are in ``server.errors``.
         stop_timeout: seconds for handlers to end at the end of the block; then they are ended by GreenletExit.
         **options: as Server.
 
     Raises:
-        HandlerFailed: at the end of the block: a handler raised, or did not end when it was told to.
+        HandlerFailed: at the end of the block, if a handler raised, or did not end when told to.
         ConfigError, OSError: as Server.
     """
     server = ServerUnderTest(handler, address, **options)

@@ -106,8 +106,7 @@ class _Sending:
         return min(left, ready if ready > 0 else CHUNK)
 
     def by_kernel(self) -> bool:
-        """Send by sendfile(2). False: it cannot read this file (some of /proc, some FUSE file systems), or is
-        refused."""
+        """Send by sendfile(2). False: it is refused, or cannot read this file (some of /proc, some FUSE systems)."""
         conn, fd = self._conn, self._fd
         stream = stream_of(conn)
         to_next_turn = CHUNK
