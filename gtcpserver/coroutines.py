@@ -1,9 +1,9 @@
-"""run_coroutine: asyncio in a handler.
+"""run_coroutine: use asyncio in a handler.
 
-asyncio runs one event loop a thread, and all handlers share one: the second ``asyncio.run`` at a time fails ("cannot be
-called from a running event loop"), in a monkey-patched program, or keeps all others waiting, in one that is not. So
-there is one loop of asyncio for the process, in a native thread of its own, and a handler waits for it as for anything
-else. Other than an ``async_to_sync`` (asgiref) or a portal (anyio), nothing that waits here blocks a thread.
+asyncio runs one event loop per thread, and all handlers share a thread: a second concurrent ``asyncio.run`` fails
+("cannot be called from a running event loop") in a monkey-patched program, and an ``asyncio.run`` blocks all other
+handlers in an unpatched one. So the process has one asyncio loop, in a separate native thread, and a handler waits for
+it as for any other event. Unlike ``async_to_sync`` (asgiref) or a portal (anyio), a wait here blocks no thread.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ T = TypeVar("T")
 
 log = logging.getLogger("gtcpserver")
 
-#: Seconds that coroutines which are cancelled at the end of the process get for their ``finally`` blocks.
+#: Seconds that coroutines cancelled at the end of the process get for their ``finally`` blocks.
 TIME_TO_END = 1.0
 
-#: Native threads of ``asyncio.to_thread`` in a monkey-patched program; further calls wait in turn. As many as the
-#: standard library's executor has at most.
+#: Native threads of ``asyncio.to_thread`` in a monkey-patched program; further calls queue. Equal to the maximum of the
+#: standard library's executor.
 MOST_THREADS = 32
 
-#: Seconds until the event loop is run again after its selector has failed: it may fail again at once.
+#: Seconds until the event loop is run again after its selector failed: it may fail again at once.
 PAUSE_AFTER_ERROR = 0.1
 
-# The real ones, also in a monkey-patched program.
+# The originals, also in a monkey-patched program.
 _start_thread = get_original("_thread", "start_new_thread")
 _native_lock = get_original("_thread", "allocate_lock")
 _get_ident = get_original("_thread", "get_ident")
@@ -53,31 +53,31 @@ _native_sleep = get_original("time", "sleep")
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-    """Run a coroutine of asyncio, and wait for it as for anything else: the other handlers run meanwhile.
+    """Run an asyncio coroutine and wait for its result, while the other handlers run.
 
-    All coroutines of the process run in one event loop of asyncio, in a native thread that the first call starts: what
-    belongs to a loop (a session of aiohttp, a pool of asyncpg) can be made by one call and used by others. Each gets
-    its caller's ``contextvars``. Works with and without monkey patching, and in worker processes, each of which has a
-    loop of its own.
+    All coroutines of the process run in one asyncio event loop, in a native thread that the first call starts: objects
+    bound to a loop (an aiohttp session, an asyncpg pool) can be made by one call and used by others. Each coroutine
+    gets its caller's ``contextvars``. Works with and without monkey patching, and in worker processes, each of which
+    has its own loop.
 
-    Where the wait ends early (a time-out, a kill, a stop of the server), the coroutine is cancelled, and not waited
-    for. Those that are still under way when the process ends are cancelled, and get a second.
+    If the wait ends early (a time-out, a kill, a stop of the server), the coroutine is cancelled, without waiting for
+    it. Coroutines that still run when the process ends are cancelled, and get a second.
 
     Args:
-        coroutine: what a call of an ``async def`` function returns.
-        timeout: seconds; None waits for ever.
+        coroutine: the coroutine object that a call of an ``async def`` function returns.
+        timeout: seconds; None waits indefinitely.
 
     Returns:
-        What the coroutine returns.
+        The result of the coroutine.
 
     Raises:
         TimeoutError: the coroutine was not done in time.
-        Exception: whatever the coroutine raises.
-        asyncio.CancelledError: something else has cancelled the coroutine.
-        TypeError: ``coroutine`` is none.
-        ConfigError: ``timeout`` is no number above 0.
+        Exception: any exception of the coroutine.
+        asyncio.CancelledError: other code cancelled the coroutine.
+        TypeError: ``coroutine`` is not a coroutine.
+        ConfigError: ``timeout`` is not a number above 0.
         GtcpServerError: called in the thread of that event loop, where a coroutine can ``await`` instead.
-        OSError, RuntimeError: no event loop, or no thread for it, can be had.
+        OSError, RuntimeError: the event loop, or its thread, could not be created.
     """
     if not isinstance(coroutine, Coroutine):
         hint = "; call it first" if callable(coroutine) else ""
@@ -85,7 +85,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
     try:
         check_number("timeout", timeout, above=0, none="to wait for ever")
         if get_hub_if_exists() is None:
-            _check_descriptors()  # a native thread of the program's own, which gets its event loop now
+            _check_descriptors()  # the program's own native thread, which gets its event loop now
         hub = get_hub()
         if getcurrent() is hub:
             raise AssertionError(WAIT_IN_HUB)
@@ -93,14 +93,14 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         if loop.thread == _get_ident():
             raise GtcpServerError("run_coroutine was called in the event loop that would run it: await the coroutine")
         waiter = Waiter(hub)
-        awaker = hub.loop.async_()  # how gevent is woken by another thread
+        awaker = hub.loop.async_()  # lets another thread wake gevent
         call = _Call(coroutine, awaker)
         late = TimeoutError(f"{name_of(coroutine)} was not done within {timeout} s")
     except BaseException:
         coroutine.close()
         raise
     try:
-        awaker.start(waiter.switch, None)  # first: a stopped one wakes nobody
+        awaker.start(waiter.switch, None)  # first: a stopped watcher wakes no greenlet
         loop.submit(call.start, call.context)
         try:
             with gevent.Timeout.start_new(timeout, late):
@@ -122,11 +122,11 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
 
 
 class _Call:
-    """A coroutine, and the greenlet that waits for it.
+    """A coroutine and the greenlet that waits for it.
 
     Attributes:
-        context: to run it in.
-        result, error: how it has ended.
+        context: contextvars for the coroutine.
+        result, error: outcome of the coroutine.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], awaker: Any) -> None:
@@ -172,11 +172,11 @@ class _Loop:
     """An event loop of asyncio in a thread.
 
     Attributes:
-        thread: its native number.
+        thread: native id of the thread.
 
     Raises:
-        RuntimeError: there is no thread to be had.
-        OSError: there is no event loop to be had (no descriptors).
+        RuntimeError: no thread could be started.
+        OSError: no event loop could be created (no descriptors).
     """
 
     def __init__(self) -> None:
@@ -193,16 +193,16 @@ class _Loop:
             raise self._failed
 
     def submit(self, function: Callable[[asyncio.AbstractEventLoop], object], context: Context | None = None) -> None:
-        """Call a function with the loop, in its thread. From any thread; in the order of the calls.
+        """Call a function with the loop, in its thread. Callable from any thread; keeps the order of the calls.
 
         Raises:
-            RuntimeError: the loop has ended, at the end of the process.
+            RuntimeError: the loop ended, at the end of the process.
         """
         assert self._loop is not None
         self._loop.call_soon_threadsafe(function, self._loop, context=context)
 
     def end(self) -> None:
-        """Cancel what is under way, end the thread. It blocks: only at the end of the process."""
+        """Cancel all running coroutines and end the thread. Blocks: call only at the end of the process."""
         self._ending = True
         self.submit(lambda loop: loop.stop())
         self._ended.acquire(timeout=TIME_TO_END + 1)
@@ -214,7 +214,7 @@ class _Loop:
             # Not at the top: every program that imports this package would pay for it (40 ms, 5 MiB).
             import asyncio
 
-            # In here: patched ones belong to the thread that has made them (their selector is gevent's).
+            # Made here: a patched loop belongs to the thread that made it (its selector is gevent's).
             self._loop = loop = asyncio.new_event_loop()
             if is_module_patched("threading"):
                 loop.set_default_executor(_make_executor())
@@ -236,16 +236,16 @@ class _Loop:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            pass  # a task has raised it, and whoever waits for that has got it
+            pass  # a task raised it, and the waiting caller got it
         except BaseException:
             log.exception("the event loop of asyncio failed; running it again")
             _native_sleep(PAUSE_AFTER_ERROR)
 
 
 def _check_descriptors() -> None:
-    """Raise OSError if there are no descriptors for an event loop of gevent and one of asyncio, which need 6.
+    """Raise OSError if descriptors are lacking for an event loop of gevent and one of asyncio, which need 6.
 
-    libev tries for ever to make its pipe (evpipe_init in its ev.c), and the thread would never begin.
+    libev retries endlessly to make its pipe (evpipe_init in its ev.c), and the thread would never start.
     """
     pipes: list[int] = []
     try:
@@ -257,10 +257,10 @@ def _check_descriptors() -> None:
 
 
 def _make_executor() -> Any:
-    """What runs ``asyncio.to_thread`` and look-ups of names in a monkey-patched program: native threads.
+    """Return an executor of native threads for ``asyncio.to_thread`` and name look-ups in a patched program.
 
-    The standard library's "threads" would be greenlets of the event loop's thread, for which the end of the process
-    would wait for ever: they cannot be woken by the main thread's.
+    The standard library's "threads" would be greenlets of the event loop's thread, and the end of the process would
+    wait for them indefinitely: the main thread's greenlets cannot wake them.
     """
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -280,7 +280,7 @@ def _make_executor() -> Any:
                         _start_thread(self._work, ())
                         self._running += 1
                     except BaseException:
-                        if not self._running:  # otherwise those that run take it in turn
+                        if not self._running:  # otherwise the running threads take it
                             self._jobs.pop()
                             raise
             return future
@@ -331,11 +331,11 @@ _ends_at_exit = True
 
 def _get_loop() -> _Loop:
     global _loop, _ends_at_exit
-    with _starting:  # nothing in here lets other greenlets run
+    with _starting:  # nothing in this block switches greenlets
         if _loop is None:
             _loop = _Loop()
             if not _ends_at_exit:
-                # A worker process begins without its master's exit functions.
+                # A worker process starts without its master's exit functions.
                 atexit.unregister(_end)
                 atexit.register(_end)
                 _ends_at_exit = True
@@ -348,8 +348,8 @@ def _end() -> None:
 
 
 def _forget() -> None:
-    # In a forked child, which has the thread's memory and not the thread. The copy is kept: were it closed,
-    # epoll_ctl(2) would take descriptors out of the parent's epoll instance, and asyncio complain of lost tasks.
+    # In a forked child, which has the thread's memory but not the thread. The copy is kept: closing it would make
+    # epoll_ctl(2) remove descriptors from the parent's epoll instance, and asyncio complain about lost tasks.
     global _loop, _starting, _ends_at_exit
     _starting = _native_lock()
     _ends_at_exit = False

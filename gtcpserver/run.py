@@ -1,4 +1,4 @@
-"""run: a whole server program in one call, in this process or in worker processes."""
+"""run: run a whole server program with one call, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .signatures import RunOptions
 
 if TYPE_CHECKING:
-    # To type checkers the handler and the hooks are for connections of connection_class.
+    # For type checkers the handler and the hooks take connections of connection_class.
     @overload
     def run(
         handler: Handler[Connection] | str,
@@ -65,29 +65,29 @@ def run(
     block_detector: float | Literal["auto"] | None = "auto",
     **options: Any,
 ) -> StopReport:
-    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``, and say so.
+    """Serve until SIGTERM or SIGINT: ``Server(address, handler, **options).serve_forever()``, with log lines.
 
-    Where the server listens and how it has stopped is logged (info, logger "gtcpserver"). In a program that has not set
-    up logging, log lines go to stderr as those of the command line.
+    The address it listens on and the outcome of the stop are logged (info, logger "gtcpserver"). In a program without
+    logging configuration, log lines go to stderr as those of the command line do.
 
-    Under systemd, a unit with ``Type=notify`` is told when the server listens and when its stop begins.
+    Under systemd, a unit with ``Type=notify`` is notified when the server listens and when its stop begins.
 
     Args:
         handler: called with each connection; or its name, "module:name".
         address: where to listen, as :class:`Server`.
-        bind: the same, as the command line calls it.
-        workers: serve with so many worker processes ("auto": one for each CPU). A handler given by its name is imported
-            by each worker, so that a reload (SIGHUP) finds new code.
-        metrics: where metrics, health checks and a status page are served over HTTP, such as "127.0.0.1:9100"; a port
-            alone is on 127.0.0.1. None: nowhere.
-        stop_timeout: seconds that handlers get to finish at a stop; None: any time. With workers it is another name of
+        bind: another name of ``address``, as on the command line.
+        workers: number of worker processes ("auto": one for each CPU). Each worker imports a handler given by its name,
+            so that a reload (SIGHUP) loads new code.
+        metrics: address for metrics, health checks and a status page over HTTP, such as "127.0.0.1:9100"; a bare port
+            is on 127.0.0.1. None: not served.
+        stop_timeout: seconds that handlers get to finish at a stop; None: no limit. With workers it is another name of
             ``graceful_timeout``.
         monkey_patch: patch the standard library as ``gevent.monkey.patch_all()``, unless it is patched; names imported
-            before (``from time import sleep``) are patched, too. What was made before (subclasses of sockets, locks)
-            still blocks: a warning lists what is found. A handler given by its name is imported after it.
-        block_detector: seconds. What holds the event loop for longer, and keeps everybody else waiting, is logged once
-            for each place, with file, line and the cure: see :class:`BlockDetector`. "auto": 0.1 in a program that is
-            not monkey-patched, otherwise None; None: no detector.
+            before (``from time import sleep``) are patched, too. Objects made before (subclasses of sockets, locks)
+            still block: a warning lists those found. A handler given by its name is imported afterwards.
+        block_detector: seconds. Code that blocks the event loop for longer, and so all other connections, is logged
+            once for each place, with file, line and the cure: see :class:`BlockDetector`. "auto": 0.1 in a program that
+            is not monkey-patched, otherwise None; None: no detector.
         **options: as :class:`Server`; with workers, the fields of ``SupervisorConfig`` and the hooks worker_start,
             worker_stop and worker_error as well.
 
@@ -100,14 +100,14 @@ def run(
     if block_detector != "auto":
         check_number("block_detector", block_detector, least=SHORTEST_THRESHOLD, none="for no detector")
     if workers is None and not is_logging_configured():
-        configure_logging()  # a master has no event loop, and does it otherwise
+        configure_logging()  # a master has no event loop, and configures logging itself
     if monkey_patch:
         from .process.monkey_patch import patch_all
 
         patch_all()
     if block_detector == "auto":
         block_detector = None if is_module_patched("socket") else DEFAULT_THRESHOLD
-    # Worker processes and monitoring are not loaded by those who have none.
+    # Programs without worker processes or monitoring do not load them.
     from .supervisor.api import check_needs_no_workers, load_name, run_workers
 
     if bind is not None:

@@ -1,10 +1,10 @@
-"""Existing code on our server: classes made for the standard library's socketserver, and WSGI applications.
+"""Run existing code on our server: handler classes of the standard library's socketserver, and WSGI applications.
 
     Server("127.0.0.1:8000", from_socketserver(http.server.SimpleHTTPRequestHandler)).serve_forever()
     Server("127.0.0.1:8000", from_wsgi(app)).serve_forever()
 
-They run as they are, each connection in a greenlet. Patch the standard library first (``gevent.monkey.patch_all()``;
-``gtcpserver serve`` does), so that what they call waits on the event loop.
+They run unchanged, each connection in a greenlet. Patch the standard library first (``gevent.monkey.patch_all()``;
+``gtcpserver serve`` does), so that their blocking calls wait on the event loop.
 """
 
 from .socketserver import SocketServerHandler, from_socketserver

@@ -1,4 +1,4 @@
-"""SIGTERM in a program that has left it at its default: finish what is under way, then die of the signal as before."""
+"""SIGTERM in a program that leaves it at its default: finish the work under way, then die of the signal as usual."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gtcpserver.server.signals import Waker, in_main_thread
 
 
 class DieGracefully:
-    """What a process does at SIGTERM while a :meth:`caught` block is open in its main thread.
+    """Handles SIGTERM while a :meth:`caught` block is open in the main thread.
 
     The first SIGTERM calls ``finish`` in a greenlet and then ends the process by the same signal, so that its exit
-    status is that of a program that does not catch it. A second one ends the process at once.
+    status is that of a program that does not catch it. A second SIGTERM ends the process at once.
 
-    A program with a handler of its own keeps it, whether it came by ``signal.signal``, ``gevent.signal_handler`` (which
-    Python does not know of) or from C. A forked child dies at once as ever: ``multiprocessing`` ends its processes by
-    SIGTERM, and they need not run an event loop. Only on Linux, where /proc tells what is caught.
+    A program keeps its own handler, whether set by ``signal.signal``, ``gevent.signal_handler`` (unknown to Python) or
+    C code. A forked child dies at once as usual: ``multiprocessing`` ends its processes by SIGTERM, and they need not
+    run an event loop. Linux only, where /proc lists the caught signals.
 
     Args:
         finish: called in a greenlet; may wait.
@@ -39,7 +39,7 @@ class DieGracefully:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch SIGTERM within the block. Once a signal has come, the block does not end before the process does."""
+        """Catch SIGTERM within the block. After a signal, the block does not end before the process does."""
         if not in_main_thread():
             yield
             return
@@ -54,8 +54,8 @@ class DieGracefully:
     def _begin(self) -> None:
         self._blocks += 1
         if self._waker is None and _has_no_wakeup_fd():
-            # Also for a handler of the program's own: gevent may not notice a signal before the next event.
-            with suppress(OSError):  # out of descriptors: then it may come late, as without
+            # Also helps the program's own handlers: gevent may not notice a signal before the next event.
+            with suppress(OSError):  # out of descriptors: the signal may be late, as without it
                 self._waker = Waker(self._woken)
         if self._loop is None and _is_default(signal.SIGTERM):
             self._loop = get_hub().loop
@@ -76,11 +76,11 @@ class DieGracefully:
             self._waker = None
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        # A signal handler runs between any two bytecodes: only note it and let the loop act. Another signal need not
-        # wait for a loop that is blocked.
+        # A signal handler runs between any two bytecodes: only note it and let the loop act. A second signal must not
+        # wait for a blocked loop.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._told = True
-        with suppress(MemoryError):  # then the waker, which the same signal wakes, tells it
+        with suppress(MemoryError):  # then the waker, woken by the same signal, does it
             self._loop.run_callback(self._woken)
 
     def _woken(self) -> None:
@@ -98,14 +98,14 @@ class DieGracefully:
             self._end_process(process)
 
     def _end_process(self, process: int) -> None:
-        if os.getpid() == process:  # not in a child that was forked meanwhile
+        if os.getpid() == process:  # not in a child forked meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-            # The first process of a container does not die of a signal that it does not catch, pid_namespaces(7).
+            # The first process of a container does not die of an uncaught signal, pid_namespaces(7).
             os._exit(128 + signal.SIGTERM)
 
     def _block(self) -> None:
-        # Python forgets a signal that comes to the child before `_forked` does.
+        # Python forgets a signal that reaches the child before `_forked` runs.
         if self._loop is not None:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -126,7 +126,7 @@ class DieGracefully:
 
 
 def _is_default(number: int) -> bool:
-    """Whether nobody in this process catches, ignores or blocks (for sigwait) the signal."""
+    """Return whether this process neither catches, ignores nor blocks (for sigwait) the signal."""
     if signal.getsignal(number) is not signal.SIG_DFL:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Handler classes made for the standard library's socketserver, unchanged."""
+"""Run handler classes of the standard library's socketserver unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gtcpserver.server.time_limits import HandlerTimedOut
 
 log = own_logger("gtcpserver.http")
 
-#: Characters of a line of http.server's; as long as most URLs are at most.
+#: Most characters of a log line of http.server; the length of the longest usual URLs.
 LONGEST_LINE = 2000
 
 
@@ -34,7 +34,7 @@ class SocketServerHandler:
         self._server = server
         self._running: WeakSet[Any] = WeakSet()
         if isinstance(server, socketserver.BaseServer) and type(server).shutdown is socketserver.BaseServer.shutdown:
-            # Its own waits for a serve_forever() that does not run.
+            # The original waits for a serve_forever() that does not run.
             server.shutdown = self._stop_servers  # type: ignore[method-assign]
 
     def __call__(self, conn: Connection) -> None:
@@ -44,7 +44,7 @@ class SocketServerHandler:
             server = _Standin(self.handler_class, conn)
         else:
             self._running.add(conn.server)
-        # It does everything in its constructor: setup(), handle(), finish().
+        # The constructor does everything: setup(), handle(), finish().
         self._class(conn, conn.client_address, server)
 
     def _stop_servers(self) -> None:
@@ -69,7 +69,7 @@ def _check(handler_class: Any, server: Any) -> None:
 
 
 class _Standin:
-    """What handlers ask their ``server`` for: its address, mostly, and its end."""
+    """The part of a ``server`` that handlers use: mostly its address, and shutdown()."""
 
     def __init__(self, handler_class: type[Any], conn: Connection) -> None:
         self.RequestHandlerClass = handler_class
@@ -81,15 +81,16 @@ class _Standin:
             self.server_name, self.server_port = str(address), 0
 
     def shutdown(self) -> None:
-        """Begin a stop. It returns at once: this handler is one of those that the stop waits for."""
+        """Begin a stop. Return at once: the stop waits for this handler, too."""
         server = self.socket.server
         assert server is not None
         gevent.spawn(server.stop)
 
 
 def _with_idle(handler_class: type[Any]) -> type[Any]:
-    """The same, but that it tells when it waits for the next request: a stop may close the connection then. And where
-    our log never waits for its reader, its lines go there, and not to stderr, which may.
+    """Return a subclass that marks the wait for the next request as idle: a stop may then close the connection.
+
+    If our log never waits for its reader, the subclass logs there instead of to stderr, which may block.
     """
     has_own_log = handler_class.log_message is not BaseHTTPRequestHandler.log_message
     has_own_errors = handler_class.log_error is not BaseHTTPRequestHandler.log_error
@@ -116,14 +117,14 @@ def _with_idle(handler_class: type[Any]) -> type[Any]:
                 log.info("%s %.*s", self.address_string(), LONGEST_LINE, format % args)
 
         def log_error(self, format: str, *args: Any) -> None:
-            # It takes every TimeoutError for the client's, whatever a do_GET() has waited for, and tells it here.
+            # http.server attributes every TimeoutError to the client, even one from within do_GET(), and logs it here.
             for one in args:
                 if isinstance(one, TimeoutError) and not _is_clients(one, self.connection):
                     raise one
             if has_own_log or has_own_errors or not _log_never_waits():
                 super().log_error(format, *args)
             else:
-                # The line of the request, which follows, has the status.
+                # The request's log line, which follows, has the status.
                 log.debug("%s %.*s", self.address_string(), LONGEST_LINE, format % args)
 
     Handler.__name__, Handler.__qualname__ = handler_class.__name__, handler_class.__qualname__
@@ -142,22 +143,23 @@ def _log_never_waits() -> bool:
 def from_socketserver(
     handler_class: type[socketserver.BaseRequestHandler], server: Any = None
 ) -> Callable[[Connection], None]:
-    """A handler for :class:`Server` that runs a ``socketserver`` handler class, unchanged.
+    """Return a handler for :class:`Server` that runs a ``socketserver`` handler class unchanged.
 
     Args:
         handler_class: a subclass of ``socketserver.BaseRequestHandler`` or ``StreamRequestHandler``, such as
             ``http.server.SimpleHTTPRequestHandler``.
-        server: what instances get as ``self.server``; None: an object with ``server_address``, ``server_name``,
-            ``server_port`` and ``RequestHandlerClass``. Handlers that want more of it, as those of ``xmlrpc.server``,
-            get theirs: ``SimpleXMLRPCServer(("", 0), bind_and_activate=False)``, with its functions registered. It is
-            only what they ask: none of its own methods (``process_request``, ``verify_request``) is called.
+        server: value of ``self.server`` in instances; None: an object with ``server_address``, ``server_name``,
+            ``server_port`` and ``RequestHandlerClass``. Handlers that need more, such as those of ``xmlrpc.server``,
+            get their own server object: ``SimpleXMLRPCServer(("", 0), bind_and_activate=False)``, with its functions
+            registered. Only the handlers use it: its own methods (``process_request``, ``verify_request``) are not
+            called.
 
-    Its ``timeout`` holds (seconds in which nothing moves). Exceptions go where those of any handler go.
+    The class's ``timeout`` applies (seconds without progress). Exceptions are treated as those of any handler.
     ``self.server.shutdown()`` begins a stop of the :class:`Server` (in a worker process, of that one) and returns.
     Lines that ``http.server`` would write to stderr go to the logger "gtcpserver.http" where ``configure_logging`` was
     called, as ``gtcpserver serve`` does.
 
     Raises:
-        ConfigError: it is no such class, or one for UDP.
+        ConfigError: not such a class, or one for UDP.
     """
     return SocketServerHandler(handler_class, server)

@@ -1,4 +1,4 @@
-"""StreamServer: the drop-in for gevent's, without its losses."""
+"""StreamServer: a drop-in replacement for gevent's that loses no connections."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class StreamServer(Acceptor):
     """``gevent.server.StreamServer`` with another engine: change the import, keep the program.
 
     Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. The handler's socket is a
-    :class:`Connection`. What else differs is what gevent's loses: answers to clients that had sent more than was read,
-    connections that are queued at a stop, requests at SIGTERM, places taken by silent TLS clients, a whole server to
-    ``sys.exit()`` in one handler, and logs full of what clients did. See :meth:`stop`, :meth:`serve_forever`,
+    :class:`Connection`. It also avoids the losses of gevent's: answers to clients that had sent more than was read,
+    connections queued at a stop, requests at SIGTERM, places taken by silent TLS clients, a whole server to
+    ``sys.exit()`` in one handler, and logs full of client errors. See :meth:`stop`, :meth:`serve_forever`,
     :meth:`stats` and docs/coming-from/gevent.md.
 
-    Arguments that ask for more of TLS (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, a ``wrap_socket``
-    or ``sni_callback`` of the program's own) give the handler a gevent.ssl.SSLSocket, as ever; its handshake takes
-    place in the handler's greenlet.
+    With special TLS arguments (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, the program's own
+    ``wrap_socket`` or ``sni_callback``) the handler gets a gevent.ssl.SSLSocket, as with gevent; its handshake runs in
+    the handler's greenlet.
     """
 
-    #: Seconds a TLS handshake may take; None: as long as the default of TLSConfig.
+    #: Seconds a TLS handshake may take; None: the default of TLSConfig.
     handshake_timeout: float | None = 10.0
 
-    #: TLS handshakes under way at once. When another one begins, the oldest is ended.
+    #: Concurrent TLS handshakes. When another one starts, the oldest is ended.
     max_handshakes = DEFAULT_MAX_HANDSHAKES
 
-    #: Seconds a closed connection may take to be closed by the client too, so that everything written reaches it. 0
-    #: closes at once.
+    #: Seconds that a client may take to close a closed connection too, so that everything written reaches it. 0 closes
+    #: at once.
     linger = 2.0
 
     ssl_args: Any
@@ -81,7 +81,7 @@ class StreamServer(Acceptor):
         self._open: dict[Any, Any] = {}  # connection -> the greenlet of its handler
         self._drained: set[Any] = set()  # accepted by a stop, and not served yet
         self._held: deque[tuple[str, tuple[Any, ...]]] = deque()  # wait for a place in the pool
-        self._forgotten: dict[str, Any] = {}  # what gevent's close() deletes: connections that wait still want it
+        self._forgotten: dict[str, Any] = {}  # deleted by gevent's close(), still needed by waiting connections
         self._draining = False
         self._lost = False
         self._closing = Semaphore()
@@ -95,13 +95,13 @@ class StreamServer(Acceptor):
         super().init_socket()
         self.leaving = False
         if not given or getattr(self, "listener", None) is None:
-            # One that was given, another process may hold as well.
+            # Another process may hold a given socket, too.
             self.listener = Listener(self.socket, address=str(self.address), owned=not given)
         _started[id(self)] = self
 
     def set_spawn(self, spawn: Any) -> None:
         if spawn == "default":
-            # Not self.pool: gevent's stop() waits for a pool's handlers, and does not for those of the default.
+            # Not self.pool: gevent's stop() waits for the handlers of a pool, but not for those of the default.
             self._workers = HandlerPool(None)
             spawn = self._run_in_worker
         super().set_spawn(spawn)
@@ -113,7 +113,7 @@ class StreamServer(Acceptor):
             gevent.spawn(function, *args)
 
     def stats(self) -> dict[str, Any]:
-        """What was counted since the server was made, by the names of :class:`ServerStats`.
+        """Return the counters since the server was created, by the names of :class:`ServerStats`.
 
         active, lingering, handshaking, handshake_failures (by kind), resets, timeouts (also by a ``gevent.Timeout``
         that ends a wait for the client), limits_exceeded, handler_errors, accept_errors, left_in_queue.
@@ -162,7 +162,7 @@ class StreamServer(Acceptor):
             raise
         except BaseException as error:
             if not isinstance(connection, Connection):
-                raise  # a do_read() of the program's own has made it
+                raise  # made by the program's own do_read()
             self._handler_raised(error, args)
         finally:
             try:
@@ -180,7 +180,7 @@ class StreamServer(Acceptor):
             self._changed.set()
 
     def _handler_raised(self, error: BaseException, args: tuple[Any, ...]) -> None:
-        """Count what left the handler; print it only if it is a fault of the handler."""
+        """Count the handler's exception; print it only if it is a fault of the handler."""
         connection = args[0]
         result = COUNTER[outcome_of(error, connection)[0]]
         if result != "handler_errors":
@@ -191,7 +191,7 @@ class StreamServer(Acceptor):
         self._report(error, connection, current if current is not get_hub() else (args[1:], self))
 
     def _report(self, error: BaseException, connection: Any, context: Any) -> None:
-        """Log a fault, unless the program has error reporting of its own in gevent's hub."""
+        """Log a fault, unless the program has customised error reporting in gevent's hub."""
         self._counts["handler_errors"] += 1
         # The hub would end the program for these two.
         if _hub_is_customised() and not isinstance(error, (SystemExit, SystemError)):
@@ -204,7 +204,7 @@ class StreamServer(Acceptor):
                 log.error("%s cannot take a connection%s", self, also(left_out), exc_info=error)
 
     def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
-        # Called where the exception is handled. spawn has raised it, or the connection's class.
+        # Called within the except block. spawn or the connection's class raised the exception.
         kind, error, trace = sys.exc_info()
         try:
             self._back_off()
@@ -225,14 +225,14 @@ class StreamServer(Acceptor):
     # -- TLS ---------------------------------------------------------------------------------------------------------
 
     def _begin_handshake(self, connection: Connection) -> bool:
-        """Let the handshake take place in a stage. False: it is for the handler's greenlet to do."""
+        """Run the handshake in a stage. False: the handler's greenlet must do it."""
         handle = self._handle
         if getattr(handle, "__func__", None) is not StreamServer.wrap_socket_and_handle:
             return False
         try:
             self._credentials = self._tls.find(self.wrap_socket, self.ssl_args)
         except Exception as error:
-            # As gevent's, which reads the files again for each connection.
+            # As in gevent, which rereads the files for each connection.
             self._report(error, connection, self)
             self.do_close(connection, connection.client_address)
             self._forget(connection)
@@ -265,7 +265,7 @@ class StreamServer(Acceptor):
         self._forget(connection)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> Any:
-        """Serve one connection in its greenlet, with a handshake that cannot take place in a stage."""
+        """Serve one connection in its greenlet, with a handshake that cannot run in a stage."""
         credentials = self._tls.find(self.wrap_socket, self.ssl_args)
         handle = self._what_serves("handle")
         if credentials is None or not isinstance(client_socket, Connection):
@@ -276,7 +276,7 @@ class StreamServer(Acceptor):
                 try:
                     return handle(encrypted, address)
                 except BaseException as error:
-                    # It marks no errors, as a Connection does.
+                    # Unlike a Connection, it does not mark errors.
                     if isinstance(client_socket, Connection) and _has_raised(encrypted, error):
                         client_socket.stream.note(error)
                     raise
@@ -284,13 +284,13 @@ class StreamServer(Acceptor):
             try:
                 client_socket.start_tls(credentials, timeout=self.handshake_timeout)
             except OSError as error:
-                # start_tls has written the debug line.
+                # start_tls wrote the debug line.
                 self._handshake_failures[classify_handshake_error(error)] += 1
                 return None
             return handle(client_socket, address)
 
     def _wrapped_by_gevent(self, client_socket: Any) -> Any:
-        """What ``wrap_socket`` returns; None if the client is to blame that it did not."""
+        """Return the result of ``wrap_socket``; None if it failed through the client's fault."""
         seconds = self.handshake_timeout
         try:
             with _timeout(seconds, TimeoutError(f"no TLS handshake within {seconds} s")):
@@ -335,7 +335,7 @@ class StreamServer(Acceptor):
         return bool(super().serves() or self._open or self._held or self._handshakes)
 
     def left_in_child(self, own: Any = None) -> None:
-        """In a forked child: nothing of this server is there. One that does not accept yet is the child's as well."""
+        """Leave the server in a forked child. One that does not accept yet belongs to the child as well."""
         if not self.serves():
             return
         super().left_in_child(own)
@@ -351,7 +351,7 @@ class StreamServer(Acceptor):
         self._changed = None
         if "_workers" in vars(self):
             self._workers.left_in_child()
-        # What a handler that has forked comes back to. The child may start it anew.
+        # A handler that forked returns to these. The child may start the server again.
         forker, raised, forget = getcurrent(), self._handler_raised, self._forget
 
         def handler_raised(error: BaseException, args: tuple[Any, ...]) -> None:
@@ -368,7 +368,7 @@ class StreamServer(Acceptor):
         self._forget = forgotten  # type: ignore[method-assign]
 
     def _what_serves(self, name: str) -> Any:
-        """The attribute of that name, which ``close`` has deleted perhaps."""
+        """Return the attribute of that name, even if ``close`` deleted it."""
         if self.closed and name in self._forgotten:
             return self._forgotten[name]
         return getattr(self, name)
@@ -376,9 +376,9 @@ class StreamServer(Acceptor):
     # -- stop --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the listening socket and stop accepting. What the kernel has queued is accepted first, and served."""
+        """Accept and serve the connections queued in the kernel, stop accepting, and close the listening socket."""
         if self._draining:
-            return  # called by a handler that the drain has begun; who drains closes afterwards
+            return  # called by a handler that the drain started; the drain then closes
         if self.started and not self._lost:
             self._stop_event.set()
             self.stop_accepting()
@@ -397,7 +397,7 @@ class StreamServer(Acceptor):
             self._draining = False
 
     def _admit_drained(self, connection: Any, address: Any) -> None:
-        """Serve a connection that the kernel had queued, or hold it: that queue is about to go."""
+        """Serve or hold a connection that the kernel had queued: that queue is about to disappear."""
         self._drained.add(connection)
         if self.pool is None or self.ssl_args is not None or not self.pool.full():
             try:
@@ -413,11 +413,11 @@ class StreamServer(Acceptor):
         self._serve_or_hold("_handle", (connection, address))
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stop accepting, serve what the kernel has queued, close the listening socket.
+        """Stop accepting, serve the connections queued in the kernel, close the listening socket.
 
-        As gevent's, it waits for the handlers where ``spawn`` is a pool or a number, and ends those that still run
-        after ``timeout``. Otherwise it waits for none but those of the connections that it has taken from the kernel's
-        queue, and ends none.
+        Like gevent's, it waits for the handlers if ``spawn`` is a pool or a number, and ends those that still run after
+        ``timeout``. Otherwise it waits only for the handlers of connections it took from the kernel's queue, and ends
+        none.
 
         Args:
             timeout: seconds; None: :attr:`stop_timeout`. 0 closes at once.
@@ -461,13 +461,13 @@ class StreamServer(Acceptor):
                 self.close()
 
     def _owes_service(self, pool: Any) -> bool:
-        # A handler cannot wait for its own end, nor can two for each other's.
+        # A handler cannot wait for its own end, nor two handlers for each other's.
         if any(self._open.get(connection) not in self._stopping for connection in self._drained):
             return True
         return pool is not None and bool(self._held or self._handshakes)
 
     def _drop_waiting(self) -> None:
-        """Close the connections that have got no place in the pool in time."""
+        """Close the connections that got no place in the pool in time."""
         if self._handshakes is not None:
             self._handshakes.end_all()
         while self._held:
@@ -491,10 +491,10 @@ class StreamServer(Acceptor):
             self._lingerer.let_silent_peers_be()
 
     def serve_forever(self, stop_timeout: float | None = None) -> None:
-        """Start if need be, and serve until stopped.
+        """Start if necessary, and serve until stopped.
 
-        In the main thread of a program that has left SIGTERM at its default, that signal stops all StreamServers of the
-        thread, waits for their handlers, whatever ``spawn`` is, and then ends the process as it always has. A second
+        In the main thread of a program that leaves SIGTERM at its default, that signal stops all StreamServers of the
+        thread, waits for their handlers, regardless of ``spawn``, and then ends the process as by default. A second
         SIGTERM ends it at once.
 
         Args:
@@ -517,7 +517,7 @@ class StreamServer(Acceptor):
 
 
 def places_of(pool: Any) -> Any:
-    """The semaphore of a ``gevent.pool.Pool``, which has no public name."""
+    """Return the semaphore of a ``gevent.pool.Pool``, which has no public name."""
     return pool._semaphore  # noqa: SLF001 - gevent's
 
 
@@ -525,7 +525,7 @@ _timeout = Timeout._start_new_or_dummy  # noqa: SLF001 - gevent's
 
 
 def _has_raised(sock: Any, error: BaseException) -> bool:
-    """Whether an error has come out of a method of this socket."""
+    """Return whether a method of this socket raised an error."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_locals.get("self") is sock:
@@ -539,14 +539,14 @@ def _left(until: float) -> float | None:
 
 
 def _hub_is_customised() -> bool:
-    """Whether the program has replaced what gevent's hub does with errors (``gevent.hub.Hub.handle_error``)."""
+    """Return whether the program replaced the error handling of gevent's hub (``gevent.hub.Hub.handle_error``)."""
     hub = get_hub()
     usual = ("gevent.hub", "gtcpserver.diagnostics.logs")
     methods = (hub.handle_error, hub.print_exception)
     return "exception_stream" in vars(hub) or any(getattr(one, "__module__", None) not in usual for one in methods)
 
 
-# Those that were started, by their id: a subclass of the program's own need not be hashable.
+# Those that were started, by their id: a program's subclass need not be hashable.
 _started: WeakValueDictionary[int, StreamServer] = WeakValueDictionary()
 
 

@@ -1,4 +1,4 @@
-"""How gevent's ssl arguments of a StreamServer become credentials, where they mean what our own TLS does."""
+"""Convert the ssl arguments of gevent's StreamServer to credentials, if our own TLS can do the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gevent.ssl
 
 from gtcpserver.tls import Credentials
 
-#: The arguments of ``gevent.ssl.wrap_socket`` that say which context to make.
+#: Arguments of ``gevent.ssl.wrap_socket`` that describe the context to make.
 _CONTEXT_ARGUMENTS = {"server_side", "certfile", "keyfile", "cert_reqs", "ssl_version", "ca_certs", "ciphers"}
 
 _WRAP_SOCKET = (gevent.ssl.SSLContext.wrap_socket, gevent.ssl.orig_SSLContext.wrap_socket)
@@ -26,17 +26,17 @@ class StreamServerTLS:
         self._made: Credentials | None = None
 
     def find(self, wrap_socket: Callable[..., Any], arguments: Mapping[str, Any]) -> Credentials | None:
-        """Credentials for what ``wrap_socket(sock, **arguments)`` would do; None if only that itself can do it.
+        """Return credentials equivalent to ``wrap_socket(sock, **arguments)``; None if only that call can do it.
 
         Raises:
-            OSError, ValueError: as ``gevent.ssl.wrap_socket``: files that are not there or do not fit.
+            OSError, ValueError: as ``gevent.ssl.wrap_socket``: missing files, or files that do not match.
         """
         if arguments.get("server_side") is not True:
             return None
         if wrap_socket is gevent.ssl.wrap_socket:
             if not arguments.get("certfile") or not _CONTEXT_ARGUMENTS.issuperset(arguments):
                 return None
-            # gevent reads the files for each connection, so that new ones are used at once. A look is enough.
+            # gevent reads the files for each connection, so new ones are used at once. Checking for changes is enough.
             return self._keep(_states(arguments), lambda: _make_context(arguments))
         context: Any = getattr(wrap_socket, "__self__", None)
         if getattr(wrap_socket, "__func__", None) not in _WRAP_SOCKET or len(arguments) > 1:
@@ -53,7 +53,7 @@ class StreamServerTLS:
 
 
 def _wants_ssl_socket(context: Any) -> bool:
-    # A callback of the program's own may do with the socket it gets whatever an SSLSocket can.
+    # The program's own callback may use all of SSLSocket on its socket argument.
     callback = context.sni_callback
     ours = isinstance(getattr(callback, "__self__", None), Credentials)
     observed = context._msg_callback is not None  # noqa: SLF001 - the standard library's

@@ -1,7 +1,7 @@
-"""WSGI applications (PEP 3333), by gevent.pywsgi on our sockets, pool and TLS.
+"""Run WSGI applications (PEP 3333) with gevent.pywsgi on our sockets, pool and TLS.
 
-gevent.pywsgi answers. The request is read here, by the rules of http_head.py and http_chunks.py: pywsgi's parser takes
-heads that a proxy in front reads in another way, which is how requests are smuggled.
+gevent.pywsgi answers. This module reads the request, by the rules of http_head.py and http_chunks.py: pywsgi's parser
+accepts heads that a proxy in front reads differently, which allows request smuggling.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
 
 log = own_logger("gtcpserver.wsgi")
 
-#: Seconds in which the head of a request must have come, once it has begun; as of the static file server.
+#: Seconds from the first byte of a request's head to its end; the same as in the static file server.
 HEAD_TIMEOUT = 30.0
 
 
 def _forked_in_application(variables: Mapping[str, Any], in_child: bool) -> None:
-    # An application answers by what it returns, so its child does not get the connection.
+    # An application answers by its return value, so its child does not get the connection.
     if in_child:
         handler: _WSGIHandler = variables["self"]
         handler.forked()
 
 
 class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
-    """gevent's from the application on. What stands before is ours, and the connection stays ours to close."""
+    """gevent's handler from the application on. Reading the request, and closing the connection, are ours."""
 
     socket: Connection
-    # For type checkers, which do not know gevent's: what is set anew for each request.
+    # For type checkers, which do not know gevent's attributes: those set for each request.
     _orig_status: str | None
     response_headers: list[tuple[bytes, bytes]]
 
     def __init__(self, conn: Connection, server: _ForConnection) -> None:
-        # Not gevent's: it makes a file, which reads more than one request.
+        # Not gevent's constructor: it makes a file, which reads beyond one request.
         self.socket = conn
         self.client_address = conn.client_address
         self.server = server
@@ -71,10 +71,10 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     # -- the request -------------------------------------------------------------------------------------------------
 
     def _next_head(self) -> Head | None:
-        """The head of the next request; None when there is none, or it was refused.
+        """Return the head of the next request; None if there is none, or it was refused.
 
         Raises:
-            TimeoutError: it has begun, and its rest did not come in time. That was answered.
+            TimeoutError: the head began, but did not arrive completely in time. The client got an answer.
         """
         conn = self.socket
         try:
@@ -101,7 +101,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             raise
 
     def _rest_of_head(self, data: bytes) -> tuple[bytes, int]:
-        """What begins with a head, and where this ends."""
+        """Return bytes that begin with a head, and the position of its end."""
         with self.socket.deadline(HEAD_TIMEOUT):
             searched = skipped = 0
             while True:
@@ -132,7 +132,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             log.debug("bad request from %s: %s", peer(self.socket), error)
 
     def _serve_one(self, head: Head) -> bool:
-        """Serve a request; False if the connection ends with it."""
+        """Serve a request; return False if the connection ends with it."""
         self.command, self.path = head.method.decode(), head.target.decode()
         self.request_version = "HTTP/1.0" if head.version == b"1.0" else "HTTP/1.1"
         self.requestline = f"{self.command} {self.path} {self.request_version}"
@@ -141,14 +141,15 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self.close_connection = b"close" in options or (head.version == b"1.0" and b"keep-alive" not in options)
         file: Any = None
         if connection == b"upgrade" or [value.lower() for value in head.values(b"upgrade")] == [b"websocket"]:
-            # The application gets the connection as a file, as from gevent. Where it has left off nobody can know.
+            # The application gets the connection as a file, as from gevent. The position where it stopped reading is
+            # unknown.
             file = self.socket.makefile("rb")
             self._has_raw_input = self.close_connection = True
         elif head.has_body:
             self._body = RequestBody(self.socket, head)
             file = io.BufferedReader(self._body)
         if head.method == b"CONNECT":
-            self.close_connection = True  # what follows may be meant for a tunnel
+            self.close_connection = True  # the next bytes may belong to a tunnel
         self.environ = self._make_environ(head, file)
         self.application = self.server.application
         try:
@@ -171,7 +172,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         env["SERVER_PROTOCOL"] = self.request_version
         for name, value in head.headers:
             if b"_" in name:
-                continue  # "X_User" would be taken for "X-User", which a proxy in front may have checked
+                continue  # "X_User" would pass for "X-User", which a proxy in front may have checked
             key = "HTTP_" + name.decode().upper().replace("-", "_")
             text = value.decode("latin-1")
             if key in env:
@@ -183,14 +184,14 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         if env.pop("HTTP_CONTENT_TYPE", None) is not None:
             env["CONTENT_TYPE"] = head.values(b"content-type")[0].decode("latin-1")
         env["wsgi.input"] = file if file is not None else io.BytesIO()
-        # gevent's word for: the input ends by itself.
+        # gevent's key that says: the input has an end.
         env["wsgi.input_terminated"] = not self._has_raw_input
         return env
 
     # -- the application ---------------------------------------------------------------------------------------------
 
     def _serve_application(self) -> None:
-        # What gevent's format_request prints the difference of.
+        # gevent's format_request prints the difference.
         begun = time.monotonic()
         self.time_start = time.time()
         self.status = self._orig_status = self.result = None
@@ -232,7 +233,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             self.close_connection = True
 
     def _application_raised(self, error: BaseException) -> BaseException | None:
-        """Answer, if that can be; what the connection ends by, None if its end is in order."""
+        """Answer if possible; return the error that ends the connection, None for an orderly end."""
         fault: OSError | None = self._unsent or (self._body.fault if self._body is not None else None)
         if fault is None and self._has_raw_input and isinstance(error, OSError) and is_client_error(error, self.socket):
             fault = error
@@ -252,7 +253,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         return None
 
     def _client_failed(self, fault: OSError) -> OSError | None:
-        """The application got an error of the connection, and passed it on: nothing of its own has failed."""
+        """Handle an error of the connection that the application passed on: the application did not fail."""
         if isinstance(fault, BodyError):
             if fault.malformed:
                 self._note_bad_request(fault)
@@ -266,7 +267,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
     # -- a fork in the application (see forked.py) -------------------------------------------------------------------
 
     def forked(self) -> None:
-        """In the child: what the application comes back to. It is not to answer a second time."""
+        """End the child when the application returns there. It must not answer a second time."""
         self.process_result = self._sendall = lambda *_: end_process()  # type: ignore[method-assign]
         self._application_raised = lambda error: end_process(error)  # type: ignore[method-assign]
 
@@ -276,7 +277,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         super().finalize_headers()
         body = self._body
         if body is not None and body.awaits_100 and not body.ended:
-            # No interim answer can follow now, so whether the client will send its body is not known.
+            # No interim answer can follow now, so it is unknown whether the client will send its body.
             self.close_connection = True
         if self.command == "HEAD":
             self.response_use_chunked = False  # not even the end of a body
@@ -287,7 +288,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             self.response_headers = [*kept, (b"Connection", b"close")]
 
     def _is_delimited(self) -> bool:
-        """The client sees where the answer ends, and whether it was cut."""
+        """Return whether the client can tell the end of the answer, and whether it was cut."""
         return (
             self.response_use_chunked
             or self.command == "HEAD"
@@ -296,7 +297,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         )
 
     def _write(self, data: bytes) -> None:
-        # An application may send a body to HEAD, too: it would be read as the next answer.
+        # An application may send a body to HEAD, too: the client would read it as the next answer.
         if self.command != "HEAD":
             super()._write(data)
 
@@ -309,7 +310,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self.response_length += len(data)
 
     def _answer_error(self, status: int, message: str) -> None:
-        """Answer by an error, if nothing was answered yet; the last answer of the connection."""
+        """Answer with an error, unless an answer has started; the last answer of the connection."""
         if self.headers_sent or self._unsent is not None:
             self._end_in_disorder()
             return
@@ -323,17 +324,17 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
                 + (b"" if self.command == "HEAD" else text)
             )
         except OSError:
-            pass  # it has left
+            pass  # the client left
 
     def _end_in_disorder(self) -> None:
-        """An answer that is sent in part, and has no other end than the connection's, must not look whole."""
+        """Reset instead of close: a partial answer that only the close delimits must not look complete."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:
-    """Whether an exception is this one, or was raised because of it."""
-    for _ in range(20):  # whatever a program has made of the chain
+    """Return whether an exception is ``fault``, or was raised because of it."""
+    for _ in range(20):  # bounded, in case a program made the chain a cycle
         if error is None or error is fault:
             break
         error = error.__cause__ or error.__context__
@@ -351,7 +352,7 @@ class WSGIHandler:
         check_application(application)
         self.counters: Counter[str] = Counter()
         self._faults = FaultLimiter()
-        # It is never started: it holds what its handlers ask for.
+        # Never started: it holds the attributes that its handlers need.
         self._server = pywsgi.WSGIServer(("127.0.0.1", 0), application, log=log if access_log else None, error_log=log)
 
     def __call__(self, conn: Connection) -> None:
@@ -372,7 +373,7 @@ class _ForConnection:
         self._environ: dict[str, Any] | None = None
 
     def get_environ(self) -> dict[str, Any]:
-        """What is the same for all requests of the connection."""
+        """Return the part of the environment common to all requests of the connection."""
         if self._environ is None:
             self._environ = self._make_environ()
         return self._environ.copy()
@@ -390,17 +391,17 @@ class _ForConnection:
 
 
 def from_wsgi(application: WSGIApplication, *, access_log: bool = False) -> Callable[[Connection], None]:
-    """A handler for :class:`Server` that runs a WSGI application (PEP 3333), by ``gevent.pywsgi``.
+    """Return a handler for :class:`Server` that runs a WSGI application (PEP 3333) with ``gevent.pywsgi``.
 
     Args:
         application: called with the environment and ``start_response``.
         access_log: write a line for each request to the logger "gtcpserver.wsgi".
 
-    Requests are read strictly: what a proxy in front could read in another way is answered by 400 (or 501, 505), which
-    ends the connection, and counted as "bad_request". To read from ``wsgi.input`` raises an OSError if the client cuts
-    its body short or breaks its chunks; an application that lets it pass has not failed.
+    Requests are read strictly: a request that a proxy in front could read differently is answered with 400 (or 501,
+    505), which ends the connection, and counted as "bad_request". Reading from ``wsgi.input`` raises an OSError if the
+    client cuts its body short or breaks its chunks; an application that lets the error propagate has not failed.
 
-    A stop finishes the requests that are under way and closes connections that wait for another.
+    A stop finishes the requests under way and closes connections that wait for another request.
 
     Raises:
         ConfigError: the application is not callable, async (made for ASGI), or takes other arguments.

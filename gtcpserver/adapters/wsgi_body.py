@@ -9,16 +9,16 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.chunks import ChunkError, ChunkReader
 from gtcpserver.http1.head import Head
 
-#: Seconds in which the rest of a body that the application has not read is read and thrown away, so that the client
-#: sees the answer, and the next request can follow. nginx: lingering_time, 30 s.
+#: Seconds for reading and discarding the rest of a body that the application did not read, so that the client sees the
+#: answer, and the next request can follow. nginx: lingering_time, 30 s.
 DISCARD_SECONDS = 30.0
 
 
 class BodyError(ConnectionError):
-    """The client has cut its body short, or it is not well-formed. An OSError, as applications expect of their input.
+    """The client cut its body short, or the body is malformed. An OSError, as applications expect from their input.
 
     Attributes:
-        malformed: where it ends cannot be known; otherwise the client has left.
+        malformed: the end of the body is unknown; otherwise the client left.
     """
 
     def __init__(self, message: str, *, malformed: bool) -> None:
@@ -27,11 +27,11 @@ class BodyError(ConnectionError):
 
 
 class RequestBody(io.RawIOBase):
-    """Reads a body off its connection up to its end, and no byte beyond. Chunked ones are read strictly.
+    """Reads a body from its connection up to its end, and no byte beyond. Chunked bodies are read strictly.
 
     Attributes:
         awaits_100: the client waits for "100 Continue", which is sent before the first read.
-        fault: what has ended it early: a BodyError, or the connection's own OSError. Each read raises it again.
+        fault: error that ended the body early: a BodyError, or the connection's own OSError. Each read raises it again.
     """
 
     def __init__(self, conn: Connection, head: Head) -> None:
@@ -39,7 +39,7 @@ class RequestBody(io.RawIOBase):
         self._left = head.length
         self._chunks = ChunkReader() if head.is_chunked else None
         self._content = b""  # of chunks, not read yet
-        # RFC 9110 section 10.1.1: of HTTP/1.0 the expectation is ignored.
+        # RFC 9110 section 10.1.1: an expectation in HTTP/1.0 is ignored.
         self.awaits_100 = head.version != b"1.0" and any(
             value.lower() == b"100-continue" for value in head.values(b"expect")
         )
@@ -47,7 +47,7 @@ class RequestBody(io.RawIOBase):
 
     @property
     def ended(self) -> bool:
-        """All of it has been read off the connection."""
+        """Whether the whole body was read from the connection."""
         return not self._left if self._chunks is None else self._chunks.done
 
     def readable(self) -> bool:
@@ -62,7 +62,7 @@ class RequestBody(io.RawIOBase):
         return b"".join(iter(lambda: self._read(READ_AHEAD), b""))
 
     def discard(self) -> bool:
-        """Read the rest and throw it away; whether the next request can be found behind it.
+        """Read and discard the rest; return whether the next request can be found after it.
 
         Raises:
             OSError: as :attr:`fault`.
@@ -77,7 +77,7 @@ class RequestBody(io.RawIOBase):
         return True
 
     def _read(self, most: int) -> bytes:
-        """Up to so many bytes of the content; b"" at its end."""
+        """Return up to ``most`` bytes of the content; b"" at its end."""
         if self.fault is not None:
             raise self.fault
         try:
@@ -90,7 +90,7 @@ class RequestBody(io.RawIOBase):
 
     def _send_100(self) -> None:
         self.awaits_100 = False
-        # Part of the body has come: the client does not wait (RFC 9110 section 10.1.1).
+        # Part of the body has arrived: the client does not wait (RFC 9110 section 10.1.1).
         if not self._conn.peeked:
             self._conn.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
