@@ -342,6 +342,36 @@ class Server:
         return self._state.now
 
     @property
+    def context(self) -> Any:
+        """The ``context`` that each connection gets."""
+        return self._options.context
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds without a byte until a read or write of a new connection raises TimeoutError; None: no limit."""
+        return self._options.timeout
+
+    @property
+    def max_connections(self) -> int | None:
+        """Connections open at once, at most; None: no limit."""
+        return self._options.max_connections
+
+    @property
+    def max_accepts(self) -> int | None:
+        """Connections served in all, at most; None: no limit."""
+        return self._options.max_accepts
+
+    @property
+    def on_full(self) -> OnFull:
+        """What happens to a new connection when the server is full."""
+        return self._options.on_full
+
+    @property
+    def connection_class(self) -> type[Connection]:
+        """The class of the connections that handlers get."""
+        return self._options.connection_class
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """Where the server listens, one entry an address, with the real ports, as ("127.0.0.1:5000",)."""
         seen = dict.fromkeys(listener.address for group in self._state.groups for listener in group)

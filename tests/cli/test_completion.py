@@ -74,7 +74,7 @@ def test_a_missing_library_of_one_command_is_no_matter_to_the_others():
     code = "import sys; sys.modules['msgspec'] = None; import gtcpserver.cli as c; c.main()"
     shown = run(sys.executable, "-c", code, "--help")
     assert shown.returncode == 0
-    assert re.search("^  serve +Serve every", shown.stdout, re.MULTILINE)
+    assert re.search("^  serve +Run your handler", shown.stdout, re.MULTILINE)
     assert re.search("^  proxy +the proxy needs msgspec: pip install", shown.stdout, re.MULTILINE)
     variables = {"_GTCPSERVER_COMPLETE": "bash_complete", "COMP_WORDS": "gtcpserver p", "COMP_CWORD": "1"}
     result = run(sys.executable, "-c", code, env={**os.environ, **variables})

@@ -21,7 +21,7 @@ PACKAGE = Path(gtcpserver.__file__).parent
 
 #: Where the wall clock is read, and why it must be that one.
 WALL_CLOCK = {
-    ("clock.py", "time"): "turns a moment of the monotonic clock into what people read",
+    ("process/clock.py", "time"): "turns a moment of the monotonic clock into what people read",
     ("adapters/wsgi.py", "time.time"): "gevent's attributes time_start and time_finish, whose difference is monotonic",
     ("monitoring/metrics.py", "time.time"): "process_start_time_seconds is since the epoch by definition",
     ("proxy/authenticate.py", "time.time"): "compared with a file's modification time, which is of the wall clock",
