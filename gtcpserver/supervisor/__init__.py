@@ -1,10 +1,11 @@
-"""Worker processes: every core, and not one connection lost.
+"""Worker processes: use every core, and lose no connection.
 
     Master ─▶ Fleet ─▶ Slot ─▶ worker process: Server
 
-The master opens one listening socket a worker slot and TCP address, keeps it for life, and hands it to each next worker
-of that slot: a queue outlives its worker. `master` is the loop and the signals, `fleet` starts and replaces workers,
-`worker` is what runs in them, `sockets` holds the listening sockets.
+The master opens one listening socket per worker slot and TCP address, keeps it for life, and hands it to each
+successive
+worker of that slot: a queue outlives its worker. `master` has the loop and the signals, `fleet` starts and replaces
+workers, `worker` runs in the worker processes, `sockets` holds the listening sockets.
 """
 
 from .config import SupervisorConfig

@@ -1,4 +1,4 @@
-"""`gtcpserver.run(..., workers=...)`: what the command line does, for a program that is its own main module."""
+"""`gtcpserver.run(..., workers=...)`: the command line's function, for a program that is its own main module."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))
 def run_workers(
     handler: Callable[[Any], Any] | str, address: Any, *, block_detector: float | None = None, **options: Any
 ) -> StopReport:
-    """Serves with worker processes until told to stop; see :func:`gtcpserver.run`.
+    """Serve with worker processes until told to stop; see :func:`gtcpserver.run`.
 
     Args:
-        handler: a callable, which workers get as it is now, or "module:name", which each worker imports.
-        address: as Server; a list for several.
-        block_detector: the threshold of each worker's BlockDetector, seconds; None: no detector.
-        **options: fields of SupervisorConfig and Hooks (hooks may be names too), and what Server takes.
+        handler: a callable, which workers inherit as it is, or "module:name", which each worker imports.
+        address: address as for Server; a list for several.
+        block_detector: threshold in seconds of each worker's BlockDetector; None for no detector.
+        **options: fields of SupervisorConfig and Hooks (hooks may be names too), and options of Server.
 
     Raises:
-        ConfigError: an option that cannot work.
-        OSError: an address cannot be had.
-        WorkersCannotStart: no worker could be started.
+        ConfigError: an option is invalid.
+        OSError: an address is unavailable.
+        WorkersCannotStart: no worker could start.
     """
     config = SupervisorConfig(**{name: options.pop(name) for name in CONFIG_FIELDS & options.keys()})
     hooks = {name: options.pop(name) for name in HOOK_FIELDS & options.keys()}
@@ -57,7 +57,7 @@ def run_workers(
         if name in options:
             raise ConfigError(f"{name} cannot be used together with workers")
     listen = options.get("listen") or ListenConfig()
-    # A mistake in the options is told here, once, and not by each worker.
+    # Report a mistake in the options here, once, and not in each worker.
     Server("127.0.0.1:0", _nobody if isinstance(handler, str) else handler, **options)
     Hooks(**{name: hook for name, hook in hooks.items() if not isinstance(hook, str)})
     addresses = [_parse(one) for one in (address if isinstance(address, list) else [address])]
@@ -77,11 +77,11 @@ def run_workers(
             access_log.files if isinstance(access_log, AccessLog) else [],
         )
 
-    reported = mmap(-1, PLACES)  # shared: what one worker has reported, the others do not
+    reported = mmap(-1, PLACES)  # shared, so that each place is reported by one worker only
 
     def watch_event_loop() -> None:
         if block_detector is not None:
-            # When the loop runs: the worker's start takes its time.
+            # Only once the loop runs: the worker's start takes time.
             gevent.spawn(start_detector, block_detector, reported)
 
     program = Program(
@@ -92,7 +92,7 @@ def run_workers(
         preloaded=not isinstance(handler, str),
         settle=watch_event_loop,
         prepare=name_files,
-        # A program that has set up logging of its own keeps it.
+        # Keep logging that the program has configured.
         log_style=None if is_logging_configured() else LogStyle(),
     )
     fleet = Master(program, config).run()
@@ -100,17 +100,17 @@ def run_workers(
 
 
 def check_needs_no_workers(options: Iterable[str]) -> None:
-    """Raise ConfigError for an option that concerns worker processes alone."""
+    """Raise ConfigError for an option that requires worker processes."""
     for name in options:
         if name in CONFIG_FIELDS | HOOK_FIELDS:
             raise ConfigError(f"{name} needs workers; workers=1 is a master with one worker")
 
 
 def load_name(reference: Any) -> Any:
-    """What "module:name" or "module:object.attribute" names; everything but text is returned as it is.
+    """Return the object named by "module:name" or "module:object.attribute"; return anything but text unchanged.
 
     Raises:
-        ConfigError: it names nothing.
+        ConfigError: no such object exists.
     """
     if not isinstance(reference, str):
         return reference
@@ -133,4 +133,4 @@ def _parse(address: Any) -> Any:
 
 
 def _nobody(_connection: Any) -> None:
-    """Stands for a handler that is imported later."""
+    """Stand in for a handler that is imported later."""

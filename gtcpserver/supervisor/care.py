@@ -1,4 +1,4 @@
-"""Care: what becomes of workers whose event loop is late, blocked, or takes for ever to start."""
+"""Care: handles workers whose event loop is late or blocked, or whose start takes too long."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds between two looks at the workers when no event wakes the master.
 TICK_SECONDS = 0.25
-"""How often the master looks at its workers when nothing else wakes it."""
 
+#: Seconds that a worker may take to start, or twice the worker_timeout if that is more. Importing big programs takes
+#: seconds.
 START_SECONDS = 60.0
-"""How long a worker may take to start, or twice the worker_timeout if that is more. Importing big programs takes
-seconds."""
 
+#: Seconds for a blocked worker to log its stacks. Python code is interrupted at once. A C function that does not return
+#: is not interrupted; it gets SIGABRT, on which the faulthandler module prints what it can.
 DUMP_SECONDS = 1.0
-"""How long a blocked worker gets to log its stacks. Python code is interrupted at once; a C function that does not
-return is not, and gets SIGABRT, at which the faulthandler module prints what it can."""
 
 LEAVING = (WorkerState.RETIRING, WorkerState.STOPPING)
 
 
 class Care:
-    """Looks at the workers' beats, and steers new connections away from those that are late."""
+    """Watches the workers' beats, and steers new connections away from late workers."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -36,22 +36,22 @@ class Care:
         self._lagging: set[int] = set()
 
     def look(self, now: float) -> None:
-        """Called often. Notes silence, ends workers that are blocked."""
+        """Note silent workers and end blocked ones. Call often."""
         fleet = self._fleet
         timeout = fleet.config.worker_timeout
         if now - self._looked_at > 4 * TICK_SECONDS:
-            # It was this process that stood still (SIGSTOP, a machine that was suspended): their beats wait to be read.
+            # This process stood still (SIGSTOP, a suspended machine): the workers' beats are still unread.
             for worker in fleet.workers.values():
                 worker.last_beat = max(worker.last_beat, now - TICK_SECONDS)
         self._looked_at = now
         for worker in list(fleet.workers.values()):
             worker.note_silence(now)
             if (worker.channel.ended or worker.channel.unread) and worker.kill_at is None:
-                worker.kill_at = now + DUMP_SECONDS  # it ends, or has closed what it is told by
+                worker.kill_at = now + DUMP_SECONDS  # it is ending, or has closed its end of the channel
             if worker.dump_asked_at is not None:
                 self._end_blocked(worker, now)
             elif timeout is None or worker.kill_at is not None:
-                pass  # one that leaves has a time-out of its own, if there is one
+                pass  # a leaving worker has its own time-out, if any
             elif worker.state in (WorkerState.READY, *LEAVING) and now - worker.last_beat > timeout:
                 log.error(
                     "worker %d (pid %d): its event loop is blocked since %.1f s; it is replaced",
@@ -71,7 +71,7 @@ class Care:
         worker.dump_asked_at = now
         worker.signal(signal.SIGUSR2)
         self._fleet.fail_with(worker, slot.why)
-        # Its slot is free from now on: the next worker need not wait for the dump.
+        # Its slot is free now: the next worker need not wait for the dump.
         self._fleet.let_go(slot, worker)
 
     def _end_blocked(self, worker: WorkerProcess, now: float) -> None:
@@ -79,20 +79,20 @@ class Care:
         waited = now - worker.dump_asked_at
         if worker.dumped or waited > 2 * DUMP_SECONDS:
             if worker.state is WorkerState.STARTING:
-                worker.signal(signal.SIGKILL)  # its end counts as a start that failed
+                worker.signal(signal.SIGKILL)  # its end counts as a failed start
             elif worker.state is not WorkerState.KILLED:
                 worker.kill()
         elif waited > DUMP_SECONDS:
             worker.signal(signal.SIGABRT)
 
     def steer(self) -> None:
-        """New connections go to slots that somebody serves in time, if there are any."""
+        """Send new connections to slots that accept in time, if there are any."""
         fleet = self._fleet
         active = fleet.active()
         serving = [slot for slot in active if slot.serves()]
         late = {slot.number for slot in serving if slot.lags()}
         if len(late) * 2 > len(serving):
-            # The machine is busy, and not this worker or that one: the others could not take more.
+            # The whole machine is busy, not single workers: the others could not take more.
             late = set()
         for number in sorted(late - self._lagging):
             log.warning("worker %d lags: new connections go to the others until it has caught up", number)

@@ -1,4 +1,4 @@
-"""Channel: one end of the line between the master and a worker; packets that keep their borders, and descriptors."""
+"""Channel: one end of the line between the master and a worker; carries packets with descriptors."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from .messages import MAX_BYTES, Message, MessageError, decode, encode
 
 log = logging.getLogger("gtcpserver")
 
-# The real ones, also in a monkey-patched program: the master has no event loop to wait in.
+# The original ones, also in a monkey-patched program: the master has no event loop to wait in.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 _sleep = monkey.get_original("time", "sleep")
 
+#: Errors that mean the other end is closed, besides an end of file. Any other error is temporary, or a fault of this
+#: end: it says nothing about the other.
 GONE = frozenset({errno.EPIPE, errno.ECONNRESET})
-"""What says that the other end is closed, besides an end of file. Everything else passes, or is a fault of this end: it
-says nothing of the other."""
 
+#: Packets read at once, so that a worker that floods the master does not hold up the others. A worker sends ten a
+#: second.
 MAX_AT_ONCE = 16
-"""Packets read in one go, so that a worker that floods the master keeps it from nobody else. A worker sends ten a
-second."""
 
-LAST_WORDS = 16  # times as many are read of a worker that has ended; its socket's buffer holds fewer
+#: Multiple of MAX_AT_ONCE that is read from a worker that has ended; its socket's buffer holds fewer.
+LAST_WORDS = 16
 
-MAX_FDS = 8  # that are taken from a packet, to be closed at once: one is sent
+#: Descriptors taken from a packet, all closed at once except the expected one: only one is ever sent.
+MAX_FDS = 8
 
-RETRY_SECONDS = 0.01  # between two attempts of `finish`
+#: Seconds between two attempts of `finish`.
+RETRY_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,15 @@ class _Packet:
 
 
 class Channel:
-    """One end of a SOCK_SEQPACKET pair (unix(7)); never waits, but for `finish`.
+    """One end of a SOCK_SEQPACKET pair (unix(7)); only `finish` waits.
 
     Args:
-        takes_fds: whether descriptors that come with packets are received. Otherwise the kernel closes them: a worker
-            could fill the master's table with them.
+        takes_fds: whether to receive descriptors that come with packets. Otherwise the kernel closes them, since a
+            worker could fill the master's table with them.
 
     Attributes:
         ended: the other end is closed: its process is gone.
-        unread: the other end reads no more (EPIPE): what was sent last is lost. Its own messages may still come.
+        unread: the other end no longer reads (EPIPE): the last messages sent are lost. Its own messages may still come.
     """
 
     def __init__(self, sock: socket.socket, kinds: frozenset[str], takes_fds: bool = False) -> None:
@@ -72,16 +75,16 @@ class Channel:
         return self._sock.fileno()
 
     def send(self, kind: str, fd: int | None = None, **fields: Any) -> None:
-        """Send, or keep it for the next `flush`.
+        """Send a message, or keep it for the next `flush`.
 
-        A message of the same kind that still waits is replaced: the newest counts, and a reader that reads nothing
-        costs one message of each kind.
+        A waiting message of the same kind is replaced: only the newest counts, and a peer that reads nothing costs one
+        message of each kind.
 
         Args:
-            fd: a descriptor to pass on; it stays open, and the caller's.
+            fd: a descriptor to pass on; it stays open, and the caller still owns it.
 
         Raises:
-            MessageError: it is too big, or not JSON.
+            MessageError: the message is too big, or not JSON.
         """
         packet = _Packet(kind, encode(kind, **fields), fd)
         self._outbox = deque(waiting for waiting in self._outbox if waiting.kind != kind)
@@ -89,24 +92,25 @@ class Channel:
         self.flush()
 
     def flush(self) -> bool:
-        """Send what is left; False if some of it still has to wait."""
+        """Send the waiting messages; return False if any still has to wait."""
         while self._outbox:
             packet = self._outbox[0]
             try:
                 self._sock.sendmsg([packet.data], _rights(packet.fd))
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
-                    # Above net.core.wmem_default, which somebody has set lower than any message: it can never be sent.
+                    # Above net.core.wmem_default, if an administrator set it below any message's size: it can never be
+                    # sent.
                     log.error("a %s message of %d bytes is too big for a socket", packet.kind, len(packet.data))
                 elif error.errno not in GONE:
                     return False  # EAGAIN, ENOBUFS, ENOMEM ...: later
                 else:
                     self.unread = True
-            self._outbox.popleft()  # it is sent, or nobody is left to read it
+            self._outbox.popleft()  # it was sent, or no process is left to read it
         return True
 
     def finish(self, seconds: float) -> bool:
-        """Send what is left, and wait for room as long as it takes; False if it is not sent after so many seconds."""
+        """Send the waiting messages, waiting up to `seconds` for room; return False if some were not sent in time."""
         give_up = monotonic() + seconds
         while not self.flush():
             if monotonic() >= give_up:
@@ -115,10 +119,10 @@ class Channel:
         return True
 
     def send_if_clear(self, kind: str, fd: int | None = None, **fields: Any) -> bool:
-        """Send now or not at all; False if not. Also in a signal handler.
+        """Send now or not at all; return False if not sent. Safe in a signal handler.
 
         Args:
-            fd: a descriptor to pass on; it stays the caller's, who may close it afterwards.
+            fd: a descriptor to pass on; the caller still owns it and may close it.
         """
         if self._outbox:
             return False
@@ -129,12 +133,12 @@ class Channel:
         return True
 
     def receive(self) -> list[tuple[Message, int | None]]:
-        """Read some of what has come, each with the descriptor that came with it.
+        """Read some of the waiting messages, each with the descriptor that came with it.
 
-        Packets that are no messages are left out.
+        Packets that are not valid messages are dropped.
 
         Raises:
-            OSError: nothing can be read now (ENOMEM, for one), which says nothing of the other end.
+            OSError: nothing can be read now (ENOMEM, for example); this says nothing about the other end.
         """
         found: list[tuple[Message, int | None]] = []
         for _ in range(MAX_AT_ONCE):
@@ -163,13 +167,13 @@ class Channel:
         return found
 
     def receive_rest(self) -> list[tuple[Message, int | None]]:
-        """Read what a process that has ended has left."""
+        """Read the remaining messages of a process that has ended."""
         found: list[tuple[Message, int | None]] = []
         for _ in range(LAST_WORDS):
             try:
                 more = self.receive()
             except OSError:
-                break  # they are lost; the process is not there to say it again
+                break  # they are lost; the process cannot send them again
             if not more:
                 break
             found += more
@@ -190,11 +194,11 @@ class Channel:
 
 
 def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
-    """Two ends; the first, the master's, reads messages of `kinds_here`, and takes no descriptors.
+    """Return two ends; the first, the master's, reads messages of `kinds_here`, and takes no descriptors.
 
-    Close-on-exec, as every descriptor that Python makes. Raises OSError; nothing stays open.
+    Both are close-on-exec, like every descriptor that Python makes. Raises OSError; then nothing stays open.
     """
-    # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
+    # Not socket.socketpair: in a monkey-patched program it returns gevent's sockets, which create an event loop.
     here, there = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return (
         Channel(_own(here.detach()), kinds_here),
@@ -203,7 +207,7 @@ def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[
 
 
 def adopt(fd: int, kinds: frozenset[str]) -> Channel:
-    """The channel of an inherited descriptor."""
+    """Return the channel of an inherited descriptor."""
     os.set_inheritable(fd, False)
     return Channel(_own(fd), kinds)
 
@@ -213,5 +217,5 @@ def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
 
 
 def _own(fd: int) -> socket.socket:
-    # With its kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+    # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
     return _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)

@@ -1,4 +1,4 @@
-"""What a master answers on its control socket."""
+"""The commands of a master's control socket."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from .control import Reply
     from .master import Master
 
+#: Seconds that an answer waits for workers' newest counters; a blocked worker's last ones are used.
 REPORT_SECONDS = 0.5
-"""How long an answer waits for workers to send their newest counters; a blocked one is told by its last."""
 
 
 class Commands:
-    """Answers requests; those that take time when they are done."""
+    """Answers requests; those that take time, once they are done."""
 
     def __init__(self, master: Master) -> None:
         self._master = master
         self._waiting: list[tuple[float, Reply]] = []
 
     def answer(self, request: dict[str, Any], reply: Reply) -> None:
-        """One request: {"command": ...}; scale has "workers" too, stop may have "now"."""
+        """Handle one request: {"command": ...}; scale requires "workers", stop accepts "now"."""
         master, fleet = self._master, self._master.fleet
         command = request.get("command")
 
@@ -60,7 +60,7 @@ class Commands:
             reply({"error": f"no command {command!r}; there are status, reload, upgrade, reopen, scale, stop"})
 
     def look_after(self, now: float) -> None:
-        """Sends the answers that are due."""
+        """Send the answers that are due."""
         if not self._waiting:
             return
         complete = all(worker.reported for worker in self._master.fleet.workers.values())
@@ -70,7 +70,7 @@ class Commands:
             reply(self.status())
 
     def status(self, *, in_full: bool = False) -> dict[str, Any]:
-        """The state of master, workers and counters; `in_full` with all counters of each worker."""
+        """Return the state of master, workers and counters; `in_full` adds all counters of each worker."""
         master, fleet = self._master, self._master.fleet
         now = master.system.monotonic()
         workers = [
@@ -95,7 +95,7 @@ class Commands:
 
 
 def describe(slot: Slot, worker: WorkerProcess, now: float) -> dict[str, Any]:
-    """One worker, for people and programs."""
+    """Return the description of one worker, for people and programs."""
     return {
         "number": slot.number,
         "pid": worker.pid,

@@ -1,4 +1,4 @@
-"""SupervisorConfig: how many workers, when they are replaced, and what the processes look like from outside."""
+"""SupervisorConfig: the number of workers, their replacement, and the processes' outward properties."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
 
 from .cpus import count_cpus
 
+#: More is a mistake: each worker is a process, and the steering program of a group has two instructions per member, of
+#: which the kernel accepts 4096.
 MAX_WORKERS = 1024
-"""More is a mistake: each is a process, and the steering program of a group has two instructions a member, of which
-the kernel takes 4096."""
 
+#: (uid_t)-1, which has a special meaning for setuid(2) and chown(2).
 NOBODY = 2**32 - 1
-"""(uid_t)-1: setuid(2) and chown(2) have a meaning of their own for it."""
 
+#: Default probation in seconds. Programs that load but cannot work mostly die at once, or at one of their first
+#: requests. An operator waits for this time twice. Precedents: minReadySeconds of a Kubernetes Deployment, 0;
+#: --update-monitor of Docker, 5 s.
 DEFAULT_PROBATION = 1.0
-"""Programs that load and yet cannot work mostly die at once, or at one of their first requests. An operator waits for
-this, twice. The same in others: minReadySeconds of a Kubernetes Deployment, 0; --update-monitor of Docker, 5 s."""
 
-LONGEST_PROBATION = 60.0  # half the time that an upgrade gives a new master (`upgrade.UPGRADE_SECONDS`)
+#: Half the time that an upgrade gives a new master (`upgrade.UPGRADE_SECONDS`).
+LONGEST_PROBATION = 60.0
 
-DEFAULT_WORKER_TIMEOUT = 30.0  # gunicorn's and uwsgi users' figure; a loop should never be blocked for one second
+#: The usual figure of gunicorn and uwsgi users, in seconds; a loop should never be blocked for one second.
+DEFAULT_WORKER_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,39 +39,38 @@ class SupervisorConfig:
     """The options of a master and its workers.
 
     Attributes:
-        workers: worker processes at the start; "auto" is one for each CPU this process may use, by its affinity and the
-            quotas of its control groups.
+        workers: number of worker processes at the start; "auto" is one for each CPU this process may use, by its
+            affinity and the quotas of its control groups.
         preload: import the program once, in the master, so that workers share its memory. A reload then starts workers
             with the same code; only an upgrade (USR2) reads it again.
-        worker_timeout: seconds for which a worker's event loop may be blocked before its stacks are logged and it is
-            replaced. None: for ever.
-        graceful_timeout: seconds that connections get to finish at a stop. None: for ever.
-        retire_timeout: the same when another worker has taken their worker's place, at a reload, an upgrade, recycling
-            or fewer workers. None: for ever, as nothing waits for them.
-        max_retired: how many workers whose place was taken may stay for their connections. Of more, the oldest are told
-            to finish: their connections get graceful_timeout, and the next reload waits for it. None: any number.
-        probation: seconds that a new worker must live, once it is ready, before the one that it replaces leaves (at a
+        worker_timeout: seconds that a worker's event loop may be blocked before its stacks are logged and the worker is
+            replaced. None: no limit.
+        graceful_timeout: seconds for connections to finish at a stop. None: no limit.
+        retire_timeout: the same after another worker has taken over, at a reload, an upgrade, recycling or fewer
+            workers. None: no limit, as nothing waits for them.
+        max_retired: maximum number of replaced workers that may stay for their connections. Beyond it, the oldest are
+            told to finish: their connections get graceful_timeout, and the next reload waits for it. None: no limit.
+        probation: seconds that a new worker must live, once it is ready, before the worker it replaces leaves (at a
             reload, an upgrade or recycling). 0: none.
-        reload_one_by_one: at a reload, replace one worker after the other, so that one more needs memory and not as
-            many as there are. If one fails, those before it have the new code already.
-        drain_delay: seconds between "not ready" and the end of accepting at a stop: the time in which load balancers
-            notice.
-        recycle_after: replace a worker that has accepted so many connections. None: never.
-        recycle_jitter: up to so many connections more, at random, so that workers do not all come due at once. None: a
-            tenth of recycle_after.
+        reload_one_by_one: at a reload, replace workers one after the other, so that memory is needed for one more
+            worker only. If one fails, those before it have the new code already.
+        drain_delay: seconds between "not ready" and the end of accepting at a stop, for load balancers to notice.
+        recycle_after: replace a worker that has accepted this number of connections. None: never.
+        recycle_jitter: upper bound of a random number of further connections, so that workers do not all come due at
+            once. None: a tenth of recycle_after.
         recycle_memory: MiB of resident memory above which a worker is replaced. None: never.
         pin_cpus: run worker i on CPU i, and give it the connections that this CPU receives.
-        pid_file: where the master writes its process id.
-        user: the workers' user, by name or number; the master stays who it is, for ports below 1024 and log files.
+        pid_file: path of the file for the master's process id.
+        user: the workers' user, by name or number; the master keeps its own, for ports below 1024 and log files.
         group: the workers' group; None: the user's own.
         umask: the processes' file mode creation mask, such as 0o027.
         control: path of the control socket (mode 600); see `gtcpserver ctl`.
-        log_file: standard error goes there; opened again at USR1.
-        metrics: where metrics, health checks and the status page are served, by a process of their own; a port alone
-            is on 127.0.0.1. None: nowhere.
+        log_file: path of the file for standard error; reopened at USR1.
+        metrics: address of metrics, health checks and the status page, which have their own process; a port without
+            a host is on 127.0.0.1. None: not served.
 
     Raises:
-        ConfigError: a value that cannot work; the message names it.
+        ConfigError: a value is invalid; the message names it.
     """
 
     workers: int | str = "auto"
@@ -99,7 +101,7 @@ class SupervisorConfig:
             check_whole_number("workers", self.workers, least=1)
             if self.workers > MAX_WORKERS:
                 raise ConfigError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
-        # Shorter than a second: the beats by which a blocked loop is noticed come every quarter of one.
+        # At least a second: beats, which reveal a blocked loop, come every quarter of a second.
         check_number("worker_timeout", self.worker_timeout, least=1, none="for no limit")
         check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait for ever")
         check_number("retire_timeout", self.retire_timeout, least=0, none="to wait for ever")
@@ -132,17 +134,17 @@ class SupervisorConfig:
                 raise ConfigError(f"{name} must be the one this process has, unless it runs as root")
 
     def worker_count(self) -> int:
-        """The number of workers to start with."""
+        """Return the number of workers to start with."""
         return count_cpus() if isinstance(self.workers, str) else self.workers
 
     def identity(self) -> tuple[int, int, str | None]:
-        """uid, gid and (if known) name of the workers' user. Raises ConfigError for one this host does not have."""
+        """Return uid, gid and (if known) name of the workers' user. Raises ConfigError for an unknown user."""
         uid, gid, name = os.geteuid(), os.getegid(), None
         if self.user is not None:
             try:
                 entry = pwd.getpwnam(str(self.user)) if _is_name(self.user) else pwd.getpwuid(int(self.user))
             except (KeyError, OverflowError, ValueError):  # ValueError: a NUL in it, or more digits than int() reads
-                uid = _number("user", self.user)  # without an entry, as containers have
+                uid = _number("user", self.user)  # without an entry, as in containers
             else:
                 uid, gid, name = entry.pw_uid, entry.pw_gid, entry.pw_name
         if self.group is not None:
@@ -154,7 +156,7 @@ class SupervisorConfig:
 
 
 def _number(name: str, who: str | int) -> int:
-    """The number of a user or group that has no name. Raises ConfigError."""
+    """Return the number of a user or group without a name. Raises ConfigError."""
     if not _is_name(who) and (isinstance(who, int) or len(who) <= 10) and 0 <= int(who) < NOBODY:
         return int(who)
     raise ConfigError(f"{name} must be one of this host's, got {who!r}")

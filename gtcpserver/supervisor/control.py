@@ -1,6 +1,6 @@
-"""The control socket: a unix socket on which `gtcpserver ctl` asks the master; a JSON object a line, either way.
+"""The control socket: a unix socket on which `gtcpserver ctl` asks the master; one JSON object per line, both ways.
 
-It is closed to other users twice: by its mode (600), and by asking the kernel who has connected (SO_PEERCRED, unix(7)).
+Two checks keep other users out: its mode (600), and the peer's credentials from the kernel (SO_PEERCRED, unix(7)).
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ log = logging.getLogger("gtcpserver")
 
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
-MAX_REQUEST = 4096  # bytes of a line; a request is a command and a number
-MAX_CLIENTS = 16  # at once; one more, and a silent one is closed
-REQUEST_SECONDS = 5.0  # for a client to send its line
+#: Maximum bytes of a request line; a request is a command and a number.
+MAX_REQUEST = 4096
+#: Maximum number of clients at once; beyond it, a silent one is closed.
+MAX_CLIENTS = 16
+#: Seconds for a client to send its line.
+REQUEST_SECONDS = 5.0
 MODE = 0o600
 
+#: Seconds without accepting after a failed accept. A waiting connection would fail again at once (EMFILE), and the
+#: master would spin.
 PAUSE_SECONDS = 0.25
-"""How long nobody is accepted after that has failed. What waits would fail again at once (EMFILE), and make us spin."""
 
+#: Socket errors that say nothing about the other end.
 PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM})
-"""Errors of a socket that say nothing of the other end."""
 
 Reply = Callable[[dict[str, Any]], None]
 Answer = Callable[[dict[str, Any], Reply], None]
 
 
 class ControlClient:
-    """One connection: a line comes, one goes, it is closed. Never waits."""
+    """One connection: reads a line, answers with a line, and closes. Never waits."""
 
     def __init__(self, sock: socket.socket, answer: Answer) -> None:
         sock.setblocking(False)
@@ -65,7 +69,7 @@ class ControlClient:
         return (0 if self.asked else select.POLLIN) | (select.POLLOUT if self._outbox else 0)
 
     def handle(self, events: int) -> None:
-        """The socket is ready."""
+        """Handle events of the socket."""
         try:
             if self._outbox and events & select.POLLOUT:
                 self._send()
@@ -106,11 +110,11 @@ class ControlClient:
         self._answer(request, self.reply)
 
     def reply(self, fields: dict[str, Any]) -> None:
-        """Sends the answer and closes; with a field `end` True, at the end of the master."""
+        """Send the answer and close; with a field `end` True, close at the end of the master."""
         self.asked = True
         self._keep = bool(fields.get("end"))
         self._outbox = bytearray(to_json(fields).encode() + b"\n")
-        with contextlib.suppress(OSError):  # what remains is sent when the socket is ready
+        with contextlib.suppress(OSError):  # the rest is sent when the socket is ready
             self.handle(select.POLLOUT)
 
     def _send(self) -> None:
@@ -124,15 +128,15 @@ class ControlClient:
 
 
 class ControlSocket:
-    """The listening side.
+    """The listening control socket.
 
     Args:
-        path: where; nothing that is there and in use is replaced.
+        path: path of the socket; an existing one in use is not replaced.
         answer: called with a request and a function to reply with, now or later, once.
         inherited: descriptor and identity from the last master.
 
     Raises:
-        OSError: the path cannot be had; the message names it.
+        OSError: the path is unavailable; the message names it.
         UntrustedPath: this process is root, and another user could change where the path leads.
     """
 
@@ -163,15 +167,15 @@ class ControlSocket:
         self.sock.setblocking(False)
 
     def accept(self) -> None:
-        """Somebody has connected."""
+        """Accept a connection."""
         try:
-            # Not socket.accept: in a monkey-patched program its sockets are gevent's, which make an event loop.
+            # Not socket.accept: in a monkey-patched program it returns gevent's sockets, which create an event loop.
             fd, _ = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001 (socket.accept is built on it)
         except OSError as error:
             if error.errno != errno.EAGAIN:
                 self._pause_until = monotonic() + PAUSE_SECONDS
             return
-        # With its kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+        # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
         sock = _socket_class(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         try:
             _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -185,13 +189,13 @@ class ControlSocket:
             sock.close()
             return
         if len(self.clients) >= MAX_CLIENTS:
-            # The one that has been silent for the longest time, or waited.
+            # Close the oldest silent client, or else the oldest that waits for an answer.
             next((client for client in self.clients if not client.asked), self.clients[0]).close()
             self.clients = [client for client in self.clients if not client.closed]
         self.clients.append(ControlClient(sock, self._answer))
 
     def accepts(self, now: float) -> bool:
-        """Whether to wait for connections."""
+        """Return whether to wait for connections."""
         return now >= self._pause_until
 
     def look_after(self, now: float) -> None:
@@ -200,7 +204,7 @@ class ControlSocket:
         self.clients = [client for client in self.clients if not client.closed]
 
     def close(self, *, remove: bool) -> None:
-        """Closes everything. `remove` the path too, if it is still ours."""
+        """Close everything. `remove` deletes the path too, if it is still ours."""
         for client in self.clients:
             client.close()
         if remove and self.identity is not None:
@@ -209,19 +213,19 @@ class ControlSocket:
 
 
 class ControlError(GtcpServerError):
-    """A master cannot be asked, or says no."""
+    """The master cannot be reached, or refuses."""
 
 
 def ask(path: str, request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """Asks a master, as `gtcpserver ctl` does; blocks.
+    """Ask a master, as `gtcpserver ctl` does; blocks.
 
     Args:
-        path: of its control socket.
-        request: such as {"command": "status"}.
-        timeout: seconds for the answer; None waits for ever.
+        path: path of its control socket.
+        request: the request, such as {"command": "status"}.
+        timeout: seconds for the answer; None for no limit.
 
     Raises:
-        ControlError: nobody is there, it gave no answer in time, or it says what is wrong.
+        ControlError: no master is there, it did not answer in time, or it reports an error.
     """
     with _socket_class(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)

@@ -1,7 +1,8 @@
-"""How many CPUs this process may use: its affinity mask, and the quotas of its control groups (cgroups(7)).
+"""The number of CPUs this process may use: its affinity mask, and the quotas of its control groups (cgroups(7)).
 
-A quota counts for all groups below: of a systemd unit with CPUQuota=, its slice and a container around them, the least
-is what there is. So each group from this process's own up to the root of what is mounted here is asked.
+A quota applies to all groups below. Of a systemd unit with CPUQuota=, its slice and a container around them, the
+smallest
+one decides. So each group is read, from this process's own up to the root of the mounted hierarchy.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ V1 = "cgroup"
 
 
 def count_cpus(root: str = "/") -> int:
-    """At least 1. A quota of one and a half CPUs is two.
+    """Return the number of CPUs, at least 1. A quota of one and a half CPUs counts as two.
 
     Args:
-        root: where /proc and the control groups are.
+        root: parent folder of /proc and the control groups.
     """
     cpus = len(os.sched_getaffinity(0))
     for folder in _groups(root):
@@ -30,7 +31,7 @@ def count_cpus(root: str = "/") -> int:
 
 
 def _groups(root: str) -> Iterator[str]:
-    """The folders of all control groups that this process is in and that may have a CPU quota."""
+    """Yield the folders of all control groups that this process is in and that may have a CPU quota."""
     own = _own_groups(root)
     for line in _read(root, "/proc/self/mountinfo").splitlines():
         # proc_pid_mountinfo(5): ID, parent, device, root, mount point, options, ..., "-", type, source, options.
@@ -40,8 +41,8 @@ def _groups(root: str) -> Iterator[str]:
             continue
         top, folder = map(_unescaped, fields[3:5])
         folder = root.rstrip("/") + folder
-        # What is mounted may be a part of the hierarchy alone (a container's), seen by names of the whole or, in a
-        # namespace (cgroup_namespaces(7)), by names that do not fit.
+        # Only a part of the hierarchy may be mounted (a container's). Its names are those of the whole or, in a
+        # namespace (cgroup_namespaces(7)), names that do not match.
         path = own[kind]
         inside = path.removeprefix(top).strip("/") if path == top or path.startswith(top.rstrip("/") + "/") else ""
         names = inside.split("/") if inside and ".." not in inside.split("/") else []
@@ -50,7 +51,7 @@ def _groups(root: str) -> Iterator[str]:
 
 
 def _own_groups(root: str) -> dict[str, str]:
-    """The paths of this process's own groups, by the type of their file system."""
+    """Return the paths of this process's own groups, by the type of their file system."""
     found = {}
     for line in _read(root, "/proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -63,13 +64,13 @@ def _own_groups(root: str) -> dict[str, str]:
 
 
 def _quota(folder: str) -> float | None:
-    """CPUs; None: there is no limit."""
+    """Return the quota in CPUs; None if there is no limit."""
     try:
         words = _read(folder, "cpu.max").split()
         if not words:
             words = [_read(folder, f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-        quota, period = map(int, words)  # not a number: "max", or there is no such file
-        return quota / period if quota > 0 else None  # -1: none, in version 1
+        quota, period = map(int, words)  # not a number: "max", or the file does not exist
+        return quota / period if quota > 0 else None  # -1: no limit, in version 1
     except (ValueError, ZeroDivisionError):
         return None
 

@@ -1,4 +1,4 @@
-"""The stacks of a process that does not answer: every thread's, and every greenlet's, the same ones once."""
+"""The stacks of a process that does not answer: those of every thread and greenlet, identical ones once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from types import CodeType, FrameType
 from gevent import monkey
 from greenlet import greenlet
 
-# The real one: in a monkey-patched program the other one numbers greenlets.
+# The original one: in a monkey-patched program the replacement numbers greenlets.
 _get_ident = monkey.get_original("_thread", "get_ident")
 
 Place = tuple[tuple[CodeType, int], ...]
 
+#: Maximum number of different stacks printed. Thousands of connections stand in a handful of places.
 MAX_STACKS = 40
-"""Different stacks printed. Thousands of connections stand in a handful of places."""
 
 
 def format_stacks(interrupted: FrameType | None = None) -> str:
-    """All stacks of this process as text.
+    """Return all stacks of this process as text.
 
     Args:
-        interrupted: the frame a signal handler came in at: what the event loop is blocked in.
+        interrupted: the frame that a signal handler interrupted: the place where the event loop is blocked.
     """
     parts = []
     if interrupted is not None:
@@ -36,7 +36,7 @@ def format_stacks(interrupted: FrameType | None = None) -> str:
     waiting: Counter[Place] = Counter()
     example: dict[Place, FrameType] = {}
     for one in gc.get_objects():
-        if isinstance(one, greenlet) and (frame := one.gr_frame) is not None:  # None: it runs, or has not begun
+        if isinstance(one, greenlet) and (frame := one.gr_frame) is not None:  # None: it is running, or has not started
             place = _place(frame)
             waiting[place] += 1
             example[place] = frame

@@ -1,6 +1,6 @@
-"""Fleet: all workers of a master. Starts them, replaces those that die, lets others take their places.
+"""Fleet: all workers of a master. Starts them, replaces those that die, and lets successors take over.
 
-Nothing in here waits: the master calls `receive`, `reap` and `look_after`, and the fleet does what is due.
+Nothing in here waits: the master calls `receive`, `reap` and `look_after`, and the fleet does the work that is due.
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ from .worker import Job
 
 log = logging.getLogger("gtcpserver")
 
-FIRST_BACK_OFF = 0.5  # seconds before a worker that could not start is tried again; then twice as long, up to
+#: Seconds before the next attempt after a failed start; doubled each time, up to LONGEST_BACK_OFF.
+FIRST_BACK_OFF = 0.5
 LONGEST_BACK_OFF = 30.0
 
+#: A worker that dies within this time (seconds) after it was ready counts as a failed start, unless it was killed from
+#: outside.
 SHORT_LIFE = 1.0
-"""A worker that dies so soon after it was ready counts as one that could not start, unless somebody killed it."""
 
+#: Seconds beyond its time-out until a leaving worker is killed: it ends handlers that do not finish (up to 1 s, see
+#: `stopping`), runs their `finally` blocks and the hook worker_stop.
 KILL_MARGIN = 5.0
-"""Seconds beyond its time-out until a worker that leaves is killed: it ends handlers that would not (up to 1 s, see
-`stopping`), runs their `finally` blocks and the hook worker_stop."""
 
-HALT_SECONDS = 3.0  # the same where there is no time-out
+#: The same in seconds without a time-out.
+HALT_SECONDS = 3.0
 
+#: A replaced worker that is still there after this time (seconds) has connections that last. It is not told to hurry
+#: before: other workers are gone by then, and a connection that has not sent anything yet would lose its first request.
 LASTING_SECONDS = 1.0
-"""A worker whose place was taken and that is still there after this has connections that last. Before, it is not told
-to hurry: others are gone by then, and a connection that has not sent anything yet would lose its first request."""
 
+#: Old generations, in multiples of the wanted workers, above which the log warns: with the one that serves, three times
+#: the memory.
 FEW_RETIRED = 2
-"""As many old generations as there are workers to be, before the log warns: with the one that serves, three times the
-memory."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker could not start."""
+    """The reason why a worker could not start."""
 
     message: str
     details: str
@@ -63,19 +66,19 @@ class Fleet:
     """All workers of a master.
 
     Args:
-        folder: where the workers work.
-        close: called in a new worker: closes what is the master's.
+        folder: working directory of the workers.
+        close: called in a new worker to close the master's descriptors.
 
     Attributes:
-        slots: by number; a slot keeps its number and its sockets.
-        target: how many there are to be.
+        slots: slots by number; a slot keeps its number and its sockets.
+        target: wanted number of workers.
         up: every slot has had a ready worker once: the first start is complete.
-        first_failure: why it cannot be completed.
+        first_failure: the reason why the first start cannot complete.
         stopping: no worker is replaced any more.
-        ending: the end is waited for, also that of workers whose place was taken.
-        restarts: workers started in place of ones that died.
-        replaces: this is the fleet of an upgrade: the start is complete when every worker has lived through its
-            probation, and fails if one does not, as the fleet before it serves on.
+        ending: the master waits for the end, also of replaced workers.
+        restarts: number of workers started in place of dead ones.
+        replaces: this is the fleet of an upgrade: the start is complete when every worker has survived its probation,
+            and fails if one does not, as the previous fleet still serves.
     """
 
     def __init__(
@@ -109,17 +112,17 @@ class Fleet:
         self._reloads_wanted: list[Done] = []
         self._scaled: list[Done] = []
         self._warn_above = 0
-        self._reload_waits = False  # for old workers, of which the log knows
+        self._reload_waits = False  # for old workers; already logged
         self._folder = folder
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
         self.care = Care(self)
-        #: Whether another child of the master has the sockets of all slots: one that was just forked, for a moment, and
-        #: a new master that was given up, until it ends.
+        #: Whether another child of the master holds the sockets of all slots: one just forked, for a moment, or a
+        #: failed new master until it ends.
         self.others_have_sockets: Callable[[], bool] = lambda: False
 
     def active(self) -> list[Slot]:
-        """The slots that are to stay."""
+        """Return the slots that stay."""
         return [slot for slot in self.slots.values() if not slot.closing]
 
     def cpu_of(self, slot: int) -> int | None:
@@ -128,7 +131,7 @@ class Fleet:
     # -- start -------------------------------------------------------------------------------------------------------
 
     def start(self, slot: Slot, generation: int) -> WorkerProcess | None:
-        """Forks a worker for a slot; None if the system refuses, which counts as a start that failed."""
+        """Fork a worker for a slot; return None if the system refuses, which counts as a failed start."""
         number = slot.number
         try:
             ours, theirs = self.system.make_pair(WORKER_KINDS, MASTER_KINDS)
@@ -166,7 +169,7 @@ class Fleet:
             self._start_failed(slot, f"cannot start worker {number}: {error.strerror}")
             return None
         theirs.close()
-        loans = Loans(complete=self.config.user is None or os.geteuid() != 0)  # it becomes no other user
+        loans = Loans(complete=self.config.user is None or os.geteuid() != 0)  # it does not change its user
         worker = self.workers[pid] = WorkerProcess(number, pid, ours, generation, self.system, loans=loans)
         return worker
 
@@ -177,14 +180,14 @@ class Fleet:
         slot.not_before = slot.failed_at + delay
         log.error("%s; trying again in %.1f s", what, delay)
 
-    # -- what workers say --------------------------------------------------------------------------------------------
+    # -- messages from workers ---------------------------------------------------------------------------------------
 
     def receive(self, worker: WorkerProcess) -> None:
-        """Reads what a worker has sent. Raises OSError: nothing can be read now."""
+        """Read a worker's messages. Raises OSError if nothing can be read now."""
         try:
             messages = worker.channel.receive()
         except OSError:
-            worker.last_beat = self.system.monotonic()  # it is not the worker that is silent
+            worker.last_beat = self.system.monotonic()  # the worker is not the silent one
             raise
         for message, _ in messages:
             self._hear(worker, message)
@@ -222,7 +225,7 @@ class Fleet:
 
     def _is_ready(self, worker: WorkerProcess) -> None:
         if worker.state is not WorkerState.STARTING:
-            return  # it was told to leave meanwhile
+            return  # it was told to leave in the meantime
         worker.state = WorkerState.READY
         worker.ready_at = worker.last_beat = self.system.monotonic()
         slot = self.slots[worker.slot]
@@ -232,22 +235,22 @@ class Fleet:
         )
 
     def proven(self, worker: WorkerProcess) -> bool:
-        """Whether a new worker has lived through its probation, so that the one it replaces may leave."""
+        """Return whether a new worker has survived its probation, so that the worker it replaces may leave."""
         over_at = worker.ready_at + self.config.probation
         if worker.state is not WorkerState.READY or worker.channel.ended or self.system.monotonic() < over_at:
             return False
-        # A beat after it says that the event loop runs. One that is blocked is waited for, and killed after the
-        # worker_timeout; without that nothing would end the wait.
+        # A beat after it shows that the event loop runs. A blocked worker is waited for, and killed after the
+        # worker_timeout; without a worker_timeout, nothing would end the wait.
         return worker.last_beat >= over_at or self.config.worker_timeout is None
 
     def promote(self, slot: Slot) -> None:
-        """The successor takes the slot; the worker that had it finishes its connections."""
+        """Give the slot to the successor; the previous worker finishes its connections."""
         before, slot.current, slot.next = slot.current, slot.next, None
         if before is not None:
             self.let_go(slot, before)
 
     def let_go(self, slot: Slot, worker: WorkerProcess, kind: str = "retire") -> None:
-        """Has a worker leave its slot: "retire" leaves the sockets to a successor, "stop" drains them for good."""
+        """Make a worker leave its slot: "retire" leaves the sockets to a successor, "stop" drains them first."""
         if worker.leaving:
             return
         self._take_out(slot, worker)
@@ -273,7 +276,7 @@ class Fleet:
     # -- workers that end --------------------------------------------------------------------------------------------
 
     def reap(self, pid: int, status: int) -> bool:
-        """A child process has ended; False if it was no worker."""
+        """Handle the end of a child process; return False if it was not a worker."""
         worker = self.workers.get(pid)
         if worker is None:
             return False
@@ -299,7 +302,7 @@ class Fleet:
     def _left(self, worker: WorkerProcess, how: str, status: int) -> None:
         if worker.state is WorkerState.KILLED or not status:
             log.info("worker %d (pid %d) has left", worker.slot, worker.pid)
-        elif self.first_failure is None:  # which is told, and once is enough
+        elif self.first_failure is None:  # first_failure is logged elsewhere, once
             why = worker.failure or worker.fatal
             log.error("%s while it was leaving%s", how, f": {why}" if why else "")
 
@@ -330,8 +333,8 @@ class Fleet:
             self._start_failed(slot, f"worker {slot.number} lived {lived:.2f} s")
 
     def fail_with(self, worker: WorkerProcess, how: str) -> bool:
-        """Ends the reload, or the upgrade, that has started a worker which failed; False if there is none."""
-        if worker.leaving:  # one of an earlier reload, which has failed
+        """End the reload or the upgrade that started a failed worker; return False if there is none."""
+        if worker.leaving:  # started by an earlier reload, which has failed
             return False
         if self.reload is not None and self.reload.fails_with(worker):
             self.reload.abort(how)
@@ -345,7 +348,7 @@ class Fleet:
     # -- what is due -------------------------------------------------------------------------------------------------
 
     def look_after(self, now: float) -> None:
-        """Does what time has brought, called a few times a second and after every event."""
+        """Do the work that is due. Call a few times a second and after every event."""
         for worker in list(self.workers.values()):
             worker.channel.flush()
             if worker.kill_at is not None and now >= worker.kill_at:
@@ -360,7 +363,7 @@ class Fleet:
             return
         self._complete_start()
         if self.reload is None:
-            self._promote_proven()  # first, or a reload would wait until no worker is to be recycled any more
+            self._promote_proven()  # first, or a reload would wait until no worker needs recycling
         if self.reload is not None:
             self.reload.go_on()
         elif self._reloads_wanted and self.up and self._may_reload():
@@ -381,7 +384,7 @@ class Fleet:
         self.care.steer()
 
     def next_due(self) -> float:
-        """When `look_after` has something to do at the latest, but for what comes by events; monotonic."""
+        """Return the latest time (monotonic) at which `look_after` has work that no event announces."""
         times = []
         if not self.stopping and self._may_start():
             times = [slot.not_before for slot in self.active() if slot.current is None and slot.next is None]
@@ -399,7 +402,7 @@ class Fleet:
         for slot in self.slots.values():
             current = slot.current
             if current is None or current.state is not WorkerState.READY or current.ready_at < slot.failed_at:
-                continue  # it was a successor of this one that has failed since
+                continue  # its successor has failed since
             if now - current.ready_at >= SHORT_LIFE:
                 slot.failures = 0
 
@@ -409,9 +412,9 @@ class Fleet:
         return slot.current is not None and self.proven(slot.current)
 
     def _promote_proven(self) -> None:
-        """Successors outside of a reload (recycling) take their places."""
+        """Promote successors outside of a reload (recycling)."""
         for slot in self.slots.values():
-            # Where the one before has died, nobody else is there.
+            # If the previous worker has died, the slot has no other.
             if slot.next is not None and (
                 self.proven(slot.next) or (slot.current is None and slot.next.state is WorkerState.READY)
             ):
@@ -419,11 +422,11 @@ class Fleet:
                 self.promote(slot)
 
     def changing(self) -> bool:
-        """Whether slots come or go, or a worker is being replaced by its successor."""
+        """Return whether slots come or go, or a worker is being replaced by its successor."""
         return self._replacing() or not len(self.active()) == len(self.slots) == self.target
 
     def reloading(self) -> bool:
-        """Whether a reload is under way, or asked for and about to begin."""
+        """Return whether a reload is in progress, or requested and about to begin."""
         return self.reload is not None or bool(self._reloads_wanted)
 
     def _may_reload(self) -> bool:
@@ -437,10 +440,10 @@ class Fleet:
     def _replacing(self) -> bool:
         return any(slot.next is not None for slot in self.slots.values())
 
-    # -- workers whose place was taken -------------------------------------------------------------------------------
+    # -- replaced workers --------------------------------------------------------------------------------------------
 
     def retired(self) -> list[WorkerProcess]:
-        """Workers that only finish their connections, those that have done so for longest first."""
+        """Return the workers that only finish their connections, the earliest replaced first."""
         found = [worker for slot in self.slots.values() for worker in slot.gone_on]
         return sorted(found, key=lambda worker: worker.retired_at)
 
@@ -449,7 +452,7 @@ class Fleet:
         return most is not None and sum(len(slot.gone_on) for slot in self.slots.values()) > most
 
     def _bound_retired(self, now: float) -> None:
-        """Warns when old workers pile up; tells the oldest of too many to finish."""
+        """Warn when old workers pile up; tell the oldest to finish if there are too many."""
         retired = self.retired()
         self._warn_of_retired(retired, now)
         most = self.config.max_retired
@@ -481,7 +484,7 @@ class Fleet:
         if len(retired) <= self.target:
             self._warn_above = FEW_RETIRED * self.target
         elif len(retired) > self._warn_above:
-            self._warn_above = 2 * len(retired)  # not with each one more
+            self._warn_above = 2 * len(retired)  # not at each further one
             log.warning(
                 "%d retired workers have connections still, the oldest for %.0f s (--max-retired, --retire-timeout)",
                 len(retired),
@@ -491,11 +494,11 @@ class Fleet:
     # -- reload, scale, recycle --------------------------------------------------------------------------------------
 
     def want_reload(self, done: Done) -> None:
-        """New workers in every slot, then the old ones leave; all of it or nothing. `done` gets None or what failed."""
+        """Start new workers in every slot, then let old ones leave; all or nothing. `done` gets None or the error."""
         self._reloads_wanted.append(done)
 
     def want_scale(self, count: int, done: Done | None = None) -> None:
-        """From now on so many workers."""
+        """Change the number of workers."""
         self.target = count
         if done is not None:
             self._scaled.append(done)
@@ -513,7 +516,7 @@ class Fleet:
                 self._tell_all_scaled(why)
                 return
             self.slots[number] = Slot(number)
-            # Nobody accepts there yet.
+            # Nothing accepts there yet.
             self.care.steer()
         for slot in sorted(active, key=lambda slot: slot.number, reverse=True)[: max(0, len(active) - self.target)]:
             slot.closing = True
@@ -523,8 +526,8 @@ class Fleet:
                     self.let_go(slot, worker, "stop")
 
     def _close_empty_slots(self) -> None:
-        # A worker that has just been forked holds the sockets of all slots for a moment, also if it was told to leave
-        # meanwhile; the kernel takes a member out of its group when the last of them is closed.
+        # A worker just forked holds the sockets of all slots for a moment, even if it was told to leave in the
+        # meantime. The kernel removes a member from its group when the last copy of its socket is closed.
         if self.others_have_sockets() or not all(worker.ready_at for worker in self.workers.values()):
             return
         for slot in [slot for slot in self.slots.values() if slot.closing and not slot.workers()]:
@@ -537,7 +540,7 @@ class Fleet:
             return
         active = self.active()
         failing = next((slot for slot in active if slot.failures and not slot.serves()), None)
-        # Slots that close go on in their own time: their connections may be long ones.
+        # Closing slots take their own time: their connections may be long.
         if failing is None and not (len(active) == self.target and all(slot.serves() for slot in active)):
             return
         self._tell_all_scaled(failing.why if failing is not None else None)
@@ -566,10 +569,10 @@ class Fleet:
             worker.channel.send(kind, **fields)
 
     def stop(self, leave: bool) -> None:
-        """Has all workers finish; none is replaced.
+        """Tell every worker to finish; none is replaced.
 
         Args:
-            leave: another master serves the same sockets: leave their queues to it. Otherwise they are drained.
+            leave: another master serves the same sockets: leave their queues to it. Otherwise drain them.
         """
         self._end_operations("the master stops")
         if not leave:
@@ -585,7 +588,7 @@ class Fleet:
             self.close_drained()
 
     def hasten(self) -> None:
-        """A stop: those whose place was taken have no longer than the others from now on."""
+        """At a stop: limit replaced workers to the time that the others have."""
         if self.ending:
             return
         self.ending = True
@@ -595,7 +598,7 @@ class Fleet:
                 self._hasten(worker, timeout)
 
     def halt(self) -> None:
-        """Ends everything now."""
+        """End everything now."""
         self._end_operations("the master stops")
         now = self.system.monotonic()
         for worker in self.workers.values():
@@ -605,7 +608,7 @@ class Fleet:
                 worker.state = WorkerState.STOPPING
 
     def close_drained(self) -> None:
-        """During a stop: closes what the workers have drained, so that new clients are refused and do not wait."""
+        """During a stop: close the sockets that workers have drained, so that new clients are refused at once."""
         draining = {w.slot for w in self.workers.values() if w.state is WorkerState.STOPPING and not w.drained}
         for slot in self.slots.values():
             if slot.number not in draining and (lost := self.sockets.close_slot(slot.number)):
@@ -622,5 +625,5 @@ class Fleet:
         self._reloads_wanted, self._scaled = [], []
 
     def stats(self) -> dict[str, Any]:
-        """The counters of all workers, those that are gone included."""
+        """Return the counters of all workers, including those that are gone."""
         return self.totals.of(worker.stats for worker in self.workers.values())
