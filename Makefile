@@ -23,7 +23,7 @@ help:
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
-	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some five minutes (SCHEDULES=...)'
+	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some two minutes (SCHEDULES=...)'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
 	@echo 'make check   lint, format, types, who may import what (.importlinter), and names of news files (changes/)'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'

@@ -38,9 +38,9 @@ from gtcpserver.supervisor.master import REAP_SECONDS, MasterState, WorkersCanno
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
 from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS, UPGRADE_SECONDS
-from kit.simulated import Fate, Process, SimulatedMaster, SimulatedSystem
+from kit.simulated import FIRST_PID, Fate, Process, SimulatedMaster, SimulatedSystem
 
-SCHEDULES = int(os.environ.get("GTCPSERVER_SCHEDULES", "500"))
+SCHEDULES = int(os.environ.get("GTCPSERVER_SCHEDULES", "1000"))
 
 #: Others each time, where there is time for many.
 FIRST_SCHEDULE = random.randrange(1 << 32) if "GTCPSERVER_SCHEDULES" in os.environ else 0
@@ -355,7 +355,13 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self) -> None:
-        self.served = self.served or self.master.state is MasterState.SERVING
+        if self.master.state is MasterState.SERVING and not self.served:
+            self.served = True
+            for slot in self.fleet.slots.values() if self.takes_over else ():
+                first = slot.current is not None and slot.current.pid < FIRST_PID + self.config.worker_count()
+                if first and slot.current.ready_at:
+                    lived = self.system.now - slot.current.ready_at
+                    assert lived >= self.config.probation, "the old master leaves before the new one is proven"
         self.no_part_of_the_master_has_failed()
         self.every_child_is_known_once()
         self.no_slot_has_two_workers_but_while_one_is_replaced()
