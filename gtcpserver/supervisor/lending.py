@@ -152,7 +152,7 @@ class Borrower:
                 raise TimeoutError(errno.ETIMEDOUT, "the master does not hear which files this worker needs")
 
     def __call__(self, path: str) -> int:
-        """A descriptor of a file that was named. Waits in gevent, so not in the event loop, nor in other threads.
+        """Return a descriptor of a named file. Waits in gevent, so not in the event loop, nor in other threads.
 
         Raises:
             OSError: it was not named, the master cannot open it, or does not answer.
@@ -177,7 +177,7 @@ class Borrower:
                 raise TimeoutError(errno.ETIMEDOUT, "the master does not answer") from None
             finally:
                 self._answer = None
-                # It may have come in the same turn of the loop as what has ended the wait.
+                # The answer may have arrived in the same turn of the loop as the event that ended the wait.
                 if not taken and answer.ready() and answer.value[1] is not None:
                     close_descriptor(answer.value[1])
         if fd is None:
@@ -186,7 +186,7 @@ class Borrower:
         return int(fd)
 
     def hear(self, message: Message, fd: int | None) -> None:
-        """The master's answer, in the event loop."""
+        """Handle the master's answer, in the event loop."""
         if self._answer is not None and not self._answer.ready() and message.count("number") == self._number:
             self._answer.set((message, fd))
         elif fd is not None:

@@ -25,7 +25,7 @@ class LogStyle:
 
 
 class TextWithPid(TextFormatter):
-    """The text format with the process's id behind the logger's name, as syslog has it."""
+    """The text format with the process's id after the logger's name, as in syslog."""
 
     def format(self, record: logging.LogRecord) -> str:
         name = record.name
@@ -37,7 +37,7 @@ class TextWithPid(TextFormatter):
 
 
 def log_in_master(style: LogStyle) -> None:
-    """As `configure_logging`, but for what makes an event loop, which a master must not have when it forks."""
+    """Like `configure_logging`, without an event loop, which a master must not have when it forks."""
     handler = NonBlockingHandler(STDERR)
     handler.setFormatter(JsonFormatter() if style.format == "json" else TextWithPid())
     root = logging.getLogger()
@@ -55,7 +55,7 @@ def log_in_worker(style: LogStyle) -> None:
 
 
 def open_log_file(path: str) -> int:
-    """Opens a log file to write at its end. Raises OSError and UntrustedPath, which name it."""
+    """Open a log file for appending. Raises OSError and UntrustedPath, which name it."""
     try:
         return open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o640)
     except UntrustedPath as error:
@@ -65,14 +65,14 @@ def open_log_file(path: str) -> int:
 
 
 def write_stderr_to(fd: int) -> None:
-    """Makes the file standard error, so that whatever writes there is in it too; closes `fd`."""
+    """Make the file standard error, so that all output to it goes there; close `fd`."""
     os.dup2(fd, STDERR, inheritable=True)
     if fd != STDERR:
         close_descriptor(fd)
 
 
 def log_with_details(level: int, message: str, details: str) -> None:
-    """Logs a line with more lines below it, as a traceback has them."""
+    """Log a line with more lines below it, like a traceback."""
     record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
     record.stack_info = details.rstrip()
     log.handle(record)

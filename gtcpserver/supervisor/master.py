@@ -1,4 +1,4 @@
-"""Master: opens the sockets, has a fleet of workers serve them, and obeys signals. It serves nobody itself.
+"""Master: opens the sockets, has a fleet of workers serve them, and obeys signals. It serves no connection itself.
 
 | signal | does |
 | --- | --- |
@@ -81,7 +81,7 @@ MASTER_CHANGES = {
 
 
 class WorkersCannotStart(GtcpServerError):
-    """The first start has failed.
+    """The first start failed.
 
     Attributes:
         details: a traceback from the worker, or "".
@@ -147,7 +147,7 @@ class Master:
         return self._commands.status(in_full=True)
 
     def run(self, listen_fds: int = 0) -> Fleet:
-        """Starts, serves until it is told to stop, and returns what the fleet has counted.
+        """Start, serve until told to stop, and return the fleet, which has the counters.
 
         Args:
             listen_fds: descriptors that systemd has given us, for the next master.
@@ -214,7 +214,7 @@ class Master:
         return self.fleet
 
     def _close(self, sockets: ListeningSockets) -> None:
-        """Ends and closes everything; what fails keeps nothing else from it."""
+        """End and close everything; a failed step does not prevent the others."""
         keep = self._not_ours()
         for worker in self.fleet.workers.values():
             worker.kill()
@@ -246,7 +246,7 @@ class Master:
         gc.freeze()
 
     def _give_stderr_back(self) -> None:
-        # Whoever started us is told there why it did not work.
+        # Report to the caller's standard error why the start failed.
         if self._first_stderr >= 0:
             write_stderr_to(self._first_stderr)
             self._first_stderr = -1
@@ -283,7 +283,7 @@ class Master:
             self._monitor.close_in_child(sockets=True)
 
     def close_in_monitor(self) -> None:
-        """In a new monitor: closes what is the master's, its own listening sockets excepted."""
+        """In a new monitor: close the master's descriptors, except its own listening sockets."""
         self._close_in_child()
         if self._monitor is not None:
             self._monitor.close_in_child(sockets=False)
@@ -325,10 +325,10 @@ class Master:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _turn(self, signals: Signals) -> None:
-        """Waits for the next event and does what is due. Whatever goes wrong in here, the master goes on.
+        """Wait for the next event and do the work that is due. Whatever fails in here, the master goes on.
 
-        Each part stands alone: what fails every time (a worker's channel, the monitor, poll itself) keeps the master
-        from nothing else.
+        Each part is independent: a part that fails every time (a worker's channel, the monitor, poll itself) keeps the
+        master from nothing else.
         """
         self._failed = False
         self._guarded(self._wait, signals)
@@ -390,7 +390,7 @@ class Master:
 
     def _reap(self) -> None:
         now = self.system.monotonic()
-        # The signal says when; now and then without it, should the program have taken the signal for its own.
+        # SIGCHLD triggers this; also poll, in case the program replaced its handler.
         if not self._child_ended and now < self._reap_at:
             return
         self._child_ended = False
@@ -460,7 +460,7 @@ class Master:
                 self.state = MasterState.STOPPED
 
     def _monitor_has_left(self) -> bool:
-        # It is the last to go: whoever asks meanwhile is told that this service drains.
+        # The monitor goes last: until then it answers that this service drains.
         if self._monitor is not None:
             self._monitor.leave()
         return self._monitor is None or self._monitor.gone()
@@ -499,7 +499,7 @@ class Master:
         self._notifier.flush()
 
     def _write_pid_file(self, _now: float) -> None:
-        """After an upgrade: tries again as long as it cannot be written."""
+        """After an upgrade: try to write the PID file until that succeeds."""
         if not self._pid_file_due or self._pid_file is None:
             return
         try:
@@ -544,7 +544,7 @@ class Master:
         if of_terminal is None:
             log.info("%s: the terminal is gone; going on, as nohup(1) asks", name)
         elif of_terminal:
-            # Whoever started it there can stop it no more, and would find the port taken.
+            # The terminal's user can no longer stop the service, and would find the port taken.
             self.begin_stop(f"{name} of the terminal, which is gone")
         else:
             self.begin_reload(name, _nobody)
@@ -552,7 +552,7 @@ class Master:
     # -- what it is told to do ---------------------------------------------------------------------------------------
 
     def begin_reload(self, why: str, done: Done) -> None:
-        """New workers in place of all. `done` is called with None, or with why it failed."""
+        """Replace all workers by new ones. `done` is called with None, or with the reason of a failure."""
         log.info("%s: reload", why)
         if self._upgrade.under_way:
             log.error("no reload: an upgrade is under way")
@@ -566,7 +566,7 @@ class Master:
         self.fleet.want_reload(done)
 
     def scale(self, count: int, done: Done = lambda _: None) -> None:
-        """So many workers from now on."""
+        """Change the number of workers."""
         if self._upgrade.under_way:
             done("an upgrade is under way")
             return
@@ -574,7 +574,7 @@ class Master:
         self.fleet.want_scale(count, done)
 
     def reopen_log(self) -> None:
-        """Opens the log file again, for all workers too: they may not be allowed to."""
+        """Reopen the log file, for all workers too: they may lack the permission."""
         path = self.config.log_file
         if path is None:
             log.info("SIGUSR1: there is no log file to open again (--log-file)")
@@ -597,7 +597,7 @@ class Master:
         log.info("the log file %s was opened again", path)
 
     def begin_upgrade(self, why: str, done: Done) -> None:
-        """A new master from the code on the disk. `done` is called with None, or with why it failed."""
+        """Start a new master from the code on the disk. `done` is called with None, or with the reason of a failure."""
         log.info("%s: upgrade", why)
         error = ""
         if self._upgrade.under_way:
@@ -626,7 +626,7 @@ class Master:
         self._left_to = pid
         if self._monitor is not None:
             self._monitor.leave()
-        # The service manager believes its main process alone.
+        # The service manager accepts messages from its main process only.
         self._notifier.say(f"MAINPID={pid}")
         self.state = MasterState.STOPPING
         self.fleet.stop(leave=True)
@@ -648,7 +648,7 @@ class Master:
         self.fleet.stop(leave=self._not_ours())
 
     def halt(self, why: str) -> None:
-        """Ends everything now."""
+        """End everything now."""
         log.warning("%s: ending %s now", why, counted(len(self.fleet.workers), "worker"))
         self._upgrade.stop(HALT_SECONDS)
         self._stop_at = None

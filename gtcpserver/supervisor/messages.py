@@ -42,11 +42,12 @@ from typing import Any
 
 from gtcpserver.server.stats import ServerStats
 
+#: Maximum bytes of a packet. A unix socket's send buffer, which must hold the packet, is 208 KiB
+#: (net.core.wmem_default).
 MAX_BYTES = 128 * 1024
-"""Bytes of a packet. A unix socket's send buffer, which a packet must fit into, is 208 KiB (net.core.wmem_default)."""
 
+#: Maximum characters of one text in a message; the end of a traceback says more than its beginning.
 MAX_TEXT = 48 * 1024
-"""Characters of one text in a message; the end of a traceback says more than its beginning."""
 
 LEAST_TEXT = 1024  # what is left of a text at least
 
@@ -100,7 +101,7 @@ class Message:
         return max(0, int(self.number(name)))
 
     def seconds(self, name: str) -> float | None:
-        """A time-out: None is for ever."""
+        """Return a time-out in seconds; None for no limit."""
         return None if self.fields.get(name) is None else self.number(name)
 
 
@@ -123,7 +124,7 @@ def encode(kind: str, **fields: Any) -> bytes:
 
 
 def decode(data: bytes, kinds: frozenset[str]) -> Message:
-    """Reads one packet. Raises MessageError for any bytes that are no message of these kinds."""
+    """Decode one packet. Raises MessageError for any bytes that are no message of these kinds."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:

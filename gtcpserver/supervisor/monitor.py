@@ -1,6 +1,6 @@
 """The monitor of a master: a child process that serves metrics, health checks and the status page (`monitoring`).
 
-It is a process of its own because it has to speak HTTP with whoever comes, which takes an event loop, libraries and
+The monitor is a separate process because it must speak HTTP with strangers, which takes an event loop, libraries and
 memory, and can be held up: a master has none of these, and forks. A worker cannot serve them either, since it comes and
 goes, and a blocked one should be told of. So the master only answers questions in lines of JSON, one at a time, over a
 pair of sockets, from what the workers' beats have told it anyway; an idle monitor costs it a line a second.
@@ -124,7 +124,7 @@ class MonitorProcess:
     # -- its life ----------------------------------------------------------------------------------------------------
 
     def look_after(self, now: float) -> None:
-        """Called a few times a second, and after every event."""
+        """Do the work that is due. Call a few times a second, and after every event."""
         if self._pid and self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
         if now - self._looked_at > 2 * HEALTH_SECONDS:
@@ -137,7 +137,7 @@ class MonitorProcess:
         # Its last answers are of the time before: where another master goes on, the service does not drain.
         health = self._said if self._for_good else self._health()
         if health != self._said or now >= self._say_at:
-            # One that does not read is told the changes alone: no more than there are.
+            # A monitor that does not read gets the changes only, which bounds their number.
             if health != self._said or not self._outbox:
                 self._send({"health": health})
             self._said, self._say_at = health, now + HEALTH_SECONDS
@@ -172,7 +172,7 @@ class MonitorProcess:
             master.close_in_monitor()
 
         def begin() -> int:
-            # Imported there alone: this process stays small.
+            # Imported only in the child: the master stays small.
             process = importlib.import_module("gtcpserver.supervisor.monitor_process")
             sockets = [one.listener.socket for one in self._sockets.shared]
             job = process.Job(self._address, sockets, theirs, master.config, master.program.log_style, master_pid)
@@ -207,7 +207,7 @@ class MonitorProcess:
         return [self._pid] if self._pid else []
 
     def ended(self, pid: int, status: int) -> None:
-        """A child process has ended."""
+        """Handle the end of a child process."""
         if pid != self._pid:
             return
         now = monotonic()
@@ -224,24 +224,24 @@ class MonitorProcess:
             log.error("%s; starting another", what)
 
     def renew(self) -> None:
-        """Has another process take its place: the log file is another one."""
+        """Replace the monitor process: the log file has changed."""
         if self._pid and not self._told_to_leave:
             self._told_to_leave = True
             self._kill_at = monotonic() + LEAVE_SECONDS
             self._send({"leave": True})
 
     def leave(self) -> None:
-        """It finishes its answers and ends, for good. What its sockets have queued is for the next master's."""
+        """Tell the monitor to finish its answers and end for good. Its sockets' queues are left to the next master."""
         if not self._for_good:
             self._for_good = True
             self.renew()
 
     def gone(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the monitor has ended."""
         return not self._pid
 
     def close(self, *, keep_paths: bool) -> None:
-        """Ends it at once if it is there still, and closes everything."""
+        """End the monitor at once if it still runs, and close everything."""
         if self._pid:
             self._signal(signal.SIGKILL)
             give_up = monotonic() + KILL_SECONDS
@@ -249,13 +249,13 @@ class MonitorProcess:
                 while _waitpid(self._pid, os.WNOHANG)[0] == 0 and monotonic() < give_up:
                     _sleep(RETRY_SECONDS)
             except ChildProcessError:
-                pass  # somebody else has buried it
+                pass  # already reaped elsewhere
             self._pid = 0
         self._hang_up()
         self._sockets.close(keep_paths=keep_paths)
 
     def close_in_child(self, *, sockets: bool) -> None:
-        """In a process that was forked: what is not for it."""
+        """In a forked process: close the descriptors it must not have."""
         self._hang_up()
         if sockets:
             for one in self._sockets.shared:
@@ -275,7 +275,7 @@ class MonitorProcess:
         return select.POLLIN | (select.POLLOUT if self._outbox else 0)
 
     def handle(self, events: int) -> None:
-        """The line is ready."""
+        """Handle events of the line."""
         if self._line is None:
             return
         if events & select.POLLOUT:

@@ -57,7 +57,7 @@ class FromMaster:
         return self._ask("connections")
 
     def _ask(self, what: str) -> Status:
-        # Whoever asks while there is a question under way gets the same answer: the master is asked once at a time.
+        # Concurrent askers share one question and its answer: the master gets one question at a time.
         result = self._waiting.get(what)
         if result is None:
             result = self._waiting[what] = AsyncResult()

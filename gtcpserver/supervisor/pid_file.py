@@ -1,4 +1,4 @@
-"""The master's PID file: replaced in one step, locked while the master lives, removed by its owner alone."""
+"""The master's PID file: replaced in one step, locked while the master lives, removed only by its owner."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PidFile:
             close_descriptor(fd)
 
     def write(self) -> None:
-        """Puts this process's id there in place of any other. Raises OSError and UntrustedPath."""
+        """Write this process's id to the file, replacing any other. Raises OSError and UntrustedPath."""
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             temporary = f"{place.name}.{os.getpid()}"
             with contextlib.suppress(FileNotFoundError):  # of a process of this number that did not get further
@@ -95,7 +95,7 @@ class PidFile:
         self._fd = fd
 
     def remove(self) -> None:
-        """Removes the file if it is still this process's."""
+        """Remove the file if it is still this process's."""
         if self._fd < 0:
             return
         try:
@@ -109,14 +109,14 @@ class PidFile:
         self.close()
 
     def close(self) -> None:
-        """Closes the descriptor: a forked child must, as the lock goes with it."""
+        """Close the descriptor: a forked child must, as it shares the lock."""
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1
 
 
 def _holder(fd: int) -> int | None:
-    """Who has a write lock on a file: a process id, 0 for "some process"; None for nobody."""
+    """Return the holder of a write lock: a process id, 0 for "some process"; None if there is no lock."""
     # Asked as for a read lock, which read locks of others do not conflict with.
     query = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:

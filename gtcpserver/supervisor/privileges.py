@@ -15,7 +15,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def become(config: SupervisorConfig) -> None:
-    """Takes the user and group of the configuration, with the user's other groups, and its umask. No way back."""
+    """Take the configured user and group, with the user's other groups, and the umask. Irreversible."""
     if config.umask is not None:
         os.umask(config.umask)
     if config.user is None and config.group is None:
@@ -37,8 +37,8 @@ def become(config: SupervisorConfig) -> None:
 def die_with_parent(number: int) -> None:
     """Have the kernel send this signal when the parent process is gone (PR_SET_PDEATHSIG, prctl(2)).
 
-    Where a filter of seccomp(2) refuses it, the end of the channel to the parent alone says so: at once if the event
-    loop runs, and never to a loop that is blocked for good.
+    If a filter of seccomp(2) refuses it, only the end of the channel to the parent tells: at once if the event loop
+    runs, and never if the loop is blocked for good.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:

@@ -20,8 +20,8 @@ LET_GO_SECONDS = 5.0
 """How long old workers may take to stop accepting until a reload counts as done all the same: one may be blocked. One
 by one, also how long the next worker waits for the memory of the last one that was replaced."""
 
+#: Called when an operation has ended, with None or the reason of its failure.
 Done = Callable[[str | None], None]
-"""Called when an operation has ended, with None or why it failed."""
 
 
 class ReloadStage(Enum):
@@ -46,12 +46,12 @@ RELOAD_CHANGES = {
 
 
 class Reload:
-    """One reload. The first new worker goes ahead alone: code that cannot work fails once, and not in every slot.
+    """One reload. The first new worker starts before the others: broken code fails once, and not in every slot.
 
     New workers accept as soon as they are ready, beside the old ones, on the same sockets. From then on each is on
     probation: if one dies, or its event loop is blocked, the reload fails. When every new one has lived through it, the
     old ones are let go. So until the new code has proved itself, every queue is served by the old one too. The reload
-    is done when the old ones accept no more: whoever connects then meets the new code.
+    is done when the old ones accept no more: every later connection meets the new code.
 
     One by one (`SupervisorConfig.reload_one_by_one`) each old worker is let go before the next new one starts. The old
     code may be gone from the disk by then, so what was replaced stays replaced if a later one fails.
@@ -76,7 +76,7 @@ class Reload:
         log.info("reload %d begins: %s", self.generation - 1, counted(len(self._slots), "worker"))
 
     def go_on(self) -> None:
-        """Takes the next step if the last one is done."""
+        """Take the next step if the last one is done."""
         if self.stage is ReloadStage.LETTING_GO:
             self._end_when_they_have_let_go()
             return
@@ -144,7 +144,7 @@ class Reload:
         return worker in self._all_started and self.stage is not ReloadStage.LETTING_GO
 
     def abort(self, why: str) -> None:
-        """Old workers that were not replaced yet stay, the new ones that should replace them leave."""
+        """Keep the old workers that were not replaced yet, and tell the new ones in their slots to leave."""
         fleet = self._fleet
         if fleet.reload is not self:
             return

@@ -103,7 +103,7 @@ class WorkerProcess:
         return self.state in (WorkerState.RETIRING, WorkerState.STOPPING, WorkerState.KILLED)
 
     def note_beat(self, lag: float) -> None:
-        """A beat has come: it counts how well the loop keeps time."""
+        """Note a beat, and count how well the loop keeps time."""
         self.last_beat = self.system.monotonic()
         self.lag = lag
         if lag > LAG_SECONDS:
@@ -115,14 +115,14 @@ class WorkerProcess:
                 self.lagging = False
 
     def note_silence(self, now: float) -> None:
-        """Called now and then: no beat is a lag as well."""
+        """Count a missing beat as lag. Call regularly."""
         if now >= self.silent_at():
             self.lagging = True
             self.beats_in_time = 0
             self.lag = now - self.last_beat
 
     def silent_at(self) -> float:
-        """When its silence counts as a lag if it goes on; monotonic."""
+        """Return when the worker's silence will count as a lag; monotonic."""
         if self.state is not WorkerState.READY:
             return float("inf")
         return self.last_beat + MISSED_BEATS * BEAT_SECONDS
@@ -172,17 +172,17 @@ class Slot:
         return [worker for worker in (self.current, self.next, *self.gone_on) if worker is not None]
 
     def serves(self) -> bool:
-        """Whether somebody accepts from its sockets."""
+        """Return whether a ready worker accepts from its sockets."""
         return any(one is not None and one.state is WorkerState.READY for one in (self.current, self.next))
 
     def lags(self) -> bool:
-        """Whether new connections should rather go elsewhere."""
+        """Return whether new connections should rather go elsewhere."""
         ready = [one for one in (self.current, self.next) if one is not None and one.state is WorkerState.READY]
         return bool(ready) and all(one.lagging for one in ready)
 
 
 def describe_status(status: int) -> str:
-    """What waitpid(2) says, in words."""
+    """Describe a status of waitpid(2) in words."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         try:

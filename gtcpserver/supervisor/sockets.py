@@ -67,8 +67,8 @@ class Shared:
     """A single socket that all workers accept from.
 
     Attributes:
-        external: it belongs to somebody else as well (systemd, who gave us "fd:3"): never muted, and its queue is left
-            to whoever serves it next.
+        external: it has other owners too (systemd, which passed us "fd:3"): never muted, and its queue is left to the
+            process that serves it next.
     """
 
     asked: str
@@ -103,7 +103,7 @@ class ListeningSockets:
     # -- open and inherit --------------------------------------------------------------------------------------------
 
     def open(self, addresses: Sequence[Any], slots: Sequence[int], inherited: Sequence[Inherited] = ()) -> None:
-        """Opens what is asked for, but for what the last master left us.
+        """Open the addresses, and take over the sockets that the last master left us.
 
         Raises:
             ConfigError, OSError: as `open_listeners`, or one is given twice; nothing stays open.
@@ -205,7 +205,7 @@ class ListeningSockets:
     # -- slots that come and go --------------------------------------------------------------------------------------
 
     def add_slot(self, slot: int) -> None:
-        """Opens one more member of each group. Raises OSError; no member of the slot stays open then."""
+        """Open one more member of each group. Raises OSError; no member of the slot stays open then."""
         if not self.groups:
             return
         joining = dataclasses.replace(self.config, shared=True)
@@ -219,7 +219,7 @@ class ListeningSockets:
             raise
 
     def remove_slot(self, slot: int) -> int:
-        """Closes a slot's sockets, whose workers have drained them and are gone.
+        """Close the sockets of a slot, whose workers have drained them and are gone.
 
         Returns:
             connections that still were in their queues, and are reset.
@@ -243,7 +243,7 @@ class ListeningSockets:
         return lost
 
     def steer(self, slots: Collection[int], cpus: Mapping[int, int]) -> None:
-        """Sends new TCP connections to these slots.
+        """Send new TCP connections to these slots.
 
         Args:
             slots: which get connections; none of those open is the same as all.
@@ -264,7 +264,7 @@ class ListeningSockets:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def mute_shared(self) -> None:
-        """Before the last drain: removes the paths of unix sockets, so that nobody new comes."""
+        """Before the last drain: remove the paths of unix sockets, so that no new client connects."""
         for one in self.shared:
             if one.listener.family == socket.AF_UNIX:  # if it is ours, as the listener knows
                 one.listener.mute()

@@ -50,12 +50,12 @@ IGNORED_BY_WORKERS = (
 
 
 def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str = "worker") -> int:
-    """Forks.
+    """Fork a worker process.
 
     Args:
         begin: the worker's life; returns its exit status. It is called with all signals blocked, and unblocks them
             when it is ready for them.
-        close: called first in the child: closes what is the master's alone.
+        close: called first in the child; closes the master's own descriptors.
         role: what the process is called (setproctitle).
 
     Returns:
@@ -68,7 +68,7 @@ def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str =
 
 
 def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
-    """Starts another program that inherits descriptors.
+    """Start another program that inherits descriptors.
 
     Args:
         environment: called in the child, so that it can name its process id.
@@ -132,7 +132,7 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
 
 
 def _forget_processes() -> None:
-    """Make multiprocessing, where it is loaded already, see to this process's children, and to those alone.
+    """Make multiprocessing, if loaded already, see to this process's children only.
 
     Its exit function, which ends daemons, was dropped with the others; and it takes the master's children for ours.
     """

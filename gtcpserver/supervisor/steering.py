@@ -22,7 +22,7 @@ NOBODY = 0xFFFFFFFF  # an index no group has: the kernel takes its hash instead 
 
 
 def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, int] | None) -> bool:
-    """Sends new connections to some members of a group.
+    """Send new connections to some members of a group.
 
     Args:
         group: all members, in the order of their listen() calls.

@@ -1,4 +1,4 @@
-"""Who has started this process, and watches it: a terminal, or a service manager that looks at one process alone."""
+"""The parent that started and watches this process: a terminal, or a service manager that watches only one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ process does. As the names of their processes, /proc/PID/comm."""
 
 
 class Terminal:
-    """Tells a SIGHUP of the terminal that was closed from one that asks for a reload (termios(3), "hang up").
+    """Tells a SIGHUP of a closed terminal from one that asks for a reload (termios(3), "hang up").
 
     Args:
         has_terminal: whether this process has one now.
@@ -47,7 +47,7 @@ class Terminal:
             self._lost_at = now
 
     def hung_up(self, now: float) -> bool | None:
-        """Whether a SIGHUP that has come now is the terminal's. None: it is, and is to be ignored, as by nohup(1)."""
+        """Return whether a SIGHUP received now is the terminal's. None: it is, but must be ignored, as by nohup(1)."""
         self.look(now)
         if self._lost_at is None or now - self._lost_at > HANGUP_SECONDS:
             return False

@@ -1,7 +1,7 @@
 """System: everything that a master does to the operating system to run its workers.
 
 The master, its fleet, reloads and upgrades get one when they are made, and reach for the clock, processes, signals,
-channels and listening sockets through it alone. `RealSystem` is Linux; tests give them a simulated one
+channels and listening sockets only through it. `RealSystem` is Linux; tests give them a simulated one
 (tests/kit/simulated.py), with a virtual clock and processes that die when the test wants it.
 """
 
@@ -36,7 +36,7 @@ class Signals(Protocol):
     """The signals that are caught, in the order in which they came."""
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when a signal has come."""
+        """Return a descriptor that is readable after a signal."""
 
     def empty(self) -> None:
         """Make the descriptor unreadable again. Raises OSError: it is readable still."""
@@ -48,7 +48,7 @@ class Signals(Protocol):
         """Give the signals back to their earlier handlers."""
 
     def close_in_child(self) -> None:
-        """Close the copies of the descriptors, and leave the handlers alone."""
+        """Close the copies of the descriptors; keep the handlers."""
 
 
 class System(Protocol):

@@ -47,11 +47,11 @@ def take_listen_fds() -> list[int]:
     return fds
 
 
+#: Errors that may pass in a moment: the manager's queue is full, or something has run out here.
 PASSING = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""What may be otherwise in a moment: the manager's queue is full, or something has run out here."""
 
+#: Maximum number of waiting notifications: one line for each change of state.
 MOST_WAITING = 64
-"""Notifications that are kept. They are a line for each change of state."""
 
 
 class Notifier:
@@ -78,7 +78,7 @@ class Notifier:
 
 
 def notify(state: str) -> bool:
-    """Tells the service manager, if there is one. `state` is lines of NAME=value.
+    """Tell the service manager, if there is one. `state` is lines of NAME=value.
 
     Returns:
         False if it cannot be told now (`PASSING`); True if it was, or there is nobody to be told.

@@ -31,7 +31,7 @@ class Totals:
         return self._gone
 
     def forget_worker(self, stats: Mapping[str, Any]) -> None:
-        """A worker is gone: its counters stay, what was true of it does not."""
+        """Keep the counters of a worker that is gone; drop its gauges."""
         self._gone = add_up([self._gone, {name: value for name, value in stats.items() if name not in GAUGES}])
 
     def of(self, running: Iterable[Mapping[str, Any]]) -> Stats:
@@ -39,7 +39,7 @@ class Totals:
 
 
 def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
-    """The sum of snapshots of `ServerStats`, as dictionaries."""
+    """Return the sum of snapshots of `ServerStats`, as dictionaries."""
     total: Stats = {}
     waited = 0.0
     for stats in all_stats:
@@ -52,7 +52,7 @@ def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
             elif isinstance(value, dict):
                 table = total[name]
                 for key, number in value.items():
-                    # Workers that come and go might bring new names for ever.
+                    # Workers that come and go might bring new names without end.
                     if key in table or len(table) < MAX_NAMES:
                         table[key] = table.get(key, 0) + number
             elif value is None or total[name] is None:

@@ -35,8 +35,8 @@ log = logging.getLogger("gtcpserver")
 
 VARIABLE = "GTCPSERVER_HANDOVER"
 
+#: Seconds for a new master until its workers are ready.
 UPGRADE_SECONDS = 120.0
-"""How long a new master may take until its workers are ready."""
 
 TELL_SECONDS = 2.0  # for the old master's socket to take a message
 
@@ -154,7 +154,7 @@ class Upgrade:
         return not self._failed
 
     def begin(self, handover: Handover, folder: str, done: Done) -> None:
-        """Starts a new master by our own command line, in this folder."""
+        """Start a new master by our own command line, in this folder."""
         try:
             ours, theirs = self._system.make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
         except OSError as error:
@@ -189,7 +189,7 @@ class Upgrade:
         log.info("a new master was started (pid %d)", self._pid)
 
     def hear(self) -> None:
-        """The new master has said something, or has ended."""
+        """Handle messages or the end of the new master."""
         if self.channel is None:
             return
         for message, _ in self.channel.receive():  # raises OSError: nothing can be read now
@@ -202,7 +202,7 @@ class Upgrade:
             self.fail("it ended, or closed its descriptors")
 
     def ended(self, pid: int, status: int) -> None:
-        """A child process that is no worker has ended."""
+        """Handle the end of a child process that is no worker."""
         if self.under_way and pid == self._pid:
             with contextlib.suppress(OSError):
                 self.hear()  # its last words
@@ -215,7 +215,7 @@ class Upgrade:
         self._failed.pop(pid, None)
 
     def look_after(self, now: float) -> None:
-        """Called a few times a second."""
+        """Do the work that is due. Call a few times a second."""
         if self.under_way and now > self._give_up_at:
             self.fail("it was not ready in time")
         for pid, kill_at in list(self._failed.items()):
@@ -224,7 +224,7 @@ class Upgrade:
                 try:
                     self._system.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
-                    del self._failed[pid]  # somebody else has buried it
+                    del self._failed[pid]  # already reaped elsewhere
 
     def _succeed(self) -> None:
         self.close()
@@ -235,7 +235,7 @@ class Upgrade:
         self._tell(None)
 
     def fail(self, why: str, gone: bool = False) -> None:
-        """Gives the new master up, if there is one; `gone`: its process has ended."""
+        """Give up the new master, if there is one; `gone`: its process has ended."""
         if not self.under_way:
             return
         log.error("the upgrade failed, the old master serves on: %s", why)
@@ -258,7 +258,7 @@ class Upgrade:
             try:
                 self._system.kill(self._pid, signal.SIGTERM)
             except ProcessLookupError:
-                del self._failed[self._pid]  # somebody else has buried it
+                del self._failed[self._pid]  # already reaped elsewhere
             except OSError:
                 pass
         self._tell(why)

@@ -51,21 +51,21 @@ from .spawn import IGNORED_BY_WORKERS
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds between two beats, which show that the loop runs. The master notices a lag within three of them.
 BEAT_SECONDS = 0.25
-"""How often a worker says that its loop runs. The master notices a lag within three of them."""
 
 STATS_SECONDS = 1.0  # between two reports of counters; a worker killed by -9 takes less than that with it
 
+#: Seconds between a failure of a repeated task and its next attempt, so that it does not spin.
 FAILED_SECONDS = 0.25
-"""Between a failure of what is done over and over and the next attempt, so that it does not spin."""
 
 LAST_WORDS_SECONDS = 2.0  # for the last message to find room; the master reads at once, unless it is stopped
 
 LARGEST_TABLE = MAX_BYTES * 3 // 4  # of the rows of connections, which have to fit into a packet
 
+#: Seconds for connections to go on when the master is gone: no process can stop or replace this one any more, and it
+#: has the port that the next master wants.
 ORPHAN_SECONDS = 1.0
-"""How long connections may go on when the master is gone: nobody could stop or replace this process any more, and it
-has the port that the next master wants."""
 
 ORPHAN_MARGIN = 0.5  # until it ends itself, whatever still runs
 
@@ -161,12 +161,12 @@ _current: Worker | None = None
 
 
 def current_worker() -> Worker | None:
-    """The worker this process is; None outside of one."""
+    """Return the worker this process is; None outside of one."""
     return _current
 
 
 def run_worker(job: Job) -> int:
-    """The whole life of a worker, from the fork on; returns its exit status."""
+    """Run a worker from the fork on; return its exit status."""
     return _Life(job).run()
 
 
@@ -177,7 +177,7 @@ class _Life:
         self.channel = job.channel
         self.worker = _current = Worker(job.number, job.generation)
         self.hooks = Hooks()
-        self.watch: Watch | None = None  # where somebody asks for metrics
+        self.watch: Watch | None = None  # if metrics are served
         self.wants_to_retire = ""
         self.asked_to_retire = False
         self.orphaned = False
@@ -419,7 +419,7 @@ class _Life:
         self.obeying = self.order()
 
     def look_whether_obeyed(self) -> None:
-        """An order that could not be obeyed is obeyed now; nobody would give it again."""
+        """Obey an order now that could not be obeyed before; it would not be given again."""
         server = self.worker.server
         if self.order is None or server is None or server.state is State.STOPPED:
             return
@@ -496,7 +496,7 @@ class _Life:
         assert server is not None
         numbers = {sock.fileno() for sock, use in self.job.sockets if use in drained}
         for listener in server.listeners():
-            # Whose it is may tell the kernel to begin no more connections on it.
+            # Only the owner may stop new connections on it.
             listener.owned = listener.fileno() in numbers
         server.stop(timeout, leave_listening=not numbers, patient=patient)
 
@@ -504,7 +504,7 @@ class _Life:
         if os.getppid() != self.job.master:
             self.be_orphaned()
         else:
-            # `kill` of this process alone: leave when a successor is there. A stop of all of us (systemd and others
+            # `kill` of this process only: leave when a successor is there. A stop of all of us (systemd and others
             # signal every process of a service) comes by the channel.
             self.wants_to_retire = "got SIGTERM"
 
@@ -551,7 +551,7 @@ def _with_jitter(config: SupervisorConfig) -> int | None:
 
 
 def _work_in(folder: str) -> None:
-    """Goes where the master was started, by the name it had: that link may point to another release by now."""
+    """Go to the master's start folder, by its name at the start: that link may point to another release by now."""
     before = os.getcwd() if os.path.isdir(".") else ""
     try:
         os.chdir(folder)
