@@ -1,11 +1,12 @@
-"""The cost of each step of a connection, in instructions: no noise, so a difference of 1 % on a busy machine is real.
+"""The cost of each step of a connection in instructions, which do not depend on what else the machine does.
 
-    python -m loadtests.bench.instructions                  # every scenario: the table of docs/architecture.md
+    python -m loadtests.bench.instructions                  # every scenario: the tables of docs/architecture.md
     python -m loadtests.bench.instructions keep-alive idle  # some of them
 
 The server runs under ``valgrind --tool=callgrind``, which counts the instructions that it executes in user space: those
 of the kernel are not among them. In each round 32 clients act while the server is stopped (SIGSTOP), so that always 32
-events share a turn of the event loop. Counting starts after some rounds, when caches are warm.
+events share a turn of the event loop. Counting starts after some rounds, when caches are warm. Figures of requests
+repeat within 0.5 %, those of connections within 3 %.
 """
 
 from __future__ import annotations
