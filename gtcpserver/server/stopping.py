@@ -267,9 +267,10 @@ class Stopping:
                 return
             lingerer.let_silent_peers_be()
 
-    def _wait_a_little(self, event: Event, until: float | None, longest: float = LONGEST_WITHOUT_A_LOOK) -> bool:
+    def _wait_a_little(self, event: Event, until: float | None, longest: float | None = None) -> bool:
         """Wait for the event, or at most so long that it is worth while to look; False when there is no more time."""
         hurry = self._state.hurry
+        longest = LONGEST_WITHOUT_A_LOOK if longest is None else longest
         left = longest if until is None else min(longest, until - monotonic())
         if left <= 0 or hurry.is_set():
             return False
