@@ -212,7 +212,7 @@ class Stopping:
             if self._access_log is not None:
                 self._access_log.write_unserved(connection, "stopped")
         finally:
-            connection.close()
+            connection.abort()  # an end in order would be an empty answer
             if self._state.admission is not None:
                 self._state.admission.left(connection)
             self._state.note_if_nobody_is_connected()

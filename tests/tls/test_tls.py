@@ -14,6 +14,7 @@ import subprocess
 import time
 
 import gevent
+import gevent.event
 import gevent.ssl
 import pytest
 
@@ -1207,6 +1208,25 @@ def test_a_handler_that_began_after_its_handshake_in_a_stop_is_reported(serve, t
     report = stopping.get(timeout=SOON)
     assert (report.finished, report.ended) == (0, 1)
     client.close()
+
+
+def test_a_client_that_a_stop_leaves_without_a_place_gets_a_reset_and_no_empty_answer(
+    serve, tls, shared, connect, in_thread
+):
+    go = gevent.event.Event()
+    server = serve(lambda conn: go.wait(), tls=tls, pool=1, linger=2)
+    socks = [connect(server) for _ in range(2)]  # both are accepted: a handshake holds no place
+    wait_until(lambda: server.stats().handshaking == 2)
+    context = client_context(shared.ca_file)
+    options = {"server_hostname": "localhost", "suppress_ragged_eofs": False}
+    clients = [in_thread(lambda sock=sock: context.wrap_socket(sock, **options)) for sock in socks]
+    wait_until(lambda: server.active_connections == 1 and not server.stats().handshaking)
+    clients[1].sendall(b"request")
+    assert server.stop(0.1).ended == 2
+    with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):  # an end in order gives b""
+        in_thread(clients[1].recv, 10)
+    for client in clients:
+        client.close()
 
 
 def test_halt_drops_handshakes(serve, tls, connect, in_thread, descriptors, quiet):
