@@ -306,7 +306,7 @@ def server_options(command: Command) -> Command:
         type=AddressType(),
         multiple=True,
         default=("127.0.0.1:5000",),
-        show_default="127.0.0.1:5000",
+        show_default=True,
         metavar="ADDRESS",
         help="Where to listen: host:port, [IPv6]:port, *:port (every address), port (on 127.0.0.1), unix:/path, "
         "unix:@name or fd:number; may be repeated.",
