@@ -21,17 +21,13 @@ from .log_files import STDERR, log_with_details
 from .messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
 from .program import Program
 from .reload import Done, Reload
-from .slots import Slot, WorkerProcess, WorkerState, describe_status
+from .slots import Slot, WorkerProcess, WorkerState, back_off, describe_status
 from .sockets import ListeningSockets
 from .system import System
 from .totals import Totals
 from .worker import Job
 
 log = logging.getLogger("gtcpserver")
-
-#: Seconds before the next attempt after a failed start; doubled each time, up to LONGEST_BACK_OFF.
-FIRST_BACK_OFF = 0.5
-LONGEST_BACK_OFF = 30.0
 
 #: A worker that dies within this time (seconds) after it was ready counts as a failed start, unless it was killed from
 #: outside.
@@ -174,7 +170,7 @@ class Fleet:
         return worker
 
     def _start_failed(self, slot: Slot, what: str) -> None:
-        delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**slot.failures)
+        delay = back_off(slot.failures)
         slot.failures += 1
         slot.failed_at = self.system.monotonic()
         slot.not_before = slot.failed_at + delay

@@ -30,7 +30,7 @@ from gtcpserver.monitoring.monitor import check_metrics_address, url_of
 from gtcpserver.strict_json import to_json
 
 from .channel import GONE, RETRY_SECONDS
-from .slots import WorkerProcess, WorkerState, describe_status
+from .slots import WorkerProcess, WorkerState, back_off, describe_status
 from .sockets import Inherited, ListeningSockets
 from .spawn import fork_worker
 
@@ -56,9 +56,7 @@ TABLE_SECONDS = 1.0
 
 LEAVE_SECONDS = 2.0  # for a monitor to finish its answers, of which it gives itself one; then it is killed
 
-FIRST_BACK_OFF = 0.5  # seconds until one that died soon is started again; then twice as long, up to
-LONGEST_BACK_OFF = 30.0
-SHORT_LIFE = 10.0
+SHORT_LIFE = 10.0  # seconds; one that ends earlier is not started again at once
 
 KILL_SECONDS = 2.0  # at most that the end waits for one that was killed
 
@@ -198,7 +196,7 @@ class MonitorProcess:
         self.starting = True
 
     def _put_off(self, now: float, what: str) -> None:
-        delay = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2**self._failures)
+        delay = back_off(self._failures)
         self._failures += 1
         self._not_before = now + delay
         log.error("%s; trying again in %.1f s. The service goes on.", what, delay)

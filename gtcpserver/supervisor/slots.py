@@ -14,6 +14,10 @@ from .lending import Loans
 from .system import System
 from .worker import BEAT_SECONDS
 
+#: Seconds before the next attempt after a failed start; doubled each time, up to LONGEST_BACK_OFF.
+FIRST_BACK_OFF = 0.5
+LONGEST_BACK_OFF = 30.0
+
 LAG_SECONDS = 0.25
 """A loop that is later than this is taken out of new connections. A healthy one is late by a millisecond or two."""
 
@@ -179,6 +183,12 @@ class Slot:
         """Return whether new connections should rather go elsewhere."""
         ready = [one for one in (self.current, self.next) if one is not None and one.state is WorkerState.READY]
         return bool(ready) and all(one.lagging for one in ready)
+
+
+def back_off(failures: int) -> float:
+    """Return the seconds until the next start of a process, by how many failed before the last one, in a row."""
+    doublings = min(failures, 10)  # after a night of failures, 2**failures is too large for a float
+    return min(LONGEST_BACK_OFF, FIRST_BACK_OFF * (1 << doublings))
 
 
 def describe_status(status: int) -> str:

@@ -33,10 +33,10 @@ from hypothesis.stateful import (
 )
 
 from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
-from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, LONGEST_BACK_OFF, Fleet
+from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, Fleet
 from gtcpserver.supervisor.master import REAP_SECONDS, MasterState, WorkersCannotStart
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
-from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, WorkerState
+from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, LONGEST_BACK_OFF, WorkerState
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS, UPGRADE_SECONDS
 from kit.simulated import FIRST_PID, Fate, Process, SimulatedMaster, SimulatedSystem
 

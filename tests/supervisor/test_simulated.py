@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gtcpserver.supervisor.fleet import HALT_SECONDS, LONGEST_BACK_OFF
-from gtcpserver.supervisor.slots import WorkerState
+from gtcpserver.supervisor.fleet import HALT_SECONDS
+from gtcpserver.supervisor.slots import FIRST_BACK_OFF, LONGEST_BACK_OFF, WorkerState, back_off
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS
 from kit.simulated import Fate, SimulatedMaster, SimulatedSystem
 
@@ -58,6 +58,17 @@ def test_workers_that_die_soon_are_started_less_and_less_often(
     system.fates.clear()
     master.run(2 * LONGEST_BACK_OFF)
     assert master.master.ready
+
+
+def test_starts_that_fail_all_night_go_on_as_seldom(system: SimulatedSystem, start: Start) -> None:
+    master = start()
+    system.fates += [Fate(fails=True)] * 100
+    before = len(system.processes)
+    master.fleet.slots[0].failures = 2000  # too many for a float that doubles each time
+    master.current().exit(1 << 8)
+    master.run(4 * LONGEST_BACK_OFF)
+    assert 3 <= len(system.processes) - before <= 5
+    assert [back_off(failures) for failures in (0, 1, 5, 6, 2000)] == [FIRST_BACK_OFF, 1, 16, 30, LONGEST_BACK_OFF]
 
 
 def test_a_fork_that_fails_is_tried_again_until_it_works(system: SimulatedSystem, start: Start) -> None:
