@@ -1,7 +1,9 @@
-"""What contributors and releases rely on: pins for every dependency, steps of CI that are all run, a release check."""
+"""What contributors and releases rely on: private names, pins for every dependency, steps of CI that are all run, a
+release check."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -19,6 +21,22 @@ from kit.paths import ROOT
 from kit.patience import SOON
 
 CI = ROOT / ".ci"
+
+# -- private names -----------------------------------------------------------------------------------------------------
+
+
+def test_no_module_of_the_package_imports_a_private_name_of_another() -> None:
+    """Ruff's SLF001 sees only those behind a dot."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {alias.name}"
+        for path in (ROOT / "gtcpserver").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("gtcpserver"))
+        for alias in node.names
+        if re.match(r"_[^_]", alias.name)
+    ]
+    assert found == []
+
 
 # -- constraints.txt ---------------------------------------------------------------------------------------------------
 

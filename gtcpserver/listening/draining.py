@@ -138,7 +138,7 @@ def steer(group: Sequence[HasSocket], stay: Sequence[int]) -> bool:
     program = _choose_one_of(list(dict.fromkeys(stay)))
     if len(program) > MAX_INSTRUCTIONS:
         raise ValueError(f"stay must name at most {MAX_INSTRUCTIONS // 2 - 1} members, got {len(stay)}")
-    return _attach(group[stay[0]].socket, SO_ATTACH_REUSEPORT_CBPF, program)
+    return attach_program(group[stay[0]].socket, SO_ATTACH_REUSEPORT_CBPF, program)
 
 
 def unsteer(group: Sequence[HasSocket]) -> bool:
@@ -150,6 +150,25 @@ def unsteer(group: Sequence[HasSocket]) -> bool:
     try:
         group[0].socket.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
     except OSError:
+        return False
+    return True
+
+
+def attach_program(sock: socket.socket, option: int, program: Sequence[Instruction]) -> bool:
+    """Give a socket a program of the kernel's packet filter, by SO_ATTACH_FILTER or SO_ATTACH_REUSEPORT_CBPF.
+
+    Returns:
+        False if the kernel refuses.
+    """
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+    # struct sock_fprog { unsigned short len; struct sock_filter *filter; }, with the padding of native alignment.
+    fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, fprog)
+    except OSError as exc:
+        # EBADF and ENOTSOCK are mistakes of the caller; any other error means that the system does not support it.
+        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
+            raise
         return False
     return True
 
@@ -199,7 +218,7 @@ def _drop_by_filter(listening: socket.socket) -> bool:
         (BPF_RETURN, 0, 0, 0),
         (BPF_RETURN, 0, 0, keep_all),
     ]
-    if not _attach(listening, SO_ATTACH_FILTER, program):
+    if not attach_program(listening, SO_ATTACH_FILTER, program):
         return False
     # A connection that waits for its first byte is in no queue and would be lost. Once it is no longer deferred, the
     # kernel repeats its SYN-ACK within a second or two and the client's ACK puts the connection into the accept queue.
@@ -251,20 +270,6 @@ def _choose_one_of(indexes: list[int]) -> list[Instruction]:
     for number, index in enumerate(indexes[:-1]):
         program += [(BPF_JUMP_IF_EQUAL, 0, 1, number), (BPF_RETURN, 0, 0, index)]
     return [*program, (BPF_RETURN, 0, 0, indexes[-1])]
-
-
-def _attach(sock: socket.socket, option: int, program: Sequence[Instruction]) -> bool:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
-    # struct sock_fprog { unsigned short len; struct sock_filter *filter; }, with the padding of native alignment.
-    fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, option, fprog)
-    except OSError as exc:
-        # EBADF and ENOTSOCK are mistakes of the caller; any other error means that the system does not support it.
-        if exc.errno in (errno.EBADF, errno.ENOTSOCK):
-            raise
-        return False
-    return True
 
 
 def _count_handshakes(port: int, family: int) -> int:

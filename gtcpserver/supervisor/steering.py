@@ -12,7 +12,7 @@ from gtcpserver.listening.draining import (
     SO_ATTACH_REUSEPORT_CBPF,
     HasSocket,
     Instruction,
-    _attach,
+    attach_program,
     steer,
     unsteer,
 )
@@ -37,7 +37,7 @@ def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, i
     if stay and len(set(stay)) < len(group):
         return steer(group, stay)
     if cpus:
-        return _attach(group[0].socket, SO_ATTACH_REUSEPORT_CBPF, by_cpu(cpus))
+        return attach_program(group[0].socket, SO_ATTACH_REUSEPORT_CBPF, by_cpu(cpus))
     unsteer(group)  # False: there was no program
     return True
 

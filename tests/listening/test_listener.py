@@ -786,7 +786,7 @@ def test_a_handshake_under_way_at_mute_is_completed_and_counted_until_then(opene
     # The client drops the SYN-ACK, as a far one has not got it yet.
     client = opened.keep(socket.socket())
     drop_all = [(draining.BPF_RETURN, 0, 0, 0)]
-    draining._attach(client, draining.SO_ATTACH_FILTER, drop_all)  # noqa: SLF001  which has no public user
+    draining.attach_program(client, draining.SO_ATTACH_FILTER, drop_all)
     client.setblocking(False)
     client.connect_ex(one.sockaddr)
     if handshakes_under_way(one.socket) is None:
