@@ -2,8 +2,8 @@
 
     .venv/bin/python docs/pictures.py          # after imports between rooms, or tables of states, have changed
 
-tests/test_architecture.py fails where a picture or table is out of date. The pictures are SVG, in colours for light and
-for dark pages; nothing but Python is needed to draw them.
+tests/docs/test_architecture.py fails where a picture or table is out of date. The pictures are SVG, in colours for
+light and for dark pages; nothing but Python is needed to draw them.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ class StreamServer(Acceptor):
         except BaseException as error:
             self._report(error, args[0], (args[1:], self))
 
-    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+    # -- a fork in this process (see process/forked.py) --------------------------------------------------------------
 
     def serves(self) -> bool:
         return bool(super().serves() or self._open or self._held or self._handshakes)

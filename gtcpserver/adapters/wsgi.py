@@ -1,6 +1,6 @@
 """Run WSGI applications (PEP 3333) with gevent.pywsgi on our sockets, pool and TLS.
 
-gevent.pywsgi answers. This module reads the request, by the rules of http_head.py and http_chunks.py: pywsgi's parser
+gevent.pywsgi answers. This module reads the request, by the rules of http1/head.py and http1/chunks.py: pywsgi's parser
 accepts heads that a proxy in front reads differently, which allows request smuggling.
 """
 
@@ -264,7 +264,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self._end_in_disorder()
         return fault
 
-    # -- a fork in the application (see forked.py) -------------------------------------------------------------------
+    # -- a fork in the application (see process/forked.py) -----------------------------------------------------------
 
     def forked(self) -> None:
         """End the child when the application returns there. It must not answer a second time."""

@@ -714,7 +714,7 @@ class Connection(SSLMethods, HasStream, _Socket):
             pass  # reset meanwhile
         return False
 
-    # -- a fork in its handler (see forked.py) -----------------------------------------------------------------------
+    # -- a fork in its handler (see process/forked.py) ---------------------------------------------------------------
 
     def shared_with_child(self) -> None:
         """Note, in the parent, that a forked child has the socket too."""

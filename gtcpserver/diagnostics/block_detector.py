@@ -219,7 +219,7 @@ class BlockDetector:
         return False
 
     def left_in_child(self, _own: Any) -> None:
-        """Forget everything in a forked child of a serving process (see forked.py): the loop belongs to the parent."""
+        """Forget everything in a forked child of a serving process (process/forked.py): the loop is the parent's."""
         global _latest
         _latest = self._timer = None
         if self._clock is not None:

@@ -205,5 +205,5 @@ def _report(hub: Any, context: HandlerGreenlet) -> None:
 
 def _wait_for_a_job(hub: Any) -> Any:
     # A separate function: greenlet makes a frame object (240 bytes) of the frame that switches, and that frame keeps it
-    # until it returns. Not hub.switch(): see stream.py.
+    # until it returns. Not hub.switch(): see connection/stream.py.
     return _switch_to(hub)

@@ -46,7 +46,7 @@ FILE_MODE = 0o640
 #: How it is opened. O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and nothing waits for one.
 FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK
 
-#: Seconds between two looks at a file that this process may not open itself, and borrows (`lent_files`).
+#: Seconds between two looks at a file that this process may not open itself, and borrows (`files.lent`).
 LOOK_EVERY = 1.0
 
 

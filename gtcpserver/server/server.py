@@ -593,7 +593,7 @@ class Server:
         """
         self._stopping.close_accept_loop(index)
 
-    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+    # -- a fork in this process (see process/forked.py) --------------------------------------------------------------
 
     def serves(self) -> bool:
         # Background work may fork as well, and this would be waited for in both processes.

@@ -299,7 +299,7 @@ class Serving:
             connection.abort()
             raise ClientRefused(refusal)
 
-    # -- a fork in a handler (see forked.py) -------------------------------------------------------------------------
+    # -- a fork in a handler (see process/forked.py) -----------------------------------------------------------------
 
     def left_in_child(self) -> None:
         """In a forked child: what a handler that has forked comes back to ends the process."""

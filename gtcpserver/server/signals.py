@@ -100,7 +100,7 @@ class _Handlers:
         return False  # its server does
 
     def left_in_child(self, _own: Any) -> None:
-        """In a forked child (see forked.py)."""
+        """In a forked child (see process/forked.py)."""
         global _handlers
         for number, handler in self._before:
             signal.signal(number, handler)

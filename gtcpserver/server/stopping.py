@@ -352,7 +352,7 @@ class Stopping:
             counters.left_in_queue += acceptor.left_in_queue
             acceptor.accept_errors = acceptor.left_in_queue = 0
 
-    # -- a fork (see forked.py) --------------------------------------------------------------------------------------
+    # -- a fork (see process/forked.py) ------------------------------------------------------------------------------
 
     def left_in_child(self) -> None:
         """In a forked child: it has stopped."""

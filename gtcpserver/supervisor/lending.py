@@ -1,4 +1,4 @@
-"""A master of root's lends its workers, which are another user, the files that their options name (`lent_files`).
+"""A master of root's lends its workers, which are another user, the files that their options name (`files.lent`).
 
 While a new worker still is root, and no code of the user's has run in it, it names the files to its master. Then it
 becomes the other user, and says so: from then on it gets descriptors of these files, and can name no others. What it
@@ -124,7 +124,7 @@ def _texts(value: object) -> list[str]:
 
 
 class Borrower:
-    """A worker's side; `lent_files` calls it.
+    """A worker's side; `files.lent` calls it.
 
     Args:
         channel: to the master.

@@ -295,7 +295,7 @@ class Master:
         return True
 
     def left_in_child(self, _own: Any) -> None:
-        """In a child that the program has forked, of its own, while or after it was preloaded (see forked.py)."""
+        """In a child that the program has forked, of its own, while or after it was preloaded (process/forked.py)."""
         self._in_child = True
         if hasattr(self, "fleet"):
             self.close_in_monitor()

@@ -306,7 +306,7 @@ class _Life:
             log.exception("the hook %s failed", name)
         self.end_child()
 
-    # -- a fork in this process (see forked.py) ----------------------------------------------------------------------
+    # -- a fork in this process (see process/forked.py) --------------------------------------------------------------
 
     def serves(self) -> bool:
         return True
