@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
 import traceback
 from collections import Counter
 from types import CodeType, FrameType
 
 from gevent import monkey
 from greenlet import greenlet
+
+from gtcpserver.diagnostics.frames import frames_of_threads
 
 # The original one: in a monkey-patched program the replacement numbers greenlets.
 _get_ident = monkey.get_original("_thread", "get_ident")
@@ -30,7 +31,7 @@ def format_stacks(interrupted: FrameType | None = None) -> str:
     if interrupted is not None:
         parts.append("running now:\n" + "".join(traceback.format_stack(interrupted)))
     current = _get_ident()  # a signal handler runs in the main thread
-    for thread, frame in sys._current_frames().items():  # noqa: SLF001 (documented, and there is no other name)
+    for thread, frame in frames_of_threads().items():
         if thread != current:
             parts.append(f"thread {thread}:\n" + "".join(traceback.format_stack(frame)))
     waiting: Counter[Place] = Counter()
