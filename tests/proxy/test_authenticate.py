@@ -265,18 +265,6 @@ def test_unknown_users_are_compared_with_a_hash_that_is_always_the_same(users, m
     assert set(compared) == {ADA, BOB}
 
 
-@pytest.mark.slow
-def test_hashes_are_computed_while_the_event_loop_goes_on(users):
-    staff = users({b"Ada": passwords.hash_password(b"pw")})
-    checking = gevent.spawn(staff.check, b"Ada", b"pw", CLIENT)
-    turns = 0
-    while not checking.ready():
-        gevent.sleep(0)
-        turns += 1
-    assert checking.value
-    assert turns > 3
-
-
 @pytest.mark.parametrize("kept", ["$2y$10$" + "!" * 53, "$2b$99$" + "a" * 53, "$argon2id$broken"])
 def test_a_damaged_hash_lets_nobody_in_and_nothing_crash(users, caplog, monkeypatch, kept):
     monkeypatch.setattr(authenticate, "check_hash", lambda kept: None)  # not all damage can be seen
