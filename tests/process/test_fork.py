@@ -12,6 +12,7 @@ import pytest
 
 from kit.forks import FILE, Program, read_all, sockets_of
 from kit.patience import SOON
+from kit.supervised import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -45,13 +46,6 @@ def both(function):
 def stderr_of(program):
     program.process.terminate()
     return program.process.communicate(timeout=SOON)[1].decode()
-
-
-def wait_until(condition):
-    give_up = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
 
 
 def listens(port):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gtcpserver import ConfigError
 from gtcpserver.proxy import authenticate, passwords
 from gtcpserver.proxy.authenticate import CommandAuthenticator, HashedUsers, RememberingAuthenticator
+from kit.supervised import alive
 from kit.waiting import wait_until
 
 CLIENT = ip_address("192.0.2.1")
@@ -407,15 +408,6 @@ def helper(tmp_path):
         one.close()
 
 
-def alive(pid):
-    """Whether a process runs; one that only waits to be reaped does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_a_command_is_asked_again_and_again(helper):
     staff = helper(remember=0)
     for _ in range(5):
@@ -591,13 +583,7 @@ def test_close_ends_the_processes_and_what_they_have_started(tmp_path):
     assert all(map(alive, numbers))
     staff.close()
     for pid in numbers:
-        wait_until(lambda pid=pid: not alive(pid) or _is_zombie(pid))
-
-
-def _is_zombie(pid):
-    """An orphan may wait for an init that does not reap."""
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "Z"
+        wait_until(lambda pid=pid: not alive(pid))
 
 
 def test_processes_end_when_ours_is_killed(python, tmp_path):
@@ -617,4 +603,4 @@ def test_processes_end_when_ours_is_killed(python, tmp_path):
     pid = int((tmp_path / "pid").read_text())
     ours.kill()
     ours.wait()
-    wait_until(lambda: not alive(pid) or _is_zombie(pid))
+    wait_until(lambda: not alive(pid))
