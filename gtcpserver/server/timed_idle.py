@@ -36,11 +36,16 @@ class TimedIdle(PlacelessIdle):
         self.active = True
         places = self._capacity.places
         places.taken -= 1
-        if places.links:
-            places.tell()
-        wants_idle = self._state.wants_idle
-        if wants_idle is not None:
-            wants_idle(self.connection)
+        try:
+            if places.links:
+                places.tell()
+            wants_idle = self._state.wants_idle
+            if wants_idle is not None:
+                wants_idle(self.connection)
+        except BaseException:
+            self.active = False
+            places.taken += 1
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -50,12 +55,15 @@ class TimedIdle(PlacelessIdle):
             PlacelessIdle.__exit__(self, kind, error, where)
             return
         observers = self._observers
-        if observers.left:
-            observers.left -= 1
-        else:
-            self._began = monotonic()
-            self._times = every = observers.every
-            observers.left = every - 1
+        try:
+            if observers.left:
+                observers.left -= 1
+            else:
+                self._began = monotonic()
+                self._times = every = observers.every
+                observers.left = every - 1
+        except MemoryError:
+            self._began = 0.0  # a figure is lost, and not the place
         places = self._capacity.places
         if places.taken < places.size and not places.links:
             self.active = False

@@ -7,6 +7,7 @@ import pytest
 
 from gtcpserver import ClientLimits, ProxyProtocol
 from gtcpserver.admission import steps as steps_module
+from gtcpserver.monitoring.latency import Latency
 from gtcpserver.pool import HandlerPool
 from gtcpserver.pool import places as places_module
 from gtcpserver.pool import pool as pool_module
@@ -183,7 +184,8 @@ def test_those_that_wait_for_a_place_are_served_after_one_that_could_not(serve, 
     assert in_thread(third.recv, 100) == b"third"
 
 
-def test_an_idle_connection_whose_wait_cannot_begin_keeps_its_place(serve, connect, in_thread, monkeypatch):
+@pytest.mark.parametrize("observed", [False, True])
+def test_an_idle_connection_whose_wait_cannot_begin_keeps_its_place(serve, connect, in_thread, monkeypatch, observed):
     raised = []
 
     def handler(conn):
@@ -194,12 +196,41 @@ def test_an_idle_connection_whose_wait_cannot_begin_keeps_its_place(serve, conne
                 with conn.idle():
                     pass
             except MemoryError:
-                raised.append(conn.server.pool.places.taken)
+                raised.append((conn.server.pool.places.taken, conn.is_idle))
         conn.server.pool.places.links.clear()
 
     server = serve(handler, pool=5)
+    if observed:
+        server.add_observer(Latency())
     assert in_thread(connect(server).recv, 100) == b""
-    assert raised == [1]
+    assert raised == [(1, False)]
+    nothing_is_taken(server)
+
+
+def test_an_idle_connection_whose_request_cannot_be_measured_keeps_its_place(serve, connect, in_thread):
+    class Unmeasured(Latency):
+        @property
+        def every(self):
+            raise MemoryError
+
+        @every.setter
+        def every(self, _value):
+            pass
+
+    def handler(conn):
+        with conn.idle():
+            data = conn.recv(100)
+        conn.sendall(data + str((conn.server.pool.places.taken, conn.is_idle)).encode())
+
+    server = serve(handler, pool=5)
+    server.add_observer(Unmeasured())
+
+    def talk():
+        client = connect(server)
+        client.sendall(b"x")
+        return client.recv(100)
+
+    assert in_thread(talk) == b"x(1, False)"
     nothing_is_taken(server)
 
 
