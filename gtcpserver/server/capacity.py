@@ -121,6 +121,12 @@ class Capacity:
                 self._state.note_if_nobody_is_connected()
                 self._resume_accepting()
 
+    def look(self) -> None:
+        """Once a second: let in those of whom nobody could be told for want of memory."""
+        places = self.places
+        if self._state.waiting and (self.has_room() or (places.taken >= places.size and not self._is_linked)):
+            self.let_in()
+
     def _resume_accepting(self) -> None:
         if self._state.now is State.SERVING:
             for acceptor in self._state.acceptors:

@@ -261,9 +261,13 @@ class Server:
         state.become(State.SERVING)
         state.started_at = monotonic()
         self._time_limits.start()
-        self._stopping.watchdog = Watchdog(state, self._stopping.look)
+        self._stopping.watchdog = Watchdog(state, self._look)
         if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
             self.tls.watch(self.tls.config.watch)
+
+    def _look(self) -> None:
+        self._stopping.look()
+        self._capacity.look()
 
     def _admit_drained(self, connection: Connection, address: Any) -> None:
         self._serving.admit(connection, address, drained=True)

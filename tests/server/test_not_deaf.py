@@ -6,11 +6,14 @@ import signal
 import gevent
 import pytest
 
+from gtcpserver import ProxyProtocol
+from gtcpserver.pool.places import Places
 from gtcpserver.process import watcher as watcher_module
 from gtcpserver.server import watchdog as watchdog_module
 from gtcpserver.server.acceptor import Acceptor
 from injection.started import receive_all, received_from
 from injection.strace import needs_strace, rule
+from kit.patience import SOON
 from kit.waiting import wait_until
 
 ECHO = """
@@ -217,3 +220,33 @@ def test_a_watcher_of_another_loop_is_taken_as_it_is():
             return fd, events
 
     assert watcher_module.watch(Other(), 5, 1) == (5, 1)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_connection_of_which_the_pool_could_not_be_told_is_served_when_there_is_a_place(
+    serve, connect, in_thread, monkeypatch, stops
+):
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
+    server = serve(echo, pool=1, linger=0, proxy_protocol=None if stops else ProxyProtocol(["127.0.0.1"]))
+    header = b"" if stops else b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
+    first, second, third = clients = [connect(server) for _ in range(3)]
+    wait_until(lambda: server.active_connections if stops else len(server._state.admission) == 3)
+    stopping = gevent.spawn(server.stop, SOON) if stops else None
+    for come, client in enumerate(clients, 1):
+        client.sendall(header + b"x")
+        wait_until(lambda come=come: server.active_connections + len(server._state.waiting) >= come)
+    real, calls = Places.rawlink, []
+
+    def fail_once(places, callback):
+        calls.append(callback)
+        if len(calls) == 1:
+            raise MemoryError
+        real(places, callback)
+
+    monkeypatch.setattr(Places, "rawlink", fail_once)
+    for client in first, second, third:
+        assert in_thread(client.recv, 100) == b"x"
+        client.close()
+    assert calls
+    if stopping is not None:
+        assert stopping.get().ended == 0
