@@ -147,6 +147,12 @@ class Stopping:
             self._greenlet = self.spawn()
         if self._signal_missed:
             self.by_signal(self._signal_missed, self._server.stop_timeout)
+        if self._state.now is State.SERVING:
+            most = self._options.max_accepts
+            if self._server.fatal_error is not None:
+                self.begin(self._server.stop_timeout)
+            elif most is not None and self._state.counters.accepted >= most:
+                self.begin(None)
 
     # -- the steps ---------------------------------------------------------------------------------------------------
 

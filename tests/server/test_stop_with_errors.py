@@ -218,3 +218,28 @@ def test_a_limited_client_that_was_refused_keeps_no_stop_waiting(serve, connect,
     with gevent.Timeout(SOON):
         server.stop(1000)
     gc.collect()
+
+
+@pytest.mark.parametrize("what", ["max_accepts", "lost"])
+def test_a_stop_of_the_servers_own_that_had_no_memory_to_begin_begins_all_the_same(
+    serve, connect, in_thread, monkeypatch, what
+):
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
+    server = serve(echo, max_accepts=1 if what == "max_accepts" else None)
+    failed = []
+
+    def fail_once(*args, **options):
+        failed.append(monkeypatch.undo())
+        raise MemoryError
+
+    monkeypatch.setattr(gevent, "spawn", fail_once)
+    if what == "max_accepts":
+        client = connect(server)
+        client.sendall(b"x")
+        assert in_thread(client.recv, 1) == b"x"
+        client.close()
+    else:
+        server._state.acceptors[0].socket.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: failed)
+    assert server.wait_stopped(10)
+    assert (server.fatal_error is not None) == (what == "lost")
