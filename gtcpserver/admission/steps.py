@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds until those who are overdue are ended if that has failed.
+AGAIN_SECONDS = 1.0
+
 
 class Stage:
     """What is under way, of one kind.
@@ -105,13 +108,14 @@ class Stage:
             self.failed(connection, kind)
 
     def _start_timer(self, seconds: float) -> None:
-        timer = get_hub().loop.timer(seconds, ref=False)
+        # It comes again if there was no memory for what it was to do.
+        timer = get_hub().loop.timer(seconds, AGAIN_SECONDS, ref=False)
         timer.start(self._end_overdue, update=True)
+        if self._timer is not None:
+            self._timer.close()
         self._timer = timer
 
     def _end_overdue(self) -> None:
-        self._timer.close()
-        self._timer = None
         now = monotonic()
         # All have the same time, so they are overdue in the order they came.
         for step in list(self._under_way):
@@ -119,6 +123,8 @@ class Stage:
                 self._start_timer(step.until - now)
                 return
             step.fail(TimeoutError(f"no {self.what} within {self._seconds:g} s"))
+        self._timer.close()
+        self._timer = None
 
 
 class Step:

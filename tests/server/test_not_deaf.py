@@ -7,6 +7,7 @@ import gevent
 import pytest
 
 from gtcpserver import ProxyProtocol
+from gtcpserver.admission import steps as steps_module
 from gtcpserver.pool.places import Places
 from gtcpserver.process import watcher as watcher_module
 from gtcpserver.server import watchdog as watchdog_module
@@ -250,3 +251,30 @@ def test_a_connection_of_which_the_pool_could_not_be_told_is_served_when_there_i
     assert calls
     if stopping is not None:
         assert stopping.get().ended == 0
+
+
+@pytest.mark.parametrize("step", ["failed", "_start_timer"])
+def test_silent_clients_are_ended_although_memory_was_short_when_the_first_was(serve, connect, monkeypatch, step):
+    monkeypatch.setattr(steps_module, "AGAIN_SECONDS", 0.05)
+    server = serve(echo, proxy_protocol=ProxyProtocol(["127.0.0.1"], timeout=0.2))
+    first = connect(server)
+    wait_until(lambda: len(server._state.admission) == 1)
+    gevent.sleep(0.1 if step == "_start_timer" else 0)
+    others = [connect(server) for _ in range(2)]
+    wait_until(lambda: len(server._state.admission) == 3)
+    stage = server._state.admission._headers
+    real, calls = getattr(stage, step), []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError
+        real(*args)
+
+    monkeypatch.setattr(stage, step, fail_once)
+    stopping = gevent.spawn(server.stop)
+    wait_until(lambda: not server._state.admission)
+    assert calls
+    assert stopping.get(timeout=SOON).ended == 0
+    for client in first, *others:
+        client.close()
