@@ -87,13 +87,27 @@ class Serving:
         connection.client_address = address
         try:
             if drained:
-                self._state.nobody_connected.clear()
-                self._capacity.wait(connection, self.begin)
+                self._wait_for_room(connection)
             else:
                 self.begin(connection)
         finally:
             if number == self._max_accepts:
                 self._stop_after_last()
+
+    def _wait_for_room(self, connection: Connection) -> None:
+        self._state.nobody_connected.clear()
+        try:
+            self._capacity.wait(connection, self.begin)
+        except BaseException:
+            self._cannot_serve(connection)
+            raise
+
+    def _cannot_serve(self, connection: Connection) -> None:
+        # No memory to serve it with. A reset says so; an end in order would be an empty answer.
+        try:
+            connection.abort()
+        finally:
+            self._state.note_if_nobody_is_connected()
 
     def begin(self, connection: Connection) -> None:
         """It has room: let it in. Only from the hub."""
@@ -109,11 +123,7 @@ class Serving:
                 self._state.nobody_connected.clear()
                 admission.enter(connection)
         except BaseException:
-            # No memory to serve it with. A reset says so; an end in order would be an empty answer.
-            try:
-                connection.abort()
-            finally:
-                self._state.note_if_nobody_is_connected()
+            self._cannot_serve(connection)
             raise
 
     def admitted(self, connection: Connection) -> None:

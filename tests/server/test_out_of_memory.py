@@ -420,3 +420,27 @@ def test_a_process_that_was_short_of_memory_serves_as_many_as_before(python):
     assert (served, taken) == (50, 0)
     if not refused:
         pytest.skip("this Python had memory enough within the limit")
+
+
+def test_a_client_that_a_stop_takes_from_the_queue_and_cannot_note_is_reset(serve, connect, in_thread, monkeypatch):
+    server = serve(echo, pool=1, linger=0)
+    first = connect(server)
+    wait_until(lambda: server.active_connections == 1)
+    second = connect(server)
+    calls = []
+
+    def fail_once(*args):
+        calls.append(monkeypatch.undo())
+        raise MemoryError
+
+    server._state.acceptors[0].stop_accepting()
+    server.pool.places.links.clear()
+    server._capacity._is_linked = False
+    monkeypatch.setattr(places_module.Places, "rawlink", fail_once)
+    stopping = gevent.spawn(server.stop, 10)
+    with pytest.raises(ConnectionResetError):  # an end in order would be an empty answer
+        in_thread(second.recv, 100)
+    assert calls
+    first.close()
+    report = stopping.get()
+    assert report.ended == 0
