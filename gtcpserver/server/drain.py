@@ -48,7 +48,7 @@ class Steps:
 
     def failed(self, what: str, error: BaseException | str) -> None:
         """Note it, and log it once."""
-        failure = f"{what}: {error or type(error).__name__}"
+        failure = f"{what}: {str(error) or type(error).__name__}"
         if failure not in self.failures:
             self.failures.append(failure)
             log.error("stopping: %s", failure)

@@ -397,7 +397,7 @@ def _described(connection: Connection, greenlet: Any, ended: bool = True) -> Cut
     try:
         return describe(connection, greenlet, ended)
     except Exception as error:
-        return CutConnection("?", 0.0, 0, 0, (f"({error or type(error).__name__})",), ended)
+        return CutConnection("?", 0.0, 0, 0, (f"({str(error) or type(error).__name__})",), ended)
 
 
 def _shut(connection: Connection) -> None:

@@ -207,7 +207,7 @@ class _Check:
             function(self._player)
         except OSError as error:
             # The server may refuse: the next step checks whether it still serves.
-            self._found("not served", f"a client could not connect or send: {error or type(error).__name__}")
+            self._found("not served", f"a client could not connect or send: {str(error) or type(error).__name__}")
         self._player.leave()
         after = self._settled()
         for kind in _LEAKS:

@@ -94,7 +94,7 @@ class Conversation:
         try:
             client.sendall(data)
         except OSError as error:
-            raise WrongAnswer(f"could not send {short(data)}: {error or type(error).__name__}") from error
+            raise WrongAnswer(f"could not send {short(data)}: {str(error) or type(error).__name__}") from error
 
 
 def _read(client: Client) -> bytes:

@@ -101,7 +101,7 @@ class Player:
         except WrongAnswer as wrong:
             self.found("conversation", str(wrong))
         except OSError as error:
-            self.found("conversation", f"the connection failed: {error or type(error).__name__}")
+            self.found("conversation", f"the connection failed: {str(error) or type(error).__name__}")
 
     def good_client_is_served(self, while_what: str) -> bool:
         """Play the conversation; report a failure."""
@@ -109,7 +109,7 @@ class Player:
             with self.connect() as client:
                 self.conversation.play(client)
         except (WrongAnswer, OSError) as error:
-            self.found("not served", f"a good client is not served {while_what}: {error or type(error).__name__}")
+            self.found("not served", f"a good client is not served {while_what}: {str(error) or type(error).__name__}")
             return False
         return True
 

@@ -444,3 +444,4 @@ def test_a_client_that_a_stop_takes_from_the_queue_and_cannot_note_is_reset(serv
     first.close()
     report = stopping.get()
     assert report.ended == 0
+    assert report.failures == ("drain: MemoryError",)
