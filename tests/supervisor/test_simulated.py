@@ -202,6 +202,31 @@ def test_a_halt_gives_a_new_master_no_longer_than_workers(system: SimulatedSyste
     assert system.running() == []
 
 
+def test_a_stop_does_not_wait_for_a_new_master_that_the_program_has_buried(
+    system: SimulatedSystem, start: Start
+) -> None:
+    master = start()
+    system.fates.append(Fate(ready_after=None))
+    master.signal(signal.SIGUSR2, 1.0)
+    new = system.processes[max(system.processes)]
+    new.exit(1 << 8)
+    new.buried = True
+    master.signal(signal.SIGTERM, FAILED_SECONDS / 2)
+    assert master.outcome is not None
+
+
+def test_nor_for_one_that_it_buries_after_it_was_given_up(system: SimulatedSystem, start: Start) -> None:
+    master = start()
+    system.fates.append(Fate(ready_after=None, obeys=False))
+    master.signal(signal.SIGUSR2, 1.0)
+    new = system.processes[max(system.processes)]
+    master.signal(signal.SIGTERM, 1.0)
+    new.exit(1 << 8)
+    new.buried = True
+    master.run(FAILED_SECONDS + 1)
+    assert master.outcome is not None
+
+
 def test_workers_serve_on_while_an_upgrade_is_tried_and_fails(system: SimulatedSystem, start: Start) -> None:
     master = start(workers=2)
     for fate in (Fate(fails=True), Fate(dies_after=0.05), Fate(closes_after=0.5, ready_after=None)):
