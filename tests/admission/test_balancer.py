@@ -277,17 +277,23 @@ def test_a_forwarder_tells_what_it_knows_of_the_clients_tls(certificate, serve, 
     tls = TLSConfig(tmp_path / "x", alpn=("h2",), client_auth="optional", client_ca=tmp_path / "ca")
     server = serve(Forwarder([target.address], send_proxy="v2"), tls=tls)
 
-    def ask():
-        with trust.wrap_socket(connect(server), server_hostname="localhost") as encrypted:
+    def ask(session=None):
+        with trust.wrap_socket(connect(server), server_hostname="localhost", session=session) as encrypted:
             assert encrypted.recv(1) == b""
             agreed.append((encrypted.version(), encrypted.cipher()[0]))
+            assert encrypted.session_reused is (session is not None)
+            return encrypted.session
 
-    in_thread(ask)
+    session = in_thread(ask)
+    in_thread(ask, session)
     assert (seen[0].authority, seen[0].alpn) == ("localhost", b"h2")
     assert seen[0].destination == (ip_address("127.0.0.1"), server.port)
-    told = seen[0].tls
-    assert [(told.text(Type.SSL_VERSION), told.text(Type.SSL_CIPHER))] == agreed
-    assert (told.has_certificate, told.text(Type.SSL_CN)) == (certificate, "Ada" if certificate else None)
+    told = [header.tls for header in seen]
+    assert [(one.text(Type.SSL_VERSION), one.text(Type.SSL_CIPHER)) for one in told] == agreed
+    assert [one.text(Type.SSL_CN) for one in told] == 2 * ["Ada" if certificate else None]
+    assert [one.has_certificate for one in told] == 2 * [certificate]
+    # Section 2.2.6: by TLS; a certificate in this connection; one in this session.
+    assert [one.client for one in told] == ([1 | 2 | 4, 1 | 4] if certificate else [1, 1])
 
 
 NGINX = """
