@@ -33,13 +33,13 @@ CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 #: (accept(2), "Error handling": treat like EAGAIN), so the next accept follows without a pause.
 FATAL_ERRNOS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 
-#: So many failures in a row are not the fault of so many connections: the loop backs off instead of spinning.
+#: This many failures in a row are not the fault of single connections: the loop backs off instead of spinning.
 FAILURES_IN_A_ROW = 100
 
 FIRST_DELAY = 0.01  # seconds; doubles with each failure in a row
-LONGEST_DELAY = 1.0  # seconds; so long at most until a recovered system is noticed
+LONGEST_DELAY = 1.0  # seconds; the longest time until a recovered system is noticed
 
-#: So many connections in a row are taken for fresh. Those behind them have been queued for a while, as have those that
+#: This many connections in a row count as fresh. Those behind them have been queued for a while, as have those that
 #: waited for a place: of them it is asked whether the client is still there (0.5 us).
 FRESH = 4
 

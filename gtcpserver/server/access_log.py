@@ -58,7 +58,7 @@ class AccessLog:
 
     Args:
         style: "text" (key=value) or "json" (an object a line).
-        file: append to this file, which is opened anew when it was renamed or removed (logrotate). None: the lines go
+        file: append to this file, which is reopened when it was renamed or removed (logrotate). None: the lines go
             to the logger "gtcpserver.access". Nothing waits for a file that is a pipe which nobody reads: lines are
             dropped and counted.
 
@@ -199,7 +199,7 @@ def quoted(value: object) -> str:
 
 
 def log_to_file(path: str | None) -> None:
-    """From now on append what the logger "gtcpserver.access" gets to a file, which is opened anew when it was renamed
+    """From now on append what the logger "gtcpserver.access" gets to a file, which is reopened when it was renamed
     (logrotate); None: to where all other messages go.
 
     Raises:
@@ -228,7 +228,7 @@ def _open_handler(path: str) -> AccessFile:
 class AccessFile(NonBlockingHandler):
     """Appends records to a file, and never waits: a disk that is full, or a pipe that nobody reads, costs lines.
 
-    Before each record it looks whether the path is still the file it has, and opens it anew if not. Where it cannot,
+    Before each record it looks whether the path is still the file it has, and reopens it if not. Where it cannot,
     it goes on with the one it has, and says so now and then. A file that is not this process's to open is borrowed, and
     looked at once a second.
 

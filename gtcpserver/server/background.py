@@ -1,6 +1,6 @@
 """Background work at the end of a process: what handlers have begun and left to threads, greenlets and processes.
 
-Left alone, CPython waits for it without limit when it exits (``threading._shutdown``), and ``os._exit``, by which a
+By itself, CPython waits for it without limit when it exits (``threading._shutdown``), and ``os._exit``, by which a
 worker process ends, drops it without a word. Here one rule is for both: it gets what is left of the stop's time, and a
 log line names what was cut.
 
@@ -77,7 +77,7 @@ def end_background_work(until: float | None, hurry: Event) -> tuple[str, ...]:
     wait for it any more when it exits.
 
     Args:
-        until: when to cut it, monotonic; None waits for ever.
+        until: when to cut it, monotonic; None waits forever.
         hurry: when set, waits no longer.
 
     Returns:
@@ -314,7 +314,7 @@ def _end_processes(jobs: list[Job]) -> None:
 def end_executors() -> None:
     """End the processes of all ProcessPoolExecutors, when there is no work and this process ends.
 
-    multiprocessing's exit function waits for them: for ever, where that of concurrent.futures, which tells them to end,
+    multiprocessing's exit function waits for them: forever, where that of concurrent.futures, which tells them to end,
     was not called.
     """
     _terminate([process for thread in threading.enumerate() for process in _processes_of(thread)])

@@ -56,7 +56,7 @@ class Capacity:
     # -- wait for room -----------------------------------------------------------------------------------------------
 
     def wait(self, connection: Connection, then: Callable[[Connection], Any]) -> None:
-        """Have ``then(connection)`` called, in the hub, when there is room and nobody has waited longer."""
+        """Have ``then(connection)`` called, in the hub, when there is room and no other connection has waited longer."""
         waiting = self._state.waiting
         waiting.append((connection, then))
         if len(waiting) == 1:
@@ -67,7 +67,7 @@ class Capacity:
                 raise
 
     def want_room(self) -> None:
-        """Somebody waits, in our queue or in the kernel's: see to it that they are let in."""
+        """Have connections that wait, in our queue or in the kernel's, let in when there is room."""
         places = self.places
         if places.taken >= places.size:
             if not self._is_linked:
@@ -122,7 +122,7 @@ class Capacity:
                 self._resume_accepting()
 
     def look(self) -> None:
-        """Once a second: let in those of whom nobody could be told for want of memory."""
+        """Once a second: let in connections that were missed because memory ran out."""
         places = self.places
         if self._state.waiting and (self.has_room() or (places.taken >= places.size and not self._is_linked)):
             self.let_in()

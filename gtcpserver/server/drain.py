@@ -98,6 +98,6 @@ def _expects_more(acceptor: Acceptor) -> bool:
     # A socket that others hold too is theirs to serve.
     if not acceptor.listener.owned or acceptor.closed:
         return False
-    # What is still queued after a drain could not be accepted for want of descriptors: handlers that end give some.
+    # What is still queued after a drain could not be accepted because descriptors ran out: handlers that end free some.
     sock = acceptor.listener.socket
     return bool(handshakes_under_way(sock)) or queue_length(sock) > 0

@@ -16,13 +16,13 @@ class Observer(Protocol):
     """Is registered by :meth:`Server.add_observer`.
 
     Attributes:
-        every: one request in so many is to be measured.
+        every: one request in this many is measured.
     """
 
     every: int
 
     def request_ended(self, seconds: float, times: int) -> None:
-        """Note a request that took so long, and that stands for so many. Must not wait, nor raise."""
+        """Note a request's duration, and how many requests it stands for. Must neither wait nor raise."""
 
 
 class Observers:
@@ -49,7 +49,7 @@ class Observers:
 
     @property
     def every(self) -> int:
-        """One request in so many is measured: as the most modest observer wants it."""
+        """One request in this many is measured: as the most modest observer wants it."""
         return max((observer.every for observer in self.all), default=1)
 
     def request_ended(self, seconds: float, times: int = 1) -> None:

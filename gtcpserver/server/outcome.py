@@ -36,7 +36,7 @@ Result = Literal[
     "limit",  # LimitExceeded: the client sent more than the protocol allows
     "error",  # the handler failed; detail says how
     "stopped",  # cut by a stop; StopReport.cut
-    "killed",  # the same, by somebody else
+    "killed",  # the same, by other code
     "refused",  # on_connect said so
     "rejected",  # the server was full
     "client_denied",

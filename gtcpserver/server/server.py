@@ -91,9 +91,9 @@ class Server:
             "reject" accepts and closes them, "close_idle" closes the oldest connection that is idle
             (:meth:`Connection.idle`) when ``max_connections`` is reached, and otherwise waits.
         max_connections: connections open at once, idle ones included; None for no limit.
-        max_accepts: serve exactly so many connections, then stop; None for no limit.
+        max_accepts: serve exactly this many connections, then stop; None for no limit.
         timeout: seconds in which nothing moves until a read or write raises TimeoutError; ``settimeout`` of each new
-            connection. None waits for ever.
+            connection. None waits forever.
         handler_timeout: seconds a handler may take in all; then DeadlineExceeded is raised in it wherever it waits.
         min_rate: bytes a second (both directions together). A handler that has waited for its client all through
             ``min_rate_window`` while less moved is ended: clients that drip cannot hold places.
@@ -288,7 +288,7 @@ class Server:
         is cut, which the log and the report say. The interpreter's exit does not wait for it any more.
 
         Args:
-            stop_timeout: seconds that handlers, and then background work, get to finish; None waits for ever.
+            stop_timeout: seconds that handlers, and then background work, get to finish; None waits forever.
 
         Returns:
             the report of the stop.
@@ -513,7 +513,7 @@ class Server:
         is shut.
 
         Args:
-            timeout: seconds; None waits for ever, 0 ends handlers at once (after the queue was emptied).
+            timeout: seconds; None waits forever, 0 ends handlers at once (after the queue was emptied).
             leave_listening: another process goes on with the same listening sockets: leave them, and what they have
                 queued, to it.
             patient: another process serves new clients, so that this one need not hurry: connections that have not sent

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .server import Server
 
-#: One accepted connection in so many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
+#: One accepted connection in this many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
 QUEUE_WAIT_EVERY = 64
 
 

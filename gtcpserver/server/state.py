@@ -77,7 +77,7 @@ class ServerState:
         started_at: monotonic; 0.0 before the start.
         groups: the listening sockets of each address (Server).
         acceptors: the accept loops that are open (Server, Stopping).
-        counters: written by whoever counts.
+        counters: written by every part.
         begun: handlers begun since the start (Serving).
         connections: those that have a handler, in the order they came, and its greenlet (Serving).
         waiting: those that wait for room, in the order they came, and what is called with each when there is some

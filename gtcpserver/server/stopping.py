@@ -54,7 +54,7 @@ LONGEST_WITHOUT_A_LOOK = 1.0
 #: Seconds that the hook on_stop gets at least, if nothing is left of the time of the stop.
 ON_STOP_SECONDS = 1.0
 
-#: Seconds from accept in which a stop leaves alone a connection that has not sent a byte: its first request is on its
+#: Seconds from accept in which a stop spares a connection that has not sent a byte: its first request is on its
 #: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
 FIRST_REQUEST = 1.0
 FIRST_REQUEST_OVER_TLS = 2.0
@@ -106,7 +106,7 @@ class Stopping:
         # Handlers that had ended before: the report is about the others.
         ended_before = state.begun - len(state.connections)
         self.spawn = partial(gevent.spawn, self.run, timeout, leave_listening, ended_before)
-        # In a greenlet of its own: whoever asked for it may be killed, or wait no longer.
+        # In a greenlet of its own: the one that asked for it may be killed, or stop waiting.
         self._greenlet = self.spawn()
         state.become(State.STOPPING)
         state.wants_idle = self._became_idle
@@ -261,7 +261,7 @@ class Stopping:
     # -- waiting -----------------------------------------------------------------------------------------------------
 
     def _wait_until_nobody_is_connected(self, until: float | None) -> None:
-        # By the books, and not by the event alone: that may have failed to be set.
+        # By the books, and not only by the event: setting that may have failed.
         while self._state.somebody_is_connected():
             if not self._wait_a_little(self._state.nobody_connected, until):
                 return
