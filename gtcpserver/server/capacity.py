@@ -56,7 +56,7 @@ class Capacity:
     # -- wait for room -----------------------------------------------------------------------------------------------
 
     def wait(self, connection: Connection, then: Callable[[Connection], Any]) -> None:
-        """Have ``then(connection)`` called, in the hub, when there is room and no other connection has waited longer."""
+        """Have ``then(connection)`` called, in the hub, when there is room and none has waited longer."""
         waiting = self._state.waiting
         waiting.append((connection, then))
         if len(waiting) == 1:
@@ -67,7 +67,7 @@ class Capacity:
                 raise
 
     def want_room(self) -> None:
-        """Have connections that wait, in our queue or in the kernel's, let in when there is room."""
+        """Let in connections that wait, in our queue or the kernel's, when there is room."""
         places = self.places
         if places.taken >= places.size:
             if not self._is_linked:
