@@ -235,7 +235,7 @@ def test_clients_that_speak_something_else_or_leave(proxy, connect, in_thread, l
 @pytest.mark.slow
 def test_many_slow_clients_do_not_keep_a_good_one_out(proxy, origin, connect, in_thread):
     server = proxy()
-    slow = [connect(server) for _ in range(500)]
+    slow = [connect(server) for _ in range(400)]
     for sock in slow:
         sock.sendall(b"\x05")
     client = connect(server)

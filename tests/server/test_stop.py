@@ -52,15 +52,15 @@ def outcome(client):
 @pytest.mark.parametrize(("loops", "pool"), [(1, None), (2, None), (2, 10)])
 def test_stop_serves_connections_already_queued(serve, connect, spawn_thread, loops, pool):
     server = serve(answer_one, accept_loops=loops, pool=pool)
-    clients = [connect(server) for _ in range(500)]
+    clients = [connect(server) for _ in range(400)]
     for client in clients:
         client.sendall(b"x")
     assert server.accepted_connections == 0  # the event loop has not run since
     outcomes = spawn_thread(lambda: [outcome(client) for client in clients])
     report = server.stop(SOON)
-    assert outcomes.get(timeout=SOON) == ["x"] * 500
-    assert report == StopReport(finished=500, ended=0)
-    assert server.accepted_connections == 500
+    assert outcomes.get(timeout=SOON) == ["x"] * 400
+    assert report == StopReport(finished=400, ended=0)
+    assert server.accepted_connections == 400
     with pytest.raises(ConnectionRefusedError):
         connect(server)
 
