@@ -36,7 +36,7 @@ class Admission:
         limits: of each client; None: none.
         tls: whose handshakes; None: plain text.
         admitted: called in the hub with a connection that has passed.
-        empty: called in the hub when one has left without being served.
+        left_unserved: called in the hub when one has left without being served.
         header_failures, handshake_failures: count by kind what failed.
         unserved: called with a connection that is about to be closed unserved, what the access log calls it, and why.
     """
@@ -47,7 +47,7 @@ class Admission:
         limits: ClientLimits | None,
         tls: Credentials | None,
         admitted: Callable[[Connection], Any],
-        empty: Callable[[], Any],
+        left_unserved: Callable[[], Any],
         header_failures: Counter[str],
         handshake_failures: Counter[str],
         unserved: Callable[[Connection, Any, str], Any] | None = None,
@@ -55,7 +55,7 @@ class Admission:
         self._balancers = balancers
         self._limits = limits
         self._admitted = admitted
-        self._empty = empty
+        self._left_unserved = left_unserved
         self._unserved = unserved
         #: As whom the limits count a connection: its client address may be another one at its end.
         self._counted_as: dict[Connection, Any] = {}
@@ -148,7 +148,7 @@ class Admission:
                 connection.abort()
             else:
                 connection.close()
-            self._empty()
+            self._left_unserved()
 
     # -- limits of clients -------------------------------------------------------------------------------------------
 

@@ -25,8 +25,6 @@ from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
 from greenlet import GreenletExit, greenlet
 
-from gtcpserver.process.forked import end_process
-
 if TYPE_CHECKING:
     from .pool import HandlerPool
 
@@ -102,8 +100,6 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
                 attributes = self.__dict__
                 if attributes:
                     attributes.clear()
-                if self.ends_process:
-                    end_process()
                 pool.finished(self)
                 try:
                     function, argument = _wait_for_a_job(hub)
@@ -116,6 +112,11 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
             self.working = False
             pool.lost(self)
             raise
+
+    def end_process_after(self) -> None:
+        """In a forked child, of the greenlet that forked: let the process exit when the function ends."""
+        self.links = []  # the pool looks further where there are some; those of the parent are copies
+        self.ends_process = True
 
     def notify_links(self) -> None:
         links, self.links = self.links or [], None

@@ -10,7 +10,7 @@ from gevent import pool as gevent_pool
 from gevent.hub import get_hub
 from greenlet import getcurrent
 
-from gtcpserver.process.forked import keep
+from gtcpserver.process.forked import end_process, keep
 
 from .greenlets import HandlerGreenlet
 from .places import Places, check_size
@@ -145,7 +145,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         self._retire_timer = None
         forker = getcurrent()
         if isinstance(forker, HandlerGreenlet):
-            forker.ends_process = True
+            forker.end_process_after()
 
     # -- called by the pool's greenlets ------------------------------------------------------------------------------
 
@@ -166,6 +166,8 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         if places.links:
             places.tell()
         if greenlet.links is not None:
+            if greenlet.ends_process:
+                end_process()
             # In the hub, the only place where a gevent waiter may be woken; no reuse before that.
             greenlet.loop.run_callback(greenlet.notify_links)
         elif self._retire_timer is not None:

@@ -230,7 +230,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
         # answer: that one is served.
         try:
-            if not connection.stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            if not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):  # noqa: SLF001 - gevent's
                 return False
         except OSError:
             return False  # it could not be asked

@@ -200,7 +200,7 @@ class Server:
                 client_limits,
                 options.tls,
                 self._serving.admitted,
-                state.note_if_nobody_is_connected,
+                state.note_unserved,
                 state.counters.proxy_header_failures,
                 state.counters.handshake_failures,
                 options.access_log.write_unserved if options.access_log is not None else None,

@@ -104,10 +104,11 @@ class Serving:
 
     def _cannot_serve(self, connection: Connection) -> None:
         # No memory to serve it with. A reset says so; an end in order would be an empty answer.
-        try:
-            connection.abort()
-        finally:
-            self._state.note_if_nobody_is_connected()
+        if not connection.closed:  # admission has not closed it, nor was it served and has ended
+            try:
+                connection.abort()
+            finally:
+                self._state.note_unserved()
 
     def begin(self, connection: Connection) -> None:
         """It has room: let it in. Only from the hub."""
@@ -179,7 +180,6 @@ class Serving:
         try:
             if not connections:
                 state.nobody_connected.clear()
-            state.begun += 1
             connections[connection] = getcurrent()
             if len(connections) > self._counters.peak:
                 self._counters.peak = len(connections)
@@ -211,7 +211,7 @@ class Serving:
     def _end(self, connection: Connection) -> None:
         """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
         counters = self._counters
-        stream = connection.stream
+        stream = connection._stream  # noqa: SLF001 - the property costs a connection 0.5 %
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
         if self.observers.all:

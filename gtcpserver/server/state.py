@@ -78,7 +78,7 @@ class ServerState:
         groups: the listening sockets of each address (Server).
         acceptors: the accept loops that are open (Server, Stopping).
         counters: written by every part.
-        begun: handlers begun since the start (Serving).
+        unserved: accepted connections that left before a handler got them; written by :meth:`note_unserved`.
         connections: those that have a handler, in the order they came, and its greenlet (Serving).
         waiting: those that wait for room, in the order they came, and what is called with each when there is some
             (Capacity).
@@ -99,7 +99,7 @@ class ServerState:
         self.groups: list[list[Listener]] = []
         self.acceptors: list[Acceptor] = []
         self.counters = Counters()
-        self.begun = 0
+        self.unserved = 0
         self.connections: dict[Connection, Any] = {}
         self.waiting: deque[tuple[Connection, Callable[[Connection], Any]]] = deque()
         self.admission: Admission | None = None
@@ -127,6 +127,17 @@ class ServerState:
     def note_if_nobody_is_connected(self) -> None:
         if not (self.connections or self.waiting or self.admission):
             self.nobody_connected.set()
+
+    def note_unserved(self) -> None:
+        """An accepted connection has left before a handler got it."""
+        self.unserved += 1
+        self.note_if_nobody_is_connected()
+
+    @property
+    def begun(self) -> int:
+        """Handlers begun since the start. Derived, so that it costs a connection nothing."""
+        under_way = len(self.admission) if self.admission is not None else 0
+        return self.counters.accepted - self.unserved - under_way - len(self.waiting)
 
     def idle_connections(self) -> list[Connection]:
         return [connection for connection in self.connections if connection.is_idle]

@@ -221,7 +221,7 @@ class Stopping:
             connection.abort()  # an end in order would be an empty answer
             if self._state.admission is not None:
                 self._state.admission.left(connection)
-            self._state.note_if_nobody_is_connected()
+            self._state.note_unserved()
 
     def _tell_handler(self) -> None:
         stopped = getattr(self._server.handler, "server_stopped", None)
