@@ -77,7 +77,7 @@ fuzz: $(VENV)/dev.stamp
 inject: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(BIN)/python -m injection --quiet $(if $(INJECT),$(INJECT),--write docs/reliability.md)
 
-# Of deaths, time-outs, signals and failing calls; see tests/supervisor/test_schedules.py.
+# Of deaths, timeouts, signals and failing calls; see tests/supervisor/test_schedules.py.
 schedules: $(VENV)/dev.stamp
 	GTCPSERVER_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -o timeout=0 tests/supervisor/test_schedules.py
 

@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--tls-key", metavar="FILE")
     parser.add_argument("--accept-loops", type=int, default=1, metavar="N")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="idle time-out")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="idle timeout")
     options = parser.parse_args()
     if options.size < 0:
         parser.error(f"--size must be 0 or more bytes, got {options.size}")

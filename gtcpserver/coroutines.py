@@ -60,7 +60,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
     gets its caller's ``contextvars``. Works with and without monkey patching, and in worker processes, each of which
     has its own loop.
 
-    If the wait ends early (a time-out, a kill, a stop of the server), the coroutine is cancelled, without waiting for
+    If the wait ends early (a timeout, a kill, a stop of the server), the coroutine is cancelled, without waiting for
     it. Coroutines that still run when the process ends are cancelled, and get a second.
 
     Args:

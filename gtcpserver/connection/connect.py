@@ -34,7 +34,7 @@ def connect(
         address: "host:port", "[IPv6]:port", "unix:/path", "unix:@name", or a tuple (host, port). A host name's
             addresses are tried in the order the resolver gives them (RFC 6724), one after the other; at most 8.
         timeout: seconds for the whole call, including the name look-up; None waits as long as the system does. It
-            applies to this call only: the connection has no time-out until ``settimeout`` sets one.
+            applies to this call only: the connection has no timeout until ``settimeout`` sets one.
         source_address: (host, port) to connect from.
         connection_class: Connection or a class derived from it.
 

@@ -120,7 +120,7 @@ def _noted(method: MethodT) -> MethodT:
 class Connection(SSLMethods, HasStream, _Socket):
     """A client's connection: a blocking, cooperative socket with the extra methods that handlers need.
 
-    All of the socket API works. Time-outs count the time without progress: ``settimeout(30)`` ends a ``recv`` or a
+    All of the socket API works. Timeouts count the time without progress: ``settimeout(30)`` ends a ``recv`` or a
     ``sendall`` after 30 seconds without a byte, not a ``sendall`` that makes progress (the standard library's bounds
     the whole call; :meth:`deadline` does that here).
 
@@ -278,7 +278,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         """Number of bytes written through this object."""
         return self._stream.bytes_sent
 
-    # -- time-outs ---------------------------------------------------------------------------------------------------
+    # -- timeouts ---------------------------------------------------------------------------------------------------
 
     @property
     def timeout(self) -> float | None:
@@ -304,7 +304,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         self.timeout = seconds
 
     def gettimeout(self) -> float | None:
-        """Return the time-out that ``settimeout`` set, in seconds, or None."""
+        """Return the timeout that ``settimeout`` set, in seconds, or None."""
         return self._stream.timeout
 
     def deadline(self, seconds: float) -> Deadline:
@@ -537,7 +537,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         Raises:
             StartTLSError: the connection is not encrypted.
-            OSError: the peer closed or sent something else instead; time-outs as ``recv``.
+            OSError: the peer closed or sent something else instead; timeouts as ``recv``.
         """
         stream = self._stream
         if stream.tls is None:

@@ -11,8 +11,8 @@ It differs from gevent in how it waits:
   it asks. The read watcher stays started for the life of the connection.
 * The started watcher's callback is the ``switch`` of the greenlet that waits, and while none waits it is the watcher's
   own ``stop`` ("parked"). libev looks the callback up when it fires, so an event that was already pending when a wait
-  ended (time-out, kill) finds the parked callback: only a waiting greenlet is switched to.
-* A time-out is a deadline noted at each wait. One timer per connection serves them all: when it fires too early it is
+  ended (timeout, kill) finds the parked callback: only a waiting greenlet is switched to.
+* A timeout is a deadline noted at each wait. One timer per connection serves them all: when it fires too early it is
   restarted for the remaining time.
 """
 
@@ -191,7 +191,7 @@ class Stream:
         return True
 
     def forget_bounds(self) -> None:
-        """Forget time-out and deadline: a wait without them must not be judged by those of an earlier wait."""
+        """Forget timeout and deadline: a wait without them must not be judged by those of an earlier wait."""
         self._read_until = self._write_until = inf
 
     def _end_of_wait(self) -> float:
@@ -246,7 +246,7 @@ class Stream:
     # -- other callbacks on the watchers: a transfer's, a step of admission's ------------------------------------------
 
     def lend(self) -> Any:
-        """Let callbacks replace a waiting greenlet; return the read watcher. The stream's time-outs do not apply."""
+        """Let callbacks replace a waiting greenlet; return the read watcher. The stream's timeouts do not apply."""
         self._stop_timer()
         self.forget_bounds()
         return self.reading or self.make_read_watcher()
@@ -283,10 +283,10 @@ class Stream:
         """End, in the hub, the waits whose time is over, or restart the timer for the remaining time."""
         self._timer_at = inf
         if self.timeout is None and self.deadline is None:
-            return  # armed for an earlier wait, which had a time-out
+            return  # armed for an earlier wait, which had a timeout
         now = monotonic()
-        # After the loop was blocked, time-outs and the data that would have prevented them are due together, and libev
-        # runs the time-outs first: data that arrived in time is not late.
+        # After the loop was blocked, timeouts and the data that would have prevented them are due together, and libev
+        # runs the timeouts first: data that arrived in time is not late.
         reader = self.reader()
         if reader is not None:
             if now < self._read_until:
@@ -491,7 +491,7 @@ class Stream:
                 data = self.recv(min(n - len(buffer), SMALL_ROOM if len(data) < SMALL_ROOM else LARGE_ROOM))
                 buffer += data
         except BaseException:
-            # A time-out or a kill loses nothing: the next read starts where this one started.
+            # A timeout or a kill loses nothing: the next read starts where this one started.
             self.kept = bytes(buffer) + self.kept
             raise
         if len(buffer) < n:

@@ -75,7 +75,7 @@ def outcome_of(error: BaseException, connection: Connection) -> tuple[Result, st
 def is_client_error(error: BaseException, connection: Connection) -> bool:
     """Whether what a handler has raised is its client's doing, which is counted, and not a fault of the handler.
 
-    It is where this connection has raised it: a reset, a time-out, the end in the midst of a message, broken TLS. The
+    It is where this connection has raised it: a reset, a timeout, the end in the midst of a message, broken TLS. The
     same from another connection (a database's, one of ``connect``) or from ``print`` is the handler's. An error that
     the handler raises ``from`` one of the client's is the client's as well, and so is a LimitExceeded or EarlyEOF that
     it raises by itself.

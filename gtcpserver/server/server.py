@@ -517,7 +517,7 @@ class Server:
             leave_listening: another process goes on with the same listening sockets: leave them, and what they have
                 queued, to it.
             patient: another process serves new clients, so that this one need not hurry: connections that have not sent
-                a byte get as long as ``timeout`` and their own time-outs allow, so that no first request is lost.
+                a byte get as long as ``timeout`` and their own timeouts allow, so that no first request is lost.
 
         Returns:
             how many handlers finished and how many were ended, with what each of those was doing.

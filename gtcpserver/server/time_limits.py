@@ -17,7 +17,7 @@ from gtcpserver.errors import DeadlineExceeded
 #: the client each time, so that one which computes or asks a database is not blamed on the client.
 LOOKS_A_WINDOW = 4
 
-#: A handler's time-out is noticed after a tenth of it, within these bounds (seconds).
+#: A handler's timeout is noticed after a tenth of it, within these bounds (seconds).
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
 
 

@@ -51,7 +51,7 @@ class Care:
             if worker.dump_asked_at is not None:
                 self._end_blocked(worker, now)
             elif timeout is None or worker.kill_at is not None:
-                pass  # a leaving worker has its own time-out, if any
+                pass  # a leaving worker has its own timeout, if any
             elif worker.state in (WorkerState.READY, *LEAVING) and now - worker.last_beat > timeout:
                 log.error(
                     "worker %d (pid %d): its event loop is blocked since %.1f s; it is replaced",

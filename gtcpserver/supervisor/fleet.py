@@ -33,11 +33,11 @@ log = logging.getLogger("gtcpserver")
 #: outside.
 SHORT_LIFE = 1.0
 
-#: Seconds beyond its time-out until a leaving worker is killed: it ends handlers that do not finish (up to 1 s, see
+#: Seconds beyond its timeout until a leaving worker is killed: it ends handlers that do not finish (up to 1 s, see
 #: `stopping`), runs their `finally` blocks and the hook worker_stop.
 KILL_MARGIN = 5.0
 
-#: The same in seconds without a time-out.
+#: The same in seconds without a timeout.
 HALT_SECONDS = 3.0
 
 #: A replaced worker that is still there after this time (seconds) has connections that last. It is not told to hurry

@@ -101,7 +101,7 @@ class Message:
         return max(0, int(self.number(name)))
 
     def seconds(self, name: str) -> float | None:
-        """Return a time-out in seconds; None for no limit."""
+        """Return a timeout in seconds; None for no limit."""
         return None if self.fields.get(name) is None else self.number(name)
 
 

@@ -41,7 +41,7 @@ UPGRADE_SECONDS = 120.0
 TELL_SECONDS = 2.0  # for the old master's socket to take a message
 
 FAILED_SECONDS = 40.0
-"""How long one that has failed may take to end before it is killed: the default graceful time-out, and some more."""
+"""How long one that has failed may take to end before it is killed: the default graceful timeout, and some more."""
 
 
 class UpgradeStage(Enum):

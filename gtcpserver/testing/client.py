@@ -32,7 +32,7 @@ _PIECE = 64 * 1024
 class Client:
     """The client side of a connection, plain or TLS. A ``with`` block closes it.
 
-    Its calls wait on the event loop, so a server in the same thread runs meanwhile; the time-out applies to each call.
+    Its calls wait on the event loop, so a server in the same thread runs meanwhile; the timeout applies to each call.
 
     Args:
         socket: a connected gevent socket.
@@ -43,7 +43,7 @@ class Client:
         socket: for anything without a method here. Data sent through it is not encrypted.
 
     Raises (the calls):
-        TimeoutError: nothing arrived, or nothing could be sent, for the time-out.
+        TimeoutError: nothing arrived, or nothing could be sent, for the timeout.
         ConnectionError: a reset, as the system reports it.
     """
 
@@ -70,7 +70,7 @@ class Client:
         return self.socket.getsockname()
 
     def settimeout(self, seconds: float | None) -> None:
-        """Set the time-out of each call, in seconds; None waits indefinitely."""
+        """Set the timeout of each call, in seconds; None waits indefinitely."""
         self.socket.settimeout(seconds)
 
     def sendall(self, data: bytes) -> None:

@@ -41,7 +41,7 @@ class ServerUnderTest(Server):
         **options: as Server.
 
     Attributes:
-        errors: the exceptions that were faults of a handler, oldest first. A reset, a time-out or a line that is too
+        errors: the exceptions that were faults of a handler, oldest first. A reset, a timeout or a line that is too
             long is the client's fault: not included (but counted, see ``stats()``).
     """
 

@@ -73,7 +73,7 @@ class Move:
     def sleep(self) -> None:
         """Run the flows until ``finish`` or ``fail``."""
         self.moved_at = monotonic()
-        # An End has already suspended its socket's time-out.
+        # An End has already suspended its socket's timeout.
         timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
         broke = True
         try:
@@ -154,7 +154,7 @@ class Move:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def be_idle_after(self, seconds: float) -> None:
-        """Change the idle time-out from now on."""
+        """Change the idle timeout from now on."""
         self._idle_timeout = seconds
         self.moved_at = monotonic()
         if self._timer is not None:

@@ -51,7 +51,7 @@ def recv_to_file(conn: Any, file: Any, count: int | None = None) -> int:
     if count is not None and count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     if conn.gettimeout() == 0.0:
-        raise ValueError("recv_to_file needs a socket that may wait; its time-out is 0")
+        raise ValueError("recv_to_file needs a socket that may wait; its timeout is 0")
     plain = is_plain(conn)
     with opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
         fd = descriptor_of(target)

@@ -65,7 +65,7 @@ def relay(
         a, b: Connections, or ``gevent.socket.socket`` objects. No other code may read or write them meanwhile.
         idle_timeout: seconds without a byte in either direction until the relay ends; None waits indefinitely. The
             sockets' own ``settimeout`` does not apply: one side of a relay may well be silent while the other works.
-        half_closed_timeout: the idle time-out after one side has ended; None: unchanged.
+        half_closed_timeout: the idle timeout after one side has ended; None: unchanged.
         lifetime: seconds until the relay ends, regardless of traffic; None: no limit.
         on_bytes: called as ``on_bytes("a_to_b", n)`` after each piece of ``n`` bytes was written. It runs in the event
             loop, so it must not block; an exception it raises ends the relay and is raised here.

@@ -51,7 +51,7 @@ def sendfile(conn: Any, file: Any, offset: int = 0, count: int | None = None) ->
     if count is not None and count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     if conn.gettimeout() == 0.0:
-        raise ValueError("sendfile needs a socket that may wait; its time-out is 0")
+        raise ValueError("sendfile needs a socket that may wait; its timeout is 0")
     with opened(file, os.O_RDONLY) as source:
         fd = descriptor_of(source)
         if fd is None:

@@ -97,7 +97,7 @@ def ask(fast: bool) -> float:
     """Milliseconds until the answer."""
     began = time.perf_counter()
     with socket.socket() as sock:
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # Python's own time-out makes the socket non-blocking
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # Python's own timeout makes the socket non-blocking
             sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 10, 0))
         if fast:
             sock.sendto(b"GET", MSG_FASTOPEN, (SERVER, PORT))

@@ -186,7 +186,7 @@ SCENARIOS = {
     "tls": Scenario("that, with a TLS 1.3 handshake", serve(answer_one), keep=False, tls=True),
     # A request.
     "keep-alive": Scenario("`recv`, `sendall`", serve(answer)),
-    "timeout": Scenario("with a time-out", serve(answer, timeout=60)),
+    "timeout": Scenario("with a timeout", serve(answer, timeout=60)),
     "deadline": Scenario("in a `deadline()` block", serve(answer_within_deadline)),
     "min-rate": Scenario("with `min_rate` and `handler_timeout`", serve(answer, min_rate=1, handler_timeout=3600)),
     "idle": Scenario("in an `idle()` block", serve(answer_idle)),

@@ -203,7 +203,7 @@ REPORT_SCRIPT = Path(__file__).with_name("report.lua")
 
 @dataclass(frozen=True)
 class Report:
-    """What wrk said: latency in ms; errors are those of sockets, time-outs, and answers other than 2xx and 3xx."""
+    """What wrk said: latency in ms; errors are those of sockets, timeouts, and answers other than 2xx and 3xx."""
 
     requests: int
     p50: float

@@ -33,7 +33,7 @@ MORE = """<picture>
 #: Rows of the table in README.md: what it says -> the load, and which of gevent's servers.
 FIRST = {
     "keep-alive, 1 kB, 100 connections": ("keepalive/100", GEVENT),
-    "the same, with a 30 s idle time-out": ("keepalive-timeout/100", GEVENT),
+    "the same, with a 30 s idle timeout": ("keepalive-timeout/100", GEVENT),
     "a new connection for each request (gevent with a Pool)": ("new-connection/100", GEVENT_POOL),
     "TLS 1.3, keep-alive": ("tls-keepalive/100", GEVENT),
     "TLS 1.3, a new connection for each request": ("tls-new-connection/100", GEVENT),

@@ -42,7 +42,7 @@ NEW = ("--no-keepalive",)
 SCENARIOS = {
     "keepalive": Scenario("Keep-alive, 1 kB, {clients} connections", "2"),
     "keepalive-timeout": Scenario(
-        "Keep-alive, 1 kB, {clients} connections, 30 s idle time-out", options=("--timeout", "30")
+        "Keep-alive, 1 kB, {clients} connections, 30 s idle timeout", options=("--timeout", "30")
     ),
     "new-connection": Scenario(
         "New connections, 1 kB, {clients} clients",

@@ -222,11 +222,11 @@ def test_what_setup_does_to_the_socket_holds(serve, connect, in_thread):
             try:
                 self.rfile.read(1)
             except TimeoutError:
-                seen.append("time-out")
+                seen.append("timeout")
 
     server = serve(from_socketserver(Sets), listen=ListenConfig(no_delay=False))
     assert in_thread(connect(server).recv, 10) == b"wait"
-    assert seen == [1, "time-out"]
+    assert seen == [1, "timeout"]
 
 
 @pytest.mark.slow

@@ -370,7 +370,7 @@ def test_a_nonblocking_connection_never_waits(pair, switch_off):
     assert connection.gettimeout() is None
 
 
-# -- time-outs -----------------------------------------------------------------------------------------------------
+# -- timeouts -----------------------------------------------------------------------------------------------------
 
 
 def test_recv_times_out_and_works_afterwards(pair):
@@ -1081,7 +1081,7 @@ print("alive")
     assert (result.stdout, result.returncode) == ("alive\n", 0), result.stderr
 
 
-# -- kills and time-outs at any moment -----------------------------------------------------------------------------
+# -- kills and timeouts at any moment -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -1214,7 +1214,7 @@ def test_interruptions_at_any_moment_leave_no_stale_watcher(pair, seed):
         other.settimeout(0.01)
     gevent.joinall(stress.greenlets, timeout=0.3)
     for worker in stress.workers:
-        if worker.inside:  # waits for ever, with no time-out of its own
+        if worker.inside:  # waits for ever, with no timeout of its own
             worker.greenlet.kill(Killed, block=False)
     gevent.joinall(stress.greenlets, timeout=SOON)
     assert [greenlet.exception for greenlet in stress.greenlets if not greenlet.successful()] == []

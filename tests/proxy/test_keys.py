@@ -240,7 +240,7 @@ def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, 
     wait_until(lambda: access_records()[-1].access["result"] == "authentication_timeout")
 
 
-# -- time-outs ---------------------------------------------------------------------------------------------------------
+# -- timeouts ---------------------------------------------------------------------------------------------------------
 
 
 def ends_as(result, access_records, number=1):

@@ -32,7 +32,7 @@ def gate(**options):
 def test_requirement_31_500_clients_that_drip_are_gone_in_time_and_a_good_one_is_served_meanwhile(
     serve, connect, in_thread, lines, need_descriptors
 ):
-    """They send a byte again and again: the time-out is for all of the negotiation, and not for each byte."""
+    """They send a byte again and again: the timeout is for all of the negotiation, and not for each byte."""
     need_descriptors(2000)  # both ends of each connection are in this process
     origin, server = serve(echo), serve(ProxyHandler(gate(timeouts=Timeouts(negotiate=2.0))))
     # What each of them sends, byte by byte; none has an end within the time.

@@ -439,7 +439,7 @@ def test_peers_that_vanish_are_found(serve, far_host, in_thread, state):
             conn.sendall(MORE_THAN_BUFFERS)
         conn.recv(1)
 
-    # Silent ones by keep-alive, after 1 + 1 s; those that owe an acknowledgement by the user time-out.
+    # Silent ones by keep-alive, after 1 + 1 s; those that owe an acknowledgement by the user timeout.
     listen = ListenConfig(keepalive_idle=1, keepalive_interval=1, keepalive_count=1, user_timeout=1.5)
     server = serve(
         handler, f"{address}:0", listen=listen, on_error=lambda conn, error: errors.append(type(error).__name__)

@@ -66,7 +66,7 @@ def master(tmp_path: Path) -> Iterator[Master]:
 
 def test_a_worker_whose_counters_cannot_be_had_is_not_killed(master: Master) -> None:
     workers = master.settled(COUNT)
-    # Twice the time-out and a beat, after the first report that fails.
+    # Twice the timeout and a beat, after the first report that fails.
     time.sleep(5.25)
     status = master.ask("status")
     assert [one["pid"] for one in status["workers"]] == workers

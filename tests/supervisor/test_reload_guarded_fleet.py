@@ -31,7 +31,7 @@ def retire(fleet: Fleet, seconds_ago: float) -> WorkerProcess:
 
 
 def heard(fleet: Fleet, worker: WorkerProcess) -> list[tuple[str, Any]]:
-    """What a worker was told since it was asked last: kinds, and time-outs."""
+    """What a worker was told since it was asked last: kinds, and timeouts."""
     system: Any = fleet.system
     inbox = system.processes[worker.pid].end.inbox
     messages = [decode(inbox.popleft(), MASTER_KINDS) for _ in range(len(inbox))]

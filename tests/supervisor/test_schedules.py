@@ -1,4 +1,4 @@
-"""A master in a simulated system, driven at random: deaths, time-outs, signals, reloads, and calls that fail.
+"""A master in a simulated system, driven at random: deaths, timeouts, signals, reloads, and calls that fail.
 
 The real Master, Fleet, Reload and Upgrade run, by a virtual clock; processes, channels and signals are simulated
 (kit/simulated.py). After each step the books are compared with what the processes do; at the end of each schedule all

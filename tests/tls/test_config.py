@@ -139,7 +139,7 @@ def listening():
 
 @contextlib.contextmanager
 def accept(listening):
-    """The next connection, blocking with a time-out."""
+    """The next connection, blocking with a timeout."""
     descriptor, _ = listening._accept()
     sock = RawSocket(fileno=descriptor)
     sock.settimeout(SOON)

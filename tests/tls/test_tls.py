@@ -385,7 +385,7 @@ def test_timeouts_and_deadlines(serve, tls, tls_client, in_thread):
 
 
 def test_a_timeout_in_the_midst_of_a_record_loses_nothing(serve, tls, shared, connect, in_thread):
-    """The client's bytes come one by one, each later than the time-out."""
+    """The client's bytes come one by one, each later than the timeout."""
     seen = []
 
     def handle(conn):

@@ -362,7 +362,7 @@ def test_a_relay_is_not_idle_when_data_has_come_while_the_loop_was_held_up(relay
     one = relayed(idle_timeout=0.4)
     gevent.sleep(0.05)
     one.client.sendall(b"in time")
-    time.sleep(0.4)  # the time-out and the data are seen together
+    time.sleep(0.4)  # the timeout and the data are seen together
     assert one.server.recv(10) == b"in time"
     assert not one.greenlet.ready()
 

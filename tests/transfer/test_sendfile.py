@@ -230,7 +230,7 @@ def test_wrong_arguments(pair, path):
     with pytest.raises(IsADirectoryError):
         sendfile(connection, path.parent)
     connection.settimeout(0)
-    with pytest.raises(ValueError, match="time-out"):
+    with pytest.raises(ValueError, match="timeout"):
         sendfile(connection, path)
 
 
@@ -242,7 +242,7 @@ def test_the_time_out_counts_from_the_last_byte(pair, tmp_path):
         whole.truncate(100 << 20)
     connection.settimeout(0.6)
     sending = gevent.spawn(sendfile, connection, file)
-    for _ in range(8):  # slow, but it moves: longer in all than the time-out
+    for _ in range(8):  # slow, but it moves: longer in all than the timeout
         receive(client, 4 << 20)
         gevent.sleep(0.1)
     assert not sending.ready()

@@ -1,4 +1,4 @@
-"""An asyncio Protocol (callbacks); with ``--uvloop`` on uvloop. The idle time-out is one timer a connection."""
+"""An asyncio Protocol (callbacks); with ``--uvloop`` on uvloop. The idle timeout is one timer a connection."""
 
 import asyncio
 from typing import Any
