@@ -108,7 +108,11 @@ def configure_logging(
             who = context if context is not None else "event loop"
             logger.error("%s failed%s", who, also(suppressed), exc_info=details)
 
-    def log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    def log_unraisable(
+        unraisable: sys.UnraisableHookArgs, is_finalizing: Callable[[], bool] = sys.is_finalizing
+    ) -> None:
+        if is_finalizing():
+            return  # locks and modules are going: it says nothing of the program, and it cannot be logged
         suppressed = faults.allow(fault_key(unraisable.exc_type, unraisable.exc_traceback))
         if suppressed is not None:
             logger.error(
