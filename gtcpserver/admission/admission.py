@@ -1,12 +1,12 @@
-"""Admission: what happens between accept and the handler, in its order.
+"""Admission: what happens between accept and the handler, in order.
 
-1. The PROXY header is read, where a balancer is to name the client.
-2. The limits of the client are asked.
-3. The TLS handshake takes place.
-4. The connection is handed over to be served.
+1. Read the PROXY header, if the connection comes from a balancer.
+2. Check the limits of the client.
+3. Do the TLS handshake.
+4. Hand the connection over to be served.
 
-Steps 1 and 3 wait for the client, each in a `Stage`. What fails is counted, gets its line in the access log, and is
-closed, or reset where the client is to see that something went wrong.
+Steps 1 and 3 wait for the client, each in a `Stage`. A connection that fails is counted, gets a line in the access log,
+and is closed, or reset where the client must see that something went wrong.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 
 
 class Admission:
-    """The connections of a server that have something to do before a handler gets them.
+    """The connections of a server that a handler cannot have yet.
 
     Args:
-        balancers: from which PROXY headers come; None: from none.
-        limits: of each client; None: none.
-        tls: whose handshakes; None: plain text.
-        admitted: called in the hub with a connection that has passed.
-        left_unserved: called in the hub when one has left without being served.
-        header_failures, handshake_failures: count by kind what failed.
-        unserved: called with a connection that is about to be closed unserved, what the access log calls it, and why.
+        balancers: trusted senders of PROXY headers; None: nobody sends one.
+        limits: limits for each client; None: no limits.
+        tls: certificates for TLS handshakes; None: plain text.
+        admitted: called in the hub with each connection that passed every step.
+        left_unserved: called in the hub after a connection was closed unserved.
+        header_failures, handshake_failures: counters of failures, by kind.
+        unserved: called before a connection is closed unserved, with the connection, its result, and the detail for the
+            access log.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Admission:
         self._admitted = admitted
         self._left_unserved = left_unserved
         self._unserved = unserved
-        #: As whom the limits count a connection: its client address may be another one at its end.
+        #: The address that the limits count a connection under: its client address may change later.
         self._counted_as: dict[Connection, Any] = {}
         self._headers: Stage | None = None
         self._handshakes: Stage | None = None
@@ -85,10 +86,10 @@ class Admission:
     # -- the way of a connection, in the hub -------------------------------------------------------------------------
 
     def enter(self, connection: Connection) -> None:
-        """Take a connection that was accepted. Only from the hub.
+        """Take an accepted connection. Call in the hub only.
 
         Raises:
-            Exception: there is no memory to go on with. The connection is closed, and nothing of it is left here.
+            Exception: memory ran out. The connection is closed, and nothing of it is left here.
         """
         headers, balancers = self._headers, self._balancers
         if headers is not None and balancers is not None and balancers.trusts(connection.client_address):
@@ -108,7 +109,7 @@ class Admission:
                 self._fail(connection, "client_denied", "no memory")
                 raise
             if refusal is not None:
-                # Reset, as a port that nobody listens on would: no state is kept for it.
+                # A reset, as from a port that nobody listens on: the kernel keeps no state for it.
                 self._fail(connection, refusal, "", reset=True)
                 return
             try:
@@ -134,7 +135,7 @@ class Admission:
             raise
 
     def not_served(self, connection: Connection) -> None:
-        """One that has passed could not be served, unless it was and has ended."""
+        """Reset an admitted connection that could not be served. Does nothing if it was served and has ended."""
         if not connection.closed:
             self.left(connection)
             self._fail(connection, "error", "no memory", reset=True)
@@ -153,10 +154,10 @@ class Admission:
     # -- limits of clients -------------------------------------------------------------------------------------------
 
     def named(self, connection: Connection) -> Refusal | None:
-        """Count the client that a header has named, if the connection was let in before as the balancer's.
+        """Count a connection as that of the client its header named, if it was counted as the balancer's before.
 
         Returns:
-            The limit that it is beyond; None: it may stay.
+            The limit that the client exceeds; None: it may stay.
         """
         counted_as, address = self._counted_as.get(connection), network_address(connection)
         if self._limits is None or counted_as is None or counted_as == address:
@@ -168,21 +169,21 @@ class Admission:
         return refusal
 
     def left(self, connection: Connection) -> None:
-        """A connection that was let in has ended."""
+        """Stop counting a connection that has ended."""
         counted_as = self._counted_as.pop(connection, None)
         if counted_as is not None and self._limits is not None:
             self._limits.leave(counted_as)
 
-    # -- all of them -------------------------------------------------------------------------------------------------
+    # -- all connections ---------------------------------------------------------------------------------------------
 
     @property
     def headers(self) -> int:
-        """PROXY headers that are waited for."""
+        """Number of connections whose PROXY header has not arrived yet."""
         return len(self._headers) if self._headers is not None else 0
 
     @property
     def handshakes(self) -> int:
-        """TLS handshakes under way."""
+        """Number of TLS handshakes under way."""
         return len(self._handshakes) if self._handshakes is not None else 0
 
     def __len__(self) -> int:
@@ -192,11 +193,11 @@ class Admission:
         return [stage for stage in (self._headers, self._handshakes) if stage is not None]
 
     def end_all(self) -> None:
-        """Drop those that are under way."""
+        """Fail every connection whose header or handshake is unfinished."""
         for stage in self._stages():
             stage.end_all()
 
     def left_in_child(self) -> None:
-        """In a forked child: close them there."""
+        """Close the child's copies of the connections. Called in a forked child."""
         for stage in self._stages():
             stage.left_in_child()

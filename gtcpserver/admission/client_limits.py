@@ -1,7 +1,7 @@
 """ClientLimits: who may connect, how many connections a client may have, and how fast it may open new ones.
 
-An IPv6 client has a whole /64 for itself (RFC 6177), so that is what is counted. An IPv4 client is one address: behind
-a carrier's NAT that may be many people, for whom the limits must be wide.
+An IPv6 client has a whole /64 for itself (RFC 6177), so limits count networks of 64 bits. An IPv4 client is one
+address: behind a carrier's NAT that may be many people, for whom the limits must be wide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gtcpserver.networks import IPAddress, IPNetwork, as_ip, is_in, parse_networ
 
 Refusal = Literal["client_denied", "client_connections", "client_rate"]
 
-#: Clients whose rate is remembered; beyond it the one longest not seen is forgotten. 300 bytes each.
+#: Number of clients whose rate is remembered; beyond it the least recently seen is forgotten. 300 bytes each.
 MOST_CLIENTS = 100_000
 
 ClientKey = Any  # an IPv4Address, or the first 64 bits of an IPv6 one as an int
@@ -27,21 +27,20 @@ ClientKey = Any  # an IPv4Address, or the first 64 bits of an IPv6 one as an int
 class ClientLimits:
     """Limits for each client of a server, or of several servers that are given the same object.
 
-    Clients that come by a unix socket are on this host, and not limited.
+    Clients on a unix socket are on this host, and are not limited.
 
     Args:
-        allow: networks and addresses of clients that may connect, such as "10.0.0.0/8"; none: all.
-        deny: those that may not, even if they are in `allow`.
-        connections: that a client may have at once; None for no limit.
-        new_per_second: connections that a client may open in a second, on average; None for no limit.
-        burst: how many it may open at once after it was silent; None: those of one second, at least 1.
+        allow: networks and addresses of clients that may connect, such as "10.0.0.0/8"; empty: all.
+        deny: networks and addresses that may not, even if they are in `allow`.
+        connections: most connections a client may have at once; None for no limit.
+        new_per_second: connections a client may open per second, on average; None for no limit.
+        burst: connections a client may open at once after a pause; None: those of one second, at least 1.
 
     Attributes:
-        refused: counts connections that were closed, by the reason: "client_denied", "client_connections",
-            "client_rate".
+        refused: counter of closed connections, by reason: "client_denied", "client_connections", "client_rate".
 
     Raises:
-        ConfigError: a network or number that cannot be.
+        ConfigError: an invalid network or number.
     """
 
     def __init__(
@@ -68,10 +67,13 @@ class ClientLimits:
         self.refused: Counter[str] = Counter()
 
     def enter(self, address: Any) -> Refusal | None:
-        """A client wants to connect. None: it may, and `leave` must be told when its connection ends.
+        """Count a new connection of a client, if its limits allow it.
 
         Args:
-            address: as ``accept`` names it.
+            address: the client's, as ``accept`` returns it.
+
+        Returns:
+            The limit that refuses the connection. None: it may stay; call `leave` when it ends.
         """
         if not isinstance(address, tuple):
             return None
@@ -93,7 +95,7 @@ class ClientLimits:
         return None
 
     def _take_token(self, key: ClientKey, rate: float) -> bool:
-        """A token bucket: one connection is one token, and `rate` of them come back each second."""
+        """Take a token from the client's bucket: a connection costs one, and `rate` of them come back per second."""
         now = monotonic()
         tokens, since = self._buckets.pop(key, (self._burst, now))
         tokens = min(self._burst, tokens + (now - since) * rate)
@@ -103,10 +105,10 @@ class ClientLimits:
         return tokens >= 1
 
     def leave(self, address: Any) -> None:
-        """A connection that was let in has ended.
+        """Stop counting a connection that has ended.
 
         Args:
-            address: the one that `enter` was given.
+            address: the address given to `enter`.
         """
         if self._connections is None or not isinstance(address, tuple):
             return
@@ -116,14 +118,15 @@ class ClientLimits:
             self._open[key] = left
 
     def move(self, address: Any, client: Any) -> Refusal | None:
-        """Count a connection that was let in as another client's: a balancer's header has named it.
+        """Count a connection as another client's: the header of a balancer named the client.
 
         Args:
-            address: the one that `enter` was given.
-            client: the named one.
+            address: the address given to `enter`.
+            client: address of the client in the header.
 
         Returns:
-            None: `leave` must be told of ``client`` when it ends. Otherwise it is nobody's, and must be closed.
+            None: call `leave` with ``client`` when the connection ends. Otherwise the limit that refuses it: the
+            connection is no longer counted, and must be closed.
         """
         self.leave(address)
         if self._rate is not None and isinstance(address, tuple):
@@ -135,7 +138,7 @@ class ClientLimits:
 
 
 def client_key(ip: IPAddress) -> ClientKey:
-    """What counts as one client: an IPv4 address, or an IPv6 network of 64 bits."""
+    """Return what counts as one client: an IPv4 address, or an IPv6 network of 64 bits."""
     return ip if isinstance(ip, IPv4Address) else int(ip) >> 64
 
 

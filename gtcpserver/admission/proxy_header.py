@@ -1,4 +1,4 @@
-"""Reads the PROXY header of a connection that comes from a balancer, before anything else of it is read."""
+"""The PROXY header of a connection from a balancer, read before anything else on it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 
 def network_address(connection: Connection) -> Any:
-    """Return the address by which limits, rules and trust know a client, as ``accept`` names it.
+    """Return the address that limits, rules and trust apply to, as ``accept`` returns it.
 
-    It is the client's, except where a balancer names one by a unix socket: that is a process on the balancer's host,
-    and not on this one, so it is known by the balancer's address.
+    It is the client's, unless the balancer names a client on a unix socket: that is a process on the balancer's host,
+    not on this one, so the balancer's address counts.
     """
     address = connection.client_address
     return address if isinstance(address, tuple) else connection.peer_address
 
 
 class HeaderReader:
-    """Read a header from a non-blocking socket, and not a byte more: what follows may be a TLS handshake."""
+    """Reads a header from a non-blocking socket, and not a byte more: a TLS handshake may follow."""
 
     def __init__(self) -> None:
         self._data = b""
 
     def read(self, sock: Any) -> ProxyHeader | None:
-        """Read what has come.
+        """Read what has arrived.
 
         Returns:
-            The header; None: more must come.
+            The header; None: it is not complete yet.
 
         Raises:
-            ProxyProtocolError: it is none, or the peer closed before its end.
-            OSError: of the socket.
+            ProxyProtocolError: the bytes are no PROXY header, or the peer closed before its end.
+            OSError: the socket failed.
         """
         while True:
             try:
@@ -50,7 +50,7 @@ class HeaderReader:
             if not more:
                 raise ProxyProtocolError(f"the peer closed after {counted(len(self._data), 'byte')} of a PROXY header")
             found = parse_header(self._data + more)
-            # All of it belongs to the header as long as that has not ended.
+            # Until the header is complete, everything belongs to it.
             size = len(more) if found is None else found[1] - len(self._data)
             self._data += sock.recv(size)
             if found is not None:
@@ -58,7 +58,7 @@ class HeaderReader:
 
 
 class HeaderStep(Step):
-    """A PROXY header that is read, in a stage."""
+    """A PROXY header being read, in a stage."""
 
     __slots__ = ("_reader",)
 
@@ -81,14 +81,15 @@ class HeaderStep(Step):
 
 
 def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
-    """Read the header of a connection, if it comes from a balancer; afterwards ``connection.client_address`` is the
-    client's.
+    """Read the PROXY header of a connection from a balancer, and set ``connection.client_address``.
+
+    Does nothing if the connection does not come from a trusted balancer.
 
     Raises:
-        ProxyProtocolError: there is none, or it cannot be understood. The connection must be closed.
-        ClientRefused: the client is beyond a limit of the server. The connection has been reset.
-        DeadlineExceeded: it has not come in time.
-        OSError: of the connection.
+        ProxyProtocolError: the header is missing or malformed. The caller must close the connection.
+        ClientRefused: the client exceeds a limit of the server. The connection was reset.
+        DeadlineExceeded: the header did not arrive in time.
+        OSError: the connection failed.
     """
     if not balancers.trusts(network_address(connection)):
         return

@@ -1,7 +1,7 @@
-"""Stage: connections that have something to do before a handler gets them, without a greenlet for each.
+"""Stage: connections in one step of admission, without a greenlet for each.
 
-A PROXY header that is read, a TLS handshake: neither is a handler, and a client that connects and says nothing must not
-hold a place in the pool. So they run as event callbacks, bounded in time and number.
+Reading a PROXY header and doing a TLS handshake need no handler, and a client that connects and sends nothing must not
+hold a place in the pool. So the steps run as event callbacks, limited in time and number.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-#: Seconds until those who are overdue are ended if that has failed.
+#: Seconds until overdue steps are failed again, if memory ran out the first time.
 AGAIN_SECONDS = 1.0
 
 
 class Stage:
-    """What is under way, of one kind.
+    """The steps of one kind that are under way.
 
     Args:
-        what: it is, for messages: "TLS handshake".
-        seconds: how long one may take.
-        most: how many may be under way; when another comes, the oldest is dropped.
+        what: name of the work, used in messages ("TLS handshake").
+        seconds: time limit of each step.
+        most: most steps under way at once; one more drops the oldest.
         make: makes the Step of a connection.
-        done: called in the hub with a connection that has passed.
-        failed: called in the hub with a connection that has not, and the kind of the failure: what the step calls it,
-            "crowded_out", "stopped", or "not_begun" (no memory to begin with).
-        failures: counts them by kind.
+        done: called in the hub with each connection that passed.
+        failed: called in the hub with each connection that failed, and the kind of failure: the result of
+            `Step.kind_of`, "crowded_out", "stopped", or "not_begun" (memory ran out).
+        failures: counter of failures, by kind.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Stage:
         return len(self._under_way)
 
     def begin(self, connection: Connection) -> None:
-        """Take a new connection. Only from the hub.
+        """Take a new connection. Call in the hub only.
 
         Raises:
-            Exception: it could not be begun, and has failed.
+            Exception: memory ran out. The connection has failed as "not_begun".
         """
         step = None
         try:
@@ -72,7 +72,7 @@ class Stage:
             step.stage = self
             step.until = monotonic() + self._seconds
             self._under_way[step] = None
-            # Afterwards: while one goes and another comes, the stage is never seen empty.
+            # After the new step was added, so that the stage never looks empty.
             if len(self._under_way) > self._most:
                 oldest = next(iter(self._under_way))
                 oldest.fail(TimeoutError(f"too many at once, this {self.what} was the oldest"), kind="crowded_out")
@@ -87,12 +87,12 @@ class Stage:
             raise
 
     def end_all(self) -> None:
-        """Drop all that is under way."""
+        """Fail every step under way."""
         for step in list(self._under_way):
             step.fail(TimeoutError("the server stops"), kind="stopped")
 
     def left_in_child(self) -> None:
-        """In a forked child: close them there."""
+        """Close the child's copies of the connections. Called in a forked child."""
         for step in self._under_way:
             step.connection.left_by_child()
         self._under_way = {}
@@ -108,7 +108,7 @@ class Stage:
             self.failed(connection, kind)
 
     def _start_timer(self, seconds: float) -> None:
-        # It comes again if there was no memory for what it was to do.
+        # The timer repeats, in case memory runs out in its callback.
         timer = get_hub().loop.timer(seconds, AGAIN_SECONDS, ref=False)
         timer.start(self._end_overdue, update=True)
         if self._timer is not None:
@@ -117,7 +117,7 @@ class Stage:
 
     def _end_overdue(self) -> None:
         now = monotonic()
-        # All have the same time, so they are overdue in the order they came.
+        # All steps have the same time limit, so they are overdue in the order they began.
         for step in list(self._under_way):
             if step.until > now:
                 self._start_timer(step.until - now)
@@ -131,7 +131,8 @@ class Step:
     """One connection in a stage. A subclass defines `advance` and `kind_of`.
 
     Attributes:
-        stage, until: given by the stage; monotonic time at which it is overdue.
+        stage: the stage it is in.
+        until: monotonic time at which it is overdue.
     """
 
     __slots__ = ("connection", "stage", "until")
@@ -143,15 +144,22 @@ class Step:
         self.connection = connection
 
     def advance(self) -> Any:
-        """Go on as far as it goes without waiting; returns the io watcher to wait for, None at the end. May raise."""
+        """Go on as far as possible without waiting.
+
+        Returns:
+            The io watcher to wait for; None: the step is complete.
+
+        Raises:
+            Exception: the step has failed; `kind_of` names the failure.
+        """
         raise NotImplementedError
 
     def kind_of(self, error: BaseException) -> str:
-        """What a failure is called in the counters. May send the client a last word."""
+        """Return the name of a failure for the counters. May send the client an error message."""
         raise NotImplementedError
 
     def run(self) -> None:
-        """In the event loop, when something has come."""
+        """Continue after an event. Called in the hub."""
         try:
             watcher = self.advance()
             if watcher is not None:
@@ -165,7 +173,7 @@ class Step:
         self.stage.done(self.connection)
 
     def wait(self, watcher: Any) -> None:
-        """Run again when this watcher says so, and no other."""
+        """Run again at the event of this watcher, and of no other."""
         stream = self.connection.stream
         for other in (stream.reading, stream.writing):
             if other is not None and other is not watcher:
@@ -176,18 +184,23 @@ class Step:
             watcher.callback = self.run
 
     def let_go(self) -> None:
-        """Leave the watchers stopped: the connection is about to be closed."""
+        """Stop the watchers: the connection is about to be closed."""
         stream = self.connection.stream
         for watcher in (stream.reading, stream.writing):
             if watcher is not None:
                 watcher.stop()
 
     def throw(self, error: BaseException) -> None:
-        """As a greenlet's: its connection cannot be watched."""
+        """Fail: the event loop cannot watch the connection (called by process/watcher.py)."""
         self.fail(error)
 
     def fail(self, error: BaseException, kind: str | None = None) -> None:
-        """It did not work out."""
+        """Leave the stage as failed, and tell it.
+
+        Args:
+            error: what went wrong.
+            kind: name of the failure; None: ask `kind_of`.
+        """
         stage, connection = self.stage, self.connection
         stage.leave(self)
         self.let_go()

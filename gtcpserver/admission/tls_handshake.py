@@ -1,4 +1,4 @@
-"""A TLS handshake, without a greenlet: a step of admission."""
+"""The TLS handshake as a step of admission, without a greenlet."""
 
 from __future__ import annotations
 

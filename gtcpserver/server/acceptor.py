@@ -26,21 +26,24 @@ if TYPE_CHECKING:
 
 log = own_logger("gtcpserver.accept")
 
-#: The system is out of descriptors or memory: trying again at once would fail again, so the loop backs off.
+#: Descriptors or memory ran out: another accept would fail at once, so the loop backs off.
 CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-#: The listening socket itself is gone or was never one. Everything else concerns one connection that is lost already
+#: The listening socket is closed, or is none. Every other error concerns a single connection, which is lost already
 #: (accept(2), "Error handling": treat like EAGAIN), so the next accept follows without a pause.
 FATAL_ERRNOS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK})
 
 #: This many failures in a row are not the fault of single connections: the loop backs off instead of spinning.
 FAILURES_IN_A_ROW = 100
 
-FIRST_DELAY = 0.01  # seconds; doubles with each failure in a row
-LONGEST_DELAY = 1.0  # seconds; the longest time until a recovered system is noticed
+#: Seconds of the first pause; each failure in a row doubles it.
+FIRST_DELAY = 0.01
 
-#: This many connections in a row count as fresh. Those behind them have been queued for a while, as have those that
-#: waited for a place: of them it is asked whether the client is still there (0.5 us).
+#: Seconds of the longest pause, after which a recovered system is noticed.
+LONGEST_DELAY = 1.0
+
+#: This many connections in a row count as fresh. Those behind them were queued for a while, as were those that waited
+#: for a place: for these the loop asks whether the client is still there (0.5 us).
 FRESH = 4
 
 #: Seconds between two log lines about failing accepts.
@@ -52,7 +55,7 @@ _RawSocket = Connection._gevent_sock_class  # noqa: SLF001 - gevent's
 
 
 def _is_plain(connection_class: type[Connection]) -> bool:
-    """Whether instances are made as those of Connection are."""
+    """Return whether instances are made as those of Connection are."""
     return (
         connection_class.__init__ is Connection.__init__
         and connection_class.__new__ is Connection.__new__
@@ -61,31 +64,31 @@ def _is_plain(connection_class: type[Connection]) -> bool:
 
 
 class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
-    """An accept loop: makes a Connection of each accepted socket and calls ``handle(connection, address)`` in the hub.
+    """An accept loop: makes Connections from accepted sockets and calls ``handle(connection, address)`` in the hub.
 
     Args:
-        listener: a listening socket, non-blocking, or whatever ``gevent.server.StreamServer`` takes.
-        handle: called for each connection, in the event loop: it must not wait.
-        full: asked before each accept; while it is true nothing is accepted. Who made it true calls
-            :meth:`resume`. None: as gevent's pool says.
-        place_wanted: called when it was full and a connection is queued.
+        listener: a non-blocking listening socket, or anything ``gevent.server.StreamServer`` takes.
+        handle: called in the hub for each connection; it must not wait.
+        full: called before each accept; while it returns True, nothing is accepted. Its owner calls :meth:`resume`
+            afterwards. None: gevent's pool decides.
+        place_wanted: called when the server is full and a connection is queued.
         on_fatal: called with the OSError when the listening socket cannot accept any more.
     """
 
     connection_class: type[Connection] = Connection
-    #: Functions in the place of `full` and `do_handle`, the methods that a gevent server has: a hop of 20 ns less each.
+    #: Called instead of `full` and `do_handle`, the methods of a gevent server: saves 20 ns each.
     is_full: Callable[[], bool] | None = None
     hand_over: Callable[[Any, Any], Any] | None = None
     _on_full: Callable[[], Any] | None = None
     _on_fatal: Callable[[OSError], None] | None = None
-    #: Reads in the place of `do_read`, once new connections are kept away by their TTL.
+    #: Called instead of `do_read` once the TTL of the listening socket mutes it.
     _read_muted: Callable[[], tuple[Any, Any] | None] | None = None
     _last_logged = -LOG_INTERVAL
-    #: Errors of accept so far.
+    #: Number of failed accepts so far.
     accept_errors = 0
-    #: Connections whose clients had left (by a reset) while they were queued; nobody has seen them.
+    #: Number of connections whose clients reset them while they were queued; no handler saw them.
     left_in_queue = 0
-    #: Connections have waited for a place, and the queue has not been empty since.
+    #: Whether connections waited for a place, and the queue has not been empty since.
     _behind = False
     _failures = 0
     _drain_failed = False
@@ -93,7 +96,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     _timer: Any
     _stop_event: Any
     loop: Any
-    #: Its socket is being drained, or accepts no more for another reason of its owner's.
+    #: Whether the socket is being drained, or its owner stopped accepting for another reason.
     leaving = False
 
     def __init__(
@@ -114,7 +117,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
 
     @classmethod
     def on(cls, listener: Listener, handle: Callable[[Any, Any], Any], **options: Any) -> Acceptor:
-        """An acceptor on a :class:`~gtcpserver.listening.listener.Listener`, kept as ``acceptor.listener``."""
+        """Return an acceptor on a :class:`~gtcpserver.listening.listener.Listener`, kept as ``acceptor.listener``."""
         acceptor = cls(listener.socket, handle, **options)
         acceptor.listener = listener
         acceptor.hand_over = handle
@@ -138,7 +141,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         return self._make(fd), address
 
     def _make_plain(self, fd: int) -> Connection:
-        """A Connection by the shortest way: 1 us less than the constructor of a class that may do anything."""
+        """Make a Connection the shortest way: 1 us less than by the constructor of any class."""
         family, kind, protocol = self._kind
         try:
             connection: Connection = _new(self.connection_class)
@@ -161,7 +164,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             except AttributeError:
                 close_descriptor(fd)  # it failed before the socket was made
             if isinstance(error, Exception):
-                # An OSError of its own must not be taken for one of accept.
+                # An OSError of the constructor must not be mistaken for one of accept.
                 raise GtcpServerError(f"{connection_class.__name__} could not be made") from error
             raise
         return connection
@@ -175,13 +178,13 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         full = self.is_full or self.full
         read_one = self._read_muted or self.do_read
         handle = self.hand_over or self.do_handle
-        # gevent stops the watcher of a callback that raises, and nobody would start it again.
+        # gevent stops the watcher of a callback that raises, and nothing would start it again.
         try:
             for number in range(self.max_accept):
                 accepted = ()
                 if full():
                     if number:
-                        # The watcher calls again if another one is queued: only then is a place wanted.
+                        # The watcher calls again if another connection is queued: only then is a place wanted.
                         return
                     self.stop_accepting()
                     self._behind = True
@@ -204,7 +207,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
                     continue
                 handle(connection, address)
                 if self._watcher is None:
-                    # The handler has run until its first wait, and may have stopped the server.
+                    # The handler ran until its first wait, and may have stopped the server.
                     return
         except BaseException:
             self._handle_failed(accepted)
@@ -216,30 +219,30 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             self._watcher = watcher
 
     def throw(self, error: OSError) -> None:
-        """The event loop cannot watch the listening socket."""
+        """Back off: the event loop cannot watch the listening socket (called by process/watcher.py)."""
         self.accept_errors += 1
         self._log_and_back_off(error)
 
     def is_deaf(self) -> bool:
-        """Nothing will ever be accepted again, and there is no reason for it."""
+        """Return whether nothing will ever be accepted again, without a reason for it."""
         waits = self._timer is not None and self._timer.active
         watches = self._watcher is not None and self._watcher.active
         return not (watches or waits or self.closed or self.leaving or (self.is_full or self.full)())
 
     def _has_left(self, connection: Connection) -> bool:
-        # A reset that came while the connection was queued (0.4 us). One that was closed in order may still want its
-        # answer: that one is served.
+        # Look for a reset that came while the connection was queued (0.4 us). A client that closed in order may still
+        # want an answer, and is served.
         try:
             if not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):  # noqa: SLF001 - gevent's
                 return False
         except OSError:
-            return False  # it could not be asked
+            return False  # unknown
         self.left_in_queue += 1
         connection.close()
         return True
 
     def _place_wanted(self) -> None:
-        """The server is full and a connection is queued. Who gives the place calls :meth:`resume`."""
+        """Ask for a place for a queued connection; :meth:`resume` is called when there is one."""
         if self._on_full is not None:
             self._on_full()
 
@@ -248,7 +251,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         self._start_accepting_if_started()
 
     def _accept_failed(self, error: OSError) -> bool:
-        """Note the error; True if the loop must leave off now."""
+        """Count and log an error of accept; return True if the loop must pause now."""
         self.accept_errors += 1
         if error.errno in FATAL_ERRNOS:
             log.critical("the listening socket %s is gone: %s", self.address, error)
@@ -271,7 +274,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         self._back_off()
 
     def _back_off(self) -> None:
-        # The timer first: without it, the watcher goes on.
+        # The timer first: if it cannot be made, the watcher goes on.
         timer = self.loop.timer(self.delay)
         timer.start(self._start_accepting_if_started)
         self.stop_accepting()
@@ -291,10 +294,10 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         return self._watcher is not None or self._timer is not None
 
     def left_in_child(self, _own: Any = None) -> None:
-        """In a forked child: close the listening socket there. One that does not accept yet is the child's as well."""
+        """Close the child's copy of the listening socket. Called in a forked child; does nothing before the start."""
         if self.closed or not self.serves():
             return
-        keep(self._stop_event)  # who waits for it is a copy
+        keep(self._stop_event)  # greenlets that wait for it are copies
         self._watcher = self._timer = None
         self._stop_event = Event()
         self._stop_event.set()
@@ -303,10 +306,10 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         self.close()
 
     def mute(self) -> bool:
-        """Begin no new connections; those whose handshake is under way are accepted as ever. See `Listener.mute`."""
+        """Have the kernel begin no new connections; handshakes under way are completed. See `Listener.mute`."""
         muted = self.listener.mute()
         if self.listener.muted_by_ttl:
-            # In this one place, so that accepting costs nothing more as long as nothing is muted.
+            # Set only here, so that accepting costs nothing more before.
             self._read_muted = self._read_with_any_ttl
         return muted
 
@@ -317,10 +320,10 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         return accepted
 
     def drain(self, accept: Callable[[Any, Any], Any]) -> int:
-        """Take what the kernel has queued now, whether full or not; call ``accept(connection, address)`` for each.
+        """Accept what the kernel has queued, even on a full server; call ``accept(connection, address)`` for each.
 
         Returns:
-            the number of connections taken.
+            the number of connections accepted.
         """
         taken = failures = 0
         if self.closed:
@@ -331,7 +334,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             except OSError as error:
                 failures += 1
                 if error.errno in CAPACITY_ERRNOS | FATAL_ERRNOS or failures >= FAILURES_IN_A_ROW:
-                    if not self._drain_failed:  # it is tried again, many times a second
+                    if not self._drain_failed:  # the drain is repeated many times a second
                         self._drain_failed = True
                         log.error("cannot drain %s: %s", self.address, error)
                     return taken

@@ -1,7 +1,7 @@
-"""The access log: one line a connection, written when it has ended.
+"""The access log: one line per connection, written when it has ended.
 
-A line is for people and for programs, and holds what clients have sent (server names, names in certificates, what a
-handler adds): all of it is quoted, so that no client can end a line or forge another one.
+People and programs read the lines, which hold what clients sent (server names, names in certificates, what a handler
+adds): all of it is quoted, so that no client can end a line or forge another one.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _problems = logging.getLogger("gtcpserver")
 
 Style = Literal["text", "json"]
 
-#: Characters of ``detail``. An exception may quote what the client has sent, and many of them would fill the disk.
+#: Most characters of ``detail``. An exception may quote what the client sent, and many of them would fill the disk.
 MOST_DETAIL = 300
 
-#: Bytes of a line, which must not be cut where it is JSON; longer ones are by every log handler.
+#: Most bytes of a line. Log handlers cut longer lines, which would break JSON.
 LONGEST_LINE = 48 * 1024
 
-#: What a file is made with: addresses of clients are not for every user of the machine.
+#: Mode of a new file: addresses of clients are not for every user of the machine.
 FILE_MODE = 0o640
 
-#: How it is opened. O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and nothing waits for one.
+#: Flags of open. O_NONBLOCK: a FIFO without a reader is an error (fifo(7)), and nothing waits for a reader.
 FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK
 
 #: Seconds between two looks at a file that this process may not open itself, and borrows (`files.lent`).
@@ -57,16 +57,15 @@ class AccessLog:
     ``conn.log_fields["user"] = "ada"``.
 
     Args:
-        style: "text" (key=value) or "json" (an object a line).
-        file: append to this file, which is reopened when it was renamed or removed (logrotate). None: the lines go
-            to the logger "gtcpserver.access". Nothing waits for a file that is a pipe which nobody reads: lines are
-            dropped and counted.
+        style: "text" (key=value) or "json" (one object per line).
+        file: path to append to; reopened when it was renamed or removed (logrotate). None: the lines go to the logger
+            "gtcpserver.access". If the file is a pipe that nobody reads, nothing waits: lines are dropped and counted.
 
     Attributes:
-        worker: number of the worker process, which is in each line; None for none.
+        worker: number of the worker process, written in each line; None without workers.
 
     Raises:
-        ConfigError: another style, or a file that cannot be opened.
+        ConfigError: an unknown style, or a file that cannot be opened.
     """
 
     def __init__(self, style: Style = "text", file: str | os.PathLike[str] | None = None) -> None:
@@ -83,22 +82,22 @@ class AccessLog:
 
     @property
     def files(self) -> list[str]:
-        """The path of its file, if it has one."""
+        """Path of the file, if there is one."""
         return [one.path for one in self._log.handlers if isinstance(one, AccessFile)]
 
     def begin(self, connection: Connection) -> None:
-        """Its handler is about to run."""
-        # Now, since the handler may close it.
+        """Remember the server's address of a connection whose handler is about to run."""
+        # Now, since the handler may close the connection.
         self._open[connection] = _End(_server_address(connection))
 
     def note(self, connection: Connection, result: Result, detail: str = "") -> None:
-        """How it ends; the first word counts."""
+        """Record how a connection ends; only the first call counts."""
         end = self._open.get(connection)
         if end is not None and end.result == "ok":
             end.result, end.detail = result, detail[:MOST_DETAIL]
 
     def end(self, connection: Connection) -> dict[str, Any]:
-        """It is about to be closed: the fields of its line, which :meth:`write` takes. Never waits, nor raises."""
+        """Return the fields for :meth:`write` of a connection about to be closed. Never waits or raises."""
         return self._fields(connection, self._open.pop(connection, _End("")))
 
     def write(self, fields: Mapping[str, Any]) -> None:
@@ -128,14 +127,14 @@ class AccessLog:
             "worker": self.worker,
         }
         for name, value in log_fields_of(connection).items():
-            # Ours are what they are, whatever a handler, or a client through it, calls its own.
+            # Our fields win, whatever names a handler, or a client through it, chooses.
             fields.setdefault(str(name), value)
         return fields
 
 
 @dataclass(slots=True)
 class _End:
-    """What is known of a connection before its line is written."""
+    """What is known about the end of a connection before its line is written."""
 
     server: str
     result: Result = "ok"
@@ -143,7 +142,7 @@ class _End:
 
 
 def utc(seconds: float) -> str:
-    """Seconds since the epoch, as "2026-01-31T12:00:00.123+00:00"."""
+    """Return seconds since the epoch as "2026-01-31T12:00:00.123+00:00"."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
@@ -166,7 +165,7 @@ def _tls_fields(connection: Connection) -> dict[str, Any]:
 
 
 def _certificate_name(certificate: Mapping[str, Any]) -> str:
-    """Its common name, or its first alternative one (RFC 9525 section 2)."""
+    """Return the common name, or the first alternative name (RFC 9525 section 2)."""
     for part in certificate.get("subject", ()):
         for key, value in part:
             if key == "commonName":
@@ -175,12 +174,12 @@ def _certificate_name(certificate: Mapping[str, Any]) -> str:
     return str(names[0][1]) if names else ""
 
 
-# -- lines, which the proxy's access log has too -----------------------------------------------------------------------
+# -- lines, also of the proxy's access log -----------------------------------------------------------------------
 
 
 def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> None:
-    """Write a line to a logger. The record has the fields as ``access``; "time" is not in the text, and None nowhere
-    in it."""
+    """Write a line to a logger. The record has the fields as ``access``; the text leaves out "time" and fields that are
+    None."""
     if not log.isEnabledFor(logging.INFO):
         return
     if style == "json":
@@ -193,17 +192,19 @@ def write_line(log: logging.Logger, fields: Mapping[str, Any], style: Style) -> 
 
 
 def quoted(value: object) -> str:
-    """A word, in quotation marks where it must be: nothing of a client's ends the line, or looks like another field."""
+    """Return a value as one word, quoted if need be, so that it cannot end the line or look like another field."""
     text = as_text(value)
     return text if text.isascii() and text.isprintable() and not set(text) & set(' "=\\') else json.dumps(text)
 
 
 def log_to_file(path: str | None) -> None:
-    """From now on append what the logger "gtcpserver.access" gets to a file, which is reopened when it was renamed
-    (logrotate); None: to where all other messages go.
+    """Append the records of the logger "gtcpserver.access" to a file from now on.
+
+    Args:
+        path: the file, reopened when it was renamed (logrotate); None: the records go where all other messages go.
 
     Raises:
-        ConfigError: it cannot be opened.
+        ConfigError: the file cannot be opened.
     """
     handlers = [] if path is None else [_open_handler(path)]
     for old in log.handlers[:]:
@@ -226,25 +227,25 @@ def _open_handler(path: str) -> AccessFile:
 
 
 class AccessFile(NonBlockingHandler):
-    """Appends records to a file, and never waits: a disk that is full, or a pipe that nobody reads, costs lines.
+    """Appends records to a file, and never waits: if the disk is full, or nobody reads the pipe, lines are lost.
 
-    Before each record it looks whether the path is still the file it has, and reopens it if not. Where it cannot,
-    it goes on with the one it has, and says so now and then. A file that is not this process's to open is borrowed, and
-    looked at once a second.
+    Before each record it checks that the path is still the same file, and reopens it otherwise. If that fails, it keeps
+    the file it has, and logs so now and then. A file that this process may not open is borrowed, and checked once a
+    second.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
         self._complaints = FaultLimiter(burst=1, interval=60.0)
-        self._borrower = 0  # the process that borrows the file: a fork may do so, and has none of our greenlets
+        self._borrower = 0  # the process whose greenlet borrows the file: a forked child has no such greenlet
         fd, borrowed = self._open()
         super().__init__(fd)
         if borrowed:
             self._borrow_from_now_on()
-        # Told once a flood, where other messages go.
+        # Logged once per burst, to the main logger.
         self._told = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -264,7 +265,7 @@ class AccessFile(NonBlockingHandler):
     def close(self) -> None:
         super().close()
         if self._borrower == os.getpid():
-            return  # logging.config closes handlers that stay in use; a borrowed file is not had again at once
+            return  # logging.config closes handlers that stay in use, and borrowing a file again takes time
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1
@@ -295,12 +296,12 @@ class AccessFile(NonBlockingHandler):
             self._use(open_file(self.path, FILE_FLAGS, FILE_MODE))
         except (OSError, UntrustedPath) as error:
             if isinstance(error, PermissionError) and has_lender():
-                self._borrow_from_now_on()  # and not here: a record may come where nothing may wait
+                self._borrow_from_now_on()  # in a greenlet: nothing may wait where this record is logged
             else:
                 self._complain(error)
 
     def _keep_borrowing(self) -> None:
-        # A record may come long after the file was renamed, when the old one is compressed and gone: so not only then.
+        # Not only when a record comes: by then the renamed file may be compressed and gone.
         while self._fd >= 0:
             try:
                 self._use(borrow(self.path))
@@ -311,7 +312,7 @@ class AccessFile(NonBlockingHandler):
     def _complain(self, error: OSError | UntrustedPath) -> None:
         if self._complaints.allow("open") is not None:
             why = error.strerror if isinstance(error, OSError) else error
-            _problems.error("cannot open the access log %s anew: %s", self.path, why)
+            _problems.error("cannot reopen the access log %s: %s", self.path, why)
 
     def _use(self, new: int) -> None:
         status = os.fstat(new)
@@ -327,7 +328,7 @@ class AccessFile(NonBlockingHandler):
 
 
 class _FileFormatter(logging.Formatter):
-    """A line: the time, unless it is in it."""
+    """Puts the time before a line that does not contain it."""
 
     _json = False
 
@@ -337,6 +338,6 @@ class _FileFormatter(logging.Formatter):
         if access is not None:
             self._json = message.startswith("{")
             return message if self._json else f"{access['time']} {message}"
-        # A notice of dropped lines, or a line of another kind.
+        # A notice of dropped lines, or a message of another kind.
         time = utc(record.created)
         return to_json({"time": time, "message": message}) if self._json else f"{time} {message}"

@@ -1,16 +1,16 @@
-"""Background work at the end of a process: what handlers have begun and left to threads, greenlets and processes.
+"""Background work at the end of a process: what handlers left to threads, greenlets and processes.
 
-By itself, CPython waits for it without limit when it exits (``threading._shutdown``), and ``os._exit``, by which a
-worker process ends, drops it without a word. Here one rule is for both: it gets what is left of the stop's time, and a
-log line names what was cut.
+CPython waits for it without limit at its exit (``threading._shutdown``), and ``os._exit``, by which a worker process
+ends, drops it silently. Here one rule holds for both: background work gets what is left of the stop's time, and a log
+line names what was cut.
 
-Work is
+Background work is
 
-- a thread that is no daemon, threading's word for one that may be dropped at the exit;
-- a job of a ``concurrent.futures`` executor, begun or queued; its threads that wait for jobs are none;
+- a thread that is no daemon (threading's word for one that may be dropped at the exit);
+- a job of a ``concurrent.futures`` executor, begun or queued, but not a thread that waits for jobs;
 - a job of gevent's native thread pools, begun or queued;
-- a greenlet that a handler has spawned, or that such a greenlet has. One that the program spawns while it is loaded, or
-  in a hook, is taken for a helper without an end of its own, and is dropped;
+- a greenlet spawned by a handler, or by such a greenlet. One that the program spawns while it is loaded, or in a hook,
+  counts as a helper that runs for ever, and is dropped;
 - a process of ``multiprocessing`` that is no daemon.
 """
 
@@ -43,25 +43,25 @@ log = logging.getLogger("gtcpserver")
 #: Seconds between two looks: an event loop cannot wait for a thread.
 LOOK_SECONDS = 0.02
 
-#: Seconds of waiting until the log says for what.
+#: Seconds of waiting until a log line names the work.
 TELL_SECONDS = 1.0
 
 #: Seconds that greenlets get for their ``finally`` blocks, and processes to end by SIGTERM.
 END_SECONDS = 0.25
 
-#: Names in one log line; clients may have begun any number of jobs.
+#: Most names in one log line: clients can cause any number of jobs.
 MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
+    """One piece of background work.
 
     Attributes:
         name: what it is and where it stands, for the log.
-        greenlet: which runs it, unless a thread does.
-        thread: which runs it.
-        process: of multiprocessing.
+        greenlet: the greenlet that runs it, if one does.
+        thread: the thread that runs it, if one does.
+        process: the process of multiprocessing, if it is one.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Job:
 
 
 def end_background_work(until: float | None, hurry: Event) -> tuple[str, ...]:
-    """Wait for what runs in the background, then cut what is left, and log it.
+    """Wait for background work, cut what is left, and log that.
 
-    Greenlets are ended by GreenletExit and processes by SIGTERM. A thread cannot be ended, but the interpreter does not
-    wait for it any more when it exits.
+    Greenlets are ended by GreenletExit and processes by SIGTERM. A thread cannot be ended, but the interpreter will not
+    wait for it at its exit.
 
     Args:
-        until: when to cut it, monotonic; None waits forever.
-        hurry: when set, waits no longer.
+        until: monotonic time at which to cut it; None waits forever.
+        hurry: event that ends the wait.
 
     Returns:
         the name of each job that was cut.
@@ -91,19 +91,21 @@ def end_background_work(until: float | None, hurry: Event) -> tuple[str, ...]:
             _end_processes(jobs)
             _leave_behind(jobs)
         return tuple(job.name for job in jobs)
-    except Exception:  # it looks into others' objects, and nothing of that may keep a process from its end
+    except (
+        Exception
+    ):  # this looks into objects of other libraries, and no surprise there may keep the process from ending
         log.exception("background work could not be ended")
         return ()
 
 
 def _wait(until: float | None, hurry: Event) -> list[Job]:
-    """Wait until there is no work; return what is left at the end."""
+    """Wait until there is no work, or no time; return what is left."""
     work = Work()
     tell_at: float | None = monotonic() + TELL_SECONDS
     was_idle = False
     while True:
         jobs = work.look()
-        # A thread that has just taken a job from its queue looks idle: one look is not enough.
+        # A thread that has just taken a job from its queue looks unoccupied: one look is not enough.
         if not jobs and (was_idle or not _futures_threads()):
             return []
         was_idle = not jobs
@@ -118,18 +120,17 @@ def _wait(until: float | None, hurry: Event) -> list[Job]:
 
 
 class Work:
-    """The work of this process."""
+    """The background work of this process."""
 
     def __init__(self) -> None:
         self._greenlets: list[Any] = []  # of handlers, found by the last search
         self._of_threads: dict[threading.Thread, Any] = {}
 
     def look(self, thoroughly: bool = False) -> list[Job]:
-        """List what runs or waits for its turn now.
+        """List what runs or is queued now.
 
         Args:
-            thoroughly: search for greenlets (which takes 0.1 s where there are a million objects) although there is
-                other work.
+            thoroughly: search for greenlets even if there is other work; with a million objects that takes 0.1 s.
         """
         frames = frames_of_threads()
         jobs = self._look_at_threads(frames)
@@ -137,7 +138,7 @@ class Work:
         jobs += _processes()
         self._greenlets = [one for one in self._greenlets if not one.ready()]
         if thoroughly or not (jobs or self._greenlets):
-            # A patched program's threads are greenlets, whose ident is their id.
+            # In a patched program threads are greenlets, and a thread's ident is the id of its greenlet.
             threads = {thread.ident for thread in threading.enumerate()}
             self._greenlets = [one for one in _greenlets_of_handlers() if id(one) not in threads]
         return jobs + [Job(f"greenlet {name_of(one._run)}{_place(one.gr_frame)}", one) for one in self._greenlets]  # noqa: SLF001 - gevent's
@@ -156,7 +157,7 @@ class Work:
         return jobs
 
     def _greenlet_of(self, thread: threading.Thread) -> Any:
-        """The greenlet that is a thread; None of a native one."""
+        """Return the greenlet that runs a thread; None for a native thread."""
         if not monkey.is_module_patched("threading"):
             return None
         if thread not in self._of_threads:
@@ -165,7 +166,7 @@ class Work:
 
 
 def _greenlets_of_threads() -> dict[threading.Thread, Any]:
-    """The greenlets of a patched program's threads, by what gevent has them run: the method _bootstrap of each."""
+    """Return the greenlet of each thread of a patched program: gevent has it run the thread's method _bootstrap."""
     with _nothing_frozen():
         methods = [one for one in gc.get_referrers(*threading.enumerate()) if type(one) is MethodType]
         attributes = [one for one in gc.get_referrers(*methods) if type(one) is dict and "_run" in one]
@@ -179,7 +180,7 @@ def _greenlets_of_threads() -> dict[threading.Thread, Any]:
 
 @contextmanager
 def _nothing_frozen() -> Iterator[None]:
-    """What is frozen is out of the garbage collector's sight."""
+    """Unfreeze all objects in a block: the garbage collector does not see frozen ones."""
     was_frozen = gc.get_freeze_count()
     gc.unfreeze()
     try:
@@ -193,10 +194,10 @@ _usual_init: Any = None
 
 
 def threads_of_handlers_are_no_daemons() -> None:
-    """Make the threads that handlers start in a monkey-patched program what they are in any other.
+    """Make threads that handlers start in a monkey-patched program non-daemons, as in any other program.
 
-    A thread inherits from the one that makes it whether it is a daemon. A handler is a greenlet, for which
-    ``threading.current_thread()`` gives a stand-in that is a daemon; in a program that is not patched, it gives the
+    A thread is a daemon if the thread that creates it is one. A handler is a greenlet, for which
+    ``threading.current_thread()`` returns a stand-in that is a daemon; in a program that is not patched, it returns the
     main thread, which is none.
     """
     global _usual_init
@@ -221,7 +222,7 @@ def _jobs_of_thread(
     if isinstance(pending, dict):  # it manages a ProcessPoolExecutor
         yield from [Job("job of a ProcessPoolExecutor", thread=thread)] * len(pending)
         return
-    queue = _futures_threads().get(thread)  # the interpreter waits for these whether they are daemons or not
+    queue = _futures_threads().get(thread)  # the interpreter waits for these even if they are daemons
     if queue is None:
         if not thread.daemon:
             yield Job(f"thread {thread.name}{_place(frame)}", thread=thread)
@@ -234,7 +235,7 @@ def _jobs_of_thread(
 
 
 def _futures_threads() -> dict[Any, Any]:
-    """The threads of all ThreadPoolExecutors, each with its queue."""
+    """Return the threads of all ThreadPoolExecutors, each with its queue."""
     module = sys.modules.get("concurrent.futures.thread")
     return dict(getattr(module, "_threads_queues", {}))
 
@@ -245,14 +246,14 @@ def _code_of_work_item() -> CodeType | None:
 
 
 def _frame_of(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
-    """The frame of a function among those that lead to ``frame``, or None."""
+    """Return the frame of a function among those that lead to ``frame``, or None."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
 
 
 def _unfinished_of_native_pools(frames: dict[int, FrameType]) -> int:
-    """Count the jobs of gevent's thread pools, which their threads lead to."""
+    """Count the jobs of gevent's thread pools, found by the frames of their threads."""
     queues = {}
     for frame in frames.values():
         run = _frame_of(frame, _WorkerGreenlet.run.__code__)
@@ -263,7 +264,7 @@ def _unfinished_of_native_pools(frames: dict[int, FrameType]) -> int:
 
 
 def _greenlets_of_handlers() -> list[Any]:
-    """The greenlets that descend from handlers and have not ended, except this library's own."""
+    """Return the unfinished greenlets that descend from handlers, except this library's own."""
     if not origins:  # most programs: the garbage collector need not look at every object
         return []
     with _nothing_frozen():
@@ -284,7 +285,7 @@ def _is_ours(greenlet: Any) -> bool:
 
 
 def _processes() -> list[Job]:
-    """multiprocessing's, without daemons, and without those of executors, whose jobs are counted."""
+    """List multiprocessing's processes, except daemons, and those of executors, whose jobs are counted."""
     module = sys.modules.get("multiprocessing.process")
     if module is None:
         return []
@@ -297,7 +298,7 @@ def _processes() -> list[Job]:
 
 
 def _processes_of(thread: threading.Thread | None) -> list[Any]:
-    """Those of the ProcessPoolExecutor that this thread manages, if it does."""
+    """Return the processes of the ProcessPoolExecutor that this thread manages, if it manages one."""
     processes = getattr(thread, "processes", None)
     return list(processes.values()) if isinstance(processes, dict) else []
 
@@ -312,10 +313,10 @@ def _end_processes(jobs: list[Job]) -> None:
 
 
 def end_executors() -> None:
-    """End the processes of all ProcessPoolExecutors, when there is no work and this process ends.
+    """End the processes of all ProcessPoolExecutors, when there is no work left and this process ends.
 
-    multiprocessing's exit function waits for them: forever, where that of concurrent.futures, which tells them to end,
-    was not called.
+    multiprocessing's exit function waits for them: forever, unless the exit function of concurrent.futures told them to
+    end.
     """
     _terminate([process for thread in threading.enumerate() for process in _processes_of(thread)])
 
@@ -333,10 +334,10 @@ def _terminate(processes: list[Any]) -> None:
 
 
 def _leave_behind(jobs: list[Job]) -> None:
-    """Make the interpreter exit without waiting for these threads, but for all others.
+    """Make the interpreter exit without waiting for these threads, but wait for all others.
 
-    It calls ``threading._shutdown`` (Python/pylifecycle.c, wait_for_thread_shutdown), which runs the exit functions of
-    concurrent.futures, which wait as well, and joins every thread that is no daemon.
+    The interpreter calls ``threading._shutdown`` (Python/pylifecycle.c, wait_for_thread_shutdown). That runs the exit
+    functions of concurrent.futures, which wait as well, and joins every thread that is no daemon.
     """
     left = {job.thread for job in jobs if job.thread is not None}
     if not left:
@@ -362,7 +363,7 @@ def _listed(jobs: list[Job]) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Where it stands: the innermost line of the program's own, or "" where it is unknown."""
+    """Return where a job stands: the innermost line of the program itself, or "" if unknown."""
     calls = calls_of_program(frame)
     if not calls:
         return ""

@@ -1,8 +1,8 @@
-"""Capacity: how many connections may be served at once, who waits for room, and who is woken when there is some.
+"""Capacity: how many connections may be served at once, which ones wait for room, and which one is woken first.
 
-Connections wait in two queues: in the kernel's, before they are accepted, and behind that in `ServerState.waiting`,
-where those are that have passed admission, and those that a stop has taken out of the kernel's. There is one rule for
-both (`let_in`): those in our queue come first, in their order, then the accept loops go on.
+Connections wait in two queues: in the kernel's, before they are accepted, and in ours (`ServerState.waiting`), which
+holds connections that passed admission, and those that a stop took out of the kernel's queue. One rule wakes both
+(`let_in`): our queue first, in order, then the accept loops go on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Capacity:
-    """The room of one server.
+    """The room of one server: places in its pool, and ``max_connections``.
 
     Attributes:
-        places: the pool's.
+        places: the places of the pool.
     """
 
     def __init__(self, options: Options, state: ServerState) -> None:
@@ -38,7 +38,7 @@ class Capacity:
         self._is_linked = False
 
     def full(self) -> bool:
-        """Asked before each accept. Hot for new connections: 0.2 us."""
+        """Return whether the accept loops must pause. Called before each accept: 0.2 us."""
         places = self.places
         if places.taken < places.size and (
             self._max_connections is None or len(self._connections) < self._max_connections
@@ -47,7 +47,7 @@ class Capacity:
         return self._on_full != "reject"
 
     def has_room(self) -> bool:
-        """Whether another connection may be served."""
+        """Return whether another connection may be served."""
         places = self.places
         return places.taken < places.size and (
             self._max_connections is None or len(self._connections) < self._max_connections
@@ -56,7 +56,7 @@ class Capacity:
     # -- wait for room -----------------------------------------------------------------------------------------------
 
     def wait(self, connection: Connection, then: Callable[[Connection], Any]) -> None:
-        """Have ``then(connection)`` called, in the hub, when there is room and none has waited longer."""
+        """Queue a connection; ``then(connection)`` is called in the hub when there is room and it is first in line."""
         waiting = self._state.waiting
         waiting.append((connection, then))
         if len(waiting) == 1:
@@ -67,7 +67,7 @@ class Capacity:
                 raise
 
     def want_room(self) -> None:
-        """Let in connections that wait, in our queue or the kernel's, when there is room."""
+        """Let in connections that wait, in our queue or the kernel's, as soon as there is room."""
         places = self.places
         if places.taken >= places.size:
             if not self._is_linked:
@@ -80,8 +80,8 @@ class Capacity:
         # max_connections is reached: the end of a connection makes room.
 
     def _close_an_idle_one(self) -> None:
-        # There is room when its handler has returned. If none is idle, or the one told to end has just got a request,
-        # the next that becomes idle makes us look again.
+        # Room appears when its handler returns. If no connection is idle, or the one told to end just got a request,
+        # the next one that becomes idle makes us look again.
         if self._state.now is State.SERVING:
             self._state.wants_idle = self._became_idle
         for connection in self._connections:
@@ -101,28 +101,28 @@ class Capacity:
         get_hub().loop.run_callback(self.let_in)
 
     def made_room(self) -> None:
-        """A connection has ended, and there were ``max_connections``. Called in its greenlet."""
+        """Use the room of a connection that ended, when ``max_connections`` was reached. Called in its greenlet."""
         if self._state.waiting:
             get_hub().loop.run_callback(self.let_in)
         else:
             self._resume_accepting()
 
     def let_in(self) -> None:
-        """There may be room: let in those who wait in our queue, then those in the kernel's. Only from the hub."""
+        """Let in the connections in our queue while there is room, then those in the kernel's. Call in the hub only."""
         waiting = self._state.waiting
         try:
             while waiting and self.has_room():
                 connection, then = waiting.popleft()
                 then(connection)
         finally:
-            if waiting:  # if one could not be served, the next may be
+            if waiting:  # the next one may be served even if this one could not
                 self.want_room()
             else:
                 self._state.note_if_nobody_is_connected()
                 self._resume_accepting()
 
     def look(self) -> None:
-        """Once a second: let in connections that were missed because memory ran out."""
+        """Let in connections that were missed because memory ran out. Called once a second."""
         places = self.places
         if self._state.waiting and (self.has_room() or (places.taken >= places.size and not self._is_linked)):
             self.let_in()
@@ -133,7 +133,7 @@ class Capacity:
                 acceptor.resume()
 
     def left_in_child(self) -> None:
-        """In a forked child: nobody waits there."""
+        """Forget all that wait. Called in a forked child."""
         self._pool.left_in_child()
         self.places = self._pool.places
         self._connections = self._state.connections

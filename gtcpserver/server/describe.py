@@ -1,4 +1,4 @@
-"""What is known of a connection, for people: its client, and where its handler stands."""
+"""Descriptions of a connection for people: its client, and where its handler stands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from .stats import CutConnection
 
 
 def describe(connection: Connection, greenlet: Any, ended: bool = True) -> CutConnection:
-    """What is known of a connection that is cut; ``greenlet`` is that of its handler, or None."""
+    """Describe a connection that is cut.
+
+    Args:
+        connection: the connection.
+        greenlet: the greenlet of its handler; None: no handler has begun.
+        ended: False if the handler would not end.
+    """
     return CutConnection(
         peer=peer(connection),
         age=monotonic() - connection.accepted_at,
@@ -27,19 +33,19 @@ def describe(connection: Connection, greenlet: Any, ended: bool = True) -> CutCo
 
 
 def peer(connection: Connection) -> str:
-    """The client's address, printed."""
+    """Return the client's address as text."""
     return printed(connection.client_address)
 
 
 def printed(address: Any) -> str:
-    """An address as ``accept`` gives it, printed."""
+    """Return an address, as ``accept`` returns it, as text."""
     if not isinstance(address, tuple):
         return format_sockaddr(address, socket.AF_UNIX) if isinstance(address, (str, bytes)) else str(address)
     return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
 
 
 def _where(frame: Any) -> tuple[str, ...]:
-    """The program's own frames of a handler that waits, outermost first."""
+    """Return where a handler waits: the program's own frames, outermost first."""
     return tuple(
         f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}" for code, line in calls_of_program(frame)
     )

@@ -1,6 +1,6 @@
-"""Drain: accept what the kernel has queued on listening sockets that get no new connections any more, and close them.
+"""Drain: accept what the kernel has queued on listening sockets that get no new connections, and close them.
 
-Also the steps of a stop, of which this is one: each is done, whatever has become of those before it.
+Also `Steps`, the list of steps of a stop, of which this is one.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from .acceptor import Acceptor
 
 log = logging.getLogger("gtcpserver")
 
-#: How long a stop waits at most for handshakes that are under way, seconds. Far clients need a round trip; with
-#: defer_accept, and where the system refuses socket filters (see draining), the kernel has to repeat its SYN-ACK, after
-#: 1 s, before a client that has sent nothing comes through.
+#: Most seconds that a stop waits for handshakes under way. Distant clients need a round trip. With defer_accept, and
+#: where the system refuses socket filters (see draining), a client that has sent nothing comes through only after the
+#: kernel repeats its SYN-ACK, 1 s later.
 LONGEST_DRAIN = 1.0
 LONGEST_DRAIN_OF_DEFERRED = 2.5
 
 
 class Steps:
-    """The steps of a stop: each is done, whatever has become of those before it.
+    """The steps of a stop: each is done even if those before it failed.
 
     Attributes:
-        failures: those that failed, with the error of each.
+        failures: the steps that failed, with the error of each.
     """
 
     def __init__(self) -> None:
         self.failures: list[str] = []
 
     def do(self, what: str, step: Callable[..., Any], *arguments: Any) -> Any:
-        """Do a step; returns what it returns, or None if it has failed."""
+        """Do a step; return its result, or None if it failed."""
         try:
             return step(*arguments)
         except Exception as error:
@@ -47,7 +47,7 @@ class Steps:
             return None
 
     def failed(self, what: str, error: BaseException | str) -> None:
-        """Note it, and log it once."""
+        """Record that a step failed, and log it once."""
         failure = f"{what}: {str(error) or type(error).__name__}"
         if failure not in self.failures:
             self.failures.append(failure)
@@ -61,14 +61,14 @@ def drain_and_close(
     hurry: Event,
     steps: Steps | None = None,
 ) -> None:
-    """Accept what the kernel has queued, until no handshake is under way any more, and close.
+    """Accept what the kernel has queued until no handshake is under way, and close.
 
     Args:
-        acceptors: whose sockets get no new connections (muted, or steered away from).
+        acceptors: accept loops whose sockets get no new connections (muted, or steered away from).
         admit: called with each connection and its address; it must not wait.
-        longest: seconds to wait for handshakes.
-        hurry: when set, waits no longer.
-        steps: note what fails; None: of a single accept loop that is closed.
+        longest: most seconds to wait for handshakes.
+        hurry: event that ends the wait.
+        steps: records what fails; None when a single accept loop is closed.
     """
     steps = steps or Steps()
     for acceptor in acceptors:
@@ -77,7 +77,7 @@ def drain_and_close(
         steps.do("drain", acceptor.drain, admit)
     give_up = monotonic() + longest
     while True:
-        # Handshakes that had begun come into the queue now.
+        # Handshakes that were under way join the queue now.
         steps.do("wait for handshakes", gevent.sleep, HANDSHAKE_SECONDS)
         for acceptor in acceptors:
             steps.do("drain", acceptor.drain, admit)
@@ -95,9 +95,9 @@ def drain_and_close(
 
 
 def _expects_more(acceptor: Acceptor) -> bool:
-    # A socket that others hold too is theirs to serve.
+    # If another process has the socket too, that one serves its queue.
     if not acceptor.listener.owned or acceptor.closed:
         return False
-    # What is still queued after a drain could not be accepted because descriptors ran out: handlers that end free some.
+    # After a drain, only connections for which descriptors ran out are queued: handlers that end free some.
     sock = acceptor.listener.socket
     return bool(handshakes_under_way(sock)) or queue_length(sock) > 0

@@ -1,4 +1,4 @@
-"""PlacelessIdle: a connection that waits between two requests, and holds no place in the pool meanwhile."""
+"""PlacelessIdle: the idle block of a server. A connection between two requests holds no place in the pool."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class PlacelessIdle(Idle):
-    """An idle connection of a server: it holds no place in the pool."""
+    """An idle block that gives the place back to the pool, and takes one again at its end."""
 
-    # Once a request where a handler uses it, so all it needs is at hand: 0.5 us with the way back.
+    # Runs once per request where a handler uses it, so it has all it needs in slots: 0.5 us for both ends.
     __slots__ = ("_capacity", "_state", "_stream")
 
     def __init__(self, connection: Connection, state: ServerState, capacity: Capacity) -> None:
@@ -48,7 +48,7 @@ class PlacelessIdle(Idle):
         places = self._capacity.places
         stream = self._stream
         if stream.ending or stream.at_eof or kind is not None:
-            # It ends, for which it must not wait until busy ones have given up a place.
+            # The connection ends, and must not wait for a place before it does.
             self._state.counters.idle_closed += stream.ended
             stream.ending = False
             places.taken += 1
@@ -59,12 +59,12 @@ class PlacelessIdle(Idle):
         try:
             places.acquire()
         except BaseException:
-            # Killed while it waited for a place: the pool will release one for this greenlet all the same.
+            # Killed while waiting for a place: the pool releases one for this greenlet at its end anyway.
             places.taken += 1
             raise
 
 
 def end_if_idle(connection: Connection) -> None:
-    """End a connection, unless it has got a request meanwhile. Only from the hub."""
+    """End a connection if it is still idle. Call in the hub only."""
     if connection.is_idle and not connection.closed:
         connection.end_idle()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a server was asked for, with what it makes of it: :meth:`checked`."""
+    """The options of a server, checked and completed by :meth:`checked`."""
 
     addresses: list[Any]
     handler: Handler[Any]
@@ -66,10 +66,10 @@ class Options:
         access_log: AccessLog | Literal["text", "json"] | None,
         **others: Any,
     ) -> Options:
-        """Check what a server was asked for, and make pool, credentials and access log of what may stand for them.
+        """Check the arguments of a server, and make its pool, credentials and access log from their short forms.
 
         Raises:
-            ConfigError: an option that cannot work; the message names it.
+            ConfigError: an invalid option; the message names it.
         """
         check_handler(others["handler"])
         for name in ("on_connect", "on_disconnect", "on_error", "on_stop"):

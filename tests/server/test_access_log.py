@@ -285,7 +285,7 @@ def test_whatever_is_in_a_line_can_be_read_back(fields):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_renamed_is_opened_anew(serve, connect, in_thread, tmp_path):
+def test_a_file_that_is_renamed_is_reopened(serve, connect, in_thread, tmp_path):
     path = tmp_path / "access.log"
     server = serve(echo, access_log=AccessLog("json", path))
     for number in range(3):
@@ -296,7 +296,7 @@ def test_a_file_that_is_renamed_is_opened_anew(serve, connect, in_thread, tmp_pa
     assert os.stat(tmp_path / "old.0").st_mode & 0o777 == 0o640
 
 
-def test_a_file_that_cannot_be_opened_anew_is_kept(serve, connect, in_thread, tmp_path, caplog):
+def test_a_file_that_cannot_be_reopened_is_kept(serve, connect, in_thread, tmp_path, caplog):
     (tmp_path / "logs").mkdir()
     path = tmp_path / "logs" / "access.log"
     server = serve(echo, access_log=AccessLog("text", path))
@@ -305,7 +305,7 @@ def test_a_file_that_cannot_be_opened_anew_is_kept(serve, connect, in_thread, tm
     kept = tmp_path / "moved" / "access.log"
     wait_until(lambda: kept.read_text().endswith("\n"))
     assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]{12}\+00:00 client=127.0.0.1:\d+ server=", kept.read_text())
-    assert "cannot open the access log" in caplog.text
+    assert "cannot reopen the access log" in caplog.text
 
 
 def test_a_full_disk_costs_lines_and_no_connections(serve, connect, in_thread, caplog):
