@@ -1,6 +1,6 @@
-"""How a connection ends: what it is called, which counter counts it, and what an exception that has left a handler is.
+"""Outcomes: how a connection ended, which counter counts that, and how exceptions that leave a handler are classified.
 
-A `Result` is the one word for it: in the access log, in the counters, and in what a stop cuts.
+A `Result` is the one word for an outcome, in the access log, in the counters, and in the report of a stop.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .time_limits import HandlerTimedOut, TooSlow
 
 log = logging.getLogger("gtcpserver")
 
-#: How a connection ends.
+#: How a connection ended.
 Result = Literal[
-    "ok",  # the handler has returned
-    "idle_closed",  # it was idle, and was closed at a stop or to make room
-    "reset",  # the peer had gone: a reset, or an end in the midst of a message
+    "ok",  # the handler returned
+    "idle_closed",  # closed while idle, at a stop or to make room
+    "reset",  # the peer had gone: a reset, or an end in the middle of a message
     "timeout",  # nothing moved for too long
     "deadline",  # Connection.deadline
     "handler_timeout",
@@ -36,18 +36,18 @@ Result = Literal[
     "limit",  # LimitExceeded: the client sent more than the protocol allows
     "error",  # the handler failed; detail says how
     "stopped",  # cut by a stop; StopReport.cut
-    "killed",  # the same, by other code
-    "refused",  # on_connect said so
+    "killed",  # ended by other code
+    "refused",  # by on_connect
     "rejected",  # the server was full
     "client_denied",
     "client_connections",
     "client_rate",
-    "proxy_header",  # none came from a balancer, or a bad one; detail says why
-    "handshake_failed",  # of TLS; detail says why
+    "proxy_header",  # missing or malformed, from a balancer; detail says why
+    "handshake_failed",  # TLS; detail says why
 ]
 
-#: Result -> the counter of a server that counts it. Those without one are counted elsewhere: "ok" is the rest of
-#: `accepted`, "stopped" is in the report of the stop, the limits of clients and failures of admission by their kind.
+#: The counter of a server for each Result. The others are counted elsewhere: "ok" is the rest of `accepted`, "stopped"
+#: is in the report of the stop, limits of clients and failures of admission are counted by kind.
 COUNTER: dict[Result, str] = {
     "idle_closed": "idle_closed",
     "reset": "resets",
@@ -63,47 +63,47 @@ COUNTER: dict[Result, str] = {
 
 
 def outcome_of(error: BaseException, connection: Connection) -> tuple[Result, str]:
-    """Its name, and what it says of itself in one line."""
+    """Return the result that an exception stands for, and a line with its type and text."""
     said = type(error).__name__
     try:
         said += f": {error}" if str(error) else ""
-    except Exception:  # an exception of the handler's own whose text raises another
+    except Exception:  # the text of an exception of the handler's own may raise
         pass
     return _result_of(error, connection.stream), said
 
 
 def is_client_error(error: BaseException, connection: Connection) -> bool:
-    """Whether what a handler has raised is its client's doing, which is counted, and not a fault of the handler.
+    """Return whether the client caused an exception that left its handler. If not, it is a fault of the handler.
 
-    It is where this connection has raised it: a reset, a timeout, the end in the midst of a message, broken TLS. The
-    same from another connection (a database's, one of ``connect``) or from ``print`` is the handler's. An error that
-    the handler raises ``from`` one of the client's is the client's as well, and so is a LimitExceeded or EarlyEOF that
-    it raises by itself.
+    The client is to blame for an error raised by its own connection: a reset, a timeout, an end in the middle of a
+    message, broken TLS. The same error from another connection (a database's, one of ``connect``) or from ``print`` is
+    the handler's. An exception raised ``from`` an error of the client counts as the client's, and so does a
+    LimitExceeded or EarlyEOF raised by the handler itself.
 
     Args:
-        error: what ``on_error`` is called with.
-        connection: the client's.
+        error: the exception, as given to ``on_error``.
+        connection: the connection of the client.
     """
     return _result_of(error, connection.stream) != "error"
 
 
 def was_raised_by_connection(error: BaseException) -> bool:
-    """Whether a Connection has raised it, the client's or any other."""
+    """Return whether a Connection raised the error, the client's or any other."""
     return MARK in error.__dict__
 
 
 def _result_of(error: BaseException, stream: Stream) -> Result:
-    """What the client has done, if its connection has raised the error; otherwise "error".
+    """Return the result if the client's connection raised the error, otherwise "error".
 
-    Also where the error is another that was raised ``from`` it, or a group of nothing else. Not so for an exception of
-    an except or finally block (``__context__``): it has not said that it means the client, and may be a mistake.
+    Exceptions raised ``from`` such an error, and groups of nothing else, count as well. An exception raised in an
+    except or finally block (``__context__``) does not: it may be a mistake of the handler.
     """
     cause: BaseException | None = error
     for _ in range(MOST_CAUSES):
         if cause is None:
             break
         if isinstance(cause, HandlerTimedOut):
-            return "handler_timeout"  # thrown by the time limits, whatever the handler waits for
+            return "handler_timeout"  # raised by the time limits, whatever the handler was waiting for
         if isinstance(cause, _GROUP):
             results = [_result_of(member, stream) for member in cause.exceptions]
             return results[0] if "error" not in results else "error"
@@ -121,16 +121,16 @@ def _of_client(error: BaseException) -> Result:
     return "reset" if isinstance(error, OSError) and error.errno in _GONE else "error"
 
 
-#: Errors that were raised from one another are followed so far: they may form a circle.
+#: Most causes followed from an exception: they may form a circle.
 MOST_CAUSES = 20
 
-# Python 3.10 has none.
+# Python 3.10 has no groups.
 _GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())
 
-# A handler that raises one of these by itself says so of its client.
+# By raising one of these itself, a handler blames its client.
 _SAID_OF_CLIENTS = (LimitExceeded, EarlyEOF, TruncatedStream, ClientRefused)
 
-# The first that fits: those above are kinds of those below.
+# The first match counts: classes above may be subclasses of those below.
 _OUTCOMES: tuple[tuple[type[BaseException], Result], ...] = (
     (LimitExceeded, "limit"),
     (TooSlow, "slow"),
@@ -145,15 +145,15 @@ _OUTCOMES: tuple[tuple[type[BaseException], Result], ...] = (
     (ssl.SSLError, "reset"),
 )
 
-#: The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)); a connection that was
-#: reset has no peer any more.
+# The routes to a host that vanished may go before its connections time out (ip(7), tcp(7)); ENOTCONN: a connection that
+# was reset has no peer any more.
 _GONE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN)
 
 
 def record_fields(connection: Connection, error: BaseException) -> dict[str, Any]:
-    """What a log record carries beside its text, for logs in JSON."""
+    """Return the fields of a log record, for logs in JSON."""
     fields = {**log_fields_of(connection), "client": peer(connection), "error": type(error).__name__}
-    # `extra` must not have the names of a record's own attributes.
+    # `extra` must not contain names of a record's own attributes.
     return {name if name not in RECORD_FIELDS else f"{name}_": value for name, value in fields.items()}
 
 
@@ -164,7 +164,7 @@ def log_client_error(connection: Connection, error: BaseException) -> None:
 
 
 def log_fault(faults: FaultLimiter, connection: Connection, error: BaseException) -> None:
-    """Write a fault of a handler with its traceback, unless too many of the same were written."""
+    """Log a fault of a handler with its traceback, unless the same fault was logged too often."""
     left_out = faults.allow(fault_key(type(error), error.__traceback__))
     if left_out is not None:
         also = f" ({left_out} more of these were not printed)" if left_out else ""
@@ -172,15 +172,15 @@ def log_fault(faults: FaultLimiter, connection: Connection, error: BaseException
         log.error("handler for %s failed%s", peer(connection), also, exc_info=error, extra=fields)
 
 
-#: Errors by which this system, and no peer, fails a call: no memory, no descriptors, a device that cannot be read, an
-#: event loop that cannot watch a descriptor (watcher.py: EIO), a filter of seccomp(2) (ENOSYS, EPERM).
+#: Errors caused by this system, and by no peer: no memory, no descriptors, a device that cannot be read, an event loop
+#: that cannot watch a descriptor (watcher.py: EIO), a filter of seccomp(2) (ENOSYS, EPERM).
 SYSTEM_ERRNOS = frozenset(
     {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOSYS, errno.EPERM}
 )
 
 
 def system_has_failed(error: BaseException) -> bool:
-    """Whether the connection is as good as before, but for what the handler could not receive or send."""
+    """Return whether this system failed the call: the connection is intact, and the client waits for the rest."""
     if isinstance(error, ssl.SSLError):
-        return False  # its errno is a number of OpenSSL's: 1 is no EPERM
+        return False  # its errno is an error number of OpenSSL: 1 is not EPERM
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS)

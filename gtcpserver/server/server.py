@@ -1,13 +1,13 @@
-"""Server: puts listening sockets, accept loops, pool and connections together, and owns their life.
+"""Server: listening sockets, accept loops, pool and connections as one object, from start to stop.
 
 Its parts, each in a module of its own, share a `ServerState`:
 
-- `options`: what it was asked for, checked once;
-- `capacity`: is there room, who waits for it, who is woken;
+- `options`: the arguments, checked once;
+- `capacity`: whether there is room, which connections wait for it, which one is woken first;
 - `serving`: a connection from accept to close;
-- `stopping`: the stop, in its steps; `watchdog` sees to it that the accept loops are armed.
+- `stopping`: the steps of the stop; `watchdog` checks that the accept loops are armed.
 
-Here they are put together, started, and given their face.
+This module puts them together, starts them, and has the public methods.
 """
 
 from __future__ import annotations
@@ -79,44 +79,47 @@ class Server:
             "unix:/run/x.sock", "fd:3", a port (on 127.0.0.1), a (host, port) tuple, a listening socket; or a list of
             these.
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
-            program, everything else cooperate. What it returns is not used. Async functions, generators and classes are
+            program, everything else cooperate. Its return value is ignored. Async functions, generators and classes are
             refused. An object may also have ``server_stopped()``, called when the server has stopped, and
             ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
         listen: options of the listening sockets.
-        accept_loops: listening sockets with an accept loop each, for every TCP address. One is best in one process:
-            measured, more make no connection faster, and each has a queue of its own to drain at a stop.
+        accept_loops: number of listening sockets, each with an accept loop, for every TCP address. One is best in one
+            process: measured, more make no connection faster, and each has a queue of its own to drain at a stop.
         pool: a HandlerPool (which several servers may share), or the number of handlers that may run at once, or None
             for no limit.
         on_full: when the pool (or ``max_connections``) is full: "wait" leaves new connections in the kernel's queue,
             "reject" accepts and closes them, "close_idle" closes the oldest connection that is idle
             (:meth:`Connection.idle`) when ``max_connections`` is reached, and otherwise waits.
-        max_connections: connections open at once, idle ones included; None for no limit.
+        max_connections: most connections open at once, idle ones included; None for no limit.
         max_accepts: serve exactly this many connections, then stop; None for no limit.
-        timeout: seconds in which nothing moves until a read or write raises TimeoutError; ``settimeout`` of each new
+        timeout: seconds without a byte after which a read or write raises TimeoutError; ``settimeout`` of each new
             connection. None waits forever.
-        handler_timeout: seconds a handler may take in all; then DeadlineExceeded is raised in it wherever it waits.
-        min_rate: bytes a second (both directions together). A handler that has waited for its client all through
-            ``min_rate_window`` while less moved is ended: clients that drip cannot hold places.
-        min_rate_window: seconds.
+        handler_timeout: seconds a handler may run in all; then DeadlineExceeded is raised in it, wherever it waits.
+            None for no limit.
+        min_rate: bytes per second (both directions together). A handler that waited for its client all through
+            ``min_rate_window`` while fewer bytes moved is ended: clients that drip cannot hold places. None for no
+            limit.
+        min_rate_window: seconds over which ``min_rate`` is measured.
         tls: a TLSConfig or ssl.SSLContext: every connection is encrypted before the handler gets it.
-        proxy_protocol: clients come by balancers that name them (:class:`ProxyProtocol`); None: they do not.
-        client_limits: who may connect, how many connections a client may have and how fast it may open them
+        proxy_protocol: trust balancers that name their clients in PROXY headers (:class:`ProxyProtocol`); None: expect
+            no headers.
+        client_limits: which clients may connect, how many connections each may have and how fast it may open them
             (:class:`ClientLimits`); None: no limits.
-        linger: seconds a closed connection may take to be closed by the peer too, so that everything written reaches
-            it; 0 closes at once. A stop waits no longer for a peer that has acknowledged everything and is silent.
-        connection_class: a subclass of Connection for the handler to get.
-        context: anything; each connection has it as ``connection.context``.
+        linger: seconds that a peer gets to close its side of a closed connection, so that everything written reaches
+            it; 0 closes at once. A stop does not wait for a peer that has acknowledged everything and is silent.
+        connection_class: the subclass of Connection that handlers get.
+        context: any object; each connection has it as ``connection.context``.
         access_log: write a line when a connection has ended: "text", "json", or an :class:`AccessLog` for a file. None:
             no lines, and no cost.
-        on_connect: called first in the connection's greenlet; if it returns False the connection is closed unserved.
+        on_connect: called first in the connection's greenlet; if it returns False, the connection is closed unserved.
         on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
         on_error: called with (connection, exception) for every exception that left the handler, instead of the log;
-            :func:`is_client_error` tells those that the client is to blame for.
-        on_stop: called with this server at a stop, when the last connection has ended, to end helpers and to flush what
-            they hold. It has what is left of the stop's time, and a second at least.
+            :func:`is_client_error` says whether the client is to blame.
+        on_stop: called with this server at a stop, when the last connection has ended, to end helpers and flush their
+            data. It has what is left of the stop's time, and at least a second.
 
     Raises:
-        ConfigError: an option that cannot work; the message names it.
+        ConfigError: an invalid option; the message names it.
     """
 
     if TYPE_CHECKING:
@@ -206,17 +209,17 @@ class Server:
                 options.access_log.write_unserved if options.access_log is not None else None,
             )
         self.pool = options.pool
-        #: Certificates and keys; None on a plain server. ``reload_tls`` reads them again.
+        #: Certificates and keys; None without TLS. ``reload_tls`` reads them again.
         self.tls = options.tls
         self.lingerer = Linger(linger)
-        #: What writes a line when a connection has ended, or None.
+        #: The access log, or None.
         self.access_log = options.access_log
-        #: The error of a listening socket that stopped the server.
+        #: The error of a listening socket that stopped the server, or None.
         self.fatal_error: OSError | None = None
-        #: Seconds that handlers get when the listening socket is lost; ``serve_forever`` sets it to its own.
+        #: Seconds that handlers get when the listening socket is lost; set by ``serve_forever``.
         self.stop_timeout: float | None = DEFAULT_STOP_TIMEOUT
         self._ends_background_work = False
-        # For this package: called by ``serve_forever`` when it listens, and signals are graceful stops.
+        # For this package: called by ``serve_forever`` once it listens and signals begin graceful stops.
         self.when_serving: Callable[[Server], object] | None = None
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ class Server:
         """Bind, listen and accept. Returns at once; connections are served while this greenlet waits.
 
         Raises:
-            OSError: the address cannot be had; the message names it and, where it can be known, who has it.
+            OSError: the address is not available; the message names it and, if known, the process that has it.
             GtcpServerError: the server was started before.
         """
         if self.state is not State.NEW:
@@ -278,14 +281,14 @@ class Server:
             self._stopping.begin(self.stop_timeout)
 
     def serve_forever(self, stop_timeout: float | None = DEFAULT_STOP_TIMEOUT) -> StopReport:
-        """Start if need be, and serve until stopped.
+        """Serve until stopped; start first if need be.
 
-        In the main thread, in any of its greenlets, SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)`` of all
-        servers there; a second one is ``halt()``.
+        In any greenlet of the main thread, SIGTERM and SIGINT begin a graceful ``stop(stop_timeout)`` of all servers
+        there; a second signal is ``halt()``.
 
-        Called by the main thread itself, and not by a greenlet, it takes its return for the end of the program: what
-        handlers have left to threads, executors, greenlets and processes gets what is left of ``stop_timeout``, then it
-        is cut, which the log and the report say. The interpreter's exit does not wait for it any more.
+        Called by the main thread itself, and not by a greenlet, it assumes that the program ends when it returns: work
+        that handlers left to threads, executors, greenlets and processes gets what is left of ``stop_timeout``, then it
+        is cut, and the log and the report name it. The interpreter's exit no longer waits for it.
 
         Args:
             stop_timeout: seconds that handlers, and then background work, get to finish; None waits forever.
@@ -294,14 +297,14 @@ class Server:
             the report of the stop.
 
         Raises:
-            OSError: as :meth:`start`, or the listening socket was lost.
+            OSError: as for :meth:`start`, or the listening socket was lost.
         """
         check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
         self.stop_timeout = stop_timeout
         is_main = threading.current_thread() is threading.main_thread() and getcurrent().parent is None
         if is_main:
             threads_of_handlers_are_no_daemons()
-        # Signals are ours before anybody can connect: from then on the default, which is to die, would lose them.
+        # Handle signals before anyone can connect: the default, to die, would lose connections.
         with StopSignals(lambda number: self._stopping.by_signal(number, stop_timeout)):
             if self.state is State.NEW:
                 self.start()
@@ -329,11 +332,11 @@ class Server:
     ) -> None:
         self.stop(DEFAULT_STOP_TIMEOUT)
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    # -- properties --------------------------------------------------------------------------------------------------
 
     @property
     def handler(self) -> Handler[Any]:
-        """What serves connections; another one that is assigned serves those to come."""
+        """The handler. A new one that is assigned serves new connections."""
         return self._serving.handler
 
     @handler.setter
@@ -342,7 +345,7 @@ class Server:
 
     @property
     def state(self) -> State:
-        """Where in its life it is."""
+        """The state of the server."""
         return self._state.now
 
     @property
@@ -357,12 +360,12 @@ class Server:
 
     @property
     def max_connections(self) -> int | None:
-        """Connections open at once, at most; None: no limit."""
+        """Most connections open at once; None: no limit."""
         return self._options.max_connections
 
     @property
     def max_accepts(self) -> int | None:
-        """Connections served in all, at most; None: no limit."""
+        """Number of connections to serve in all; None: no limit."""
         return self._options.max_accepts
 
     @property
@@ -377,20 +380,28 @@ class Server:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the server listens, one entry an address, with the real ports, as ("127.0.0.1:5000",)."""
+        """The addresses where the server listens, with real ports: ("127.0.0.1:5000",)."""
         seen = dict.fromkeys(listener.address for group in self._state.groups for listener in group)
         return tuple(seen)
 
     @property
     def address(self) -> str:
-        """The first of :attr:`addresses`. Raises GtcpServerError before the start."""
+        """The first of :attr:`addresses`.
+
+        Raises:
+            GtcpServerError: the server has not been started.
+        """
         if not self._state.groups:
             raise GtcpServerError("the server has no address before it is started")
         return self.addresses[0]
 
     @property
     def port(self) -> int:
-        """The port of the first address; 0 for a unix socket."""
+        """The port of the first address; 0 for a unix socket.
+
+        Raises:
+            GtcpServerError: the server has not been started.
+        """
         if not self._state.groups:
             raise GtcpServerError("the server has no port before it is started")
         sockaddr = self._state.groups[0][0].sockaddr
@@ -398,12 +409,12 @@ class Server:
 
     @property
     def stopping(self) -> bool:
-        """True from the moment a stop has begun."""
+        """True from the beginning of a stop."""
         return self._state.stopping
 
     @property
     def stopping_event(self) -> Event:
-        """Set when a stop begins. Handlers with work of their own wait on it."""
+        """Set when a stop begins, for handlers that loop for ever."""
         return self._state.stopping_event
 
     @property
@@ -413,17 +424,17 @@ class Server:
 
     @property
     def active_connections(self) -> int:
-        """Connections open now, idle ones included."""
+        """Number of connections open now, idle ones included."""
         return len(self._state.connections)
 
     @property
     def accepted_connections(self) -> int:
-        """Connections accepted since the start."""
+        """Number of connections accepted since the start."""
         return self._state.counters.accepted
 
     @property
     def accept_loops(self) -> int:
-        """Accept loops that are open now."""
+        """Number of accept loops open now."""
         return len(self._state.acceptors)
 
     def listeners(self) -> list[Listener]:
@@ -434,9 +445,7 @@ class Server:
         return [listener for group in self._state.groups for listener in group]
 
     def connections(self) -> Mapping[Connection, Any]:
-        """Return the open connections as they are at each moment, the oldest first, and the greenlet of each.
-
-        For this package.
+        """Return a live view of the open connections, oldest first, and the greenlet of each. For this package.
 
         :meta private:
         """
@@ -447,10 +456,10 @@ class Server:
         return f"<{type(self).__name__} {where} {self.state.value}, {self.active_connections} connections>"
 
     def reload_tls(self) -> None:
-        """Read certificates and keys again; new handshakes use them, connections go on as they are.
+        """Read certificates and keys again, for new handshakes; open connections are not affected.
 
         Raises:
-            ConfigError: the server has no TLSConfig, or a file cannot be used; everything stays as it was.
+            ConfigError: the server has no TLSConfig, or a file is unusable; everything stays as it was.
         """
         if self.tls is None:
             raise ConfigError("reload_tls needs a server with tls, this one has none")
@@ -466,37 +475,37 @@ class Server:
         self._serving.observers.add(observer)
 
     def remove_observer(self, observer: Observer) -> None:
-        """The opposite of :meth:`add_observer`; one that is not registered does no harm.
+        """Remove an observer; do nothing if it is not registered.
 
         :meta private:
         """
         self._serving.observers.remove(observer)
 
-    # -- what a connection asks of it (connection/owner.py) ----------------------------------------------------------
+    # -- what a connection needs (connection/owner.py) ----------------------------------------------------------
 
     def make_idle(self, connection: Connection) -> Idle:
-        """For this package (connection/owner.py).
+        """Make the ``with`` block of :meth:`Connection.idle`. For this package.
 
         :meta private:
         """
         return self._serving.make_idle(connection)
 
     def client_named(self, connection: Connection) -> None:
-        """For this package (connection/owner.py).
+        """Count the client that a balancer named. For this package.
 
         :meta private:
         """
         self._serving.client_named(connection)
 
     def count_failed_handshake(self, kind: HandshakeFailure) -> None:
-        """For this package (connection/owner.py).
+        """Count a failed ``start_tls``. For this package.
 
         :meta private:
         """
         self._state.counters.handshake_failures[kind] += 1
 
     def count_tls_flood(self, kind: str) -> None:
-        """For this package (connection/owner.py).
+        """Count a client that sent too many TLS records without data. For this package.
 
         :meta private:
         """
@@ -505,24 +514,24 @@ class Server:
     # -- stop --------------------------------------------------------------------------------------------------------
 
     def stop(self, timeout: float | None = None, *, leave_listening: bool = False, patient: bool = False) -> StopReport:
-        """Take no new connections, serve those the kernel has queued, wait for the handlers.
+        """Accept no new connections, serve those the kernel has queued, and wait for the handlers.
 
         Idle connections (:meth:`Connection.idle`) are ended at once, except those that have not sent a byte yet: they
-        get a second from accept (over TLS two) for their first request. Handlers that still run after ``timeout`` are
-        ended by GreenletExit, so that their ``finally`` blocks run; one that swallows it is told again and its socket
-        is shut.
+        get a second from accept (two over TLS) for their first request. Handlers that still run after ``timeout`` are
+        ended by GreenletExit, so that their ``finally`` blocks run; a handler that swallows it gets it again, and its
+        socket is shut.
+
+        A second call waits for the same stop. A handler cannot wait for its own end: called in one, this begins the
+        stop and returns an empty report at once.
 
         Args:
             timeout: seconds; None waits forever, 0 ends handlers at once (after the queue was emptied).
-            leave_listening: another process goes on with the same listening sockets: leave them, and what they have
-                queued, to it.
-            patient: another process serves new clients, so that this one need not hurry: connections that have not sent
-                a byte get as long as ``timeout`` and their own timeouts allow, so that no first request is lost.
+            leave_listening: leave the listening sockets and their queues to another process, which goes on with them.
+            patient: do not hurry, since another process serves new clients: connections that have not sent a byte get
+                as long as ``timeout`` and their own timeouts allow, so that no first request is lost.
 
         Returns:
-            how many handlers finished and how many were ended, with what each of those was doing.
-            A second call waits for the same stop. A handler cannot wait for its own end: called in one, this begins
-            the stop and returns an empty report at once.
+            how many handlers finished and how many were ended, with what each of the latter was doing.
         """
         check_number("timeout", timeout, least=0, none="to wait for ever")
         state = self._state
@@ -537,17 +546,17 @@ class Server:
         return self._wait_for_report()
 
     def hasten(self, timeout: float) -> None:
-        """Bound a stop that is under way: connections that are still open after ``timeout`` seconds are ended.
+        """Limit a stop that is under way: end connections still open after ``timeout`` seconds.
 
-        A patient stop (see :meth:`stop`) is one no longer: connections that have not sent a byte have a second.
+        A patient stop (see :meth:`stop`) is patient no longer: connections that have not sent a byte have a second.
         """
         check_number("timeout", timeout, least=0)
-        if self.stopping:  # also when it only waits for background work
+        if self.stopping:  # also while it only waits for background work
             self._stopping.hasten()
             gevent.spawn_later(timeout, self.halt)
 
     def halt(self) -> StopReport:
-        """Close the listening sockets, end every handler now. What the kernel has queued is reset."""
+        """Close the listening sockets and end every handler now. Connections in the kernel's queue are reset."""
         if self.state is State.NEW:
             return self.stop()
         if self.state is State.SERVING:
@@ -556,10 +565,10 @@ class Server:
         return self._wait_for_report()
 
     def end_background_work(self) -> tuple[str, ...]:
-        """When it has stopped and the process is to end: give background work the rest of the stop's time, then cut it.
+        """Give background work the rest of the stop's time, then cut it.
 
-        Without a limit for that stop, :attr:`stop_timeout` is the time. docs/how-to/deployment.md says what counts as
-        background work.
+        Call it after the stop, at the end of the process. If the stop had no time limit, :attr:`stop_timeout` applies.
+        docs/how-to/deployment.md says what counts as background work.
 
         Returns:
             the name of each job that was cut.
@@ -581,30 +590,30 @@ class Server:
         return self._stopping.report
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
-        """Wait until the server has stopped; False if ``timeout`` seconds were not enough."""
+        """Wait until the server has stopped; return False if it has not after ``timeout`` seconds."""
         return bool(self._state.stopped.wait(timeout))
 
     def close_accept_loop(self, index: int) -> None:
         """Close one of several accept loops while the others stay; no connection is lost.
 
-        New connections are steered to the sockets that stay, what this one has queued is accepted, then it is closed.
+        New connections are steered to the remaining sockets, the queue of this one is drained, then it is closed.
 
         Args:
-            index: position among the accept loops still open.
+            index: position among the open accept loops.
 
         Raises:
-            GtcpServerError: there is no such loop, or no other one on its address.
+            GtcpServerError: there is no such loop, or it is the only one on its address.
         """
         self._stopping.close_accept_loop(index)
 
     # -- a fork in this process (see process/forked.py) --------------------------------------------------------------
 
     def serves(self) -> bool:
-        # Background work may fork as well, and this would be waited for in both processes.
+        # Background work may fork too, and both processes would wait for it.
         return self.state in (State.SERVING, State.STOPPING) or self._ends_background_work
 
     def left_in_child(self, own: Connection | None) -> None:
-        """In a forked child: nothing of this server is there. One that has not been started is the child's as well."""
+        """Let go of everything. Called in a forked child; does nothing before the start."""
         if not self.serves():
             return
         for listener in self.listeners():
@@ -625,5 +634,5 @@ class Server:
     # -- counters ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> ServerStats:
-        """A snapshot of the counters. Costs 0.1 us for each open connection (their bytes are added up)."""
+        """Return a snapshot of the counters. Costs 0.1 us per open connection, to add up their bytes."""
         return snapshot(self._state, self._options, self.handler, len(self.lingerer))

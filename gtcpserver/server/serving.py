@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .server import Server
 
-#: One accepted connection in this many has its time in the queue measured: getsockopt(TCP_INFO) costs 0.8 us.
+#: The time in the queue is measured for one accepted connection in this many: getsockopt(TCP_INFO) costs 0.8 us.
 QUEUE_WAIT_EVERY = 64
 
 
@@ -37,7 +37,7 @@ class Serving:
 
     Attributes:
         handler: called with each connection.
-        observers: who is told how long requests take.
+        observers: objects that are told how long requests take.
     """
 
     def __init__(self, server: Server, options: Options, state: ServerState, capacity: Capacity) -> None:
@@ -69,14 +69,16 @@ class Serving:
     # -- admit a connection (in the hub) -----------------------------------------------------------------------------
 
     def admit(self, connection: Connection, address: Any, drained: bool = False) -> None:
-        """A connection was accepted: hand it to a greenlet, which runs until its handler first waits.
+        """Hand an accepted connection to a greenlet, which runs until its handler first waits.
 
         Args:
-            drained: it comes out of the kernel's queue, where it would have waited: it waits for room in ours.
+            connection: the connection.
+            address: the client's, as ``accept`` returned it.
+            drained: True for a connection that a stop took out of the kernel's queue: it waits for room in ours.
         """
         counters = self._counters
         if self._max_accepts is not None and counters.accepted >= self._max_accepts:
-            connection.close()  # came between the last accept and the end of the loop
+            connection.close()  # accepted between the last one and the end of the loop
             return
         if self._rejects and not drained and not self._capacity.has_room() and self._state.now is State.SERVING:
             self._reject(connection, address)
@@ -103,15 +105,15 @@ class Serving:
             raise
 
     def _cannot_serve(self, connection: Connection) -> None:
-        # No memory to serve it with. A reset says so; an end in order would be an empty answer.
-        if not connection.closed:  # admission has not closed it, nor was it served and has ended
+        # Memory ran out. A reset tells the client; an orderly close would look like an empty answer.
+        if not connection.closed:  # neither closed by admission, nor served to its end
             try:
                 connection.abort()
             finally:
                 self._state.note_unserved()
 
     def begin(self, connection: Connection) -> None:
-        """It has room: let it in. Only from the hub."""
+        """Admit or serve a connection that has room. Call in the hub only."""
         connection.server = self._server
         connection.context = self._context
         if self._timeout is not None:
@@ -128,7 +130,7 @@ class Serving:
             raise
 
     def admitted(self, connection: Connection) -> None:
-        """It has passed admission: serve it when there is room."""
+        """Serve a connection that passed admission, as soon as there is room."""
         capacity = self._capacity
         if not self._state.waiting and capacity.has_room():
             self._pool.run_one(self._serve, connection)
@@ -158,7 +160,7 @@ class Serving:
         gevent.spawn(self._server.stop, None)
 
     def _measure_queue_wait(self, connection: Connection) -> None:
-        # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it counts from the handshake.
+        # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it is the time since the handshake.
         try:
             info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
         except OSError:
@@ -197,7 +199,7 @@ class Serving:
             except BaseException as error:
                 self._handler_raised(connection, error)
         finally:
-            # Hooks and log handlers may wait, and be killed there.
+            # Hooks and log handlers may wait, and a greenlet that waits can be killed.
             self._finish(connection)
 
     def _begin_line(self, connection: Connection) -> None:
@@ -209,14 +211,14 @@ class Serving:
             raise
 
     def _end(self, connection: Connection) -> None:
-        """The last steps of a connection. Nothing in here waits, so a kill cannot come between; memory may be short."""
+        """Do the last steps of a connection. Nothing here waits, so no kill can come in between; memory may run out."""
         counters = self._counters
         stream = connection._stream  # noqa: SLF001 - the property costs a connection 0.5 %
         counters.bytes_received += stream.bytes_received
         counters.bytes_sent += stream.bytes_sent
         if self.observers.all:
             self._observe_end(connection)
-        # It refers to the connection: no cycle for the garbage collector.
+        # The block refers to the connection: leave no cycle for the garbage collector.
         connection.idle_block = None
         connections = self._connections
         was_full = self._max_connections is not None and len(connections) >= self._max_connections
@@ -230,7 +232,7 @@ class Serving:
             try:
                 del connections[connection]
             except KeyError:
-                pass  # it could not be added
+                pass  # memory ran out before it was added
             try:
                 if not connections:
                     state.note_if_nobody_is_connected()
@@ -248,7 +250,7 @@ class Serving:
         access_log.write(fields)
 
     def _observe_end(self, connection: Connection) -> None:
-        """Its last request ends with it, or it was one."""
+        """Tell observers of the last request, or of the whole connection where the handler used no idle block."""
         idle = connection.idle_block
         try:
             if idle is None:
@@ -256,24 +258,24 @@ class Serving:
             elif isinstance(idle, TimedIdle):
                 idle.end_of_request()
         except MemoryError:
-            pass  # a figure is lost, and not the rest of the end
+            pass  # lose a figure, but finish the connection
 
-    # -- how it has ended --------------------------------------------------------------------------------------------
+    # -- how it ended --------------------------------------------------------------------------------------------
 
     def note_end(self, connection: Connection, result: Result, detail: str = "") -> None:
-        """Note how a connection ends, for its line in the access log; the first word counts."""
+        """Record how a connection ends, for its line in the access log; only the first call counts."""
         if self._access_log is not None:
             self._access_log.note(connection, result, detail)
 
     def _handler_raised(self, connection: Connection, error: BaseException) -> None:
-        """Count what left the handler; print it only if it is a fault of the handler."""
+        """Count an exception that left the handler; log it only if it is a fault of the handler."""
         if self._in_child:
             end_process(error)
         if isinstance(error, GreenletExit):
             self.note_end(connection, "stopped" if self._state.stopping else "killed")
             return
         if system_has_failed(error):
-            # The client is there and waits for the rest. An end in order would make a part look like the whole.
+            # The client is there and waits for the rest. An orderly close would make a part look like the whole.
             reset_on_close(connection)
         result, said = outcome_of(error, connection)
         counters = self._counters
@@ -301,7 +303,11 @@ class Serving:
         return PlacelessIdle(connection, self._state, self._capacity)
 
     def client_named(self, connection: Connection) -> None:
-        """Count the client that a balancer has named. Raises ClientRefused."""
+        """Count the client that a balancer named.
+
+        Raises:
+            ClientRefused: the client exceeds a limit. The connection was reset.
+        """
         admission = self._state.admission
         refusal = admission.named(connection) if admission is not None else None
         if refusal is not None:
@@ -312,7 +318,7 @@ class Serving:
     # -- a fork in a handler (see process/forked.py) -----------------------------------------------------------------
 
     def left_in_child(self) -> None:
-        """In a forked child: what a handler that has forked comes back to ends the process."""
+        """End the process when the handler that forked returns. Called in a forked child."""
         self._connections = self._state.connections
         self.handler = lambda _connection: end_process()
         self._on_disconnect = None

@@ -19,13 +19,13 @@ _native_id: Callable[[], int] = get_original("threading", "get_native_id")
 
 
 class StopSignals:
-    """Within a ``with`` block, in the main thread: calls ``told(number)`` in the hub for each SIGTERM and SIGINT.
+    """A ``with`` block in which each SIGTERM and SIGINT calls ``told(number)`` in the hub.
 
-    As process 1, for SIGQUIT as well: the kernel does nothing by itself there (pid_namespaces(7)), so a container with
+    In process 1, SIGQUIT too: the kernel has no default action there (pid_namespaces(7)), so a container with
     STOPSIGNAL SIGQUIT would have to be killed. Elsewhere SIGQUIT dumps core, as always.
 
-    In any greenlet of that thread, that is; where several have such a block, all of them are told. In another thread it
-    does nothing: Python lets only the main thread have signal handlers.
+    The block works in any greenlet of the main thread; if several greenlets have one, all of them are called. In other
+    threads it does nothing: Python allows signal handlers in the main thread only.
     """
 
     def __init__(self, told: Callable[[int], Any]) -> None:
@@ -36,7 +36,7 @@ class StopSignals:
         global _handlers
         if not in_main_thread():
             return
-        if _handlers is None or _handlers.process != os.getpid():  # a forked child has those of its parent
+        if _handlers is None or _handlers.process != os.getpid():  # a forked child inherits those of its parent
             _handlers = _Handlers()
         self._handlers = _handlers
         self._handlers.told.append(self._told)
@@ -69,11 +69,11 @@ class _Handlers:
         self._before = [(number, signal.signal(number, self._on_signal)) for number in numbers]
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        # A signal handler runs between any two bytecodes: only note it and let the loop act.
+        # A signal handler runs between any two bytecodes: leave the work to the loop.
         try:
             self._loop.run_callback(self._tell, number)
         except MemoryError:
-            self._missed = number  # the waker, which the same signal wakes, tells it
+            self._missed = number  # the same signal wakes the waker, which calls _tell_missed
 
     def _tell_missed(self) -> None:
         number, self._missed = self._missed, 0
@@ -85,7 +85,7 @@ class _Handlers:
         for told in self.told:
             try:
                 told(number)
-            except Exception as error:  # which keeps it from no other
+            except Exception as error:  # the others are called all the same
                 failed = error
         if failed is not None:
             raise failed
@@ -97,10 +97,10 @@ class _Handlers:
             self._waker.close()
 
     def serves(self) -> bool:
-        return False  # its server does
+        return False  # only its server serves
 
     def left_in_child(self, _own: Any) -> None:
-        """In a forked child (see process/forked.py)."""
+        """Restore the signal handlers from before the block. Called in a forked child (see process/forked.py)."""
         global _handlers
         for number, handler in self._before:
             signal.signal(number, handler)
@@ -115,16 +115,16 @@ _handlers: _Handlers | None = None
 
 
 def in_main_thread() -> bool:
-    # threading.current_thread() of a monkey-patched program knows greenlets. On Linux the first thread of a process has
-    # its number, gettid(2).
+    # In a monkey-patched program threading.current_thread() returns greenlets. On Linux the main thread has the id of
+    # its process, gettid(2).
     return _native_id() == os.getpid()
 
 
 class Waker:
-    """Wakes the event loop at a signal, so that Python runs its handler.
+    """Wakes the event loop at a signal, so that Python runs the signal handler.
 
-    gevent looks for signals before it runs its callbacks. One that comes after that and before epoll_wait(2) would be
-    noticed at the next event, which on an idle server may never come (signal.set_wakeup_fd is made for this).
+    gevent checks for signals before it runs its callbacks. A signal that arrives after that and before epoll_wait(2)
+    would wait for the next event, which may never come on a server without clients. signal.set_wakeup_fd solves this.
     """
 
     def __init__(self, woken: Callable[[], Any]) -> None:
@@ -139,21 +139,21 @@ class Waker:
         try:
             os.read(self._pipe[0], 4096)
         except OSError:
-            pass  # it is tried again. An error raised here would end the watch.
+            pass  # the watcher calls again. An error raised here would stop it for good.
         self._woken()
 
     def loop_is_gone(self) -> bool:
         return not self._watcher.loop.ptr
 
     def left_in_child(self) -> None:
-        """In a forked child, whose event loop does not know of it."""
+        """Close the pipe. Called in a forked child, whose event loop does not know the watcher."""
         signal.set_wakeup_fd(-1)
         self._close_pipe()
 
     def close(self) -> None:
         now = signal.set_wakeup_fd(self._before)
         if now not in (-1, self._pipe[1]):
-            signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # the program has set one of its own
+            signal.set_wakeup_fd(now, warn_on_full_buffer=False)  # the program set one of its own
         self._watcher.stop()
         self._watcher.close()
         self._close_pipe()
@@ -163,4 +163,4 @@ class Waker:
             try:
                 close_descriptor(fd)
             except OSError:
-                pass  # it is closed all the same (close(2)), and a stop does not fail by it
+                pass  # the descriptor is closed all the same (close(2)), and a stop must not fail because of it

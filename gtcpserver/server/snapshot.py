@@ -1,4 +1,4 @@
-"""A snapshot of what a server counts."""
+"""Snapshot: the counters of a server as a `ServerStats`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .stats import ServerStats
 
 log = logging.getLogger("gtcpserver")
 
-#: Above it a handler's counter is none: Python itself does not print integers of thousands of digits.
+#: Larger counters of a handler are left out: Python itself does not print integers of thousands of digits.
 LARGEST_COUNTER = 2**63
 
 
 def snapshot(state: ServerState, options: Options, handler: Any, lingering: int) -> ServerStats:
-    """What is counted now. Costs 0.1 us for each open connection (their bytes are added up)."""
+    """Return the counters as they are now. Costs 0.1 us per open connection, to add up their bytes."""
     counters, admission = state.counters, state.admission
     connections = list(state.connections)
     limits = options.client_limits
@@ -65,7 +65,7 @@ def snapshot(state: ServerState, options: Options, handler: Any, lingering: int)
 
 
 def _counters_of(handler: Any) -> dict[str, int]:
-    """Return what a handler counts itself. One that raises counts nothing: the server's own counters are wanted too."""
+    """Return the counters of a handler; {} if they raise: the server's own counters must stay readable."""
     try:
         counters = getattr(handler, "counters", None)
         # An unrelated attribute may have that name by chance.

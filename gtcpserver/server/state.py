@@ -1,6 +1,6 @@
-"""The state of a server, which its parts share: where in its life it is, who is connected, what was counted.
+"""The state that the parts of a server share: its stage of life, its connections, its counters.
 
-Nothing here decides anything. What a part writes is said at the attribute.
+Nothing here makes decisions. Each attribute names the parts that write it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """The life of a server."""
+    """The stages in the life of a server."""
 
     NEW = "new"
     SERVING = "serving"
@@ -32,7 +32,7 @@ class State(Enum):
     STOPPED = "stopped"
 
 
-#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: Every change of state, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
 STATE_CHANGES = {
     (State.NEW, State.SERVING): "`start()`, or `serve_forever()`",
     (State.NEW, State.STOPPED): "`stop()` before the start",
@@ -44,7 +44,7 @@ STATE_CHANGES = {
 
 @dataclass(slots=True)
 class Counters:
-    """What a server counts while it runs; :class:`ServerStats` says what each is."""
+    """The counters of a running server; :class:`ServerStats` explains each."""
 
     accepted: int = 0
     peak: int = 0
@@ -70,25 +70,26 @@ class Counters:
 
 
 class ServerState:
-    """Shared by the parts of one server.
+    """The state of one server. The parts that write an attribute are in parentheses.
 
     Attributes:
-        now: where in its life it is; changed by :meth:`become`.
-        started_at: monotonic; 0.0 before the start.
-        groups: the listening sockets of each address (Server).
-        acceptors: the accept loops that are open (Server, Stopping).
+        now: the stage of its life; changed by :meth:`become`.
+        started_at: monotonic time of the start; 0.0 before.
+        groups: listening sockets of each address (Server).
+        acceptors: open accept loops (Server, Stopping).
         counters: written by every part.
-        unserved: accepted connections that left before a handler got them; written by :meth:`note_unserved`.
-        connections: those that have a handler, in the order they came, and its greenlet (Serving).
-        waiting: those that wait for room, in the order they came, and what is called with each when there is some
+        unserved: number of accepted connections that ended before a handler got them; written by
+            :meth:`note_unserved`.
+        connections: connections that have a handler, in order of arrival, each with the handler's greenlet (Serving).
+        waiting: connections that wait for room, in order of arrival, each with the function to call when there is room
             (Capacity).
-        admission: those that have something to do before a handler gets them; None: there is nothing to do.
-        nobody_connected: set while there are none of these three.
-        wants_idle: called with a connection that becomes idle; None: nobody wants to know (Capacity, Stopping).
-        stopping_event: set when a stop begins (Stopping, as the next three).
+        admission: connections in admission; None: this server needs no admission.
+        nobody_connected: set while the previous three are empty.
+        wants_idle: called with each connection that becomes idle; None: nothing is called (Capacity, Stopping).
+        stopping_event: set when a stop begins (Stopping, also the next three).
         listening_ended: set when the listening sockets are closed.
-        stopped: set when all has ended.
-        hurry: set when a stop is to wait for nobody any more.
+        stopped: set when everything has ended.
+        hurry: set when a stop must not wait any longer.
     """
 
     EVENTS = ("stopping_event", "listening_ended", "stopped", "hurry", "nobody_connected")
@@ -112,13 +113,13 @@ class ServerState:
         self.nobody_connected.set()
 
     def become(self, state: State) -> None:
-        """Go on to a state that may follow (:data:`STATE_CHANGES`)."""
+        """Change to a state that may follow the current one (:data:`STATE_CHANGES`)."""
         assert (self.now, state) in STATE_CHANGES, (self.now, state)
         self.now = state
 
     @property
     def stopping(self) -> bool:
-        """True from the moment a stop has begun."""
+        """True from the beginning of a stop."""
         return self.now in (State.STOPPING, State.STOPPED)
 
     def somebody_is_connected(self) -> bool:
@@ -129,13 +130,13 @@ class ServerState:
             self.nobody_connected.set()
 
     def note_unserved(self) -> None:
-        """An accepted connection has left before a handler got it."""
+        """Count an accepted connection that ended before a handler got it."""
         self.unserved += 1
         self.note_if_nobody_is_connected()
 
     @property
     def begun(self) -> int:
-        """Handlers begun since the start. Derived, so that it costs a connection nothing."""
+        """Number of handlers begun since the start. Derived, so that it costs a connection nothing."""
         under_way = len(self.admission) if self.admission is not None else 0
         return self.counters.accepted - self.unserved - under_way - len(self.waiting)
 
@@ -143,7 +144,7 @@ class ServerState:
         return [connection for connection in self.connections if connection.is_idle]
 
     def left_in_child(self, own: Connection | None) -> None:
-        """In a forked child: nobody is connected there but the one whose handler has forked, and all has ended."""
+        """Stop, and let go of all connections but that of the handler that forked. Called in a forked child."""
         for connection in (*self.connections, *(one for one, _ in self.waiting)):
             if connection is not own:
                 connection.left_by_child()
@@ -152,7 +153,7 @@ class ServerState:
         self.wants_idle = None
         self.now = State.STOPPED
         for name in self.EVENTS:
-            keep(getattr(self, name))  # who waits for it is a copy
+            keep(getattr(self, name))  # greenlets that wait for it are copies
             event = Event()
             event.set()
             setattr(self, name, event)

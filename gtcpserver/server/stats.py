@@ -1,4 +1,4 @@
-"""What a server tells of itself: a snapshot of its counters, and the report of its stop."""
+"""Reports of a server: a snapshot of its counters, and the report of its stop."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ class ServerStats:
 
     Attributes:
         accepted: connections accepted.
-        active: connections open now (handler running or idle; not those that linger after their handler).
-        idle: of these, waiting between two requests (``Connection.idle``).
-        lingering: handler has returned, peer has not closed yet.
+        active: connections open now (handler running or idle; without those that linger after their handler).
+        idle: active connections that wait between two requests (``Connection.idle``).
+        lingering: connections whose handler has returned and whose peer has not closed yet.
         peak: most connections open at once.
-        rejected: accepted and closed because the server was full.
-        clients_refused: reset because of ``client_limits``, by reason: "client_denied", "client_connections" (it has
-            too many), "client_rate" (it opens them too fast).
-        refused: closed because ``on_connect`` said so.
-        left_in_queue: the client had already reset the connection when it was accepted; no handler saw it.
+        rejected: connections closed because the server was full.
+        clients_refused: connections reset because of ``client_limits``, by reason: "client_denied",
+            "client_connections" (the client has too many), "client_rate" (it opens them too fast).
+        refused: connections closed because ``on_connect`` returned False.
+        left_in_queue: connections that the client had reset before they were accepted; no handler saw them.
         handler_errors: handlers that ended with an exception that their client is not to blame for; see
-            :func:`is_client_error`. The others are these:
+            :func:`is_client_error`. The others are counted by ``resets``, ``timeouts``, ``limits_exceeded``,
+            ``handler_timeouts`` and ``slow_clients``.
         handshaking: TLS handshakes under way.
         handshake_failures: TLS handshakes that failed, by kind: "http_request" (plain HTTP on a TLS port), "not_tls",
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
-            "unknown_name", "too_many_records", "timeout", "reset", "eof", "other", "crowded_out" (the oldest when there
-            were too many), "stopped" (by the end of the server), "not_begun" (there was no memory for it). Those of
-            ``start_tls`` are among them.
-        proxy_headers_awaited: connections of balancers whose PROXY header has not come yet.
-        proxy_header_failures: connections of balancers closed without a good header, by kind: "invalid" (none, or a bad
-            one), "timeout", "reset", "crowded_out", "stopped", "not_begun" (as for handshakes).
+            "unknown_name", "too_many_records", "timeout", "reset", "eof", "other", "crowded_out" (it was the oldest of
+            too many), "stopped" (the server stopped), "not_begun" (memory ran out). Includes handshakes of
+            ``start_tls``.
+        proxy_headers_awaited: connections from balancers whose PROXY header has not arrived yet.
+        proxy_header_failures: connections from balancers closed without a valid header, by kind: "invalid" (missing or
+            malformed), "timeout", "reset", "crowded_out", "stopped", "not_begun" (as for handshakes).
         tls_floods: TLS connections reset because the client sent record after record without data, by the kind of the
             last one: "key_update", "alert", "handshake" (which in TLS 1.2 asks for a renegotiation),
-            "change_cipher_spec", "empty", "other". They are among ``resets`` too.
+            "change_cipher_spec", "empty", "other". ``resets`` counts them too.
         resets: handlers that ended because the client had gone: it reset the connection (any ConnectionError), closed
-            it in the midst of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
+            it in the middle of a message (EarlyEOF, TruncatedStream), or broke the rules of TLS (ssl.SSLError).
         timeouts: handlers that ended because they waited for the client too long: TimeoutError, DeadlineExceeded,
             gevent.Timeout.
         limits_exceeded: handlers that ended with LimitExceeded: the client sent more than the protocol allows.
-        handler_timeouts: handlers ended because of ``handler_timeout``.
-        slow_clients: handlers ended because of ``min_rate``.
+        handler_timeouts: handlers ended by ``handler_timeout``.
+        slow_clients: handlers ended by ``min_rate``.
         idle_closed: idle connections closed to make room, or at a stop.
         accept_errors: failed accepts.
-        blocked: how often something has blocked the event loop, of all servers in this process; counted while a
-            :class:`BlockDetector` runs.
-        blocked_seconds: for how long, all together.
+        blocked: how often the event loop of this process was blocked; counted while a :class:`BlockDetector` runs.
+        blocked_seconds: how long it was blocked in total.
         bytes_received: bytes read from clients.
         bytes_sent: bytes written to clients.
-        queue_wait_samples: accepted connections whose waiting time was measured (one in 64).
-        queue_wait_mean: mean time they had waited since the handshake (or their last sending; TCP_INFO, tcp(7)).
-        queue_wait_max: the longest of them.
-        handler_counters: what the handler itself counts, if it is an object with ``counters``; of the proxy: how
-            connections have ended; of WSGI and static files: "bad_request", "file_error".
-        handlers: handlers running now, over all servers that share the pool.
+        queue_wait_samples: accepted connections whose time in the queue was measured (one in 64).
+        queue_wait_mean: mean time between the handshake and accept (TCP_INFO, tcp(7)).
+        queue_wait_max: longest such time.
+        handler_counters: counters of the handler, if it is an object with ``counters``; for the proxy: how connections
+            ended; for WSGI and static files: "bad_request", "file_error".
+        handlers: handlers running now, in all servers that share the pool.
         pool_size: places in the pool; None for no limit.
-        uptime: since the start.
+        uptime: time since the start.
     """
 
     accepted: int
@@ -100,12 +100,12 @@ class CutConnection:
     """A connection whose handler was ended by a stop.
 
     Attributes:
-        peer: the client's address, printed.
+        peer: the client's address as text.
         age: seconds since it was accepted.
-        bytes_received: bytes read from it.
-        bytes_sent: bytes written to it.
-        where: where its handler stood, innermost last: ("app.py:12 in handler", ...).
-        ended: False if the handler did not end even when told again; its socket is shut, its greenlet runs on.
+        bytes_received: bytes read from the client.
+        bytes_sent: bytes written to the client.
+        where: where the handler stood, innermost frame last: ("app.py:12 in handler", ...).
+        ended: False if the handler did not end even when told repeatedly; its socket is shut, its greenlet runs on.
     """
 
     peer: str
@@ -126,16 +126,16 @@ class CutConnection:
 
 @dataclass(frozen=True, slots=True)
 class StopReport:
-    """What a stop did.
+    """The report of a stop.
 
     Attributes:
-        finished: handlers that ended by themselves during the stop.
-        ended: handlers that were ended by it.
-        cut: one entry for each of those.
-        failures: steps of the stop that failed, with the error of each; the others were done all the same. The command
-            line ends with status 1 then.
-        background: of ``serve_forever``: the name of each job beside the handlers that was cut: threads, jobs of
-            executors, greenlets that handlers had spawned, processes.
+        finished: number of handlers that ended by themselves during the stop.
+        ended: number of handlers and waiting connections that the stop ended.
+        cut: a description of each of those.
+        failures: steps of the stop that failed, with the error of each; the other steps were done all the same. The
+            command then exits with status 1.
+        background: names of background jobs that ``serve_forever`` cut: threads, jobs of executors, greenlets spawned
+            by handlers, processes.
     """
 
     finished: int

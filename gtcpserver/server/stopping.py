@@ -1,7 +1,6 @@
 """Stopping: how a server stops, in its steps.
 
-Listening sockets are drained before they are closed, handlers are waited for, then ended. The states are those of
-state.py.
+Drain and close the listening sockets, wait for handlers, then end those that are left. state.py has the states.
 """
 
 from __future__ import annotations
@@ -44,18 +43,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
-#: How long a greenlet that was killed may take to end, seconds, before it is told again; and how often it is told.
+#: Seconds that a killed greenlet gets to end before it is killed again.
 KILL_SECONDS = 0.25
+
+#: How often it is killed in all.
 KILL_ATTEMPTS = 4
 
-#: Seconds until a stop that waits for connections looks by itself whether there are any.
+#: Seconds between two looks for open connections, should an event be lost while a stop waits.
 LONGEST_WITHOUT_A_LOOK = 1.0
 
-#: Seconds that the hook on_stop gets at least, if nothing is left of the time of the stop.
+#: Seconds that the hook on_stop gets at least, even if the stop's time is used up.
 ON_STOP_SECONDS = 1.0
 
-#: Seconds from accept in which a stop spares a connection that has not sent a byte: its first request is on its
-#: way, and to close now would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
+#: Seconds after accept in which a stop spares a connection that has not sent a byte: its first request is on its way,
+#: and closing would lose it. A round trip around the world takes 0.3 s; a TLS handshake takes two more.
 FIRST_REQUEST = 1.0
 FIRST_REQUEST_OVER_TLS = 2.0
 
@@ -64,11 +65,11 @@ class Stopping:
     """The stop of one server.
 
     Args:
-        admit_drained: called with each connection that comes out of the kernel's queue, and its address.
+        admit_drained: called with each connection from the kernel's queue, and its address.
 
     Attributes:
-        report: what it did; None before its end.
-        until: monotonic time at which handlers are ended; None: never, or it has not begun.
+        report: the report; None before the end of the stop.
+        until: monotonic time at which handlers are ended; None: never, or the stop has not begun.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class Stopping:
         self._access_log = options.access_log
         self._steps = Steps()
         self._closing_loops = Semaphore()
-        self._patient = False  # it waits for first requests however long they take
+        self._patient = False  # whether it waits for first requests however long they take
         self._greenlet: Any = None
         self.spawn: Callable[[], Any] = partial(gevent.spawn, int)
-        self._signal_missed = 0  # there was no memory to begin a stop
+        self._signal_missed = 0  # a signal for which memory ran out
         self._signalled_early = 0
         self.watchdog: Watchdog | None = None
         self.until: float | None = None
@@ -99,23 +100,23 @@ class Stopping:
     # -- begin -------------------------------------------------------------------------------------------------------
 
     def begin(self, timeout: float | None, leave_listening: bool = False, patient: bool = False) -> None:
-        """Begin to stop; arguments as :meth:`Server.stop`."""
+        """Begin the stop; arguments as for :meth:`Server.stop`."""
         state = self._state
         self._patient = patient
         self.until = None if timeout is None else monotonic() + timeout
-        # Handlers that had ended before: the report is about the others.
+        # The report leaves out handlers that ended before the stop.
         ended_before = state.begun - len(state.connections)
         self.spawn = partial(gevent.spawn, self.run, timeout, leave_listening, ended_before)
-        # In a greenlet of its own: the one that asked for it may be killed, or stop waiting.
+        # In a greenlet of its own: the caller's may be killed, or stop waiting.
         self._greenlet = self.spawn()
         state.become(State.STOPPING)
         state.wants_idle = self._became_idle
 
     def by_signal(self, number: int, timeout: float | None) -> None:
-        """A signal asks for a stop, or for haste."""
+        """Begin a stop at the first signal, end handlers at the second."""
         state = self._state
         name = signal.Signals(number).name
-        if state.now is State.NEW:  # it waits for the address of a name
+        if state.now is State.NEW:  # the server is looking up the address of a name
             if self._signalled_early:
                 os._exit(128 + number)
             self._signalled_early = number
@@ -132,17 +133,17 @@ class Stopping:
             self._signal_missed = 0
 
     def obey_early_signal(self, timeout: float | None) -> None:
-        """The server has started: do what a signal has asked for before."""
+        """Obey a signal that arrived before the server had started."""
         if self._signalled_early:
             self.by_signal(self._signalled_early, timeout)
 
     def hasten(self) -> None:
-        """No longer wait for first requests however long they take."""
+        """Stop waiting for first requests that take long (a patient stop)."""
         self._patient = False
         self._end_idle_connections()
 
     def look(self) -> None:
-        """Once a second: begin what there was no memory for."""
+        """Retry what failed because memory ran out. Called once a second."""
         if self._state.now is State.STOPPING and self._greenlet.dead and not self._state.stopped.is_set():
             self._greenlet = self.spawn()
         if self._signal_missed:
@@ -157,7 +158,7 @@ class Stopping:
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def run(self, timeout: float | None, leave_listening: bool, ended_before: int) -> None:
-        """In a greenlet of its own. Each step is done, whatever has become of those before it."""
+        """Do the steps of the stop, in a greenlet of its own. Each is done even if those before it failed."""
         state, steps, lingerer = self._state, self._steps, self._server.lingerer
         drain = not (leave_listening or state.hurry.is_set())
         until = None if timeout is None else monotonic() + timeout
@@ -168,12 +169,12 @@ class Stopping:
                 for acceptor in state.acceptors:
                     steps.do("begin no new connections", acceptor.mute)
             steps.do("tell handlers", state.stopping_event.set)
-            # Idle ones end now, the others when they become idle.
+            # Idle connections end now, the others when they become idle.
             steps.do("end idle connections", self._end_idle_connections)
             if drain:
                 with self._closing_loops:
                     steps.do("drain", self._drain_and_close, state.acceptors, steps)
-            # Also those that a failed drain has left.
+            # Also those that a failed drain left open.
             for acceptor in state.acceptors:
                 steps.do("close the accept loop", acceptor.close)
                 steps.do("close the listening socket", partial(acceptor.listener.close, keep_path=leave_listening))
@@ -181,7 +182,7 @@ class Stopping:
             steps.do("wait for handlers", self._wait_until_nobody_is_connected, until)
             if self._patient:
                 steps.do("end silent connections", self._end_silent_connections)
-            # What was told to end because it is idle does so in the loop's next turn, and is not cut.
+            # Idle connections that were told to end do so in the loop's next turn, and are not cut.
             steps.do("let idle connections end", gevent.sleep, 0)
             self._end_unserved(steps, unserved)
             cut = steps.do("end handlers", end_handlers, state.connections, state.nobody_connected) or []
@@ -205,7 +206,7 @@ class Stopping:
             state.stopped.set()
 
     def _end_unserved(self, steps: Steps, cut: list[CutConnection]) -> None:
-        """End those that no handler has got."""
+        """End the connections that have no handler yet."""
         state = self._state
         while state.waiting:
             steps.do("end a connection", self._end_waiting, state.waiting.popleft()[0], cut)
@@ -218,7 +219,7 @@ class Stopping:
             if self._access_log is not None:
                 self._access_log.write_unserved(connection, "stopped")
         finally:
-            connection.abort()  # an end in order would be an empty answer
+            connection.abort()  # an orderly close would look like an empty answer
             if self._state.admission is not None:
                 self._state.admission.left(connection)
             self._state.note_unserved()
@@ -228,7 +229,7 @@ class Stopping:
         if stopped is not None:
             try:
                 stopped()
-            except BaseException:  # SystemExit, gevent.Timeout: the stop is to be complete all the same
+            except BaseException:  # SystemExit, gevent.Timeout: the stop must be completed all the same
                 log.exception("server_stopped() of the handler failed")
 
     def _call_on_stop(self, until: float | None) -> None:
@@ -253,15 +254,15 @@ class Stopping:
             self._options.on_stop(self._server)
         except GreenletExit:
             raise
-        except BaseException:  # SystemExit, which gevent would raise in the main greenlet: it waits for the stop
+        except BaseException:  # gevent would raise SystemExit in the main greenlet, which waits for the stop
             if os.getpid() != process:
-                raise  # of a child that it has forked, whose end this is
+                raise  # in a forked child, which ends by it
             log.exception("on_stop failed")
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 
     def _wait_until_nobody_is_connected(self, until: float | None) -> None:
-        # By the books, and not only by the event: setting that may have failed.
+        # Look at the connections too, not only at the event: setting it may have failed.
         while self._state.somebody_is_connected():
             if not self._wait_a_little(self._state.nobody_connected, until):
                 return
@@ -274,13 +275,13 @@ class Stopping:
             lingerer.let_silent_peers_be()
 
     def _wait_a_little(self, event: Event, until: float | None, longest: float | None = None) -> bool:
-        """Wait for the event, or at most so long that it is worth while to look; False when there is no more time."""
+        """Wait for the event, at most ``longest`` seconds; return False when the stop has no time left."""
         hurry = self._state.hurry
         longest = LONGEST_WITHOUT_A_LOOK if longest is None else longest
         left = longest if until is None else min(longest, until - monotonic())
         if left <= 0 or hurry.is_set():
             return False
-        if event.is_set():  # it should not be
+        if event.is_set():  # should not happen
             gevent.sleep(min(left, 0.05))
         else:
             gevent.wait([event, hurry], timeout=left, count=1)
@@ -299,7 +300,7 @@ class Stopping:
             self._steps.do("end an idle connection", self._end_idle, connection)
 
     def _end_silent_connections(self) -> None:
-        """At the end of a patient stop: clients that never sent a request are not cut short."""
+        """End connections that never sent a request, at the end of a patient stop, without cutting them."""
         for connection in self._state.idle_connections():
             get_hub().loop.run_callback(end_if_idle, connection)
 
@@ -312,7 +313,7 @@ class Stopping:
             get_hub().loop.run_callback(end_if_idle, connection)
 
     def _time_for_first_request(self, connection: Connection) -> float:
-        """Seconds left for the connection's first byte; 0: it has sent some, or had its time; inf: all of the stop."""
+        """Return the seconds left for a first byte. 0: one was received, or time is over; inf: all of the stop."""
         if connection.bytes_received:
             return 0.0
         if self._patient:
@@ -323,12 +324,12 @@ class Stopping:
     # -- listening sockets -------------------------------------------------------------------------------------------
 
     def close_accept_loop(self, index: int) -> None:
-        """As :meth:`Server.close_accept_loop`."""
+        """Close one accept loop; see :meth:`Server.close_accept_loop`."""
         acceptors = self._state.acceptors
         if not 0 <= index < len(acceptors):
             raise GtcpServerError(f"accept loop must be 0 to {len(acceptors) - 1}, got {index}")
         acceptor = acceptors[index]
-        # One after another: each close gives the rest of the group new places.
+        # One after another: each close renumbers the rest of the group.
         with self._closing_loops:
             if acceptor in acceptors and self._state.now is State.SERVING:
                 self._close_accept_loop(acceptor)
@@ -345,7 +346,7 @@ class Stopping:
         self._state.acceptors.remove(acceptor)
         forget_member(group, place)
         if len(group) > 1:
-            # The kernel has renumbered the group: the program must name the new places.
+            # The kernel renumbered the group: the BPF program must use the new numbers.
             steer(group, range(len(group)))
 
     def _drain_and_close(self, acceptors: Sequence[Acceptor], steps: Steps | None = None) -> None:
@@ -361,21 +362,21 @@ class Stopping:
     # -- a fork (see process/forked.py) ------------------------------------------------------------------------------
 
     def left_in_child(self) -> None:
-        """In a forked child: it has stopped."""
+        """Let go of the stop: the server has stopped. Called in a forked child."""
         keep(self._greenlet)
         self._greenlet = self.watchdog = None
         self.report = StopReport(0, 0)
 
 
 def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event) -> list[CutConnection]:
-    """End every handler by GreenletExit; one that swallows it is told again and finds its socket shut.
+    """End every handler by GreenletExit. One that swallows it gets it again, and its socket is shut.
 
     Args:
-        connections: the open connections and the greenlet of each; handlers that end leave it.
-        nobody_connected: set when it is empty.
+        connections: open connections, each with its greenlet; handlers that end remove theirs.
+        nobody_connected: set when ``connections`` is empty.
 
     Returns:
-        what each was doing when it was ended.
+        a description of each handler when it was ended.
     """
     cut = {connection: _described(connection, greenlet) for connection, greenlet in connections.items()}
     for attempt in range(KILL_ATTEMPTS):
@@ -393,7 +394,7 @@ def end_handlers(connections: Mapping[Connection, Any], nobody_connected: Event)
 
 
 def _described(connection: Connection, greenlet: Any, ended: bool = True) -> CutConnection:
-    """As :func:`describe`, which must not keep a handler from being ended."""
+    """Describe a connection; an error in that must not keep its handler from being ended."""
     try:
         return describe(connection, greenlet, ended)
     except Exception as error:

@@ -1,6 +1,6 @@
-"""TimeLimits: ends handlers that take too long, and clients that drip.
+"""TimeLimits: ends handlers that take too long, and handlers of clients that drip.
 
-A periodic look at the open connections instead of a timer for each: it costs nothing on a connection's own path.
+A periodic look at the open connections, instead of a timer for each, costs nothing on the path of a connection.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from gevent.hub import get_hub
 from gtcpserver.connection.connection import Connection
 from gtcpserver.errors import DeadlineExceeded
 
-#: How often within ``min_rate_window`` a connection is looked at. It counts as slow only if its handler was waiting for
-#: the client each time, so that one which computes or asks a database is not blamed on the client.
+#: Number of looks at a connection within ``min_rate_window``. It counts as slow only if its handler was waiting for the
+#: client at every look: the client is not blamed for a handler that computes or asks a database.
 LOOKS_A_WINDOW = 4
 
-#: A handler's timeout is noticed after a tenth of it, within these bounds (seconds).
+#: Seconds between two looks for ``handler_timeout``: a tenth of it, within these bounds.
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
 
 
@@ -30,13 +30,13 @@ class TooSlow(TimeoutError):
 
 
 class TimeLimits:
-    """Looks after the connections of one server.
+    """The time limits of one server's connections.
 
     Args:
-        connections: the open connections in the order they came, and the greenlet of each.
-        handler_timeout: seconds, or None.
-        min_rate: bytes a second, or None.
-        window: seconds over which ``min_rate`` is taken.
+        connections: open connections in order of arrival, each with its greenlet.
+        handler_timeout: seconds; None for no limit.
+        min_rate: bytes per second; None for no limit.
+        window: seconds over which ``min_rate`` is measured.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class TimeLimits:
         for connection, worker in list(self._connections.items()):
             until = ends.get(connection)
             if until is None:
-                # It came after the last look; one that waited for a handler was accepted long before.
+                # Its handler began after the last look, although it may have been accepted long before.
                 age = min(now - connection.accepted_at, self._look_interval)
                 until = ends[connection] = now - age + self._handler_timeout
             if now >= until:
-                # One that swallows it is told again later.
+                # A handler that swallows the exception gets it again later.
                 ends[connection] = now + self._handler_timeout
                 worker.throw(HandlerTimedOut(f"the handler has run for more than {self._handler_timeout:g} s"))
 

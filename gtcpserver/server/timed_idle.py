@@ -1,4 +1,4 @@
-"""TimedIdle: the idle block of a server that is observed."""
+"""TimedIdle: the idle block of a server with observers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TimedIdle(PlacelessIdle):
-    """An idle block that measures the time between two of them, for observers."""
+    """An idle block that measures the time between two idle blocks, for observers."""
 
     __slots__ = ("_began", "_observers", "_times")
 
@@ -28,7 +28,7 @@ class TimedIdle(PlacelessIdle):
         self._began = 0.0
         self._times = 1
 
-    # The bodies are those of PlacelessIdle, where it has to do no more than that: to call it costs as much as its work.
+    # The bodies repeat those of PlacelessIdle: calling them would cost as much as their work.
 
     def __enter__(self) -> None:
         if self._began:
@@ -63,7 +63,7 @@ class TimedIdle(PlacelessIdle):
                 self._times = every = observers.every
                 observers.left = every - 1
         except MemoryError:
-            self._began = 0.0  # a figure is lost, and not the place
+            self._began = 0.0  # lose a figure, but not the place
         places = self._capacity.places
         if places.taken < places.size and not places.links:
             self.active = False
@@ -72,7 +72,7 @@ class TimedIdle(PlacelessIdle):
             PlacelessIdle.__exit__(self, kind, error, where)
 
     def end_of_request(self) -> None:
-        """The request is answered, or its connection ends. Does nothing where none was being measured."""
+        """Report the time of a request that was answered, or whose connection ends; do nothing if none was measured."""
         began, self._began = self._began, 0.0
         if began:
             self._observers.request_ended(monotonic() - began, self._times)

@@ -1,4 +1,4 @@
-"""Watchdog: once a second it looks whether every accept loop is armed. One that is not, at two looks, starts again."""
+"""Watchdog: checks once a second that every accept loop is armed, and restarts one that is not at two looks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ WATCHDOG_SECONDS = 1.0
 
 
 class Watchdog:
-    """Watches over the accept loops of a server.
+    """Watches the accept loops of a server.
 
-    It also keeps the event loop going while no accept loop can be watched: gevent ends one that waits for nothing
-    (LoopExit), and the program with it.
+    Its timer also keeps the event loop running while no accept loop can be watched: gevent ends a loop that waits for
+    nothing (LoopExit), and the program with it.
 
     Args:
-        also: called at each look, first.
+        state: the state of the server.
+        also: called first at each look.
     """
 
     def __init__(self, state: ServerState, also: Callable[[], None]) -> None:
