@@ -1,9 +1,10 @@
-"""A master of root's lends its workers, which are another user, the files that their options name (`files.lent`).
+"""Lending: a master that runs as root opens files for workers that run as another user (`files.lent`).
 
-While a new worker still is root, and no code of the user's has run in it, it names the files to its master. Then it
-becomes the other user, and says so: from then on it gets descriptors of these files, and can name no others. What it
-gets is opened for reading, or, of an access log, for appending: nothing that this worker, with these options, would
-not have had as root. The master opens along a path that no other user can change (`trusted_path`), or not at all.
+While a new worker is still root, and before it runs code of the user's, it names the files of its options to its
+master. Then it becomes the other user, and says so: from then on it gets descriptors of these files, and can name no
+others. The master opens them for reading, or for appending if they are access logs: nothing that this worker, with
+these options, could not have opened as root. The master opens only paths that no other user can change
+(`trusted_path`).
 """
 
 from __future__ import annotations
@@ -30,25 +31,26 @@ from .messages import Message
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds that a worker waits for a file. The master answers at once, unless it is stopped (SIGSTOP).
 ANSWER_SECONDS = 5.0
-"""How long a worker waits for a file. The master answers at once; it may be stopped (SIGSTOP)."""
 
+#: Seconds after a question without an answer in which further questions fail at once, instead of waiting too.
 PAUSE_SECONDS = 10.0
-"""After a question without an answer, during which others fail at once instead of waiting as well."""
 
-NAMES_AT_ONCE = 8  # in a packet: a path has up to 4 KiB (PATH_MAX), six bytes a character in JSON
+#: Paths in one packet: each has up to 4 KiB (PATH_MAX), and a character up to six bytes in JSON.
+NAMES_AT_ONCE = 8
 
-#: O_NONBLOCK: to open a FIFO would wait for its writer.
+#: Flags of open. O_NONBLOCK: opening a FIFO would wait for its writer.
 READ_FLAGS = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
 class NamedFiles:
-    """Files that a worker's options name.
+    """Files that the options of a worker name.
 
     Attributes:
-        read: to read; of a folder, the files in it too.
-        append: to write at their end: access logs.
+        read: files to read, and folders of files to read.
+        append: files to append to: access logs.
     """
 
     read: Collection[str] = ()
@@ -60,11 +62,11 @@ class NamedFiles:
 
 @dataclass
 class Loans:
-    """What one worker may borrow.
+    """The files that one worker may borrow.
 
     Attributes:
         read, append: absolute paths.
-        complete: it names no more: it is another user by now, or becomes none.
+        complete: whether the worker may name no more: it is another user now, or stays root.
     """
 
     read: set[str] = field(default_factory=set)
@@ -89,10 +91,10 @@ class Loans:
             fd = self._open(path)
         except UntrustedPath as refused:
             error, why = errno.EACCES, str(refused)
-        except (OSError, ValueError) as failed:  # ValueError: a NUL in it
+        except (OSError, ValueError) as failed:  # ValueError: a NUL in the path
             error = getattr(failed, "errno", None) or errno.EINVAL
         try:
-            # Now or never: a descriptor that waits in a queue is another file's by then. The worker asks again.
+            # Now or never: a queued descriptor number may belong to another file later. The worker asks again.
             channel.send_if_clear("lent", fd if fd >= 0 else None, number=number, error=error, why=why)
         finally:
             if fd >= 0:
@@ -124,10 +126,10 @@ def _texts(value: object) -> list[str]:
 
 
 class Borrower:
-    """A worker's side; `files.lent` calls it.
+    """The worker's side; `files.lent` calls it.
 
     Args:
-        channel: to the master.
+        channel: the channel to the master.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -141,7 +143,15 @@ class Borrower:
         self._hub = get_hub()
 
     def name(self, files: NamedFiles, seconds: float) -> None:
-        """Name the files, while this process is root. Raises TimeoutError: the master reads nothing."""
+        """Name the files, while this process is root.
+
+        Args:
+            files: the files.
+            seconds: time limit of each packet.
+
+        Raises:
+            TimeoutError: the master reads nothing.
+        """
         read, append = _absolute(files.read), _absolute(files.append)
         self._names = {*read, *append}
         self._folders = {path for path in read if os.path.isdir(path)}
@@ -149,13 +159,15 @@ class Borrower:
             part = slice(start, start + NAMES_AT_ONCE)
             self._channel.send("names", read=read[part], append=append[part])
             if not self._channel.finish(seconds):
-                raise TimeoutError(errno.ETIMEDOUT, "the master does not hear which files this worker needs")
+                raise TimeoutError(
+                    errno.ETIMEDOUT, "the master does not read the names of files that this worker needs"
+                )
 
     def __call__(self, path: str) -> int:
-        """Return a descriptor of a named file. Waits in gevent, so not in the event loop, nor in other threads.
+        """Return a descriptor of a named file. Waits in gevent: do not call it in the hub or in other threads.
 
         Raises:
-            OSError: it was not named, the master cannot open it, or does not answer.
+            OSError: the file was not named, or the master cannot open it, or does not answer.
         """
         path = os.path.abspath(path)
         if path not in self._names and os.path.dirname(path) not in self._folders:
@@ -181,7 +193,7 @@ class Borrower:
                 if not taken and answer.ready() and answer.value[1] is not None:
                     close_descriptor(answer.value[1])
         if fd is None:
-            number = message.count("error") or errno.EMFILE  # of this process, which could not take it
+            number = message.count("error") or errno.EMFILE  # this process could not take the descriptor
             raise OSError(number, message.text("why") or os.strerror(number))
         return int(fd)
 
@@ -190,7 +202,7 @@ class Borrower:
         if self._answer is not None and not self._answer.ready() and message.count("number") == self._number:
             self._answer.set((message, fd))
         elif fd is not None:
-            close_descriptor(fd)  # nobody waits for it any more
+            close_descriptor(fd)  # nobody waits for the answer any more
 
 
 def _absolute(paths: Iterable[str]) -> list[str]:

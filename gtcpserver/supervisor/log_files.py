@@ -1,4 +1,4 @@
-"""Logging of a master and its workers: one file, or one standard error, for all of them; opened again on request."""
+"""Logging of a master and its workers: one file, or one standard error, for all of them; reopened on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STDERR = 2
 
 @dataclass(frozen=True)
 class LogStyle:
-    """As the options --log-level and --log-format."""
+    """The options --log-level and --log-format."""
 
     level: str = "info"
     format: Literal["text", "json"] = "text"
@@ -55,7 +55,7 @@ def log_in_worker(style: LogStyle) -> None:
 
 
 def open_log_file(path: str) -> int:
-    """Open a log file for appending. Raises OSError and UntrustedPath, which name it."""
+    """Open a log file for appending. Raises OSError or UntrustedPath, which name the file."""
     try:
         return open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o640)
     except UntrustedPath as error:
@@ -65,7 +65,7 @@ def open_log_file(path: str) -> int:
 
 
 def write_stderr_to(fd: int) -> None:
-    """Make the file standard error, so that all output to it goes there; close `fd`."""
+    """Make `fd` standard error, so that all output to it goes there; close `fd`."""
     os.dup2(fd, STDERR, inheritable=True)
     if fd != STDERR:
         close_descriptor(fd)

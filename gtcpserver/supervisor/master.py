@@ -1,16 +1,16 @@
-"""Master: opens the sockets, has a fleet of workers serve them, and obeys signals. It serves no connection itself.
+"""Master: opens the sockets, starts workers that serve them, and obeys signals. It serves no connection itself.
 
 | signal | does |
 | --- | --- |
 | TERM, INT | graceful stop; a second one of either ends everything at once |
 | QUIT | end everything at once |
-| HUP | reload: new workers, then the old ones leave; of a terminal that was closed: graceful stop |
+| HUP | reload: new workers, then the old ones leave; if the terminal was closed: graceful stop |
 | USR2 | upgrade: a new master with the same sockets, then this one leaves |
-| USR1 | open the log file again |
+| USR1 | reopen the log file |
 | TTIN, TTOU | one worker more, one fewer |
 
-The loop is a poll(2) on a pipe that signals are written to and on the workers' channels: no event loop of gevent's,
-which a fork would share, no locks and nothing else that could wait.
+The loop is a poll(2) on a pipe for signals and on the workers' channels. It has no event loop of gevent's, which a fork
+would share, no locks, and nothing else that could wait.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ from .worker import LAST_WORDS_SECONDS, CannotStart, end_child
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds between two looks for ended children, should SIGCHLD be lost.
 REAP_SECONDS = 1.0
 
 
 class MasterState(Enum):
-    """The life of a master; it goes one way."""
+    """The states of a master; none is entered twice."""
 
     STARTING = "starting"
     SERVING = "serving"
-    DRAINING = "draining"  # not ready any more, and accepting still
+    DRAINING = "draining"  # not ready any more, but still accepting: balancers call it so
     STOPPING = "stopping"
     STOPPED = "stopped"
 
 
-#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: Every change of state, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
 MASTER_CHANGES = {
     (MasterState.STARTING, MasterState.SERVING): "every slot has a ready worker; after an upgrade, a proven one",
     (MasterState.STARTING, MasterState.DRAINING): "TERM or INT",
@@ -85,7 +86,7 @@ class WorkersCannotStart(GtcpServerError):
 
     Attributes:
         details: a traceback from the worker, or "".
-        status: the exit status: 2 where the call was wrong, otherwise 3.
+        status: the exit status: 2 for a mistake of the caller, otherwise 3.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -95,7 +96,13 @@ class WorkersCannotStart(GtcpServerError):
 
 
 class Master:
-    """A master. `run` is its life."""
+    """A master; `run` runs it from start to end.
+
+    Args:
+        program: the program to serve.
+        config: number of workers, time limits, files.
+        system: access to the operating system; tests pass a simulated one.
+    """
 
     def __init__(self, program: Program, config: SupervisorConfig, system: System = REAL_SYSTEM) -> None:
         self.program = program
@@ -108,7 +115,7 @@ class Master:
         self._folder = logical_folder()
         self._handover: Handover | None = None
         self._upgrade = Upgrade(system, self._leave_to)
-        self._left_to: int | None = None  # the new master that has everything now
+        self._left_to: int | None = None  # process id of the new master that took over
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
         self._monitor: MonitorProcess | None = None
@@ -130,7 +137,7 @@ class Master:
 
     @property
     def ready(self) -> bool:
-        """Whether connections are wanted, that is, what a load balancer asks."""
+        """Whether connections are wanted: the answer to load balancers."""
         return self.state is MasterState.SERVING and any(slot.serves() for slot in self.fleet.slots.values())
 
     @property
@@ -140,7 +147,7 @@ class Master:
 
     @property
     def owns_metrics(self) -> bool:
-        """Whether its monitor is the one to answer, and not that of the master before or after this one."""
+        """Whether this master's monitor answers, and not that of the master before or after it."""
         return not self._not_ours()
 
     def status_for_monitor(self) -> dict[str, Any]:
@@ -150,10 +157,10 @@ class Master:
         """Start, serve until told to stop, and return the fleet, which has the counters.
 
         Args:
-            listen_fds: descriptors that systemd has given us, for the next master.
+            listen_fds: number of descriptors passed by systemd, for the next master.
 
         Raises:
-            ConfigError, OSError: it cannot begin: an address, the PID file, the log file, the control socket.
+            ConfigError, OSError: an address, the PID file, the log file or the control socket cannot be used.
             WorkersCannotStart: no worker could be started.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -241,7 +248,7 @@ class Master:
             raise WorkersCannotStart(Failure(str(error), error.details, error.status)) from None
         if _has_other_threads():
             log.warning("the program starts threads while it is loaded: the workers will not have them")
-        # The collector of a worker would write into every object, and so copy every page.
+        # The garbage collector of a worker would write into every object, and so copy every page.
         gc.collect()
         gc.freeze()
 
@@ -252,7 +259,7 @@ class Master:
             self._first_stderr = -1
 
     def _not_ours(self) -> bool:
-        """Whether another master has the sockets too: the one before us, or the one after."""
+        """Return whether another master has the sockets too: the one before us, or the one after."""
         return self._handover is not None or self._left_to is not None
 
     def _open_control(self) -> None:
@@ -283,7 +290,7 @@ class Master:
             self._monitor.close_in_child(sockets=True)
 
     def close_in_monitor(self) -> None:
-        """In a new monitor: close the master's descriptors, except its own listening sockets."""
+        """Close the master's descriptors, except the monitor's listening sockets. Called in a new monitor."""
         self._close_in_child()
         if self._monitor is not None:
             self._monitor.close_in_child(sockets=False)
@@ -295,7 +302,7 @@ class Master:
         return True
 
     def left_in_child(self, _own: Any) -> None:
-        """In a child that the program has forked, of its own, while or after it was preloaded (process/forked.py)."""
+        """Close everything. Called in a child forked by the program during or after preload (process/forked.py)."""
         self._in_child = True
         if hasattr(self, "fleet"):
             self.close_in_monitor()
@@ -325,10 +332,10 @@ class Master:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _turn(self, signals: Signals) -> None:
-        """Wait for the next event and do the work that is due. Whatever fails in here, the master goes on.
+        """Wait for the next event and do the work that is due. Whatever fails here, the master goes on.
 
-        Each part is independent: a part that fails every time (a worker's channel, the monitor, poll itself) keeps the
-        master from nothing else.
+        The parts are independent: one that fails every time (a worker's channel, the monitor, poll itself) does not
+        prevent the others.
         """
         self._failed = False
         self._guarded(self._wait, signals)
@@ -338,7 +345,7 @@ class Master:
         for look_after in self._parts():
             self._guarded(look_after, self.system.monotonic())
         if self._failed:
-            # What fails every time must not make it spin.
+            # A part that fails every time must not make the master spin.
             self.system.sleep(TICK_SECONDS)
 
     def _guarded(self, do: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -382,7 +389,7 @@ class Master:
             left_out = self._faults.allow("poll")
             if left_out is not None:
                 log.error("poll failed, looking at every descriptor instead: %s%s", error.strerror, also(left_out))
-            # Each of them is asked without waiting.
+            # Reading each of them does not wait.
             return [(fd, events) for fd, (events, _) in watched.items()]
 
     def _receiver(self, worker: WorkerProcess) -> Callable[[int], None]:
@@ -395,7 +402,7 @@ class Master:
             return
         self._child_ended = False
         self._reap_at = now + REAP_SECONDS
-        # As process 1 of a container, orphans are ours to bury too; elsewhere a caller of `run` may have children.
+        # Process 1 of a container reaps orphans too; elsewhere a caller of `run` may have children of its own.
         while self.system.pid() == 1 and self._bury(-1):
             pass
         monitors = self._monitor.pids() if self._monitor is not None else []
@@ -414,7 +421,7 @@ class Master:
         return bool(gone)
 
     def _parts(self) -> list[Callable[[float], None]]:
-        """What is looked after in each turn, in this order."""
+        """Return the functions to call in each turn, in this order."""
         parts: list[Callable[[float], None]] = [self._stop_if_due, self.fleet.look_after, self._upgrade.look_after]
         if self._control is not None:
             parts += [self._commands.look_after, self._control.look_after]
@@ -424,15 +431,15 @@ class Master:
         return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
 
     def _was_buried(self, pid: int) -> bool:
-        """Whether a child that waitpid does not know is gone: the program may wait for children too."""
+        """Return whether a child that waitpid does not know is gone: the program may wait for children too."""
         worker, monitor = self.fleet.workers.get(pid), self._monitor
         if worker is not None:
-            # Its number may be another process's by now.
+            # Its number may belong to another process by now.
             return worker.channel.ended or not self._exists(pid)
         return monitor is not None and pid in monitor.pids() and (monitor.fileno() < 0 or not self._exists(pid))
 
     def _exists(self, pid: int) -> bool:
-        """Whether there is such a process, of ours or not."""
+        """Return whether there is such a process, ours or not."""
         try:
             self.system.kill(pid, 0)
         except ProcessLookupError:
@@ -455,12 +462,12 @@ class Master:
         if self.state is MasterState.STOPPING:
             if self._left_to is None and not self._not_ours():
                 fleet.close_drained()
-            # A new master that was given up has the listening sockets until it ends.
+            # A new master whose upgrade was given up has the listening sockets until it ends.
             if not fleet.workers and self._upgrade.gone() and self._monitor_has_left():
                 self.state = MasterState.STOPPED
 
     def _monitor_has_left(self) -> bool:
-        # The monitor goes last: until then it answers that this service drains.
+        # The monitor ends last: until then it answers that this service is draining.
         if self._monitor is not None:
             self._monitor.leave()
         return self._monitor is None or self._monitor.gone()
@@ -499,7 +506,7 @@ class Master:
         self._notifier.flush()
 
     def _write_pid_file(self, _now: float) -> None:
-        """After an upgrade: try to write the PID file until that succeeds."""
+        """Write the PID file after an upgrade; try again until that succeeds."""
         if not self._pid_file_due or self._pid_file is None:
             return
         try:
@@ -549,7 +556,7 @@ class Master:
         else:
             self.begin_reload(name, _nobody)
 
-    # -- what it is told to do ---------------------------------------------------------------------------------------
+    # -- commands ---------------------------------------------------------------------------------------
 
     def begin_reload(self, why: str, done: Done) -> None:
         """Replace all workers by new ones. `done` is called with None, or with the reason of a failure."""
@@ -559,7 +566,7 @@ class Master:
             done("an upgrade is under way")
             return
         if self.config.preload or self.program.preloaded:
-            log.warning("the program was loaded before the workers: they get it as it was; an upgrade reads it again")
+            log.warning("the program was loaded before the workers, which get it unchanged; an upgrade loads it again")
         if self.state is MasterState.SERVING:
             self._notifier.say(systemd.reloading())
             self._said = ""
@@ -577,27 +584,27 @@ class Master:
         """Reopen the log file, for all workers too: they may lack the permission."""
         path = self.config.log_file
         if path is None:
-            log.info("SIGUSR1: there is no log file to open again (--log-file)")
+            log.info("SIGUSR1: there is no log file to reopen (--log-file)")
             return
         try:
             fd = open_log_file(path)
         except (OSError, UntrustedPath) as error:
-            log.error("cannot open the log file again: %s", error)
+            log.error("cannot reopen the log file: %s", error)
             return
         try:
             write_stderr_to(fd)
         except OSError as error:
             close_descriptor(fd)
-            log.error("cannot open the log file again: %s", error.strerror)
+            log.error("cannot reopen the log file: %s", error.strerror)
             return
         for worker in self.fleet.workers.values():
             worker.channel.send("reopen", fd=STDERR)
         if self._monitor is not None:
             self._monitor.renew()
-        log.info("the log file %s was opened again", path)
+        log.info("log file %s reopened", path)
 
     def begin_upgrade(self, why: str, done: Done) -> None:
-        """Start a new master from the code on the disk. `done` is called with None, or with the reason of a failure."""
+        """Start a new master from the code on disk. `done` is called with None, or with the reason of a failure."""
         log.info("%s: upgrade", why)
         error = ""
         if self._upgrade.under_way:
@@ -632,7 +639,7 @@ class Master:
         self.fleet.stop(leave=True)
 
     def begin_stop(self, why: str) -> None:
-        """Not ready any more; after the drain delay, no more connections; then the end."""
+        """Begin a graceful stop: not ready from now on, and after the drain delay no more connections."""
         if self.stopping:
             return
         log.info("%s: stopping", why)
@@ -659,9 +666,9 @@ class Master:
 
 
 def logical_folder() -> str:
-    """The working directory by the name the shell knows it by.
+    """Return the working directory by the name the shell knows.
 
-    Where a link to the current release is put to another one, a reload must find the new one.
+    If it is a link to the current release, and the link changes, a reload must find the new release.
     """
     real, named = os.getcwd(), os.environ.get("PWD", "")
     try:
@@ -672,9 +679,9 @@ def logical_folder() -> str:
 
 
 def _has_other_threads() -> bool:
-    """Whether Python runs threads that a fork does not copy; those of a monkey-patched program are greenlets."""
+    """Return whether there are threads, which a fork does not copy. In a monkey-patched program they are greenlets."""
     ours = threading.main_thread().native_id
-    # None: of a thread that has not begun to run, a greenlet.
+    # None: a thread that has not begun to run, or a greenlet.
     return any(thread.native_id not in (ours, None) for thread in threading.enumerate())
 
 

@@ -1,36 +1,35 @@
-"""What master and workers tell each other: one JSON object a packet. No I/O in here.
+"""Messages between master and workers: one JSON object per packet. No I/O here.
 
-A worker runs the user's program and talks to strangers, so the master believes nothing of what one says: fields of
-another type, and numbers that are none or beyond all measure, count as absent (`Message`, `checked_stats`,
-`checked_table`).
+A worker runs the user's program and talks to strangers, so the master does not trust its messages: fields of the wrong
+type, and numbers that are not finite or too large, count as absent (`Message`, `checked_stats`, `checked_table`).
 
 | from a worker | means |
 | --- | --- |
 | ready | it accepts connections |
-| failed | it could not start; `error` says why, `details` is a traceback, `status` an exit status |
-| beat | its loop runs; `lag` is by how many seconds it was late |
-| stats | `stats` are its counters, `rss` its bytes of memory; each if it can be had |
-| retire | it wants a successor; `why` |
+| failed | it could not start; `error` is the reason, `details` a traceback, `status` an exit status |
+| beat | its loop runs, `lag` seconds late |
+| stats | `stats` are its counters, `rss` its bytes of memory; each if available |
+| retire | it asks for a successor; `why` is the reason |
 | dumped | its stacks are in the log |
-| connections | its table of them |
+| connections | its table of connections |
 | drained | its listening sockets are drained and closed |
 | reopen | the descriptor of the new log file did not arrive: send it again |
 | names | the files that its options name: `read` and `append` are lists of paths (`lending`) |
-| unprivileged | it is another user from now on, and what it names does not count any more |
-| borrow | it needs a descriptor of the file `path`; `number` is that of the question |
-| stopped | all done; `finished`, `ended` connections, last `stats` |
+| unprivileged | it is another user from now on, and may name no more files |
+| borrow | it asks for a descriptor of the file `path`; `number` identifies the question |
+| stopped | all is done; `finished` and `ended` count connections, `stats` are the last counters |
 
 | from the master | means |
 | --- | --- |
 | retire | a successor serves the same sockets: leave them, finish the connections within `timeout` seconds |
-| stop | drain the slot's sockets for good, and with `all` those that workers share; finish within `timeout` |
-| hasten | it is leaving: within `timeout` seconds, from now on |
+| stop | drain the slot's sockets for good, with `all` also the shared ones; finish within `timeout` seconds |
+| hasten | finish within `timeout` seconds from now (to a worker that is leaving) |
 | halt | end every connection now |
-| unready | a stop is near: tell balancers so, but go on |
+| unready | a stop is near: tell balancers, but serve on |
 | report | send stats |
-| connections | send a table of them, as one of `of` workers |
-| reopen | a new log file comes with the packet |
-| lent | the file of the question `number` comes with the packet; or `error` is an errno, and `why` a text |
+| connections | send a table of connections, as one of `of` workers |
+| reopen | the descriptor of a new log file comes with the packet |
+| lent | the descriptor for the question `number` comes with the packet; or `error` is an errno, and `why` a text |
 """
 
 from __future__ import annotations
@@ -46,23 +45,28 @@ from gtcpserver.server.stats import ServerStats
 #: (net.core.wmem_default).
 MAX_BYTES = 128 * 1024
 
-#: Maximum characters of one text in a message; the end of a traceback says more than its beginning.
+#: Maximum characters of one text in a message. Longer ones lose their beginning: the end of a traceback says more.
 MAX_TEXT = 48 * 1024
 
-LEAST_TEXT = 1024  # what is left of a text at least
+#: Characters that every text keeps, however many texts a message has.
+LEAST_TEXT = 1024
 
+#: Larger numbers count nothing real. Sums of smaller ones stay finite, and short enough for Python to print.
 MAX_NUMBER = 2**63
-"""Numbers beyond are no counts of anything. Sums of these stay finite, and short enough for Python to print."""
 
+#: Maximum names in one table of counters, such as a handler's own: a label in Prometheus should have tens of values.
 MAX_NAMES = 1000
-"""Names in one table of counters, such as a handler's own: a label's values in Prometheus should be tens."""
 
-MAX_NAME = 200  # characters of one
+#: Maximum characters of a name.
+MAX_NAME = 200
 
-MAX_ROWS = 500  # of connections, as many as a table has (`monitoring.connection_table`)
-MAX_PLACES = 100  # of the stack of one
+#: Maximum rows in a table of connections (`monitoring.connection_table`).
+MAX_ROWS = 500
 
-#: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" are a `Watch`'s.
+#: Maximum frames of the stack of one connection.
+MAX_PLACES = 100
+
+#: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" come from a `Watch`.
 TABLES = (*(field.name for field in dataclasses.fields(ServerStats) if "dict" in str(field.type)), "latency")
 NUMBERS = (*(field.name for field in dataclasses.fields(ServerStats) if field.name not in TABLES), "cpu_seconds")
 
@@ -79,12 +83,12 @@ HANDOVER_KINDS = frozenset({"ready", "failed"})
 
 
 class MessageError(ValueError):
-    """A packet that is no message."""
+    """The packet is no valid message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: its kind, and what else it says."""
+    """One message: its kind and its fields."""
 
     kind: str
     fields: dict[str, Any]
@@ -106,7 +110,11 @@ class Message:
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """One packet. Long texts lose their beginning. Raises MessageError for what is too big, or not JSON."""
+    """Encode one packet. Long texts lose their beginning.
+
+    Raises:
+        MessageError: the message is too large, or cannot be written as JSON.
+    """
     longest = MAX_TEXT
     while True:
         for name, value in fields.items():
@@ -124,7 +132,11 @@ def encode(kind: str, **fields: Any) -> bytes:
 
 
 def decode(data: bytes, kinds: frozenset[str]) -> Message:
-    """Decode one packet. Raises MessageError for any bytes that are no message of these kinds."""
+    """Decode one packet.
+
+    Raises:
+        MessageError: the bytes are no message of these kinds.
+    """
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -136,15 +148,15 @@ def decode(data: bytes, kinds: frozenset[str]) -> Message:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an ordinary number: no bool, no NaN, not beyond all measure."""
+    """Return whether a value is a finite number of reasonable size, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def checked_stats(value: Any) -> dict[str, Any]:
-    """Return what is well-formed of a worker's counters; the rest is left out.
+    """Return the well-formed counters of a worker; leave out the rest.
 
     Args:
-        value: what `Watch.stats` or `ServerStats` becomes in JSON, or anything else.
+        value: the result of `Watch.stats`, or a `ServerStats`, by way of JSON; or anything else.
     """
     if not isinstance(value, dict):
         return {}

@@ -1,12 +1,12 @@
 """The monitor of a master: a child process that serves metrics, health checks and the status page (`monitoring`).
 
-The monitor is a separate process because it must speak HTTP with strangers, which takes an event loop, libraries and
-memory, and can be held up: a master has none of these, and forks. A worker cannot serve them either, since it comes and
-goes, and a blocked one should be told of. So the master only answers questions in lines of JSON, one at a time, over a
-pair of sockets, from what the workers' beats have told it anyway; an idle monitor costs it a line a second.
+The monitor is a separate process because it speaks HTTP with strangers, which takes an event loop, libraries and
+memory, and may block: a master has none of these, and forks. A worker cannot serve them either, since workers come and
+go, and a blocked one must be reported. So the master only answers questions in lines of JSON, one at a time, over a
+pair of sockets, from the counters that workers send anyway; an unused monitor costs it a line per second.
 
-The master keeps the listening sockets, so that a monitor that dies, or that of another master after an upgrade, finds
-the scrapes that wait in their queue. Whatever happens to a monitor, the service goes on.
+The master keeps the listening sockets, so that the next monitor, or that of another master after an upgrade, finds the
+scrapes that wait in their queue. Whatever happens to a monitor, the service goes on.
 """
 
 from __future__ import annotations
@@ -43,54 +43,59 @@ _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 _sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
 _waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
 
+#: Seconds between two lines about the master's health. A change is sent at once.
 HEALTH_SECONDS = 1.0
-"""How often the monitor hears that the master is well, besides every change at once."""
 
+#: Seconds of silence after which a monitor must be blocked or stopped: it is killed, and another one started.
 SILENCE_SECONDS = 10.0
-"""A monitor that has not answered for so long is blocked, or stopped: it is killed, and another one started."""
 
-START_SECONDS = 60.0  # the same for one that starts; it imports a few libraries
+#: The same for a monitor that starts: it imports a few libraries.
+START_SECONDS = 60.0
 
+#: Seconds for workers to send their connections; blocked ones are listed as missing.
 TABLE_SECONDS = 1.0
-"""How long workers get to send their connections; a blocked one is named instead."""
 
-LEAVE_SECONDS = 2.0  # for a monitor to finish its answers, of which it gives itself one; then it is killed
+#: Seconds for a monitor to finish its answers (it takes one itself) before it is killed.
+LEAVE_SECONDS = 2.0
 
-SHORT_LIFE = 10.0  # seconds; one that ends earlier is not started again at once
+#: A monitor that ends within this many seconds is not started again at once.
+SHORT_LIFE = 10.0
 
-KILL_SECONDS = 2.0  # at most that the end waits for one that was killed
+#: Most seconds that the end of the master waits for a killed monitor.
+KILL_SECONDS = 2.0
 
+#: Most bytes of answers that wait to be read by the monitor; above it, questions are not answered. The monitor speaks
+#: HTTP with strangers: one that was taken over could ask and never read, until the master has no memory left.
 MAX_ANSWERS = 1 << 20
-"""Bytes of answers that wait to be read by the monitor, above which its questions are not answered. It speaks HTTP with
-strangers: one that was taken over could ask and read nothing, until the master has no memory left."""
 
-MAX_REQUEST = 4096  # bytes of a line from the monitor
+#: Most bytes of a line from the monitor.
+MAX_REQUEST = 4096
 
 
 def _make_line() -> tuple[socket.socket, socket.socket]:
     # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
     ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    # With their kind, which Python would ask the kernel for: where that fails, nobody closes the descriptor.
+    # Pass the kind: Python would ask the kernel for it, and if that failed, nobody would close the descriptor.
     kind = (socket.AF_UNIX, socket.SOCK_STREAM, 0)
     return _socket_class(*kind, fileno=ours.detach()), _socket_class(*kind, fileno=theirs.detach())
 
 
 class MonitorProcess:
-    """The master's side.
+    """The master's side of the monitor.
 
     Args:
-        master: whose state is told.
-        address: where metrics are to be served.
-        inherited: the listening sockets of the last master.
+        master: the master to report on.
+        address: where to serve metrics.
+        inherited: listening sockets of the last master.
 
     Raises:
-        ConfigError, OSError: the address cannot be had.
+        ConfigError, OSError: the address cannot be used.
     """
 
     def __init__(self, master: Master, address: str | int, inherited: Sequence[Inherited]) -> None:
         self._master = master
         self._address = check_metrics_address(address)
-        # Not a group of SO_REUSEPORT: one process has the address, and a second master by mistake is told so.
+        # No SO_REUSEPORT: one process has the address, and a second master, started by mistake, gets an error.
         self._sockets = ListeningSockets(ListenConfig(reuse_port=False))
         try:
             self._sockets.open([self._address], [0], inherited)
@@ -111,31 +116,31 @@ class MonitorProcess:
         self._told_to_leave = self._for_good = False
         self._asked: dict[int, WorkerProcess] = {}
         self._table_until: float | None = None
-        #: It was forked and holds, for a moment, the service's listening sockets too.
+        #: Whether it was forked and still holds, for a moment, the service's listening sockets too.
         self.starting = False
         log.info("metrics and status page on %s", ", ".join(map(url_of, self._sockets.addresses)))
 
     def handover(self) -> list[Inherited]:
-        """What the next master needs to know."""
+        """Return the sockets that the next master inherits."""
         return self._sockets.handover()
 
-    # -- its life ----------------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------------------------------------------
 
     def look_after(self, now: float) -> None:
         """Do the work that is due. Call a few times a second, and after every event."""
         if self._pid and self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
         if now - self._looked_at > 2 * HEALTH_SECONDS:
-            self._heard_at = now  # it was this process that stood still
+            self._heard_at = now  # this process itself stood still
         self._looked_at = now
         if self._line is None:
             if not (self._pid or self._for_good) and now >= self._not_before and self._may_start():
                 self._start()
             return
-        # Its last answers are of the time before: where another master goes on, the service does not drain.
+        # If another master goes on, the service is not draining: the last answers repeat the health before that.
         health = self._said if self._for_good else self._health()
         if health != self._said or now >= self._say_at:
-            # A monitor that does not read gets the changes only, which bounds their number.
+            # A monitor that does not read gets changes only, which limits the number of lines.
             if health != self._said or not self._outbox:
                 self._send({"health": health})
             self._said, self._say_at = health, now + HEALTH_SECONDS
@@ -146,7 +151,7 @@ class MonitorProcess:
 
     def _may_start(self) -> bool:
         fleet = self._master.fleet
-        # The kernel takes a socket out of its group when the last process has closed it.
+        # The kernel takes a socket out of its group when the last process closes it: a fork now would hold it.
         return not any(slot.closing for slot in fleet.slots.values()) and self._master.owns_metrics
 
     def _health(self) -> dict[str, Any]:
@@ -229,7 +234,7 @@ class MonitorProcess:
             self._send({"leave": True})
 
     def leave(self) -> None:
-        """Tell the monitor to finish its answers and end for good. Its sockets' queues are left to the next master."""
+        """Tell the monitor to finish its answers and end for good. The next master serves what is queued."""
         if not self._for_good:
             self._for_good = True
             self.renew()
@@ -253,7 +258,7 @@ class MonitorProcess:
         self._sockets.close(keep_paths=keep_paths)
 
     def close_in_child(self, *, sockets: bool) -> None:
-        """In a forked process: close the descriptors it must not have."""
+        """Close the line and, if asked, the listening sockets. Called in a forked process."""
         self._hang_up()
         if sockets:
             for one in self._sockets.shared:
@@ -266,7 +271,7 @@ class MonitorProcess:
     # -- the line ----------------------------------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        """To be polled; -1 if there is nothing."""
+        """Return the descriptor to poll; -1 if there is none."""
         return -1 if self._line is None else self._line.fileno()
 
     def events(self) -> int:
@@ -311,7 +316,7 @@ class MonitorProcess:
 
     def _send(self, fields: dict[str, Any]) -> None:
         self._outbox += to_json(fields).encode() + b"\n"
-        with contextlib.suppress(OSError):  # it is sent when the socket is ready
+        with contextlib.suppress(OSError):  # the rest is sent when the socket is ready
             self._flush()
 
     def _flush(self) -> None:
@@ -334,7 +339,7 @@ class MonitorProcess:
         if self._line is not None:
             self._line.close()
             self._line = None
-            # It ends when it notices; one that does not is killed.
+            # A monitor ends when it notices; one that does not is killed.
             if self._pid and self._kill_at is None:
                 self._kill_at = monotonic() + LEAVE_SECONDS
 

@@ -1,4 +1,4 @@
-"""What runs in the monitor process of a master: the pages, told by the master. See `monitor` for the why."""
+"""The monitor process of a master, which serves the pages. See `monitor` for the reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import gevent
 import gevent.socket
 
 from gtcpserver.address import Address
-from gtcpserver.monitoring import web  # noqa: F401 as long as this is who may read all of the installation
+from gtcpserver.monitoring import web  # noqa: F401 (loaded while this process may read all of the installation)
 from gtcpserver.monitoring.monitor import make_pages
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.supervisor.log_files import LogStyle, log_in_worker
@@ -20,19 +20,21 @@ from gtcpserver.supervisor.privileges import become, die_with_parent
 
 from .monitor_source import FromMaster
 
-#: Seconds that answers under way get when it is to leave.
+#: Seconds for answers under way when the monitor leaves.
 LEAVE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a monitor is told by the master it was forked from.
+    """What the master passes to a monitor that it forks.
 
     Attributes:
-        address: as it was asked for.
-        sockets: that listen there.
-        line: to the master.
-        master: its process id.
+        address: the address asked for.
+        sockets: the sockets that listen there.
+        line: the line to the master.
+        config: the configuration of the master.
+        log_style: how to log; None leaves logging as it is.
+        master: process id of the master.
     """
 
     address: Address
@@ -44,17 +46,17 @@ class Job:
 
 
 def run_monitor(job: Job) -> int:
-    """The whole life of a monitor, from the fork on; returns its exit status."""
+    """Run a monitor from the fork on; return its exit status."""
 
     def on_term(_number: int, _frame: FrameType | None) -> None:
-        # Service managers signal every process of a service at a stop, during which balancers ask whether it is ready.
-        # It ends with its master.
+        # At a stop, service managers signal every process of a service, while balancers still ask whether it is
+        # ready. So the monitor ends with its master, and not before.
         if os.getppid() != job.master:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, on_term)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # Who speaks HTTP with strangers has no more rights than a worker.
+    # The monitor speaks HTTP with strangers, so it gets no more rights than a worker.
     become(job.config)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != job.master:
@@ -63,7 +65,7 @@ def run_monitor(job: Job) -> int:
         log_in_worker(job.log_style)
     source = FromMaster(gevent.socket.socket(fileno=job.line.detach()))
     pages = make_pages(source, job.address, job.sockets)
-    # Those who wait already are not told that it starts, where it does not.
+    # Clients that wait in the queue must not hear "starting" from a service that has long started.
     gevent.wait([source.knows, source.ended], count=1)
     pages.start()
     source.say("started")

@@ -1,4 +1,4 @@
-"""A source that asks the master of worker processes; lines of JSON over a pair of sockets, see `monitor`."""
+"""FromMaster: the source of a monitor process, which asks the master in lines of JSON (see `monitor`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gevent.event import AsyncResult, Event
 
 from gtcpserver.monitoring.source import Health, SourceError, Status
 
-#: Seconds without a word of the master, which speaks once a second: it is stopped, or blocked.
+#: Seconds of silence after which the master, which sends a line every second, must be stopped or blocked.
 SILENCE = 5.0
 
-#: Seconds for an answer. Tables of connections take one, where a worker is blocked.
+#: Seconds to wait for an answer. A table of connections takes one second if a worker is blocked.
 ANSWER = 4.0
 
 
@@ -25,8 +25,8 @@ class FromMaster:
         line: a connected socket.
 
     Attributes:
-        knows: set when the master has said how it is.
-        ended: set when the master is gone, or wants this process to go.
+        knows: set when the master has sent its health.
+        ended: set when the master is gone, or told this process to end.
     """
 
     def __init__(self, line: Any) -> None:
@@ -74,7 +74,7 @@ class FromMaster:
             for line in lines:
                 self._hear(json.loads(line))
         except (OSError, ValueError):
-            pass  # the master is gone, in the midst of a line
+            pass  # the master ended in the middle of a line
         self.ended.set()
 
     def _hear(self, said: dict[str, Any]) -> None:

@@ -14,19 +14,20 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.files.trusted_path import UntrustedPath, trusted_place
 from gtcpserver.process.descriptors import close_descriptor
 
-# struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros are the whole file.
+#: struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros stand for the whole file.
 FLOCK = struct.Struct("hhqqi4x")
 
-MODE = 0o644  # for monitoring tools
+#: Mode of the file: monitoring tools read it.
+MODE = 0o644
 
 
 class PidFile:
     """A file with this process's id in it.
 
-    A lock tells a running master from a stale file whose number another process has got since. It is a write lock of
-    fcntl(2), which takes a descriptor that may write: flock(2), and a read lock, are to be had by every user who may
-    read the file, who could keep the next master from starting. It belongs to the open file (F_OFD_SETLK), so that
-    nothing else in this process that opens and closes the file loses it.
+    A lock tells a running master from a stale file whose number belongs to another process by now. It is a write lock
+    of fcntl(2), which needs a writable descriptor: any user who may read the file could take a read lock, or flock(2),
+    and keep the next master from starting. The lock belongs to the open file (F_OFD_SETLK), so that other code in this
+    process that opens and closes the file does not drop it.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,19 +35,19 @@ class PidFile:
         self._fd = -1
 
     def check(self) -> None:
-        """See that the file may be written.
+        """Check that the file can be written.
 
         Raises:
-            OSError: EEXIST: a running process has it.
-            ConfigError: it is a device, or a folder.
+            OSError: EEXIST: a running process has locked it.
+            ConfigError: it is a device or a folder.
             UntrustedPath: another user could change where the path leads.
         """
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             try:
                 mode = os.stat(place.name, dir_fd=place.folder, follow_symlinks=False).st_mode
                 if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-                    # Root would put a file in place of the host's /dev/null. (Other users cannot make devices, and so
-                    # cannot keep us from starting by one.)
+                    # Root would replace the host's /dev/null by a file. (Other users cannot make devices, and so cannot
+                    # keep us from starting with one.)
                     raise ConfigError(f"PID file {self.path} must be a file, it is a device; left alone")
                 if stat.S_ISDIR(mode):
                     raise ConfigError(f"PID file {self.path} must be a file, it is a folder")
@@ -57,10 +58,10 @@ class PidFile:
                 return
             except OSError as error:
                 if error.errno == errno.ELOOP:
-                    return  # a symbolic link is no file of a master's: it is replaced, and not followed
+                    return  # no master writes a symbolic link: it is replaced, and not followed
                 raise
         try:
-            # Of another user, who may have put it there to keep us from starting.
+            # A file of another user may have been put there to keep us from starting.
             ours = os.fstat(fd).st_uid in (0, os.geteuid())
             holder = _holder(fd) if ours else None
             if holder is not None:
@@ -73,10 +74,10 @@ class PidFile:
         """Write this process's id to the file, replacing any other. Raises OSError and UntrustedPath."""
         with _named(self.path), trusted_place(self.path, follow=False) as place:
             temporary = f"{place.name}.{os.getpid()}"
-            with contextlib.suppress(FileNotFoundError):  # of a process of this number that did not get further
+            with contextlib.suppress(FileNotFoundError):  # left by a process with the same id that failed here
                 os.unlink(temporary, dir_fd=place.folder)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            # For nobody else until it is locked.
+            # Nobody else may open it before it is locked.
             fd = os.open(temporary, flags, 0o600, dir_fd=place.folder)
             try:
                 with contextlib.suppress(OSError):  # a file system without locks
@@ -109,7 +110,7 @@ class PidFile:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptor: a forked child must, as it shares the lock."""
+        """Close the descriptor. A forked child must do so, since it shares the lock."""
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1
@@ -117,7 +118,7 @@ class PidFile:
 
 def _holder(fd: int) -> int | None:
     """Return the holder of a write lock: a process id, 0 for "some process"; None if there is no lock."""
-    # Asked as for a read lock, which read locks of others do not conflict with.
+    # Ask as for a read lock, which does not conflict with read locks of others.
     query = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
         kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))
@@ -127,7 +128,7 @@ def _holder(fd: int) -> int | None:
 
 
 def _umask() -> int:
-    # There is no way to read it but to set it; this is the main thread, at the start.
+    # It can only be read by setting it. This is the main thread, at the start.
     umask = os.umask(0o077)
     os.umask(umask)
     return umask

@@ -29,7 +29,7 @@ def become(config: SupervisorConfig) -> None:
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     if name is not None:
-        # Programs look there for their files; root's are closed to this user.
+        # Programs look for their files there; this user cannot read root's.
         entry = pwd.getpwnam(name)
         os.environ.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
 
@@ -37,8 +37,8 @@ def become(config: SupervisorConfig) -> None:
 def die_with_parent(number: int) -> None:
     """Have the kernel send this signal when the parent process is gone (PR_SET_PDEATHSIG, prctl(2)).
 
-    If a filter of seccomp(2) refuses it, only the end of the channel to the parent tells: at once if the event loop
-    runs, and never if the loop is blocked for good.
+    If a filter of seccomp(2) refuses that, only the end of the channel shows that the parent is gone: at once if the
+    event loop runs, and never if the loop is blocked for good.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:

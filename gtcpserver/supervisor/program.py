@@ -1,4 +1,4 @@
-"""Program: what a master needs to know of the program it runs, without having imported it."""
+"""Program: what a master needs to know about the program it runs, without importing it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .worker import Hooks
 
 @dataclass(frozen=True)
 class Program:
-    """What to serve.
+    """The program to serve.
 
     Attributes:
-        addresses: where to listen; what `open_listeners` takes.
+        addresses: where to listen, as for `open_listeners`.
         listen: options of the listening sockets.
-        build: called in each new worker, with its sockets: imports the user's program and makes the server, which is
-            not started, and the hooks. Whatever it raises is why the worker cannot start.
-        preload: called once in the master, before the first worker, if the configuration says so.
-        preloaded: the program is loaded already, in the process that calls us.
+        build: called in each new worker with its sockets: imports the user's program and returns the server, not
+            started, and the hooks. If it raises, the worker cannot start.
+        preload: called once in the master, before the first worker, if the configuration asks for it.
+        preloaded: whether the calling process has loaded the program already.
         settle: called in each worker when its server has started.
         prepare: called before `build` in each new worker, while it still has the master's rights: reads the settings,
-            and names the files that the worker needs and its user perhaps may not open. Runs no code of the user's.
+            and returns the files that the worker's user may not be able to open. Runs no code of the user's.
         log_style: how master and workers log; None leaves the logging of the calling program as it is.
     """
 

@@ -1,4 +1,4 @@
-"""Reload: new workers in place of the old ones. All of it happens, or nothing; one by one, as much as works."""
+"""Reload: replace all workers by new ones, all or none; one by one, as many as work."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gtcpserver")
 
+#: Seconds that old workers may take to stop accepting; then the reload counts as done, since one may be blocked. One by
+#: one, also the seconds that the next worker waits for the memory of the one replaced before.
 LET_GO_SECONDS = 5.0
-"""How long old workers may take to stop accepting until a reload counts as done all the same: one may be blocked. One
-by one, also how long the next worker waits for the memory of the last one that was replaced."""
 
 #: Called when an operation has ended, with None or the reason of its failure.
 Done = Callable[[str | None], None]
 
 
 class ReloadStage(Enum):
-    """How far a reload is."""
+    """The stages of a reload."""
 
-    FIRST = "first worker"  # one new worker goes ahead
+    FIRST = "first worker"  # one new worker starts ahead of the others
     OTHERS = "other workers"
     LETTING_GO = "letting go"  # the old ones are told to leave, and still accept
     DONE = "done"
     FAILED = "failed"
 
 
-#: Every change of stage there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: Every change of stage, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
 RELOAD_CHANGES = {
     (ReloadStage.FIRST, ReloadStage.OTHERS): "the first new worker is proven",
     (ReloadStage.FIRST, ReloadStage.LETTING_GO): "it is proven, and was the only one",
@@ -49,9 +49,9 @@ class Reload:
     """One reload. The first new worker starts before the others: broken code fails once, and not in every slot.
 
     New workers accept as soon as they are ready, beside the old ones, on the same sockets. From then on each is on
-    probation: if one dies, or its event loop is blocked, the reload fails. When every new one has lived through it, the
-    old ones are let go. So until the new code has proved itself, every queue is served by the old one too. The reload
-    is done when the old ones accept no more: every later connection meets the new code.
+    probation: if one dies, or its event loop is blocked, the reload fails. When all new workers are proven, the old
+    ones are let go. So every queue is served by the old code too until the new code has proved itself. The reload is
+    done when the old workers accept no more: every later connection meets the new code.
 
     One by one (`SupervisorConfig.reload_one_by_one`) each old worker is let go before the next new one starts. The old
     code may be gone from the disk by then, so what was replaced stays replaced if a later one fails.
@@ -64,7 +64,7 @@ class Reload:
         self._slots = fleet.active()
         self._one_by_one = fleet.config.reload_one_by_one
         first, rest = self._slots[:1], self._slots[1:]
-        #: Slots that get their new workers together, when those before them have lived through their probation.
+        #: Groups of slots that get their new workers at the same time, when the workers of the group before are proven.
         steps = [first, *([slot] for slot in rest)] if self._one_by_one else [first, rest]
         self._steps = [step for step in steps if step]
         self._started: list[WorkerProcess] = []  # by the last step, and on probation
@@ -109,7 +109,7 @@ class Reload:
         self._started = []
 
     def _has_room(self) -> bool:
-        """One by one: whether the last worker that was replaced is gone, or stays for its lasting connections."""
+        """Return whether, one by one, there is memory for the next worker: the one replaced last is gone, or lasts."""
         if self._fleet.too_many_retired():
             return False  # the oldest are told to finish, and have a time for it
         return self._fleet.system.monotonic() >= self._give_up_at or not any(map(self._is_there, self._leaving))
@@ -137,9 +137,9 @@ class Reload:
             self._all_started.add(worker)
 
     def fails_with(self, worker: WorkerProcess) -> bool:
-        """Whether the end of this worker is the end of the reload.
+        """Return whether the reload fails if this worker ends.
 
-        One by one, also that of a worker that has its place already: what killed it may kill the others.
+        One by one, that includes workers that have replaced an old one: what killed it may kill the others.
         """
         return worker in self._all_started and self.stage is not ReloadStage.LETTING_GO
 
@@ -149,14 +149,14 @@ class Reload:
         if fleet.reload is not self:
             return
         fleet.reload = None
-        if self.stage is ReloadStage.LETTING_GO:  # the new ones have their places already
+        if self.stage is ReloadStage.LETTING_GO:  # the new ones serve already
             self.stage = ReloadStage.DONE
             self._tell(None)
             return
         self.stage = ReloadStage.FAILED
         for slot in self._slots:
             worker = slot.next
-            # One whose predecessor has died meanwhile is needed.
+            # A worker whose predecessor has died meanwhile is needed.
             if worker is None or (slot.current is None and worker.state is WorkerState.READY and not fleet.stopping):
                 if worker is not None:
                     fleet.promote(slot)

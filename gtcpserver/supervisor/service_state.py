@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gtcpserver.server.server import Server
 
 #: Seconds between two attempts while the manager's queue is full. A unix datagram socket that is not connected cannot
-#: be waited for (unix(7)): poll(2) says nothing of the receiver's queue.
+#: be waited for (unix(7)): poll(2) says nothing about the receiver's queue.
 RETRY_SECONDS = 0.05
 
 #: Seconds that the end of the process waits for room in the queue; as long as a worker's last message.
@@ -24,8 +24,10 @@ LAST_WORDS_SECONDS = 2.0
 
 @contextmanager
 def service_state_told(server: Server) -> Iterator[None]:
-    """Within the block, which runs ``serve_forever``: READY=1 once the server listens, STOPPING=1 when its stop begins,
-    and WATCHDOG=1 as often as the unit asks for."""
+    """Notify systemd during the block, which runs ``serve_forever``.
+
+    READY=1 is sent once the server listens, STOPPING=1 when its stop begins, and WATCHDOG=1 as often as the unit asks.
+    """
     teller = _Teller(server)
     greenlet = gevent.spawn(teller.run)
     try:
@@ -44,7 +46,7 @@ class _Teller:
         self._watchdog_at = 0.0
 
     def run(self) -> None:
-        while self._server.state.value == "new":  # it waits for the address of a name
+        while self._server.state.value == "new":  # the server is looking up the address of a name
             gevent.sleep(RETRY_SECONDS)
         self._ready = True
         self._notifier.say("READY=1")
@@ -56,7 +58,7 @@ class _Teller:
             gevent.sleep(pause)
 
     def _turn(self) -> float | None:
-        """Say what is due; seconds until the next turn, None if there is none."""
+        """Send what is due; return the seconds until the next turn, None if there is none."""
         done = self._notifier.flush()
         now = monotonic()
         if self._watchdog is not None and now >= self._watchdog_at:
@@ -74,7 +76,7 @@ class _Teller:
             self._notifier.say("STOPPING=1")
 
     def finish(self) -> None:
-        """Say the rest. A manager that reads nothing keeps the process for LAST_WORDS_SECONDS."""
+        """Send the rest. A manager that reads nothing delays the end for LAST_WORDS_SECONDS."""
         if self._ready:
             self._say_stopping()
         give_up = monotonic() + LAST_WORDS_SECONDS

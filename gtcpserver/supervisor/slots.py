@@ -1,4 +1,4 @@
-"""A worker slot, and what the master knows of each worker process."""
+"""Worker slots, and what the master knows about each worker process."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ from .worker import BEAT_SECONDS
 FIRST_BACK_OFF = 0.5
 LONGEST_BACK_OFF = 30.0
 
+#: A worker whose loop is later than this many seconds gets no new connections. A healthy loop is a millisecond or two
+#: late.
 LAG_SECONDS = 0.25
-"""A loop that is later than this is taken out of new connections. A healthy one is late by a millisecond or two."""
 
-KILL_AGAIN_SECONDS = 1.0  # until a process that was killed and is there still is killed again
+#: Seconds before a process that survived SIGKILL is killed again.
+KILL_AGAIN_SECONDS = 1.0
 
-MISSED_BEATS = 3  # in a row: the loop is blocked
-BEATS_TO_RETURN = 4  # in time, in a row: it has caught up
+#: This many missing beats in a row count as a lag.
+MISSED_BEATS = 3
+
+#: This many beats in time, in a row, end a lag.
+BEATS_TO_RETURN = 4
 
 
 class WorkerState(Enum):
-    """The life of a worker as the master sees it; it goes one way."""
+    """The states of a worker as the master sees it; none is entered twice."""
 
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"  # leaves its sockets to a successor
-    STOPPING = "stopping"  # drains them for good
+    STOPPING = "stopping"  # drains its sockets for good
     KILLED = "killed"
 
 
-#: Every change of state there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
-#: A worker may end in each of them: then the master forgets it.
+#: Every change of state, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: A worker may end in any state; then the master forgets it.
 WORKER_CHANGES = {
     (WorkerState.STARTING, WorkerState.READY): "it says `ready`",
     (WorkerState.STARTING, WorkerState.RETIRING): "reload fails, or a new master takes over",
@@ -57,16 +62,16 @@ class WorkerProcess:
 
     Attributes:
         slot: number of its slot.
-        kill_at: when it is killed if it has not ended; monotonic.
-        failure: why it could not start, in its own words.
-        retired_at: when its place was taken; monotonic.
-        hastened: it was told to finish, as there are too many like it.
-        wants_to_retire: why it asks for a successor.
-        lagging: its loop is late; it gets no new connections.
-        stats: its counters as it last sent them.
-        table: of its connections, if it has answered the last question for it.
-        drained: its sockets are drained and closed.
-        loans: files that it may borrow.
+        kill_at: monotonic time at which it is killed if it has not ended.
+        failure: why it could not start, as it said itself.
+        retired_at: monotonic time at which its successor took over.
+        hastened: whether it was told to finish soon, because too many retired workers are left.
+        wants_to_retire: why it asks for a successor; "" if it does not.
+        lagging: whether its loop is late, so that it gets no new connections.
+        stats: the last counters it sent.
+        table: its table of connections; None until it answers the last question.
+        drained: whether its sockets are drained and closed.
+        loans: the files that it may borrow.
     """
 
     slot: int
@@ -107,7 +112,7 @@ class WorkerProcess:
         return self.state in (WorkerState.RETIRING, WorkerState.STOPPING, WorkerState.KILLED)
 
     def note_beat(self, lag: float) -> None:
-        """Note a beat, and count how well the loop keeps time."""
+        """Record a beat, and whether the loop keeps time."""
         self.last_beat = self.system.monotonic()
         self.lag = lag
         if lag > LAG_SECONDS:
@@ -126,20 +131,20 @@ class WorkerProcess:
             self.lag = now - self.last_beat
 
     def silent_at(self) -> float:
-        """Return when the worker's silence will count as a lag; monotonic."""
+        """Return the monotonic time at which silence will count as a lag."""
         if self.state is not WorkerState.READY:
             return float("inf")
         return self.last_beat + MISSED_BEATS * BEAT_SECONDS
 
     def signal(self, number: int) -> None:
-        # Gone, and not reaped yet; or refused (EPERM), which must not keep the master from the others.
+        # The process is gone and not reaped yet; or EPERM, which must not keep the master from the others.
         with contextlib.suppress(OSError):
             self.system.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it, now and as often as it takes.
+        """Kill the process, repeatedly if need be.
 
-        The end of one that was not to leave counts as what it is: a start that failed, or a death.
+        The end of a worker that was not leaving still counts as a failed start, or as a death.
         """
         if self.leaving:
             self.state = WorkerState.KILLED
@@ -149,17 +154,18 @@ class WorkerProcess:
 
 @dataclass(eq=False)
 class Slot:
-    """A place for a worker; its listening sockets outlive the workers that serve them.
+    """The position of a worker; its listening sockets outlive the workers that serve them.
 
     Attributes:
-        current: the worker that serves, or is to.
+        number: its number, from 0.
+        current: the worker that serves, or will.
         next: its successor while it starts, and on probation.
         gone_on: workers that finish their connections.
-        closing: the slot goes away when its workers have drained its sockets.
-        failures: starts that failed, in a row; they make the next one wait.
-        failed_at: when the last of them did; monotonic.
-        not_before: when the next start may be; monotonic.
-        why: what the last worker died of, for the next one.
+        closing: whether the slot goes away when its workers have drained its sockets.
+        failures: number of failed starts in a row; they delay the next one.
+        failed_at: monotonic time of the last of them.
+        not_before: monotonic time before which there is no next start.
+        why: the reason why the last worker died, for the next one.
     """
 
     number: int
@@ -180,13 +186,17 @@ class Slot:
         return any(one is not None and one.state is WorkerState.READY for one in (self.current, self.next))
 
     def lags(self) -> bool:
-        """Return whether new connections should rather go elsewhere."""
+        """Return whether new connections should go to other slots."""
         ready = [one for one in (self.current, self.next) if one is not None and one.state is WorkerState.READY]
         return bool(ready) and all(one.lagging for one in ready)
 
 
 def back_off(failures: int) -> float:
-    """Return the seconds until the next start of a process, by how many failed before the last one, in a row."""
+    """Return the seconds until the next start of a process.
+
+    Args:
+        failures: number of failures in a row before the last one.
+    """
     doublings = min(failures, 10)  # after a night of failures, 2**failures is too large for a float
     return min(LONGEST_BACK_OFF, FIRST_BACK_OFF * (1 << doublings))
 

@@ -1,4 +1,4 @@
-"""The listening sockets of a master: one a worker slot and TCP address, kept while their workers come and go."""
+"""The listening sockets of a master: one per slot and TCP address, kept while workers come and go."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
 
 class Use(Enum):
-    """Who accepts from a socket."""
+    """Which processes accept from a socket."""
 
     SLOT = "slot"  # the workers of one slot
     SHARED = "shared"  # all workers of this master
-    EXTERNAL = "external"  # others too
+    EXTERNAL = "external"  # other programs too
 
 
 @dataclass
 class Member:
-    """One socket of a group: a slot's own."""
+    """One socket of a group, which belongs to a slot."""
 
     slot: int
     listener: Listener
@@ -52,13 +52,13 @@ class Group:
     """A TCP address, as a SO_REUSEPORT group.
 
     Attributes:
-        asked: the address as it was asked for, by which the next master finds its sockets.
-        members: in the order in which the kernel counts them.
+        asked: the address asked for, by which the next master finds its sockets.
+        members: the members in the order in which the kernel counts them.
     """
 
     asked: str
     members: list[Member]
-    #: What was last told to the kernel.
+    #: What the kernel was last told.
     steered: tuple[tuple[int, ...], tuple[tuple[int, int], ...]] = ((), ())
 
 
@@ -67,8 +67,10 @@ class Shared:
     """A single socket that all workers accept from.
 
     Attributes:
-        external: it has other owners too (systemd, which passed us "fd:3"): never muted, and its queue is left to the
-            process that serves it next.
+        asked: the address asked for.
+        listener: the socket.
+        external: whether it has other owners too (systemd, which passed us "fd:3"): never muted, and its queue is left
+            to the process that serves it next.
     """
 
     asked: str
@@ -92,8 +94,8 @@ class Inherited:
 class ListeningSockets:
     """All listening sockets of a master.
 
-    TCP addresses have a group with one member a slot; unix sockets, sockets that were given to us, and TCP ones where
-    the ListenConfig or the system rules out SO_REUSEPORT, are single and shared by all slots.
+    A TCP address has a group with one member per slot. Unix sockets, sockets passed to us, and TCP addresses for which
+    the ListenConfig or the system rules out SO_REUSEPORT, have a single socket that all slots share.
     """
 
     config: ListenConfig
@@ -106,7 +108,7 @@ class ListeningSockets:
         """Open the addresses, and take over the sockets that the last master left us.
 
         Raises:
-            ConfigError, OSError: as `open_listeners`, or one is given twice; nothing stays open.
+            ConfigError, OSError: as for `open_listeners`, or an address is given twice; nothing stays open.
         """
         check_none_twice(addresses)
         try:
@@ -154,17 +156,17 @@ class ListeningSockets:
                     self.groups.append(groups[name])
                 groups[name].members.append(Member(one.slot, listener))
 
-    # -- what a worker, and the next master, get ---------------------------------------------------------------------
+    # -- for a worker, and for the next master ---------------------------------------------------------------------
 
     def of_slot(self, slot: int) -> list[tuple[socket.socket, Use]]:
-        """The sockets a worker of this slot serves, and who else does."""
+        """Return the sockets that a worker of this slot serves, each with its use."""
         found = [(member.socket, Use.SLOT) for group in self.groups for member in group.members if member.slot == slot]
         for one in self.shared:
             found.append((one.listener.socket, Use.EXTERNAL if one.external else Use.SHARED))
         return found
 
     def handover(self) -> list[Inherited]:
-        """What the next master needs to know."""
+        """Return descriptions of all sockets for the next master."""
         members = [
             Inherited(group.asked, member.socket.fileno(), member.slot, False, member.listener.address, None)
             for group in self.groups
@@ -184,28 +186,35 @@ class ListeningSockets:
         ]
 
     def close_all_but(self, slot: int) -> None:
-        """In a worker: a socket of another slot, held by a process that does not accept, keeps a dead queue alive."""
+        """Close the members of other slots. Called in a worker.
+
+        A socket that is open in a process that does not accept from it would be a queue that nobody serves.
+        """
         for group in self.groups:
             for member in group.members:
                 if member.slot != slot:
                     member.socket.close()
 
     def close_copies(self) -> None:
-        """In a process that serves none of them, and must not keep a queue alive."""
+        """Close all of them. Called in a process that serves none, and must not keep a queue open."""
         self.close_all_but(-1)
         for one in self.shared:
             one.listener.socket.close()
 
     @property
     def addresses(self) -> list[str]:
-        """Where we listen, with the real ports."""
+        """The addresses, with real ports."""
         found = [member.listener.address for group in self.groups for member in group.members[:1]]
         return list(dict.fromkeys(found + [one.listener.address for one in self.shared]))
 
     # -- slots that come and go --------------------------------------------------------------------------------------
 
     def add_slot(self, slot: int) -> None:
-        """Open one more member of each group. Raises OSError; no member of the slot stays open then."""
+        """Open one more member of each group.
+
+        Raises:
+            OSError: a socket cannot be opened; no member of the slot stays open.
+        """
         if not self.groups:
             return
         joining = dataclasses.replace(self.config, shared=True)
@@ -219,10 +228,10 @@ class ListeningSockets:
             raise
 
     def remove_slot(self, slot: int) -> int:
-        """Close the sockets of a slot, whose workers have drained them and are gone.
+        """Close the sockets of a slot whose workers have drained them and are gone.
 
         Returns:
-            connections that still were in their queues, and are reset.
+            the number of connections that were still queued, and are reset.
         """
         lost = 0
         for group in self.groups:
@@ -230,8 +239,8 @@ class ListeningSockets:
             if place is None:
                 continue
             last = len(group.members) - 1
-            # The kernel moves the last member into the place that gets free, and the program must be right before and
-            # after: name none that moves.
+            # The kernel moves the last member into the free position. The BPF program must be right before and after
+            # that: let it name no member that moves.
             stay = [i for i in group.steered[0] if i not in (place, last)]
             if stay:
                 spread(group.members, stay, None)
@@ -246,8 +255,8 @@ class ListeningSockets:
         """Send new TCP connections to these slots.
 
         Args:
-            slots: which get connections; none of those open is the same as all.
-            cpus: CPU to the slot that gets what it receives; empty: by hash.
+            slots: slots that get connections; if none of them is open, all do.
+            cpus: slot for each receiving CPU; empty: by hash.
         """
         for group in self.groups:
             places = {member.slot: index for index, member in enumerate(group.members)}
@@ -264,13 +273,17 @@ class ListeningSockets:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def mute_shared(self) -> None:
-        """Before the last drain: remove the paths of unix sockets, so that no new client connects."""
+        """Remove the paths of unix sockets before the last drain, so that no new client connects."""
         for one in self.shared:
-            if one.listener.family == socket.AF_UNIX:  # if it is ours, as the listener knows
+            if one.listener.family == socket.AF_UNIX:  # mute() leaves a path of others alone
                 one.listener.mute()
 
     def close_slot(self, slot: int) -> int:
-        """At the end of all: closes a slot's own sockets; returns how many were still queued. Groups are not kept."""
+        """Close the sockets of a slot at the end of everything; leave the groups as they are.
+
+        Returns:
+            the number of connections that were still queued, and are reset.
+        """
         lost = 0
         for group in self.groups:
             for member in group.members:
@@ -292,7 +305,7 @@ class ListeningSockets:
 
 
 def describe(address: Any) -> str:
-    """An address as text, the same in the next master."""
+    """Return an address as text that is the same in the next master."""
     if hasattr(address, "getsockname"):
         return f"socket {address.getsockname()}"
     return str(address)

@@ -1,8 +1,8 @@
 """Start processes: a worker by fork, the next master by fork and exec.
 
-A worker is a fork of a master that has never imported the user's program (unless it was told to preload it), so each
-one reads the code as it is on the disk at that moment; and the fork costs 2 ms, where a fresh interpreter has to import
-gevent and this library again. The master has no event loop of gevent's: a fork would share its epoll(7).
+A worker is a fork of a master that has never imported the user's program (unless told to preload it), so each worker
+reads the code that is on disk at that moment. The fork costs 2 ms; a fresh interpreter would import gevent and this
+library again. The master has no event loop of gevent's: a fork would share its epoll(7).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MASTER_SIGNALS = (
 )
 
 IGNORED_BY_WORKERS = (
-    signal.SIGINT,  # from a terminal it comes to every process; the master says what it means
+    signal.SIGINT,  # a terminal sends it to every process; the master decides what it means
     signal.SIGQUIT,
     signal.SIGHUP,
     signal.SIGUSR1,
@@ -53,16 +53,16 @@ def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str =
     """Fork a worker process.
 
     Args:
-        begin: the worker's life; returns its exit status. It is called with all signals blocked, and unblocks them
+        begin: runs the worker and returns its exit status. It is called with all signals blocked, and unblocks them
             when it is ready for them.
         close: called first in the child; closes the master's own descriptors.
-        role: what the process is called (setproctitle).
+        role: title of the process (setproctitle).
 
     Returns:
         The child's process id.
 
     Raises:
-        OSError: no more processes, or no memory.
+        OSError: the limit of processes is reached, or memory ran out.
     """
     return _in_child(lambda: _be_worker(begin, close, role))
 
@@ -71,8 +71,9 @@ def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, s
     """Start another program that inherits descriptors.
 
     Args:
-        environment: called in the child, so that it can name its process id.
-        fds: descriptors to inherit, by the same numbers.
+        arguments: the command line.
+        environment: called in the child, so that it can contain the child's process id.
+        fds: descriptors to inherit, under the same numbers.
     """
 
     def execute() -> NoReturn:
@@ -88,7 +89,7 @@ def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, s
 
 
 def _in_child(what: Callable[[], int]) -> int:
-    # Between fork and the child's own handlers a signal would be written into the pipe it shares with its parent.
+    # Until the child has its own handlers, a signal would be written into the pipe it shares with its parent.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         with own_fork():
@@ -117,12 +118,12 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
         else:
             _signal(number, signal.SIG_DFL)
     close()
-    # The program that was preloaded, or that called `run`, may have made an event loop.
+    # A preloaded program, or one that called `run`, may have made an event loop.
     gevent.reinit()
     _set_title(role)
     status = begin()
-    # What the program has registered in this process.
-    atexit._run_exitfuncs()  # noqa: SLF001 (os._exit would leave them out)
+    # The exit functions that the program registered in this process.
+    atexit._run_exitfuncs()  # noqa: SLF001 (os._exit does not call them)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -132,21 +133,21 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
 
 
 def _forget_processes() -> None:
-    """Make multiprocessing, if loaded already, see to this process's children only.
+    """Make multiprocessing, if loaded already, manage this process's children only.
 
-    Its exit function, which ends daemons, was dropped with the others; and it takes the master's children for ours.
+    It would take the master's children for ours. Its exit function, which ends daemons, was dropped with the others.
     """
     process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
     if process is not None:
         process._children.clear()  # noqa: SLF001 (it has no other way to forget them)
     if util is not None:
-        atexit.register(util._exit_function)  # noqa: SLF001 (as it does when it is imported)
+        atexit.register(util._exit_function)  # noqa: SLF001 (as its import does)
 
 
 def _ignore(number: int) -> None:
-    # Not SIG_IGN, which execve(2) keeps (signal(7)): a program that a handler starts would ignore it too.
+    # Not SIG_IGN, which execve(2) keeps (signal(7)): programs started by a handler would ignore the signal too.
     _signal(number, _do_nothing)
-    signal.siginterrupt(number, False)  # as little as SIG_IGN does: no system call of a C library fails with EINTR
+    signal.siginterrupt(number, False)  # as with SIG_IGN, no system call of a C library fails with EINTR
 
 
 def _do_nothing(_number: int, _frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which member of a SO_REUSEPORT group gets a new connection: all by hash, some at random, or by the receiving CPU."""
+"""Steering: which member of a SO_REUSEPORT group gets a new connection, by hash, at random, or by the receiving CPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from gtcpserver.listening.draining import (
     unsteer,
 )
 
-SKF_AD_CPU = 0xFFFFF000 + 36  # linux/filter.h: a load from here is the number of the CPU that received the packet
-NOBODY = 0xFFFFFFFF  # an index no group has: the kernel takes its hash instead (net/core/sock_reuseport.c)
+#: linux/filter.h: a load from here yields the number of the CPU that received the packet.
+SKF_AD_CPU = 0xFFFFF000 + 36
+
+#: An index that no group has: the kernel uses its hash instead (net/core/sock_reuseport.c).
+NOBODY = 0xFFFFFFFF
 
 
 def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, int] | None) -> bool:
@@ -26,8 +29,8 @@ def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, i
 
     Args:
         group: all members, in the order of their listen() calls.
-        stay: indexes of those that get connections; all of them, or none, is every member.
-        cpus: CPU number to index of the member that gets what this CPU receives, as long as all stay; None: by hash.
+        stay: indexes of the members that get connections; none means all.
+        cpus: index of the member for each receiving CPU, used if all members stay; None: by hash.
 
     Returns:
         False if the kernel refuses.
@@ -43,7 +46,7 @@ def spread(group: Sequence[HasSocket], stay: Sequence[int], cpus: Mapping[int, i
 
 
 def by_cpu(cpus: Mapping[int, int]) -> list[Instruction]:
-    """The program that looks up the receiving CPU; one that has no member leaves it to the hash."""
+    """Return the program that looks up the receiving CPU; the hash decides for a CPU without a member."""
     program: list[Instruction] = [(BPF_LOAD_WORD, 0, 0, SKF_AD_CPU)]
     for cpu, index in list(cpus.items())[: MAX_INSTRUCTIONS // 2 - 1]:
         program += [(BPF_JUMP_IF_EQUAL, 0, 1, cpu), (BPF_RETURN, 0, 0, index)]

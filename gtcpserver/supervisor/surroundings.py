@@ -12,42 +12,42 @@ from gevent import monkey
 
 _getsignal: Callable[[int], Any] = monkey.get_original("signal", "getsignal")
 
+#: Seconds after the loss of the terminal in which a SIGHUP is due to that: the kernel sends it at once, a shell that
+#: passes it on to its jobs (bash(1), "SIGNALS") a little later.
 HANGUP_SECONDS = 2.0
-"""How long after the loss of the terminal a SIGHUP is its: the kernel sends it at once, a shell that passes it
-on to its jobs (bash(1), "SIGNALS") a little later."""
 
+#: Service managers that know a service by the id of the process they started: the end of that process is the end of the
+#: service, whatever other processes do. Names of processes, as in /proc/PID/comm.
 WATCHERS = frozenset(
     {
         *("supervisord", "circusd", "runsv", "supervise", "s6-supervise", "perpd"),
         *("foreman", "honcho", "overmind", "hivemind", "goreman"),
     }
 )
-"""Service managers that start a process and know it by its number: its end is the end of the service, whatever another
-process does. As the names of their processes, /proc/PID/comm."""
 
 
 class Terminal:
     """Tells a SIGHUP of a closed terminal from one that asks for a reload (termios(3), "hang up").
 
     Args:
-        has_terminal: whether this process has one now.
+        has_terminal: returns whether this process has a terminal now.
     """
 
     def __init__(self, has_terminal: Callable[[], bool]) -> None:
         self._has_terminal = has_terminal
         self._is_there = has_terminal()
-        # nohup(1)
+        # nohup(1) ignores it.
         self._matters = _getsignal(signal.SIGHUP) is not signal.SIG_IGN
         self._lost_at: float | None = None
 
     def look(self, now: float) -> None:
-        """Call a few times a second."""
+        """Note the loss of the terminal. Call a few times a second."""
         if self._is_there and not self._has_terminal():
             self._is_there = False
             self._lost_at = now
 
     def hung_up(self, now: float) -> bool | None:
-        """Return whether a SIGHUP received now is the terminal's. None: it is, but must be ignored, as by nohup(1)."""
+        """Return whether a SIGHUP received now comes from the terminal; None: it does, but nohup(1) ignores it."""
         self.look(now)
         if self._lost_at is None or now - self._lost_at > HANGUP_SECONDS:
             return False
@@ -55,11 +55,11 @@ class Terminal:
 
 
 def has_terminal() -> bool:
-    """Whether this process has a controlling terminal."""
+    """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
-        # ENXIO: there is none. Others, such as EMFILE, are no news of it.
+        # ENXIO: there is none. Other errors, such as EMFILE, say nothing about it.
         return error.errno not in _NO_TERMINAL
     return True
 
@@ -68,9 +68,9 @@ _NO_TERMINAL = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT, errno.EACCES})  
 
 
 def who_ends_with_us() -> str:
-    """Why this process must not leave its place to another: "" or a sentence.
+    """Return why this process must not hand over to another: "" or a sentence.
 
-    systemd knows of the new one where the unit has Type=notify.
+    With Type=notify, systemd learns which process goes on.
     """
     if os.getpid() == 1:
         return "this is process 1, whose end is the end of its container: reload, or replace the container"

@@ -1,8 +1,8 @@
-"""System: everything that a master does to the operating system to run its workers.
+"""System: everything that a master asks of the operating system to run its workers.
 
-The master, its fleet, reloads and upgrades get one when they are made, and reach for the clock, processes, signals,
-channels and listening sockets only through it. `RealSystem` is Linux; tests give them a simulated one
-(tests/kit/simulated.py), with a virtual clock and processes that die when the test wants it.
+The master, its fleet, reloads and upgrades get a System when they are made, and use the clock, processes, signals,
+channels and listening sockets only through it. `RealSystem` is Linux; tests pass a simulated one
+(tests/kit/simulated.py), with a virtual clock and processes that die when the test says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .channel import Channel
 from .sockets import ListeningSockets
 from .worker import Job, run_worker
 
-# The real ones, also in a monkey-patched program: the master has no event loop to wait in.
+# The original functions, also in a monkey-patched program: the master has no event loop to wait in.
 _poll: Callable[[], Any] = monkey.get_original("select", "poll")
 _signal: Callable[..., Any] = monkey.get_original("signal", "signal")
 _sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
@@ -33,59 +33,67 @@ _waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "wai
 
 
 class Signals(Protocol):
-    """The signals that are caught, in the order in which they came."""
+    """Caught signals, in order of arrival."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a signal."""
 
     def empty(self) -> None:
-        """Make the descriptor unreadable again. Raises OSError: it is readable still."""
+        """Make the descriptor unreadable again. Raises OSError: it is still readable."""
 
     def next(self) -> int | None:
-        """Return the number of the oldest signal that was not returned yet; None if there is none."""
+        """Return the number of the oldest signal not returned yet; None if there is none."""
 
     def close(self) -> None:
-        """Give the signals back to their earlier handlers."""
+        """Restore the earlier signal handlers."""
 
     def close_in_child(self) -> None:
         """Close the copies of the descriptors; keep the handlers."""
 
 
 class System(Protocol):
-    """What a master needs of an operating system."""
+    """The operating system as a master needs it."""
 
     # -- clock -------------------------------------------------------------------------------------------------------
 
     def monotonic(self) -> float:
-        """Return the time in seconds, of a clock that is never set."""
+        """Return the seconds of a clock that is never set."""
 
     def sleep(self, seconds: float) -> None:
-        """Wait, whatever happens meanwhile."""
+        """Wait, without handling any event."""
 
     # -- processes and signals ---------------------------------------------------------------------------------------
 
     def pid(self) -> int:
-        """Return the number of this process."""
+        """Return the id of this process."""
 
     def start_worker(self, job: Job, close: Callable[[], None]) -> int:
-        """Fork a worker and return its process id. `close` is called in the child first. Raises OSError."""
-
-    def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
-        """Start the next master and return its process id: this process's own command line, in a child.
+        """Fork a worker and return its process id.
 
         Args:
-            environment: called in the child, so that it can name its process id.
-            fds: descriptors to inherit, by the same numbers.
+            job: what the worker gets from the master.
+            close: called first in the child.
 
         Raises:
-            OSError: no more processes, or no memory.
+            OSError: the limit of processes is reached, or memory ran out.
+        """
+
+    def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
+        """Start the next master, a child with this process's own command line, and return its process id.
+
+        Args:
+            environment: called in the child, so that it can contain the child's process id.
+            fds: descriptors to inherit, under the same numbers.
+
+        Raises:
+            OSError: the limit of processes is reached, or memory ran out.
         """
 
     def has_terminal(self) -> bool:
         """Return whether this process has a controlling terminal."""
 
     def who_ends_with_us(self) -> str:
-        """Return why this process must not leave its place to another: "" or a sentence."""
+        """Return why this process must not hand over to another: "" or a sentence."""
 
     def kill(self, pid: int, number: int) -> None:
         """Send a signal, kill(2). Raises OSError."""
@@ -98,7 +106,7 @@ class System(Protocol):
         """
 
     def catch_signals(self, numbers: Iterable[int]) -> Signals:
-        """Catch signals from now on, also those that were blocked. Raises OSError: no descriptors."""
+        """Catch signals from now on, also those that were blocked. Raises OSError: descriptors ran out."""
 
     # -- descriptors -------------------------------------------------------------------------------------------------
 
@@ -106,13 +114,14 @@ class System(Protocol):
         """Return both ends of a new channel, the master's first (`channel.make_pair`). Raises OSError."""
 
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
-        """Return an object for listening sockets that has none yet."""
+        """Return a `ListeningSockets` without sockets."""
 
     def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
         """Wait until descriptors are ready, and return these with their events; poll(2).
 
         Args:
-            watched: descriptors, with the events that are waited for.
+            watched: descriptors, each with the events to wait for.
+            seconds: most seconds to wait.
 
         Raises:
             OSError: ENOMEM, or EINVAL: more descriptors than RLIMIT_NOFILE allows now.
@@ -120,7 +129,7 @@ class System(Protocol):
 
 
 class RealSystem:
-    """The system this process runs on."""
+    """The system that this process runs on."""
 
     def monotonic(self) -> float:
         return monotonic()
@@ -167,7 +176,7 @@ class RealSystem:
 
 
 class SignalPipe:
-    """Signals by handlers of Python's, which note the number, and a pipe that wakes poll(2)."""
+    """Signals caught by Python's handlers, which record the number, and a pipe that wakes poll(2)."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
         numbers = tuple(numbers)
@@ -175,11 +184,11 @@ class SignalPipe:
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._before = [(number, _signal(number, self._note)) for number in numbers]
-        # A program that starts us may have blocked them for itself, and the mask is inherited (signal(7)).
+        # The program that started us may have blocked them, and the mask is inherited (signal(7)).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _note(self, number: int, _frame: Any) -> None:
-        # Not the numbers that set_wakeup_fd writes: one that cannot be written (the pipe is full) is lost.
+        # Not the numbers that set_wakeup_fd writes: they are lost while the pipe is full.
         self._caught.append(number)
 
     def fileno(self) -> int:

@@ -1,6 +1,6 @@
 """The two protocols of systemd that need no library: inherited sockets and notifications.
 
-sd_listen_fds(3) and sd_notify(3) describe them; other supervisors speak them as well.
+sd_listen_fds(3) and sd_notify(3) describe them; other supervisors use them too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from gtcpserver.errors import ConfigError
 
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
-FIRST_FD = 3  # SD_LISTEN_FDS_START
+#: SD_LISTEN_FDS_START.
+FIRST_FD = 3
 
 
 def promises_sockets() -> bool:
-    """Whether `take_listen_fds` has not been called and would find some."""
+    """Return whether `take_listen_fds` would find descriptors, and has not been called yet."""
     return os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
 
 
 def take_listen_fds() -> list[int]:
-    """Descriptors that systemd has opened for this process; the second call finds none.
+    """Return the descriptors that systemd opened for this process; a second call returns none.
 
-    They become close-on-exec, and the variables are removed, so that processes started later do not take them for
-    theirs.
+    They become close-on-exec, and the variables are removed, so that processes started later do not mistake them for
+    their own.
 
     Raises:
         ConfigError: the variables promise a descriptor that is not open.
@@ -47,7 +48,7 @@ def take_listen_fds() -> list[int]:
     return fds
 
 
-#: Errors that may pass in a moment: the manager's queue is full, or something has run out here.
+#: Errors that may pass soon: the manager's queue is full, or memory or descriptors ran out here.
 PASSING = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 #: Maximum number of waiting notifications: one line for each change of state.
@@ -55,10 +56,10 @@ MOST_WAITING = 64
 
 
 class Notifier:
-    """Notifications in their order, said again as long as the manager cannot be told for a passing reason.
+    """Sends notifications in order, and repeats them while the manager cannot be reached for a passing reason.
 
-    READY=1 must not be lost, after which a start is not waited for in vain, nor MAINPID=, without which systemd ends
-    the new master with the old one.
+    READY=1 must not be lost: systemd waits for it at the start. Nor must MAINPID=, without which systemd ends the new
+    master with the old one.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class Notifier:
         self.flush()
 
     def flush(self) -> bool:
-        """Say what waits; False if it still does."""
+        """Send what waits; return False if some still does."""
         while self._waiting:
             if not notify(self._waiting[0]):
                 return False
@@ -78,10 +79,13 @@ class Notifier:
 
 
 def notify(state: str) -> bool:
-    """Tell the service manager, if there is one. `state` is lines of NAME=value.
+    """Notify the service manager, if there is one.
+
+    Args:
+        state: lines of NAME=value.
 
     Returns:
-        False if it cannot be told now (`PASSING`); True if it was, or there is nobody to be told.
+        False if the manager cannot be reached now (`PASSING`); True if it was, or if there is none.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
@@ -98,12 +102,12 @@ def notify(state: str) -> bool:
 
 
 def reloading() -> str:
-    """What begins a reload; the time is for Type=notify-reload."""
+    """Return the notification that begins a reload; the time is for Type=notify-reload."""
     return f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 
 def watchdog_interval() -> float | None:
-    """Seconds between two WATCHDOG=1: half of what the unit's WatchdogSec= allows (sd_watchdog_enabled(3))."""
+    """Return the seconds between two WATCHDOG=1: half of the unit's WatchdogSec= (sd_watchdog_enabled(3))."""
     pid, microseconds = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
     if not (microseconds.isascii() and microseconds.isdigit() and int(microseconds) > 0):
         return None

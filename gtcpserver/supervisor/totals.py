@@ -1,4 +1,4 @@
-"""One set of counters for all workers: those that run, and those that are gone."""
+"""Totals: one set of counters for all workers, running or gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .messages import MAX_NAMES
 
 Stats = dict[str, Any]
 
-#: What is true now and ends with its worker. Everything else counts from the start and stays.
+#: Values of the moment, which end with their worker. Everything else counts from the start and stays.
 GAUGES = frozenset(
     {"active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"}
 )
@@ -19,7 +19,7 @@ class Totals:
     """Adds up the counters of workers.
 
     Numbers are summed, `queue_wait_mean` is weighted with its samples, `queue_wait_max` is the largest. `peak` is the
-    sum of what each worker had at most, which is more than or as much as there ever was at one moment.
+    sum of the workers' peaks: an upper bound of the connections open at one moment.
     """
 
     def __init__(self, gone: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +39,7 @@ class Totals:
 
 
 def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
-    """Return the sum of snapshots of `ServerStats`, as dictionaries."""
+    """Return the sum of snapshots of `ServerStats`, given as dictionaries."""
     total: Stats = {}
     waited = 0.0
     for stats in all_stats:

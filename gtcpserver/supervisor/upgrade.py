@@ -1,4 +1,4 @@
-"""Upgrade: a master hands its sockets to a new one, started from the code that is on the disk now.
+"""Upgrade: a master hands its sockets to a new one, started from the code on disk.
 
     old master                                  new master (its child)
     fork, exec the same command line     --->   takes over the descriptors the environment names
@@ -33,26 +33,28 @@ from .system import System
 
 log = logging.getLogger("gtcpserver")
 
+#: The environment variable with the `Handover`, as JSON.
 VARIABLE = "GTCPSERVER_HANDOVER"
 
-#: Seconds for a new master until its workers are ready.
+#: Seconds for the workers of a new master to become ready.
 UPGRADE_SECONDS = 120.0
 
-TELL_SECONDS = 2.0  # for the old master's socket to take a message
+#: Seconds for the old master's socket to take a message.
+TELL_SECONDS = 2.0
 
+#: Seconds for a failed new master to end before it is killed: the default graceful timeout, and some more.
 FAILED_SECONDS = 40.0
-"""How long one that has failed may take to end before it is killed: the default graceful timeout, and some more."""
 
 
 class UpgradeStage(Enum):
-    """How far the upgrade of a master is."""
+    """The stages of an upgrade, in the old master."""
 
     NONE = "none"
     UNDER_WAY = "under way"  # a new master starts, and this one serves
-    LEFT = "left"  # the new master has everything
+    LEFT = "left"  # the new master has taken over
 
 
-#: Every change of stage there is, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
+#: Every change of stage, and when it happens. docs/architecture.md draws this table, and a test keeps it true.
 UPGRADE_CHANGES = {
     (UpgradeStage.NONE, UpgradeStage.UNDER_WAY): "USR2, or `ctl upgrade`",
     (UpgradeStage.UNDER_WAY, UpgradeStage.LEFT): "the new master says `ready`",
@@ -64,14 +66,15 @@ UPGRADE_CHANGES = {
 
 @dataclass(frozen=True)
 class Handover:
-    """What a new master finds in its environment.
+    """What an old master passes to the new one, in the environment.
 
     Attributes:
-        channel: the descriptor on which it says that it is ready.
-        slots: numbers of the slots, each of which has sockets.
-        sockets: the listening ones.
+        pid: process id of the old master.
+        channel: descriptor on which the new master says that it is ready.
+        slots: numbers of the slots.
+        sockets: the listening sockets.
         control: descriptor of the control socket, with its path and identity (device, inode); None if there is none.
-        listen_fds: how many descriptors came from systemd.
+        listen_fds: number of descriptors that came from systemd.
         metrics: the listening sockets of the monitor.
     """
 
@@ -84,16 +87,16 @@ class Handover:
     metrics: list[Inherited]
 
     def fds(self) -> list[int]:
-        """All descriptors but the channel."""
+        """Return all descriptors except the channel."""
         control = [self.control[0]] if self.control is not None else []
         return [one.fd for one in (*self.sockets, *self.metrics)] + control
 
 
 def take_handover() -> Handover | None:
-    """What the last master left in the environment, which is cleared; None for a first start.
+    """Remove what the last master left in the environment, and return it; None at a first start.
 
     Raises:
-        GtcpServerError: it is not readable: masters of versions too far apart.
+        GtcpServerError: it cannot be read: the versions of the masters are too far apart.
     """
     text = os.environ.pop(VARIABLE, "")
     if not text:
@@ -120,14 +123,15 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 class Upgrade:
-    """The old master's side: starts new masters, hears what becomes of them, and ends those that have failed.
+    """The old master's side: starts new masters, waits until they are ready, and ends those that failed.
 
     Args:
-        leave_to: called with the process id of a new master that is ready: everything is its now.
+        system: access to the operating system.
+        leave_to: called with the process id of a new master that is ready and takes over.
 
     Attributes:
-        channel: on which the new master says that it is ready; None if none is being started.
-        stage: how far it is.
+        channel: the channel to the new master; None if none is being started.
+        stage: the stage of the upgrade.
     """
 
     def __init__(self, system: System, leave_to: Callable[[int], None]) -> None:
@@ -136,7 +140,7 @@ class Upgrade:
         self._system = system
         self._leave_to = leave_to
         self._pid = 0
-        self._successor = 0  # process id of the new master that has everything now
+        self._successor = 0  # process id of the new master that took over
         self._give_up_at = 0.0
         self._done: Done | None = None
         self._failed: dict[int, float] = {}  # process id -> when it is killed
@@ -146,15 +150,15 @@ class Upgrade:
         return self.stage is UpgradeStage.UNDER_WAY
 
     def pids(self) -> list[int]:
-        """New masters that are our children still."""
+        """Return the process ids of new masters that are still our children."""
         return [*self._failed, *([self._pid] if self.under_way else []), *filter(None, [self._successor])]
 
     def gone(self) -> bool:
-        """Whether all that were given up have ended."""
+        """Return whether all failed new masters have ended."""
         return not self._failed
 
     def begin(self, handover: Handover, folder: str, done: Done) -> None:
-        """Start a new master by our own command line, in this folder."""
+        """Start a new master with our own command line, in this folder."""
         try:
             ours, theirs = self._system.make_pair(HANDOVER_KINDS, HANDOVER_KINDS)
         except OSError as error:
@@ -189,7 +193,7 @@ class Upgrade:
         log.info("a new master was started (pid %d)", self._pid)
 
     def hear(self) -> None:
-        """Handle messages or the end of the new master."""
+        """Handle messages from the new master, or its end."""
         if self.channel is None:
             return
         for message, _ in self.channel.receive():  # raises OSError: nothing can be read now
@@ -235,14 +239,19 @@ class Upgrade:
         self._tell(None)
 
     def fail(self, why: str, gone: bool = False) -> None:
-        """Give up the new master, if there is one; `gone`: its process has ended."""
+        """Give up the new master, if there is one.
+
+        Args:
+            why: the reason, for the log.
+            gone: whether its process has ended.
+        """
         if not self.under_way:
             return
         log.error("the upgrade failed, the old master serves on: %s", why)
         self._give_up(why, gone)
 
     def stop(self, seconds: float = FAILED_SECONDS) -> None:
-        """This master stops: a new one has to end too, and is killed after `seconds`. Wait until it is `gone`."""
+        """End a new master too, since this one stops: it is killed after `seconds`. Wait until it is `gone`."""
         if self.under_way:
             log.info("the upgrade is given up: this master stops")
             self._give_up("the old master stops")
@@ -253,7 +262,7 @@ class Upgrade:
         self.close()
         self.stage = UpgradeStage.NONE
         if not gone:
-            # It ends its workers as a stop does: they may have taken connections.
+            # It stops its workers gracefully: they may have accepted connections.
             self._failed[self._pid] = self._system.monotonic() + FAILED_SECONDS
             try:
                 self._system.kill(self._pid, signal.SIGTERM)
@@ -275,7 +284,11 @@ class Upgrade:
 
 
 def say_ready(handover: Handover) -> bool:
-    """The new master's side: from now on everything is ours. False: the old one cannot be told."""
+    """Tell the old master that this one takes over. Called in the new master.
+
+    Returns:
+        False if the old master could not be told.
+    """
     channel: Channel = adopt(handover.channel, HANDOVER_KINDS)
     channel.send("ready")
     told = channel.finish(TELL_SECONDS)
@@ -284,7 +297,7 @@ def say_ready(handover: Handover) -> bool:
 
 
 def say_failed(handover: Handover, error: str) -> None:
-    """The new master's side: it gives up. Also when the descriptor is bad: nothing more can be done."""
+    """Tell the old master that this one failed, if possible. Called in the new master."""
     with contextlib.suppress(OSError):
         channel = adopt(handover.channel, HANDOVER_KINDS)
         channel.send("failed", error=error)

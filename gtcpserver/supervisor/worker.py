@@ -1,6 +1,6 @@
-"""What runs in a worker process: a Server on the slot's sockets, that does what the master says.
+"""A worker process: a Server on the sockets of a slot, controlled by the master.
 
-Reads in the order things happen: begin, build, serve, beat, obey, end.
+The file reads in the order in which things happen: begin, serve, beat, obey, end.
 """
 
 from __future__ import annotations
@@ -54,20 +54,24 @@ log = logging.getLogger("gtcpserver")
 #: Seconds between two beats, which show that the loop runs. The master notices a lag within three of them.
 BEAT_SECONDS = 0.25
 
-STATS_SECONDS = 1.0  # between two reports of counters; a worker killed by -9 takes less than that with it
+#: Seconds between two reports of counters. A worker killed by SIGKILL loses at most that much.
+STATS_SECONDS = 1.0
 
 #: Seconds between a failure of a repeated task and its next attempt, so that it does not spin.
 FAILED_SECONDS = 0.25
 
-LAST_WORDS_SECONDS = 2.0  # for the last message to find room; the master reads at once, unless it is stopped
+#: Seconds for the last message to find room in the channel; the master reads at once, unless it is stopped.
+LAST_WORDS_SECONDS = 2.0
 
-LARGEST_TABLE = MAX_BYTES * 3 // 4  # of the rows of connections, which have to fit into a packet
+#: Most bytes of the table of connections, which has to fit into a packet.
+LARGEST_TABLE = MAX_BYTES * 3 // 4
 
-#: Seconds for connections to go on when the master is gone: no process can stop or replace this one any more, and it
-#: has the port that the next master wants.
+#: Seconds for connections to finish when the master is gone: no process can stop or replace this one any more, and it
+#: has the port that the next master needs.
 ORPHAN_SECONDS = 1.0
 
-ORPHAN_MARGIN = 0.5  # until it ends itself, whatever still runs
+#: Seconds after that until the process exits, whatever still runs.
+ORPHAN_MARGIN = 0.5
 
 _start_thread = monkey.get_original("_thread", "start_new_thread")
 _native_sleep = monkey.get_original("time", "sleep")
@@ -78,7 +82,7 @@ class CannotStart(GtcpServerError):
 
     Attributes:
         details: a traceback, or "".
-        status: the exit status if no worker has ever started: 2 where the call was wrong, otherwise 3.
+        status: the exit status if no worker has ever started: 2 for a mistake of the caller, otherwise 3.
     """
 
     def __init__(self, message: str, details: str = "", status: int = 3) -> None:
@@ -92,10 +96,10 @@ class Hooks:
     """Functions of the user's, called in the workers.
 
     Attributes:
-        worker_start: with the Worker, before it says that it is ready.
-        worker_stop: with the Worker, when its last connection has ended.
-        worker_error: with the Worker and a text, when a worker has failed: in the worker itself if it still can, or
-            else in the one that takes its place.
+        worker_start: called with the Worker, before it reports that it is ready.
+        worker_stop: called with the Worker, when its last connection has ended.
+        worker_error: called with the Worker and a text when a worker has failed: in the worker itself if possible,
+            otherwise in its replacement.
     """
 
     worker_start: Callable[[Worker], None] | None = None
@@ -109,17 +113,22 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Job:
-    """What a new worker is told by the master it was forked from.
+    """What the master passes to a worker that it forks.
 
     Attributes:
-        number: of its slot, from 0.
-        generation: counts the reloads.
-        build: makes the server on these sockets, not started, and the hooks. May raise anything.
-        prepare: called first, with the master's rights.
-        sockets: each with who accepts from it.
+        number: number of its slot, from 0.
+        generation: number of reloads before it.
+        build: returns the server on these sockets, not started, and the hooks. May raise anything.
+        sockets: listening sockets, each with its use.
+        channel: the channel to the master.
+        config: the configuration of the master.
+        log_style: how to log; None leaves logging as it is.
+        cpu: CPU to run on; None: any.
         predecessor: why the last worker of the slot died; "" if it did not.
-        folder: to work in.
+        master: process id of the master.
+        folder: working directory.
         settle: called when the server has started.
+        prepare: called first, with the master's rights.
     """
 
     number: int
@@ -142,12 +151,12 @@ class Worker:
     """A worker process, as hooks and handlers see it (`gtcpserver.supervisor.current_worker`).
 
     Attributes:
-        number: of its slot, from 0; its successor has the same.
-        generation: counts the reloads of the master.
+        number: number of its slot, from 0; its successor has the same.
+        generation: number of reloads of the master before it.
         pid: process id.
-        server: the Server it runs; None as long as there is none.
-        ready: connections are wanted: False at the start, and from the beginning of a stop, drain delay included. For
-            health checks.
+        server: the Server it runs; None before it is made.
+        ready: whether connections are wanted, for health checks: False at the start, and from the beginning of a stop,
+            drain delay included.
     """
 
     number: int
@@ -161,7 +170,7 @@ _current: Worker | None = None
 
 
 def current_worker() -> Worker | None:
-    """Return the worker this process is; None outside of one."""
+    """Return the worker that this process is; None if it is none."""
     return _current
 
 
@@ -182,14 +191,14 @@ class _Life:
         self.asked_to_retire = False
         self.orphaned = False
         self.faults = FaultLimiter()
-        self.left_out = False  # the handler's counters, of which the log knows
+        self.left_out = False  # whether the log says that the handler's counters are left out
         self.unread: list[tuple[Message, int | None]] = []
-        self.order: Callable[[], gevent.Greenlet] | None = None  # to end, from the master; it begins to obey
+        self.order: Callable[[], gevent.Greenlet] | None = None  # begins to obey the master's order to end
         self.obeying: gevent.Greenlet | None = None
         self.borrower: Borrower | None = None
-        # Commands that come while there is no server yet.
+        # Commands that arrived before there was a server.
         self.early: list[Message] = []
-        self.in_child = False  # a program has forked this process: it is no worker
+        self.in_child = False  # whether the program forked this process: it is no worker
         self.limit_of_accepts = _with_jitter(job.config)
         self.limit_of_memory = job.config.recycle_memory and job.config.recycle_memory * (1 + random.random() / 10)
 
@@ -209,7 +218,7 @@ class _Life:
         for cut in report.cut:
             log.warning("cut %s", cut, extra={"client": cut.peer})
         self.call_hook("worker_stop")
-        # The beats go on meanwhile, or the master would take this worker for one that is blocked.
+        # The beats go on meanwhile, or the master would think that this worker is blocked.
         server.end_background_work()
         end_executors()
         gevent.killall(helpers, block=False)
@@ -239,7 +248,7 @@ class _Life:
             os.sched_setaffinity(0, {job.cpu})
         files = job.prepare() if job.prepare is not None else NamedFiles()
         self.become_unprivileged(files)
-        # After the change of user, which takes it away (prctl(2)).
+        # After the change of user, which clears it (prctl(2)).
         die_with_parent(signal.SIGTERM)
         if os.getppid() != job.master:
             raise CannotStart("the master is gone")
@@ -282,7 +291,7 @@ class _Life:
         if self.borrower is not None:
             self.channel.send("unprivileged")
             if not self.channel.finish(LAST_WORDS_SECONDS):
-                raise CannotStart("the master does not hear that this worker has another user")
+                raise CannotStart("the master does not read that this worker is another user now")
             lent_files.borrow_from(self.borrower)
 
     def fail(self, error: BaseException) -> None:
@@ -323,17 +332,17 @@ class _Life:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def end_child(self, error: BaseException | None = None) -> None:
-        """After code of the user's has run: if it has forked and come back here in the child, end that."""
+        """End the process if it is a child forked by code of the user's. Call after such code returns."""
         if self.in_child:
             end_child(error)
 
     # -- serve -------------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Say four times a second that the loop runs and how late it is; ask for a successor when one is due.
+        """Tell the master four times a second that the loop runs, and how late it is; ask for a successor when due.
 
-        Whatever fails in here, it goes on: a worker that falls silent is killed with all its connections. So nothing
-        of the user's is called in here either, which might wait.
+        Whatever fails here, the beats go on: a worker that falls silent is killed with all its connections. So no code
+        of the user's is called here either, which might wait.
         """
         due = monotonic() + BEAT_SECONDS
         while True:
@@ -348,7 +357,7 @@ class _Life:
                 self.look_whether_obeyed()
 
     def report(self) -> None:
-        """Send counters once a second, as far as they can be had."""
+        """Send counters once a second, as far as available."""
         while True:
             with self.going_on("a report of counters"):
                 gevent.sleep(STATS_SECONDS)
@@ -356,7 +365,7 @@ class _Life:
 
     @contextlib.contextmanager
     def going_on(self, what: str) -> Iterator[None]:
-        """What is done over and over does not end by an exception; it is logged, now and then."""
+        """Keep a repeated task going in spite of exceptions; log them now and then."""
         try:
             yield
         except Exception as error:
@@ -373,15 +382,15 @@ class _Life:
             self.channel.send("stats", **self.measured(self.worker.server))
 
     def measured(self, server: Server) -> dict[str, Any]:
-        """Counters and memory; without what cannot be had, or does not fit into a message."""
+        """Return counters and memory; leave out what is not available, or does not fit into a message."""
         fields: dict[str, Any] = {"rss": resident_bytes()}
         try:
-            # The handler's own are an attribute of the user's, which may wait for something.
+            # The counters of the handler are an attribute of the user's, which may wait.
             with gevent.Timeout(STATS_SECONDS):
                 stats = self.watch.stats() if self.watch is not None else dataclasses.asdict(server.stats())
             if len(json.dumps(stats["handler_counters"])) > LARGEST_TABLE:
                 if not self.left_out:
-                    log.error("worker %d: the handler's counters are too many, and left out", self.job.number)
+                    log.error("worker %d: the handler has too many counters; leaving them out", self.job.number)
                 self.left_out = True
                 stats["handler_counters"] = {}
             fields["stats"] = stats
@@ -413,13 +422,13 @@ class _Life:
             self.channel.send("retire", why=why)
 
     def end_by(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Begin what ends this worker. It is noted first: there may be no memory to start a greenlet."""
+        """Begin the end of this worker. The order is stored first: there may be no memory to start a greenlet."""
         self.worker.ready = False
         self.order = partial(gevent.spawn, function, *arguments)
         self.obeying = self.order()
 
     def look_whether_obeyed(self) -> None:
-        """Obey an order now that could not be obeyed before; it would not be given again."""
+        """Obey an order that could not be obeyed before: the master does not repeat it."""
         server = self.worker.server
         if self.order is None or server is None or server.state is State.STOPPED:
             return
@@ -433,15 +442,15 @@ class _Life:
     # -- obey --------------------------------------------------------------------------------------------------------
 
     def on_command(self) -> None:
-        """In the event loop, when the master has sent something or is gone."""
+        """Read what the master sent, or notice that it is gone. Called in the hub."""
         try:
             self.read_channel()
         except Exception as error:
             left_out = self.faults.allow(fault_key(type(error), error.__traceback__))
             if left_out is not None:
                 log.exception("worker %d cannot obey%s", self.job.number, also(left_out))
-            # An exception that leaves a callback stops its watcher for good: this worker would be deaf. And what cannot
-            # be read now is there still.
+            # An exception that leaves a callback stops its watcher for good: this worker would be deaf. What cannot be
+            # read now can be read later.
             self.commands.stop()
             self.commands_again = get_hub().loop.timer(FAILED_SECONDS, ref=False)
             self.commands_again.start(self.commands.start, self.on_command)
@@ -465,7 +474,7 @@ class _Life:
     def use_log_file(self, fd: int | None) -> None:
         if fd is not None:
             write_stderr_to(fd)
-        else:  # there was no descriptor left for it
+        else:  # this process had no descriptor left
             gevent.spawn_later(STATS_SECONDS, self.channel.send, "reopen")
 
     def obey(self, message: Message) -> None:
@@ -482,7 +491,7 @@ class _Life:
         elif message.kind == "hasten":
             timeout = message.seconds("timeout")
             if timeout is not None:
-                gevent.spawn(server.hasten, timeout)  # after the stop that a message just before began
+                gevent.spawn(server.hasten, timeout)  # after a stop that the message before began
         elif message.kind == "retire":
             self.end_by(self.stop, message.seconds("timeout"), (), message.fields.get("hurry") is not True)
         elif message.kind == "stop":
@@ -491,7 +500,13 @@ class _Life:
             self.end_by(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
 
     def stop(self, timeout: float | None, drained: Collection[Use], patient: bool = False) -> None:
-        """Finish. Sockets of the uses in ``drained`` have no other owner: drain them before closing."""
+        """Stop the server.
+
+        Args:
+            timeout: seconds; None waits forever.
+            drained: uses of sockets that have no other owner: drain them before closing.
+            patient: as for `Server.stop`.
+        """
         server = self.worker.server
         assert server is not None
         numbers = {sock.fileno() for sock, use in self.job.sockets if use in drained}
@@ -504,15 +519,15 @@ class _Life:
         if os.getppid() != self.job.master:
             self.be_orphaned()
         else:
-            # `kill` of this process only: leave when a successor is there. A stop of all of us (systemd and others
-            # signal every process of a service) comes by the channel.
+            # Someone killed only this process: leave when a successor is ready. If all of us are to stop (systemd and
+            # others signal every process of a service), the master says so.
             self.wants_to_retire = "got SIGTERM"
 
     def on_dump(self, _number: int, frame: FrameType | None) -> None:
         message = f"all stacks of worker {self.job.number} (pid {os.getpid()})"
         try:
             log_with_details(logging.WARNING, message, format_stacks(frame))
-        except Exception:  # it would be raised in whatever runs now
+        except Exception:  # it would be raised in the code that runs now
             log.exception("worker %d cannot print its stacks", self.job.number)
         self.channel.send_if_clear("dumped")
 
@@ -531,7 +546,11 @@ class _Life:
 
 
 def end_child(error: BaseException | None) -> NoReturn:
-    """End a child that the program has forked; ``error``: what has left the program, or what was made of it here."""
+    """End a child that the program forked.
+
+    Args:
+        error: the exception that left the program, or a CannotStart made from it; None if there was none.
+    """
     if isinstance(error, CannotStart):
         while error.__context__ is not None:
             error = error.__context__
@@ -551,7 +570,7 @@ def _with_jitter(config: SupervisorConfig) -> int | None:
 
 
 def _work_in(folder: str) -> None:
-    """Go to the master's start folder, by its name at the start: that link may point to another release by now."""
+    """Change to the folder in which the master was started, by name: the link may point to another release by now."""
     before = os.getcwd() if os.path.isdir(".") else ""
     try:
         os.chdir(folder)

@@ -185,7 +185,7 @@ def test_a_log_file_that_cannot_be_opened_again_is_told_and_another_time_it_is(t
             master.ask("reopen")
             injected_any = trace.failed() > 0
         if injected_any:
-            assert "cannot open the log file again" in (tmp_path / "old.log").read_text()
+            assert "cannot reopen the log file" in (tmp_path / "old.log").read_text()
         master.ask("reopen")
         wait_until(lambda: os.readlink(f"/proc/{worker}/fd/2") == str(log))
         wait_until(lambda: len(os.listdir(f"/proc/{master.pid}/fd")) <= descriptors)

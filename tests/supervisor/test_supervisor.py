@@ -285,7 +285,7 @@ def test_the_log_file_is_opened_again_by_all_processes(start: Start, folder: Pat
         path.rename(folder / "old.log")
         master.send_signal(signal.SIGUSR1)
         wait_until(path.exists)
-        master.wait_for("was opened again")
+        master.wait_for("reopened")
 
         def written_by_all() -> bool:
             with master.connect() as client:

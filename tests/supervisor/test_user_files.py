@@ -156,7 +156,7 @@ def test_keys_and_logs_of_root_s_are_used_by_workers_that_are_not_root(start, fo
     (secret / "log").rename(secret / "log.1")
     master.send_signal(signal.SIGUSR1)
     wait_until(lambda: (secret / "log").exists())
-    master.wait_for("was opened again")
+    master.wait_for("reopened")
 
     # Replaced, and seen by --tls-watch.
     authority.issue("second.example")
