@@ -83,7 +83,7 @@ def write_lines(conn: Connection, member: Member) -> None:
 
 
 def read_line(conn: Connection) -> str:
-    # A silent member does not occupy a pool slot, and does not delay a stop.
+    # A silent member does not take a place in the pool, and does not delay a stop.
     with conn.idle():
         line = conn.recv_until(b"\n", LONGEST_LINE)
     # Without control characters: members must not control the terminals of others.

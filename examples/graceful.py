@@ -16,7 +16,7 @@ from gtcpserver import Connection, EarlyEOF, run
 #: Seconds for handlers to finish after the signal.
 STOP_SECONDS = 10.0
 
-#: So that one client cannot occupy all slots.
+#: So that one client cannot take all places in the pool.
 MOST_FROM_ONE_ADDRESS = 20
 
 WATCH_SECONDS = 1.0

@@ -38,7 +38,7 @@ def http_handler(
                 if idle is None:
                     rest = conn.recv(8192)
                 else:
-                    # Between two requests: a stop may close the connection here, and it occupies no pool slot.
+                    # Between two requests: a stop may close the connection here, and it takes no place in the pool.
                     with idle:
                         rest = conn.recv(8192)
                 if not rest:

@@ -27,7 +27,7 @@ def handle(conn: Connection) -> None:
     going_on = True
     while going_on:
         try:
-            # While it waits here, the connection occupies no pool slot, and a stop of the server ends it.
+            # While it waits here, the connection takes no place in the pool, and a stop of the server ends it.
             with conn.idle():
                 line = conn.recv_until(b"\n", LONGEST_LINE)
             with conn.deadline(REQUEST_SECONDS):

@@ -23,7 +23,7 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.access_log import AccessLog
 from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.tls import TLSConfig, self_signed
+from gtcpserver.tls import CertificateFiles, TLSConfig, self_signed
 
 from .loading import load_hook, load_object
 
@@ -444,13 +444,8 @@ def make_server(
             options[name] = load_hook(name, reference, option) if name in HOOKS else load_object(reference, option)
     tls = {name: context.params[f"tls_{name}"] for name, _, _ in TLS_OPTIONS if was_given(context, f"tls_{name}")}
     if context.params["tls_self_signed"]:
-        if "certfile" in tls:
-            raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
-        made = explained(self_signed)
+        made = make_self_signed(context)
         tls |= {"certfile": made.certfile, "keyfile": made.keyfile}
-        log.warning(
-            "TLS: a self-signed certificate for localhost was made; clients cannot trust it, use it only for tests"
-        )
     if tls:
         options["tls"] = make_tls_config(tls)
     if (balancers := _make_proxy_protocol(context)) is not None:
@@ -491,6 +486,15 @@ def make_tls_config(options: dict[str, Any]) -> TLSConfig:
     if "certfile" not in options:
         raise click.UsageError(f"{flag('tls_' + next(iter(options)))}: needs --tls-certfile")
     return explained(lambda: tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
+
+
+def make_self_signed(context: click.Context) -> CertificateFiles:
+    """Make the certificate of --tls-self-signed, and warn about it. Raise click.UsageError."""
+    if was_given(context, "tls_certfile"):
+        raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
+    made = explained(self_signed)
+    log.warning("made a self-signed certificate for localhost; clients cannot trust it: use it only for testing")
+    return made
 
 
 def tls_config(**options: Any) -> TLSConfig:

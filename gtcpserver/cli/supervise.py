@@ -29,16 +29,15 @@ from gtcpserver.supervisor import (
 )
 from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import log_in_master
-from gtcpserver.tls import self_signed
 
 from .commands import RunError, describe
 from .loading import load_hook
 from .options import (
     HOOK_OPTIONS,
     SUPERVISOR_OPTIONS,
-    explained,
     flag,
     make_listen_config,
+    make_self_signed,
     make_server,
     name_option,
     was_given,
@@ -203,16 +202,10 @@ def _find_modules() -> None:
 
 
 def _make_one_certificate(context: click.Context) -> None:
-    # One for all workers: a client that has accepted it meets it again.
-    if was_given(context, "tls_certfile"):
-        raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
-    made = explained(self_signed)
+    # One for all workers: a client that accepted it must meet it again.
+    made = make_self_signed(context)
     context.meta[SELF_SIGNED] = {"tls_certfile": made.certfile, "tls_keyfile": made.keyfile}
     _use_certificate(context, context.meta[SELF_SIGNED])
-    click.echo(
-        "gtcpserver: made a self-signed certificate for localhost; clients cannot trust it: use it only for testing",
-        err=True,
-    )
 
 
 def _use_certificate(context: click.Context, certificate: Mapping[str, Any]) -> None:

@@ -165,7 +165,7 @@ class BlockDetector:
         self._interval = min(threshold / LOOKS, LONGEST_INTERVAL)
         self._faults = FaultLimiter()
         self.reported: bytearray | mmap | None = None
-        self._beat = (0.0, 0)  # when the timer last ran, and the switches up to then
+        self._tick = (0.0, 0)  # when the timer last ran, and the switches up to then
         self._timer: Any = None
         self._tracer: Any = None
         self._clock: _ThreadClock | None = None
@@ -192,8 +192,8 @@ class BlockDetector:
         self._timer = timer
         clock: _ThreadClock | None = None
         try:
-            self._note_beat()
-            timer.start(self._note_beat)
+            self._note_tick()
+            timer.start(self._note_tick)
             self._clock = clock = _ThreadClock()
             _start_thread(self._watch, (hub.thread_ident, self._end, clock))
         except BaseException:
@@ -234,8 +234,8 @@ class BlockDetector:
     ) -> None:
         self.stop()
 
-    def _note_beat(self) -> None:
-        self._beat = (monotonic(), self._tracer.greenlet_switch_counter)
+    def _note_tick(self) -> None:
+        self._tick = (monotonic(), self._tracer.greenlet_switch_counter)
 
     # -- in its own thread -------------------------------------------------------------------------------------------
 
@@ -247,18 +247,18 @@ class BlockDetector:
 
     def _look_until(self, end: Any, thread: int, clock: _ThreadClock) -> None:
         tracer = self._tracer
-        seen = looked, switches = self._beat
+        seen = looked, switches = self._tick
         holder: _Holder | None = None
         times = clock.read()
         while not end.acquire(timeout=self._interval):
-            beat, now = self._beat, monotonic()
+            tick, now = self._tick, monotonic()
             times_before, times = times, clock.read()
-            if beat is not seen:
+            if tick is not seen:
                 if holder is not None:
-                    was_one = self._is_one(beat[1] - switches, beat[0] - looked)
-                    self._count(holder, *((beat[0], times) if was_one else (looked, times_before)))
+                    was_one = self._is_one(tick[1] - switches, tick[0] - looked)
+                    self._count(holder, *((tick[0], times) if was_one else (looked, times_before)))
                     holder = None
-                seen = looked, switches = beat
+                seen = looked, switches = tick
             due = seen[0] + self._interval
             if now - due < self._interval / 4:  # timers are a moment late
                 continue

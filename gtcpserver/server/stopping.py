@@ -339,12 +339,12 @@ class Stopping:
         group = next(group for group in self._state.groups if listener in group)
         if len(group) < 2:
             raise GtcpServerError(f"{listener.address} has one accept loop; use stop()")
-        place = group.index(listener)
-        if not steer(group, [i for i in range(len(group)) if i != place]):
+        position = group.index(listener)
+        if not steer(group, [i for i in range(len(group)) if i != position]):
             log.warning("cannot steer connections away from a socket of %s; some may be reset", listener.address)
         self._drain_and_close([acceptor])
         self._state.acceptors.remove(acceptor)
-        forget_member(group, place)
+        forget_member(group, position)
         if len(group) > 1:
             # The kernel renumbered the group: the BPF program must use the new numbers.
             steer(group, range(len(group)))

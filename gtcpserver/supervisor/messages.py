@@ -64,7 +64,7 @@ MAX_NAME = 200
 MAX_ROWS = 500
 
 #: Maximum frames of the stack of one connection.
-MAX_PLACES = 100
+MAX_FRAMES = 100
 
 #: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" come from a `Watch`.
 TABLES = (*(field.name for field in dataclasses.fields(ServerStats) if "dict" in str(field.type)), "latency")
@@ -190,4 +190,4 @@ def _checked_row(row: Any) -> dict[str, Any] | None:
         and isinstance(where, list)
     ):
         return None
-    return {**checked, "where": [place for place in where[:MAX_PLACES] if isinstance(place, str)]}
+    return {**checked, "where": [frame for frame in where[:MAX_FRAMES] if isinstance(frame, str)]}

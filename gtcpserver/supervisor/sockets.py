@@ -235,19 +235,19 @@ class ListeningSockets:
         """
         lost = 0
         for group in self.groups:
-            place = next((i for i, member in enumerate(group.members) if member.slot == slot), None)
-            if place is None:
+            position = next((i for i, member in enumerate(group.members) if member.slot == slot), None)
+            if position is None:
                 continue
             last = len(group.members) - 1
             # The kernel moves the last member into the free position. The BPF program must be right before and after
             # that: let it name no member that moves.
-            stay = [i for i in group.steered[0] if i not in (place, last)]
+            stay = [i for i in group.steered[0] if i not in (position, last)]
             if stay:
                 spread(group.members, stay, None)
-            member = group.members[place]
+            member = group.members[position]
             lost += queue_length(member.socket)
             member.listener.close()
-            forget_member(group.members, place)
+            forget_member(group.members, position)
             group.steered = ((), ())
         return lost
 
@@ -259,11 +259,11 @@ class ListeningSockets:
             cpus: slot for each receiving CPU; empty: by hash.
         """
         for group in self.groups:
-            places = {member.slot: index for index, member in enumerate(group.members)}
-            stay = tuple(index for slot, index in places.items() if slot in slots)
-            pinned = tuple((cpu, places[slot]) for cpu, slot in cpus.items() if slot in places)
-            if len(stay) in (0, len(places)) and not pinned:
-                stay = tuple(range(len(places)))
+            positions = {member.slot: index for index, member in enumerate(group.members)}
+            stay = tuple(index for slot, index in positions.items() if slot in slots)
+            pinned = tuple((cpu, positions[slot]) for cpu, slot in cpus.items() if slot in positions)
+            if len(stay) in (0, len(positions)) and not pinned:
+                stay = tuple(range(len(positions)))
             wanted = (stay, pinned)
             if wanted != group.steered:
                 group.steered = wanted

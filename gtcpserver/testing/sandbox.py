@@ -310,7 +310,7 @@ class _Child:
         return self._look(thorough=False)
 
     def _look(self, thorough: bool = True) -> dict[str, Any]:
-        PIPES.close_idle()
+        PIPES.close_unused()
         greenlets, errors = 0, []
         if thorough:
             errors, self._errors = self._errors, []

@@ -35,7 +35,7 @@ SIZES = ((16, LARGEST), (64, 256 * 1024))
 SMALLEST = 64 * 1024
 
 #: Empty pipes kept. One is enough while every receiver keeps up: then no pipe is held between events.
-MOST_IDLE = 16
+MOST_UNUSED = 16
 
 #: Seconds without pipes after the system refused a pipe (EMFILE, or the limit above) or splice.
 PAUSE_AFTER_REFUSAL = 1.0
@@ -116,7 +116,7 @@ class PipePool:
     """
 
     def __init__(self) -> None:
-        self._idle: deque[Pipe] = deque()
+        self._unused: deque[Pipe] = deque()
         self._made: WeakSet[Pipe] = WeakSet()  # all existing pipes, for a forked child
         self._refused_at = -PAUSE_AFTER_REFUSAL
         self.taken = 0
@@ -124,15 +124,15 @@ class PipePool:
         self.refused_splices = 0
 
     @property
-    def idle(self) -> int:
+    def unused(self) -> int:
         """Number of empty pipes kept."""
-        return len(self._idle)
+        return len(self._unused)
 
     def take(self) -> Pipe | None:
         """Return an empty pipe, or None if splice or pipes are unavailable: copy then."""
         # Hot path: once per event of a bulk transfer.
         try:
-            pipe = self._idle.pop()
+            pipe = self._unused.pop()
         except IndexError:
             made = self._make()
             if made is None:
@@ -144,12 +144,12 @@ class PipePool:
     def put(self, pipe: Pipe) -> None:
         """Give back an empty pipe."""
         self.taken -= 1
-        if len(self._idle) >= MOST_IDLE:
+        if len(self._unused) >= MOST_UNUSED:
             pipe.close()
         elif pipe.size >= LARGEST:
-            self._idle.append(pipe)
+            self._unused.append(pipe)
         else:
-            self._idle.appendleft(pipe)  # large pipes are handed out first
+            self._unused.appendleft(pipe)  # large pipes are handed out first
 
     def discard(self, pipe: Pipe) -> None:
         """Close a pipe that may have bytes in it."""
@@ -162,12 +162,12 @@ class PipePool:
             log.warning("splice(2) was refused (%s): copying instead", error.strerror or error)
         self.refused_splices += 1
         self._refused_at = monotonic()
-        self.close_idle()
+        self.close_unused()
 
-    def close_idle(self) -> None:
+    def close_unused(self) -> None:
         """Close the empty pipes kept."""
-        while self._idle:
-            self._idle.pop().close()
+        while self._unused:
+            self._unused.pop().close()
 
     def _make(self) -> Pipe | None:
         if not _NONBLOCK or monotonic() - self._refused_at < PAUSE_AFTER_REFUSAL:
@@ -191,7 +191,7 @@ class PipePool:
         for pipe in self._made:
             pipe.close()
         self._made.clear()
-        self._idle.clear()
+        self._unused.clear()
         self.taken = self.refused = self.refused_splices = 0
 
 

@@ -86,12 +86,12 @@ def relayed(cls):
 
 @pytest.fixture(autouse=True)
 def no_pipe_is_left():
-    PIPES.close_idle()
+    PIPES.close_unused()
     PIPES._refused_at = -10.0  # noqa: SLF001  forgets that pipes were refused
     before = descriptors()
     yield
     assert PIPES.taken == 0
-    PIPES.close_idle()
+    PIPES.close_unused()
     gevent.sleep(0.001)  # sockets that gevent closes at the next turn of the loop
     assert len(descriptors() - before) <= 2  # the loop's own, made with the first test
 
@@ -613,7 +613,7 @@ def test_busy_relays_share_pipes(cls):
     readers = [gevent.spawn(receive_all, one.server) for one in several]
     gevent.joinall(readers + senders, timeout=60, raise_error=True)
     assert [len(reader.value) for reader in readers] == [3_000_000] * 8
-    assert PIPES.idle <= 8
+    assert PIPES.unused <= 8
     for one in several:
         one.close()
 
@@ -664,8 +664,8 @@ def test_pipes_shrink_with_their_number_and_the_large_ones_are_used_first():
     assert pool.take() is taken[0]
     for pipe_ in taken[:-1]:
         pool.discard(pipe_)
-    assert pool.idle == 1
-    pool.close_idle()
+    assert pool.unused == 1
+    pool.close_unused()
 
 
 def test_a_burst_leaves_few_pipes():
@@ -673,9 +673,9 @@ def test_a_burst_leaves_few_pipes():
     before = descriptors()
     for taken in [pool.take() for _ in range(60)]:
         pool.put(taken)
-    assert (pool.taken, pool.idle) == (0, pipes_module.MOST_IDLE)
-    assert len(descriptors() - before) == 2 * pipes_module.MOST_IDLE
-    pool.close_idle()
+    assert (pool.taken, pool.unused) == (0, pipes_module.MOST_UNUSED)
+    assert len(descriptors() - before) == 2 * pipes_module.MOST_UNUSED
+    pool.close_unused()
     assert descriptors() == before
 
 
@@ -692,9 +692,9 @@ def test_a_forked_child_does_not_share_the_parents_pipes():
     PIPES.put(PIPES.take())
     child = os.fork()
     if not child:
-        os._exit(PIPES.idle + PIPES.taken)
+        os._exit(PIPES.unused + PIPES.taken)
     assert os.waitpid(child, 0)[1] == 0
-    assert PIPES.idle == 1
+    assert PIPES.unused == 1
 
 
 SPLICING = """

@@ -57,10 +57,10 @@ def path(tmp_path):
 def no_descriptor_is_left():
     gevent.sleep(0)
     disk.pool().apply(int)  # its thread and loop have descriptors of their own
-    PIPES.close_idle()
+    PIPES.close_unused()
     before = set(os.listdir("/proc/self/fd"))
     yield
-    PIPES.close_idle()
+    PIPES.close_unused()
     assert PIPES.taken == 0
     gevent.sleep(0.001)
     assert len(set(os.listdir("/proc/self/fd")) - before) <= 2
