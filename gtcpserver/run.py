@@ -10,7 +10,7 @@ from .checks import check_number
 from .diagnostics.block_detector import DEFAULT_THRESHOLD, PLACES, SHORTEST_THRESHOLD, BlockDetector, start_detector
 from .diagnostics.logs import configure_logging, is_logging_configured
 from .process.standard_descriptors import open_standard_descriptors
-from .run_log import log_listening, log_report
+from .run_log import log_listening, log_report, one_line_if_uncaught
 from .server.server import DEFAULT_STOP_TIMEOUT, Server
 from .server.stats import StopReport
 from .signatures import ConnectionT, Handler
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     ) -> StopReport: ...
 
 
+@one_line_if_uncaught()
 def run(
     handler: Handler[Any] | str,
     address: ListenAddress | list[Any] = "127.0.0.1:5000",
@@ -94,6 +95,9 @@ def run(
     Raises:
         ConfigError, OSError: as :class:`Server`.
         gtcpserver.supervisor.WorkersCannotStart: no worker could be started.
+
+    A program that does not catch these ends with one line on stderr instead of a traceback, and with the exit status of
+    the command line: 2 for a ConfigError, 1 for an OSError, 2 or 3 if no worker could be started.
     """
     open_standard_descriptors()
     check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from traceback import walk_stack
+from traceback import walk_stack, walk_tb
 from types import CodeType, FrameType
 
 from gtcpserver import errors
@@ -21,6 +21,11 @@ def is_library(code: CodeType) -> bool:
     """Return whether it is code of Python, of an installed package, or of this one, rather than of the program."""
     path = code.co_filename
     return path.startswith(_LIBRARIES) or "/site-packages/" in path or "/dist-packages/" in path
+
+
+def raised_by_library(error: BaseException) -> bool:
+    """Return whether no code of the program is between the place that catches an error and the one that raised it."""
+    return all(is_library(frame.f_code) for frame, _ in walk_tb(error.__traceback__))
 
 
 def calls_of_program(frame: FrameType | None) -> list[tuple[CodeType, int]]:

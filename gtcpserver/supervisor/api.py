@@ -15,6 +15,7 @@ import gevent
 
 from gtcpserver.address import parse_address
 from gtcpserver.diagnostics.block_detector import PLACES, start_detector
+from gtcpserver.diagnostics.frames import raised_by_library
 from gtcpserver.diagnostics.logs import is_logging_configured
 from gtcpserver.errors import ConfigError
 from gtcpserver.listening.listener import ListenConfig
@@ -29,7 +30,7 @@ from .lending import NamedFiles
 from .log_files import LogStyle
 from .master import Master
 from .program import Program
-from .worker import Hooks
+from .worker import CannotStart, Hooks
 
 CONFIG_FIELDS = frozenset(field.name for field in dataclasses.fields(SupervisorConfig))
 HOOK_FIELDS = frozenset(field.name for field in dataclasses.fields(Hooks))
@@ -63,8 +64,13 @@ def run_workers(
     addresses = [_parse(one) for one in (address if isinstance(address, list) else [address])]
 
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
-        loaded = {name: load_name(hook) for name, hook in hooks.items()}
-        return Server(list(sockets), load_name(handler), **options), Hooks(**loaded)
+        try:
+            loaded = {name: load_name(hook) for name, hook in hooks.items()}
+            return Server(list(sockets), load_name(handler), **options), Hooks(**loaded)
+        except ConfigError as error:
+            if not raised_by_library(error):
+                raise
+            raise CannotStart("; ".join(str(error).splitlines()), status=2) from None
 
     def preload() -> None:
         for reference in (handler, *hooks.values()):
