@@ -83,7 +83,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         hint = "; call it first" if callable(coroutine) else ""
         raise TypeError(f"coroutine must be what a call of an async function returns, got {coroutine!r}{hint}")
     try:
-        check_number("timeout", timeout, above=0, none="to wait for ever")
+        check_number("timeout", timeout, above=0, none="to wait forever")
         if get_hub_if_exists() is None:
             _check_descriptors()  # the program's own native thread, which gets its event loop now
         hub = get_hub()

@@ -100,7 +100,7 @@ def run(
     the command line: 2 for a ConfigError, 1 for an OSError, 2 or 3 if no worker could be started.
     """
     open_standard_descriptors()
-    check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
+    check_number("stop_timeout", stop_timeout, least=0, none="to wait forever")
     if block_detector != "auto":
         check_number("block_detector", block_detector, least=SHORTEST_THRESHOLD, none="for no detector")
     if workers is None and not is_logging_configured():

@@ -181,7 +181,7 @@ def test_what_is_no_coroutine_is_refused(wrong):
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", True])
 def test_a_time_out_that_is_none_is_refused(timeout):
-    with pytest.raises(ConfigError, match=r"timeout must be a number, more than 0, or None to wait for ever, got"):
+    with pytest.raises(ConfigError, match=r"timeout must be a number, more than 0, or None to wait forever, got"):
         run_coroutine(add(1, 2), timeout=timeout)
 
 

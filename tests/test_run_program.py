@@ -395,7 +395,7 @@ def test_logging_is_not_touched_in_a_process_that_has_handlers():
     [
         ({"block_detector": 0.001}, r"block_detector must be a number, 0\.01 or more, or None .*, got 0\.001"),
         ({"block_detector": "yes"}, r"block_detector must be a number, .*, got 'yes'"),
-        ({"stop_timeout": -1}, r"stop_timeout must be a number, 0 or more, or None to wait for ever, got -1"),
+        ({"stop_timeout": -1}, r"stop_timeout must be a number, 0 or more, or None to wait forever, got -1"),
     ],
 )
 def test_options_that_cannot_be(option, message, workers):

@@ -195,7 +195,7 @@ class Step:
         self.fail(error)
 
     def fail(self, error: BaseException, kind: str | None = None) -> None:
-        """Leave the stage as failed, and tell it.
+        """Leave the stage, which counts the failure and passes it on.
 
         Args:
             error: what went wrong.

@@ -10,7 +10,7 @@ Background work is
 - a job of a ``concurrent.futures`` executor, begun or queued, but not a thread that waits for jobs;
 - a job of gevent's native thread pools, begun or queued;
 - a greenlet spawned by a handler, or by such a greenlet. One that the program spawns while it is loaded, or in a hook,
-  counts as a helper that runs for ever, and is dropped;
+  counts as a helper that never ends, and is dropped;
 - a process of ``multiprocessing`` that is no daemon.
 """
 

@@ -99,7 +99,7 @@ def _check_numbers(options: dict[str, Any]) -> None:
     check_whole_number("accept_loops", options["accept_loops"], least=1)
     check_whole_number("max_connections", options["max_connections"], least=1, none="for no limit")
     check_whole_number("max_accepts", options["max_accepts"], least=1, none="for no limit")
-    check_number("timeout", options["timeout"], above=0, none="to wait for ever")
+    check_number("timeout", options["timeout"], above=0, none="to wait forever")
     check_number("handler_timeout", options["handler_timeout"], above=0, none="for no limit")
     check_number("min_rate", options["min_rate"], above=0, none="for no limit")
     check_number("min_rate_window", options["min_rate_window"], above=0)

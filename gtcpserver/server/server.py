@@ -299,7 +299,7 @@ class Server:
         Raises:
             OSError: as for :meth:`start`, or the listening socket was lost.
         """
-        check_number("stop_timeout", stop_timeout, least=0, none="to wait for ever")
+        check_number("stop_timeout", stop_timeout, least=0, none="to wait forever")
         self.stop_timeout = stop_timeout
         is_main = threading.current_thread() is threading.main_thread() and getcurrent().parent is None
         if is_main:
@@ -414,7 +414,7 @@ class Server:
 
     @property
     def stopping_event(self) -> Event:
-        """Set when a stop begins, for handlers that loop for ever."""
+        """Set when a stop begins, for handlers that loop forever."""
         return self._state.stopping_event
 
     @property
@@ -533,7 +533,7 @@ class Server:
         Returns:
             how many handlers finished and how many were ended, with what each of the latter was doing.
         """
-        check_number("timeout", timeout, least=0, none="to wait for ever")
+        check_number("timeout", timeout, least=0, none="to wait forever")
         state = self._state
         if state.now is State.NEW:
             state.become(State.STOPPED)

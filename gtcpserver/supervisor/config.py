@@ -103,8 +103,8 @@ class SupervisorConfig:
                 raise ConfigError(f"workers must be at most {MAX_WORKERS}, got {self.workers}")
         # At least a second: beats, which reveal a blocked loop, come every quarter of a second.
         check_number("worker_timeout", self.worker_timeout, least=1, none="for no limit")
-        check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait for ever")
-        check_number("retire_timeout", self.retire_timeout, least=0, none="to wait for ever")
+        check_number("graceful_timeout", self.graceful_timeout, least=0, none="to wait forever")
+        check_number("retire_timeout", self.retire_timeout, least=0, none="to wait forever")
         check_whole_number("max_retired", self.max_retired, least=0, none="for any number")
         check_number("probation", self.probation, least=0)
         if self.probation > LONGEST_PROBATION:

@@ -1,6 +1,6 @@
 """Lending: a master that runs as root opens files for workers that run as another user (`files.lent`).
 
-While a new worker is still root, and before it runs code of the user's, it names the files of its options to its
+While a new worker is still root, and before it runs the user's code, it names the files of its options to its
 master. Then it becomes the other user, and says so: from then on it gets descriptors of these files, and can name no
 others. The master opens them for reading, or for appending if they are access logs: nothing that this worker, with
 these options, could not have opened as root. The master opens only paths that no other user can change

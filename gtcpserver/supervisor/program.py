@@ -28,7 +28,7 @@ class Program:
         preloaded: whether the calling process has loaded the program already.
         settle: called in each worker when its server has started.
         prepare: called before `build` in each new worker, while it still has the master's rights: reads the settings,
-            and returns the files that the worker's user may not be able to open. Runs no code of the user's.
+            and returns the files that the worker's user may not be able to open. Does not run the user's code.
         log_style: how master and workers log; None leaves the logging of the calling program as it is.
     """
 

@@ -93,7 +93,7 @@ class CannotStart(GtcpServerError):
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions of the user's, called in the workers.
+    """The user's functions, called in the workers.
 
     Attributes:
         worker_start: called with the Worker, before it reports that it is ready.
@@ -332,7 +332,7 @@ class _Life:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def end_child(self, error: BaseException | None = None) -> None:
-        """End the process if it is a child forked by code of the user's. Call after such code returns."""
+        """End the process if it is a child forked by the user's code. Call after such code returns."""
         if self.in_child:
             end_child(error)
 
@@ -341,8 +341,8 @@ class _Life:
     def beat(self) -> None:
         """Tell the master four times a second that the loop runs, and how late it is; ask for a successor when due.
 
-        Whatever fails here, the beats go on: a worker that falls silent is killed with all its connections. So no code
-        of the user's is called here either, which might wait.
+        Whatever fails here, the beats go on: a worker that falls silent is killed with all its connections. So the
+        user's code, which might wait, is not called here.
         """
         due = monotonic() + BEAT_SECONDS
         while True:

@@ -62,7 +62,7 @@ def open_device(own: str, other: str) -> int:
 
 
 def carry(one: int, other: int) -> None:
-    """Carry packets between two devices, for ever."""
+    """Carry packets between two devices, forever."""
     on_the_way: list[tuple[float, int, int, bytes]] = []
     number = 0
     while True:

@@ -148,7 +148,7 @@ def test_a_stop_without_a_pool_waits_for_the_drained_alone(serve_stream, in_thre
     served, forever = [], Event()
 
     def handle(sock, address):
-        if sock.recv(100) == b"for ever":
+        if sock.recv(100) == b"forever":
             forever.wait()
         gevent.sleep(0.1)
         sock.sendall(b"done")

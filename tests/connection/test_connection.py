@@ -1214,7 +1214,7 @@ def test_interruptions_at_any_moment_leave_no_stale_watcher(pair, seed):
         other.settimeout(0.01)
     gevent.joinall(stress.greenlets, timeout=0.3)
     for worker in stress.workers:
-        if worker.inside:  # waits for ever, with no timeout of its own
+        if worker.inside:  # waits forever, with no timeout of its own
             worker.greenlet.kill(Killed, block=False)
     gevent.joinall(stress.greenlets, timeout=SOON)
     assert [greenlet.exception for greenlet in stress.greenlets if not greenlet.successful()] == []

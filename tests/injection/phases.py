@@ -1,6 +1,6 @@
 """What is done while a call fails (start, serve, reload, stop), and what is judged then.
 
-The promise: a good client is served, or the process has ended with a line and a status. No client waits for ever or
+The promise: a good client is served, or the process has ended with a line and a status. No client waits forever or
 takes a part for the whole; no descriptor is kept; nothing spins; the log is not flooded.
 """
 

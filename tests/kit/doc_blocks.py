@@ -2,7 +2,7 @@
 
 | block | what is done with it |
 | --- | --- |
-| python | run as a script; one that serves for ever is connected to, and must end with status 0 after SIGTERM |
+| python | run as a script; one that serves forever is connected to, and must end with status 0 after SIGTERM |
 | python with functions `test_...` | run by pytest |
 | console | what is behind `$ ` is run by bash; its output must be what follows (`...`: anything). Servers stay up |
 | sh, or no language | each line is checked: options of gtcpserver by its own parser, targets of make, extras of pip |

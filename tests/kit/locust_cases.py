@@ -200,7 +200,7 @@ def case_a_user_that_is_stopped_closes_its_connection_and_reports_nothing():
     class SomeUser(TcpUser):
         @task
         def some(self):
-            with self.client.request("for ever"):
+            with self.client.request("forever"):
                 self.client.receive()
 
         def on_stop(self):

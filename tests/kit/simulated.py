@@ -109,7 +109,7 @@ class Fate:
         blocked_in_c: a dump of its stacks does not come.
         closes_after: seconds from its birth until it closes its channel and goes on.
         wants_to_retire_after: seconds from its birth until it asks for a successor.
-        lasts: seconds that its connections last when it is told to leave; None: for ever.
+        lasts: seconds that its connections last when it is told to leave; None: forever.
         drains: it says that its sockets are drained.
         obeys: it does what it is told.
         lingers: seconds that SIGKILL takes (an uninterruptible system call).

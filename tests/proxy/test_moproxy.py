@@ -54,7 +54,7 @@ def test_requirement_28_an_ipv6_address_without_a_port(proxy, connect, in_thread
 
 
 def test_numbers_of_seconds_are_what_the_file_says():
-    """0.5 s is not none, and 0 is not "for ever" but a mistake."""
+    """0.5 s is not none, and 0 is not "forever" but a mistake."""
     made = make_proxy(parse_config("[timeouts]\nnegotiate = 0.5\nidle = 0.25\nconnect = 1"))
     timeouts = made.handler._only.gate.timeouts
     assert (timeouts.negotiate, timeouts.idle, timeouts.connect) == (0.5, 0.25, 1.0)

@@ -1,4 +1,4 @@
-"""Clients that drip, and others that do not answer, keep nobody out and do not stay for ever."""
+"""Clients that drip, and others that do not answer, keep nobody out and do not stay forever."""
 
 import socket
 import ssl

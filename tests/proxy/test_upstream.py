@@ -131,7 +131,7 @@ BAD = {
     "no HTTP": (b"\x05\x00hello\r\n\r\n", "http"),
     "407": (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "http"),
     "a head without end": (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 5000, "http"),
-    "interim answers for ever": (b"HTTP/1.1 100 Continue\r\n\r\n" * 10, "http"),
+    "interim answers forever": (b"HTTP/1.1 100 Continue\r\n\r\n" * 10, "http"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A server that lives hears: no error stops an accept loop for good, nor lets a connection wait for ever."""
+"""A server that lives hears: no error stops an accept loop for good, nor lets a connection wait forever."""
 
 import logging
 import signal

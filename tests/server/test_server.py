@@ -39,7 +39,7 @@ from kit.waiting import wait_until
         ("max_accepts", 0, "whole number from 1"),
         ("max_accepts", -1, "None for no limit"),
         ("timeout", 0, "more than 0"),
-        ("timeout", -1.0, "None to wait for ever"),
+        ("timeout", -1.0, "None to wait forever"),
         ("timeout", float("nan"), "number"),
         ("timeout", "30", "number"),
         ("handler_timeout", 0, "more than 0"),

@@ -608,7 +608,7 @@ def test_stop_goes_on_when_its_caller_gives_up(serve, connect, go):
 @pytest.mark.parametrize("timeout", [-1, "5", float("nan")])
 def test_wrong_stop_timeout_is_an_error_and_no_stop(serve, timeout):
     server = serve(echo)
-    with pytest.raises(ValueError, match="timeout must be a number, 0 or more, or None to wait for ever"):
+    with pytest.raises(ValueError, match="timeout must be a number, 0 or more, or None to wait forever"):
         server.stop(timeout)
     assert server.state is State.SERVING
 
