@@ -54,7 +54,7 @@ class Care:
                 pass  # a leaving worker has its own timeout, if any
             elif worker.state in (WorkerState.READY, *LEAVING) and now - worker.last_beat > timeout:
                 log.error(
-                    "worker %d (pid %d): its event loop is blocked since %.1f s; it is replaced",
+                    "worker %d (pid %d): event loop blocked for %.1f s; replacing it",
                     worker.slot,
                     worker.pid,
                     now - worker.last_beat,

@@ -482,7 +482,7 @@ class Fleet:
         elif len(retired) > self._warn_above:
             self._warn_above = 2 * len(retired)  # not at each further one
             log.warning(
-                "%d retired workers have connections still, the oldest for %.0f s (--max-retired, --retire-timeout)",
+                "%d retired workers still have connections, the oldest for %.0f s (--max-retired, --retire-timeout)",
                 len(retired),
                 now - retired[0].retired_at,
             )

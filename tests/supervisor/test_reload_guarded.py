@@ -371,8 +371,8 @@ def test_old_workers_that_pile_up_are_counted_and_told(start: Start) -> None:
     status = subprocess.run(ctl, capture_output=True, text=True, check=True).stdout
     assert "5 workers of 1 wanted, 4 retired, generation 5" in status
     # Said once, and not with each one more.
-    told = re.findall(r"\d retired workers have connections still", master.log())
-    assert told == ["3 retired workers have connections still"]
+    told = re.findall(r"\d retired workers still have connections", master.log())
+    assert told == ["3 retired workers still have connections"]
     for client in held:
         client.close()
 

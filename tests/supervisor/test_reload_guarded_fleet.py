@@ -257,7 +257,7 @@ def test_retired_workers_that_pile_up_are_told_at_twice_as_many_again(
 
     with caplog.at_level(logging.WARNING, "gtcpserver"):
         assert told_at(range(7)) == [FEW_RETIRED + 1, 2 * (FEW_RETIRED + 1) + 1]
-        assert "7 retired workers have connections still, the oldest for 60 s" in caplog.text
+        assert "7 retired workers still have connections, the oldest for 60 s" in caplog.text
         fleet.slots[0].gone_on.clear()
         fleet._bound_retired(system.now)
         assert told_at(range(3)) == [FEW_RETIRED + 1]
