@@ -37,7 +37,7 @@ GROUND = (
 )
 
 #: What is not part of the picture: the public face, and the version.
-FACE = ("__init__", "__main__", "_version")
+FACE = ("__init__", "__main__", "_build", "_compiled", "_version")
 
 #: Modules that are one room with another.
 TOGETHER = {"run_log": "run"}

@@ -1,5 +1,6 @@
 """TCP servers as plain blocking Python, at the cost of an event-loop callback server."""
 
+from ._compiled import compiled, why_pure  # first: it chooses the form of the modules below
 from ._version import __version__
 from .adapters import from_socketserver, from_wsgi
 from .adapters.stream_server import StreamServer
@@ -61,6 +62,7 @@ __all__ = [
     "TLSFlood",
     "TruncatedStream",
     "__version__",
+    "compiled",
     "connect",
     "from_socketserver",
     "from_wsgi",
@@ -70,4 +72,5 @@ __all__ = [
     "relay",
     "run",
     "run_coroutine",
+    "why_pure",
 ]

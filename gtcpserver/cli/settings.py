@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 PREFIX = "GTCPSERVER_"
 
-#: Not an option: what a master passes to its successor in an upgrade.
-OTHER_VARIABLES = frozenset({"GTCPSERVER_HANDOVER"})
+#: Not options: what a master passes to its successor in an upgrade, and the choice of pure Python (`_compiled`).
+OTHER_VARIABLES = frozenset({"GTCPSERVER_HANDOVER", "GTCPSERVER_PURE"})
 
 #: Report at most this many mistakes; a file with more of them is some other file.
 MOST_MISTAKES = 50
