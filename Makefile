@@ -13,12 +13,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
+.PHONY: help serve test compiled quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests; make quick those of them that are quick, in a minute'
+	@echo 'make compiled  compiles the hot path again after a change, as the targets above do; GTCPSERVER_PURE=1 for pure Python'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
@@ -38,14 +39,20 @@ help:
 	@echo '             ci-smoke, ci-package, ci-load'
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
+# What is compiled where a C compiler and Python's headers are; GTCPSERVER_PURE=1 in the environment is for pure Python.
+TYPES := $(shell find gtcpserver -name '*.pxd')
+COMPILED_FROM := setup.py gtcpserver/_build.py $(TYPES) $(wildcard $(TYPES:.pxd=.py))
+PURE := $(filter-out 0,$(GTCPSERVER_PURE))
+
 serve: $(VENV)/serve.stamp
 	exec $(BIN)/gtcpserver echo --bind '$(ADDRESS)'
 
-test: $(VENV)/dev.stamp
+test: compiled
+	@$(BIN)/gtcpserver --version
 	$(BIN)/python -m pytest -q -n 3
 
 # Without those that are marked slow.
-quick: $(VENV)/dev.stamp
+quick: compiled
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 # What depends on the interpreter and on gevent's greenlets most.
@@ -66,19 +73,19 @@ matrix:
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
-core: $(VENV)/dev.stamp
+core: compiled
 	$(BIN)/python -m pytest -q -n 2 $(CORE)
 
 # FUZZ="chunks socks" FUZZ_SECONDS=3600; FUZZ=chunks FUZZ_REPLAY=file for one input. See tests/fuzz/README.md.
-fuzz: $(VENV)/dev.stamp
+fuzz: compiled
 	cd tests && $(abspath $(BIN))/python -m fuzz --seconds $(FUZZ_SECONDS) \
 	    $(if $(FUZZ_REPLAY),--replay '$(abspath $(FUZZ_REPLAY))') $(FUZZ)
 
-inject: $(VENV)/dev.stamp
+inject: compiled
 	PYTHONPATH=tests $(BIN)/python -m injection --quiet $(if $(INJECT),$(INJECT),--write docs/reliability.md)
 
 # Of deaths, timeouts, signals and failing calls; see tests/supervisor/test_schedules.py.
-schedules: $(VENV)/dev.stamp
+schedules: compiled
 	GTCPSERVER_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -o timeout=0 tests/supervisor/test_schedules.py
 
 # The list is tests/mutants.toml.
@@ -142,12 +149,23 @@ $(BIN)/python:
 INSTALLED_FROM := pyproject.toml constraints.txt gtcpserver/_version.py
 
 # With what a user would get today.
-$(VENV)/serve.stamp: $(INSTALLED_FROM) | $(BIN)/python
+$(VENV)/serve.stamp: $(INSTALLED_FROM) $(COMPILED_FROM) | $(BIN)/python
 	$(PIP) --editable '.[cli]'
 	@touch $@
 
 $(addprefix $(VENV)/,$(addsuffix .stamp,dev bench docs load release)): $(VENV)/%.stamp: $(INSTALLED_FROM) | $(BIN)/python
 	$(call install,$*)
+	@touch $@
+
+# They have no Cython of their own.
+$(VENV)/bench.stamp $(VENV)/load.stamp: $(COMPILED_FROM)
+
+# What has not changed since it was installed is not compiled again.
+compiled: $(VENV)/dev.stamp $(if $(PURE),,$(VENV)/compiled.stamp)
+
+$(VENV)/compiled.stamp: $(COMPILED_FROM) $(VENV)/dev.stamp
+	@$(BIN)/python -W ignore -c 'import gtcpserver, sys; sys.exit(not gtcpserver.compiled)' \
+	    || $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # An environment of its own: it wants an older cryptography than the tests. So constraints.txt does not have it.
@@ -161,4 +179,5 @@ $(VENV)-sslyze/stamp: | $(BIN)/python
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz \
 	    .import_linter_cache
+	find gtcpserver \( -name '*.so' -o -name '_build.*.txt' \) -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

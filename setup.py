@@ -35,6 +35,7 @@ class BuildModules(build_ext):
             return
         record = "".join(f"{BUILD['digest'](str(PACKAGE / path))} {path}\n" for path in sources())
         try:
+            self._forget_changed(folders[0] / BUILD["record"](), record)
             self._translate()
             super().run()
         except Exception as error:  # no compiler, no Python.h, no Cython, its errors and those of the compiler
@@ -46,6 +47,15 @@ class BuildModules(build_ext):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / BUILD["record"]()).write_text(record, encoding="utf-8")
+
+    def _forget_changed(self, path: Path, record: str) -> None:
+        """Remove the C files of sources that are not those of the last build: Cython compares times alone."""
+        last = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        changed = [line.partition(" ")[2] for line in record.splitlines() if line not in last]
+        for extension in self.extensions:
+            source = BUILD["source"](extension.name)
+            if source in changed or any(name.endswith(".pxd") for name in changed):
+                Path(self.build_temp, PACKAGE, source).with_suffix(".c").unlink(missing_ok=True)
 
     def _translate(self) -> None:
         """Have Cython translate each .py file to C."""

@@ -18,6 +18,7 @@ from gevent import socket as gevent_socket
 from gevent.threadpool import ThreadPool
 from hypothesis import HealthCheck, settings
 
+import gtcpserver
 from gtcpserver import Server, StreamServer
 
 pytest.register_assert_rewrite("kit")
@@ -36,6 +37,10 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_report_header(config):
+    return f"gtcpserver: {'compiled' if gtcpserver.compiled else f'pure Python ({gtcpserver.why_pure})'}"
 
 
 def pytest_configure(config):

@@ -173,6 +173,7 @@ class Copies:
         environment = {
             **os.environ,
             "PYTHONPATH": str(copy),
+            "GTCPSERVER_PURE": "1",  # bugs are planted in what would be compiled, too
             "COLUMNS": "200",
             "TEST_PATIENCE": "15",
             "GTCPSERVER_NO_SHRINK": "1",

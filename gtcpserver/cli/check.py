@@ -21,6 +21,8 @@ import click
 import gevent
 import greenlet
 
+from gtcpserver._build import forced_pure
+from gtcpserver._compiled import why_pure
 from gtcpserver.listening import draining
 from gtcpserver.strict_json import to_json
 
@@ -332,6 +334,15 @@ def gevent_loop() -> Finding:
     )
 
 
+def hot_path() -> Finding:
+    if why_pure is None:
+        return Finding("hot path", "compiled")
+    advice = (
+        "where a C compiler and Python's headers are: pip install --force-reinstall --no-cache-dir --no-deps gtcpserver"
+    )
+    return Finding("hot path", f"pure Python: {why_pure}", advise(not forced_pure(), advice))
+
+
 # In the order of the report.
 PROBES = (
     backlog,
@@ -347,6 +358,7 @@ PROBES = (
     congestion_control,
     dual_stack,
     gevent_loop,
+    hot_path,
 )
 
 

@@ -13,6 +13,7 @@ import click
 import gevent
 from click.shell_completion import CompletionItem
 
+from gtcpserver._compiled import why_pure
 from gtcpserver._version import __version__
 from gtcpserver.errors import ConfigError
 
@@ -98,7 +99,8 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
         click.echo(
             f"gtcpserver {__version__}, gevent {gevent.__version__}, "
             f"{platform.python_implementation()} {platform.python_version()}, "
-            f"{platform.system()} {platform.release()}"
+            f"{platform.system()} {platform.release()}, "
+            f"{'compiled' if why_pure is None else f'pure Python ({why_pure})'}"
         )
         context.exit()
 
