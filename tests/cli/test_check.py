@@ -170,7 +170,6 @@ def test_select_backend_is_advised_against() -> None:
         timeout=60,
         env={**os.environ, "GEVENT_BACKEND": "select"},
     )
-    loop = json.loads(result.stdout)[-1]
-    assert loop["name"] == "event loop"
+    (loop,) = (finding for finding in json.loads(result.stdout) if finding["name"] == "event loop")
     assert loop["verdict"] == "advice"
     assert "select" in loop["value"]
