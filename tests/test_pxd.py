@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+
 import pytest
 
 from gtcpserver._build import MODULES, source
@@ -25,6 +27,12 @@ def test_each_module_with_types_is_compiled() -> None:
     typed = {path.relative_to(PACKAGE).with_suffix(".py") for path in PACKAGE.rglob("*.pxd")}
     # Others are headers, which modules share.
     assert {str(path) for path in typed if (PACKAGE / path).exists()} == {source(name) for name in MODULES}
+
+
+def test_only_modules_that_may_be_compiled_are() -> None:
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    assert set(MODULES) <= set(contracts["importlinter:contract:compiled"]["source_modules"].split())
 
 
 # -- the comparison itself ---------------------------------------------------------------------------------------------
