@@ -13,12 +13,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test compiled quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
+.PHONY: help serve test test-pure compiled quick matrix core fuzz inject mutants schedules check bench bench-programs docs docs-serve load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
 	@echo 'make serve   the echo server, on 127.0.0.1:5000 (ADDRESS=...)'
 	@echo 'make test    the tests; make quick those of them that are quick, in a minute'
+	@echo 'make test-pure  the tests of what is compiled there, in pure Python'
 	@echo 'make compiled  compiles the hot path again after a change, as the targets above do; GTCPSERVER_PURE=1 for pure Python'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
@@ -50,6 +51,11 @@ serve: $(VENV)/serve.stamp
 test: compiled
 	@$(BIN)/gtcpserver --version
 	$(BIN)/python -m pytest -q -n 3
+
+# Of the rooms that have compiled modules, and of those that use them most.
+test-pure: $(VENV)/dev.stamp
+	GTCPSERVER_PURE=1 $(BIN)/python -m pytest -q -n 3 $(addprefix tests/,adapters admission connection pool server \
+	    testing tls transfer test_compiled.py test_forwarder.py test_run_coroutine.py test_run_program.py)
 
 # Without those that are marked slow.
 quick: compiled

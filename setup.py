@@ -28,6 +28,10 @@ DIRECTIVES = {
 class BuildModules(build_ext):
     """Compiles all modules or none, and leaves a record for gtcpserver._compiled."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or len(os.sched_getaffinity(0))
+
     def run(self) -> None:
         folders = [Path(self.build_lib, PACKAGE), *([PACKAGE] if self.inplace else [])]
         if not self.extensions:
