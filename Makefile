@@ -41,7 +41,7 @@ help:
 	@echo 'make clean   remove .venv and everything else that can be made again'
 
 # What is compiled where a C compiler and Python's headers are; GTCPSERVER_PURE=1 in the environment is for pure Python.
-TYPES := $(shell find gtcpserver -name '*.pxd')
+TYPES := $(wildcard gtcpserver/*.pxd gtcpserver/*/*.pxd)
 COMPILED_FROM := setup.py gtcpserver/_build.py $(TYPES) $(wildcard $(TYPES:.pxd=.py))
 PURE := $(filter-out 0,$(GTCPSERVER_PURE))
 

@@ -45,6 +45,7 @@ def machine(seed: int) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "openssl": ssl.OPENSSL_VERSION.split()[1],
+        "go": said_by(["go", "version"], r"go version go(\S+)"),
         "wrk": said_by(["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
         "seed": str(seed),
     }

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 
 from .answers import check_answers
 from .idle import kind
@@ -31,7 +32,7 @@ from .machine import need
 from .measure import CLIENT_CPU, CPUS, SERVER_CPU, BenchError, Run, allow_descriptors, load, warm_up
 from .results import OURS, Result
 from .scenarios import GEVENT, MAIN, ORIGINAL, OTHER_SERVERS, OTHERS, PUBLISHED, SCENARIOS, UVLOOP, Scenario
-from .servers import OWN, SERVERS, WITH_WORKERS, WORKERS, add_server, installed, serving
+from .servers import OWN, SERVERS, WITH_WORKERS, WORKERS, add_server, installed, serving, why_missing
 from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
 
 #: Those of the default. The last are left out where descriptors do not allow them.
@@ -199,9 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("only one CPU: server and client share it, the figures are rough", file=sys.stderr)
     if WORKERS < 2:
         print(f"no server with workers on {len(CPUS)} CPUs, of which one is the client's", file=sys.stderr)
-    missing = [name for name in SERVERS if name not in installed(list(SERVERS))]
-    if missing:
-        print(f'left out, not installed: {", ".join(missing)}: pip install ".[bench]"', file=sys.stderr)
+    for why, names in groupby(SERVERS, why_missing):
+        if why:
+            print(f"left out, {', '.join(names)}: {why}", file=sys.stderr)
     os.sched_setaffinity(0, {CLIENT_CPU})
     try:
         return run_all(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .results import OURS
-from .servers import SERVERS
+from .servers import PURE, SERVERS
 
 GEVENT, GEVENT_POOL, UVLOOP = "gevent StreamServer", "gevent StreamServer, Pool", "uvloop Protocol"
 
@@ -71,7 +71,7 @@ ORIGINAL = [name for name, scenario in sorted(SCENARIOS.items(), key=lambda item
 OTHERS = ("idle", "first-byte", "crowd")
 OTHER_SERVERS = (OURS, "gtcpserver, idle()", "gtcpserver StreamServer", GEVENT, GEVENT_POOL, UVLOOP)
 
-MAIN = (OURS, GEVENT, GEVENT_POOL, UVLOOP)
+MAIN = (OURS, PURE, GEVENT, GEVENT_POOL, UVLOOP, "Go net")
 
 #: Clients -> what `bench --publish` measures with so many, and whom: (scenario, servers). It must be done in 25
 #: minutes: all of the original's tests with its number of clients, but those with TLS, where the handshakes alone

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 
+import gtcpserver
+
+from . import go_peers
 from .measure import CPUS, SERVER_CPU, Listening
 from .results import OURS
 from .starting import PYTHON, drain, free_port, started, wait_until_it_accepts, wait_until_it_says_so
@@ -20,10 +23,14 @@ from .starting import PYTHON, drain, free_port, started, wait_until_it_accepts, 
 #: Worker processes of the row with several: all CPUs but the client's.
 WORKERS = len(CPUS) - 1
 
+#: The row of the same server in pure Python, where the others of ours are compiled.
+PURE = f"{OURS}, pure Python"
+
 #: name -> command, to which the scenario's options are added.
 SERVERS: dict[str, list[str]] = {
     # The same work as the peers' handlers do; in the next row the wait between requests is marked as well.
     OURS: [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
+    PURE: ["env", "GTCPSERVER_PURE=1", PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0", "--no-idle"],
     "gtcpserver, idle()": [PYTHON, "examples/http_server.py", "--listen", "127.0.0.1:0"],
     "gtcpserver StreamServer": [PYTHON, "loadtests/bench/peers/gtcpserver_stream.py"],
     "gevent StreamServer": [PYTHON, "loadtests/bench/peers/gevent_stream.py"],
@@ -35,6 +42,7 @@ SERVERS: dict[str, list[str]] = {
     "Twisted": [PYTHON, "loadtests/bench/peers/twisted_protocol.py"],
     "trio": [PYTHON, "loadtests/bench/peers/trio_streams.py"],
     "threads": [PYTHON, "loadtests/bench/peers/threads_socketserver.py"],
+    **{name: go_peers.command(name) for name in go_peers.PROGRAMS},
 }
 #: Those that have all CPUs but the client's. With two CPUs there are none: see loadtests.bench.workers.
 WITH_WORKERS = f"gtcpserver, {WORKERS} workers"
@@ -44,7 +52,7 @@ if WORKERS > 1:
 #: Names of the user's own.
 OWN: list[str] = []
 
-#: What a server needs besides the standard library and gevent.
+#: What a server needs, of Python's packages, besides the standard library and gevent.
 NEEDS = {"uvloop streams": "uvloop", "uvloop Protocol": "uvloop", "Twisted": "twisted", "trio": "trio"}
 
 
@@ -97,7 +105,18 @@ def command_of(name: str, options: Sequence[str], port: int) -> list[str]:
 
 def installed(names: Sequence[str]) -> list[str]:
     """Those that can run here, each once."""
-    return [name for name in dict.fromkeys(names) if name not in NEEDS or find_spec(NEEDS[name]) is not None]
+    return [name for name in dict.fromkeys(names) if not why_missing(name)]
+
+
+def why_missing(name: str) -> str:
+    """Why a server cannot run here; "" if it can."""
+    if name == PURE:
+        return "" if gtcpserver.compiled else "nothing is compiled here, all rows are"
+    if name in go_peers.PROGRAMS:
+        return go_peers.why_missing(name)
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        return f'not installed: pip install ".[bench]" has {NEEDS[name]}'
+    return ""
 
 
 @contextmanager
