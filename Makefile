@@ -43,7 +43,7 @@ help:
 # What is compiled where a C compiler and Python's headers are; GTCPSERVER_PURE=1 in the environment is for pure Python.
 TYPES := $(wildcard gtcpserver/*.pxd gtcpserver/*/*.pxd)
 COMPILED_FROM := setup.py gtcpserver/_build.py $(TYPES) $(wildcard $(TYPES:.pxd=.py))
-PURE := $(filter-out 0,$(GTCPSERVER_PURE))
+PURE := $(filter-out 0 false f no n off,$(GTCPSERVER_PURE))
 
 serve: $(VENV)/serve.stamp
 	exec $(BIN)/gtcpserver echo --bind '$(ADDRESS)'

@@ -40,5 +40,6 @@ def digest(path: str) -> str:
 
 
 def forced_pure() -> bool:
-    """Return whether GTCPSERVER_PURE=1 in the environment asks for pure Python."""
-    return os.environ.get("GTCPSERVER_PURE", "") not in ("", "0")
+    """Return whether GTCPSERVER_PURE in the environment, a switch as in docs/settings.md, asks for pure Python."""
+    said = os.environ.get("GTCPSERVER_PURE", "").strip().lower()
+    return said not in ("", "0", "false", "f", "no", "n", "off")

@@ -151,7 +151,7 @@ def test_compiled_functions_have_signatures(compiled: Checkout) -> None:
 @pytest.mark.slow
 def test_the_environment_asks_for_pure_python(compiled: Checkout) -> None:
     assert compiled.state(GTCPSERVER_PURE="1") == (False, "GTCPSERVER_PURE is set", [])
-    assert compiled.state(GTCPSERVER_PURE="0")[0]
+    assert compiled.state(GTCPSERVER_PURE="off")[0]
     assert version_line(compiled, GTCPSERVER_PURE="1").endswith(", pure Python (GTCPSERVER_PURE is set)")
     found = compiled.run("-m", "gtcpserver", "check", GTCPSERVER_PURE="1").stdout
     assert re.search(r"^hot path +pure Python: GTCPSERVER_PURE is set +ok$", found, re.MULTILINE)
