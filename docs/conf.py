@@ -61,6 +61,7 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:examples|loadtests|tests)/[^)
 def setup(app: Sphinx) -> None:
     app.connect("source-read", as_the_theme_wants)
     app.connect("missing-reference", by_public_name)
+    app.connect("autodoc-process-docstring", without_words_of_builtin_types)
 
 
 def as_the_theme_wants(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -77,6 +78,14 @@ def as_the_theme_wants(app: Sphinx, docname: str, source: list[str]) -> None:
         return f"`{match[2]}`" if match[1] in match[2] else f"{match[1]} (`{match[2]}`)"
 
     source[0] = OUTSIDE.sub(path, PICTURE.sub(images, source[0]))
+
+
+def without_words_of_builtin_types(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Data have no docstring of their own: what is found is that of str or bool."""
+    if what == "data":
+        lines.clear()
 
 
 def public_names() -> Iterator[tuple[str, str]]:
