@@ -9,7 +9,12 @@ A server without observers measures nothing: its connections get the plain idle 
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
+
+from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
+
+log = logging.getLogger("gtcpserver")
 
 
 class Observer(Protocol):
@@ -22,7 +27,10 @@ class Observer(Protocol):
     every: int
 
     def request_ended(self, seconds: float, times: int) -> None:
-        """Record the seconds a request took, and how many requests it stands for. Must neither wait nor raise."""
+        """Record the seconds a request took, and how many requests it stands for. Must not wait.
+
+        What it raises is logged, and harms neither the connection nor other observers.
+        """
 
 
 class Observers:
@@ -33,11 +41,12 @@ class Observers:
         left: number of requests to leave out before the next one is measured.
     """
 
-    __slots__ = ("all", "left")
+    __slots__ = ("_faults", "all", "left")
 
     def __init__(self) -> None:
         self.all: tuple[Observer, ...] = ()
         self.left = 0
+        self._faults = FaultLimiter()
 
     def add(self, observer: Observer) -> None:
         """Add an observer, for connections that become idle for the first time from now on."""
@@ -54,4 +63,14 @@ class Observers:
 
     def request_ended(self, seconds: float, times: int = 1) -> None:
         for observer in self.all:
-            observer.request_ended(seconds, times)
+            try:
+                observer.request_ended(seconds, times)
+            except MemoryError:
+                pass  # lose a figure
+            except Exception as error:
+                self._log(error)
+
+    def _log(self, error: Exception) -> None:
+        left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
+        if left_out is not None:
+            log.error("an observer of requests failed%s", also(left_out), exc_info=error)

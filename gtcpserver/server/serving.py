@@ -257,7 +257,7 @@ class Serving:
                 self.observers.request_ended(monotonic() - connection.accepted_at)
             elif isinstance(idle, TimedIdle):
                 idle.end_of_request()
-        except MemoryError:
+        except BaseException:
             pass  # lose a figure, but finish the connection
 
     # -- how it ended --------------------------------------------------------------------------------------------

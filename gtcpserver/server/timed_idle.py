@@ -62,7 +62,7 @@ class TimedIdle(PlacelessIdle):
                 self._began = monotonic()
                 self._times = every = observers.every
                 observers.left = every - 1
-        except MemoryError:
+        except Exception:
             self._began = 0.0  # lose a figure, but not the place
         places = self._capacity.places
         if places.taken < places.size and not places.links:
