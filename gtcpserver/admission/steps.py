@@ -101,6 +101,19 @@ class Stage:
     def leave(self, step: Step) -> None:
         del self._under_way[step]
 
+    def hand_over(self, step: Step) -> None:
+        """It has passed."""
+        under_way, connection = self._under_way, step.connection
+        del under_way[step]
+        try:
+            self.done(connection)
+        except BaseException:
+            # Without memory for the call nobody knows of the connection: it stays, until it is overdue.
+            under_way[step] = None
+            if connection.closed:
+                del under_way[step]
+            raise
+
     def note_failure(self, connection: Connection, kind: str) -> None:
         try:
             self.failures[kind] += 1
@@ -169,8 +182,7 @@ class Step:
         except Exception as error:
             self.fail(error)
             return
-        self.stage.leave(self)
-        self.stage.done(self.connection)
+        self.stage.hand_over(self)
 
     def wait(self, watcher: Any) -> None:
         """Run again at the event of this watcher, and of no other."""

@@ -56,7 +56,10 @@ class Capacity:
     # -- wait for room -----------------------------------------------------------------------------------------------
 
     def wait(self, connection: Connection, then: Callable[[Connection], Any]) -> None:
-        """Queue a connection; ``then(connection)`` is called in the hub when there is room and it is first in line."""
+        """Queue a connection; ``then(connection)`` is called in the hub when there is room and it is first in line.
+
+        If ``then`` raises it must have closed the connection; one that is open is tried again.
+        """
         waiting = self._state.waiting
         waiting.append((connection, then))
         if len(waiting) == 1:
@@ -110,12 +113,26 @@ class Capacity:
     def let_in(self) -> None:
         """Let in the connections in our queue while there is room, then those in the kernel's. Call in the hub only."""
         waiting = self._state.waiting
+        untouched = False
         try:
             while waiting and self.has_room():
-                connection, then = waiting.popleft()
-                then(connection)
+                one = waiting.popleft()
+                connection, then = one
+                try:
+                    then(connection)
+                except BaseException:
+                    # Nobody knows of the connection if there was no memory for the call. Put it back first, which takes
+                    # none, then ask.
+                    waiting.appendleft(one)
+                    untouched = True
+                    if connection.closed:
+                        waiting.popleft()
+                        untouched = False
+                    raise
         finally:
-            if waiting:  # the next one may be served even if this one could not
+            if untouched:
+                pass  # `look` tries again: at once there would be no more memory than now
+            elif waiting:  # the next one may be served even if this one could not
                 self.want_room()
             else:
                 self._state.note_if_nobody_is_connected()

@@ -76,10 +76,11 @@ def test_one_that_cannot_be_let_in_keeps_no_other_waiting():
     rooms = Rooms(pool=1)
     rooms.take("first")
 
-    def fail(name):
+    def fail(connection):
+        connection.closed = True
         raise MemoryError
 
-    rooms.capacity.wait("second", fail)
+    rooms.capacity.wait(SimpleNamespace(closed=False), fail)
     rooms.capacity.wait("third", rooms.take)
     del rooms.state.connections["first"]
     rooms.pool.places.taken = 0
@@ -87,6 +88,32 @@ def test_one_that_cannot_be_let_in_keeps_no_other_waiting():
         rooms.capacity.let_in()
     gevent.sleep(0)
     assert rooms.let_in == ["first", "third"]
+
+
+def test_one_whom_no_memory_is_left_to_call_stays_the_first_and_is_tried_again_later():
+    rooms = Rooms(pool=10)
+    rooms.pool.places.taken = 10
+    first = SimpleNamespace(closed=False)
+    calls = []
+
+    def fail_once(connection):
+        calls.append(connection)
+        if len(calls) == 1:
+            raise MemoryError
+        rooms.let_in.append(connection)
+
+    rooms.capacity.wait(first, fail_once)
+    rooms.capacity.wait("second", rooms.take)
+    rooms.pool.places.taken = 0
+    with pytest.raises(MemoryError):
+        rooms.capacity.let_in()
+    gevent.sleep(0)
+    gevent.sleep(0)
+    assert calls == [first]  # not again at once, without end
+    assert rooms.let_in == []
+    assert len(rooms.state.waiting) == 2
+    rooms.capacity.look()
+    assert rooms.let_in == [first, "second"]
 
 
 def test_one_that_comes_when_there_is_room_is_let_in_soon_and_not_at_once():

@@ -1,5 +1,6 @@
 """No memory for a connection: it is reset, and all that it had taken is given back."""
 
+import dataclasses
 import importlib.util
 
 import gevent
@@ -11,6 +12,7 @@ from gtcpserver.monitoring.latency import Latency
 from gtcpserver.pool import HandlerPool
 from gtcpserver.pool import places as places_module
 from gtcpserver.pool import pool as pool_module
+from gtcpserver.server.serving import Serving
 from gtcpserver.testing.certificates import certificates
 from kit.waiting import wait_until
 
@@ -445,3 +447,62 @@ def test_a_client_that_a_stop_takes_from_the_queue_and_cannot_note_is_reset(serv
     report = stopping.get()
     assert report.ended == 0
     assert report.failures == ("drain: MemoryError",)
+
+
+def fail_first(function):
+    """The function as it is without memory for its first call."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("stage", ["_headers", "_handshakes"])
+def test_one_that_passed_and_could_not_be_handed_over_ends_when_it_is_overdue(serve, connect, in_thread, stage):
+    limits = ClientLimits(connections=1)
+    with certificates() as made:
+        if stage == "_headers":
+            options = {"proxy_protocol": ProxyProtocol(["127.0.0.1"], timeout=0.3)}
+            header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
+        else:
+            options = {"tls": dataclasses.replace(made.server, handshake_timeout=0.3)}
+            header = b""
+        server = serve(echo, client_limits=limits, **options)
+        under_way = getattr(server._state.admission, stage)
+        under_way.done = fail_first(under_way.done)
+
+        def talk():
+            with connect(server) as client:
+                client.sendall(header)
+                if stage == "_headers":
+                    client.sendall(b"hello")
+                    return client.recv(100)
+                with made.client.wrap_socket(client, server_hostname="localhost") as encrypted:
+                    encrypted.sendall(b"hello")
+                    return encrypted.recv(100)
+
+        assert in_thread(talk) == b""
+        nothing_is_taken(server)
+        assert server._state.unserved == 1
+        assert in_thread(talk) == b"hello"
+
+
+def test_one_that_waits_and_could_not_be_let_in_is_served_later(serve, connect, in_thread, monkeypatch):
+    monkeypatch.setattr(Serving, "_serve_admitted", fail_first(Serving._serve_admitted))
+    server = serve(echo, pool=1, client_limits=ClientLimits(connections=2), proxy_protocol=ProxyProtocol(["127.0.0.1"]))
+    clients = [connect(server) for _ in range(2)]
+    wait_until(lambda: len(server._state.admission) == 2)
+    for passed, client in enumerate(clients, 1):
+        client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+        wait_until(lambda passed=passed: server.active_connections + len(server._state.waiting) == passed)
+    first, second = clients
+    second.sendall(b"hello")
+    first.close()
+    assert in_thread(second.recv, 100) == b"hello"
+    second.close()
+    nothing_is_taken(server)
