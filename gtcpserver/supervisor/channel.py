@@ -206,6 +206,12 @@ def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[
     )
 
 
+def make_line() -> tuple[socket.socket, socket.socket]:
+    """Return two connected stream sockets, as `make_pair` makes its. Raises OSError; then nothing stays open."""
+    here, there = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return _own(here.detach(), socket.SOCK_STREAM), _own(there.detach(), socket.SOCK_STREAM)
+
+
 def adopt(fd: int, kinds: frozenset[str]) -> Channel:
     """Return the channel of an inherited descriptor."""
     os.set_inheritable(fd, False)
@@ -216,6 +222,6 @@ def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
     return [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))]
 
 
-def _own(fd: int) -> socket.socket:
+def _own(fd: int, kind: int = socket.SOCK_SEQPACKET) -> socket.socket:
     # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
-    return _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+    return _socket_class(socket.AF_UNIX, kind, 0, fileno=fd)

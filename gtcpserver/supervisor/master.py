@@ -118,7 +118,7 @@ class Master:
         self._left_to: int | None = None  # process id of the new master that took over
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
-        self._monitor: MonitorProcess | None = None
+        self.monitor: MonitorProcess | None = None
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
         self._signals: Signals | None = None
         self._stop_at: float | None = None
@@ -228,8 +228,8 @@ class Master:
         self._guarded(sockets.close, keep_paths=keep)
         if self._control is not None:
             self._guarded(self._control.close, remove=not keep)
-        if self._monitor is not None:
-            self._guarded(self._monitor.close, keep_paths=keep)
+        if self.monitor is not None:
+            self._guarded(self.monitor.close, keep_paths=keep)
         if self._pid_file is not None:
             self._guarded(self._pid_file.remove)
         give_up = self.system.monotonic() + LAST_WORDS_SECONDS
@@ -279,21 +279,21 @@ class Master:
             for one in inherited:
                 close_descriptor(one.fd)
             return
-        self._monitor = MonitorProcess(self, self.config.metrics, inherited)
+        self.monitor = MonitorProcess(self, self.config.metrics, inherited)
 
     def _others_have_sockets(self) -> bool:
-        return not self._upgrade.gone() or (self._monitor is not None and self._monitor.starting)
+        return not self._upgrade.gone() or (self.monitor is not None and self.monitor.starting)
 
     def _close_in_worker(self) -> None:
         self._close_in_child()
-        if self._monitor is not None:
-            self._monitor.close_in_child(sockets=True)
+        if self.monitor is not None:
+            self.monitor.close_in_child(sockets=True)
 
     def close_in_monitor(self) -> None:
         """Close the master's descriptors, except the monitor's listening sockets. Called in a new monitor."""
         self._close_in_child()
-        if self._monitor is not None:
-            self._monitor.close_in_child(sockets=False)
+        if self.monitor is not None:
+            self.monitor.close_in_child(sockets=False)
         self.fleet.sockets.close_copies()
         for worker in self.fleet.workers.values():
             worker.channel.close()
@@ -306,8 +306,8 @@ class Master:
         self._in_child = True
         if hasattr(self, "fleet"):
             self.close_in_monitor()
-            if self._monitor is not None:
-                self._monitor.close_in_child(sockets=True)
+            if self.monitor is not None:
+                self.monitor.close_in_child(sockets=True)
         else:
             self._close_in_child()
             if self._handover is not None:
@@ -372,7 +372,7 @@ class Master:
             for client in control.clients:
                 if not client.closed:
                     watched[client.fileno()] = (client.events(), client.handle)
-        monitor = self._monitor
+        monitor = self.monitor
         if monitor is not None and monitor.fileno() >= 0:
             watched[monitor.fileno()] = (monitor.events(), monitor.handle)
         due = min(self.fleet.next_due(), self._stop_at or float("inf")) - self.system.monotonic()
@@ -405,7 +405,7 @@ class Master:
         # Process 1 of a container reaps orphans too; elsewhere a caller of `run` may have children of its own.
         while self.system.pid() == 1 and self._bury(-1):
             pass
-        monitors = self._monitor.pids() if self._monitor is not None else []
+        monitors = self.monitor.pids() if self.monitor is not None else []
         for pid in (*self.fleet.workers, *self._upgrade.pids(), *monitors):
             self._bury(pid)
 
@@ -416,8 +416,8 @@ class Master:
             gone, status = (pid, 0) if self._was_buried(pid) else (0, 0)
         if gone and not self.fleet.reap(gone, status):
             self._upgrade.ended(gone, status)
-            if self._monitor is not None:
-                self._monitor.ended(gone, status)
+            if self.monitor is not None:
+                self.monitor.ended(gone, status)
         return bool(gone)
 
     def _parts(self) -> list[Callable[[float], None]]:
@@ -426,13 +426,13 @@ class Master:
         if self._control is not None:
             parts += [self._commands.look_after, self._control.look_after]
         parts.append(self._go_on)
-        if self._monitor is not None:
-            parts.append(self._monitor.look_after)
+        if self.monitor is not None:
+            parts.append(self.monitor.look_after)
         return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
 
     def _was_buried(self, pid: int) -> bool:
         """Return whether a child that waitpid does not know is gone: the program may wait for children too."""
-        worker, monitor = self.fleet.workers.get(pid), self._monitor
+        worker, monitor = self.fleet.workers.get(pid), self.monitor
         if worker is not None:
             # Its number may belong to another process by now.
             return worker.channel.ended or not self._exists(pid)
@@ -468,9 +468,9 @@ class Master:
 
     def _monitor_has_left(self) -> bool:
         # The monitor ends last: until then it answers that this service is draining.
-        if self._monitor is not None:
-            self._monitor.leave()
-        return self._monitor is None or self._monitor.gone()
+        if self.monitor is not None:
+            self.monitor.leave()
+        return self.monitor is None or self.monitor.gone()
 
     def _serving(self) -> None:
         self.state = MasterState.SERVING
@@ -599,8 +599,8 @@ class Master:
             return
         for worker in self.fleet.workers.values():
             worker.channel.send("reopen", fd=STDERR)
-        if self._monitor is not None:
-            self._monitor.renew()
+        if self.monitor is not None:
+            self.monitor.renew()
         log.info("log file %s reopened", path)
 
     def begin_upgrade(self, why: str, done: Done) -> None:
@@ -625,14 +625,14 @@ class Master:
             sockets=self.fleet.sockets.handover(),
             control=None if control is None else (control.sock.fileno(), control.path, control.identity),
             listen_fds=self._listen_fds,
-            metrics=self._monitor.handover() if self._monitor is not None else [],
+            metrics=self.monitor.handover() if self.monitor is not None else [],
         )
         self._upgrade.begin(handover, self._folder, done)
 
     def _leave_to(self, pid: int) -> None:
         self._left_to = pid
-        if self._monitor is not None:
-            self._monitor.leave()
+        if self.monitor is not None:
+            self.monitor.leave()
         # The service manager accepts messages from its main process only.
         self._notifier.say(f"MAINPID={pid}")
         self.state = MasterState.STOPPING

@@ -11,37 +11,27 @@ scrapes that wait in their queue. Whatever happens to a monitor, the service goe
 
 from __future__ import annotations
 
-import _socket
 import contextlib
-import importlib
 import logging
-import os
 import select
 import signal
 import socket
-from collections.abc import Callable, Sequence
-from time import monotonic
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from gevent import monkey
 
 from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.monitoring.monitor import check_metrics_address, url_of
 from gtcpserver.strict_json import to_json
 
 from .channel import GONE, RETRY_SECONDS
+from .monitor_job import MonitorJob
 from .slots import WorkerProcess, WorkerState, back_off, describe_status
-from .sockets import Inherited, ListeningSockets
-from .spawn import fork_worker
+from .sockets import Inherited
 
 if TYPE_CHECKING:
     from .master import Master
 
 log = logging.getLogger("gtcpserver")
-
-_socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
-_sleep: Callable[[float], None] = monkey.get_original("time", "sleep")
-_waitpid: Callable[[int, int], tuple[int, int]] = monkey.get_original("os", "waitpid")
 
 #: Seconds between two lines about the master's health. A change is sent at once.
 HEALTH_SECONDS = 1.0
@@ -72,14 +62,6 @@ MAX_ANSWERS = 1 << 20
 MAX_REQUEST = 4096
 
 
-def _make_line() -> tuple[socket.socket, socket.socket]:
-    # Not socket.socketpair: in a monkey-patched program its sockets are gevent's, which make an event loop.
-    ours, theirs = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Pass the kind: Python would ask the kernel for it, and if that failed, nobody would close the descriptor.
-    kind = (socket.AF_UNIX, socket.SOCK_STREAM, 0)
-    return _socket_class(*kind, fileno=ours.detach()), _socket_class(*kind, fileno=theirs.detach())
-
-
 class MonitorProcess:
     """The master's side of the monitor.
 
@@ -94,9 +76,10 @@ class MonitorProcess:
 
     def __init__(self, master: Master, address: str | int, inherited: Sequence[Inherited]) -> None:
         self._master = master
+        self._system = system = master.system
         self._address = check_metrics_address(address)
         # No SO_REUSEPORT: one process has the address, and a second master, started by mistake, gets an error.
-        self._sockets = ListeningSockets(ListenConfig(reuse_port=False))
+        self._sockets = system.listening_sockets(ListenConfig(reuse_port=False))
         try:
             self._sockets.open([self._address], [0], inherited)
         except OSError as error:
@@ -116,7 +99,7 @@ class MonitorProcess:
         self._told_to_leave = self._for_good = False
         self._asked: dict[int, WorkerProcess] = {}
         self._table_until: float | None = None
-        #: Whether it was forked and still holds, for a moment, the service's listening sockets too.
+        #: Whether it was forked and may still hold the service's listening sockets too: until it serves, or has ended.
         self.starting = False
         log.info("metrics and status page on %s", ", ".join(map(url_of, self._sockets.addresses)))
 
@@ -134,7 +117,7 @@ class MonitorProcess:
             self._heard_at = now  # this process itself stood still
         self._looked_at = now
         if self._line is None:
-            if not (self._pid or self._for_good) and now >= self._not_before and self._may_start():
+            if not (self._pid or self._for_good) and now >= self._not_before and self._master.owns_metrics:
                 self._start()
             return
         # If another master goes on, the service is not draining: the last answers repeat the health before that.
@@ -149,11 +132,6 @@ class MonitorProcess:
             log.error("the monitor (pid %d) has said nothing for %.0f s: killing it", self._pid, now - self._heard_at)
             self._kill_at = now
 
-    def _may_start(self) -> bool:
-        fleet = self._master.fleet
-        # The kernel takes a socket out of its group when the last process closes it: a fork now would hold it.
-        return not any(slot.closing for slot in fleet.slots.values()) and self._master.owns_metrics
-
     def _health(self) -> dict[str, Any]:
         master = self._master
         if master.ready:
@@ -162,9 +140,9 @@ class MonitorProcess:
         return {"ready": False, "word": "no worker is ready" if word == "serving" else word}
 
     def _start(self) -> None:
-        now = monotonic()
+        now = self._system.monotonic()
         try:
-            ours, theirs = _make_line()
+            ours, theirs = self._system.make_line()
         except OSError as error:
             self._put_off(now, f"cannot start the monitor: {error.strerror}")
             return
@@ -174,17 +152,12 @@ class MonitorProcess:
             ours.close()
             master.close_in_monitor()
 
-        def begin() -> int:
-            # Imported only in the child: the master stays small.
-            process = importlib.import_module("gtcpserver.supervisor.monitor_process")
-            sockets = [one.listener.socket for one in self._sockets.shared]
-            job = process.Job(self._address, sockets, theirs, master.config, master.program.log_style, master_pid)
-            status: int = process.run_monitor(job)
-            return status
-
-        master_pid = os.getpid()
+        sockets = [one.listener.socket for one in self._sockets.shared]
+        log_style, pid = master.program.log_style, self._system.pid()
         try:
-            self._pid = fork_worker(begin, close, "monitor")
+            self._pid = self._system.start_monitor(
+                MonitorJob(self._address, sockets, theirs, master.config, log_style, pid), close
+            )
         except OSError as error:
             ours.close()
             self._put_off(now, f"cannot start the monitor: {error.strerror}")
@@ -213,9 +186,10 @@ class MonitorProcess:
         """Handle the end of a child process."""
         if pid != self._pid:
             return
-        now = monotonic()
+        now = self._system.monotonic()
         self._pid = 0
         self._kill_at = None
+        self.starting = False  # not at the end of its line, after which the kernel closes the other descriptors
         self._hang_up()
         if self._told_to_leave:
             return
@@ -230,7 +204,7 @@ class MonitorProcess:
         """Replace the monitor process: the log file has changed."""
         if self._pid and not self._told_to_leave:
             self._told_to_leave = True
-            self._kill_at = monotonic() + LEAVE_SECONDS
+            self._kill_at = self._system.monotonic() + LEAVE_SECONDS
             self._send({"leave": True})
 
     def leave(self) -> None:
@@ -247,10 +221,10 @@ class MonitorProcess:
         """End the monitor at once if it still runs, and close everything."""
         if self._pid:
             self._signal(signal.SIGKILL)
-            give_up = monotonic() + KILL_SECONDS
+            give_up = self._system.monotonic() + KILL_SECONDS
             try:
-                while _waitpid(self._pid, os.WNOHANG)[0] == 0 and monotonic() < give_up:
-                    _sleep(RETRY_SECONDS)
+                while self._system.wait(self._pid)[0] == 0 and self._system.monotonic() < give_up:
+                    self._system.sleep(RETRY_SECONDS)
             except ChildProcessError:
                 pass  # already reaped elsewhere
             self._pid = 0
@@ -266,7 +240,7 @@ class MonitorProcess:
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(OSError):
-            os.kill(self._pid, number)
+            self._system.kill(self._pid, number)
 
     # -- the line ----------------------------------------------------------------------------------------------------
 
@@ -299,7 +273,7 @@ class MonitorProcess:
         if not data or len(self._inbox) > MAX_REQUEST:
             self._hang_up()
             return
-        self._heard_at = monotonic()
+        self._heard_at = self._system.monotonic()
         *lines, self._inbox = self._inbox.split(b"\n")
         for one in dict.fromkeys(lines):
             self._answer(one)
@@ -333,7 +307,6 @@ class MonitorProcess:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        self.starting = False
         self._table_until = None
         self._outbox = bytearray()
         if self._line is not None:
@@ -341,14 +314,14 @@ class MonitorProcess:
             self._line = None
             # A monitor ends when it notices; one that does not is killed.
             if self._pid and self._kill_at is None:
-                self._kill_at = monotonic() + LEAVE_SECONDS
+                self._kill_at = self._system.monotonic() + LEAVE_SECONDS
 
     # -- the table of connections ------------------------------------------------------------------------------------
 
     def _ask_for_table(self) -> None:
         workers = [one for one in self._master.fleet.workers.values() if one.state is not WorkerState.STARTING]
         self._asked = {worker.pid: worker for worker in workers}
-        self._table_until = monotonic() + TABLE_SECONDS
+        self._table_until = self._system.monotonic() + TABLE_SECONDS
         for worker in workers:
             worker.table = None
             worker.channel.send("connections", of=len(workers))
@@ -360,16 +333,17 @@ class MonitorProcess:
         asked = [worker for pid, worker in self._asked.items() if pid in running]
         if now < self._table_until and any(worker.table is None for worker in asked):
             return
-        rows = [{**row, "worker": worker.slot} for worker in asked for row in worker.table or []]
-        rows.sort(key=lambda row: row.get("age", 0), reverse=True)
         self._table_until = None
         self._asked = {}
-        self._send(
-            {
-                "connections": {
-                    "connections": rows,
-                    "total": sum(worker.stats.get("active", 0) for worker in running.values()),
-                    "missing": sorted(worker.slot for worker in asked if worker.table is None),
-                }
-            }
-        )
+        self._send({"connections": table_of(asked, running.values())})
+
+
+def table_of(asked: Iterable[WorkerProcess], running: Iterable[WorkerProcess]) -> dict[str, Any]:
+    """Return the connections that workers have told of, oldest first; "missing" names the slots that have not."""
+    rows = [{**row, "worker": worker.slot} for worker in asked for row in worker.table or []]
+    rows.sort(key=lambda row: row.get("age", 0), reverse=True)
+    return {
+        "connections": rows,
+        "total": sum(worker.stats.get("active", 0) for worker in running),
+        "missing": sorted(worker.slot for worker in asked if worker.table is None),
+    }

@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-from dataclasses import dataclass
 from types import FrameType
 
 import gevent
 import gevent.socket
 
-from gtcpserver.address import Address
 from gtcpserver.monitoring import web  # noqa: F401 (loaded while this process may read all of the installation)
 from gtcpserver.monitoring.monitor import make_pages
-from gtcpserver.supervisor.config import SupervisorConfig
-from gtcpserver.supervisor.log_files import LogStyle, log_in_worker
-from gtcpserver.supervisor.privileges import become, die_with_parent
 
+from .log_files import log_in_worker
+from .monitor_job import MonitorJob
 from .monitor_source import FromMaster
+from .privileges import become, die_with_parent
 
 #: Seconds for answers under way when the monitor leaves.
 LEAVE_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the master passes to a monitor that it forks.
-
-    Attributes:
-        address: the address asked for.
-        sockets: the sockets that listen there.
-        line: the line to the master.
-        config: the configuration of the master.
-        log_style: how to log; None leaves logging as it is.
-        master: process id of the master.
-    """
-
-    address: Address
-    sockets: list[socket.socket]
-    line: socket.socket
-    config: SupervisorConfig
-    log_style: LogStyle | None
-    master: int
-
-
-def run_monitor(job: Job) -> int:
+def run_monitor(job: MonitorJob) -> int:
     """Run a monitor from the fork on; return its exit status."""
 
     def on_term(_number: int, _frame: FrameType | None) -> None:

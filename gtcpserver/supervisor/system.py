@@ -1,14 +1,16 @@
 """System: everything that a master asks of the operating system to run its workers.
 
-The master, its fleet, reloads and upgrades get a System when they are made, and use the clock, processes, signals,
-channels and listening sockets only through it. `RealSystem` is Linux; tests pass a simulated one
+The master, its fleet, its monitor, reloads and upgrades get a System when they are made, and use the clock, processes,
+signals, channels and listening sockets only through it. `RealSystem` is Linux; tests pass a simulated one
 (tests/kit/simulated.py), with a virtual clock and processes that die when the test says so.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +24,7 @@ from gtcpserver.process.descriptors import close_descriptor
 
 from . import channel, spawn, surroundings
 from .channel import Channel
+from .monitor_job import MonitorJob
 from .sockets import ListeningSockets
 from .worker import Job, run_worker
 
@@ -78,6 +81,17 @@ class System(Protocol):
             OSError: the limit of processes is reached, or memory ran out.
         """
 
+    def start_monitor(self, job: MonitorJob, close: Callable[[], None]) -> int:
+        """Fork a monitor and return its process id.
+
+        Args:
+            job: what the monitor gets from the master.
+            close: called first in the child.
+
+        Raises:
+            OSError: the limit of processes is reached, or memory ran out.
+        """
+
     def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
         """Start the next master, a child with this process's own command line, and return its process id.
 
@@ -113,6 +127,9 @@ class System(Protocol):
     def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
         """Return both ends of a new channel, the master's first (`channel.make_pair`). Raises OSError."""
 
+    def make_line(self) -> tuple[socket.socket, socket.socket]:
+        """Return two connected stream sockets, the master's first (`channel.make_line`). Raises OSError."""
+
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         """Return a `ListeningSockets` without sockets."""
 
@@ -143,6 +160,15 @@ class RealSystem:
     def start_worker(self, job: Job, close: Callable[[], None]) -> int:
         return spawn.fork_worker(lambda: run_worker(job), close)
 
+    def start_monitor(self, job: MonitorJob, close: Callable[[], None]) -> int:
+        def begin() -> int:
+            # Imported only in the child: the master stays small.
+            process = importlib.import_module("gtcpserver.supervisor.monitor_process")
+            status: int = process.run_monitor(job)
+            return status
+
+        return spawn.fork_worker(begin, close, "monitor")
+
     def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
         return spawn.fork_and_exec([sys.executable, *sys.orig_argv[1:]], environment, fds)
 
@@ -163,6 +189,9 @@ class RealSystem:
 
     def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
         return channel.make_pair(kinds_here, kinds_there)
+
+    def make_line(self) -> tuple[socket.socket, socket.socket]:
+        return channel.make_line()
 
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         return ListeningSockets(config)

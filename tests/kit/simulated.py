@@ -28,6 +28,8 @@ from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.master import Master, WorkersCannotStart
 from gtcpserver.supervisor.messages import HANDOVER_KINDS, MAX_BYTES, decode, encode
+from gtcpserver.supervisor.monitor import LEAVE_SECONDS
+from gtcpserver.supervisor.monitor_job import MonitorJob
 from gtcpserver.supervisor.program import Program
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.sockets import ListeningSockets
@@ -37,14 +39,17 @@ from gtcpserver.supervisor.worker import Job
 
 MASTER = 4242  # the process id that the master has
 FIRST_PID = 1 << 30  # above what pid_max may be: a signal that went out for real would find nobody
+FIRST_MONITOR = FIRST_PID + (1 << 16)
 FIRST_FD = 1 << 20
 SIGNAL_FD = FIRST_FD - 1
 
 BEAT_SECONDS = 0.7  # of all workers; less than what the master takes for a lag
 READING_SECONDS = 0.02  # until a process has read what it is told
 HOLDS_ALL_SECONDS = 0.05  # until a new process has closed its copies of other slots' sockets
+EXIT_SECONDS = 0.05  # between the first and the last descriptor that the kernel closes of a process that ends
 TURN_SECONDS = 0.001  # that a turn of the master takes, so that one that spins is seen
 INBOX = 6  # messages that fit into a socket
+LINE_BUFFER = 16384  # bytes that fit into a monitor's line
 
 BEAT = encode("beat", lag=0.0)
 
@@ -53,17 +58,17 @@ def failed(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-class End:
+class AnyEnd:
     """One end of a socket pair, as a socket object. `holders` are the processes that have it open."""
 
-    peer: End
+    peer: Any
+    inbox: Any
 
     def __init__(self, system: SimulatedSystem, fd: int) -> None:
         self._system = system
         self._fd = fd
-        self.inbox: deque[bytes] = deque()
         self.holders = {MASTER}
-        self.reader: Process | None = None
+        self.reader: Process | Monitor | None = None
 
     def setblocking(self, _flag: bool) -> None:
         pass
@@ -71,8 +76,26 @@ class End:
     def fileno(self) -> int:
         return self._fd if MASTER in self.holders else -1
 
-    def readable(self) -> bool:
-        return bool(self.inbox) or not self.peer.holders
+    def events(self) -> int:
+        """What poll(2) would say."""
+        return select.POLLIN if self.inbox or not self.peer.holders else 0
+
+    def close(self) -> None:
+        self.holders.discard(MASTER)
+
+    def wake_reader(self) -> None:
+        if self.peer.reader is not None:
+            self._system.after(READING_SECONDS, self.peer.reader.read)
+
+
+class End(AnyEnd):
+    """Of a channel, which carries messages."""
+
+    peer: End
+
+    def __init__(self, system: SimulatedSystem, fd: int) -> None:
+        super().__init__(system, fd)
+        self.inbox: deque[bytes] = deque()
 
     def sendmsg(self, parts: list[bytes], _rights: Any) -> int:
         if not self.peer.holders:
@@ -80,8 +103,7 @@ class End:
         if len(self.peer.inbox) >= INBOX or self._system.fails("send"):
             raise failed(errno.EAGAIN)
         self.peer.inbox.append(parts[0])
-        if self.peer.reader is not None:
-            self._system.after(READING_SECONDS, self.peer.reader.read)
+        self.wake_reader()
         return len(parts[0])
 
     def recv(self, _size: int) -> bytes:
@@ -93,8 +115,38 @@ class End:
             raise failed(errno.EAGAIN)
         return b""
 
-    def close(self) -> None:
-        self.holders.discard(MASTER)
+
+class LineEnd(AnyEnd):
+    """Of a monitor's line, which carries bytes."""
+
+    peer: LineEnd
+
+    def __init__(self, system: SimulatedSystem, fd: int) -> None:
+        super().__init__(system, fd)
+        self.inbox = bytearray()
+
+    def events(self) -> int:
+        room = len(self.peer.inbox) < LINE_BUFFER and "send" not in self._system.failing
+        return super().events() | (select.POLLOUT if room or not self.peer.holders else 0)
+
+    def send(self, data: bytes) -> int:
+        if not self.peer.holders:
+            raise failed(errno.EPIPE)
+        part = data[: LINE_BUFFER - len(self.peer.inbox)]
+        if not part or self._system.fails("send"):
+            raise failed(errno.EAGAIN)
+        self.peer.inbox += part
+        self.wake_reader()
+        return len(part)
+
+    def recv(self, size: int) -> bytes:
+        if self._system.fails("receive"):
+            raise failed(errno.ENOMEM)
+        data = bytes(self.inbox[:size])
+        if not data and self.peer.holders:
+            raise failed(errno.EAGAIN)
+        del self.inbox[:size]
+        return data
 
 
 @dataclass(frozen=True)
@@ -220,7 +272,7 @@ class Process:
             self.faulty = self.faulty or self.leaves_at is None
             for end in (self.end, self.end.peer):
                 end.holders.discard(self.pid)
-            self.system.child_ended(self)
+            self.system.child_ended()
 
     def stall(self) -> None:
         if self.running:
@@ -303,6 +355,181 @@ class Process:
             self.system.after(self.fate.lingers, lambda: self.exit(number))
 
 
+@dataclass(frozen=True)
+class MonitorFate:
+    """What a new monitor will do.
+
+    Attributes:
+        holds: seconds from its birth until it has closed its copies of the service's listening sockets.
+        starts_after: seconds from then until it reads its line; None: never.
+        dies_after: seconds from its birth until it ends with `status`, as waitpid(2) has it.
+        stalls_after: seconds from its birth until its event loop is blocked for good.
+        closes_after: seconds from its birth until it closes its line and goes on.
+        leaves_after: seconds that its last answers take when it is told to leave; None: for ever.
+        lingers: seconds that SIGKILL takes.
+    """
+
+    holds: float = 0.02
+    starts_after: float | None = 0.1
+    dies_after: float | None = None
+    status: int = 0
+    stalls_after: float | None = None
+    closes_after: float | None = None
+    leaves_after: float | None = 0.05
+    lingers: float = 0.0
+
+
+@dataclass(eq=False)
+class Monitor:
+    """The monitor of the master.
+
+    Attributes:
+        status, buried, faulty, ended_at, late: as a Process's.
+        holds_sockets: it has copies of the service's listening sockets.
+        exits: it is about to end.
+        reads_since: when it had come so far that it reads what it is told.
+        started: it has said that it serves.
+        health: what it was told last.
+        told_to_leave: as it says.
+        part: of a line that has begun to come.
+        answers: what it was told besides, by kind.
+    """
+
+    system: SimulatedSystem
+    pid: int
+    line: LineEnd
+    fate: MonitorFate
+    status: int | None = None
+    buried: bool = False
+    faulty: bool = False
+    stalled: bool = False
+    ended_at: float = 0.0
+    late: list[Callable[[], None]] = field(default_factory=list)
+    holds_sockets: bool = True
+    exits: bool = False
+    reads_since: float | None = None
+    started: bool = False
+    health: dict[str, Any] | None = None
+    told_to_leave: bool = False
+    part: bytes = b""
+    answers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fate, later = self.fate, self.system.after
+        self.born_at = self.system.now
+        self.line.holders.add(self.pid)
+        self.line.reader = self
+        later(fate.holds, self._unless_stalled(self.let_go_of_sockets))
+        if fate.starts_after is not None:
+            later(fate.holds + fate.starts_after, self._unless_stalled(self.start_reading))
+        if fate.dies_after is not None:
+            later(fate.dies_after, lambda: self.exit(fate.status))
+        if fate.stalls_after is not None:
+            later(fate.stalls_after, self.stall)
+        if fate.closes_after is not None:
+            later(fate.closes_after, self._unless_stalled(self.close))
+        self.faulty = fate.starts_after is None or fate.leaves_after is None
+
+    def _unless_stalled(self, do: Callable[[], None]) -> Callable[[], None]:
+        def done() -> None:
+            if self.stalled:
+                self.late.append(do)
+            elif self.running and not self.exits:
+                do()
+
+        return done
+
+    @property
+    def running(self) -> bool:
+        return self.status is None
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def let_go_of_sockets(self) -> None:
+        self.holds_sockets = False
+
+    def start_reading(self) -> None:
+        self.reads_since = self.system.now
+        self.read()
+
+    def say(self, what: str, end: str = "\n") -> None:
+        if self.running and not self.stalled and self.pid in self.line.holders:
+            self.line.peer.inbox += (what + end).encode()
+
+    def exit(self, status: int, buried: bool = False) -> None:
+        """End; `status` as waitpid(2) has it. `buried`: the program waits for it."""
+
+        def end_of_all() -> None:
+            self.holds_sockets = False
+            self.status = status
+            self.buried = buried
+            self.ended_at = self.system.now
+            self.system.child_ended()
+
+        if self.exits or not self.running:
+            return
+        self.exits = True
+        for end in (self.line, self.line.peer):
+            end.holders.discard(self.pid)
+        if self.holds_sockets:
+            # The kernel closes one descriptor after the other, and wakes who polls the first meanwhile.
+            self.system.after(EXIT_SECONDS, end_of_all)
+        else:
+            end_of_all()
+
+    def stall(self) -> None:
+        if self.running:
+            self.stalled = self.faulty = True
+
+    def go_on(self) -> None:
+        if self.stalled:
+            self.stalled = False
+            late, self.late = self.late, []
+            for do in late:
+                do()
+            self.read()
+
+    def close(self) -> None:
+        if self.running:
+            self.faulty = True
+            self.line.holders.discard(self.pid)
+
+    # -- what it is told ---------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        if self.reads_since is None or self.stalled or not self.running or self.pid not in self.line.holders:
+            return
+        *lines, self.part = (self.part + bytes(self.line.inbox)).split(b"\n")
+        self.line.inbox.clear()
+        for line in lines:
+            for what, value in json.loads(line).items():
+                self.hear(what, value)
+        if not self.line.peer.holders:
+            self.exit(0)  # the master is gone
+
+    def hear(self, what: str, value: Any) -> None:
+        if what == "health":
+            self.health = value
+            self.say("well")
+            if not self.started:
+                self.started = True
+                assert not self.holds_sockets
+                self.say("started")
+        elif what == "leave":
+            self.told_to_leave = True
+            if self.fate.leaves_after is not None:
+                self.system.after(self.fate.leaves_after, self._unless_stalled(lambda: self.exit(0)))
+        else:
+            self.answers[what] = self.answers.get(what, 0) + 1
+
+    def get_signal(self, number: int) -> None:
+        if number == signal.SIGKILL:
+            heard = self.reads_since is not None and self.system.now - self.reads_since >= LEAVE_SECONDS
+            if heard and not (self.faulty or self.system.failures):
+                self.system.killed_in_vain.append(self.pid)
+            self.system.after(self.fate.lingers, lambda: self.exit(signal.SIGKILL))
+
+
 class Sockets(ListeningSockets):
     """Listening sockets without any: notes which slots have some, and where new connections are sent."""
 
@@ -327,6 +554,8 @@ class Sockets(ListeningSockets):
         for process in self._system.running():
             has_all = process.job is None or process.born_at + HOLDS_ALL_SECONDS > self._system.now
             assert not has_all, f"slot {slot} is closed while process {process.pid} holds its sockets"
+        for monitor in self._system.monitors.values():
+            assert not monitor.holds_sockets, f"slot {slot} is closed while a monitor that starts holds its sockets"
         self.slots.remove(slot)
         return 0
 
@@ -378,8 +607,9 @@ class SimulatedSystem:
 
     Attributes:
         now: what the clock says; seconds.
-        processes: all children there ever were, by process id.
-        fates: of the next processes; those beyond are good ones.
+        processes: all workers and new masters there ever were, by process id.
+        monitors: all monitors.
+        fates, monitor_fates: of the next ones; those beyond are good ones.
         failing: kinds of calls that fail now: fork, pair, send, receive, socket, kill, poll.
         failures: how many calls have failed.
         signals: to the master, if it has caught them.
@@ -392,7 +622,9 @@ class SimulatedSystem:
     def __init__(self) -> None:
         self.now = 1000.0
         self.processes: dict[int, Process] = {}
+        self.monitors: dict[int, Monitor] = {}
         self.fates: deque[Fate] = deque()
+        self.monitor_fates: deque[MonitorFate] = deque()
         self.failing: set[str] = set()
         self.failures = 0
         self.signals: CaughtSignals | None = None
@@ -402,10 +634,12 @@ class SimulatedSystem:
         self.loses_child_signals = False
         self.sockets: list[Sockets] = []
         self.ends: dict[int, End] = {}
+        self.line_ends: dict[int, LineEnd] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._horizon = 0.0
         self._polls = 0
+        self._most_polls = 0.0
         self._life: greenlet | None = None
         self._test = getcurrent()
 
@@ -421,11 +655,11 @@ class SimulatedSystem:
         """Let it go on for some seconds; False: it has ended. What it raises is raised here."""
         assert self._life is not None
         self._horizon = self.now + seconds
-        self._polls = 0
+        # A few turns for everything that can happen, and the rest would be a loop without a pause.
+        self._polls, self._most_polls = 0, 100 + 60 * seconds
         if not self._life.dead:
             self._life.switch()
-        # A few turns for everything that can happen, and the rest would be a loop without a pause.
-        assert self._polls < 100 + 60 * seconds, f"{self._polls} turns in {seconds} s"
+        assert self._polls < self._most_polls, f"{self._polls} turns in {seconds} s"
         return not self._life.dead
 
     def end(self) -> None:
@@ -455,15 +689,19 @@ class SimulatedSystem:
         return [process for process in self.processes.values() if not process.running and not process.buried]
 
     def open_fds(self) -> set[int]:
-        """Descriptors that the master has open."""
+        """Channels that the master has open."""
         return {fd for fd, end in self.ends.items() if MASTER in end.holders}
+
+    def open_lines(self) -> set[int]:
+        """Lines to monitors that the master has open."""
+        return {fd for fd, end in self.line_ends.items() if MASTER in end.holders}
 
     def _beat(self) -> None:
         for process in self.processes.values():
             process.beat()
         self.after(BEAT_SECONDS, self._beat)
 
-    def child_ended(self, _process: Process) -> None:
+    def child_ended(self) -> None:
         if self.signals is not None and not self.loses_child_signals:
             self.signals.send(signal.SIGCHLD)
 
@@ -493,6 +731,17 @@ class SimulatedSystem:
         self.processes[pid] = Process(self, pid, end, fate, job)
         return pid
 
+    def start_monitor(self, job: MonitorJob, _close: Callable[[], None]) -> int:
+        if self.fails("fork"):
+            raise failed(errno.EAGAIN)
+        pid = FIRST_MONITOR + len(self.monitors)
+        fate = self.monitor_fates.popleft() if self.monitor_fates else MonitorFate()
+        self.monitors[pid] = Monitor(self, pid, self.line_ends[job.line.fileno()], fate)
+        return pid
+
+    def _child(self, pid: int) -> Process | Monitor | None:
+        return self.processes.get(pid) or self.monitors.get(pid)
+
     def has_terminal(self) -> bool:
         return False
 
@@ -500,7 +749,7 @@ class SimulatedSystem:
         return ""
 
     def kill(self, pid: int, number: int) -> None:
-        process = self.processes.get(pid)
+        process = self._child(pid)
         if process is None or process.buried:
             raise failed(errno.ESRCH)
         if self.fails("kill"):
@@ -510,7 +759,7 @@ class SimulatedSystem:
             process.get_signal(number)
 
     def wait(self, pid: int) -> tuple[int, int]:
-        process = self.processes.get(pid)
+        process = self._child(pid)
         if process is None or process.buried:
             raise failed(errno.ECHILD)
         if process.status is None:
@@ -523,15 +772,20 @@ class SimulatedSystem:
         return self.signals
 
     def make_pair(self, kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[Channel, Channel]:
+        one, other = self._make_pair(End, self.ends)
+        return Channel(one, kinds_here), Channel(other, kinds_there)
+
+    def make_line(self) -> tuple[socket.socket, socket.socket]:
+        return self._make_pair(LineEnd, self.line_ends)
+
+    def _make_pair(self, kind: type[AnyEnd], ends: dict[int, Any]) -> tuple[Any, Any]:
         if self.fails("pair"):
             raise failed(errno.EMFILE)
-        here, there = (End(self, FIRST_FD + len(self.ends) + i) for i in (0, 1))
+        first = FIRST_FD + len(self.ends) + len(self.line_ends)
+        here, there = (kind(self, first + i) for i in (0, 1))
         here.peer, there.peer = there, here
-        for end in (here, there):
-            self.ends[end.fileno()] = end
-        one: Any = here
-        other: Any = there
-        return Channel(one, kinds_here), Channel(other, kinds_there)
+        ends[here.fileno()], ends[there.fileno()] = here, there
+        return here, there
 
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         self.sockets.append(Sockets(self, config))
@@ -539,22 +793,30 @@ class SimulatedSystem:
 
     def poll(self, watched: Mapping[int, int], seconds: float) -> list[tuple[int, int]]:
         self._polls += 1
+        if self._polls >= self._most_polls:
+            self._test.switch()
         self.now += TURN_SECONDS
         if self.fails("poll"):
             raise failed(errno.ENOMEM)
-        return self._wait(max(seconds, self.slack), lambda: [fd for fd in watched if self._readable(fd)])
 
-    def _readable(self, fd: int) -> bool:
+        def ready() -> list[tuple[int, int]]:
+            found = [(fd, self._events_of(fd) & wanted) for fd, wanted in watched.items()]
+            return [(fd, events) for fd, events in found if events]
+
+        return self._wait(max(seconds, self.slack), ready)
+
+    def _events_of(self, fd: int) -> int:
         if fd == SIGNAL_FD:
-            return self.signals is not None and self.signals.woken
-        return self.ends[fd].readable()
+            return select.POLLIN if self.signals is not None and self.signals.woken else 0
+        end = self.ends.get(fd) or self.line_ends[fd]
+        return end.events()
 
-    def _wait(self, seconds: float, ready: Callable[[], list[int]]) -> list[tuple[int, int]]:
+    def _wait(self, seconds: float, ready: Callable[[], list[tuple[int, int]]]) -> list[tuple[int, int]]:
         until = self.now + seconds
         while True:
             found = ready()
             if found or self.now >= until:
-                return [(fd, select.POLLIN) for fd in found]
+                return found
             at = min(until, self._events[0][0]) if self._events else until
             if at > self._horizon:
                 self.now = max(self.now, self._horizon)
@@ -655,3 +917,7 @@ class SimulatedMaster:
         worker = self.fleet.slots[number].current
         assert worker is not None
         return self.system.processes[worker.pid]
+
+    def monitor(self) -> Monitor:
+        """The newest."""
+        return self.system.monitors[max(self.system.monitors)]

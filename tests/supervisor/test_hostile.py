@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -18,8 +17,9 @@ from hypothesis import strategies as st
 
 from gtcpserver.server.stats import ServerStats
 from gtcpserver.supervisor.messages import MAX_NAMES, MAX_NUMBER, checked_stats, checked_table
-from gtcpserver.supervisor.monitor import MAX_ANSWERS, MonitorProcess
+from gtcpserver.supervisor.monitor import MAX_ANSWERS
 from gtcpserver.supervisor.totals import Totals
+from kit.simulated import MonitorFate, SimulatedMaster, SimulatedSystem
 from kit.supervised import COMMAND, Master, alive, wait_until
 
 HOSTILE = r"""
@@ -237,27 +237,19 @@ def test_counters_of_ever_new_names_do_not_pile_up() -> None:
     assert len(totals.gone["handler_counters"]) == MAX_NAMES
 
 
-def test_a_monitor_that_asks_and_does_not_read_costs_no_memory() -> None:
-    class Fleet:
-        workers: ClassVar[dict[int, Any]] = {}
-
-    class FakeMaster:
-        fleet = Fleet()
-
-        def status_for_monitor(self) -> dict[str, Any]:
-            return {"padding": "x" * 100_000}
-
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    monitor = MonitorProcess.__new__(MonitorProcess)
-    monitor._master = FakeMaster()  # type: ignore[assignment]
-    monitor._line, monitor._inbox, monitor._outbox, monitor._pid = ours, b"", bytearray(), 0
-    monitor.starting = False
+def test_a_monitor_that_asks_and_does_not_read_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = SimulatedSystem()
+    system.monitor_fates.append(MonitorFate(starts_after=None))
+    master = SimulatedMaster(system, workers=1, metrics="127.0.0.1:0")
+    monkeypatch.setattr(master.master, "status_for_monitor", lambda: {"padding": 100_000 * "x"})
+    master.run(1.0)
+    (monitor,) = system.monitors.values()
     for _ in range(200):
-        theirs.send(b"status\n" * 20)
-        monitor.handle(1)
-    assert len(monitor._outbox) < MAX_ANSWERS + 200_000
-    assert monitor.fileno() >= 0
-    ours.close()
-    theirs.close()
+        for _ in range(20):
+            monitor.say("status")
+        master.run(0.05)
+    monitor.start_reading()
+    master.run(5.0)
+    assert monitor.running
+    assert MAX_ANSWERS < 100_000 * monitor.answers["status"] < MAX_ANSWERS + 200_000
+    system.end()

@@ -35,10 +35,12 @@ from hypothesis.stateful import (
 from gtcpserver.supervisor.care import DUMP_SECONDS, START_SECONDS
 from gtcpserver.supervisor.fleet import HALT_SECONDS, KILL_MARGIN, LASTING_SECONDS, Fleet
 from gtcpserver.supervisor.master import REAP_SECONDS, MasterState, WorkersCannotStart
+from gtcpserver.supervisor.monitor import LEAVE_SECONDS, MAX_REQUEST
+from gtcpserver.supervisor.monitor import START_SECONDS as MONITOR_START_SECONDS
 from gtcpserver.supervisor.reload import LET_GO_SECONDS
 from gtcpserver.supervisor.slots import KILL_AGAIN_SECONDS, LONGEST_BACK_OFF, WorkerState
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS, UPGRADE_SECONDS
-from kit.simulated import FIRST_PID, Fate, Process, SimulatedMaster, SimulatedSystem
+from kit.simulated import FIRST_PID, Fate, Monitor, MonitorFate, Process, SimulatedMaster, SimulatedSystem
 
 SCHEDULES = int(os.environ.get("GTCPSERVER_SCHEDULES", "1000"))
 
@@ -60,13 +62,23 @@ LINGERS = 2.5  # seconds that SIGKILL takes at most
 #: Seconds until a process that is to end has ended, whatever it does.
 ENDED = GRACEFUL_TIMEOUT + KILL_MARGIN + LASTING_SECONDS + KILL_AGAIN_SECONDS + LINGERS + 2
 
+#: The same for a monitor.
+MONITOR_ENDED = LEAVE_SECONDS + LINGERS + 2
+
 #: Seconds until a new worker is proven, or has failed.
 PROVEN = START_SECONDS + 2 * DUMP_SECONDS + LINGERS + 2 + WORKER_TIMEOUT + 3
 
 MOST_WORKERS = 3
 
 #: Seconds until everything is at rest when nothing fails any more: an upgrade, the back-off, a recycling, and a reload.
-AT_REST = UPGRADE_SECONDS + LONGEST_BACK_OFF + 2 * PROVEN + MOST_WORKERS * (PROVEN + ENDED + LET_GO_SECONDS)
+AT_REST = (
+    MONITOR_START_SECONDS
+    + MONITOR_ENDED
+    + UPGRADE_SECONDS
+    + 2 * LONGEST_BACK_OFF
+    + 2 * PROVEN
+    + MOST_WORKERS * (PROVEN + ENDED + LET_GO_SECONDS)
+)
 
 FATES = {
     "good": Fate(),
@@ -101,6 +113,30 @@ MASTER_FATE = [
 
 #: Good ones more often, and those without which a stop is over at once.
 FATE = ("good", "has lasting connections", *FATES, "good", "good", "good", "drains badly")
+
+#: Nothing of it may harm the service.
+MONITOR_FATES = {
+    "good": MonitorFate(),
+    "slow": MonitorFate(starts_after=8.0),
+    "is slow to let go of sockets": MonitorFate(holds=1.0),
+    "never starts": MonitorFate(starts_after=None, lingers=LINGERS),
+    "stops before it lets go of sockets": MonitorFate(stalls_after=0.0),
+    "dies before it lets go of sockets": MonitorFate(holds=1.0, dies_after=0.5, status=signal.SIGKILL),
+    "exits at once": MonitorFate(dies_after=0.0),
+    "dies before it reads": MonitorFate(starts_after=3.0, dies_after=1.0, status=1 << 8),
+    "dies later": MonitorFate(dies_after=4.0, status=signal.SIGSEGV),
+    "dies much later": MonitorFate(dies_after=15.0, status=signal.SIGABRT),
+    "blocks": MonitorFate(stalls_after=2.0),
+    "closes its line": MonitorFate(closes_after=1.0, lingers=LINGERS),
+    "is slow to end": MonitorFate(leaves_after=1.0),
+    "does not end": MonitorFate(leaves_after=None),
+    "does not even end by SIGKILL": MonitorFate(leaves_after=None, lingers=LINGERS),
+}
+
+MONITOR_FATE = ("good", "good", "good", *MONITOR_FATES)
+
+#: What a monitor may say: what one says, what nobody says, and lines without end.
+WORDS = ("status", "connections", "well", "started", "", "nonsense", MAX_REQUEST * "x", 2 * MAX_REQUEST * "x")
 
 STATUSES = (0, 1 << 8, 3 << 8, signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV)
 
@@ -191,6 +227,8 @@ BEGIN: Choices = {
     "retire_timeout": (None, 2.0),
     "max_retired": (None, 0, 1),
     "takes_over": (False, False, True),
+    "monitored": (True, True, False),
+    "monitor": MONITOR_FATE,
     "first": (*["good"] * len(FATE), *FATE),
     "second": FATE,
     "third": FATE,
@@ -202,7 +240,16 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize(**drawn(BEGIN))
     def begin(
-        self, workers: int, one_by_one: bool, takes_over: bool, first: str, second: str, third: str, **options: Any
+        self,
+        workers: int,
+        one_by_one: bool,
+        takes_over: bool,
+        monitored: bool,
+        monitor: str,
+        first: str,
+        second: str,
+        third: str,
+        **options: Any,
     ) -> None:
         self.system = SimulatedSystem()
         self.operations: list[Operation] = []
@@ -213,9 +260,14 @@ class Schedules(RuleBasedStateMachine):
         self.logger.propagate = False
         self.logger.addHandler(self.faults)
         self.system.fates += (FATES[first], FATES[second], FATES[third])
+        self.system.monitor_fates.append(MONITOR_FATES[monitor])
+        self.renewed: set[int] = set()
+        self.without_monitor: tuple[Any, float] | None = None
         self.scaled_by_signal = False
         self.retired: set[int] = set()
         more = {"workers": workers, "reload_one_by_one": one_by_one, "drain_delay": 0.5}
+        if monitored:
+            more["metrics"] = "127.0.0.1:0"
         self.served = False
         self.takes_over = takes_over
         self.simulated = SimulatedMaster(self.system, takes_over=takes_over, **options, **more)
@@ -237,6 +289,11 @@ class Schedules(RuleBasedStateMachine):
     def pick(self, number: int) -> Process | None:
         workers = self.workers()
         return workers[number % len(workers)] if workers else None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The one that runs."""
+        return next((one for one in self.system.monitors.values() if one.running), None)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -351,6 +408,37 @@ class Schedules(RuleBasedStateMachine):
     def child_signals(self, loses: bool) -> None:
         self.system.loses_child_signals = loses
 
+    @step(first=MONITOR_FATE, second=MONITOR_FATE)
+    def new_monitors_will(self, first: str, second: str) -> None:
+        self.system.monitor_fates += (MONITOR_FATES[first], MONITOR_FATES[second])
+
+    @step(lambda self: self.monitor is not None, status=STATUSES, buried=(False, False, True), seconds=SECONDS)
+    def monitor_dies(self, status: int, buried: bool, seconds: float) -> None:
+        self.monitor.exit(status, buried)
+        self.go(seconds)
+
+    @step(lambda self: self.monitor is not None, seconds=SECONDS)
+    def monitor_stalls(self, seconds: float) -> None:
+        self.monitor.stall()
+        self.go(seconds)
+
+    @step(lambda self: self.monitor is not None)
+    def monitor_goes_on(self) -> None:
+        self.monitor.go_on()
+
+    @step(lambda self: self.monitor is not None and self.monitor.started, word=WORDS, times=(1, 100))
+    def monitor_says(self, word: str, times: int) -> None:
+        if len(word) >= MAX_REQUEST:
+            self.monitor.faulty = True
+        for _ in range(times):
+            self.monitor.say(word)
+        self.go(0.3)
+
+    @step(lambda self: self.up and self.monitor is not None)
+    def log_file_is_opened_again(self) -> None:
+        self.renewed.add(self.monitor.pid)
+        self.master.monitor.renew()
+
     # -- the books ---------------------------------------------------------------------------------------------------
 
     @invariant()
@@ -369,6 +457,8 @@ class Schedules(RuleBasedStateMachine):
         self.every_end_is_noticed()
         self.no_worker_that_obeys_is_killed()
         self.no_slot_is_forgotten()
+        self.there_is_one_monitor()
+        self.the_monitor_goes_last()
 
     def no_part_of_the_master_has_failed(self) -> None:
         for error in self.faults.seen:
@@ -399,7 +489,7 @@ class Schedules(RuleBasedStateMachine):
         assert others <= {process.end.peer.fileno() for process in masters}
         assert len(others) <= 1
 
-    def is_over(self, process: Process) -> bool:
+    def is_over(self, process: Process | Monitor) -> bool:
         """Whether it has ended so long ago that the master must know."""
         return not process.running and self.system.now - process.ended_at > NOTICED
 
@@ -436,6 +526,8 @@ class Schedules(RuleBasedStateMachine):
         if self.outcome is None:
             for process in self.system.zombies():
                 assert not self.is_over(process), f"nobody has waited for process {process.pid}"
+            for monitor in self.system.monitors.values():
+                assert monitor.buried or not self.is_over(monitor), f"nobody has waited for monitor {monitor.pid}"
 
     def no_worker_that_obeys_is_killed(self) -> None:
         assert not self.system.killed_in_vain
@@ -450,6 +542,33 @@ class Schedules(RuleBasedStateMachine):
                 assert self.system.now <= slot.not_before + 1.5, f"slot {slot.number} is forgotten"
         assert self.system.sockets[0].slots == self.fleet.slots.keys()
         assert self.system.sockets[0].steered <= self.fleet.slots.keys()
+
+    def there_is_one_monitor(self) -> None:
+        """One that ends gets a successor after a bounded time, and not before."""
+        if self.outcome is not None:
+            return
+        system = self.system
+        unburied = [one for one in system.monitors.values() if not one.buried]
+        assert len(unburied) <= 1
+        assert system.open_lines() <= {
+            one.line.peer.fileno() for one in system.monitors.values() if not self.is_over(one)
+        }
+        assert len(system.open_lines()) <= 1
+        wanted = self.up and self.config.metrics is not None and not self.master.stopping and self.master.owns_metrics
+        if unburied or not wanted:
+            self.without_monitor = None
+            return
+        tries = (len(system.monitors), system.failures)
+        if self.without_monitor is None or self.without_monitor[0] != tries:
+            self.without_monitor = (tries, system.now)
+        assert system.now - self.without_monitor[1] <= LONGEST_BACK_OFF + 2, "there is no monitor any more"
+
+    def the_monitor_goes_last(self) -> None:
+        """Until nobody is served any more it says that the service drains."""
+        if self.monitor is None or not self.monitor.told_to_leave or self.monitor.pid in self.renewed:
+            return
+        successors = [one for one in self.system.processes.values() if one.told_ready and one.job is None]
+        assert successors or not self.workers()
 
     def look_at_reload(self, reload: Operation, error: str | None) -> None:
         """A reload that was not ended by a stop has ended."""
@@ -487,6 +606,7 @@ class Schedules(RuleBasedStateMachine):
         system = self.system
         system.failing.clear()
         system.fates.clear()
+        system.monitor_fates.clear()
         system.loses_child_signals = False
         system.slack = 0.9
         self.run_until(self.at_rest, AT_REST)
@@ -496,12 +616,15 @@ class Schedules(RuleBasedStateMachine):
             system.run(3.0)
             if self.outcome is None:
                 system.signals.send(signal.SIGQUIT)
-        self.run_until(lambda: self.outcome is not None, max(ENDED, FAILED_SECONDS + LINGERS + 2) + HALT_SECONDS)
+        ended = max(ENDED, FAILED_SECONDS + LINGERS + 2) + HALT_SECONDS + MONITOR_ENDED
+        self.run_until(lambda: self.outcome is not None, ended)
         if self.takes_over:
             failed = isinstance(self.outcome, WorkersCannotStart)
             assert self.simulated.told() == (["failed"] if failed else ["ready"] if self.served else [])
         assert all(one.told for one in self.operations)
         assert not system.open_fds()
+        assert not system.open_lines()
+        assert all(one.buried for one in system.monitors.values()), "a monitor runs on, or nobody has waited for it"
         assert system.signals is None or system.signals.closed
         assert all(sockets.closed or not sockets.slots for sockets in system.sockets)
         assert not self.workers(), "a worker runs on"
@@ -531,7 +654,13 @@ class Schedules(RuleBasedStateMachine):
             and all(one.told for one in self.operations)
             and len(fleet.active()) == fleet.target
             and all(slot.next is None and self.serves(slot.current) for slot in fleet.active())
+            and (self.config.metrics is None or self.is_monitored())
         )
+
+    def is_monitored(self) -> bool:
+        monitor = self.monitor
+        good = monitor is not None and monitor.started and not (monitor.stalled or monitor.told_to_leave)
+        return good and monitor.health == {"ready": True, "word": "ready"}
 
     def let_all_leave(self) -> None:
         if self.config.retire_timeout is None or self.config.graceful_timeout is None:

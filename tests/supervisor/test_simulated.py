@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from gtcpserver.supervisor.fleet import HALT_SECONDS
+from gtcpserver.supervisor.monitor import LEAVE_SECONDS, SHORT_LIFE
+from gtcpserver.supervisor.monitor import START_SECONDS as MONITOR_START_SECONDS
 from gtcpserver.supervisor.slots import FIRST_BACK_OFF, LONGEST_BACK_OFF, WorkerState, back_off
 from gtcpserver.supervisor.upgrade import FAILED_SECONDS
-from kit.simulated import Fate, SimulatedMaster, SimulatedSystem
+from kit.simulated import EXIT_SECONDS, Fate, MonitorFate, SimulatedMaster, SimulatedSystem
 
 Start = Callable[..., SimulatedMaster]
 
@@ -233,3 +235,97 @@ def test_workers_serve_on_while_an_upgrade_is_tried_and_fails(system: SimulatedS
         system.fates.append(fate)
         master.signal(signal.SIGUSR2, 3.0)
         assert [worker.state for worker in master.fleet.workers.values()] == 2 * [WorkerState.READY]
+
+
+# -- the monitor -------------------------------------------------------------------------------------------------------
+
+METRICS = "127.0.0.1:0"
+
+
+def test_a_slot_is_not_closed_while_a_monitor_that_starts_may_have_its_socket(
+    system: SimulatedSystem, start: Start
+) -> None:
+    # The kernel takes a socket out of its group when the last process has closed it: the program that steers new
+    # connections would name the wrong one until then.
+    system.monitor_fates += [MonitorFate(), MonitorFate(holds=5.0, starts_after=2.0)]
+    master = start(workers=2, metrics=METRICS)
+    first = master.monitor()
+    master.run(SHORT_LIFE)
+    first.exit(1 << 8)
+    master.run(0.1)
+    assert master.monitor() is not first
+    master.signal(signal.SIGTTOU, 4.0)
+    assert len(system.running()) == 1
+    assert system.sockets[0].slots == {0, 1}
+    master.run(4.0)
+    assert master.monitor().started
+    assert system.sockets[0].slots == {0}
+
+
+def test_nor_while_one_ends_that_has_not_let_go_of_it(system: SimulatedSystem, start: Start) -> None:
+    # Its line may be the first that the kernel closes.
+    system.monitor_fates.append(MonitorFate(holds=60.0))
+    master = start(workers=2, metrics=METRICS)
+    master.signal(signal.SIGTTOU, 1.0)
+    assert system.sockets[0].slots == {0, 1}
+    master.monitor().exit(signal.SIGKILL)
+    master.run(EXIT_SECONDS / 2)
+    assert not system.open_lines()
+    assert system.sockets[0].slots == {0, 1}
+    master.run(1.0)
+    assert system.sockets[0].slots == {0}
+
+
+def test_a_monitor_that_ends_while_a_worker_finishes_its_connections_is_replaced(
+    system: SimulatedSystem, start: Start
+) -> None:
+    master = start(Fate(), FOR_EVER, workers=2, metrics=METRICS)
+    master.run(SHORT_LIFE)
+    master.signal(signal.SIGTTOU, 1.0)
+    assert len(system.running()) == 2
+    master.monitor().exit(signal.SIGKILL)
+    master.run(2.0)
+    assert master.monitor().health == {"ready": True, "word": "ready"}
+
+
+@pytest.mark.parametrize("fate", [MonitorFate(starts_after=None), MonitorFate(stalls_after=20.0)])
+def test_a_monitor_that_says_nothing_is_replaced(system: SimulatedSystem, start: Start, fate: MonitorFate) -> None:
+    system.monitor_fates.append(fate)
+    master = start(metrics=METRICS)
+    first = master.monitor()
+    master.run(MONITOR_START_SECONDS + 5)
+    assert not first.running
+    assert master.monitor().started
+
+
+def test_a_monitor_that_dies_at_once_is_started_less_and_less_often(system: SimulatedSystem, start: Start) -> None:
+    system.monitor_fates += [MonitorFate(dies_after=0.1, status=1 << 8)] * 100
+    master = start(metrics=METRICS)
+    master.run(120.0)
+    assert 5 <= len(system.monitors) <= 10
+    assert master.master.ready
+
+
+def test_the_monitor_says_that_the_service_drains_until_its_last_connection_has_ended(
+    system: SimulatedSystem, start: Start
+) -> None:
+    master = start(Fate(lasts=5.0), metrics=METRICS, drain_delay=1.0)
+    monitor = master.monitor()
+    master.signal(signal.SIGTERM, 4.0)
+    assert monitor.health == {"ready": False, "word": "draining"}
+    assert not monitor.told_to_leave
+    master.run(4.0)
+    assert monitor.told_to_leave
+    assert master.outcome is not None
+    assert not system.open_lines()
+
+
+@pytest.mark.parametrize("fate", [MonitorFate(leaves_after=None), MonitorFate(stalls_after=1.0)])
+def test_a_stop_does_not_wait_for_a_monitor_that_does_not_end(
+    system: SimulatedSystem, start: Start, fate: MonitorFate
+) -> None:
+    system.monitor_fates.append(fate)
+    master = start(metrics=METRICS)
+    master.signal(signal.SIGTERM, LEAVE_SECONDS + 1)
+    assert master.outcome is not None
+    assert all(one.buried for one in system.monitors.values())

@@ -13,13 +13,14 @@ from typing import Any
 
 from fuzz.engine import Target
 from fuzz.targets.helpers import Choices, pieces_of
+from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.commands import Commands
 from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
 from gtcpserver.supervisor.control import ControlClient
 from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.messages import MASTER_KINDS, MAX_BYTES, WORKER_KINDS
-from gtcpserver.supervisor.monitor import MonitorProcess
+from gtcpserver.supervisor.monitor import table_of
 from gtcpserver.supervisor.slots import WorkerProcess, WorkerState
 from gtcpserver.supervisor.system import REAL_SYSTEM
 
@@ -113,15 +114,8 @@ def _check_status(status: dict[str, Any], good: WorkerProcess) -> None:
 
 def _check_table(master: Any, workers: list[WorkerProcess]) -> None:
     """The table of connections for the status page."""
-    monitor = object.__new__(MonitorProcess)
-    monitor._master = master
-    monitor._asked = {worker.pid: worker for worker in workers}
-    monitor._table_until = 0.0
-    monitor._line = None
-    monitor._outbox = b""
-    monitor._look_after_table(1.0)
-    table = json.loads(monitor._outbox, parse_constant=_not_in_json)["connections"]
-    assert table["total"] >= 0
+    table = table_of(workers, master.fleet.workers.values())
+    assert json.loads(to_json(table), parse_constant=_not_in_json)["total"] >= 0
 
 
 def control(data: bytes) -> None:
