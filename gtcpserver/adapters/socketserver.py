@@ -32,10 +32,7 @@ class SocketServerHandler:
         self.handler_class = handler_class
         self._class = _with_idle(handler_class) if issubclass(handler_class, BaseHTTPRequestHandler) else handler_class
         self._server = server
-        self._running: WeakSet[Any] = WeakSet()
-        if isinstance(server, socketserver.BaseServer) and type(server).shutdown is socketserver.BaseServer.shutdown:
-            # The original waits for a serve_forever() that does not run.
-            server.shutdown = self._stop_servers  # type: ignore[method-assign]
+        self._running: WeakSet[Any] = _make_stoppable(server)
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
@@ -46,10 +43,6 @@ class SocketServerHandler:
             self._running.add(conn.server)
         # The constructor does everything: setup(), handle(), finish().
         self._class(conn, conn.client_address, server)
-
-    def _stop_servers(self) -> None:
-        for server in list(self._running):
-            gevent.spawn(server.stop)
 
 
 def _check(handler_class: Any, server: Any) -> None:
@@ -66,6 +59,33 @@ def _check(handler_class: Any, server: Any) -> None:
         )
     if getattr(server, "socket_type", None) == socket.SOCK_DGRAM:
         raise ConfigError(f"server must be made for TCP, got {server!r}, which is for UDP")
+
+
+class _Stoppable(socketserver.BaseServer):
+    """The part of a ``server`` of the program's that differs: the original waits for a serve_forever() not running."""
+
+    gtcpserver_running: WeakSet[Any]
+
+    def shutdown(self) -> None:
+        """Begin a stop of all servers that have served its connections. Return at once, as _Standin's."""
+        for server in list(self.gtcpserver_running):
+            gevent.spawn(server.stop)
+
+
+def _make_stoppable(server: Any) -> WeakSet[Any]:
+    """Make ``server.shutdown()`` stop ours, unless its class has a shutdown() of its own; return the set of ours.
+
+    Another handler may have the same ``server``: then both have the same set.
+    """
+    kind = type(server)
+    if isinstance(server, _Stoppable):
+        return server.gtcpserver_running
+    running: WeakSet[Any] = WeakSet()
+    if isinstance(server, socketserver.BaseServer) and kind.shutdown is socketserver.BaseServer.shutdown:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        server.__class__ = type(kind.__name__, (_Stoppable, kind), names)
+        vars(server)["gtcpserver_running"] = running
+    return running
 
 
 class _Standin:

@@ -87,6 +87,7 @@ class StreamServer(Acceptor):
         self._closing = Semaphore()
         self._stopping: set[Any] = set()  # the greenlets in stop()
         self._changed: Event | None = None
+        self._forker: Any = None  # in a forked child, the greenlet of the handler that forked
         self._signal_timeout: float | None = None
         super(Acceptor, self).__init__(listener, handle, backlog, spawn, **ssl_args)
 
@@ -173,6 +174,8 @@ class StreamServer(Acceptor):
     runs_handler(_handle_and_close, lambda variables, _in_child: variables["connection"])
 
     def _forget(self, connection: Any) -> None:
+        if self._forker is not None and self._forker is getcurrent():
+            end_process()
         self._open.pop(connection, None)
         if self._drained:
             self._drained.discard(connection)
@@ -181,6 +184,8 @@ class StreamServer(Acceptor):
 
     def _handler_raised(self, error: BaseException, args: tuple[Any, ...]) -> None:
         """Count the handler's exception; print it only if it is a fault of the handler."""
+        if self._forker is not None and self._forker is getcurrent():
+            end_process(error)
         connection = args[0]
         result = COUNTER[outcome_of(error, connection)[0]]
         if result != "handler_errors":
@@ -351,21 +356,8 @@ class StreamServer(Acceptor):
         self._changed = None
         if "_workers" in vars(self):
             self._workers.left_in_child()
-        # A handler that forked returns to these. The child may start the server again.
-        forker, raised, forget = getcurrent(), self._handler_raised, self._forget
-
-        def handler_raised(error: BaseException, args: tuple[Any, ...]) -> None:
-            if getcurrent() is forker:
-                end_process(error)
-            raised(error, args)
-
-        def forgotten(connection: Any) -> None:
-            if getcurrent() is forker:
-                end_process()
-            forget(connection)
-
-        self._handler_raised = handler_raised  # type: ignore[method-assign]
-        self._forget = forgotten  # type: ignore[method-assign]
+        # A handler that forked ends the process when it returns. The child may start the server again.
+        self._forker = getcurrent()
 
     def _what_serves(self, name: str) -> Any:
         """Return the attribute of that name, even if ``close`` deleted it."""

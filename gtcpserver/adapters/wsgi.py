@@ -268,8 +268,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
 
     def forked(self) -> None:
         """End the child when the application returns there. It must not answer a second time."""
-        self.process_result = self._sendall = lambda *_: end_process()  # type: ignore[method-assign]
-        self._application_raised = lambda error: end_process(error)  # type: ignore[method-assign]
+        self.__class__ = _WSGIHandlerInChild
 
     # -- the answer --------------------------------------------------------------------------------------------------
 
@@ -330,6 +329,19 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         """Reset instead of close: a partial answer that only the close delimits must not look complete."""
         if self.headers_sent and self.response_headers is not None and not self._is_delimited():
             self.socket.abort()
+
+
+class _WSGIHandlerInChild(_WSGIHandler):
+    """What a handler becomes in a child that its application has forked."""
+
+    def process_result(self) -> None:
+        end_process()
+
+    def _sendall(self, data: Any) -> None:
+        end_process()
+
+    def _application_raised(self, error: BaseException) -> BaseException | None:
+        end_process(error)
 
 
 def _comes_of(error: BaseException | None, fault: BaseException) -> bool:
