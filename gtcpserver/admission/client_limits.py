@@ -66,6 +66,22 @@ class ClientLimits:
         self._buckets: OrderedDict[ClientKey, tuple[float, float]] = OrderedDict()
         self.refused: Counter[str] = Counter()
 
+    @property
+    def counted(self) -> int:
+        """Clients whose connections are counted now.
+
+        :meta private:
+        """
+        return len(self._open)
+
+    @property
+    def remembered(self) -> int:
+        """Clients whose rate is remembered.
+
+        :meta private:
+        """
+        return len(self._buckets)
+
     def enter(self, address: Any) -> Refusal | None:
         """Count a new connection of a client, if its limits allow it.
 

@@ -148,6 +148,11 @@ class LimitKeeper:
         self._buckets: WeakValueDictionary[str, TokenBucket] = WeakValueDictionary()
         self._kept: OrderedDict[str, TokenBucket] = OrderedDict()
 
+    @property
+    def counted(self) -> int:
+        """Clients whose connections are counted now."""
+        return self._clients.counted
+
     def enter(self, address: Any) -> str:
         """Register a client. Return "" if it may stay, and `leave` must be called at its end; otherwise the limit.
 

@@ -36,7 +36,7 @@ def nothing_is_taken(server):
     admission = server._state.admission
     assert server.pool.places.taken == len(server.pool.greenlets) == 0
     assert not admission or len(admission) == 0
-    assert not server._options.client_limits or not server._options.client_limits._open
+    assert not server._options.client_limits or not server._options.client_limits.counted
     assert server._state.nobody_connected.is_set()
 
 
@@ -341,7 +341,7 @@ EVERY_ALLOCATION = """
                 server.connections()
                 or server.pool.places.taken
                 or len(server._state.admission)
-                or server._options.client_limits._open
+                or server._options.client_limits.counted
                 or not server._state.nobody_connected.is_set()
             ):
                 gevent.sleep(0.001)

@@ -38,6 +38,13 @@ def heard(fleet: Fleet, worker: WorkerProcess) -> list[tuple[str, Any]]:
     return [(message.kind, message.fields.get("timeout")) for message in messages]
 
 
+def blocked(fleet: Fleet, worker: WorkerProcess) -> None:
+    """It was ready, and has not been heard for long."""
+    make_ready(worker)
+    worker.last_beat -= 100
+    fleet.care.look(fleet.system.monotonic())
+
+
 # -- probation ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,10 +178,10 @@ def test_a_worker_that_an_earlier_reload_has_given_up_does_not_fail_the_next_one
     second = fleet.reload = Reload(fleet, [])
     second.go_on()
     assert given_up.generation == second.generation
-    fleet.care._begin_to_end(given_up, system.now)
+    blocked(fleet, given_up)
     assert fleet.reload is second
     assert slot.next is not None
-    fleet.care._begin_to_end(slot.next, system.now)
+    blocked(fleet, slot.next)
     assert fleet.reload is None
 
 
@@ -218,7 +225,7 @@ def test_the_oldest_of_too_many_is_told_once(system: SimulatedSystem, stop_timeo
     older, younger = retire(fleet, 5), retire(fleet, 3)
     now = system.now
     for _ in range(2):
-        fleet._bound_retired(now)
+        fleet.look_after(now)
     assert heard(fleet, older) == [("retire", None), ("hasten", given)]
     assert older.kill_at == pytest.approx(now + given + KILL_MARGIN, abs=5)
     assert heard(fleet, younger) == [("retire", None)]
@@ -229,9 +236,9 @@ def test_a_worker_that_was_just_replaced_is_not_told_to_hurry(system: SimulatedS
     # A client that has connected and said nothing yet would lose its first request.
     fleet = make_fleet(system, max_retired=0)
     worker = retire(fleet, 0)
-    fleet._bound_retired(system.now)
+    fleet.look_after(system.now)
     assert heard(fleet, worker) == [("retire", None)]
-    fleet._bound_retired(system.now + LASTING_SECONDS)
+    fleet.look_after(system.now + LASTING_SECONDS)
     assert heard(fleet, worker) == [("hasten", DEFAULT_STOP_TIMEOUT)]
 
 
@@ -239,7 +246,7 @@ def test_a_shorter_time_that_it_has_already_stays(system: SimulatedSystem) -> No
     fleet = make_fleet(system, max_retired=0, retire_timeout=2.0)
     worker = retire(fleet, 1.5)
     kill_at = worker.kill_at
-    fleet._bound_retired(system.now)
+    fleet.look_after(system.now)
     assert worker.kill_at == kill_at
 
 
@@ -252,12 +259,12 @@ def test_retired_workers_that_pile_up_are_told_at_twice_as_many_again(
         caplog.clear()
         for _ in counts:
             retire(fleet, 60)
-            fleet._bound_retired(system.now)
+            fleet.look_after(system.now)
         return [cast(int, cast(Any, record.args)[0]) for record in caplog.records]
 
     with caplog.at_level(logging.WARNING, "gtcpserver"):
         assert told_at(range(7)) == [FEW_RETIRED + 1, 2 * (FEW_RETIRED + 1) + 1]
         assert "7 retired workers still have connections, the oldest for 60 s" in caplog.text
         fleet.slots[0].gone_on.clear()
-        fleet._bound_retired(system.now)
+        fleet.look_after(system.now)
         assert told_at(range(3)) == [FEW_RETIRED + 1]
