@@ -91,6 +91,7 @@ def get(serve, connect, in_thread, www):
             with client.makefile("rb") as file:
                 return in_thread(read_answer, file, method)
 
+    request.servers = servers
     return request
 
 
@@ -382,11 +383,21 @@ def test_a_link_that_goes_up_is_followed_while_something_is_renamed(www):
 
 
 def test_no_descriptor_stays_open(serve, connect, in_thread, www, get):
-    get("/a.txt")
-    before = len(os.listdir("/proc/self/fd"))
-    for path in ("/a.txt", "/", "/sub", "/nothing", "/fifo", "/outside", "/empty%20dir/"):
+    def descriptors():
+        # When the sockets of clients are closed too; not the one by which the list is read.
+        wait_until(lambda: all(one.stats().active == one.stats().lingering == 0 for one in get.servers.values()))
+        return {
+            number: os.readlink(path)
+            for number in os.listdir("/proc/self/fd")
+            if os.path.exists(path := f"/proc/self/fd/{number}")
+        }
+
+    paths = ("/a.txt", "/", "/sub", "/nothing", "/fifo", "/outside", "/empty%20dir/")
+    get("/a.txt"), get("/a.txt", listing=True)  # two servers, each with its socket and its folder
+    before = descriptors()
+    for path in paths:
         get(path), get(path, listing=True)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+    assert descriptors() == before
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
