@@ -20,7 +20,7 @@ from .measure import CLIENT_CPU, BenchError, Run, load, warm_up
 from .results import Figures, Result
 from .servers import SERVERS, serving
 from .starting import PYTHON
-from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
+from .turns import Progress, Recording, parser_of, positive, record, take_turns
 
 #: Of the tables: a title, and name -> KIND of peers/existing.py. Ours is the first.
 GROUPS = {
@@ -73,17 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.sched_setaffinity(0, {CLIENT_CPU})
     settings = {name: getattr(options, name) for name in ("clients", "rounds", "seconds")}
     steps = sum(2 * len(kinds) for kinds in GROUPS.values()) * options.rounds
-    try:
-        recording = Recording("adapters", settings, options.json, seed_of(options), steps)
+
+    def measure_all(recording: Recording) -> None:
         for title, kinds in GROUPS.items():
             loaded, memory = measure(title, options.clients, options.rounds, options.seconds, recording.progress)
             key = next(iter(kinds.values()))
             recording.load(f"{key}/{options.clients}", loaded)
             recording.figures(f"{key}, idle", memory)
-        return recording.end(options.publish)
-    except (BenchError, OSError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("adapters", parser, options, settings, steps, measure_all)
 
 
 if __name__ == "__main__":

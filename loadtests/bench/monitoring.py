@@ -21,7 +21,7 @@ from .machine import need
 from .measure import CLIENT_CPU, SERVER_CPU, BenchError, cpu_seconds, prepare, read_report, wrk
 from .results import OURS, Figures, Ratio
 from .starting import serving_handler
-from .turns import Recording, parser_of, positive, seed_of, take_turns
+from .turns import Recording, parser_of, positive, record, take_turns
 
 COLUMNS = ["CPU µs a request", "requests/s"]
 
@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     need("monitoring")
     settings = {"rounds": options.rounds, "seconds": options.seconds, "clients": options.clients}
     title = "Metrics, a handler that does next to nothing"
-    try:
-        recording = Recording("monitoring", settings, options.json, seed_of(options), 2 * options.rounds)
+
+    def measure(recording: Recording) -> None:
         found, failed = take_turns(
             WAYS,
             options.rounds,
@@ -107,10 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         recording.figures("monitoring", figures)
         if not failed:
             print(words(figures))
-        return recording.end(options.publish)
-    except (BenchError, OSError, subprocess.CalledProcessError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("monitoring", parser, options, settings, 2 * options.rounds, measure)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import sys
 from ..local_servers import ROOT
 from . import fast_open as fast_open_link
 from .machine import need
-from .measure import CPUS, SERVER_CPU, BenchError, Run, load, warm_up
+from .measure import CPUS, SERVER_CPU, Run, load, warm_up
 from .results import Figures, Result
 from .starting import PYTHON, serving_handler
-from .turns import Progress, Recording, parser_of, positive, seed_of, take_turns
+from .turns import Progress, Recording, parser_of, positive, record, take_turns
 
 EACH, KEPT = "loadtests/bench/peers/served.py:each", "loadtests/bench/peers/served.py:kept"
 
@@ -104,17 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     need("workers")
     steps = sum(len(variants) for _, _, variants in VARIANTS.values()) * given.rounds
-    try:
-        settings = {"rounds": given.rounds, "seconds": given.seconds}
-        recording = Recording("options", settings, given.json, seed_of(given), steps)
+    settings = {"rounds": given.rounds, "seconds": given.seconds}
+
+    def measure_all(recording: Recording) -> None:
         for title in VARIANTS:
             recording.load(title, measure(title, given.rounds, given.seconds, recording.progress))
         recording.progress.show("TCP Fast Open")
         recording.figures("fast-open", fast_open(given.rounds))
-        return recording.end(given.publish)
-    except (BenchError, OSError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("options", parser, given, settings, steps, measure_all)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from .measure import CLIENT_CPU, BenchError, allow_descriptors
+from .measure import CLIENT_CPU, allow_descriptors
 from .proxy_clients import Holder, ShortTarget, short_connections, through
 from .proxy_peers import PROXIES, Proxy, Running, cpu_of, memory_of, running
 from .results import OURS, Figures
 from .transfer_peers import CHUNK, GIB, Target, discard
-from .turns import Progress, Recording, parser_of, seed_of, take_turns
+from .turns import Progress, Recording, parser_of, record, take_turns
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,16 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = given.scenario or list(SCENARIOS)
     steps = sum(min(3, len(there)) if name == "idle" else len(there) for name in chosen) * given.rounds
     settings = {name: getattr(given, name) for name in ("rounds", "connections", "gib", "quick")}
-    try:
-        recording = Recording("proxies", settings, given.json, seed_of(given), steps)
+
+    def measure_all(recording: Recording) -> None:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
             os.chmod(folder, 0o777)
             options = Options(given.rounds, given.connections, given.gib, tunnels, folder, there, recording.progress)
             for name in chosen:
                 title, measure = SCENARIOS[name]
                 recording.figures(name, measure(title, options))
-        return recording.end(given.publish)
-    except (BenchError, OSError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("proxies", parser, given, settings, steps, measure_all)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from .measure import CLIENT_CPU, BenchError, Listening, allow_descriptors, cpu_s
 from .results import OURS, Figures
 from .starting import PYTHON, free_port
 from .transfer_peers import CHUNK, FILE_SERVERS, GIB, MEDIUM, RELAYS, SMALL, Target, discard, running
-from .turns import Recording, parser_of, seed_of, take_turns
+from .turns import Recording, parser_of, record, take_turns
 
 #: (servers, run, title) -> what each of them found, and why others have nothing; as turns.take_turns.
 Turns = Callable[[Mapping[str, Any], Callable[[str], list[float]], str], Figures]
@@ -241,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.scenario or [*SCENARIOS, *OTHERS]
     steps = sum(len(RELAYS if "relay" in name else FILE_SERVERS) for name in chosen if name in SCENARIOS)
     settings = {"rounds": options.rounds, "GiB": options.gib}
-    try:
-        recording = Recording("transfers", settings, options.json, seed_of(options), steps * options.rounds)
+
+    def measure_all(recording: Recording) -> None:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
             for name in chosen:
                 if name in OTHERS:
@@ -256,10 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
                     return Figures(title, [unit], found, failed)  # noqa: B023 (called within this turn)
 
                 recording.figures(name, measure(title, turns, options.gib, folder))
-        return recording.end(options.publish)
-    except (BenchError, OSError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("transfers", parser, options, settings, steps * options.rounds, measure_all)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -147,6 +148,33 @@ def parser_of(module: str, document: str | None, rounds: int) -> argparse.Argume
     parser.add_argument("--json", metavar="FILE", help="where to write the results; default: loadtests/results")
     parser.add_argument("--publish", action="store_true", help="put the results into the documentation")
     return parser
+
+
+def record(
+    program: str,
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    steps: int,
+    measure: Callable[[Recording], None],
+) -> int:
+    """Measure, and keep what was found.
+
+    Args:
+        program, settings, steps: as Recording's and Progress's.
+        parser, options: `parser_of`'s, and what it has found.
+        measure: called with the recording, which it fills.
+
+    Returns:
+        the exit status: 1 if something, or one of our own servers, could not be measured, which is told on stderr.
+    """
+    try:
+        recording = Recording(program, settings, options.json, seed_of(options), steps)
+        measure(recording)
+        return recording.end(options.publish)
+    except (BenchError, OSError, subprocess.CalledProcessError) as problem:
+        print(f"{parser.prog}: {problem}", file=sys.stderr)
+        return 1
 
 
 def positive(text: str) -> int:

@@ -18,7 +18,7 @@ from .measure import CPUS, BenchError, cpu_of_session, read_report, wrk
 from .publish import several_against_one
 from .results import OURS, Figures
 from .starting import serving_handler
-from .turns import Recording, parser_of, positive, seed_of, take_turns
+from .turns import Recording, parser_of, positive, record, take_turns
 
 COLUMNS = ["requests/s", "CPU µs a request", "the client's share of the CPUs"]
 
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     counts = {named(number): number for number in (1, options.workers)}
     settings = {"rounds": options.rounds, "seconds": options.seconds}
     title = f"{options.workers} workers on {len(CPUS)} CPUs, which the client shares: 0.15 ms of work a request"
-    try:
-        recording = Recording("workers", settings, options.json, seed_of(options), 2 * options.rounds)
+
+    def measure(recording: Recording) -> None:
         found, failed = take_turns(
             counts, options.rounds, lambda name: run(counts[name], options.seconds), recording.progress, title
         )
@@ -76,10 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         recording.figures("workers", figures)
         if not failed:
             print(several_against_one(figures))
-        return recording.end(options.publish)
-    except (BenchError, OSError, subprocess.CalledProcessError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
-        return 1
+
+    return record("workers", parser, options, settings, 2 * options.rounds, measure)
 
 
 if __name__ == "__main__":

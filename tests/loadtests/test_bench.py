@@ -699,6 +699,18 @@ def test_there_is_no_bar_in_a_file(tmp_path):
     assert (tmp_path / "log").read_text() == ""
 
 
+@pytest.mark.parametrize("error", [measure.BenchError("no"), OSError("no"), subprocess.CalledProcessError(1, ["wrk"])])
+def test_a_benchmark_that_cannot_be_run_says_so_in_a_line(tmp_path, capsys, error):
+    parser = turns.parser_of("loadtests.bench.example", None, rounds=1)
+    options = parser.parse_args(["--json", str(tmp_path / "found.json")])
+
+    def fail(_recording):
+        raise error
+
+    assert turns.record("example", parser, options, {"rounds": 1}, 1, fail) == 1
+    assert capsys.readouterr().err == f"python -m loadtests.bench.example: {error}\n"
+
+
 @pytest.mark.parametrize(("name", "status"), [("gtcpserver, idle()", 1), ("trio", 0)])
 def test_a_server_of_ours_that_fails_is_exit_status_1(tmp_path, name, status):
     recording = turns.Recording("bench", {"rounds": 1}, str(tmp_path / "found.json"), 0, 1)
