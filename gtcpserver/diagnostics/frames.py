@@ -16,6 +16,8 @@ _LIBRARIES = (
     os.path.dirname(os.path.abspath(errors.__file__)) + os.sep,  # this package, wherever it has been put
 )
 
+_PACKAGE = errors.__name__.partition(".")[0] + "."
+
 
 def is_library(code: CodeType) -> bool:
     """Return whether it is code of Python, of an installed package, or of this one, rather than of the program."""
@@ -25,7 +27,12 @@ def is_library(code: CodeType) -> bool:
 
 def raised_by_library(error: BaseException) -> bool:
     """Return whether no code of the program is between the place that catches an error and the one that raised it."""
-    return all(is_library(frame.f_code) for frame, _ in walk_tb(error.__traceback__))
+    return all(_is_library_frame(frame) for frame, _ in walk_tb(error.__traceback__))
+
+
+def _is_library_frame(frame: FrameType) -> bool:
+    # By its module as well: the `__init__` of a dataclass has no file.
+    return is_library(frame.f_code) or str(frame.f_globals.get("__name__")).startswith(_PACKAGE)
 
 
 def calls_of_program(frame: FrameType | None) -> list[tuple[CodeType, int]]:

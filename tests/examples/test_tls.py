@@ -164,7 +164,6 @@ def test_mutual_tls(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("tls_echo.py", ["nonsense"], "address"),
         ("tls_echo.py", ["127.0.0.1:0", "/nonexistent"], "/nonexistent"),
         ("starttls_lines.py", ["127.0.0.1:0", "/nonexistent"], "/nonexistent"),
         ("mutual_tls.py", [], "usage: python mutual_tls.py ADDRESS CLIENT_CA [CERTFILE [KEYFILE]]"),
@@ -177,6 +176,13 @@ def test_the_last_line_tells_of_wrong_usage(name: str, arguments: list[str], mes
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_wrong_address_is_told_in_one_line() -> None:
+    command = [sys.executable, str(EXAMPLES / "tls_echo.py"), "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"gtcpserver: .*address.*'nonsense'\n", done.stderr.splitlines(keepends=True)[-1])
 
 
 # -- sslyze -----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from gtcpserver import (
     TLSFlood,
     TruncatedStream,
     __version__,
+    compiled,
     connect,
     from_socketserver,
     from_wsgi,
@@ -51,6 +52,7 @@ from gtcpserver import (
     relay,
     run,
     run_coroutine,
+    why_pure,
 )
 from gtcpserver.adapters import SocketServerHandler, WSGIHandler
 from gtcpserver.forwarder import Forwarder, Target
@@ -270,7 +272,8 @@ def main() -> None:
         run("app:handle", bind="0.0.0.0:5000", workers="auto")
         run(handle_session, connection_class=Session, workers=2, pin_cpus=True, worker_start=started)
     except GtcpServerError as error:
-        print(__version__, error)
+        print(__version__, error, compiled, why_pure)
+        reveal_type(compiled)  # revealed: bool
 
 
 async def fetch(key: str) -> bytes:
