@@ -27,6 +27,7 @@ PAGE = DOCS / "architecture.md"
 #: Modules at the bottom that everything may import: one box together.
 GROUND = (
     "address",
+    "c",
     "callables",
     "checks",
     "errors",

@@ -10,7 +10,20 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import source_hash
 
 #: In the order of import: what others use comes first. Each has a .pxd file beside it.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "gtcpserver.connection.stream",
+    "gtcpserver.connection.blocks",
+    "gtcpserver.connection.lingering",
+    "gtcpserver.connection.lifecycle",
+    "gtcpserver.pool.places",
+    "gtcpserver.pool.greenlets",
+    "gtcpserver.server.state",
+    "gtcpserver.server.capacity",
+    "gtcpserver.server.idle",
+    "gtcpserver.server.timed_idle",
+    "gtcpserver.server.serving",
+    "gtcpserver.server.accept_loop",
+)
 
 #: The suffix of this Python, such as ".cpython-311-x86_64-linux-gnu.so": builds for several Pythons lie side by side.
 SUFFIX = EXTENSION_SUFFIXES[0]

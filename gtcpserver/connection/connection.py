@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import os
 import socket as _stdlib_socket
-import struct
 from collections.abc import Callable
 from functools import wraps
 from io import RawIOBase
-from socket import getdefaulttimeout
-from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import ref
 
 from gevent._socket3 import _closedsocket
-from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from gtcpserver import transfer
@@ -31,14 +27,15 @@ from gtcpserver.proxy_protocol.header import Transport
 from gtcpserver.tls import ConnectionTLS, Credentials
 from gtcpserver.transfer.ends import HasStream, reset_on_close
 
+from .blocks import Deadline, Idle
 from .handshake_failure import handshake_failed
+from .lifecycle import begin, drop, end, know
 from .ssl_methods import SSLMethods, refuse
-from .stream import CHILD, CLOSED, SHARED, Stream, StreamInChild
+from .stream import CHILD, CLOSED, SHARED, Stream
 from .tls_layer import TLSLayer
 
 if TYPE_CHECKING:
     import ssl
-    from types import TracebackType
 
     from typing_extensions import Buffer, Self  # which type checkers have
 
@@ -78,9 +75,6 @@ READ_AHEAD = 16 * 1024
 
 # Plain numbers: the socket module's enums cost 0.1 us a call.
 _SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_LINGER)
-
-_new = object.__new__
-_set_up = Stream.__init__
 
 # By name: type checkers do not know the slots of gevent's untyped classes.
 _SLOTS = (
@@ -148,6 +142,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     accepted_at: float
     client_address: SocketAddress
     context: Any
+    idle_block: Idle | None
     server: Server | None
 
     if TYPE_CHECKING:
@@ -180,21 +175,8 @@ class Connection(SSLMethods, HasStream, _Socket):
             raise
 
     def _begin(self, sock: Any) -> None:
-        # Runs once per connection; the acceptor knows what it accepted and calls this without the constructor.
         sock.setblocking(False)
-        self._sock = sock
-        self.hub = hub = get_hub()
-        self._io_refs = 0
-        self._closed = False
-        # Not Stream(...): calling a class costs 0.2 us more than calling a function.
-        self._stream = stream = _new(Stream)
-        _set_up(stream, sock, hub, getdefaulttimeout())
-        # The stream's own methods, not wrappers: 0.1 us a call. Writes the slots even if a subclass overrides them.
-        _set_recv(self, stream.recv)
-        _set_sendall(self, stream.sendall)
-        self.idle_block: Idle | None = None
-        self.client_address = self.server = self.context = None  # type: ignore[assignment]
-        self.accepted_at = monotonic()
+        begin(self, sock)
 
     @property
     def started_at(self) -> float:
@@ -678,41 +660,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         :meta private:
         """
-        # Runs once per connection, and reads few attributes of self (see stream.py).
-        stream = self._stream
-        owner: Owner | None = self.server
-        self._closed = True
-        if stream.tls is not None:
-            stream.tls.close_notify()
-        sock = stream.sock
-        self._sock = CLOSED
-        waiting = stream.close()
-        if waiting is not None:
-            self.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, self._drop_ref_on_close, sock)
-        # Lingering shuts down the write side, for every other process with the socket too. A peer that has closed its
-        # side sends nothing more that could provoke a reset. An idle peer has received its last answer and may not
-        # notice the end before its next request: no stop waits for it.
-        elif (
-            stream.at_eof
-            or stream.shared
-            or not (self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended))
-        ):
-            if stream.shared == CHILD and self._end_shared(stream, sock, owner):
-                return
-            super()._drop_ref_on_close(sock)
-
-    def _end_shared(self, stream: Stream, sock: Any, owner: Owner | None) -> bool:
-        """Signal the end to the peer although a forked child has the socket too. False: close it now."""
-        try:
-            if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
-                return False  # to be reset
-            if not stream.at_eof:
-                return self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended)
-            if owner is not None or stream.bytes_sent:  # or the child may answer, see _linger
-                sock.shutdown(_stdlib_socket.SHUT_WR)
-        except OSError:
-            pass  # reset meanwhile
-        return False
+        end(self)
 
     # -- a fork in its handler (see process/forked.py) ---------------------------------------------------------------
 
@@ -724,7 +672,6 @@ class Connection(SSLMethods, HasStream, _Socket):
         """Take over reading and writing in the child, without a server; the close there signals nothing to the peer."""
         stream = self._stream
         stream.leave_event_loop()
-        stream.__class__ = StreamInChild
         stream.shared = SHARED
         if stream.tls is not None:
             stream.tls.broken = True
@@ -736,20 +683,6 @@ class Connection(SSLMethods, HasStream, _Socket):
         self._stream.left_by_child()
         self._sock = CLOSED
         self._closed = True
-
-    def _linger(self, stream: Stream, sock: Any) -> bool:
-        """Close politely without a Server, if :meth:`linger_with` was called. False: close at once.
-
-        A handler that has written nothing may have left the answer to another process that holds the socket; a shutdown
-        would silence it. A handler that has set SO_LINGER has decided how its socket closes.
-        """
-        try:
-            lingerer: Linger = _get_lingerer(self)
-            if not stream.bytes_sent or sock.getsockopt(_SOL_SOCKET, _SO_LINGER):
-                return False
-        except (AttributeError, OSError):
-            return False
-        return lingerer.take(sock)
 
     def linger_with(self, lingerer: Linger) -> None:
         """Let ``lingerer`` close the socket of a connection that has no Server."""
@@ -779,28 +712,15 @@ class Connection(SSLMethods, HasStream, _Socket):
             self._drop_ref_on_close(self._sock)
 
     def _drop_ref_on_close(self, sock: Any) -> None:
-        # Called when no greenlet waits on the socket any more. See end() for the conditions.
-        owner: Owner | None = self.server
-        stream = self._stream
-        stream.sock = CLOSED
-        if (
-            stream.at_eof
-            or stream.shared
-            or not (self._linger(stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended))
-        ):
-            if stream.shared == CHILD and self._end_shared(stream, sock, owner):
-                return
-            super()._drop_ref_on_close(sock)
+        # Called when no greenlet waits on the socket any more.
+        drop(self, sock)
 
 
-# The slots' own descriptors.
-_set_recv = vars(Connection)["recv"].__set__
-_set_sendall = vars(Connection)["sendall"].__set__
+know(Connection)
 # For an unset slot Python calls gevent's __getattr__, which raises EBADF when the connection is closed.
 _get_proxied = vars(Connection)["_proxied"].__get__
 #: A property implemented in C, 30 ns: its readers read it once per connection. Assigning to it raises AttributeError.
 Connection.stream = property(vars(Connection)["_stream"].__get__, doc=":meta private:")  # type: ignore[assignment]
-_get_lingerer = vars(Connection)["_lingerer"].__get__
 _get_log_fields = vars(Connection)["_log_fields"].__get__
 _get_readers = vars(Connection)["_readers"].__get__
 
@@ -831,61 +751,3 @@ def log_fields_of(connection: Connection) -> dict[str, Any]:
     except AttributeError:
         return {}
     return fields
-
-
-class Deadline:
-    """The ``with`` block of :meth:`Connection.deadline`."""
-
-    __slots__ = ("_seconds", "_stream", "_until")
-
-    def __init__(self, stream: Stream, seconds: float) -> None:
-        self._stream = stream
-        self._seconds = seconds
-
-    def __enter__(self) -> None:
-        stream = self._stream
-        self._until = until = monotonic() + self._seconds
-        if stream.deadline is None:
-            stream.deadlines = (until,)
-            stream.deadline = until
-        else:
-            stream.deadlines += (until,)
-            stream.deadline = min(stream.deadlines)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        # Not simply the previous one: a reading greenlet and a writing greenlet may have overlapping blocks.
-        stream = self._stream
-        if len(stream.deadlines) == 1:
-            stream.deadlines = ()
-            stream.deadline = None
-        else:
-            others = list(stream.deadlines)
-            others.remove(self._until)
-            stream.deadlines = tuple(others)
-            stream.deadline = min(others)
-        if stream.deadline is None and stream.timeout is None:
-            stream.forget_bounds()
-
-
-class Idle:
-    """The ``with`` block of :meth:`Connection.idle`; one reusable object per connection.
-
-    Attributes:
-        active: the connection is idle now.
-    """
-
-    __slots__ = ("active", "connection")
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.active = False
-
-    def __enter__(self) -> None:
-        self.active = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.active = False

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import socket
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gevent.event import Event
 from gevent.hub import get_hub
 
 from gtcpserver.process.watcher import watch
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled and TYPE_CHECKING:
+    from gtcpserver.c import discard, shut_write
 
 #: Input thrown away for one connection before it is reset: enough for an upload that was refused early and is still
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
@@ -93,9 +100,7 @@ class Linger:
         # Runs once per connection: no per-connection object and no clock before the first look.
         if not self.seconds:
             return False
-        try:
-            sock.shutdown(SHUT_WR)
-        except OSError:
+        if not _shut_write(sock):
             return False  # reset meanwhile: nobody is left to be polite to
         self._fresh[sock] = awaited
         if self._first_look is None:
@@ -114,13 +119,8 @@ class Linger:
             if self._timer is None:
                 self._start_timer(self.seconds)
             for sock, awaited in fresh.items():
-                try:
-                    discarded = sock.recv_into(_rubbish)
-                except BlockingIOError:
-                    discarded = None
-                except OSError:
-                    discarded = 0
-                if discarded == 0 or not self._keep(sock, until, awaited, discarded or 0):
+                discarded = _discard(sock)
+                if discarded == 0 or not self._keep(sock, until, awaited, max(0, discarded)):
                     # Notify watchers that others still have on the descriptor.
                     closing_fd(sock.fileno())
                     sock.close()
@@ -211,12 +211,9 @@ class _Lingering:
         self._watcher.start(self.readable)
 
     def readable(self) -> None:
-        try:
-            discarded = self.sock.recv_into(_rubbish)
-        except BlockingIOError:
+        discarded = _discard(self.sock)
+        if discarded < 0:
             return
-        except OSError:
-            discarded = 0
         self._to_discard -= discarded
         self.heard_at = monotonic()
         if not discarded or self._to_discard <= 0:
@@ -248,3 +245,27 @@ class _Lingering:
         get_hub().loop.closing_fd(self.sock.fileno())
         self.sock.close()
         self.await_no_more()
+
+
+def _shut_write(sock: Any) -> bool:
+    """Shut down the write side; return False on an error."""
+    if cython.compiled:
+        return shut_write(sock.fileno())
+    try:
+        sock.shutdown(SHUT_WR)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(sock: Any) -> int:
+    """Read and throw away input; return its bytes, 0 at the peer's end or after a reset, -1 if there is none."""
+    if cython.compiled:
+        return discard(sock.fileno())
+    try:
+        size: int = sock.recv_into(_rubbish)
+    except BlockingIOError:
+        return -1
+    except OSError:
+        return 0
+    return size

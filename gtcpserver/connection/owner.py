@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from gtcpserver.tls import Credentials, HandshakeFailure
 
-    from .connection import Connection, Idle
+    from .blocks import Idle
+    from .connection import Connection
     from .lingering import Linger
 
 

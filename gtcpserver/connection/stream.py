@@ -18,9 +18,10 @@ It differs from gevent in how it waits:
 
 from __future__ import annotations
 
+import os
 import socket
+from errno import EAGAIN
 from math import inf
-from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
@@ -29,10 +30,29 @@ from gevent._socket3 import _closedsocket
 from gevent.exceptions import ConcurrentObjectUseError
 from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit
 
 from gtcpserver.errors import DeadlineExceeded, EarlyEOF
 from gtcpserver.process.watcher import check_watched, parking, stop_watcher, watch
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (stream.pxd).
+    from time import monotonic
+
+    from greenlet import getcurrent, greenlet
+
+    # greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
+    # greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
+    switch_to = greenlet.switch
+
+    if TYPE_CHECKING:
+        from gtcpserver.c import import_greenlet, receive, transmit
+if cython.compiled:
+    import_greenlet()
 
 if TYPE_CHECKING:
     from .tls_layer import TLSLayer
@@ -50,6 +70,10 @@ FULL_READS_IN_A_ROW = 16
 SMALL_ROOM = 64 * 1024
 LARGE_ROOM = 1024 * 1024
 
+#: Bytes that compiled code receives or sends by a direct system call, which does not release the GIL: 5 us. (It is the
+#: size of a buffer in c/system_calls.pxd.)
+MOST_DIRECT = 64 * 1024
+
 #: Values of `Stream.shared`, besides False.
 SHARED, CHILD = 1, 2
 
@@ -57,10 +81,6 @@ SHARED, CHILD = 1, 2
 CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
-
-# greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
-# greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
-_switch_to = greenlet.switch
 
 # As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
 _PEEK, _WAITALL, _DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_WAITALL), int(socket.MSG_DONTWAIT)
@@ -71,11 +91,12 @@ class Stream:
 
     Args:
         sock: the raw socket, non-blocking; once closed, one that raises EBADF.
-        hub: the gevent hub of this thread.
+        hub: the gevent hub of this thread. None after a fork, in the child, until the first wait.
         timeout: seconds without progress until TimeoutError; None waits indefinitely; 0.0 never waits.
 
     Attributes:
         hub: as above.
+        fd: compiled, its descriptor, which a closed stream must not use.
         io: object to read from and write to: the raw socket, or its substitute (``recv``, ``recv_into``, ``send``;
             BlockingIOError means "wait").
         reading, writing: the io watchers, made at the first wait.
@@ -91,7 +112,7 @@ class Stream:
         mark: set on each error that this stream raised (see :meth:`note`); None: none so far.
         progress: a note kept by the server's time limits.
         shared: another process or object has the socket too: SHARED, or CHILD for a child forked by the handler.
-        shut_for_writing: the program shut down its side; not set before that.
+        shut_for_writing: the program shut down its side.
         tls: the TLS layer that ``io`` is, or None.
     """
 
@@ -111,6 +132,7 @@ class Stream:
         "drained",
         "ended",
         "ending",
+        "fd",
         "hub",
         "io",
         "kept",
@@ -127,6 +149,8 @@ class Stream:
 
     def __init__(self, sock: Any, hub: Any, timeout: float | None) -> None:
         self.sock = self.io = sock
+        if cython.compiled:
+            self.fd: int = sock.fileno()
         self.tls: TLSLayer | None = None
         self.hub = hub
         self.timeout = timeout
@@ -138,12 +162,11 @@ class Stream:
         self.deadline: float | None = None
         self.deadlines: tuple[float, ...] = ()
         self._read_until = self._write_until = inf
-        self.drained = self.at_eof = self.ending = self.ended = False
+        self.drained = self.at_eof = self.ending = self.ended = self.shut_for_writing = False
         self.shared = 0
         self._full_reads = 0
         self.kept = b""
         self.mark: object | None = None
-        self.shut_for_writing: bool
         self.progress: tuple[int, int] | None = None
         self.bytes_received = self.bytes_sent = 0
 
@@ -156,10 +179,10 @@ class Stream:
             certain: the socket was just found empty. Otherwise return at once if the watcher saw input while no
                 greenlet waited.
         """
+        watcher = self.reading or self.make_read_watcher()
         me = getcurrent()
         if me is self.hub:
             raise AssertionError(WAIT_IN_HUB)
-        watcher = self.reading or self.make_read_watcher()
         if watcher.callback is self._parked:
             watcher.callback = me.switch
         else:
@@ -170,7 +193,7 @@ class Stream:
         try:
             if self.timeout is not None or self.deadline is not None:
                 self._bound_read()
-            _switch_to(self.hub)
+            switch_to(self.hub)
         except BaseException as error:
             watcher.callback = self._parked
             self._note_thrown(error)
@@ -199,7 +222,7 @@ class Stream:
         return until if self.deadline is None else min(until, self.deadline)
 
     def make_read_watcher(self) -> Any:
-        watcher = self.reading = watch(self.hub.loop, self.sock.fileno(), 1)
+        watcher = self.reading = watch(self._loop(), self.sock.fileno(), 1)
         self._parked = parking(watcher)
         watcher.start(self._parked)
         return watcher
@@ -221,7 +244,7 @@ class Stream:
             raise AssertionError(WAIT_IN_HUB)
         watcher.start(me.switch)
         try:
-            _switch_to(hub)
+            switch_to(hub)
             check_watched(watcher)
         except BaseException as error:
             self._note_thrown(error)
@@ -230,8 +253,13 @@ class Stream:
             stop_watcher(watcher)
 
     def make_write_watcher(self) -> Any:
-        self.writing = watch(self.hub.loop, self.sock.fileno(), 2)
+        self.writing = watch(self._loop(), self.sock.fileno(), 2)
         return self.writing
+
+    def _loop(self) -> Any:
+        if self.hub is None:  # in a forked child
+            self.hub = get_hub()
+        return self.hub.loop
 
     def reader(self) -> Any:
         """Return the greenlet that waits to read, or None."""
@@ -315,7 +343,7 @@ class Stream:
         does not distinguish them: a database may reset its connection just as a client may. The mark is on the error
         itself, since one connection may have several at a time, and does not refer to the connection.
         """
-        if getattr(self, "shut_for_writing", False) and (
+        if self.shut_for_writing and (
             isinstance(error, BrokenPipeError) or getattr(error, "reason", None) == "PROTOCOL_IS_SHUTDOWN"
         ):
             return error  # a program that shut down its side cannot send
@@ -354,7 +382,7 @@ class Stream:
                     # (In the hub itself this returns at once, and the wait below raises the error.)
                     watcher.callback = getcurrent().switch
                     try:
-                        _switch_to(self.hub)
+                        switch_to(self.hub)
                     except BaseException as error:
                         watcher.callback = self._parked
                         self._note_thrown(error)
@@ -362,19 +390,25 @@ class Stream:
                     watcher.callback = self._parked
             else:
                 self._check_one_reader(watcher)
+        data: bytes | None = None
         while True:
             try:
-                data: bytes = self.io.recv(bufsize)
-                break
+                if cython.compiled and self.io is self.sock and 0 < bufsize <= MOST_DIRECT:
+                    data = receive(self.fd, bufsize)
+                else:
+                    data = self.io.recv(bufsize)
             except BlockingIOError:
-                if self.timeout == 0.0:
-                    raise
-                if self.ending:
-                    self.ended = True
-                    return b""
+                pass
             except OSError as error:
                 self.note(error)
                 raise
+            if data is not None:
+                break
+            if self.timeout == 0.0:
+                raise _would_block()
+            if self.ending:
+                self.ended = True
+                return b""
             self.wait_readable(True)
         size = len(data)
         if size < bufsize:
@@ -529,13 +563,19 @@ class Stream:
         sent = 0
         if not flags and self.deadline is None:
             try:
-                sent = self.io.send(data)
+                if cython.compiled and self.io is self.sock and type(data) is bytes and len(data) <= MOST_DIRECT:
+                    sent = transmit(self.fd, data)
+                else:
+                    sent = self.io.send(data)
             except BlockingIOError:
-                if self.timeout == 0.0:
-                    raise
+                sent = -1
             except OSError as error:
                 self.note(error)
                 raise
+            if sent < 0:
+                if self.timeout == 0.0:
+                    raise _would_block()
+                sent = 0
             self.bytes_sent += sent
             if sent == len(data) and type(data) is bytes:
                 return
@@ -576,7 +616,7 @@ class Stream:
     def leave_event_loop(self) -> None:
         """Forget, in a forked child, all that depends on the parent's event loop, which is gone."""
         self.drained = self.ending = False
-        self.reading = self.writing = self._parked = self._timer = None
+        self.reading = self.writing = self._parked = self._timer = self.hub = None
         self._timer_at = self._read_until = self._write_until = inf
 
     def left_by_child(self) -> None:
@@ -600,16 +640,6 @@ class Stream:
             pass  # the event loop is gone, and the watchers with it
 
 
-class StreamInChild(Stream):
-    """A stream taken over by a forked child; its event loop is made at the first wait."""
-
-    __slots__ = ()
-
-    @property
-    def hub(self) -> Any:
-        return get_hub()
-
-
 class _Closed:
     """The ``io`` of a closed stream."""
 
@@ -620,6 +650,10 @@ class _Closed:
 
 
 _closed = _Closed()
+
+
+def _would_block() -> BlockingIOError:
+    return BlockingIOError(EAGAIN, os.strerror(EAGAIN))
 
 
 def _ignore() -> None:

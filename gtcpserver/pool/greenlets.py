@@ -1,4 +1,4 @@
-"""HandlerGreenlet: a greenlet that runs one handler after another.
+"""HandlerGreenlet: a greenlet that runs one handler after another. Runner: gives it work.
 
 On CPython 3.11 and newer, a new greenlet maps and unmaps a 16 KiB stack of Python frames. This costs 7 to 9 us;
 switching into a waiting greenlet costs 0.4 us. So a greenlet whose handler has returned waits for the next connection.
@@ -19,20 +19,40 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from gevent.event import Event
 from gevent.exceptions import HubDestroyed
 from gevent.greenlet import SpawnedLink
 from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
-from greenlet import GreenletExit, greenlet
+from greenlet import GreenletExit
 
-if TYPE_CHECKING:
-    from .pool import HandlerPool
+from gtcpserver.process.forked import end_process
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (greenlets.pxd).
+    from sys import getrefcount
+
+    from greenlet import greenlet
+
+    from .places import Places
+
+    switch_to = switch_with = greenlet.switch
+
+    if TYPE_CHECKING:
+        from gtcpserver.c import import_greenlet
+if cython.compiled:
+    import_greenlet()
+
+#: Seconds after which an unused greenlet ends. ultrapool's default; the next burst comes sooner or not at all.
+IDLE_GREENLET_SECONDS = 5.0
 
 #: Key in the ``spawn_tree_locals`` of greenlets that a handler spawned, directly or through other greenlets. gevent
 #: passes that dictionary down, unless GEVENT_TRACK_GREENLET_TREE=0.
 HANDLER_ORIGIN = "gtcpserver.handler"
-
-_switch_to = greenlet.switch
 
 
 class Origin:
@@ -45,7 +65,129 @@ origins: WeakSet[Origin] = WeakSet()
 
 
 # By name: type checkers do not know the slots of greenlet's class.
-_SLOTS = ("_pool", "ends_process", "links", "loop", "runs", "seen", "working")
+_SLOTS = ("_runner", "ends_process", "links", "loop", "runs", "seen", "working")
+
+
+class Runner:
+    """Runs functions in greenlets that it uses again: what a pool does for each connection.
+
+    Args:
+        greenlets: of the pool: those that run a function.
+        dying: those of them that the pool kills.
+        empty: an event that is set while ``greenlets`` is empty.
+        places: of the pool: each of ``greenlets`` takes one.
+
+    Attributes:
+        waiting: greenlets without work, longest without first.
+        retire_timer: runs while there are any.
+    """
+
+    __slots__ = ("_dying", "_empty", "_greenlets", "_places", "_references", "retire_timer", "waiting")
+
+    def __init__(self, greenlets: set[Any], dying: set[Any], empty: Any, places: Places) -> None:
+        self._greenlets = greenlets
+        self._dying = dying
+        self._empty = empty
+        self._places = places
+        self._references = 0
+        self.waiting: list[HandlerGreenlet] = []
+        self.retire_timer: Any = None
+
+    def run_one(self, function: Callable[[Any], Any], argument: Any) -> None:
+        """Run ``function(argument)`` at once in a greenlet, until it first waits. See :meth:`HandlerPool.run`."""
+        waiting = self.waiting
+        while waiting:
+            greenlet = waiting.pop()
+            if getrefcount(greenlet) <= (self._references or self._count_references()):
+                break
+            switch_with(greenlet, None, None)
+        else:
+            greenlet = HandlerGreenlet(self)
+            # Run to its first wait: a greenlet keeps the arguments of its first switch as long as it lives.
+            switch_to(greenlet)
+        greenlets = self._greenlets
+        if not greenlets:
+            self._empty.clear()
+        # Each greenlet in the set has a place. Add it only once the greenlet exists: creating it may fail for lack of
+        # memory.
+        greenlets.add(greenlet)
+        self._places.taken += 1
+        try:
+            switch_with(greenlet, function, argument)
+        except BaseException:
+            if not greenlet.working:  # it was not switched to, or it ended
+                self.lost(greenlet)
+            raise
+
+    def _count_references(self) -> int:
+        """Count the references to a greenlet that only a runner holds, as :meth:`run_one` does."""
+        self._references = references_of_a_waiting_one()
+        return self._references
+
+    def finished(self, greenlet: HandlerGreenlet) -> None:
+        """Free the place of a greenlet that finished its function."""
+        # Runs once per connection: release() and wait_for_work() are inlined.
+        greenlets = self._greenlets
+        greenlets.discard(greenlet)
+        places = self._places
+        places.taken -= 1
+        if not greenlets:
+            self._empty.set()
+        if self._dying:
+            self._dying.discard(greenlet)
+        if places.links:
+            places.tell()
+        if greenlet.links is not None:
+            if greenlet.ends_process:
+                end_process()
+            # In the hub, the only place where a gevent waiter may be woken; no reuse before that.
+            greenlet.loop.run_callback(greenlet.notify_links)
+        elif self.retire_timer is not None:
+            self.waiting.append(greenlet)
+        else:
+            self.wait_for_work(greenlet)
+
+    def lost(self, greenlet: HandlerGreenlet) -> None:
+        """Remove a greenlet that will do nothing more: it could not be switched to, or died."""
+        if greenlet in self.waiting:
+            self.waiting.remove(greenlet)
+        if greenlet in self._greenlets:
+            self._greenlets.discard(greenlet)
+            self._dying.discard(greenlet)
+            self._places.taken -= 1
+            if not self._greenlets:
+                self._empty.set()
+            self._places.tell()
+
+    def wait_for_work(self, greenlet: HandlerGreenlet) -> None:
+        """Offer a greenlet for reuse."""
+        self.waiting.append(greenlet)
+        if self.retire_timer is None:
+            # ref=False: idle greenlets keep no program alive.
+            timer = get_hub().loop.timer(IDLE_GREENLET_SECONDS, IDLE_GREENLET_SECONDS, ref=False)
+            timer.start(self.retire_unused)
+            self.retire_timer = timer
+
+    def retire_unused(self) -> None:
+        """End greenlets without work since the last call, which have waited for 5 to 10 s."""
+        # The most recently used gets work first.
+        waiting = self.waiting
+        unused = 0
+        while unused < len(waiting) and waiting[unused].seen == waiting[unused].runs:
+            unused += 1
+        self.retire(unused)
+        for greenlet in waiting:
+            greenlet.seen = greenlet.runs
+        if not waiting:
+            self.retire_timer.close()
+            self.retire_timer = None
+
+    def retire(self, count: int) -> None:
+        """End ``count`` greenlets without work, longest without first."""
+        leaving = self.waiting[:count]
+        del self.waiting[:count]
+        for greenlet in leaving:
+            get_hub().loop.run_callback(greenlet.switch, None, None)
 
 
 class HandlerGreenlet(greenlet):  # type: ignore[misc]
@@ -64,13 +206,11 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
     #: gevent's waiting functions read these attributes of a finished greenlet.
     exception = value = None
 
-    gr_context: Any
-
-    def __init__(self, pool: HandlerPool) -> None:
+    def __init__(self, runner: Runner) -> None:
         hub = get_hub()
-        super().__init__(None, hub)
+        greenlet.__init__(self, None, hub)
         self.loop = hub.loop
-        self._pool = pool
+        self._runner = runner
         self.links: list[Callable[[Any], Any]] | None = None
         self.working = False
         self.runs = 0
@@ -79,7 +219,7 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
 
     def run(self) -> None:
         hub = self.parent
-        pool = self._pool
+        runner = self._runner
         function, argument = _wait_for_a_job(hub)
         try:
             while function is not None:
@@ -95,22 +235,22 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
                 function = argument = None
                 self.working = False
                 self.runs += 1
-                if self.gr_context is not None:
+                if self.gr_context is not None:  # type: ignore[has-type]
                     self.gr_context = None
                 attributes = self.__dict__
                 if attributes:
                     attributes.clear()
-                pool.finished(self)
+                runner.finished(self)
                 try:
                     function, argument = _wait_for_a_job(hub)
                 except BaseException:
                     # An exception meant for a finished connection (a Timeout, a kill) reached this greenlet.
-                    pool.lost(self)
+                    runner.lost(self)
                     return
         except BaseException:
             # Out of memory between two functions. The greenlet's place must not be lost with it.
             self.working = False
-            pool.lost(self)
+            runner.lost(self)
             raise
 
     def end_process_after(self) -> None:
@@ -126,7 +266,7 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
             except BaseException:
                 self.parent.handle_error((link, self), *sys.exc_info())
         if not self.dead:  # a kill meant for its last connection may have ended it
-            self._pool.wait_for_work(self)
+            self._runner.wait_for_work(self)
 
     # -- what gevent expects of a greenlet ---------------------------------------------------------------------------
 
@@ -207,4 +347,16 @@ def _report(hub: Any, context: HandlerGreenlet) -> None:
 def _wait_for_a_job(hub: Any) -> Any:
     # A separate function: greenlet makes a frame object (240 bytes) of the frame that switches, and that frame keeps it
     # until it returns. Not hub.switch(): see connection/stream.py.
-    return _switch_to(hub)
+    return switch_to(hub)
+
+
+def references_of_a_waiting_one() -> int:
+    """Count references to a greenlet without work as :meth:`Runner.run_one` does."""
+    runner = Runner(set(), set(), Event(), Places(1))
+    runner.retire_timer = True  # none is needed
+    runner.run_one(len, ())
+    waiting = runner.waiting
+    greenlet = waiting.pop()
+    references = getrefcount(greenlet)
+    switch_with(greenlet, None, None)
+    return references

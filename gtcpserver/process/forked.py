@@ -58,7 +58,11 @@ _get_frame = sys._getframe  # noqa: SLF001 - Python's name for it
 
 
 class InChild(Protocol):
-    """An object that has to let go in a forked child."""
+    """An object that has to let go in a forked child.
+
+    One that runs handlers also has ``connection_of(greenlet)``, which returns the connection whose handler runs in that
+    greenlet, or None. (The stack does not show it: what calls a handler may be compiled.)
+    """
 
     def serves(self) -> bool:
         """Return whether a child of this process must leave the event loop."""
@@ -200,6 +204,13 @@ def _who_forks(in_child: bool) -> tuple[Any, bool]:
             break
         executes = executes or module in EXECUTING
         frame = frame.f_back
+    else:
+        me = getcurrent()
+        for thing in list(_things.values()):
+            find_connection = getattr(thing, "connection_of", None)
+            connection = find_connection(me) if find_connection is not None else None
+            if connection is not None:
+                return connection, executes
     return None, executes
 
 

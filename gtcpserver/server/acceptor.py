@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import socket
 import sys
 from collections.abc import Callable
 from time import monotonic
@@ -20,6 +19,8 @@ from gtcpserver.listening.draining import accept_any_ttl
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import keep, register
 from gtcpserver.process.watcher import watch
+
+from .accept_loop import AcceptLoop
 
 if TYPE_CHECKING:
     from gtcpserver.listening.listener import Listener
@@ -42,25 +43,8 @@ FIRST_DELAY = 0.01
 #: Seconds of the longest pause, after which a recovered system is noticed.
 LONGEST_DELAY = 1.0
 
-#: This many connections in a row count as fresh. Those behind them were queued for a while, as were those that waited
-#: for a place: for these the loop asks whether the client is still there (0.5 us).
-FRESH = 4
-
 #: Seconds between two log lines about failing accepts.
 LOG_INTERVAL = 1.0
-
-
-_new = object.__new__
-_RawSocket = Connection._gevent_sock_class  # noqa: SLF001 - gevent's
-
-
-def _is_plain(connection_class: type[Connection]) -> bool:
-    """Return whether instances are made as those of Connection are."""
-    return (
-        connection_class.__init__ is Connection.__init__
-        and connection_class.__new__ is Connection.__new__
-        and connection_class._gevent_sock_class is _RawSocket  # noqa: SLF001
-    )
 
 
 class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
@@ -88,9 +72,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     accept_errors = 0
     #: Number of connections whose clients reset them while they were queued; no handler saw them.
     left_in_queue = 0
-    #: Whether connections waited for a place, and the queue has not been empty since.
-    _behind = False
-    _failures = 0
+    _accept_loop: AcceptLoop
     _drain_failed = False
     _watcher: Any
     _timer: Any
@@ -127,36 +109,20 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
 
     def init_socket(self) -> None:
         super().init_socket()
-        sock = self.socket
-        # Plain numbers: the socket module's enums cost 1 us for each new connection.
-        self._kind = (int(sock.family), int(sock.type), int(sock.proto))
         register(self)
-        self._make = self._make_plain if _is_plain(self.connection_class) else self._make_any
+        self._accept_loop = AcceptLoop(self, self.socket, self.connection_class)
 
     def do_read(self) -> tuple[Any, Any] | None:
-        try:
-            fd, address = self.socket._accept()  # noqa: SLF001 - the standard library's
-        except BlockingIOError:
-            return None
-        return self._make(fd), address
+        return self._accept_loop.accept()
 
-    def _make_plain(self, fd: int) -> Connection:
-        """Make a Connection the shortest way: 1 us less than by the constructor of any class."""
-        family, kind, protocol = self._kind
-        try:
-            connection: Connection = _new(self.connection_class)
-            sock = _RawSocket(family, kind, protocol, fd)
-        except BaseException:
-            close_descriptor(fd)  # nobody has it yet
-            raise
-        connection._begin(sock)  # noqa: SLF001 - a subclass may well have a method `begin`
-        return connection
+    _own_read = do_read
 
-    def _make_any(self, fd: int) -> Connection:
+    def _make(self, kind: tuple[int, int, int], fd: int) -> Connection:
+        """Make a Connection of a class that may do anything."""
         connection_class = self.connection_class
-        connection = connection_class.__new__(connection_class, *self._kind, fd)  # type: ignore[call-arg]
+        connection = connection_class.__new__(connection_class, *kind, fd)  # type: ignore[call-arg]
         try:
-            connection_class.__init__(connection, *self._kind, fd)
+            connection_class.__init__(connection, *kind, fd)
         except BaseException as error:
             try:
                 # Not getattr: gevent's sockets look up what they miss in their _sock.
@@ -172,50 +138,14 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     def do_handle(self, *args: Any) -> None:
         self._handle(*args)
 
-    def _do_read(self) -> None:
-        """The watcher's callback: accept until the queue is empty, the server full, or ``max_accept`` is reached."""
-        accepted: tuple[Any, ...] = ()
-        full = self.is_full or self.full
-        read_one = self._read_muted or self.do_read
-        handle = self.hand_over or self.do_handle
-        # gevent stops the watcher of a callback that raises, and nothing would start it again.
-        try:
-            for number in range(self.max_accept):
-                accepted = ()
-                if full():
-                    if number:
-                        # The watcher calls again if another connection is queued: only then is a place wanted.
-                        return
-                    self.stop_accepting()
-                    self._behind = True
-                    self._place_wanted()
-                    return
-                try:
-                    read = read_one()
-                except OSError as error:
-                    if self._accept_failed(error):
-                        return
-                    continue
-                if read is None:
-                    self._behind = False
-                    return
-                if self._failures:
-                    self._failures = 0
-                    self.delay = FIRST_DELAY
-                accepted = connection, address = read
-                if (number >= FRESH or self._behind) and self._has_left(connection):
-                    continue
-                handle(connection, address)
-                if self._watcher is None:
-                    # The handler ran until its first wait, and may have stopped the server.
-                    return
-        except BaseException:
-            self._handle_failed(accepted)
+    def _works_again(self) -> None:
+        """accept(2) has succeeded after failures."""
+        self.delay = FIRST_DELAY
 
     def start_accepting(self) -> None:
         if self._watcher is None:
             watcher = watch(self.loop, self.socket.fileno(), 1)
-            watcher.start(self._do_read)
+            watcher.start(self._accept_loop.run)
             self._watcher = watcher
 
     def throw(self, error: OSError) -> None:
@@ -228,18 +158,6 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         waits = self._timer is not None and self._timer.active
         watches = self._watcher is not None and self._watcher.active
         return not (watches or waits or self.closed or self.leaving or (self.is_full or self.full)())
-
-    def _has_left(self, connection: Connection) -> bool:
-        # Look for a reset that came while the connection was queued (0.4 us). A client that closed in order may still
-        # want an answer, and is served.
-        try:
-            if not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):  # noqa: SLF001 - gevent's
-                return False
-        except OSError:
-            return False  # unknown
-        self.left_in_queue += 1
-        connection.close()
-        return True
 
     def _place_wanted(self) -> None:
         """Ask for a place for a queued connection; :meth:`resume` is called when there is one."""
@@ -259,8 +177,9 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             if self._on_fatal is not None:
                 self._on_fatal(error)
             return True
-        self._failures += 1
-        if error.errno not in CAPACITY_ERRNOS and self._failures < FAILURES_IN_A_ROW:
+        loop = self._accept_loop
+        loop.failures += 1
+        if error.errno not in CAPACITY_ERRNOS and loop.failures < FAILURES_IN_A_ROW:
             log.debug("accept on %s: %s", self.address, error)
             return False
         self._log_and_back_off(error)
@@ -279,8 +198,8 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
         timer.start(self._start_accepting_if_started)
         self.stop_accepting()
         self._timer = timer
-        self._behind = True
-        self._failures = self._failures or 1
+        self._accept_loop.behind = True
+        self._accept_loop.failures = self._accept_loop.failures or 1
         self.delay = min(LONGEST_DELAY, self.delay * 2)
 
     def _handle_failed(self, accepted: tuple[Any, ...]) -> None:
@@ -345,6 +264,6 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             if accepted is None:
                 return taken
             failures = 0
-            if not self._has_left(accepted[0]):
+            if not self._accept_loop.has_left(accepted[0]):
                 taken += 1
                 accept(*accepted)

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from gevent.hub import get_hub
 
 from .idle import end_if_idle
-from .state import ServerState, State
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (capacity.pxd).
+    from .state import ServerState
+
+from .state import State
 
 if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection

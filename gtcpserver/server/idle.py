@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gtcpserver.connection.connection import Connection, Idle
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (idle.pxd).
+    from gtcpserver.connection.blocks import Idle
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from gtcpserver.connection.connection import Connection
+    from gtcpserver.connection.stream import Stream
 
     from .capacity import Capacity
     from .state import ServerState
@@ -20,10 +29,10 @@ class PlacelessIdle(Idle):
     __slots__ = ("_capacity", "_state", "_stream")
 
     def __init__(self, connection: Connection, state: ServerState, capacity: Capacity) -> None:
-        super().__init__(connection)
+        Idle.__init__(self, connection)
         self._state = state
         self._capacity = capacity
-        self._stream = connection.stream
+        self._stream: Stream = connection.stream
 
     def __enter__(self) -> None:
         self.active = True

@@ -27,7 +27,8 @@ from greenlet import getcurrent
 from gtcpserver.admission.admission import Admission
 from gtcpserver.admission.client_limits import ClientLimits
 from gtcpserver.checks import check_number
-from gtcpserver.connection.connection import Connection, Idle
+from gtcpserver.connection.blocks import Idle
+from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.lingering import Linger
 from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.listening.listener import ListenConfig, Listener, open_listeners
@@ -430,7 +431,7 @@ class Server:
     @property
     def accepted_connections(self) -> int:
         """Number of connections accepted since the start."""
-        return self._state.counters.accepted
+        return self._state.accepted
 
     @property
     def accept_loops(self) -> int:
@@ -611,6 +612,10 @@ class Server:
     def serves(self) -> bool:
         # Background work may fork too, and both processes would wait for it.
         return self.state in (State.SERVING, State.STOPPING) or self._ends_background_work
+
+    def connection_of(self, me: Any) -> Connection | None:
+        """Return the connection whose handler runs in this greenlet: a handler forks."""
+        return next((conn for conn, greenlet in self._state.connections.items() if greenlet is me), None)
 
     def left_in_child(self, own: Connection | None) -> None:
         """Let go of everything. Called in a forked child; does nothing before the start."""

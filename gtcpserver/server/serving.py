@@ -9,20 +9,38 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from greenlet import GreenletExit, getcurrent
+from greenlet import GreenletExit
 
-from gtcpserver.connection.connection import Connection, Idle
+from gtcpserver.connection.blocks import Idle
+from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import FaultLimiter
 from gtcpserver.errors import ClientRefused
-from gtcpserver.process.forked import end_process, runs_handler
+from gtcpserver.process.forked import end_process
 from gtcpserver.transfer.ends import reset_on_close
 
-from .capacity import Capacity
 from .idle import PlacelessIdle
 from .observers import Observers
 from .outcome import COUNTER, Result, log_client_error, log_fault, outcome_of, system_has_failed
-from .state import ServerState, State
+from .state import State
 from .timed_idle import TimedIdle
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (serving.pxd).
+    from greenlet import getcurrent
+
+    from gtcpserver.connection.lifecycle import end
+
+    from .capacity import Capacity
+    from .state import ServerState
+
+    if TYPE_CHECKING:
+        from gtcpserver.c import import_greenlet
+if cython.compiled:
+    import_greenlet()
 
 if TYPE_CHECKING:
     from .options import Options
@@ -76,14 +94,14 @@ class Serving:
             address: the client's, as ``accept`` returned it.
             drained: True for a connection that a stop took out of the kernel's queue: it waits for room in ours.
         """
-        counters = self._counters
-        if self._max_accepts is not None and counters.accepted >= self._max_accepts:
+        state = self._state
+        if self._max_accepts is not None and state.accepted >= self._max_accepts:
             connection.close()  # accepted between the last one and the end of the loop
             return
-        if self._rejects and not drained and not self._capacity.has_room() and self._state.now is State.SERVING:
+        if self._rejects and not drained and not self._capacity.has_room() and state.now is State.SERVING:
             self._reject(connection, address)
             return
-        counters.accepted = number = counters.accepted + 1
+        state.accepted = number = state.accepted + 1
         if not number % QUEUE_WAIT_EVERY:
             self._measure_queue_wait(connection)
         connection.client_address = address
@@ -183,8 +201,8 @@ class Serving:
             if not connections:
                 state.nobody_connected.clear()
             connections[connection] = getcurrent()
-            if len(connections) > self._counters.peak:
-                self._counters.peak = len(connections)
+            if len(connections) > state.peak:
+                state.peak = len(connections)
             try:
                 if self._on_connect is None or self._on_connect(connection) is not False:
                     self.handler(connection)
@@ -212,10 +230,10 @@ class Serving:
 
     def _end(self, connection: Connection) -> None:
         """Do the last steps of a connection. Nothing here waits, so no kill can come in between; memory may run out."""
-        counters = self._counters
+        state = self._state
         stream = connection._stream  # noqa: SLF001 - the property costs a connection 0.5 %
-        counters.bytes_received += stream.bytes_received
-        counters.bytes_sent += stream.bytes_sent
+        state.bytes_received += stream.bytes_received
+        state.bytes_sent += stream.bytes_sent
         if self.observers.all:
             self._observe_end(connection)
         # The block refers to the connection: leave no cycle for the garbage collector.
@@ -224,9 +242,8 @@ class Serving:
         was_full = self._max_connections is not None and len(connections) >= self._max_connections
         try:
             if not stream.closed:
-                connection.end()
+                end(connection)
         finally:
-            state = self._state
             if self._limits_clients and state.admission is not None:
                 state.admission.left(connection)
             try:
@@ -324,6 +341,3 @@ class Serving:
         self._on_disconnect = None
         self._in_child = True
         self._finish = lambda _connection: end_process()
-
-
-runs_handler(Serving.serve, lambda variables, _in_child: variables["connection"])

@@ -28,11 +28,11 @@ def snapshot(state: ServerState, options: Options, handler: Any, lingering: int)
     samples = counters.queue_wait_samples
     blocked, blocked_seconds = blocked_so_far()
     return ServerStats(
-        accepted=counters.accepted,
+        accepted=state.accepted,
         active=len(connections),
         idle=len(state.idle_connections()),
         lingering=lingering,
-        peak=counters.peak,
+        peak=state.peak,
         rejected=counters.rejected,
         clients_refused=dict(limits.refused) if limits is not None else {},
         refused=counters.refused,
@@ -49,8 +49,8 @@ def snapshot(state: ServerState, options: Options, handler: Any, lingering: int)
         slow_clients=counters.slow_clients,
         idle_closed=counters.idle_closed,
         accept_errors=counters.accept_errors + sum(acceptor.accept_errors for acceptor in state.acceptors),
-        bytes_received=counters.bytes_received + sum(c.bytes_received for c in connections),
-        bytes_sent=counters.bytes_sent + sum(c.bytes_sent for c in connections),
+        bytes_received=state.bytes_received + sum(c.bytes_received for c in connections),
+        bytes_sent=state.bytes_sent + sum(c.bytes_sent for c in connections),
         queue_wait_samples=samples,
         queue_wait_mean=counters.queue_wait_total / samples if samples else 0.0,
         queue_wait_max=counters.queue_wait_max,

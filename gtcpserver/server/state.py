@@ -46,8 +46,6 @@ STATE_CHANGES = {
 class Counters:
     """The counters of a running server; :class:`ServerStats` explains each."""
 
-    accepted: int = 0
-    peak: int = 0
     rejected: int = 0
     refused: int = 0
     left_in_queue: int = 0
@@ -59,8 +57,6 @@ class Counters:
     handler_timeouts: int = 0
     idle_closed: int = 0
     accept_errors: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
     queue_wait_samples: int = 0
     queue_wait_total: float = 0.0
     queue_wait_max: float = 0.0
@@ -78,6 +74,8 @@ class ServerState:
         groups: listening sockets of each address (Server).
         acceptors: open accept loops (Server, Stopping).
         counters: written by every part.
+        accepted, peak, bytes_received, bytes_sent: as in :class:`ServerStats`, the bytes without those of connections
+            that are open. Apart from the other counters, as every connection changes them (Serving).
         unserved: number of accepted connections that ended before a handler got them; written by
             :meth:`note_unserved`.
         connections: connections that have a handler, in order of arrival, each with the handler's greenlet (Serving).
@@ -100,7 +98,8 @@ class ServerState:
         self.groups: list[list[Listener]] = []
         self.acceptors: list[Acceptor] = []
         self.counters = Counters()
-        self.unserved = 0
+        self.accepted = self.unserved = self.peak = 0
+        self.bytes_received = self.bytes_sent = 0
         self.connections: dict[Connection, Any] = {}
         self.waiting: deque[tuple[Connection, Callable[[Connection], Any]]] = deque()
         self.admission: Admission | None = None
@@ -138,7 +137,7 @@ class ServerState:
     def begun(self) -> int:
         """Number of handlers begun since the start. Derived, so that it costs a connection nothing."""
         under_way = len(self.admission) if self.admission is not None else 0
-        return self.counters.accepted - self.unserved - under_way - len(self.waiting)
+        return self.accepted - self.unserved - under_way - len(self.waiting)
 
     def idle_connections(self) -> list[Connection]:
         return [connection for connection in self.connections if connection.is_idle]

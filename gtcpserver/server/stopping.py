@@ -152,7 +152,7 @@ class Stopping:
             most = self._options.max_accepts
             if self._server.fatal_error is not None:
                 self.begin(self._server.stop_timeout)
-            elif most is not None and self._state.counters.accepted >= most:
+            elif most is not None and self._state.accepted >= most:
                 self.begin(None)
 
     # -- the steps ---------------------------------------------------------------------------------------------------

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from time import monotonic
 from typing import TYPE_CHECKING
 
-from gtcpserver.connection.connection import Connection
-
-from .idle import PlacelessIdle
 from .observers import Observers
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (timed_idle.pxd).
+    from time import monotonic
+
+    from .idle import PlacelessIdle
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from gtcpserver.connection.connection import Connection
 
     from .capacity import Capacity
     from .state import ServerState
@@ -23,7 +31,7 @@ class TimedIdle(PlacelessIdle):
     __slots__ = ("_began", "_observers", "_times")
 
     def __init__(self, connection: Connection, state: ServerState, capacity: Capacity, observers: Observers) -> None:
-        super().__init__(connection, state, capacity)
+        PlacelessIdle.__init__(self, connection, state, capacity)
         self._observers = observers
         self._began = 0.0
         self._times = 1

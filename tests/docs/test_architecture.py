@@ -14,6 +14,7 @@ from gtcpserver.supervisor.master import MASTER_CHANGES, Master, MasterState
 from gtcpserver.supervisor.reload import RELOAD_CHANGES, Reload, ReloadStage
 from gtcpserver.supervisor.slots import WORKER_CHANGES, WorkerProcess, WorkerState
 from gtcpserver.supervisor.upgrade import UPGRADE_CHANGES, Upgrade, UpgradeStage
+from kit.forms import pure_only
 from kit.paths import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
@@ -101,6 +102,7 @@ def watched(monkeypatch):
     return watch
 
 
+@pure_only
 def test_a_server_changes_its_state_as_the_table_says(watched, monkeypatch):
     changes = watched(ServerState, "now")
 

@@ -19,7 +19,7 @@ from gevent.hub import get_hub
 from greenlet import getcurrent
 
 from gtcpserver import HandlerPool
-from gtcpserver.pool import pool as pool_module
+from gtcpserver.pool import greenlets
 from gtcpserver.pool.places import Places
 from kit.patience import SOON
 from kit.waiting import wait_until
@@ -84,7 +84,7 @@ def test_run_makes_as_many_greenlets_as_run_at_once(pool):
 
 @pytest.mark.slow
 def test_workers_without_work_retire(monkeypatch):
-    monkeypatch.setattr(pool_module, "IDLE_GREENLET_SECONDS", 0.02)
+    monkeypatch.setattr(greenlets, "IDLE_GREENLET_SECONDS", 0.02)
     pool = HandlerPool()
     gate = gevent.event.Event()
     workers = []
@@ -97,8 +97,8 @@ def test_workers_without_work_retire(monkeypatch):
         run(pool, handler)
     gate.set()
     pool.join(SOON)
-    assert len(pool._waiting) == 5
-    wait_until(lambda: not pool._waiting and pool._retire_timer is None)
+    assert len(pool._runner.waiting) == 5
+    wait_until(lambda: not pool._runner.waiting and pool._runner.retire_timer is None)
     wait_until(lambda: gc.collect() >= 0 and not any(worker() for worker in workers))
     assert result_of(pool, lambda: "works") == "works"
 
@@ -107,10 +107,10 @@ def test_a_worker_that_is_needed_now_and_then_does_not_retire():
     pool = HandlerPool()
     for _ in range(5):
         assert result_of(pool, lambda: "works") == "works"
-        pool._retire_unused()  # as the timer does
-        assert len(pool._waiting) == 1
-    pool._retire_unused()
-    assert pool._waiting == []
+        pool._runner.retire_unused()  # as the timer does
+        assert len(pool._runner.waiting) == 1
+    pool._runner.retire_unused()
+    assert pool._runner.waiting == []
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_a_timeout_never_cancelled_does_not_hit_the_next(pool):
 def test_a_timeout_never_cancelled_of_a_worker_that_waits_is_harmless(pool):
     assert result_of(pool, lambda: gevent.Timeout.start_new(0.01) and "started") == "started"
     gevent.sleep(0.03)
-    assert pool._waiting == []
+    assert pool._runner.waiting == []
     assert result_of(pool, lambda: "works") == "works"
 
 

@@ -24,6 +24,7 @@ from gtcpserver import AccessLog, ClientLimits, ConfigError, ProxyProtocol, TLSC
 from gtcpserver.diagnostics.logs import JsonFormatter
 from gtcpserver.server.access_log import MOST_DETAIL, write_line
 from gtcpserver.server.outcome import Result
+from kit.forms import pure_only
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.waiting import wait_until
@@ -344,6 +345,7 @@ def test_mistakes_are_named(tmp_path):
 # -- off ---------------------------------------------------------------------------------------------------------------
 
 
+@pure_only
 def test_it_costs_nothing_when_it_is_off(serve, connect, in_thread, caplog):
     caplog.set_level(logging.INFO)
     server = serve(echo)

@@ -11,6 +11,7 @@ from gtcpserver.adapters.stream_server import StreamServer
 from gtcpserver.connection import lingering as linger
 from gtcpserver.connection.lingering import Linger
 from gtcpserver.server import Server
+from kit.forms import pure_only
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -100,6 +101,7 @@ def test_a_client_that_still_sends_is_waited_for(serve, connect, spawn_thread):
     stopping.get(timeout=SOON)
 
 
+@pure_only
 @pytest.mark.slow
 def test_clients_that_are_not_waited_for_have_the_time_of_those_who_are(serve, connect):
     """Only the end of the stop closes their sockets."""
@@ -127,6 +129,7 @@ def test_without_a_stop_a_silent_client_has_the_whole_linger_time(serve, connect
     assert server.stats().lingering == 1
 
 
+@pure_only
 @pytest.mark.slow
 def test_where_the_system_does_not_tell_what_has_arrived_the_peer_is_waited_for(monkeypatch):
     monkeypatch.delattr(socket, "TCP_INFO")

@@ -11,9 +11,11 @@ from gtcpserver.admission import steps as steps_module
 from gtcpserver.pool.places import Places
 from gtcpserver.process import watcher as watcher_module
 from gtcpserver.server import watchdog as watchdog_module
+from gtcpserver.server.accept_loop import AcceptLoop
 from gtcpserver.server.acceptor import Acceptor
 from injection.started import receive_all, received_from
 from injection.strace import needs_strace, rule
+from kit.forms import pure_only
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -137,12 +139,13 @@ def test_one_epoll_ctl_that_fails_loses_no_input(injected, when):
         assert client.recv(100) == b"2000000"
 
 
-@pytest.mark.parametrize("method", ["_has_left", "is_full", "do_read"])
+@pytest.mark.parametrize("method", [pytest.param("has_left", marks=pure_only), "is_full", "do_read"])
 def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thread, monkeypatch, method):
     server = serve(echo)
     acceptor = server._state.acceptors[0]
-    acceptor._behind = True
-    real = getattr(acceptor, method)
+    acceptor._accept_loop.behind = True
+    owner = AcceptLoop if method == "has_left" else acceptor
+    real = getattr(owner, method)
     calls = []
 
     def fail_once(*args):
@@ -151,7 +154,7 @@ def test_an_exception_in_the_accept_loop_does_not_end_it(serve, connect, in_thre
             raise MemoryError
         return real(*args)
 
-    monkeypatch.setattr(acceptor, method, fail_once)
+    monkeypatch.setattr(owner, method, fail_once)
     first = connect(server)
     wait_until(lambda: calls)
     assert is_served(server, connect, in_thread)
@@ -223,6 +226,7 @@ def test_a_watcher_of_another_loop_is_taken_as_it_is():
     assert watcher_module.watch(Other(), 5, 1) == (5, 1)
 
 
+@pure_only
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_connection_of_which_the_pool_could_not_be_told_is_served_when_there_is_a_place(
     serve, connect, in_thread, monkeypatch, stops

@@ -9,11 +9,11 @@ import pytest
 from gtcpserver import ClientLimits, ProxyProtocol
 from gtcpserver.admission import steps as steps_module
 from gtcpserver.monitoring.latency import Latency
-from gtcpserver.pool import HandlerPool
+from gtcpserver.pool import HandlerPool, greenlets
 from gtcpserver.pool import places as places_module
-from gtcpserver.pool import pool as pool_module
 from gtcpserver.server.serving import Serving
 from gtcpserver.testing.certificates import certificates
+from kit.forms import pure_only
 from kit.waiting import wait_until
 
 
@@ -47,14 +47,10 @@ def failing_workers(monkeypatch):
     def fail(method, at):
         calls = [0]
 
-        class Failing(pool_module.HandlerGreenlet):
-            def __init__(self, pool):
+        class Failing(greenlets.HandlerGreenlet):
+            def __init__(self, runner):
                 note("__init__")
-                super().__init__(pool)
-
-            def switch(self, *args):
-                note("switch")
-                return super().switch(*args)
+                super().__init__(runner)
 
         def note(name):
             if name == method:
@@ -62,7 +58,16 @@ def failing_workers(monkeypatch):
                 if calls[0] == at:
                     raise MemoryError
 
-        monkeypatch.setattr(pool_module, "HandlerGreenlet", Failing)
+        switch = greenlets.switch_with
+
+        def failing_switch(target, *args):
+            if isinstance(target, Failing):
+                note("switch")
+            return switch(target, *args)
+
+        monkeypatch.setattr(greenlets, "HandlerGreenlet", Failing)
+        monkeypatch.setattr(greenlets, "switch_to", failing_switch)
+        monkeypatch.setattr(greenlets, "switch_with", failing_switch)
 
     return fail
 
@@ -71,6 +76,7 @@ def failing_workers(monkeypatch):
 STEPS = [("__init__", 1), ("switch", 1), ("switch", 2)]
 
 
+@pure_only
 @pytest.mark.parametrize(("method", "at"), STEPS)
 def test_a_greenlet_that_cannot_start_keeps_no_place(failing_workers, method, at):
     failing_workers(method, at)
@@ -91,11 +97,12 @@ def test_a_greenlet_that_cannot_start_keeps_no_place(failing_workers, method, at
     assert pool.join(timeout=1)
 
 
+@pure_only
 def test_a_worker_that_dies_after_its_function_keeps_no_place(monkeypatch):
     """The error was MemoryError, and there is none to print it either; then the worker cannot wait for more."""
     pool = HandlerPool(1)
     monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *_: (_ for _ in ()).throw(MemoryError))
-    monkeypatch.setattr(pool, "wait_for_work", lambda worker: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(greenlets.Runner, "wait_for_work", lambda *_: (_ for _ in ()).throw(MemoryError))
     raised = []
 
     def fail():
@@ -127,6 +134,7 @@ def test_who_waits_for_a_place_is_told_although_the_first_telling_failed(monkeyp
     wait_until(lambda: told)
 
 
+@pure_only
 @pytest.mark.parametrize(("method", "at"), STEPS)
 @pytest.mark.parametrize("kind", ["plain", "limits", "header", "max_connections"])
 def test_a_server_that_could_not_serve_one_serves_the_next(
@@ -153,6 +161,7 @@ def test_a_server_that_could_not_serve_one_serves_the_next(
     assert is_served(server, connect, in_thread, header)
 
 
+@pure_only
 def test_a_stop_does_not_wait_for_one_that_could_not_be_served(serve, connect, in_thread, failing_workers):
     failing_workers("__init__", 1)
     server = serve(echo, client_limits=ClientLimits(connections=1))
@@ -186,6 +195,7 @@ def test_those_that_wait_for_a_place_are_served_after_one_that_could_not(serve, 
     assert in_thread(third.recv, 100) == b"third"
 
 
+@pure_only
 @pytest.mark.parametrize("observed", [False, True])
 def test_an_idle_connection_whose_wait_cannot_begin_keeps_its_place(serve, connect, in_thread, monkeypatch, observed):
     raised = []
@@ -424,6 +434,7 @@ def test_a_process_that_was_short_of_memory_serves_as_many_as_before(python):
         pytest.skip("this Python had memory enough within the limit")
 
 
+@pure_only
 def test_a_client_that_a_stop_takes_from_the_queue_and_cannot_note_is_reset(serve, connect, in_thread, monkeypatch):
     server = serve(echo, pool=1, linger=0)
     first = connect(server)
@@ -492,6 +503,7 @@ def test_one_that_passed_and_could_not_be_handed_over_ends_when_it_is_overdue(se
         assert in_thread(talk) == b"hello"
 
 
+@pure_only
 def test_one_that_waits_and_could_not_be_let_in_is_served_later(serve, connect, in_thread, monkeypatch):
     monkeypatch.setattr(Serving, "_serve_admitted", fail_first(Serving._serve_admitted))
     server = serve(echo, pool=1, client_limits=ClientLimits(connections=2), proxy_protocol=ProxyProtocol(["127.0.0.1"]))

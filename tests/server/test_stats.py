@@ -93,7 +93,7 @@ def test_clients_that_left_while_the_server_was_full_reach_no_handler(serve, con
     first.sendall(b"x")
     wait_until(lambda: len(served) == 1)
     leave_at_once(server, connect)
-    wait_until(lambda: server._state.acceptors[0]._behind)
+    wait_until(lambda: server._state.acceptors[0]._accept_loop.behind)
     for _ in range(9):
         leave_at_once(server, connect)
     last = connect(server)

@@ -1,0 +1,138 @@
+# accept4(2), recv(2), send(2), shutdown(2) and clock_gettime(2), called directly: a method of a socket object costs 300 instructions more.
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+from libc.errno cimport EAGAIN, EINTR, errno
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <arpa/inet.h>
+    #include <netinet/in.h>
+    #include <sys/socket.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    /* recv() puts bytes here, and makes a bytes object of the right size of them: cheaper than one of the largest size
+       that is shrunk afterwards. Only while the GIL is held. */
+    #define GTCPSERVER_SCRATCH 65536
+    static char gtcpserver_scratch[GTCPSERVER_SCRATCH];
+
+    static double gtcpserver_monotonic(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+    }
+
+    static char *gtcpserver_put_byte(char *to, unsigned byte) {
+        if (byte >= 100) *to++ = (char)('0' + byte / 100);
+        if (byte >= 10) *to++ = (char)('0' + byte / 10 % 10);
+        *to++ = (char)('0' + byte % 10);
+        return to;
+    }
+
+    /* accept4(2), non-blocking and close-on-exec. *address: as accept() of the socket module returns it, a new reference.
+       -1: errno says why not; -2: a Python exception does. IPv4 and IPv6 alone. */
+    static int gtcpserver_accept(int listening, PyObject **address) {
+        union { struct sockaddr any; struct sockaddr_in v4; struct sockaddr_in6 v6; } peer;
+        socklen_t size = sizeof peer;
+        int fd = accept4(listening, &peer.any, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        *address = NULL;
+        if (fd < 0) return -1;
+        if (peer.any.sa_family == AF_INET) {
+            /* inet_ntop() takes 800 instructions for it. */
+            const unsigned char *bytes = (const unsigned char *)&peer.v4.sin_addr;
+            char text[INET_ADDRSTRLEN], *end = text;
+            for (int i = 0; i < 4; i++) {
+                if (i) *end++ = '.';
+                end = gtcpserver_put_byte(end, bytes[i]);
+            }
+            *address = Py_BuildValue("(s#i)", text, (Py_ssize_t)(end - text), (int)ntohs(peer.v4.sin_port));
+        } else {
+            char text[INET6_ADDRSTRLEN];
+            inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, sizeof text);
+            *address = Py_BuildValue("(siII)", text, (int)ntohs(peer.v6.sin6_port), (unsigned)ntohl(peer.v6.sin6_flowinfo),
+                                     (unsigned)peer.v6.sin6_scope_id);
+        }
+        if (*address == NULL) {
+            close(fd);
+            return -2;
+        }
+        return fd;
+    }
+    """
+    int gtcpserver_accept(int listening, PyObject** address) except? -2
+    enum: GTCPSERVER_SCRATCH
+    char* gtcpserver_scratch
+    double gtcpserver_monotonic()
+    ssize_t c_recv "recv"(int fd, void* buffer, size_t size, int flags) nogil
+    ssize_t c_send "send"(int fd, const void* data, size_t size, int flags) nogil
+    int c_shutdown "shutdown"(int fd, int how) nogil
+    int MSG_NOSIGNAL, MSG_TRUNC, SHUT_WR
+
+
+cdef inline double monotonic():
+    return gtcpserver_monotonic()
+
+
+cdef inline bytes receive(int fd, Py_ssize_t size):
+    """recv(2) of a non-blocking socket; size: 1 to 65,536. None: there is nothing to read. Raises OSError."""
+    cdef ssize_t n
+    while True:
+        n = c_recv(fd, gtcpserver_scratch, size, 0)
+        if n >= 0:
+            return PyBytes_FromStringAndSize(gtcpserver_scratch, n)
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+        PyErr_CheckSignals()
+
+
+cdef inline Py_ssize_t transmit(int fd, bytes data) except -2:
+    """send(2) on a non-blocking socket; -1: it has no room. Raises OSError."""
+    cdef ssize_t n
+    while True:
+        n = c_send(fd, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), MSG_NOSIGNAL)
+        if n >= 0:
+            return n
+        if errno == EAGAIN:
+            return -1
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+        PyErr_CheckSignals()
+
+
+cdef inline tuple accept(int listening):
+    """accept4(2) on a listening socket for IPv4 or IPv6: (descriptor, address), or None. Raises OSError."""
+    cdef PyObject* address
+    cdef int fd
+    while True:
+        fd = gtcpserver_accept(listening, &address)
+        if fd >= 0:
+            result = (fd, <object>address)
+            Py_DECREF(<object>address)
+            return result
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+        PyErr_CheckSignals()
+
+
+cdef inline bint shut_write(int fd):
+    """shutdown(2) of the write side; False: it has failed."""
+    return c_shutdown(fd, SHUT_WR) == 0
+
+
+cdef inline Py_ssize_t discard(int fd):
+    """Throw away input of a non-blocking socket, of TCP without copying it (MSG_TRUNC, tcp(7)).
+
+    Returns its bytes; 0: at the peer's end, or on an error; -1: there is none.
+    """
+    cdef ssize_t n = c_recv(fd, gtcpserver_scratch, GTCPSERVER_SCRATCH, MSG_TRUNC)
+    if n < 0:
+        return -1 if errno == EAGAIN or errno == EINTR else 0
+    return n

@@ -1,0 +1,172 @@
+"""What happens once to each connection: it is made of an accepted descriptor, and it is closed.
+
+Apart from connection.py so that it can be compiled: a Connection is a gevent socket, whose class is Python's.
+"""
+
+# ruff: noqa: SLF001 - these functions are parts of Connection
+
+from __future__ import annotations
+
+import socket
+import struct
+from socket import getdefaulttimeout
+from typing import TYPE_CHECKING, Any
+
+from gevent.hub import get_hub
+from gevent.socket import cancel_wait_ex
+from gevent.socket import socket as _Socket
+
+from gtcpserver.process.descriptors import close_descriptor
+
+try:
+    import cython
+except ImportError:
+    from gtcpserver.c import cython
+if not cython.compiled:
+    # Compiled, these are C (lifecycle.pxd).
+    from time import monotonic
+
+    from .stream import Stream
+
+from .stream import CHILD, CLOSED
+
+if TYPE_CHECKING:
+    from .connection import Connection
+    from .owner import Owner
+
+# Plain numbers: the socket module's enums cost 0.1 us a call.
+_SOL_SOCKET, _SO_LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
+_SHUT_WR, _NONBLOCK = int(socket.SHUT_WR), int(socket.SOCK_NONBLOCK)
+
+_RawSocket = _Socket._gevent_sock_class
+_drop_ref_on_close = _Socket._drop_ref_on_close
+_new = object.__new__
+_new_stream = Stream.__new__
+_set_up = Stream.__init__
+
+# Of the slots of Connection, which a subclass may have covered.
+_set_recv: Any
+_set_sendall: Any
+_get_lingerer: Any
+
+
+def know(connection_class: type[Connection]) -> None:
+    """Note where Connection keeps what only this module sets."""
+    global _set_recv, _set_sendall, _get_lingerer
+    slots = vars(connection_class)
+    _set_recv, _set_sendall = slots["recv"].__set__, slots["sendall"].__set__
+    _get_lingerer = slots["_lingerer"].__get__
+
+
+def make(connection_class: type[Connection], kind: tuple[int, int, int], fd: int) -> Connection:
+    """Make a Connection of an accepted descriptor, which is closed if that fails.
+
+    The shortest way, 1 us less than the constructor of a class that may do anything: the caller has checked that the
+    class has none of its own.
+
+    Args:
+        kind: family, type and protocol of the socket. Compiled, the descriptor is non-blocking.
+    """
+    try:
+        connection: Connection = _new(connection_class)
+        if cython.compiled:
+            sock = _RawSocket(kind[0], kind[1] | _NONBLOCK, kind[2], fd)
+        else:
+            sock = _RawSocket(kind[0], kind[1], kind[2], fd)
+            sock.setblocking(False)
+    except BaseException:
+        close_descriptor(fd)  # nobody has it yet
+        raise
+    begin(connection, sock)
+    return connection
+
+
+def begin(connection: Connection, sock: Any) -> None:
+    """Give a new Connection its state.
+
+    Args:
+        sock: the raw socket, non-blocking.
+    """
+    connection._sock = sock
+    connection.hub = hub = get_hub()
+    connection._io_refs = 0
+    connection._closed = False
+    if cython.compiled:
+        stream = Stream(sock, hub, getdefaulttimeout())
+    else:
+        # Not Stream(...): calling a class costs 0.2 us more than calling a function.
+        stream = _new_stream(Stream)
+        _set_up(stream, sock, hub, getdefaulttimeout())
+    connection._stream = stream
+    # The stream's own methods, not wrappers: 0.1 us a call. Writes the slots even if a subclass overrides them.
+    _set_recv(connection, stream.recv)
+    _set_sendall(connection, stream.sendall)
+    connection.idle_block = None
+    connection.client_address = connection.server = connection.context = None  # type: ignore[assignment]
+    connection.accepted_at = monotonic()
+
+
+def end(connection: Connection) -> None:
+    """Close a connection, even if files of ``makefile`` are open."""
+    stream: Stream = connection._stream
+    owner: Owner | None = connection.server
+    connection._closed = True
+    if stream.tls is not None:
+        stream.tls.close_notify()
+    sock = stream.sock
+    connection._sock = CLOSED
+    waiting = stream.close()
+    if waiting is not None:
+        connection.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, connection._drop_ref_on_close, sock)
+    elif not _lingers(connection, stream, owner, sock):
+        _drop_ref_on_close(connection, sock)
+
+
+def drop(connection: Connection, sock: Any) -> None:
+    """Close the socket of a connection on which no greenlet waits any more."""
+    stream: Stream = connection._stream
+    stream.sock = CLOSED
+    if not _lingers(connection, stream, connection.server, sock):
+        _drop_ref_on_close(connection, sock)
+
+
+def _lingers(connection: Connection, stream: Stream, owner: Owner | None, sock: Any) -> bool:
+    # Lingering shuts down the write side, for every other process with the socket too. A peer that has closed its
+    # side sends nothing more that could provoke a reset. An idle peer has received its last answer and may not
+    # notice the end before its next request: no stop waits for it.
+    if not (stream.at_eof or stream.shared) and (
+        _linger_alone(connection, stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended)
+    ):
+        return True
+    return stream.shared == CHILD and _end_shared(connection, stream, owner, sock)
+
+
+def _linger_alone(connection: Connection, stream: Stream, sock: Any) -> bool:
+    """Close politely without a Server, if ``linger_with`` was called. False: close at once.
+
+    A handler that has written nothing may have left the answer to another process that holds the socket; a shutdown
+    would silence it. A handler that has set SO_LINGER has decided how its socket closes.
+    """
+    try:
+        lingerer = _get_lingerer(connection)
+        if not stream.bytes_sent or sock.getsockopt(_SOL_SOCKET, _SO_LINGER):
+            return False
+    except (AttributeError, OSError):
+        return False
+    return bool(lingerer.take(sock))
+
+
+def _end_shared(connection: Connection, stream: Stream, owner: Owner | None, sock: Any) -> bool:
+    """Signal the end to the peer although a forked child has the socket too. False: close it now."""
+    try:
+        if struct.unpack("ii", sock.getsockopt(_SOL_SOCKET, _SO_LINGER, 8))[0]:
+            return False  # to be reset
+        if not stream.at_eof:
+            if owner is None:
+                return _linger_alone(connection, stream, sock)
+            return bool(owner.lingerer.take(sock, not stream.ended))
+        if owner is not None or stream.bytes_sent:  # or the child may answer, see _linger_alone
+            sock.shutdown(_SHUT_WR)
+    except OSError:
+        pass  # reset meanwhile
+    return False

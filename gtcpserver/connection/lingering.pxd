@@ -1,0 +1,20 @@
+# How lingering.py is compiled.
+cimport cython
+
+from gtcpserver.c.system_calls cimport discard, shut_write
+
+
+cdef class Linger:
+    cdef public double seconds
+    cdef object _first_look, _nobody, _timer
+    cdef dict _fresh, _lingering
+    cdef Py_ssize_t _awaited
+
+    cdef _tell_if_nobody(self)
+    cpdef bint take(self, sock, bint awaited=*) except -1
+    @cython.locals(fresh=dict, discarded=Py_ssize_t)
+    cpdef _look_at_fresh(self)
+
+
+cdef bint _shut_write(sock) except -1
+cdef Py_ssize_t _discard(sock) except -2

@@ -1,0 +1,68 @@
+# How stream.py is compiled. Its __slots__ and these attributes are the same: tests/test_compiled.py.
+cimport cython
+
+from gtcpserver.c.greenlet_api cimport getcurrent, greenlet, import_greenlet, switch_to
+from gtcpserver.c.system_calls cimport monotonic, receive, transmit
+
+cdef double inf
+cdef Py_ssize_t FULL_READS_IN_A_ROW, MOST_DIRECT
+cdef int _PEEK, _WAITALL, _DONTWAIT
+cdef object _closed
+
+
+cdef class Stream:
+    cdef object __weakref__
+    cdef public object hub, io, mark, progress, reading, sock, timeout, tls, writing
+    cdef public object deadline
+    cdef public bytes kept
+    cdef public tuple deadlines
+    cdef public bint at_eof, drained, ended, ending, shut_for_writing
+    cdef public int fd, shared
+    cdef public long long bytes_received, bytes_sent
+    cdef object _parked
+    cdef readonly object _timer
+    cdef double _read_until, _timer_at, _write_until
+    cdef int _full_reads
+
+    @cython.locals(me=greenlet)
+    cpdef wait_readable(self, bint certain=*)
+    cdef _check_one_reader(self, watcher)
+    cdef bint _bound_read(self) except -1
+    cpdef forget_bounds(self)
+    cdef double _end_of_wait(self) except? -1.0
+    cpdef make_read_watcher(self)
+    @cython.locals(me=greenlet, until=cython.double)
+    cpdef wait_writable(self)
+    cpdef make_write_watcher(self)
+    cdef _loop(self)
+    cpdef reader(self)
+    cpdef writer(self)
+    cpdef lend(self)
+    cpdef bint is_parked(self) except -1
+    cpdef take_back(self)
+    cdef _stop_timer(self)
+    cpdef _start_timer(self, double until)
+    @cython.locals(now=cython.double)
+    cpdef on_timer(self)
+    cpdef timeout_error(self, double now)
+    cpdef note(self, error)
+    cpdef bint has_raised(self, error) except -1
+    cpdef _get_mark(self)
+    cpdef share_mark(self, Stream other)
+    cdef _note_thrown(self, error)
+    @cython.locals(data=bytes, size=Py_ssize_t)
+    cpdef recv(self, Py_ssize_t bufsize, int flags=*)
+    cpdef recv_into(self, buffer, Py_ssize_t nbytes=*, int flags=*)
+    cdef _read_was_full(self)
+    cdef _recv_with_care(self, Py_ssize_t bufsize, int flags)
+    cdef _recv_rest(self, bytes data, Py_ssize_t bufsize)
+    @cython.locals(data=bytes, buffer=bytearray)
+    cpdef recv_exactly(self, Py_ssize_t n)
+    cpdef bint goes_on(self) except -1
+    @cython.locals(sent=Py_ssize_t)
+    cpdef send(self, data, int flags=*)
+    @cython.locals(sent=Py_ssize_t)
+    cpdef sendall(self, data, int flags=*)
+    cpdef close(self)
+    cpdef leave_event_loop(self)
+    cpdef left_by_child(self)
