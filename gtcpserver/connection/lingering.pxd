@@ -12,9 +12,9 @@ cdef class Linger:
 
     cdef _tell_if_nobody(self)
     cpdef bint take(self, sock, bint awaited=*) except -1
-    @cython.locals(fresh=dict, discarded=Py_ssize_t)
+    @cython.locals(fresh=dict, discarded=Py_ssize_t, fd=int)
     cpdef _look_at_fresh(self)
 
 
 cdef bint _shut_write(sock) except -1
-cdef Py_ssize_t _discard(sock) except -2
+cdef Py_ssize_t _discard(int fd) except -2
