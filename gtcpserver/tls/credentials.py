@@ -30,6 +30,10 @@ from .contexts import ServerContexts, load_contexts, watched_files
 
 log = own_logger("gtcpserver.tls")
 
+#: Seconds until changed files that do not fit are read once more, before a warning: a renewal replaces the certificate
+#: and its key one after the other.
+SECOND_LOOK = 1.0
+
 #: Base class of the standard library's SSLContext, and of gevent's.
 _PlainContext = _ssl._SSLContext  # noqa: SLF001 - Python's name for it
 
@@ -112,8 +116,8 @@ class Credentials:
     def watch(self, seconds: float) -> None:
         """Check every ``seconds`` whether a file was changed, replaced or removed, and reload if so.
 
-        Unusable files, such as a certificate whose key has not arrived yet, are logged once, and tried again at every
-        check. Does not keep the event loop alive.
+        Unusable files, such as a certificate whose key has not arrived a second later, are logged once, and tried again
+        at every check. Does not keep the event loop alive.
 
         Raises:
             ConfigError: there are no files to check.
@@ -142,16 +146,24 @@ class Credentials:
 
     def _reload_changed(self) -> None:
         try:
+            if self._load_changed() and self._timer is not None:
+                gevent.sleep(SECOND_LOOK)
+                complaint = self._load_changed()
+                if complaint and complaint != self._complaint:
+                    self._complaint = complaint
+                    log.warning("TLS certificates have changed and cannot be used, the old ones stay: %s", complaint)
+        finally:
+            self._reloading = False
+
+    def _load_changed(self) -> str:
+        """Reload files that were changed; return why they cannot be used, or an empty string."""
+        try:
             if self.config is not None and _states(self.config) != self._states:
                 self.reload()
         except Exception as error:
             # An exception of a password function is no reason to stop checking.
-            complaint = str(error) if isinstance(error, ConfigError) else repr(error)
-            if complaint != self._complaint:
-                self._complaint = complaint
-                log.warning("TLS certificates have changed and cannot be used, the old ones stay: %s", complaint)
-        finally:
-            self._reloading = False
+            return str(error) if isinstance(error, ConfigError) else repr(error)
+        return ""
 
     def _load(self, config: TLSConfig) -> None:
         # Before reading: a change in the meantime is noticed at the next check.

@@ -313,7 +313,11 @@ def test_programs_that_do_not_serve_fork_as_gevent_has_it(python):
         if not pid:
             greenlet.join()
             os._exit(0)
-        gevent.os.waitpid(pid, 0)
+        greenlet.join()
+        try:
+            os.waitpid(pid, 0)  # gevent's may miss the end of a child
+        except ChildProcessError:
+            pass  # its event loop was quicker
         """)
     assert process.wait(SOON) == 0
     assert process.stdout.read() == b"greenlet\ngreenlet\n"
