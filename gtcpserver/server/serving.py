@@ -168,8 +168,8 @@ class Serving:
         if self._access_log is not None:
             connection.client_address = address
             self._access_log.write_unserved(connection, "rejected")
-        if not self._server.lingerer.take(connection.stream.sock):
-            connection.close()
+        connection.server = self._server  # whose lingerer closes it
+        end(connection)
 
     def _stop_after_last(self) -> None:
         for acceptor in self._state.acceptors:
