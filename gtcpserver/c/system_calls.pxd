@@ -33,14 +33,14 @@ cdef extern from *:
         return to;
     }
 
-    /* accept4(2), non-blocking and close-on-exec. *address: as accept() of the socket module returns it, a new reference.
-       -1: errno says why not; -2: a Python exception does. IPv4 and IPv6 alone. */
-    static int gtcpserver_accept(int listening, PyObject **address) {
+    /* accept4(2), non-blocking and close-on-exec. Returns (descriptor, address) as _accept() of the socket module does;
+       NULL: *fd < 0: errno says why not, else a Python exception does. IPv4 and IPv6 alone. */
+    static PyObject *gtcpserver_accept(int listening, int *fd) {
         union { struct sockaddr any; struct sockaddr_in v4; struct sockaddr_in6 v6; } peer;
         socklen_t size = sizeof peer;
-        int fd = accept4(listening, &peer.any, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
-        *address = NULL;
-        if (fd < 0) return -1;
+        PyObject *accepted;
+        *fd = accept4(listening, &peer.any, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (*fd < 0) return NULL;
         if (peer.any.sa_family == AF_INET) {
             /* inet_ntop() takes 800 instructions for it. */
             const unsigned char *bytes = (const unsigned char *)&peer.v4.sin_addr;
@@ -49,72 +49,76 @@ cdef extern from *:
                 if (i) *end++ = '.';
                 end = gtcpserver_put_byte(end, bytes[i]);
             }
-            *address = Py_BuildValue("(s#i)", text, (Py_ssize_t)(end - text), (int)ntohs(peer.v4.sin_port));
+            accepted = Py_BuildValue("i(s#i)", *fd, text, (Py_ssize_t)(end - text), (int)ntohs(peer.v4.sin_port));
         } else {
             char text[INET6_ADDRSTRLEN];
             inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, sizeof text);
-            *address = Py_BuildValue("(siII)", text, (int)ntohs(peer.v6.sin6_port), (unsigned)ntohl(peer.v6.sin6_flowinfo),
-                                     (unsigned)peer.v6.sin6_scope_id);
+            accepted = Py_BuildValue("i(siII)", *fd, text, (int)ntohs(peer.v6.sin6_port),
+                                     (unsigned)ntohl(peer.v6.sin6_flowinfo), (unsigned)peer.v6.sin6_scope_id);
         }
-        if (*address == NULL) {
-            close(fd);
-            return -2;
-        }
-        return fd;
+        if (accepted == NULL) close(*fd);
+        return accepted;
     }
     """
-    int gtcpserver_accept(int listening, PyObject** address) except? -2
+    PyObject* gtcpserver_accept(int listening, int* fd)
     enum: GTCPSERVER_SCRATCH
     char* gtcpserver_scratch
     double gtcpserver_monotonic()
     ssize_t c_recv "recv"(int fd, void* buffer, size_t size, int flags) nogil
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags) nogil
     int c_shutdown "shutdown"(int fd, int how) nogil
-    int MSG_NOSIGNAL, MSG_TRUNC, SHUT_WR
+    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, SHUT_WR
 
 
 cdef inline double monotonic():
     return gtcpserver_monotonic()
 
 
-cdef inline bytes receive(int fd, Py_ssize_t size):
-    """recv(2) of a non-blocking socket; size: 1 to 65,536. None: there is nothing to read. Raises OSError."""
-    cdef ssize_t n
-    while True:
-        n = c_recv(fd, gtcpserver_scratch, size, 0)
-        if n >= 0:
-            return PyBytes_FromStringAndSize(gtcpserver_scratch, n)
-        if errno == EAGAIN:
-            return None
-        if errno != EINTR:
-            PyErr_SetFromErrno(OSError)
+# MSG_DONTWAIT: another process that has the socket may have cleared its O_NONBLOCK, and these calls hold the GIL.
+#
+# EINTR: a handler of signals is Python, and may close the connection. The descriptor may be another's after it: what is
+# called next must be asked of the connection again, which InterruptedError says to the caller.
+
+
+cdef inline int fail(int error) except -1:
+    """Raise OSError by errno. On EINTR, the handlers of signals run before."""
+    global errno
+    if error == EINTR:
         PyErr_CheckSignals()
+        errno = error
+    PyErr_SetFromErrno(OSError)
+
+
+cdef inline bytes receive(int fd, Py_ssize_t size):
+    """recv(2) without waiting; size: 1 to 65,536. None: there is nothing to read. Raises OSError, InterruptedError."""
+    cdef ssize_t n = c_recv(fd, gtcpserver_scratch, size, MSG_DONTWAIT)
+    if n >= 0:
+        return PyBytes_FromStringAndSize(gtcpserver_scratch, n)
+    if errno != EAGAIN:
+        fail(errno)
+    return None
 
 
 cdef inline Py_ssize_t transmit(int fd, bytes data) except -2:
-    """send(2) on a non-blocking socket; -1: it has no room. Raises OSError."""
-    cdef ssize_t n
-    while True:
-        n = c_send(fd, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), MSG_NOSIGNAL)
-        if n >= 0:
-            return n
-        if errno == EAGAIN:
-            return -1
-        if errno != EINTR:
-            PyErr_SetFromErrno(OSError)
-        PyErr_CheckSignals()
+    """send(2) without waiting; -1: the socket has no room. Raises OSError, InterruptedError."""
+    cdef ssize_t n = c_send(fd, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), MSG_NOSIGNAL | MSG_DONTWAIT)
+    if n < 0 and errno != EAGAIN:
+        fail(errno)
+    return n
 
 
-cdef inline tuple accept(int listening):
-    """accept4(2) on a listening socket for IPv4 or IPv6: (descriptor, address), or None. Raises OSError."""
-    cdef PyObject* address
+cdef inline tuple accept(sock):
+    """accept4(2) on a listening socket for IPv4 or IPv6: (descriptor, address), or None. Raises OSError, MemoryError."""
+    cdef PyObject* accepted
     cdef int fd
     while True:
-        fd = gtcpserver_accept(listening, &address)
-        if fd >= 0:
-            result = (fd, <object>address)
-            Py_DECREF(<object>address)
+        accepted = gtcpserver_accept(sock.fileno(), &fd)  # each time: a handler of signals may close it
+        if accepted is not NULL:
+            result = <object>accepted
+            Py_DECREF(result)
             return result
+        if fd >= 0:
+            raise MemoryError
         if errno == EAGAIN:
             return None
         if errno != EINTR:
@@ -132,7 +136,7 @@ cdef inline Py_ssize_t discard(int fd):
 
     Returns its bytes; 0: at the peer's end, or on an error; -1: there is none.
     """
-    cdef ssize_t n = c_recv(fd, gtcpserver_scratch, GTCPSERVER_SCRATCH, MSG_TRUNC)
+    cdef ssize_t n = c_recv(fd, gtcpserver_scratch, GTCPSERVER_SCRATCH, MSG_TRUNC | MSG_DONTWAIT)
     if n < 0:
         return -1 if errno == EAGAIN or errno == EINTR else 0
     return n

@@ -399,6 +399,8 @@ class Stream:
                     data = self.io.recv(bufsize)
             except BlockingIOError:
                 pass
+            except InterruptedError:
+                continue  # of receive() alone
             except OSError as error:
                 self.note(error)
                 raise
@@ -569,6 +571,8 @@ class Stream:
                     sent = self.io.send(data)
             except BlockingIOError:
                 sent = -1
+            except InterruptedError:
+                sent = 0  # of transmit() alone
             except OSError as error:
                 self.note(error)
                 raise

@@ -78,7 +78,7 @@ class AcceptLoop:
             OSError: as accept(2).
         """
         if cython.compiled and self._is_direct:
-            accepted = accept(self._sock.fileno())
+            accepted = accept(self._sock)
             if accepted is None:
                 return None
             fd, address = accepted
