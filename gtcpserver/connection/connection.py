@@ -436,7 +436,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def unread(self, data: bytes) -> None:
         """Give back bytes already read: the next read, or a relay, gets them first."""
-        self._stream.kept = data + self._stream.kept
+        self._stream.kept = b"".join((data, self._stream.kept))  # bytes, whatever data is
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

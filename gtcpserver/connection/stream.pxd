@@ -1,4 +1,5 @@
 # How stream.py is compiled. Its __slots__ and these attributes are the same: tests/test_compiled.py.
+# What programs pass is a Py_ssize_t, not an int: Cython would round a float to an int.
 cimport cython
 
 from gtcpserver.c.greenlet_api cimport getcurrent, greenlet, import_greenlet, switch_to
@@ -51,18 +52,18 @@ cdef class Stream:
     cpdef share_mark(self, Stream other)
     cdef _note_thrown(self, error)
     @cython.locals(data=bytes, size=Py_ssize_t)
-    cpdef recv(self, Py_ssize_t bufsize, int flags=*)
-    cpdef recv_into(self, buffer, Py_ssize_t nbytes=*, int flags=*)
+    cpdef recv(self, Py_ssize_t bufsize, Py_ssize_t flags=*)
+    cpdef recv_into(self, buffer, Py_ssize_t nbytes=*, Py_ssize_t flags=*)
     cdef _read_was_full(self)
-    cdef _recv_with_care(self, Py_ssize_t bufsize, int flags)
+    cdef _recv_with_care(self, Py_ssize_t bufsize, Py_ssize_t flags)
     cdef _recv_rest(self, bytes data, Py_ssize_t bufsize)
     @cython.locals(data=bytes, buffer=bytearray)
     cpdef recv_exactly(self, Py_ssize_t n)
     cpdef bint goes_on(self) except -1
     @cython.locals(sent=Py_ssize_t)
-    cpdef send(self, data, int flags=*)
+    cpdef send(self, data, Py_ssize_t flags=*)
     @cython.locals(sent=Py_ssize_t)
-    cpdef sendall(self, data, int flags=*)
+    cpdef sendall(self, data, Py_ssize_t flags=*)
     cpdef close(self)
     cpdef leave_event_loop(self)
     cpdef left_by_child(self)
