@@ -1,7 +1,7 @@
 # greenlet's public C API (greenlet.h): what compiled modules call in place of getcurrent() and greenlet.switch().
 
 cdef extern from "greenlet/greenlet.h":
-    ctypedef class greenlet.greenlet [object PyGreenlet, check_size ignore]:
+    ctypedef class greenlet.greenlet [object PyGreenlet, check_size error]:
         pass
 
     # Once in each compiled module that uses one of the others; without it they crash.
