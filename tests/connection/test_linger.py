@@ -1,6 +1,7 @@
 """A closed connection delivers what was written, and holds nothing for long."""
 
 import socket
+import threading
 
 import gevent
 import pytest
@@ -71,9 +72,10 @@ def test_input_after_the_close_costs_the_peer_no_byte_of_the_answer(serve, conne
     server = serve(write_and_return)
     client = connect(server)
     # What the kernel cannot send yet is still in the server when its handler has returned.
-    answer = spawn_thread(lambda: (client.recv(1), closed.get(timeout=SOON), client.sendall(b"late"), read_all(client)))
-    closed = spawn_thread(lambda: None)
+    closed = threading.Event()
+    answer = spawn_thread(lambda: (client.recv(1), closed.wait(SOON), client.sendall(b"late"), read_all(client)))
     wait_until(lambda: server.stats().lingering == 1)
+    closed.set()
     assert answer.get(timeout=SOON)[3] == (ANSWER[1:], "end")
 
 
