@@ -47,7 +47,7 @@ try:
     print(conn.recv(100) if sys.argv[1] == "recv" else conn.sendall(b"INJECTED"))
 except OSError as error:
     print(error.errno)
-print({victim.recv(100) for victim in victims})
+print({victim.recv(100, socket.MSG_DONTWAIT) for victim in victims})
 """
 
 
