@@ -331,7 +331,7 @@ def test_what_will_not_end_delays_the_end_of_the_process_for_a_bounded_time(pyth
 @both
 def test_a_forked_child_has_a_loop_of_its_own(python, patched):
     source = """
-        import asyncio, os
+        import asyncio, os, warnings
         from gtcpserver import run_coroutine
 
         async def pid():
@@ -339,6 +339,7 @@ def test_a_forked_child_has_a_loop_of_its_own(python, patched):
             return os.getpid()
 
         assert run_coroutine(pid(), timeout=10) == os.getpid()
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, since Python 3.12
         child = os.fork()
         assert run_coroutine(pid(), timeout=10) == os.getpid()
         if not child:
