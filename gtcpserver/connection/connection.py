@@ -73,9 +73,6 @@ log = own_logger("gtcpserver.tls")
 #: Bytes that ``recv_until`` asks the kernel for at once when the bytes it kept are not enough.
 READ_AHEAD = 16 * 1024
 
-# Plain numbers: the socket module's enums cost 0.1 us a call.
-_SOL_SOCKET, _SO_LINGER = int(_stdlib_socket.SOL_SOCKET), int(_stdlib_socket.SO_LINGER)
-
 # By name: type checkers do not know the slots of gevent's untyped classes.
 _SLOTS = (
     "_lingerer",
@@ -167,16 +164,13 @@ class Connection(SSLMethods, HasStream, _Socket):
             proto = 0 if proto == -1 else proto
         sock = self._gevent_sock_class(family, type, proto, fileno)
         try:
-            self._begin(sock)
+            sock.setblocking(False)
+            begin(self, sock)
             # The server keeps track of the ones it accepts.
             close_in_children(self)
         except BaseException:
             sock.close()  # at once: the caller may keep the error, and its traceback refers to the socket
             raise
-
-    def _begin(self, sock: Any) -> None:
-        sock.setblocking(False)
-        begin(self, sock)
 
     @property
     def started_at(self) -> float:

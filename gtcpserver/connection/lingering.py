@@ -162,9 +162,9 @@ class Linger:
 
     def close_all(self) -> None:
         """Close every lingering connection now."""
-        while self._fresh:
-            fd, _awaited = self._fresh.popitem()
+        for fd in tuple(self._fresh):
             get_hub().loop.closing_fd(fd)
+            del self._fresh[fd]
             _close(fd)
         for entry in list(self._lingering):
             entry.close()

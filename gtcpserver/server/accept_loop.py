@@ -12,6 +12,7 @@ import gevent.socket
 from gevent import monkey
 
 from gtcpserver.connection.connection import Connection
+from gtcpserver.process.descriptors import close_descriptor
 
 try:
     import cython
@@ -88,7 +89,11 @@ class AcceptLoop:
             except BlockingIOError:
                 return None
             if cython.compiled:
-                os.set_blocking(fd, False)
+                try:
+                    os.set_blocking(fd, False)
+                except BaseException:
+                    close_descriptor(fd)  # nobody has it yet
+                    raise
         if self._is_plain:
             return make(self._connection_class, self._kind, fd), address
         return self._acceptor._make(self._kind, fd), address

@@ -11,6 +11,7 @@ from gevent.hub import get_hub
 from gtcpserver import Connection
 from gtcpserver.connection.stream import Stream
 from gtcpserver.pool.greenlets import HandlerGreenlet
+from kit.handlers import echo
 from kit.waiting import wait_until
 
 #: Connections before the first look: caches fill, and the interpreter specializes its code.
@@ -21,11 +22,6 @@ COUNTED = 25_000
 
 #: Memory blocks that may come and go by themselves: a list that grows, a cache of the event loop.
 TOLERATED = 200
-
-
-def answer(conn):
-    while data := conn.recv(4096):
-        conn.sendall(data)
 
 
 def answer_idle(conn):
@@ -64,7 +60,7 @@ def state():
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("handler", [answer, answer_idle, leave, fail_to_read])
+@pytest.mark.parametrize("handler", [echo, answer_idle, leave, fail_to_read])
 def test_connections_leave_no_object_and_no_reference(serve, in_thread, handler):
     server = serve(handler, linger=0 if handler is leave else 10)
     address = server.addresses[0].rsplit(":", 1)
