@@ -18,6 +18,7 @@ import trustme
 from gtcpserver import ConfigError, Server, forwarder
 from gtcpserver.forwarder import Forwarder
 from kit.clients import ask
+from kit.commands import run_command
 from kit.handlers import echo
 from kit.patience import SOON
 from kit.ports import free_port
@@ -219,9 +220,7 @@ def test_mistakes_are_named(arguments, options, message):
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "gtcpserver", "forward", *arguments], capture_output=True, text=True, timeout=SOON
-    )
+    done = run_command("forward", *arguments)
     return done.returncode, done.stderr.strip()
 
 

@@ -29,6 +29,7 @@ import trustme
 from gtcpserver import ConfigError, ListenConfig, TLSConfig
 from gtcpserver.adapters import from_socketserver, from_wsgi
 from kit.clients import converse
+from kit.commands import run_command
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -454,8 +455,7 @@ def test_the_command_serves_them(in_thread, tmp_path, words, answer, more):
 @pytest.mark.slow
 def test_the_command_says_what_is_no_application(tmp_path):
     (tmp_path / "app.py").write_text("def one(x): pass")
-    command = [sys.executable, "-m", "gtcpserver", "serve", "app.py:one", "--wsgi"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=SOON)
+    done = run_command("serve", "app.py:one", "--wsgi", cwd=tmp_path)
     assert done.returncode == 2
     assert "app.py:one must take two arguments, the environment and start_response; it takes (x)" in done.stderr
 
@@ -463,8 +463,7 @@ def test_the_command_says_what_is_no_application(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["socketserver:DatagramRequestHandler", "http.server:HTTPServer"])
 def test_the_command_says_what_it_cannot_serve(reference):
-    command = [sys.executable, "-m", "gtcpserver", "serve", reference]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SOON)
+    done = run_command("serve", reference)
     assert done.returncode == 2
     assert done.stderr.startswith("gtcpserver: MODULE:HANDLER: must be ")
     assert done.stderr.count("\n") == 1

@@ -5,7 +5,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import sys
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from gtcpserver import ConfigError, ProxyProtocol, TLSConfig
 from gtcpserver.forwarder import Forwarder
 from gtcpserver.proxy_protocol.header import LONGEST_V2, ProxyHeader, Transport, Type
 from kit.clients import converse
+from kit.commands import run_command
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.waiting import wait_for_port, wait_until
@@ -187,8 +187,7 @@ def test_the_command_line_tells_it_too():
         (["--client-deny", "x"], "--client-deny: must be networks or addresses, got 'x'"),
         (["--client-burst", "3"], "--client-burst: must come together with new_per_second"),
     ):
-        command = [sys.executable, "-m", "gtcpserver", "echo", "--bind", "127.0.0.1:0", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SOON)
+        done = run_command("echo", "--bind", "127.0.0.1:0", *arguments)
         assert done.returncode == 2
         assert message in done.stderr
 

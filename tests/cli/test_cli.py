@@ -35,6 +35,7 @@ from gtcpserver.cli.options import (
     TLS_OPTIONS,
     name_option,
 )
+from kit.commands import run_command
 
 COMMAND = [sys.executable, "-m", "gtcpserver"]
 
@@ -155,7 +156,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 def complaint(*arguments: str, cwd: Path | None = None, status: int = 2) -> str:
     """Runs a command that must fail with one line on stderr, and returns the line without its "gtcpserver: "."""
-    result = run(*arguments, cwd=cwd)
+    result = run_command(*arguments, cwd=cwd)
     assert result.returncode == status, result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()

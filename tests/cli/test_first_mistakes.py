@@ -13,6 +13,7 @@ import pytest
 from gtcpserver import ConfigError, Server
 from gtcpserver.address import check_none_twice
 from gtcpserver.plural import counted
+from kit.commands import run_command
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.supervised import COMMAND, wait_until
@@ -41,7 +42,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def complaint(folder: Path, *arguments: str, status: int = 2) -> str:
-    done = run(folder, *arguments)
+    done = run_command(*arguments, cwd=folder)
     assert done.returncode == status, done.stderr
     return done.stderr.splitlines()[-1].removeprefix("gtcpserver: ")
 

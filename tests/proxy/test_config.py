@@ -9,6 +9,7 @@ import pytest
 
 from gtcpserver import ConfigError, Server
 from gtcpserver.proxy.config import make_proxy, parse_config, read_config
+from kit.commands import run_command
 from kit.handlers import echo
 from kit.paths import ROOT
 from kit.patience import SOON
@@ -205,7 +206,7 @@ def test_each_listener_has_its_protocols_and_rules(serve, connect, in_thread, tm
 
 
 def run(*arguments):
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=SOON)
+    done = run_command(*COMMAND[3:], *arguments)
     return done.returncode, (done.stderr or done.stdout).strip()
 
 

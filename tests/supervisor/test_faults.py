@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.commands import run_command
 from kit.supervised import APP, Load, Master, Start, alive, children, wait_until
 
 pytestmark = pytest.mark.slow
@@ -265,9 +266,9 @@ def test_the_first_start_that_fails_ends_with_3_and_the_error(tmp_path: Path) ->
 )
 def test_wrong_call_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "app.py").write_text("def handler(conn): ...\ndef two(one, more): ...\n")
-    master = Master(tmp_path, (*arguments, "--bind", "127.0.0.1:0"))
-    assert master.wait() == 2
-    lines = [line for line in master.log().splitlines() if " INFO " not in line]
+    done = run_command(*arguments, "--bind", "127.0.0.1:0", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"gtcpserver: {said}")
 
