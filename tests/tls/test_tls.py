@@ -1395,8 +1395,11 @@ def test_failed_handshakes_of_a_stream_server_are_a_debug_line(stream_server, co
         handshake_timeout = 0.05
 
     served = []
-    server = stream_server(lambda sock, address: served.append(address), server_class=Impatient)
-    plain, silent, resetting = (connect(server.address_text) for _ in range(3))
+    patient, impatient = (
+        stream_server(lambda sock, address: served.append(address), server_class=kind)
+        for kind in (StreamServer, Impatient)
+    )
+    plain, resetting, silent = (connect(server.address_text) for server in (patient, patient, impatient))
     plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert in_thread(plain.recv, 100).startswith(b"HTTP/1.1 400 ")
     resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
