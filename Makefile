@@ -4,6 +4,8 @@ ADDRESS ?= 127.0.0.1:5000
 DOCS_ADDRESS ?= 127.0.0.1:8000
 FUZZ_SECONDS ?= 60
 SCHEDULES ?= 20000
+# Tests mostly wait: for time limits, for processes that start.
+JOBS ?= $(shell echo $$((2 * $$(nproc) + 1)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,12 +52,15 @@ serve: $(VENV)/serve.stamp
 
 test: compiled
 	@$(BIN)/gtcpserver --version
-	$(BIN)/python -m pytest -q -n 3
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
-# Of the rooms that have compiled modules, and of those that use them most.
+# Of the rooms that have compiled modules, of those that use them most, and of what reads their frames; without what
+# starts, configures and stops a server, which is pure Python in both forms.
 test-pure: $(VENV)/dev.stamp
-	GTCPSERVER_PURE=1 $(BIN)/python -m pytest -q -n 3 $(addprefix tests/,adapters admission connection pool server \
-	    testing tls transfer test_compiled.py test_forwarder.py test_run_coroutine.py test_run_program.py)
+	GTCPSERVER_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(addprefix tests/,adapters admission connection diagnostics \
+	    pool server testing tls transfer test_forwarder.py) $(addprefix --ignore=tests/,adapters/test_adapters.py \
+	    diagnostics/test_logs.py diagnostics/test_logs_config.py server/test_stop_aside.py server/test_stop_background.py \
+	    testing/test_check_faults.py tls/test_config.py)
 
 # Without those that are marked slow.
 quick: compiled

@@ -2,8 +2,8 @@
 
 Environment:
     TEST_SKIPPED: a file for the tests that were skipped, one a line. .ci/test runs them as root.
-    TEST_SLOW: a file for those to mark as slow, and those that are no longer: ``TEST_SLOW=marks make test``, on a quiet
-        machine.
+    TEST_SLOW: a file for those to mark as slow, and those that are no longer: ``TEST_SLOW=marks make test JOBS=3``, on
+        a quiet machine.
 """
 
 import os
