@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=SOON)
+    return run_command(*arguments, cwd=folder)
 
 
 def complaint(folder: Path, *arguments: str, status: int = 2) -> str:

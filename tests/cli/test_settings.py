@@ -23,6 +23,7 @@ from gtcpserver.cli.commands import run as run_command
 from gtcpserver.cli.config import library_defaults
 from gtcpserver.cli.settings import key_of, settings_of
 from gtcpserver.files.toml_file import Lines, parse_text
+from kit import commands
 from kit.paths import ROOT
 from kit.patience import SOON
 
@@ -106,15 +107,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
 @pytest.fixture
 def run(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *arguments],
-            cwd=folder,
-            env=environment(variables),
-            capture_output=True,
-            text=True,
-            timeout=SOON,
-            check=False,
-        )
+        return commands.run_command(*arguments, cwd=folder, env=environment(variables))
 
     return call
 

@@ -25,13 +25,15 @@ PATIENCE = 60
 IMPORTS = ("commands", "serve", "forward", "files", "check", "config", "supervise", "proxy")
 
 
-def run_command(*arguments: str, cwd: str | Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, with the environment as it is, and return what it wrote and its exit status."""
+def run_command(
+    *arguments: str, cwd: str | Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, and return what it wrote and its exit status; folder and environment: as they are."""
     helper = _helper()
     assert helper.stdin is not None
     assert helper.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        order = {"arguments": arguments, "cwd": str(cwd or os.getcwd()), "to": folder, "env": dict(os.environ)}
+        order = {"arguments": arguments, "cwd": str(cwd or os.getcwd()), "to": folder, "env": env or dict(os.environ)}
         helper.stdin.write(json.dumps(order) + "\n")
         helper.stdin.flush()
         status = int(helper.stdout.readline())

@@ -29,6 +29,7 @@ from gtcpserver.monitoring.monitor import MOST_CONNECTIONS, check_metrics_addres
 from gtcpserver.monitoring.web import is_this_host
 from gtcpserver.server.idle import PlacelessIdle
 from gtcpserver.server.timed_idle import TimedIdle
+from kit.commands import run_command
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.ports import free_port
@@ -564,20 +565,14 @@ def test_run_serves_metrics_of_its_server(python, in_thread):
         in_thread(fetch, address, "/readyz")
 
 
-def gtcpserver(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "gtcpserver", *arguments], capture_output=True, text=True, timeout=SOON, **environment
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--workers", "1")])
 def test_the_command_line_names_what_is_wrong(watched, more):
-    done = gtcpserver("echo", "--bind", "127.0.0.1:0", "--metrics", "nowhere", *more)
+    done = run_command("echo", "--bind", "127.0.0.1:0", "--metrics", "nowhere", *more)
     assert done.returncode == 2
     assert done.stderr.startswith("gtcpserver: --metrics: must be an address: ")
     _, monitor = watched()
-    done = gtcpserver("echo", "--bind", "127.0.0.1:0", "--metrics", monitor.address, *more)
+    done = run_command("echo", "--bind", "127.0.0.1:0", "--metrics", monitor.address, *more)
     assert done.returncode == 1
     assert monitor.address in done.stderr
     assert "metrics" in done.stderr
