@@ -51,9 +51,9 @@ print({victim.recv(100, socket.MSG_DONTWAIT) for victim in victims})
 """
 
 
-def interrupted(call: str, program: str, *arguments: str) -> list[str]:
-    """Run a program whose first system call ``call`` on a socket is interrupted by SIGUSR1; return what it prints."""
-    strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"inject={call}:error=EINTR:signal=SIGUSR1:when=1"]
+def interrupted(call: str, program: str, *arguments: str, which: int = 1) -> list[str]:
+    """Run a program whose system call ``call`` is interrupted by SIGUSR1, once; return what it prints."""
+    strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"inject={call}:error=EINTR:signal=SIGUSR1:when={which}"]
     command = [*strace, sys.executable, "-c", program, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 0, run.stderr
@@ -61,8 +61,9 @@ def interrupted(call: str, program: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.skipif(not can_trace(), reason="strace is missing or may not trace")
-def test_a_signal_handler_that_closes_the_connection_hands_no_call_to_another() -> None:
-    said = interrupted("recvfrom", CLOSED_BY_A_SIGNAL, "recv")
+@pytest.mark.parametrize(("call", "name", "which"), [("recvfrom", "recv", 1), ("sendto", "sendall", 2)])
+def test_a_signal_handler_that_closes_the_connection_hands_no_call_to_another(call: str, name: str, which: int) -> None:
+    said = interrupted(call, CLOSED_BY_A_SIGNAL, name, which=which)
     assert said == ["9", "{b'SECRET'}"]
 
 
