@@ -25,7 +25,8 @@ help:
 	@echo 'make test    the tests; make quick those of them that are quick, in a minute'
 	@echo 'make test-pure  the tests of what is compiled there, in pure Python'
 	@echo 'make compiled  compiles the hot path again after a change, as the targets above do; GTCPSERVER_PURE=1 for pure Python'
-	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv)'
+	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv); MINORS="10 12"'
+	@echo '             WITH="gevent==24.2.1 greenlet==3.0.0" for some of them with other versions'
 	@echo 'make sanitize  the core tests of what is compiled, under AddressSanitizer, and with Python looking for mistakes'
 	@echo 'make endure  10 million requests and 100,000 connections, which must leave nothing behind (REQUESTS=, CONNECTIONS=)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
@@ -75,20 +76,24 @@ CORE := $(addprefix tests/,server/test_server.py connection/test_connection.py s
     tls/test_tls.py transfer/test_relay.py server/test_acceptor.py supervisor/test_supervisor.py proxy/test_socks.py \
     cli/test_cli.py testing/test_testing.py testing/test_check_faults.py)
 
-# Each in an environment of its own, .venv-3.X.
+# Each in an environment of its own, .venv-3.X. Then with other versions of what is called from C, such as the oldest:
+# make matrix MINORS="10 11" WITH="gevent==24.2.1 greenlet==2.0.0"; MINORS=12 WITH="gevent==24.2.1 greenlet==3.0.0".
+MINORS ?= 10 11 12 13 14 15
+
 matrix:
 	@failed=; \
-	for minor in 10 11 12 13 14 15; do \
+	for minor in $(MINORS); do \
 	    for python in python3.$$minor $(HOME)/.pyenv/versions/3.$$minor.*/bin/python; do \
 	        "$$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, $$minor))" 2>/dev/null || continue; \
 	        echo "== $$("$$python" -V)"; \
-	        $(MAKE) --no-print-directory PYTHON="$$python" VENV=.venv-3.$$minor core || failed="$$failed 3.$$minor"; \
+	        $(MAKE) --no-print-directory PYTHON="$$python" VENV=.venv-3.$$minor$(if $(WITH),-with) core || failed="$$failed 3.$$minor"; \
 	        continue 2; \
 	    done; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 core: compiled
+	$(if $(WITH),$(PIP) $(WITH) && $(BIN)/python setup.py --quiet build_ext --inplace --force)
 	$(BIN)/python -m pytest -q -n 2 $(CORE)
 
 # What the hot path's own C can get wrong: memory that is used after it was freed, references that are lost. A copy of
