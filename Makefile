@@ -113,7 +113,7 @@ sanitize: compiled
 	cd $(SANITIZED) && CFLAGS='$(SANITIZE)' $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH="$$PWD" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    $(abspath $(BIN))/python -m pytest -q -n $(JOBS) $(SANITIZED_TESTS)
+	    $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -k 'not curl' $(SANITIZED_TESTS)  # curl hangs with libasan
 
 endure: compiled
 	GTCPSERVER_REQUESTS=$(REQUESTS) GTCPSERVER_CONNECTIONS=$(CONNECTIONS) \
