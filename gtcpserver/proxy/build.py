@@ -21,6 +21,7 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
+from .departures import Departures
 from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
@@ -318,7 +319,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     clients, destinations = make_client_rules(config), make_destination_rules(config)
     upstreams = {name: make_upstream(config, name) for name in config.upstream}
     nat64, this_host = make_nat64(config), ThisHost()
-    keeper = LimitKeeper(make_limits(config))
+    keeper, departures = LimitKeeper(make_limits(config)), Departures()
     addresses, handlers = [], {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
@@ -336,6 +337,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             nat64=nat64,
             this_host=this_host,
             limits=keeper,
+            departures=departures,
             external=make_external(listener),
             fast_open=config.fast_open,
             show_bound_address=config.show_bound_address,

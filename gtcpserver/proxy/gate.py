@@ -22,6 +22,7 @@ from gtcpserver.errors import GtcpServerError
 from gtcpserver.networks import as_ip
 from gtcpserver.tls import ConnectionTLS
 
+from .departures import Departures, Presence
 from .dial import dial
 from .errors import TTL_EXPIRED, LimitReached
 from .limits import LimitKeeper, TokenBucket
@@ -100,6 +101,7 @@ class Gate:
         nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are checked, too.
         this_host: knows the addresses of this host.
         limits: enforces the limits, for all listeners that share it.
+        departures: notices clients that give up while they wait.
         own_ports: ports this proxy listens on (0: chosen by the system); such a destination on this host would loop
             back to us.
         external: addresses to connect from, one of each family (destinations of the other family are then out of
@@ -121,6 +123,7 @@ class Gate:
     nat64: tuple[IPv6Network, ...] = ()
     this_host: ThisHost = field(default_factory=ThisHost)
     limits: LimitKeeper = field(default_factory=LimitKeeper)
+    departures: Departures = field(default_factory=Departures)
     own_ports: frozenset[int] = frozenset()
     external: External | Sequence[IPAddress] = "auto"
     fast_open: bool = False
@@ -190,6 +193,7 @@ class Visitor:
     certified: str | None = None
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
+    _presence: Presence | None = None
     _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
@@ -218,6 +222,13 @@ class Visitor:
             return True
         self.record.result, self.record.detail = "command_denied", f"{command} is not among the commands"
         return False
+
+    @property
+    def presence(self) -> Presence:
+        """Return the block in which its departure raises ClientGone: for waits in which nothing is read from it."""
+        if self._presence is None:
+            self._presence = Presence(self.gate.departures, self.conn)
+        return self._presence
 
     def new_record(self) -> AccessRecord:
         """Return a record for the next request of the same client."""
@@ -250,7 +261,7 @@ class Visitor:
         name = user.decode("utf-8", "backslashreplace")
         right = None
         began = monotonic()
-        with gevent.Timeout(self.gate.timeouts.authenticate, False):
+        with self.presence, gevent.Timeout(self.gate.timeouts.authenticate, False):
             right = authenticator.check(user, password, self.client)
         self.record.authenticated = monotonic() - began
         if not right:

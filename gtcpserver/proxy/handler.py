@@ -18,6 +18,7 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 from gtcpserver.tls import Credentials, TLSConfig
 
+from .departures import ClientGone
 from .errors import ProtocolError
 from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
@@ -131,6 +132,9 @@ class ProxyHandler:
         except GreenletExit:
             visitor.record.result = "stopped"
             raise
+        except ClientGone as gone:
+            visitor.record.result, visitor.record.detail = "client_left", str(gone)
+            conn.abort()
         except ConnectionError as error:
             if visitor.record.result == "failed":
                 visitor.record.detail = error.strerror or str(error)

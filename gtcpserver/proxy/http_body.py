@@ -16,6 +16,7 @@ from gtcpserver.http1.chunks import ChunkError, ChunkReader, chunk, last_chunk
 from gtcpserver.http1.head import Head, Header, HttpError
 from gtcpserver.transfer import pipe
 
+from .departures import ZERO, Presence
 from .http_fields import forwarded_trailers
 from .http_messages import own_answer
 from .limits import rest
@@ -267,7 +268,7 @@ def send_own_answer(
 
 
 def send_answer(
-    conn: Connection,
+    client: Presence,
     head: bytes,
     answer: Answer,
     origin: Origin,
@@ -279,6 +280,7 @@ def send_answer(
     """Send a response to the client: its head, already rewritten, and its body as it arrives.
 
     Args:
+        client: its connection, in a block.
         in_chunks: send a chunked body, unless the length is known or there is no body.
         note: called with the bytes of content that were sent; it may wait, unless they are spliced.
         splice: large bodies may go through the kernel.
@@ -288,13 +290,13 @@ def send_answer(
         OSError: error of the client's connection.
     """
     if answer.framing == "none":
-        conn.sendall(head)
+        client.conn.sendall(head)
     elif answer.framing == "length":
-        _send_counted(conn, head, answer.length, origin, note, splice)
+        _send_counted(client.conn, head, answer.length, origin, note, splice)
     elif answer.framing == "chunked":
-        _send_chunked(conn, head, origin, in_chunks, note)
+        _send_chunked(client, head, origin, in_chunks, note)
     else:
-        _send_until_close(conn, head, origin, in_chunks, note, splice)
+        _send_until_close(client, head, origin, in_chunks, note, splice)
 
 
 def _send_counted(
@@ -315,7 +317,7 @@ def _send_counted(
 
 
 def _send_chunked(
-    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object]
+    client: Presence, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object]
 ) -> None:
     chunks = ChunkReader(of_answer=True)
     data = origin.at_hand(PIECE)
@@ -332,15 +334,23 @@ def _send_chunked(
         if chunks.done and in_chunks:
             written += last_chunk(forwarded_trailers(chunks.trailers))
         if written:
-            conn.sendall(written)
+            client.conn.sendall(written)
             note(len(content))
         if chunks.done:
             origin.connection.unread(chunks.rest)
             return
         _give_way(chunks)
-        data = origin.recv(_piece_of(chunks))
+        data = _next_piece(client, origin, _piece_of(chunks), in_chunks)
         if not data:
             raise OriginFailed("the destination closed in the midst of its answer")
+
+
+def _next_piece(client: Presence, origin: Origin, most: int, in_chunks: bool) -> bytes:
+    """Return more of a body of unknown length; b"" at the end. Between chunks the client may be probed."""
+    client.probe = ZERO if in_chunks else b""
+    data = origin.recv(most)
+    client.probe = b""
+    return data
 
 
 def _piece_of(chunks: ChunkReader) -> int:
@@ -355,8 +365,9 @@ def _give_way(chunks: ChunkReader) -> None:
 
 
 def _send_until_close(
-    conn: Connection, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object], splice: bool
+    client: Presence, head: bytes, origin: Origin, in_chunks: bool, note: Callable[[int], object], splice: bool
 ) -> None:
+    conn = client.conn
     if not in_chunks and conn.tls is None and splice:
         conn.sendall(head)
         pipe(origin.connection, conn, idle_timeout=_patience(conn, origin), on_bytes=note)
@@ -364,7 +375,7 @@ def _send_until_close(
     data = origin.at_hand(PIECE)
     conn.sendall(head + (chunk(data) if data and in_chunks else data))
     note(len(data))
-    while data := origin.recv(PIECE):
+    while data := _next_piece(client, origin, PIECE, in_chunks):
         conn.sendall(chunk(data) if in_chunks else data)
         note(len(data))
     if in_chunks:

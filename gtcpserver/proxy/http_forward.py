@@ -67,7 +67,8 @@ class Forwarder:
         request = self._request_for_origin(head, host, path, forwards)
         body.prepare()
         try:
-            origin, answer = self._ask(head, target, request, body)
+            with self._visitor.presence:
+                origin, answer = self._ask(head, target, request, body)
             try:
                 if answer.status == 101:
                     self._switch(origin, answer)
@@ -187,16 +188,19 @@ class Forwarder:
         record = self._visitor.record
         self._received = 0
         self._pace = body.pace
+        presence = self._visitor.presence
+        presence.probe = b""
         try:
-            send_answer(
-                self._conn,
-                head_of_answer(answer.status, answer.reason, fields),
-                answer,
-                origin,
-                in_chunks=in_chunks,
-                note=self._note_received,
-                splice=body.pace is None,
-            )
+            with presence:
+                send_answer(
+                    presence,
+                    head_of_answer(answer.status, answer.reason, fields),
+                    answer,
+                    origin,
+                    in_chunks=in_chunks,
+                    note=self._note_received,
+                    splice=body.pace is None,
+                )
         finally:
             record.sent, record.received = body.sent, self._received
         record.result = "ok"

@@ -12,6 +12,7 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
+from .departures import PROCESSING, ClientGone
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
@@ -149,6 +150,7 @@ class HttpSession:
         """Serve a request; return False if the connection ends with it."""
         record = self._visitor.record
         body = RequestBody(self._conn, head, self._visitor.gate.timeouts.answer)
+        self._visitor.presence.probe = PROCESSING if head.version == b"1.1" else b""
         try:
             self._check_client(head)
             self._check_command(head)
@@ -179,6 +181,9 @@ class HttpSession:
                 record.result = "failed"  # the destination failed
             else:
                 raise  # an authenticator's error, say
+        except ClientGone as gone:
+            record.result, record.detail = "client_left", str(gone)
+            self._conn.abort()
         except BaseException as error:
             if isinstance(error, GreenletExit):
                 record.result = "stopped"
@@ -220,7 +225,9 @@ class HttpSession:
             raise HttpError(413, f"The body of a request must have at most {most} bytes here.")
 
     def _connect(self, head: Head) -> None:
-        with open_connection(self._visitor, connect_target(head))[0] as upstream:
+        with self._visitor.presence:
+            upstream = open_connection(self._visitor, connect_target(head))[0]
+        with upstream:
             # Neither Content-Length nor Transfer-Encoding (RFC 9110 section 9.3.6). Bytes behind the head were put
             # back: the tunnel begins with them.
             self._conn.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")

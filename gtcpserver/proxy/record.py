@@ -21,6 +21,7 @@ Result = Literal[
     "authentication_timeout",
     "proxy_header",  # a balancer sent none, or a bad one
     "tls_failed",  # the client's TLS handshake
+    "client_left",  # the client gave up before it was connected or answered
     "bad_request",  # the client violated the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections

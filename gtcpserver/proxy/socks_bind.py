@@ -54,11 +54,12 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     record.asked = str(target)
     try:
         visitor.check_limits()
-        upstream, found = visitor.upstream_to(target)
-        if upstream is not None:
-            raise Denied("the other proxy is not asked for BIND")
-        # Any port: rules about ports concern what clients connect to.
-        expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip), found)
+        with visitor.presence:
+            upstream, found = visitor.upstream_to(target)
+            if upstream is not None:
+                raise Denied("the other proxy is not asked for BIND")
+            # Any port: rules about ports concern what clients connect to.
+            expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip), found)
         with _listen(visitor, visitor.in_reach(expected)[0]) as listening:
             host, port = listening.getsockname()[:2]
             conn.sendall(answer(None, (unmapped(ip_address(host)), port)))
@@ -68,7 +69,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         conn.sendall(answer(error, None))
         return None
     except ClientLeft as error:
-        record.result, record.detail = "failed", str(error)
+        record.result, record.detail = "client_left", str(error)
         return None
     except OSError as error:
         record.result = "connect_timeout" if isinstance(error, NobodyCame) else result_of(error)

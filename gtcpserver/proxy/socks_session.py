@@ -172,7 +172,8 @@ def _connect(
     failed: Callable[[Exception], object],
 ) -> None:
     try:
-        upstream = visitor.open(target)
+        with visitor.presence:
+            upstream = visitor.open(target)
     except (Denied, OSError) as error:
         conn.sendall(write(failed(error)))
         return

@@ -78,7 +78,7 @@ def test_requirement_12_bind_ends_with_the_control_connection(client, in_thread,
     where = bound(client)
     in_thread(client.sendall, b"x" * early)
     client.close()
-    assert (lines()[0]["result"], lines()[0]["detail"]) == ("failed", "the client left")
+    assert (lines()[0]["result"], lines()[0]["detail"]) == ("client_left", "the client left")
     with pytest.raises(ConnectionRefusedError):
         in_thread(socket.create_connection, where, SOON)
 
