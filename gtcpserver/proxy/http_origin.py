@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,6 +84,7 @@ class Origin:
         self.patience = patience
         self.forwarding = forwarding
         self.upstream = upstream
+        self._ended: Callable[[Origin], object] | None = None
         connection.settimeout(patience)
 
     def ask(self, request: h11.Request, body: RequestBody) -> None:
@@ -183,8 +185,41 @@ class Origin:
             pass
         return False
 
+    def rest(self, ended: Callable[[Origin], object]) -> None:
+        """Let it be idle: `ended` is called in the hub when something arrives on it, even if that is its end.
+
+        Raises:
+            OSError: it cannot be watched.
+        """
+        # Where a greenlet's ``switch`` is while it reads: no other watcher, and no call per request.
+        stream = self.connection.stream
+        watcher = stream.reading or stream.make_read_watcher()
+        self._ended = ended
+        if watcher.callback is None:
+            watcher.start(self._arrived)
+        else:
+            watcher.callback = self._arrived
+
+    def wake(self) -> None:
+        """End that."""
+        if self._ended is not None:
+            self._ended = None
+            if self.connection.stream.reading is not None:
+                self.connection.stream.take_back()
+
+    def _arrived(self) -> None:
+        ended = self._ended
+        if ended is not None:
+            ended(self)
+
+    def throw(self, error: Any, *ignored: Any) -> None:
+        """Take the error of a watcher, as a greenlet does. The timeout of an earlier response says nothing."""
+        if not isinstance(error, TimeoutError):
+            self._arrived()
+
     def close(self) -> None:
         """Close it; the rest of the response is not wanted."""
+        self.wake()
         self.connection.close()
 
 
@@ -248,16 +283,29 @@ class Origins:
     def take(self, key: Key) -> Origin | None:
         """Return a live idle connection to this destination, or None."""
         origin = self._idle.pop(key, None)
-        if origin is not None and not origin.is_alive():
+        if origin is None:
+            return None
+        origin.wake()
+        if not origin.is_alive():  # its end may have arrived since the loop last looked
             origin.close()
             return None
         return origin
 
     def keep(self, origin: Origin) -> None:
         """Keep a connection that has served its request for the next one."""
+        try:
+            origin.rest(self._drop)
+        except OSError:
+            origin.close()
+            return
         self._idle[origin.key] = origin
         if len(self._idle) > MOST_IDLE:
             self._idle.popitem(last=False)[1].close()
+
+    def _drop(self, origin: Origin) -> None:
+        """Close one that the origin has ended: it would stay in CLOSE-WAIT until the client's end."""
+        self._idle.pop(origin.key, None)
+        origin.close()
 
     def close(self) -> None:
         """Close all of them."""

@@ -1,0 +1,95 @@
+"""Idle connections to origins: one that the origin has ended is closed at once, not when the client's next comes."""
+
+import pytest
+from gevent.event import Event
+
+from gtcpserver.proxy.gate import Timeouts
+from kit.forwarding import OK
+from kit.patience import SOON
+from kit.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("no_faults")
+
+PIECES = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n"
+
+
+def ending(serve, pieces, how):
+    """An origin that answers in pieces, ends its side, and waits for the proxy's end."""
+    closed = Event()
+
+    def handler(conn):
+        conn.recv_until(b"\r\n\r\n")
+        for piece in pieces:
+            conn.sendall(piece)
+            conn.server.context.wait(0.05)
+        origin.context.wait()
+        how(conn)
+        try:
+            assert conn.recv(1) == b""
+        except ConnectionResetError:
+            pass  # unread bytes
+        closed.set()
+
+    origin = serve(handler, context=Event())
+    origin.closed = closed
+    return origin
+
+
+@pytest.mark.parametrize("pieces", [[OK], PIECES], ids=["at once", "in pieces"])
+@pytest.mark.parametrize(
+    "how",
+    [lambda conn: conn.shutdown(1), lambda conn: conn.sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")],
+    ids=["end", "bytes"],
+)
+def test_an_idle_connection_that_the_origin_ends_is_closed_at_once(http_proxy, serve, origin, client, pieces, how):
+    target, other = ending(serve, pieces, how), origin(*[OK] * 3)
+    visitor = client(http_proxy())
+    assert visitor.get(f"http://127.0.0.1:{target.port}/")[::2] == (200, b"hello")
+    target.context.set()
+    assert target.closed.wait(5)
+    # The client's connection goes on, also to the same origin.
+    assert visitor.get(f"{other.url}/")[::2] == (200, b"hello")
+    assert visitor.get(f"http://127.0.0.1:{target.port}/")[::2] == (200, b"hello")
+    assert target.accepted_connections == 2
+
+
+def test_an_idle_connection_that_the_origin_resets_is_closed(http_proxy, serve, client):
+    go_on = Event()
+
+    def handler(conn):
+        conn.recv_until(b"\r\n\r\n")
+        conn.sendall(OK)
+        go_on.wait()
+        conn.abort()
+
+    target = serve(handler)
+    visitor = client(http_proxy())
+    assert visitor.get(f"http://127.0.0.1:{target.port}/")[::2] == (200, b"hello")
+    go_on.set()
+    wait_until(lambda: not target.active_connections)
+    assert visitor.get(f"http://127.0.0.1:{target.port}/")[::2] == (200, b"hello")
+
+
+def test_an_idle_connection_outlives_the_time_for_an_answer(http_proxy, origin, client):
+    target = origin(*[OK] * 3)
+    visitor = client(http_proxy(timeouts=Timeouts(answer=0.1)))
+    for _ in range(3):
+        assert visitor.get(f"{target.url}/")[::2] == (200, b"hello")
+        Event().wait(0.25)
+    assert target.accepted_connections == 1
+
+
+def test_idle_connections_end_with_the_client(http_proxy, serve, client):
+    closed = Event()
+
+    def handler(conn):
+        conn.recv_until(b"\r\n\r\n")
+        conn.sendall(OK)
+        assert conn.recv(1) == b""
+        closed.set()
+
+    visitor = client(http_proxy())
+    assert visitor.get(f"http://127.0.0.1:{serve(handler).port}/")[::2] == (200, b"hello")
+    visitor.file.close()
+    visitor.sock.close()
+    assert closed.wait(SOON)
