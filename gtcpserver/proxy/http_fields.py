@@ -13,6 +13,7 @@ from typing import Literal
 from gtcpserver.errors import ConfigError
 from gtcpserver.http1.head import Head, Header, HttpError, options_of
 
+from .http_messages import without_userinfo
 from .target import IPAddress
 
 #: Fields for the next hop only (RFC 9110 section 7.6.1), and their obsolete relatives.
@@ -181,7 +182,7 @@ def traced(head: Head) -> bytes:
     """Return the response body for a TRACE: the request without sensitive fields (RFC 9110 section 9.3.8)."""
     secret = (b"proxy-authorization", b"authorization", b"cookie")
     fields = b"".join(b"%b: %b\r\n" % field for field in head.headers if field[0].lower() not in secret)
-    return b"%b %b HTTP/%b\r\n%b\r\n" % (head.method, head.target, head.version, fields)
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (head.method, without_userinfo(head.target), head.version, fields)
 
 
 # -- who the client is -------------------------------------------------------------------------------------------------

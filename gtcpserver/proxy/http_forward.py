@@ -18,7 +18,7 @@ from .http_fields import (
     with_client,
     with_via,
 )
-from .http_messages import absolute_target, head_of_answer
+from .http_messages import absolute_target, basic_authorization, head_of_answer
 from .http_origin import Answer, Origin, Origins, open_connection
 from .limits import rest
 from .socks_session import tunnel
@@ -100,6 +100,9 @@ class Forwarder:
             headers = [(name, value) for name, value in headers if name.lower() != b"max-forwards"]
             headers.append((b"Max-Forwards", b"%d" % (forwards - 1)))
         headers = with_client(headers, self._visitor.client, self._forwarded)
+        authorization = basic_authorization(head)
+        if authorization is not None:
+            headers.append((b"Authorization", authorization))
         headers = [(b"Host", host), *with_via(headers, head.version, self._pseudonym)]
         if head.is_chunked:
             headers.append((b"Transfer-Encoding", b"chunked"))

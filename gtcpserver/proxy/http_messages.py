@@ -6,13 +6,20 @@ of requests, h11 (`http_origin`) those of responses.
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
+from urllib.parse import unquote_to_bytes
 
 from gtcpserver.http1.head import Head, Header, HttpError
 
 from .errors import BadTarget
 from .target import Target, parse_authority
+
+#: RFC 3986 section 3.2.1. Whatever else stands before an "@" is read in different ways: a browser ends the host at a
+#: backslash, and takes the last of several "@".
+_USERINFO = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%-]*")
 
 # -- targets -----------------------------------------------------------------------------------------------------------
 
@@ -40,8 +47,9 @@ def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
         raise HttpError(400, "This is a proxy: it needs the whole address, such as http://example.com/.")
     if scheme.lower() != b"http":
         raise HttpError(400, "Only http addresses can be asked for in this way; https goes through CONNECT.")
-    end = next((place for place, byte in enumerate(rest) if byte in b"/?#"), len(rest))
-    authority, path = rest[:end], rest[end:].split(b"#", 1)[0]
+    userinfo, authority, path = _split(rest)
+    if _USERINFO.fullmatch(userinfo) is None:
+        raise HttpError(400, "The address cannot be used: percent-encode special characters in user and password.")
     try:
         target = parse_authority(authority.decode(), 80)
     except BadTarget as error:
@@ -50,6 +58,41 @@ def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
         path = b"*" if head.method == b"OPTIONS" and not path else b"/" + path
     name = str(target).encode()
     return target, name.removesuffix(b":80"), path
+
+
+def basic_authorization(head: Head) -> bytes | None:
+    """Return the value for Authorization from the user and password in a target; None: nothing is to be added.
+
+    The userinfo goes nowhere else (RFC 9110 section 4.2.4). The request's own Authorization takes precedence, and a
+    TRACE, which its origin sends back, has no credentials (RFC 9110 section 9.3.8).
+
+    Args:
+        head: head of a request whose `absolute_target` is valid.
+
+    Raises:
+        HttpError: the user contains a colon (RFC 7617 section 2).
+    """
+    if b"@" not in head.target or head.method == b"TRACE" or head.values(b"authorization"):
+        return None
+    user, _, password = map(unquote_to_bytes, _split(head.target.partition(b"://")[2])[0].partition(b":"))
+    if b":" in user:
+        raise HttpError(400, "The address cannot be used: a user name cannot have a colon.")
+    if not user and not password:
+        return None
+    return b"Basic " + base64.b64encode(user + b":" + password)
+
+
+def without_userinfo(target: bytes) -> bytes:
+    """Return an absolute target that may be shown."""
+    scheme, found, rest = target.partition(b"://")
+    return scheme + found + b"".join(_split(rest)[1:]) if found else target
+
+
+def _split(rest: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return userinfo, host with port, and the path with what follows, except a fragment."""
+    end = next((place for place, byte in enumerate(rest) if byte in b"/?#"), len(rest))
+    userinfo, _, authority = rest[:end].rpartition(b"@")
+    return userinfo, authority, rest[end:].split(b"#", 1)[0]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -228,8 +228,9 @@ def request_target(data: bytes) -> None:
     except HttpError:
         return
     split = urlsplit(url)
-    assert split.username is None
-    assert split.password is None
+    if method == b"CONNECT":
+        assert split.username is None
+        assert split.password is None
     assert (split.port if split.port is not None else 80) == target.port
     assert split.hostname is not None
     assert make_target(split.hostname, target.port) == target
