@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
+import gevent
 import h11
 
 from gtcpserver.connection.connection import Connection
@@ -27,9 +30,12 @@ from .target import Target
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-#: Interim responses (1xx) before the final one. There are usually one or two; an origin must not send them forever.
-#: Go's client accepted 5.
-MOST_INTERIM = 8
+#: An origin may send interim responses (1xx) for this many times `timeouts.answer`, an hour by default, in which its
+#: client waits for a long operation (102); all heads together are limited by LONGEST_ANSWER_HEAD.
+MOST_TIMES_OF_INTERIM = 30
+
+#: Interim responses after which other clients have their turn; each takes 60 us.
+INTERIM_IN_A_ROW = 8
 
 
 class Forwarder:
@@ -153,7 +159,8 @@ class Forwarder:
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """Return the final response; pass on interim ones before it, except to HTTP/1.0 (RFC 9110 section 15.2)."""
-        for number in range(MOST_INTERIM + 1):
+        until, number = None, 0
+        while True:
             answer = origin.next_answer(body)
             if answer.status == 407 and origin.forwarding is not None:
                 # The client's name and password are for us, and it must not send them again.
@@ -161,10 +168,15 @@ class Forwarder:
                 raise OriginFailed("the next proxy does not accept our name and password")
             if answer.status >= 200 or answer.status == 101:
                 return answer
-            if head.version == b"1.1" and number < MOST_INTERIM:
+            if head.version == b"1.1":
                 fields = self._fields_for_client(answer)
                 self._conn.sendall(head_of_answer(answer.status, answer.reason, fields))
-        raise OriginFailed(f"more than {MOST_INTERIM} interim answers")
+            until = until or monotonic() + MOST_TIMES_OF_INTERIM * origin.patience
+            if monotonic() > until:
+                raise TimeoutError("only interim answers")
+            number += 1
+            if number % INTERIM_IN_A_ROW == 0:
+                gevent.sleep(0)
 
     # -- to the client -----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,30 @@ from .target import Target, parse_authority
 #: backslash, and takes the last of several "@".
 _USERINFO = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%-]*")
 
+#: A request line with an absolute target: what comes before the path, the path, the version.
+_ABSOLUTE = re.compile(rb"([!-~]+ [A-Za-z]+://[!-.0->@-~]*)([/?][!-~\x80-\xff]*)( HTTP/[0-9.]+)")
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
+
 # -- targets -----------------------------------------------------------------------------------------------------------
+
+
+def with_ascii_target(raw: bytes) -> bytes:
+    """Return a head in which raw UTF-8 in the path of an absolute target is percent-encoded (RFC 3986 section 2.1).
+
+    Some clients and scripts do not encode it. Any other byte that is not ASCII is left to be refused.
+    """
+    if raw.isascii():
+        return raw
+    line, end, rest = raw.partition(b"\r\n")
+    found = _ABSOLUTE.fullmatch(line)
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        found = None
+    if found is None:
+        return raw
+    path = _NOT_ASCII.sub(lambda byte: b"%%%02X" % ord(byte[0]), found[2])
+    return found[1] + path + found[3] + end + rest
 
 
 def connect_target(head: Head) -> Target:

@@ -32,6 +32,9 @@ MOST_ANSWER_FIELDS = 256
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
 _TO_TIDY = (b"\n ", b"\n\t", b":  ", b": \t", b":\t")
+_SPACES_BEFORE_COLON = re.compile(rb"^([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]+:", re.MULTILINE)
+_IDENTITY = re.compile(rb"^transfer-encoding:[ \t]*identity[ \t]*\r?\n", re.MULTILINE | re.IGNORECASE)
+_VERSION = re.compile(rb"http/(?:1\.[0-9]|[2-9](?:\.[0-9])?)(?= )", re.IGNORECASE)
 _SPACES_BEFORE_VALUE = re.compile(rb"^([^:\n]*:)[ \t]+", re.MULTILINE)
 
 #: Idle origin connections of one client. Browsers keep one connection to a proxy per host, libraries one for all.
@@ -91,13 +94,11 @@ class Origin:
         """Send a request."""
         if self.forwarding is not None:
             request = _for_proxy(request, self.key[0], self.forwarding)
-        self._method = request.method
+        self._request = request
         self._heard = False
         self._behind = b""
         self._room_for_heads = LONGEST_ANSWER_HEAD
-        # h11 parses the heads of the responses to one request; we handle the bodies, which it never sees.
-        self._reader = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_ANSWER_HEAD)
-        head = self._reader.send(request) or b""
+        self._reader, head = _make_reader(request)
         try:
             body.begin(self.connection, head)
         except OSError:
@@ -114,15 +115,23 @@ class Origin:
         self._room_for_heads -= len(head)
         if head.count(b"\n") - 2 > MOST_ANSWER_FIELDS:  # without the status line and the empty one
             raise OriginFailed(f"its head has more than {MOST_ANSWER_FIELDS} lines")
+        head = _tidied(head)
         try:
-            self._reader.receive_data(_tidied(head))
-            event: Any = self._reader.next_event()
-        except h11.RemoteProtocolError as error:
-            raise OriginFailed(f"not an HTTP answer: {error}") from None
-        answer = _read_answer(event, self._method)
+            event = self._parsed(head)
+        except h11.RemoteProtocolError:
+            self._reader = _make_reader(self._request)[0]
+            try:
+                event = self._parsed(_mended(head))
+            except h11.RemoteProtocolError as error:
+                raise OriginFailed(f"not an HTTP answer: {error}") from None
+        answer = _read_answer(event, self._request.method)
         if answer.status >= 200 or answer.status == 101:
             self.connection.unread(self._behind)
         return answer
+
+    def _parsed(self, head: bytes) -> Any:
+        self._reader.receive_data(head)
+        return self._reader.next_event()
 
     def _next_head(self, body: RequestBody) -> bytes:
         """Return the bytes of the next head. Keep surplus bytes."""
@@ -223,6 +232,15 @@ class Origin:
         self.connection.close()
 
 
+def _make_reader(request: h11.Request) -> tuple[h11.Connection, bytes]:
+    """Return what parses the heads of the responses to a request, and the head of the request.
+
+    We handle the bodies, which h11 never sees.
+    """
+    reader = h11.Connection(h11.CLIENT, max_incomplete_event_size=LONGEST_ANSWER_HEAD)
+    return reader, reader.send(request) or b""
+
+
 def _for_proxy(request: h11.Request, target: Target, proxy: Upstream) -> h11.Request:
     """Return the request in absolute form (RFC 9112 section 3.2.2), with our credentials for the next proxy."""
     path = b"" if request.target == b"*" else request.target
@@ -250,6 +268,19 @@ def _tidied(head: bytes) -> bytes:
     return line + end + _SPACES_BEFORE_VALUE.sub(rb"\1 ", _FOLD.sub(b" ", fields))
 
 
+def _mended(head: bytes) -> bytes:
+    """Return a tidied head that h11 has refused, without what other proxies accept.
+
+    White space before a colon is removed (RFC 9112 section 5.1), and the transfer encoding "identity", which was none
+    (RFC 2616 section 3.6). Scripts say "HTTP/2 200" of an answer whose server frames it as HTTP/1.1.
+    """
+    line, end, fields = head.partition(b"\n")
+    version = _VERSION.match(line)
+    if version is not None:
+        line = (version[0].upper() if version[0][5:6] == b"1" else b"HTTP/1.1") + line[version.end() :]
+    return line + end + _IDENTITY.sub(b"", _SPACES_BEFORE_COLON.sub(rb"\1:", fields))
+
+
 def _read_answer(event: Any, method: bytes) -> Answer:
     status: int = event.status_code
     headers = tuple(event.headers.raw_items())
@@ -260,13 +291,15 @@ def _read_answer(event: Any, method: bytes) -> Answer:
     if method == b"HEAD" or status < 200 or status in (204, 304):
         framing = "none"
     elif is_chunked:
-        # Somebody on the way may be splitting responses (RFC 9112 section 6.3).
-        if lengths or event.http_version == b"1.0":
-            raise OriginFailed("it is not clear where the answer ends")
         framing = "chunked"
+        if lengths:
+            headers = tuple(field for field in headers if field[0].lower() != b"content-length")
     else:
         framing = "length" if lengths else "close"
-    closes = framing == "close" or event.http_version == b"1.0" or b"close" in options_of(headers)
+    # With a length beside chunks, somebody on the way may be splitting responses (RFC 9112 section 6.3): the chunks
+    # count, and nothing that follows them.
+    unclear = framing == "close" or (framing == "chunked" and bool(lengths))
+    closes = unclear or event.http_version == b"1.0" or b"close" in options_of(headers)
     length = int(lengths[0]) if framing == "length" else 0
     return Answer(status, event.reason, event.http_version, headers, framing, length, closes)
 

@@ -17,7 +17,7 @@ from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
 from .http_forward import Forwarder
-from .http_messages import connect_target, error_body
+from .http_messages import connect_target, error_body, with_ascii_target
 from .http_origin import open_connection
 from .limits import rest
 from .record import AccessRecord
@@ -85,7 +85,7 @@ class HttpSession:
         try:
             with conn.deadline(self._time_for_head()):
                 raw = self._read_head(data)
-            head = check_head(raw)
+            head = check_head(with_ascii_target(raw))
         except TimeoutError:
             record.result, error = "negotiation_timeout", HttpError(408, "The request took too long.")
         except HttpError as found:

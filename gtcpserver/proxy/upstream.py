@@ -158,16 +158,18 @@ class Upstream:
         fields = b"".join(b"%b: %b\r\n" % header for header in self.credentials)
         connection.sendall(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (authority, authority, fields))
         # Interim answers may come first.
-        status: int | None = None
-        for _ in range(4):
-            status = _status_of(connection.recv_until(b"\r\n\r\n", LONGEST_HEAD))
+        room = LONGEST_HEAD
+        while True:
+            head = connection.recv_until(b"\r\n\r\n", room)
+            room -= len(head)
+            status = _status_of(head)
             if status is None:
                 raise UpstreamError(errno.EIO, f"upstream {self.name} does not speak HTTP")
             if 200 <= status < 300:
                 return
             if status >= 200:
                 break
-        raise UpstreamError(_ERRNO_OF_STATUS.get(status or 0, errno.EIO), f"upstream {self.name} answers {status}")
+        raise UpstreamError(_ERRNO_OF_STATUS.get(status, errno.EIO), f"upstream {self.name} answers {status}")
 
     @property
     def credentials(self) -> list[tuple[bytes, bytes]]:
@@ -196,7 +198,8 @@ def _name_of(code: int) -> str:
 
 
 def _status_of(head: bytes) -> int | None:
-    found = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])[ \r]", head)
+    # As lenient as about the answers of origins (http_origin).
+    found = re.match(rb"(?i)HTTP/(?:1\.[0-9]|[2-9](?:\.[0-9])?) ([1-5][0-9][0-9])[ \r]", head)
     return None if found is None else int(found[1])
 
 
