@@ -493,11 +493,25 @@ class _Life:
             if timeout is not None:
                 gevent.spawn(server.hasten, timeout)  # after a stop that the message before began
         elif message.kind == "retire":
-            self.end_by(self.stop, message.seconds("timeout"), (), message.fields.get("hurry") is not True)
+            self.end_by(self.retire, message.seconds("timeout"), message.fields.get("hurry") is not True)
         elif message.kind == "stop":
             last_of_all = message.fields.get("all") is True
             drained = (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,)
             self.end_by(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
+
+    def retire(self, timeout: float | None, patient: bool) -> None:
+        """Tell the handler that a successor serves new connections, and stop the server."""
+        server = self.worker.server
+        assert server is not None
+        replaced = getattr(server.handler, "worker_replaced", None)
+        if callable(replaced):
+            try:
+                # The successor has read the same files moments ago.
+                with gevent.Timeout(LAST_WORDS_SECONDS, TimeoutError("timed out")):
+                    replaced()
+            except Exception as error:
+                log.warning("worker %d serves its connections by the old settings: %s", self.job.number, error)
+        self.stop(timeout, (), patient)
 
     def stop(self, timeout: float | None, drained: Collection[Use], patient: bool = False) -> None:
         """Stop the server.
