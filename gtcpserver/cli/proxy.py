@@ -127,6 +127,8 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
                 "an upgrade (SIGUSR2 with --workers) opens and closes them without losing a connection"
             )
         log_to_file(now.access_log)
+        if config is not None:
+            now.handler.make_again = load
         return now.handler
 
     def files() -> NamedFiles:

@@ -192,7 +192,7 @@ def serve_with(
 
     Args:
         reads_files: the handler is made from files, not code: on SIGHUP `load` makes a new one, even in a single
-            process. Then the old one's ``retire()`` is called, and it keeps serving the connections it has.
+            process. Then the old one's ``retire(new)`` is called, and it keeps serving the connections it has.
         files: returns the names of the files that `load` needs, besides those in the options.
     """
     fds = systemd.take_listen_fds()
@@ -250,7 +250,7 @@ def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None,
                 server.reload_tls()
             if new is not None:
                 old, server.handler = server.handler, new
-                old.retire()  # type: ignore[attr-defined]
+                old.retire(new)  # type: ignore[attr-defined]
         except (ConfigError, click.ClickException) as error:
             message = describe(error) if isinstance(error, click.ClickException) else str(error)
             log.error("SIGHUP: nothing has changed: %s", message)

@@ -238,6 +238,10 @@ class HashedUsers(RememberingAuthenticator):
         # The file may have been reloaded in the meantime.
         return right and self._hashes.get(user) == kept
 
+    def knows(self, user: str) -> bool:
+        """Return whether this user is listed."""
+        return user.encode() in self._hashes
+
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
         if self._htpasswd is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Network, ip_address
 from typing import Any, get_args
@@ -34,6 +34,7 @@ from .settings import (
     ProxyConfig,
     TimeoutsTable,
 )
+from .succession import Tenure
 from .target import IPAddress, parse_nat64, unmapped
 from .this_host import ThisHost
 from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
@@ -320,6 +321,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     upstreams = {name: make_upstream(config, name) for name in config.upstream}
     nat64, this_host = make_nat64(config), ThisHost()
     keeper, departures = LimitKeeper(make_limits(config)), Departures()
+    tenure = Tenure(config.reload.end_forbidden)
     addresses, handlers = [], {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
@@ -338,6 +340,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             this_host=this_host,
             limits=keeper,
             departures=departures,
+            tenure=tenure,
             external=make_external(listener),
             fast_open=config.fast_open,
             show_bound_address=config.show_bound_address,
@@ -354,7 +357,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             log_style=config.log.style,
             redact=config.log.redact,
         )
-    return Proxy(addresses, _Dispatcher(handlers), config.log.file)
+    return Proxy(addresses, _Dispatcher(handlers, tenure), config.log.file)
 
 
 #: A listening address: address and port, (None, port) for all addresses or a name, or a Unix socket's path.
@@ -374,33 +377,44 @@ def _place(address: Address) -> Place:
 class _Dispatcher:
     """Pass each connection to the handler of its listener."""
 
-    def __init__(self, handlers: dict[Place, ProxyHandler]) -> None:
+    def __init__(self, handlers: dict[Place, ProxyHandler], tenure: Tenure) -> None:
         self._handlers = handlers
         self._only = next(iter(handlers.values())) if len(handlers) == 1 else None
         self.counters: Counter[str] = Counter()
         for handler in handlers.values():
             handler.counters = self.counters
-        self._serving = 0
-        self._retired = False
+        self._tenure = tenure
+        #: Makes a proxy of the same file, for a worker that a reload replaces.
+        self.make_again: Callable[[], _Dispatcher] | None = None
+        self._successor: _Dispatcher | None = None
 
     def server_stopped(self) -> None:
         for handler in self._handlers.values():
             handler.server_stopped()
+        if self._successor is not None:
+            self._successor.server_stopped()
 
-    def retire(self) -> None:
-        """Stop serving new connections, since a new proxy does; shut down after our last connection has ended."""
-        self._retired = True
-        if not self._serving:
-            self.server_stopped()
+    def retire(self, successor: _Dispatcher) -> None:
+        """Let the clients follow to another proxy of the same listeners; shut down when none uses this one any more."""
+        for place, handler in self._handlers.items():
+            handler.gate.replace_by(successor._handlers[place].gate)
+        self._tenure.move_tunnels()
+        self._tenure.end(self.server_stopped)
+
+    def worker_replaced(self) -> None:
+        """Judge what this worker still serves by the rules of the reload that has replaced it.
+
+        Raises:
+            ConfigError, OSError: the file cannot be used; everything stays as it was.
+        """
+        if self.make_again is None or self._successor is not None:
+            return
+        successor = self.make_again()
+        self.retire(successor)
+        self._successor = successor
 
     def __call__(self, conn: Any) -> None:
-        self._serving += 1
-        try:
-            (self._only or self._handler_of(conn.server_address))(conn)
-        finally:
-            self._serving -= 1
-            if self._retired and not self._serving:
-                self.server_stopped()
+        (self._only or self._handler_of(conn.server_address))(conn)
 
     def _handler_of(self, name: Any) -> ProxyHandler:
         handlers = self._handlers

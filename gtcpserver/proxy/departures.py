@@ -23,6 +23,8 @@ from greenlet import getcurrent
 
 from gtcpserver.connection.connection import Connection
 
+from .errors import Cut
+
 _poll: Any = monkey.get_original("select", "poll")
 
 #: Seconds between two looks at the clients.
@@ -50,12 +52,8 @@ _PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10))
 _LOST = select.POLLERR | select.POLLHUP
 
 
-class ClientGone(BaseException):
-    """The client has given up. Raised where the proxy waits for others; no ``except Exception`` there may stop it."""
-
-
 class Presence:
-    """The ``with`` block in which a client's departure raises ClientGone. Reusable; blocks of a client do not nest.
+    """The ``with`` block in which a client's departure raises Cut. Reusable; the blocks of a client do not nest.
 
     Attributes:
         probe: bytes that can be sent now without changing what the client gets; b"": nothing, so that a half-closed
@@ -153,7 +151,7 @@ class Departures:
 
     def _dismiss(self, presence: Presence, why: str) -> None:
         del self.awaited[presence]
-        presence.greenlet.throw(ClientGone(why))
+        presence.greenlet.throw(Cut("client_left", why))
 
 
 def _has_more(conn: Connection) -> bool:

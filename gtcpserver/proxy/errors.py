@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 from gtcpserver.errors import ConfigError, GtcpServerError
+
+if TYPE_CHECKING:
+    from .record import Result
 
 #: The `errno` of a connection attempt that failed because packets took too many hops. The system says EHOSTUNREACH, as
 #: for a missing host; ETIME is not used by anything else.
@@ -21,6 +25,20 @@ class ProtocolError(GtcpServerError):
     def __init__(self, message: str, reply: bytes = b"") -> None:
         super().__init__(message)
         self.reply = reply
+
+
+class Cut(BaseException):
+    """The connection ends for a reason outside of its protocol.
+
+    Raised in the greenlet that waits for somebody else; no ``except Exception`` on the way may stop it.
+
+    Attributes:
+        result: how the access log calls the reason; the message is its detail.
+    """
+
+    def __init__(self, result: Result, why: str) -> None:
+        super().__init__(why)
+        self.result = result
 
 
 class LimitReached(OSError):

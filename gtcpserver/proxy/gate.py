@@ -24,12 +24,13 @@ from gtcpserver.tls import ConnectionTLS
 
 from .departures import Departures, Presence
 from .dial import dial
-from .errors import TTL_EXPIRED, LimitReached
+from .errors import TTL_EXPIRED, Cut, LimitReached
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
 from .source import is_better_source
+from .succession import Tenure
 from .target import IPAddress, Target, addresses_meant
 from .this_host import ThisHost
 from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
@@ -41,6 +42,8 @@ class Denied(GtcpServerError):
 
 class Authenticator(Protocol):
     """Check who clients are.
+
+    One that has a list of users may have ``knows(user: str) -> bool``: a reload then finds those that were removed.
 
     One that identifies clients by certificate has ``identify(certificate) -> str | None`` instead of `check`: it
     returns the user of a certificate as decoded by ``ssl.SSLSocket.getpeercert``, None for no user.
@@ -86,6 +89,9 @@ External = Literal["auto", "same", "system"]
 Command = Literal["connect", "bind", "udp", "forward"]
 COMMANDS: tuple[Command, ...] = get_args(Command)
 
+#: By the command in a record; HTTP's methods are "forward".
+_COMMAND_OF: dict[str, Command] = {"CONNECT": "connect", "BIND": "bind", "UDP_ASSOCIATE": "udp"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -102,6 +108,7 @@ class Gate:
         this_host: knows the addresses of this host.
         limits: enforces the limits, for all listeners that share it.
         departures: notices clients that give up while they wait.
+        tenure: counts the clients that use this configuration.
         own_ports: ports this proxy listens on (0: chosen by the system); such a destination on this host would loop
             back to us.
         external: addresses to connect from, one of each family (destinations of the other family are then out of
@@ -124,6 +131,7 @@ class Gate:
     this_host: ThisHost = field(default_factory=ThisHost)
     limits: LimitKeeper = field(default_factory=LimitKeeper)
     departures: Departures = field(default_factory=Departures)
+    tenure: Tenure = field(default_factory=Tenure)
     own_ports: frozenset[int] = frozenset()
     external: External | Sequence[IPAddress] = "auto"
     fast_open: bool = False
@@ -132,16 +140,38 @@ class Gate:
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
 
-    def admit(self, conn: Connection) -> Visitor:
-        """Register a client that has connected; `Visitor.leave` must be called at its end."""
-        address = network_address(conn)
+    _successor: list[Gate] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def latest(self) -> Gate:
+        """Return the gate of the last reload: this one if there was none."""
+        gate = self
+        while gate._successor:
+            gate = gate._successor[0]
+        return gate
+
+    def replace_by(self, successor: Gate) -> None:
+        """Let the clients of this gate follow to another one (a reload)."""
+        self._successor.append(successor)
+
+    def decide_client(self, address: Any) -> tuple[IPAddress, str, Decision]:
+        """Return a client's IP address, its text, and whether the client may use this listener.
+
+        Args:
+            address: as returned by ``accept``.
+        """
         host = host_of(address)
         known = self._clients.get(host)
         if known is None:
             client = as_ip(host)
             known = client, str(client), decide_client(self.client_rules, client, self.listener)
             _remember(self._clients, host, known)
-        client, text, decision = known
+        return known
+
+    def admit(self, conn: Connection) -> Visitor:
+        """Register a client that has connected; `Visitor.leave` must be called at its end."""
+        address = network_address(conn)
+        client, text, decision = self.decide_client(address)
         visitor = Visitor(self, client, AccessRecord(text, self.listener), decision.auth, conn, address)
         if not decision.allowed:
             visitor.turn_away("client_denied", decision.rule)
@@ -151,6 +181,7 @@ class Gate:
                 visitor.turn_away("limit", exceeded)
             else:
                 visitor.entered = True
+                self.tenure.enter()
         return visitor
 
 
@@ -169,7 +200,7 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Visitor:
     """One client of a gate.
 
@@ -181,6 +212,8 @@ class Visitor:
         certified: the user named by its certificate; None: none.
         entered: the limits count it.
         entered_users: the users that it is counted as.
+        limits: the limits that count it, those of the gate that has admitted it.
+        opened: the destination that it is connected to, and its address; None: another proxy has looked up its name.
     """
 
     gate: Gate
@@ -193,9 +226,14 @@ class Visitor:
     certified: str | None = None
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
+    opened: tuple[Target, IPAddress | None] | None = None
+    limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None
     _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.limits = self.gate.limits
 
     @property
     def own(self) -> tuple[IPAddress, int] | None:
@@ -210,11 +248,65 @@ class Visitor:
 
     def leave(self) -> None:
         """Unregister it when its connection has ended."""
-        if self.entered:
-            self.gate.limits.leave(self.address)
-            self.entered = False
         while self.entered_users:
-            self.gate.limits.leave_user(self.entered_users.pop())
+            self.limits.leave_user(self.entered_users.pop())
+        if self.entered:
+            self.entered = False
+            self.limits.leave(self.address)
+            self.gate.tenure.leave()
+
+    def follow(self) -> bool:
+        """Follow to the gate of the last reload; return whether there was one since the last call.
+
+        Its rules may not admit the client any more; the limits that count it stay the old ones.
+        """
+        old = self.gate
+        gate = old.latest
+        if gate is old:
+            return False
+        self.gate = gate
+        if self.entered:
+            gate.tenure.enter()
+            if self in old.tenure.tunnels:
+                gate.tenure.tunnels[self] = old.tenure.tunnels.pop(self)
+        self._pace = None
+        self._presence = None
+        if self.admitted:
+            self._be_judged_again()
+        if self.entered:
+            old.tenure.leave()
+        return True
+
+    def _be_judged_again(self) -> None:
+        was_certified, self.certified = self.certified, None
+        decision = self.gate.decide_client(self.address)[2]
+        self.auth = decision.auth
+        if not decision.allowed:
+            self.turn_away("client_denied", decision.rule)
+            return
+        if was_certified is not None:
+            self.record.user = None
+        self.show_certificate(self.conn.tls)
+
+    def why_forbidden(self) -> Cut | None:
+        """Return why the rules do not allow what it has opened; None: they do."""
+        record = self.record
+        if not self.admitted:
+            return Cut(record.result, record.detail)
+        knows = getattr(self.gate.authenticators.get(self.auth or ""), "knows", None)
+        user = record.user
+        if self.auth is not None and (user is None or (knows is not None and not knows(user))):
+            return Cut("authentication_failed", f"user {user} after a reload")
+        command = _COMMAND_OF.get(record.command, "forward")
+        if command not in self.gate.commands:
+            return Cut("command_denied", f"{command} is not among the commands")
+        if self.opened is None:
+            return None
+        try:
+            decision = self.decide(*self.opened)
+        except OSError:
+            return None  # a failure of the system is no reason to end it
+        return None if decision.allowed else Cut("destination_denied", decision.rule)
 
     def may_use(self, command: Command) -> bool:
         """Return whether its listener allows a command; if not, note that in the record."""
@@ -273,7 +365,7 @@ class Visitor:
 
     def _note_user(self, name: str) -> None:
         self.record.user = name
-        if name not in self.entered_users and not self.gate.limits.enter_user(name):
+        if name not in self.entered_users and not self.limits.enter_user(name):
             self.entered_users.add(name)
 
     @property
@@ -405,6 +497,7 @@ class Visitor:
             if upstream is None:
                 connection, ip = self._dial(self.allowed_addresses(target, found), target.port, for_request)
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
+                self.opened = target, ip
             else:
                 record.upstream = upstream.name
                 # It may look the name up again, and find another address than the one that was checked.
@@ -424,7 +517,7 @@ class Visitor:
         """Count it for its user. Raise LimitReached."""
         user = self.record.user
         if user is not None and user not in self.entered_users:
-            exceeded = self.gate.limits.enter_user(user)
+            exceeded = self.limits.enter_user(user)
             if exceeded:
                 raise LimitReached(errno.EUSERS, exceeded)
             self.entered_users.add(user)
@@ -447,8 +540,10 @@ class Visitor:
             if not decision.allowed:
                 raise Denied(decision.rule)
             targets = [target]
+            self.opened = target, None
         else:
             targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target, found)]
+            self.opened = target, targets[0].ip
 
         def dial_first(proxy: Target) -> Connection:
             return self._dial(self.addresses_of(proxy), proxy.port, False)[0]
@@ -470,6 +565,7 @@ class Visitor:
                     raise
             else:
                 self.record.connected = str(one)
+                self.opened = target, one.ip
                 return connection
         raise AssertionError("a target is left")  # pragma: no cover
 

@@ -18,8 +18,7 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 from gtcpserver.tls import Credentials, TLSConfig
 
-from .departures import ClientGone
-from .errors import ProtocolError
+from .errors import Cut, ProtocolError
 from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
@@ -94,7 +93,7 @@ class ProxyHandler:
                     record.result = "client_denied" if error.reason == "client_denied" else "limit"
                 self._write(record)
                 return
-        visitor = self.gate.admit(conn)
+        visitor = self.gate.latest.admit(conn)
         if not visitor.admitted:
             self._refuse(conn, visitor)
             return
@@ -132,8 +131,8 @@ class ProxyHandler:
         except GreenletExit:
             visitor.record.result = "stopped"
             raise
-        except ClientGone as gone:
-            visitor.record.result, visitor.record.detail = "client_left", str(gone)
+        except Cut as cut:
+            visitor.record.result, visitor.record.detail = cut.result, str(cut)
             conn.abort()
         except ConnectionError as error:
             if visitor.record.result == "failed":
@@ -169,6 +168,7 @@ class ProxyHandler:
         try:
             with conn.deadline(seconds):
                 protocol, data = self._first_bytes(conn)
+                visitor.follow()
                 if self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
                     raise ProtocolError(f"the client speaks {protocol}, this listener does not")
                 if protocol == "http":

@@ -25,6 +25,7 @@ from .http_messages import absolute_target, basic_authorization, head_of_answer
 from .http_origin import Answer, Origin, Origins, open_connection
 from .limits import rest
 from .socks_session import tunnel
+from .succession import OpenTunnel
 from .target import Target
 
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
@@ -147,15 +148,18 @@ class Forwarder:
     def _origin_for(self, target: Target) -> tuple[Origin, bool]:
         """Return a connection to the destination, and whether it has served a request before."""
         record = self._visitor.record
-        # Rules may allow a destination to one user and not to another: users do not share connections.
-        key = (target, record.user)
+        # Rules may allow a destination to one user and not to another, and not after a reload.
+        key = (target, record.user, self._visitor.gate.tenure)
         origin = self._origins.take(key)
         if origin is not None:
             record.asked, record.connected, record.upstream = str(target), origin.connected, origin.upstream
+            self._visitor.opened = origin.opened
             return origin, True
         connection, forwarding = open_connection(self._visitor, target, for_request=True)
-        patience = self._visitor.gate.timeouts.answer
-        return Origin(key, connection, record.connected, patience, forwarding, record.upstream), False
+        visitor = self._visitor
+        patience = visitor.gate.timeouts.answer
+        origin = Origin(key, connection, record.connected, patience, forwarding, record.upstream, visitor.opened)
+        return origin, False
 
     def _final_answer(self, head: Head, origin: Origin, body: RequestBody) -> Answer:
         """Return the final response; pass on interim ones before it, except to HTTP/1.0 (RFC 9110 section 15.2)."""
@@ -206,7 +210,7 @@ class Forwarder:
         presence = self._visitor.presence
         presence.probe = b""
         try:
-            with presence:
+            with presence, OpenTunnel(self._visitor):
                 send_answer(
                     presence,
                     head_of_answer(answer.status, answer.reason, fields),

@@ -17,7 +17,8 @@ from gtcpserver.http1.head import Header, HttpError, options_of
 
 from .gate import Denied, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
-from .target import Target
+from .succession import Tenure
+from .target import IPAddress, Target
 from .upstream import Upstream
 
 #: Bytes of the head of a response, including interim responses before it. nginx as a proxy accepts 4 or 8 KiB, haproxy
@@ -65,11 +66,12 @@ class Origin:
     """A connection to an origin server, which may serve several requests.
 
     Args:
-        key: what it may be used for: the destination, and the user for whom the rules have allowed it.
+        key: what it may be used for: the destination, the user, and the configuration whose rules have allowed it.
         connected: its address, for the record.
         patience: seconds that it may be silent.
         forwarding: the proxy that the connection leads to and that forwards requests; None: it leads to the origin.
         upstream: the name of the proxy on the way, for the record; "": none.
+        opened: what the rules have allowed (`Visitor.opened`).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Origin:
         patience: float,
         forwarding: Upstream | None = None,
         upstream: str = "",
+        opened: tuple[Target, IPAddress | None] | None = None,
     ) -> None:
         self.key = key
         self.connection = connection
@@ -87,6 +90,7 @@ class Origin:
         self.patience = patience
         self.forwarding = forwarding
         self.upstream = upstream
+        self.opened = opened
         self._ended: Callable[[Origin], object] | None = None
         connection.settimeout(patience)
 
@@ -304,7 +308,7 @@ def _read_answer(event: Any, method: bytes) -> Answer:
     return Answer(status, event.reason, event.http_version, headers, framing, length, closes)
 
 
-Key = tuple[Target, str | None]
+Key = tuple[Target, str | None, Tenure]
 
 
 class Origins:

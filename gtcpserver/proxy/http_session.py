@@ -12,7 +12,8 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
-from .departures import PROCESSING, ClientGone
+from .departures import PROCESSING
+from .errors import Cut
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
@@ -96,6 +97,7 @@ class HttpSession:
             raise
         else:
             record.note_negotiated()
+            visitor.follow()
             return head
         record.protocol, record.detail = "http", str(error)
         try:
@@ -181,8 +183,8 @@ class HttpSession:
                 record.result = "failed"  # the destination failed
             else:
                 raise  # an authenticator's error, say
-        except ClientGone as gone:
-            record.result, record.detail = "client_left", str(gone)
+        except Cut as cut:
+            record.result, record.detail = cut.result, str(cut)
             self._conn.abort()
         except BaseException as error:
             if isinstance(error, GreenletExit):

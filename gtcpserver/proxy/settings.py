@@ -176,6 +176,16 @@ class LogTable(_Table):
     redact: bool = False
 
 
+class ReloadTable(_Table):
+    """What a reload does to what is open.
+
+    Attributes:
+        end_forbidden: end tunnels that the new rules do not allow.
+    """
+
+    end_forbidden: bool = False
+
+
 class ProxyConfig(_Table):
     """The whole file; see the tables."""
 
@@ -188,6 +198,7 @@ class ProxyConfig(_Table):
     resolver: ResolverTable = msgspec.field(default_factory=ResolverTable)
     http: HttpTable = msgspec.field(default_factory=HttpTable)
     log: LogTable = msgspec.field(default_factory=LogTable)
+    reload: ReloadTable = msgspec.field(default_factory=ReloadTable)
     show_bound_address: bool = True
     fast_open: bool = False
     allow_open: bool = False

@@ -17,6 +17,7 @@ from .record import Result
 from .socks5 import Command, Method, Reply
 from .socks_bind import Answer, ipv4_only, serve_bind
 from .socks_udp import serve_udp
+from .succession import OpenTunnel
 from .target import IPAddress, Target
 
 Message = TypeVar("Message")
@@ -111,13 +112,28 @@ def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> so
         conn.sendall(socks5.choose(Method.NOT_ACCEPTABLE))
         return None
     conn.sendall(socks5.choose(wanted))
+    given: socks5.Credentials | None = None
     if wanted is Method.PASSWORD:
         given = reader.read(socks5.parse_password)
         accepted = visitor.authenticate(given.user, given.password)
         conn.sendall(socks5.authentication_answer(accepted))
         if not accepted:
             return None
-    return reader.read(socks5.parse_request)
+    request = reader.read(socks5.parse_request)
+    if visitor.follow() and not _is_still_welcome(visitor, given):
+        conn.sendall(socks5.reply(Reply.NOT_ALLOWED))
+        return None
+    return request
+
+
+def _is_still_welcome(visitor: Visitor, given: socks5.Credentials | None) -> bool:
+    """Return whether the rules of a reload during the negotiation admit the client, too."""
+    if not visitor.admitted or not visitor.needs_password:
+        return visitor.admitted
+    if given is None:
+        visitor.record.result, visitor.record.detail = "authentication_failed", "no password before a reload"
+        return False
+    return visitor.authenticate(given.user, given.password)
 
 
 def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callable[[], None] | None:
@@ -129,6 +145,7 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
     record.protocol = "socks4a" if request.is_4a else "socks4"
     record.command = request.command.name
     record.claimed = request.user.decode("utf-8", "backslashreplace") or None
+    visitor.follow()
     if not visitor.admitted:
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
         return None
@@ -188,14 +205,19 @@ def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     record, timeouts = visitor.record, visitor.gate.timeouts
     pace = visitor.pace
     rest(pace, 0)
-    result = relay(
-        conn,
-        upstream,
-        idle_timeout=timeouts.idle,
-        half_closed_timeout=timeouts.half_closed,
-        lifetime=timeouts.lifetime,
-        pace=None if pace is None else lambda direction, size: pace(size),
-    )
+    with OpenTunnel(visitor):
+        try:
+            result = relay(
+                conn,
+                upstream,
+                idle_timeout=timeouts.idle,
+                half_closed_timeout=timeouts.half_closed,
+                lifetime=timeouts.lifetime,
+                pace=None if pace is None else lambda direction, size: pace(size),
+            )
+        except BaseException:
+            record.sent, record.received = upstream.bytes_sent, upstream.bytes_received
+            raise
     record.sent, record.received = result.bytes_a_to_b, result.bytes_b_to_a
     record.result, record.detail = _ENDS[result.reason]
 

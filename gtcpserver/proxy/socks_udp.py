@@ -19,6 +19,7 @@ from .errors import ProtocolError
 from .gate import Visitor, result_of
 from .limits import rest
 from .socks5 import Reply
+from .succession import OpenTunnel
 from .target import IPAddress, Target, unmapped
 
 #: Destinations whose replies are let through, per client; the one longest not written to is forgotten.
@@ -54,7 +55,8 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
         conn.sendall(socks5.reply(Reply.SUCCEEDED, association.address))
         record.note_opened()
         association.start()
-        _wait_for_the_end(conn, visitor, association)
+        with OpenTunnel(visitor):
+            _wait_for_the_end(conn, visitor, association)
     finally:
         association.close()
 

@@ -573,6 +573,24 @@ def test_the_top(proxy, connect, in_thread, serve):
     make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
+@about("reload.end_forbidden")
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_a_reload_ends(proxy, connect, in_thread, origin, ends):
+    server = proxy()
+    client = connect(server)
+    assert in_thread(reply, client, socks(origin.port)) == 0
+    old = server.handler
+    text = f'[[listener]]\nlisten = "127.0.0.1:0"\n[reload]\nend_forbidden = {str(ends).lower()}\n'
+    server.handler = make_proxy(parse_config(text + "[rules]\ndestinations = []")).handler
+    old.retire(server.handler)
+    if ends:
+        with pytest.raises(ConnectionResetError):
+            in_thread(client.recv, 1)
+    else:
+        client.sendall(b"hello")
+        assert in_thread(read, client, 5) == b"hello"
+
+
 def keys(table, prefix=""):
     for field in msgspec.structs.fields(table):
         kinds = [field.type, *getattr(field.type, "__args__", ())]

@@ -31,6 +31,7 @@ from gtcpserver.proxy.http_fields import (
 )
 from gtcpserver.proxy.http_messages import absolute_target, connect_target, head_of_answer
 from gtcpserver.proxy.http_origin import Answer, Origin
+from gtcpserver.proxy.succession import Tenure
 from gtcpserver.proxy.target import make_target
 from gtcpserver.static_files.request import BadRequest, Request, is_unchanged, parse_head, wanted_range
 
@@ -285,7 +286,7 @@ def _read_answers(method: bytes, pieces: list[bytes]) -> tuple[list[Answer], byt
     """The interim answers and the final one, and what comes behind them; None for what is no answer."""
     peer: Any = _Peer(pieces)
     body: Any = _NoBody()
-    origin = Origin((make_target("h", 80), None), peer, "", 1.0)
+    origin = Origin((make_target("h", 80), None, Tenure()), peer, "", 1.0)
     origin.ask(h11.Request(method=method, target=b"/", headers=[(b"Host", b"h")]), body)
     answers = []
     while True:
