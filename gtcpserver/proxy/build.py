@@ -116,7 +116,7 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
         made = parse_upstream(one, table.url, made, table.resolve, table.send_proxy)
     assert made is not None
     first = made.first.target
-    on_this_host = first.host == "localhost" or (first.ip is not None and first.ip.is_loopback)
+    on_this_host = first.name == "localhost" or (first.ip is not None and first.ip.is_loopback)
     if on_this_host and first.port in _own_ports(config):
         raise ConfigError(f"the upstream {made.first.name!r} is this proxy itself")
     return made
@@ -125,6 +125,11 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
 def _own_ports(config: ProxyConfig) -> frozenset[int]:
     listening = [parse_address(listener.listen) for listener in _listeners(config)]
     return frozenset(address.port for address in listening if address.kind == "tcp")
+
+
+def make_resolver(config: ProxyConfig) -> Resolver:
+    table = config.resolver
+    return Resolver(table.family, table.timeout, table.kind, table.servers)
 
 
 def make_limits(config: ProxyConfig) -> Limits:
@@ -315,7 +320,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     for name in TimeoutsTable.__struct_fields__:
         check_seconds(name, getattr(config.timeouts, name))
     authenticators = {name: make_authenticator(table) for name, table in config.auth.items()}
-    resolver = Resolver(config.resolver.family, config.resolver.timeout)
+    resolver = make_resolver(config)
     timeouts = Timeouts(**{name: getattr(config.timeouts, name) for name in TimeoutsTable.__struct_fields__})
     clients, destinations = make_client_rules(config), make_destination_rules(config)
     upstreams = {name: make_upstream(config, name) for name in config.upstream}

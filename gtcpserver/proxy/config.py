@@ -45,12 +45,13 @@ from .build import (
     make_limits,
     make_nat64,
     make_proxy,
+    make_resolver,
     make_tls,
     make_upstream,
     make_upstream_rule,
 )
 from .http_fields import check_pseudonym
-from .resolve import Resolver
+from .resolve import parse_server
 from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, UpstreamTable
 
 __all__ = ["Proxy", "ProxyConfig", "make_proxy", "parse_config", "read_config"]
@@ -177,7 +178,8 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for name in TimeoutsTable.__struct_fields__:
         seconds = getattr(config.timeouts, name)
         yield f"timeouts.{name}", lambda name=name, s=seconds: check_seconds(name, s), ""  # type: ignore[misc]
-    yield "resolver.timeout", lambda: Resolver(config.resolver.family, config.resolver.timeout), ""
+    yield "resolver.servers", lambda: [parse_server(text) for text in config.resolver.servers], ""
+    yield "resolver.timeout", lambda: make_resolver(config), ""
     yield "http.pseudonym", lambda: check_pseudonym(config.http.pseudonym), ""
     yield "listener", lambda: check_names(config), ""
     yield "listener", lambda: check_places(config), ""

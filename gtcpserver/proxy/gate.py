@@ -27,7 +27,7 @@ from .dial import dial
 from .errors import TTL_EXPIRED, Cut, LimitReached
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
-from .resolve import Resolver, ResolveTimeout
+from .resolve import Found, Resolver, ResolveTimeout
 from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
 from .source import is_better_source
 from .succession import Tenure
@@ -384,14 +384,17 @@ class Visitor:
         auth = self.auth if self.record.user is not None else None
         return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
 
-    def decide(self, target: Target, ip: IPAddress | None) -> Decision:
+    def decide(self, target: Target, ip: IPAddress | None, found: Sequence[IPAddress] = ()) -> Decision:
         """Decide whether it may reach one address of a target; None: another proxy looks the name up.
+
+        Args:
+            found: result of the lookup, which knows the name that was looked up.
 
         Raises:
             OSError: whether the address is this host's cannot be determined.
         """
         gate = self.gate
-        name = None if target.ip is not None else target.host
+        name, also = (found.name, found.also) if isinstance(found, Found) else (target.name, ())
         if ip is None:
             return decide_destination(gate.destination_rules, self._match(target), name, ip)
         meant = addresses_meant(ip, gate.nat64)
@@ -401,7 +404,9 @@ class Visitor:
         key = (self.record.client, self.auth, self.record.user, target.host, target.port, own)
         known = gate.known_destinations.get(key) if name is None else None
         if known is None:
-            known = decide_destination(gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own)
+            known = decide_destination(
+                gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own, also=also
+            )
             if name is None:
                 _remember(gate.known_destinations, key, known)
         return known
@@ -428,7 +433,7 @@ class Visitor:
         """
         if found is None:
             found = self.addresses_of(target)
-        decisions = [(ip, self.decide(target, ip)) for ip in found]
+        decisions = [(ip, self.decide(target, ip, found)) for ip in found]
         allowed = [ip for ip, decision in decisions if decision.allowed]
         if not allowed:
             raise Denied(decisions[0][1].rule)
@@ -439,10 +444,18 @@ class Visitor:
         if target.ip is not None:
             return (target.ip,)
         began = monotonic()
+        resolver = self.gate.resolver
         try:
-            return self.gate.resolver.resolve(target.host)
+            # Those of others know nothing of clients.
+            asked = (target.host, self.client) if isinstance(resolver, Resolver) else (target.host,)
+            return resolver.resolve(*asked)
         finally:
             self.record.resolved = (self.record.resolved or 0.0) + monotonic() - began
+
+    def knows(self, target: Target) -> bool:
+        """Return whether `addresses_of` would not wait."""
+        resolver = self.gate.resolver
+        return target.ip is not None or (isinstance(resolver, Resolver) and resolver.is_known(target.host))
 
     def upstream_to(self, target: Target) -> tuple[Upstream | None, Sequence[IPAddress] | None]:
         """Return the proxy that leads to a target, and the target's addresses if the rules needed them.
@@ -466,8 +479,12 @@ class Visitor:
                 found = self.addresses_of(target)
             return found
 
-        name = None if target.ip is not None else target.host
-        chosen = choose_upstream(gate.upstream_rules, self._match(target), name, addresses, gate.this_host.has)
+        candidates: Sequence[str] = ()
+        if target.ip is None and isinstance(gate.resolver, Resolver):
+            candidates = gate.resolver.candidates(target.host)
+        chosen = choose_upstream(
+            gate.upstream_rules, self._match(target), target.name, addresses, gate.this_host.has, candidates
+        )
         return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:
@@ -509,9 +526,15 @@ class Visitor:
             raise
         except OSError as error:
             record.result, record.detail = result_of(error), error.strerror or str(error)
+            self._forget(target)
             raise
         record.note_opened()
         return connection, forwarding
+
+    def _forget(self, target: Target) -> None:
+        """Have a name that could not be connected to looked up again: its address may be an old one."""
+        if target.ip is None and isinstance(self.gate.resolver, Resolver):
+            self.gate.resolver.forget(target.host)
 
     def check_limits(self) -> None:
         """Count it for its user. Raise LimitReached."""
@@ -546,7 +569,11 @@ class Visitor:
             self.opened = target, targets[0].ip
 
         def dial_first(proxy: Target) -> Connection:
-            return self._dial(self.addresses_of(proxy), proxy.port, False)[0]
+            try:
+                return self._dial(self.addresses_of(proxy), proxy.port, False)[0]
+            except OSError:
+                self._forget(proxy)
+                raise
 
         seconds = self.gate.timeouts.connect
         if only_to_it:

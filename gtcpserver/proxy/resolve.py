@@ -1,86 +1,92 @@
 """Resolver: look up host names without letting one slow name server delay everybody.
 
-Lookups use the system's resolver (getaddrinfo(3)), so that /etc/hosts, search domains and everything else that the
-operator has configured apply. They run in native threads of their own: gevent's default pool has 10 for everything, and
-names whose server does not answer (5 s and more each) fill it at once. The names of one domain may only use some of the
-threads, so that its server does not delay other lookups. Clients that ask for the same name share one lookup, and a
-name that no client waits for any more is not looked up. loadtests/bench/resolvers.py measures it; docs/proxy.md has the
-figures.
+The search list of resolv.conf(5) is applied here, so that the rules see the name that is looked up. A name is looked
+for in /etc/hosts, and then in one of two ways:
+
+- "dns" asks the name servers (`dns_client`): addresses of each family apart and at the same time, kept by their TTL;
+- "system" asks the system's resolver (`system_names`), which knows all that nsswitch.conf(5) leads to.
+
+Clients that ask for the same name share one lookup (`questions`). docs/proxy.md has what was measured
+(loadtests/bench/resolvers.py).
 """
 
 from __future__ import annotations
 
 import socket
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
 from time import monotonic
 from typing import Any, Literal, get_args
 
 import gevent
-from gevent import monkey
-from gevent.event import Event
-from gevent.lock import Semaphore
-from gevent.threadpool import ThreadPool
 
+from gtcpserver.admission.client_limits import client_key
 from gtcpserver.checks import check_number
 from gtcpserver.connection.connect import MOST_ADDRESSES
 from gtcpserver.errors import ConfigError
 
-from .target import IPAddress, unmapped
+from .dns_client import NameServers, NoReply, ServersFailed
+from .dns_message import NXDOMAIN, RecordType
+from .errors import BadTarget
+from .name_files import (
+    HOSTS,
+    NSSWITCH_CONF,
+    RESOLV_CONF,
+    ResolvConf,
+    WatchedFile,
+    parse_hosts,
+    parse_nsswitch,
+    parse_resolv_conf,
+)
+from .questions import Answer, Outcome, Question, Questions, Remembered, Shares, answer_for
+from .system_names import THREADS, SystemNames, Wanted
+from .target import IPAddress, parse_authority, unmapped
 
 Family = Literal["any", "ipv4", "ipv6", "prefer-ipv4"]
+Kind = Literal["dns", "system"]
 
-_getaddrinfo: Any = monkey.get_original("socket", "getaddrinfo")
+#: Questions to name servers at once, two for a name. Each has a descriptor.
+MOST_QUESTIONS = 2048
 
-#: Simultaneous lookups. Threads are created on demand, and cost 25 KiB and more each.
-THREADS = 256
+#: How many of these may be about names of one domain: usually one name server that does not answer.
+MOST_OF_A_DOMAIN = 128
 
-#: How many of these may be for names with the same last two labels: usually one name server that does not answer.
+#: The same for lookups in threads.
 THREADS_OF_A_DOMAIN = 32
 
-#: Seconds to keep a result. getaddrinfo does not return its TTL; browsers do the same (Chromium: 60).
-KEEP = 60.0
-KEEP_FAILURE = 5.0
+#: Names that one client may wait for at once; an IPv6 client is its /64. Eight clients fill all places.
+MOST_OF_A_CLIENT = 128
 
-#: Names remembered; beyond that, the one longest not asked for is forgotten. 200 bytes each.
-MOST_NAMES = 10_000
+#: Seconds for which the addresses of one family wait for the other's, since both were asked for. RFC 8305 section 3 has
+#: 50 ms, for programs that go on with what comes later.
+SECOND_FAMILY = 0.5
 
 
 class ResolveTimeout(TimeoutError):
     """A name server did not answer in time."""
 
 
-@dataclass(slots=True)
-class _Answer:
-    found: tuple[IPAddress, ...]
-    error: socket.gaierror | None
-    until: float
+class Found(tuple[IPAddress, ...]):
+    """Addresses of a name, in the order in which to try them.
+
+    Attributes:
+        name: the absolute name that has them, without its final dot: what rules that allow must match.
+        also: other names that the client may have meant: rules that deny them count, too.
+    """
+
+    name: str
+    also: tuple[str, ...]
 
 
-class _Question:
-    """A name that is being looked up, or will be when a thread is free."""
+class _Result:
+    """What came of the lookup of a name, and the time until which it holds."""
 
-    __slots__ = ("answer", "answered", "finder", "waiting")
+    __slots__ = ("found", "outcome", "until")
 
-    finder: Any
-
-    def __init__(self) -> None:
-        self.answer: _Answer | None = None
-        self.answered = Event()
-        self.waiting = 0  # clients
-
-
-class _Domain:
-    """Lookups in progress of names with the same last two labels."""
-
-    __slots__ = ("free", "names")
-
-    def __init__(self) -> None:
-        self.free = Semaphore(THREADS_OF_A_DOMAIN)
-        self.names = 0
+    def __init__(self, found: Found | None, answer: Answer) -> None:
+        self.found = found
+        self.outcome = answer.outcome
+        self.until = answer.until
 
 
 class Resolver:
@@ -88,117 +94,216 @@ class Resolver:
 
     Args:
         family: "any" interleaves IPv6 and IPv4, IPv6 first (RFC 8305 section 4); "prefer-ipv4" the other way round;
-            "ipv4" and "ipv6" only return their family.
+            "ipv4" and "ipv6" only look for their family.
         timeout: seconds a client waits for a lookup; one in progress goes on and serves the next client.
+        kind: "dns" or "system"; None: "system" if nsswitch.conf has services that DNS does not cover.
+        servers: name servers for "dns", such as "192.0.2.53" or "[2001:db8::53]:5353"; (): those of resolv.conf.
 
     Raises:
         ConfigError: an invalid option.
     """
 
-    def __init__(self, family: Family = "any", timeout: float = 10.0) -> None:
+    def __init__(
+        self, family: Family = "any", timeout: float = 10.0, kind: Kind | None = None, servers: Sequence[str] = ()
+    ) -> None:
         if family not in get_args(Family):
             raise ConfigError(f"family must be one of {', '.join(get_args(Family))}, got {family!r}")
+        if kind is not None and kind not in get_args(Kind):
+            raise ConfigError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
         check_number("timeout", timeout, above=0)
         self._family = family
         self._timeout = timeout
-        self._known: OrderedDict[str, _Answer] = OrderedDict()
-        self._under_way: dict[str, _Question] = {}
-        self._free = Semaphore(THREADS)
-        self._domains: dict[str, _Domain] = {}
-        self._threads: ThreadPool | None = None
+        self._conf: WatchedFile[ResolvConf] = WatchedFile(RESOLV_CONF, parse_resolv_conf)
+        self._hosts = WatchedFile(HOSTS, parse_hosts)
+        others = WatchedFile(NSSWITCH_CONF, parse_nsswitch).read()
+        self.kind: Kind = kind or ("system" if others and not servers else "dns")
+        asked = tuple(map(parse_server, servers))
+        if asked and self.kind == "system":
+            raise ConfigError('servers are for kind = "dns"')
+        self._results: Remembered[str, _Result] = Remembered()
+        self._clients: Shares[Any] = Shares(MOST_OF_A_CLIENT)
+        self._system = SystemNames()
+        self._questions: Questions[Any]
+        self._kinds: tuple[Any, ...]
+        if self.kind == "dns":
+            self._servers = NameServers(self._conf.read, timeout, asked)
+            self._questions = Questions(self._ask_servers, MOST_QUESTIONS, MOST_OF_A_DOMAIN)
+            kinds: tuple[RecordType, ...] = ("AAAA", "A")
+            self._kinds = {"ipv4": kinds[1:], "ipv6": kinds[:1]}.get(family, kinds)
+        else:
+            self._questions = Questions(self._system.look_up, THREADS, THREADS_OF_A_DOMAIN)
+            wanted: Wanted = "any" if family == "prefer-ipv4" else family
+            self._kinds = (wanted,)
+        self._suffix = "" if self.kind == "dns" else "."
+        # The system's resolver may know a name by another service than DNS, which takes no final dot.
+        self._tries_relative = self.kind == "system" and others
 
-    def resolve(self, name: str) -> tuple[IPAddress, ...]:
-        """Return the addresses of a name, in the order in which to try them.
+    def candidates(self, host: str) -> Sequence[str]:
+        """Return the absolute names that a host name may mean, without final dots, in the order of the lookups."""
+        return self._conf.read().candidates(host)
+
+    def is_known(self, host: str) -> bool:
+        """Return whether `resolve` would not wait."""
+        return self._results.get(host) is not None
+
+    def resolve(self, host: str, client: IPAddress | None = None) -> Found:
+        """Return the addresses of a host name.
+
+        Args:
+            host: in lower case ASCII, with a final dot if it is absolute.
+            client: who asks; only so many lookups of one client are in progress at once.
 
         Raises:
             socket.gaierror: there are none, or the name server failed.
             ResolveTimeout: no answer in time.
         """
-        answer = self._known.get(name)
-        if answer is not None and answer.until > monotonic():
-            self._known.move_to_end(name)
-        else:
-            answer = self._ask(name)
-        if answer.error is not None:
-            raise answer.error.with_traceback(None)  # it is raised repeatedly, and would keep every frame alive
-        return answer.found
+        # Hot: once per connection.
+        result = self._results.get(host)
+        if result is None:
+            until = monotonic() + self._timeout
+            if client is None:
+                result = self._resolve(host, until)
+            else:
+                with self._clients.hold(client_key(client), self._timeout) as held:
+                    if not held:
+                        raise ResolveTimeout("too many lookups of this client")
+                    result = self._results.get(host) or self._resolve(host, until)
+            if result.until > monotonic():
+                self._results.put(host, result)
+        if result.found is None:
+            raise self._error_of(host, result.outcome)
+        return result.found
 
-    def _ask(self, name: str) -> _Answer:
-        question = self._under_way.get(name)
-        if question is None or question.finder.dead:  # dead and not answered: memory ran out when it started
-            question = _Question()
-            question.finder = gevent.spawn(self._find, name, question)
-            self._under_way[name] = question
-        question.waiting += 1
-        try:
-            question.answered.wait(self._timeout)
-        finally:
-            question.waiting -= 1
-        if question.answer is None:
-            raise ResolveTimeout(f"no answer about {name} within {self._timeout:g} seconds")
-        return question.answer
-
-    def _find(self, name: str, question: _Question) -> None:
-        try:
-            with self._place(name):
-                if question.waiting:
-                    question.answer = self._look_up(name)
-                    self._known[name] = question.answer
-                    self._known.move_to_end(name)
-                    while len(self._known) > MOST_NAMES:
-                        self._known.popitem(last=False)
-        finally:
-            self._under_way.pop(name, None)
-            question.answered.set()
-
-    @contextmanager
-    def _place(self, name: str) -> Iterator[None]:
-        """Hold a free thread for this name while in the block."""
-        key = ".".join(name.rstrip(".").rsplit(".", 2)[-2:])
-        domain = self._domains.setdefault(key, _Domain())
-        domain.names += 1
-        try:
-            # In this order: a lookup that waits for its domain does not occupy a place that others could use.
-            with domain.free, self._free:
-                yield
-        finally:
-            domain.names -= 1
-            if not domain.names:
-                del self._domains[key]
-
-    def _look_up(self, name: str) -> _Answer:
-        if self._threads is None:
-            self._threads = ThreadPool(THREADS)
-        error = None
-        found: tuple[IPAddress, ...] = ()
-        try:
-            answer = self._threads.spawn(_look_up, name).get()
-        except Exception as failure:  # no other thread can be started
-            answer = socket.gaierror(socket.EAI_AGAIN, str(failure))
-        if isinstance(answer, socket.gaierror):
-            error = answer
-        else:
-            found = in_order(answer, self._family)
-        if not found and error is None:
-            error = socket.gaierror(socket.EAI_NONAME, f"no {self._family} address")
-        return _Answer(found, error, monotonic() + (KEEP_FAILURE if error else KEEP))
+    def forget(self, host: str) -> None:
+        """Look a name up again soon: none of its addresses could be connected to."""
+        result = self._results.get(host)
+        if result is not None and result.found is not None:
+            for kind in self._kinds:
+                self._questions.forget(result.found.name + self._suffix, kind)
+            self._results.forget(host)
 
     def close(self) -> None:
-        """End the threads, after the lookups in progress."""
-        if self._threads is not None:
-            self._threads.kill()
-            self._threads = None
+        """End what is in progress."""
+        self._questions.close()
+        self._system.close()
+
+    # -- one name ----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, host: str, until: float) -> _Result:
+        name = host.removesuffix(".")
+        own = in_order(self._hosts.read().get(name, ()), self._family) or in_order(_special(name), self._family)
+        if own:
+            return self._result(host, name, answer_for("found", own))
+        if name == "invalid" or name.endswith(".invalid"):  # RFC 6761 section 6.4
+            return _Result(None, answer_for("no-name"))
+        return self._search(host, until)
+
+    def _search(self, host: str, until: float) -> _Result:
+        """Look for the first candidate that has addresses, as glibc does (res_search in resolv/res_query.c)."""
+        candidates = self.candidates(host)
+        nothing = Answer("no-name", (), float("inf"))
+        for candidate in candidates:
+            answer = self._addresses(candidate + self._suffix, until)
+            answer.until = min(answer.until, nothing.until)
+            if answer.outcome == "found":
+                return self._result(host, candidate, answer)
+            if answer.outcome in ("silent", "broken"):
+                return _Result(None, answer)  # what the name means is not known
+            # Even without addresses another candidate may have them; that servers failed is the last thing to say.
+            nothing = answer if nothing.outcome != "failed" else Answer("failed", (), answer.until)
+        if self._tries_relative and nothing.outcome != "failed" and not host.endswith("."):
+            answer = self._addresses(host, until)
+            if answer.outcome == "found":
+                return self._result(host, host, answer, candidates)
+        return _Result(None, nothing)
+
+    def _addresses(self, name: str, until: float) -> Answer:
+        """Return the answers about a name's addresses of the wanted families, as one."""
+        questions = self._questions
+        answers = {kind: questions.known(name, kind) for kind in self._kinds}
+        asked = {kind: questions.ask(name, kind) for kind, answer in answers.items() if answer is None}
+        got = [answer for answer in answers.values() if answer is not None]
+        waiting = list(asked.values())
+        for question in waiting:
+            question.waiting += 1
+        try:
+            while waiting and not any(answer.outcome == "no-name" for answer in got):
+                seconds = until - monotonic()
+                if any(answer.outcome == "found" for answer in got):
+                    seconds = min(seconds, waiting[0].began + SECOND_FAMILY - monotonic())
+                if seconds <= 0:
+                    break
+                gevent.wait([question.answered for question in waiting], seconds, 1)
+                got += [_answer_of(question) for question in waiting if question.answered.is_set()]
+                waiting = [question for question in waiting if not question.answered.is_set()]
+        finally:
+            for question in asked.values():
+                question.waiting -= 1
+        return self._merge(got, bool(waiting))
+
+    def _merge(self, answers: Sequence[Answer], incomplete: bool) -> Answer:
+        found = in_order([ip for answer in answers for ip in answer.found], self._family)
+        outcomes = {answer.outcome for answer in answers}
+        until = 0.0 if incomplete else min(answer.until for answer in answers)
+        if found:
+            return Answer("found", found, until)
+        if "no-name" in outcomes:  # whatever the type of record that was asked for
+            return Answer("no-name", (), min(answer.until for answer in answers))
+        if incomplete:
+            return Answer("silent", (), until)
+        order: tuple[Outcome, ...] = ("broken", "silent", "failed", "no-address")
+        return Answer(next((one for one in order if one in outcomes), "no-address"), (), until)
+
+    def _result(self, host: str, name: str, answer: Answer, also: Sequence[str] = ()) -> _Result:
+        found = Found(answer.found)
+        found.name = name
+        found.also = tuple(other for other in (host.removesuffix("."), *also) if other != name)
+        return _Result(found, answer)
+
+    def _error_of(self, host: str, outcome: Outcome) -> OSError:
+        # Made anew each time: one that is raised repeatedly would keep every frame alive.
+        if outcome == "silent":
+            return ResolveTimeout(f"no answer about {host} within {self._timeout:g} seconds")
+        if outcome == "no-name":
+            return socket.gaierror(socket.EAI_NONAME, "no such name")
+        if outcome == "no-address":
+            return socket.gaierror(socket.EAI_NONAME, f"no {self._family} address")
+        return socket.gaierror(socket.EAI_AGAIN, "the name servers failed")
+
+    def _ask_servers(self, name: str, kind: RecordType) -> Answer:
+        try:
+            reply = self._servers.ask(name, kind)
+        except NoReply:
+            return answer_for("silent")
+        except ServersFailed:
+            return answer_for("failed")
+        except OSError:
+            return answer_for("broken")
+        if reply.found:
+            return answer_for("found", in_order(reply.found, "any"), reply.ttl)
+        return answer_for("no-name" if reply.code == NXDOMAIN else "no-address", ttl=reply.ttl)
 
 
-def _look_up(name: str) -> list[IPAddress] | socket.gaierror:
-    # In a native thread, where gevent would print any exception with a traceback: for each name that does not exist.
+def _answer_of(question: Question) -> Answer:
+    return answer_for("broken") if question.answer is None else question.answer
+
+
+def _special(name: str) -> tuple[IPAddress, ...]:
+    """Return the addresses of a name that has them everywhere (RFC 6761 section 6.3)."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return IPv6Address("::1"), IPv4Address("127.0.0.1")
+    return ()
+
+
+def parse_server(text: str) -> tuple[str, int]:
+    """Parse the address of a name server, with or without a port. Raise ConfigError."""
     try:
-        found = _getaddrinfo(name, None, 0, socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        return error.with_traceback(None)
-    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid DNS name
-        return socket.gaierror(socket.EAI_NONAME, str(error))
-    return [ip_address(sockaddr[0].split("%")[0]) for _, _, _, _, sockaddr in found]
+        target = parse_authority(text, 53)
+    except BadTarget as error:
+        raise ConfigError(f"servers must be addresses of name servers, got {text!r} ({error})") from None
+    if target.ip is None:
+        raise ConfigError(f"servers must be addresses of name servers, got {text!r}")
+    return str(target.ip), target.port
 
 
 def in_order(found: Sequence[IPAddress], family: Family) -> tuple[IPAddress, ...]:

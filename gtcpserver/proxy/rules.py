@@ -344,6 +344,7 @@ def decide_destination(
     *,
     nat64: tuple[IPv6Network, ...] = (),
     own: Collection[IPAddress] = (),
+    also: Sequence[str] = (),
 ) -> Decision:
     """Decide whether a client may reach one address.
 
@@ -352,10 +353,12 @@ def decide_destination(
 
     Args:
         asked: who asks, and for which port.
-        name: the requested host name, in its canonical form; None for an address.
+        name: the host name that was looked up, in its canonical form without a final dot; None for an address.
         ip: the address; None: another proxy looks the name up, and only rules about names can match.
         nat64: prefixes of NAT64 gateways, as for `target.addresses_meant`.
         own: those addresses meant by `ip` that are this host's.
+        also: other names that may be meant, such as the requested one, below which a search domain was appended. Rules
+            that deny one of them count; rules that allow it do not.
     """
     meant: tuple[IPAddress, ...]
     if ip is not None:
@@ -377,7 +380,7 @@ def decide_destination(
         )
         if rule.action == "deny":
             # By the address, and by each address that a gateway may turn it into.
-            if matches:
+            if matches or any(map(what.has_name, also)):
                 return Decision(False, rule.text)
         elif matches and all(what.opens(one, one in own) for one in special):
             return Decision(True, rule.text)

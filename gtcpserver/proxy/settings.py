@@ -13,7 +13,7 @@ from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
 from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
-from .resolve import Family
+from .resolve import Family, Kind
 from .upstream import Resolve
 
 DEFAULT_LISTEN = "127.0.0.1:1080"
@@ -144,8 +144,12 @@ class TimeoutsTable(_Table):
 
 
 class ResolverTable(_Table):
+    """See `resolve.Resolver`."""
+
     family: Family = "any"
     timeout: float = 10.0
+    kind: Kind | None = None
+    servers: list[str] = []
 
 
 class HttpTable(_Table):

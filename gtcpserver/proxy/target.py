@@ -18,12 +18,21 @@ from gtcpserver.networks import unmapped as unmapped
 
 from .errors import BadTarget
 
+try:
+    import idna
+except ImportError:  # pragma: no cover - it is part of the extra [proxy]
+    idna = None  # type: ignore[assignment]
+
 #: RFC 1035 section 2.3.4: 255 octets on the wire, which are 253 characters.
 LONGEST_NAME = 253
 LONGEST_LABEL = 63
 
-#: A label as found in practice: RFC 952 and 1123, and the underscore of service names.
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
+#: A label as found in practice: RFC 952 and 1123, the underscore of service names, and hyphens anywhere: names such as
+#: "r1---sn-x.example" and "-x.example" have addresses, and RFC 2181 section 11 lets them.
+_LABEL = re.compile(r"[a-z0-9_-]+")
+
+#: Characters for which IDNA 2003, which Python has, means another name than IDNA 2008 (UTS 46 section 7).
+_DEVIATIONS = frozenset("\u00df\u03c2\u200c\u200d")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]*|[0-9]+")
 
 
@@ -32,7 +41,8 @@ class Target:
     """A destination.
 
     Attributes:
-        host: a name in lower case without its final dot, or the canonical text of an address.
+        host: a name in lower case, with a final dot if it was given with one (it is then absolute: no search list
+            applies); or the canonical text of an address.
         port: 1 to 65535; 0 only where a protocol gives it a meaning (BIND, UDP ASSOCIATE).
         ip: the address, if the host is one; IPv4-mapped IPv6 addresses become IPv4.
     """
@@ -40,6 +50,11 @@ class Target:
     host: str
     port: int
     ip: IPAddress | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Return the name for rules, without its final dot; None for an address."""
+        return None if self.ip is not None else self.host.removesuffix(".")
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if isinstance(self.ip, IPv6Address) else f"{self.host}:{self.port}"
@@ -60,7 +75,9 @@ def make_target(host: str, port: int, *, least_port: int = 1) -> Target:
     if not least_port <= port <= 65535:
         raise BadTarget(f"port must be {least_port} to 65535, got {port}")
     ip = parse_address(host)
-    return Target(str(ip), port, ip) if ip is not None else Target(canonical_name(host), port)
+    if ip is not None:
+        return Target(str(ip), port, ip)
+    return Target(canonical_name(host) + "." * host.endswith("."), port)
 
 
 def parse_authority(text: str, default_port: int | None = None) -> Target:
@@ -160,10 +177,7 @@ def canonical_name(text: str) -> str:
     if len(name) > LONGEST_NAME:
         raise BadTarget(f"the host name is longer than {LONGEST_NAME} characters")
     if not name.isascii():
-        try:
-            name = name.encode("idna").decode()  # RFC 3490
-        except UnicodeError:
-            raise BadTarget(f"not a host name: {_shown(text)}") from None
+        name = _ascii_name(name)
         if len(name) > LONGEST_NAME:
             raise BadTarget(f"the host name is longer than {LONGEST_NAME} characters")
     name = name.lower()
@@ -174,6 +188,19 @@ def canonical_name(text: str) -> str:
         # Resolvers disagree on its meaning (WHATWG URL: "ends in a number": an address, or an error).
         raise BadTarget(f"not a host name: {_shown(text)}")
     return name
+
+
+def _ascii_name(name: str) -> str:
+    """Encode a name by IDNA 2008 with the mappings of UTS 46, non-transitional, as browsers do. Raise BadTarget."""
+    try:
+        if idna is not None:
+            labels = idna.uts46_remap(name, std3_rules=False, transitional=False).split(".")
+            return ".".join(label if label.isascii() else idna.alabel(label).decode() for label in labels)
+        if not _DEVIATIONS.isdisjoint(name):
+            raise BadTarget(f"this host name needs the package idna: {_shown(name)}")
+        return name.encode("idna").decode()  # RFC 3490
+    except UnicodeError:
+        raise BadTarget(f"not a host name: {_shown(name)}") from None
 
 
 def _shown(text: str) -> str:

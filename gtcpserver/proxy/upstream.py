@@ -24,6 +24,7 @@ from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
 
 from . import socks5
 from .errors import TTL_EXPIRED, BadTarget, LimitReached
+from .resolve import Found
 from .rules import DestinationRule, RuleMatch, parse_way
 from .target import THIS_HOST, IPAddress, Target, parse_authority
 
@@ -276,14 +277,17 @@ def choose_upstream(
     name: str | None,
     addresses: Callable[[], Sequence[IPAddress]],
     is_own: Callable[[IPAddress], bool] = lambda ip: False,
+    candidates: Sequence[str] = (),
 ) -> str:
     """Return the name of the upstream for a destination, or "direct".
 
     Args:
         asked: who asks, and for which port.
-        name: the requested host name; None for an address.
-        addresses: returns the addresses of the name; called when a rule about networks is reached.
+        name: the requested host name, without its final dot; None for an address.
+        addresses: returns the addresses of the name; called when a rule about networks, or about one of the
+            `candidates`, is reached.
         is_own: returns whether an address is this host's; called when a rule about this host is reached.
+        candidates: absolute names that the requested one may mean, by the search list.
     """
     for rule in rules:
         if not asked.fits(rule.match):
@@ -291,6 +295,10 @@ def choose_upstream(
         what = rule.match.destinations
         if what.is_any or (name is not None and what.has_name(name)):
             return rule.upstream
+        if any(map(what.has_name, candidates)):  # which of them is meant is known after the lookup
+            found = addresses()
+            if isinstance(found, Found) and what.has_name(found.name):
+                return rule.upstream
         if what.network is None and what.kind is None:
             continue
         if any(what.has_address(ip, what.kind == THIS_HOST and is_own(ip)) for ip in addresses()):

@@ -1,4 +1,4 @@
-"""How long a look-up takes while others wait for a name server that does not answer: our resolver, and gevent's three.
+"""How long a lookup takes while others wait for a silent name server: our two resolvers, and gevent's three.
 
     python -m loadtests.bench.resolvers [--slow 0,30,100,300,300/300]
 
@@ -26,7 +26,13 @@ from pathlib import Path
 from ..local_servers import ROOT
 
 #: How each is chosen: GEVENT_RESOLVER (gevent's documentation, "Name Resolution (DNS)"); ours does not depend on it.
-KINDS = {"gtcpserver": "thread", "gevent thread": "thread", "gevent ares": "ares", "gevent dnspython": "dnspython"}
+KINDS = {
+    "gtcpserver dns": "thread",
+    "gtcpserver system": "thread",
+    "gevent thread": "thread",
+    "gevent ares": "ares",
+    "gevent dnspython": "dnspython",
+}
 
 GOOD_LOOKUPS, EVERY = 20, 0.05
 
@@ -70,10 +76,10 @@ def inside(folder: Path, slow: list[str]) -> None:
         silent.bind(SILENT)
         server = subprocess.Popen([*dnsmasq, "--pid-file", "--conf-file=/dev/null", *names])
         try:
-            print(f"{'':17}" + "".join(f"{number + ' slow':>27}" for number in slow))
+            print(f"{'':18}" + "".join(f"{number + ' slow':>27}" for number in slow))
             for kind, chosen in KINDS.items():
                 if kind == "gevent dnspython" and importlib.util.find_spec("dns") is None:
-                    print(f"{kind:17}dnspython is not installed")
+                    print(f"{kind:18}dnspython is not installed")
                     continue
                 found = []
                 for number in slow:
@@ -81,7 +87,7 @@ def inside(folder: Path, slow: list[str]) -> None:
                     environment = {**os.environ, "GEVENT_RESOLVER": chosen}
                     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
                     found.append(done.stdout.strip() or "fails")
-                print(f"{kind:17}" + "".join(f"{text:>27}" for text in found), flush=True)
+                print(f"{kind:18}" + "".join(f"{text:>27}" for text in found), flush=True)
         finally:
             server.kill()
             server.wait()
@@ -93,10 +99,10 @@ def measure(kind: str, slow: str) -> None:
     import gevent.socket
 
     look_up: Callable[[str], object]
-    if kind == "gtcpserver":
+    if kind.startswith("gtcpserver"):
         from gtcpserver.proxy.resolve import Resolver
 
-        look_up = Resolver().resolve
+        look_up = Resolver(kind="system" if kind.endswith("system") else "dns").resolve
     else:
 
         def look_up(name: str) -> object:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from gtcpserver import Server
+from gtcpserver.proxy import resolve
 from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_fields import Forwarded
 from gtcpserver.proxy.http_session import HttpSession
+from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy.upstream import parse_upstream_rule
+from kit.dns_server import DnsServer
 from kit.forwarding import CLOSE, Client
 from kit.proxying import ANYBODY, ANYWHERE, LOOPBACK
 
@@ -112,3 +115,44 @@ def origin(serve):
 @pytest.fixture
 def client(connect, in_thread):
     return lambda server, **options: Client(connect(server, **options), in_thread)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dns_server():
+    one = DnsServer()
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def name_files(tmp_path, monkeypatch):
+    """`name_files(resolv_conf, hosts, nsswitch)`: what this host's files say."""
+
+    def write(conf="search\n", hosts="", nsswitch="hosts: files dns\n"):
+        for name, text in (("RESOLV_CONF", conf), ("HOSTS", hosts), ("NSSWITCH_CONF", nsswitch)):
+            (tmp_path / name).write_text(text)
+            monkeypatch.setattr(resolve, name, str(tmp_path / name))
+
+    monkeypatch.delenv("LOCALDOMAIN", raising=False)
+    monkeypatch.delenv("RES_OPTIONS", raising=False)
+    write()
+    return write
+
+
+@pytest.fixture
+def resolver_of(dns_server, name_files):
+    """`resolver_of(conf, **options)`: a Resolver that asks `dns_server`."""
+    made = []
+
+    def make(conf="search\n", hosts="", **options):
+        name_files(conf, hosts)
+        options.setdefault("servers", [dns_server.address])
+        made.append(Resolver(**options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -73,6 +73,8 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ('[auth.staff]\ncommand = ["/no/such/program"]', "line 1: "),
         ('[resolver]\nfamily = "ipx"', "line 2: Invalid enum value 'ipx'"),
         ("[resolver]\ntimeout = 0", "line 2: timeout must be"),
+        ('[resolver]\nservers = ["ns.example"]', "line 2: servers must be addresses of name servers, got 'ns.example'"),
+        ('[resolver]\nkind = "system"\nservers = ["192.0.2.1"]', 'servers are for kind = "dns"'),
         ('[log]\nstyle = "xml"', "line 2: Invalid enum value 'xml'"),
         ('[[listener]]\nlisten = "0.0.0.0:1"\n[rules]\nclients = ["allow any"]', "line 4: 'allow any' opens the proxy"),
         ("[[listener]\n", "proxy.toml line 1: expected "),

@@ -11,9 +11,11 @@ import pytest
 
 from gtcpserver import ConfigError
 from gtcpserver.proxy import dial as dial_module
-from gtcpserver.proxy import resolve as resolve_module
+from gtcpserver.proxy import questions as questions_module
+from gtcpserver.proxy import system_names
 from gtcpserver.proxy.dial import dial
-from gtcpserver.proxy.resolve import THREADS, THREADS_OF_A_DOMAIN, Resolver, ResolveTimeout, in_order
+from gtcpserver.proxy.resolve import THREADS_OF_A_DOMAIN, Resolver, ResolveTimeout, in_order
+from gtcpserver.proxy.system_names import THREADS
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -26,6 +28,7 @@ def names(monkeypatch):
     known, asked, slow = {}, [], threading.Event()
 
     def getaddrinfo(name, *_args):
+        name = name.removesuffix(".")
         asked.append(name)
         if name.startswith("slow"):
             slow.wait(SOON)
@@ -33,7 +36,7 @@ def names(monkeypatch):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(0, 0, 0, "", (address, 0)) for address in known[name]]
 
-    monkeypatch.setattr(resolve_module, "_getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(system_names, "_getaddrinfo", getaddrinfo)
     known["both.example"] = ["192.0.2.1", "2001:db8::1", "192.0.2.2"]
     yield known, asked, slow
     slow.set()
@@ -44,7 +47,7 @@ def resolver():
     made = []
 
     def make(*args, **options):
-        made.append(Resolver(*args, **options))
+        made.append(Resolver(*args, kind="system", **options))
         return made[-1]
 
     yield make
@@ -72,7 +75,7 @@ def test_answers_and_failures_are_remembered_for_a_while(names, resolver, monkey
             one.resolve("none.example")
     assert asked == ["both.example", "none.example"]
     clock = time.monotonic
-    monkeypatch.setattr(resolve_module, "monotonic", lambda: clock() + 6)
+    monkeypatch.setattr(questions_module, "monotonic", lambda: clock() + 6)
     known["none.example"] = ["192.0.2.9"]
     assert one.resolve("none.example") == (ip_address("192.0.2.9"),)
     assert one.resolve("both.example")
@@ -101,7 +104,7 @@ def test_requirement_33_the_name_server_of_one_domain_holds_up_no_other_names(na
     assert len(asked) == THREADS_OF_A_DOMAIN + 1
     slow.set()
     gevent.joinall(waiting)
-    assert not one._domains
+    assert not one._questions._domains._keys
 
 
 def test_names_that_are_not_known_print_nothing(resolver, capfd):
@@ -131,19 +134,19 @@ def test_a_client_waits_no_longer_than_its_time_but_the_answer_serves_the_next(n
     with pytest.raises(ResolveTimeout, match=r"no answer about slow.example within 0.05 seconds"):
         one.resolve("slow.example")
     slow.set()
-    while one._under_way:
+    while one._questions.under_way:
         gevent.sleep(0.001)
     assert one.resolve("slow.example")
     assert asked == ["slow.example"]
 
 
 def test_the_memory_for_names_is_bounded(names, resolver, monkeypatch):
-    monkeypatch.setattr(resolve_module, "MOST_NAMES", 3)
+    monkeypatch.setattr(questions_module, "MOST_REMEMBERED", 3)
     one = resolver()
     for number in range(10):
         names[0][f"{number}.example"] = ["192.0.2.1"]
         one.resolve(f"{number}.example")
-    assert list(one._known) == ["7.example", "8.example", "9.example"]
+    assert list(one._results._entries) == ["7.example", "8.example", "9.example"]
 
 
 def test_resolver_refuses_unknown_families():

@@ -184,7 +184,7 @@ def test_who_wants_the_connection_closed(fields, line, closes):
         ("http://[::1]/", "[::1]:80", b"[::1]", b"/"),
         ("http://[::1]", "[::1]:80", b"[::1]", b"/"),
         ("http://[::1]:8080/a", "[::1]:8080", b"[::1]:8080", b"/a"),
-        ("HTTP://Example.COM./x?y#z", "example.com:80", b"example.com", b"/x?y"),
+        ("HTTP://Example.COM./x?y#z", "example.com.:80", b"example.com.", b"/x?y"),
         ("http://example.com:80", "example.com:80", b"example.com", b"/"),
         ("http://example.com:180?q", "example.com:180", b"example.com:180", b"/?q"),
         ("http://0x7f.1/", "127.0.0.1:80", b"127.0.0.1", b"/"),

@@ -458,23 +458,30 @@ def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, ac
 
 
 @pytest.mark.slow
-@about("resolver.family", "resolver.timeout")
+@about("resolver.family", "resolver.kind", "resolver.timeout")
 def test_the_resolver(proxy, connect, in_thread, origin, monkeypatch):
-    from gtcpserver.proxy import resolve
+    from gtcpserver.proxy import system_names
 
     def getaddrinfo(name, *_args):
-        if name == "slow.example":
+        if name == "slow.example.":
             import time
 
             time.sleep(0.5)
         return [(0, 0, 0, "", ("127.0.0.1", 0)), (0, 0, 0, "", ("::1", 0))]
 
-    monkeypatch.setattr(resolve, "_getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(system_names, "_getaddrinfo", getaddrinfo)
     rules = '[rules]\ndestinations = ["allow 127.0.0.1"]'
-    server = proxy('[resolver]\nfamily = "ipv6"\ntimeout = 0.1', rules=rules)
+    server = proxy('[resolver]\nkind = "system"\nfamily = "ipv6"\ntimeout = 0.1', rules=rules)
     assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 2  # ::1 is not allowed
     assert in_thread(reply, connect(server), socks(origin.port, "slow.example")) == 4
-    server = proxy('[resolver]\nfamily = "ipv4"', rules=rules)
+    server = proxy('[resolver]\nkind = "system"\nfamily = "ipv4"', rules=rules)
+    assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 0
+
+
+@about("resolver.servers")
+def test_name_servers_of_ones_own(proxy, connect, in_thread, origin, dns_server):
+    dns_server.add("x.example", "A", "127.0.0.1")
+    server = proxy(f'[resolver]\nservers = ["{dns_server.address}"]')
     assert in_thread(reply, connect(server), socks(origin.port, "x.example")) == 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from gtcpserver.connection.connect import MOST_ADDRESSES, connect
 from gtcpserver.proxy import dial as dial_module
 from gtcpserver.proxy import resolve as resolve_module
+from gtcpserver.proxy import system_names
 from gtcpserver.proxy.dial import MOST_AT_ONCE, dial
 from gtcpserver.proxy.errors import LimitReached
 from gtcpserver.proxy.gate import Gate, Timeouts
@@ -68,12 +69,13 @@ def tried(monkeypatch):
 def many(monkeypatch):
     """many.example has 300 addresses."""
     monkeypatch.setattr(
-        resolve_module, "_getaddrinfo", lambda name, *_: [(0, 0, 0, "", (address, 0)) for address in MANY]
+        system_names, "_getaddrinfo", lambda name, *_: [(0, 0, 0, "", (address, 0)) for address in MANY]
     )
 
 
 def gate(**options):
     timeouts = Timeouts(connect=options.pop("timeout", 0.4))
+    options.setdefault("resolver", Resolver(kind="system"))
     return Gate(client_rules=ANYBODY, destination_rules=ANYWHERE, timeouts=timeouts, **options)
 
 
@@ -139,8 +141,8 @@ def test_both_families_are_among_the_addresses_that_are_tried(family):
 
 
 def test_the_memory_for_the_addresses_of_a_name_is_bounded(many):
-    resolver = Resolver()
-    assert len(resolver.resolve("many.example")) == len(resolver._known["many.example"].found) == MOST_ADDRESSES
+    resolver = Resolver(kind="system")
+    assert len(resolver.resolve("many.example")) == len(resolver._results.get("many.example").found) == MOST_ADDRESSES
     resolver.close()
 
 

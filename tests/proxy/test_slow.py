@@ -11,7 +11,7 @@ import pytest
 import trustme
 
 from gtcpserver import TLSConfig
-from gtcpserver.proxy import handler, resolve
+from gtcpserver.proxy import handler, resolve, system_names
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
@@ -122,16 +122,16 @@ def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, con
             answered.wait(SOON)
         return [(0, 0, 0, "", ("127.0.0.1", 0))]
 
-    monkeypatch.setattr(resolve, "_getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(system_names, "_getaddrinfo", getaddrinfo)
     monkeypatch.setattr(resolve, "THREADS", threads)
-    resolver = Resolver(timeout=0.5)
+    resolver = Resolver(timeout=0.5, kind="system")
     origin, server = serve(echo), serve(ProxyHandler(gate(resolver=resolver)))
     try:
         assert in_thread(reply, connect(server), socks(origin.port, "known.example")) == 0
         slow = [connect(server) for _ in range(3 * threads)]
         for number, client in enumerate(slow):
             client.sendall(socks(origin.port, f"slow{number}.example"))
-        wait_until(lambda: len(resolver._under_way) == 3 * threads)
+        wait_until(lambda: len(resolver._questions.under_way) == 3 * threads)
         began = time.monotonic()
         assert in_thread(reply, connect(server), socks(origin.port, "known.example")) == 0
         assert in_thread(reply, connect(server), socks(origin.port, "127.0.0.1")) == 0
@@ -141,7 +141,7 @@ def test_requirement_33_names_that_are_not_answered_hold_up_no_others(serve, con
         assert time.monotonic() - began < SOON / 2
     finally:
         answered.set()
-    wait_until(lambda: not resolver._under_way)
+    wait_until(lambda: not resolver._questions.under_way)
     assert in_thread(reply, connect(server), socks(origin.port, "other.example")) == 0
     # Nobody waited any more for those that had not begun: they were not looked up.
     assert len(asked) == threads + 2

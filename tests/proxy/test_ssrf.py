@@ -134,7 +134,6 @@ TRICKS = [
     "[localhost]",
     "[v1.127.0.0.1]",
     "[::1]x",
-    "local_host-",
     "localhost..",
     ".localhost",
     "*",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gtcpserver.proxy import target as target_module
 from gtcpserver.proxy.errors import BadTarget
 from gtcpserver.proxy.target import Target, addresses_meant, canonical_name, kind_of, make_target, parse_authority
 from kit.proxying import LOOPBACK_SPELLINGS, METADATA_SPELLINGS
@@ -79,6 +80,11 @@ def test_requirement_16_kinds_of_addresses(text, kind):
         ("Example.COM", "example.com"),
         ("example.com.", "example.com"),
         ("bücher.example", "xn--bcher-kva.example"),
+        ("straße.example", "xn--strae-oqa.example"),  # IDNA 2003: strasse
+        ("Bücher。Example", "xn--bcher-kva.example"),  # UTS 46
+        ("r1---sn-a.example", "r1---sn-a.example"),
+        ("-a-.b-", "-a-.b-"),
+        ("a_b.example", "a_b.example"),
         ("_service.example", "_service.example"),
         ("a-b.c", "a-b.c"),
         ("localhost", "localhost"),
@@ -100,8 +106,8 @@ def test_requirement_17_names_have_one_form(text, name):
         "a\nb",
         "a\r\nHost: b",
         "a\x00b",
-        "-a",
-        "a-",
+        "\u2603.example",  # IDNA 2008 has no snowmen
+        "b\u00fcche\uff0fr.example",  # a full-width slash
         "a/b",
         "a@b",
         "a:b",
@@ -177,6 +183,14 @@ def test_requirements_18_and_28_authorities(text, default, shown):
 def test_requirement_18_what_is_no_authority(text):
     with pytest.raises(BadTarget):
         parse_authority(text)
+
+
+def test_without_the_package_idna_no_name_becomes_another(monkeypatch):
+    monkeypatch.setattr(target_module, "idna", None)
+    assert canonical_name("bücher.example") == "xn--bcher-kva.example"
+    for name in ("straße.example", "ς.example", "a\u200db.example"):
+        with pytest.raises(BadTarget, match="needs the package idna"):
+            canonical_name(name)
 
 
 @given(st.text(max_size=300), st.integers(-1, 70000))

@@ -123,7 +123,7 @@ def _check_target(target: Destination) -> None:
     assert target.host.isprintable()
     assert target.host == target.host.lower()
     if target.ip is None:
-        assert canonical_name(target.host) == target.host
+        assert canonical_name(target.host) == target.name
         assert _by_libc(target.host) is None, "a name that the C library takes for an address"
     else:
         assert str(target.ip) == target.host
