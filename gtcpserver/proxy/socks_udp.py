@@ -27,6 +27,11 @@ MOST_PEERS = 1024
 
 LARGEST_DATAGRAM = 65535
 
+#: Names of one client that are looked up at once, and datagrams that wait for each; others are lost, as in a network.
+#: A client sends one to a name, seldom more, before it has an answer.
+MOST_NAMES = 16
+MOST_WAITING = 8
+
 Peer = tuple[IPAddress, int]
 
 
@@ -96,6 +101,8 @@ class _Association:
         self._inner = _udp_socket(local)
         self._outer: dict[IPAddress, Any] = {}
         self._greenlets: list[Any] = []
+        self._waiting: dict[str, list[socks5.Datagram]] = {}  # for the addresses of a name
+        self._lookups: dict[str, Any] = {}
 
     @property
     def address(self) -> Peer:
@@ -107,7 +114,7 @@ class _Association:
         self._greenlets.append(gevent.spawn(self._read_from_client))
 
     def close(self) -> None:
-        gevent.killall(self._greenlets, block=False)
+        gevent.killall([*self._greenlets, *self._lookups.values()], block=False)
         for sock in (self._inner, *self._outer.values()):
             sock.close()
 
@@ -122,7 +129,7 @@ class _Association:
                 continue
             try:
                 datagram = socks5.parse_datagram(packet)
-                if datagram is not None:
+                if datagram is not None and not self._must_wait(datagram):
                     self._send(datagram)
             except (ProtocolError, OSError):
                 continue  # there is no way to tell the client
@@ -136,13 +143,40 @@ class _Association:
         self._client = source
         return True
 
+    def _must_wait(self, datagram: socks5.Datagram) -> bool:
+        """Return whether a datagram is sent later, after its name has been looked up. Others are not held up."""
+        host = datagram.target.host
+        waiting = self._waiting.get(host)
+        if waiting is not None:
+            if len(waiting) < MOST_WAITING:
+                waiting.append(datagram)
+            return True
+        if datagram.target.ip is not None or self._visitor.knows(datagram.target):
+            return False
+        if len(self._waiting) < MOST_NAMES:
+            self._lookups[host] = gevent.spawn(self._send_waiting, host)  # it runs later; it may fail, now
+            self._waiting[host] = [datagram]
+        return True
+
+    def _send_waiting(self, host: str) -> None:
+        waiting = self._waiting[host]
+        try:
+            while waiting:
+                try:
+                    self._send(waiting.pop(0))
+                except OSError:
+                    continue  # there is no way to tell the client
+        finally:
+            del self._waiting[host], self._lookups[host]
+
     def _send(self, datagram: socks5.Datagram) -> None:
         visitor, target = self._visitor, datagram.target
         upstream, found = visitor.upstream_to(target)
         if upstream is not None:
             return  # our location must not be revealed there, and the other proxy does not relay datagrams
-        found = visitor.in_reach(visitor.addresses_of(target) if found is None else found)
-        ip = next((one for one in found if visitor.decide(target, one).allowed), None)
+        if found is None:
+            found = visitor.addresses_of(target)
+        ip = next((one for one in visitor.in_reach(found) if visitor.decide(target, one, found).allowed), None)
         if ip is None:
             return
         visitor.record.asked = visitor.record.asked or str(target)
