@@ -117,6 +117,7 @@ def _by_udp(server: Any, asked: bytes, seconds: float) -> Reply | None:
     """Return the reply; None: somebody guesses, and TCP is safer."""
     until = monotonic() + seconds
     with _socket(server, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(seconds)
         sock.connect(server)
         sock.send(asked)
         for _ in range(MOST_WRONG):

@@ -29,7 +29,8 @@ THREADS = 256
 KEEP = 60.0
 KEEP_NEGATIVE = 5.0
 
-_NO_SUCH_NAME = frozenset((socket.EAI_NONAME, socket.EAI_NODATA))
+# musl has no EAI_NODATA.
+_NO_SUCH_NAME = frozenset((socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)))
 
 
 class SystemNames:
