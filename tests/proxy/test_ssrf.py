@@ -1,5 +1,6 @@
 """Nobody is led inside: whatever a client calls a place, and whatever a name server says of it."""
 
+import re
 import socket
 import struct
 from http.client import parse_headers
@@ -186,10 +187,15 @@ def test_requirement_18_what_is_no_authority_is_not_asked_for(proxy, connect, in
     )
     assert tunnel.startswith(b"HTTP/1.1 400 ")
     head = b"GET http://%b:%d/ HTTP/1.1\r\nHost: example.com\r\n\r\n" % (host.encode(), forbidden.port)
-    # What stands before "#", "?" or "/" is the authority: an address that is denied.
-    expected = b"403" if host[:10] in ("127.0.0.1#", "127.0.0.1?", "127.0.0.1/") else b"400"
-    assert in_thread(http, connect(server), head)[9:12] == expected
-    assert names.asked == []
+    # What stands before "#", "?" or "/" is the authority, and what stands behind "@" in it the host. That is judged.
+    host = host.rpartition("@")[2]
+    if host == "example.com":
+        assert in_thread(http, connect(server), head)[9:12] == b"502"
+        assert set(names.asked) == {"example.com"}
+    else:
+        expected = b"403" if re.match(r"127\.0\.0\.1($|[#?/])", host) else b"400"
+        assert in_thread(http, connect(server), head)[9:12] == expected
+        assert names.asked == []
 
 
 @pytest.mark.parametrize(
