@@ -418,6 +418,9 @@ class _Dispatcher:
         self.retire(successor)
         self._successor = successor
 
+    def connection_rejected(self, conn: Any) -> None:
+        (self._only or self._handler_of(conn.server_address)).connection_rejected(conn)
+
     def __call__(self, conn: Any) -> None:
         (self._only or self._handler_of(conn.server_address))(conn)
 

@@ -146,6 +146,12 @@ class ProxyHandler:
             if not is_http:
                 self._write(visitor.record)
 
+    def connection_rejected(self, conn: Connection) -> None:
+        """Log a connection that the server has closed because its pool was full. Called in the hub."""
+        record = AccessRecord(str(as_ip(host_of(network_address(conn)))), self.gate.listener)
+        record.result, record.detail = "limit", "pool"
+        self._write(record)
+
     def server_stopped(self) -> None:
         """End what authenticators and the resolver have started, after the server has stopped."""
         for authenticator in self.gate.authenticators.values():

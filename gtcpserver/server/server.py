@@ -44,6 +44,7 @@ from .acceptor import Acceptor
 from .access_log import AccessLog
 from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .capacity import Capacity
+from .full_log import FullLog
 from .observers import Observer
 from .options import Options
 from .serving import Serving
@@ -195,6 +196,7 @@ class Server:
         )
         self._state = state = ServerState()
         self._capacity = Capacity(options, state)
+        self._full_log = FullLog(options, state)
         self._serving = Serving(self, options, state, self._capacity)
         self._time_limits = TimeLimits(state.connections, handler_timeout, min_rate, min_rate_window)
         self._stopping = Stopping(self, options, state, self._time_limits, self._admit_drained)
@@ -223,6 +225,21 @@ class Server:
         # For this package: called by ``serve_forever`` once it listens and signals begin graceful stops.
         self.when_serving: Callable[[Server], object] | None = None
 
+    def _want_room(self) -> None:
+        # Called in the hub when the server is full and a connection is queued.
+        self._full_log.note()
+        self._capacity.want_room()
+
+    def note_rejected(self, connection: Connection) -> None:
+        """Log that the server is full, and tell a handler that has a log of its own. For this package.
+
+        :meta private:
+        """
+        self._full_log.note()
+        rejected = getattr(self.handler, "connection_rejected", None)
+        if callable(rejected):
+            rejected(connection)
+
     # -- start -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -246,7 +263,7 @@ class Server:
                     listener,
                     self._serving.admit,
                     full=self._capacity.full,
-                    place_wanted=self._capacity.want_room,
+                    place_wanted=self._want_room,
                     on_fatal=self._listener_is_gone,
                     connection_class=options.connection_class,
                 )

@@ -537,7 +537,8 @@ def test_max_connections_waits_and_counts_idle_ones(serve, connect, in_thread, c
     first.close()
     assert in_thread(third.recv, 10) == b"hello"
     assert server.stats().peak == 2
-    assert not caplog.records  # and nobody had to find out that it stands still
+    # And nobody had to find out that it stands still.
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["the server is full"]
 
 
 def test_max_connections_rejects(serve, connect, in_thread):
@@ -678,7 +679,8 @@ def test_a_connection_that_becomes_idle_makes_room_for_one_that_is_queued(serve,
     assert server.accepted_connections == 1
     go.set()
     assert in_thread(second.recv, 10) == b"second"
-    assert not caplog.records  # and nobody had to find out that it stands still
+    # And nobody had to find out that it stands still.
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["the server is full"]
 
 
 def test_a_request_does_not_overtake_one_that_waits_for_a_place(serve, connect):
