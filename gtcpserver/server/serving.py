@@ -165,11 +165,14 @@ class Serving:
 
     def _reject(self, connection: Connection, address: Any) -> None:
         self._counters.rejected += 1
-        if self._access_log is not None:
-            connection.client_address = address
-            self._access_log.write_unserved(connection, "rejected")
+        connection.client_address = address
         connection.server = self._server  # whose lingerer closes it
-        end(connection)
+        try:
+            if self._access_log is not None:
+                self._access_log.write_unserved(connection, "rejected")
+            self._server.note_rejected(connection)
+        finally:
+            end(connection)
 
     def _stop_after_last(self) -> None:
         for acceptor in self._state.acceptors:
