@@ -28,7 +28,7 @@ from .errors import TTL_EXPIRED, Cut, LimitReached
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Found, Resolver, ResolveTimeout
-from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination
+from .rules import ClientRule, Decision, DestinationRule, RuleMatch, decide_client, decide_destination, names_to_look_up
 from .source import is_better_source
 from .succession import Tenure
 from .target import IPAddress, Target, addresses_meant
@@ -139,6 +139,7 @@ class Gate:
     # Cached decisions: rules do not change, and a lookup takes a tenth of the time.
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
+    known_names: dict[Any, tuple[tuple[str, ...] | None, str]] = field(default_factory=dict, init=False, repr=False)
 
     _successor: list[Gate] = field(default_factory=list, init=False, repr=False)
 
@@ -229,6 +230,7 @@ class Visitor:
     opened: tuple[Target, IPAddress | None] | None = None
     limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None
+    _found: Sequence[IPAddress] = ()  # of the last lookup of a destination
     _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
@@ -439,23 +441,66 @@ class Visitor:
             raise Denied(decisions[0][1].rule)
         return allowed
 
-    def addresses_of(self, target: Target) -> Sequence[IPAddress]:
-        """Return all addresses of a target, allowed or not. Raise OSError if the name cannot be resolved."""
+    def addresses_of(self, target: Target, by_rules: bool = True) -> Sequence[IPAddress]:
+        """Return all addresses of a target, allowed or not.
+
+        A name that the rules deny whatever its addresses is not looked up: its owner would learn of it, and a client
+        could send data that way.
+
+        Args:
+            by_rules: False: for ourselves, the rules for clients do not apply.
+
+        Raises:
+            Denied: the rules deny every name that may be meant.
+            OSError: the name cannot be resolved.
+        """
         if target.ip is not None:
             return (target.ip,)
+        names, denied = self._names_of(target) if by_rules else (None, "")
         began = monotonic()
         resolver = self.gate.resolver
         try:
-            # Those of others know nothing of clients.
-            asked = (target.host, self.client) if isinstance(resolver, Resolver) else (target.host,)
-            return resolver.resolve(*asked)
+            if not isinstance(resolver, Resolver):
+                return resolver.resolve(target.host)  # it knows nothing of clients
+            found = resolver.resolve(target.host, self.client, names)
+            if by_rules:
+                self._found = found
+            return found
+        except socket.gaierror as error:
+            if denied and error.errno == socket.EAI_NONAME:
+                raise Denied(denied) from None
+            raise
         finally:
             self.record.resolved = (self.record.resolved or 0.0) + monotonic() - began
 
     def knows(self, target: Target) -> bool:
-        """Return whether `addresses_of` would not wait."""
+        """Return whether `addresses_of` would not wait. Raise Denied."""
+        if target.ip is not None:
+            return True
+        resolver, names = self.gate.resolver, self._names_of(target)[0]
+        return isinstance(resolver, Resolver) and resolver.is_known(target.host, names)
+
+    def _candidates(self, target: Target) -> Sequence[str]:
+        """Return the absolute names that a target may mean, without final dots."""
+        if target.ip is not None:
+            return ()
         resolver = self.gate.resolver
-        return target.ip is not None or (isinstance(resolver, Resolver) and resolver.is_known(target.host))
+        return resolver.candidates(target.host) if isinstance(resolver, Resolver) else (target.host.removesuffix("."),)
+
+    def _names_of(self, target: Target) -> tuple[tuple[str, ...] | None, str]:
+        """Return the names that may be looked up for a target, None if these are all, and the first rule that denies
+        one whatever its addresses. Raise Denied if it denies all."""
+        gate, candidates = self.gate, self._candidates(target)
+        key = (self.record.client, self.auth, self.record.user, target.host, target.port, *candidates)
+        known = gate.known_names.get(key)
+        if known is None:
+            match = self._match(target)
+            match.port = match.port or 1  # BIND without a port: rules about ports do not concern it
+            known = names_to_look_up(gate.destination_rules, match, candidates, target.host.removesuffix("."))
+            _remember(gate.known_names, key, known)
+        if known[0] == ():
+            raise Denied(known[1])
+        return known
 
     def upstream_to(self, target: Target) -> tuple[Upstream | None, Sequence[IPAddress] | None]:
         """Return the proxy that leads to a target, and the target's addresses if the rules needed them.
@@ -465,6 +510,7 @@ class Visitor:
             may find others, to which another way leads.
 
         Raises:
+            Denied: a rule needs the addresses of a name that must not be looked up.
             OSError: a rule needs the addresses, and they cannot be looked up. The right way is then unknown, and a
                 guess may show the name to those who must not see it.
         """
@@ -479,12 +525,8 @@ class Visitor:
                 found = self.addresses_of(target)
             return found
 
-        candidates: Sequence[str] = ()
-        if target.ip is None and isinstance(gate.resolver, Resolver):
-            candidates = gate.resolver.candidates(target.host)
-        chosen = choose_upstream(
-            gate.upstream_rules, self._match(target), target.name, addresses, gate.this_host.has, candidates
-        )
+        match, candidates = self._match(target), self._candidates(target)
+        chosen = choose_upstream(gate.upstream_rules, match, target.name, addresses, gate.this_host.has, candidates)
         return gate.upstreams.get(chosen), found
 
     def open(self, target: Target) -> Connection:
@@ -508,6 +550,7 @@ class Visitor:
         record = self.record
         record.asked = str(target)
         forwarding: Upstream | None = None
+        self._found = ()
         try:
             self.check_limits()
             upstream, found = self.upstream_to(target)
@@ -526,15 +569,15 @@ class Visitor:
             raise
         except OSError as error:
             record.result, record.detail = result_of(error), error.strerror or str(error)
-            self._forget(target)
+            self._forget(self._found)
             raise
         record.note_opened()
         return connection, forwarding
 
-    def _forget(self, target: Target) -> None:
+    def _forget(self, found: Sequence[IPAddress]) -> None:
         """Have a name that could not be connected to looked up again: its address may be an old one."""
-        if target.ip is None and isinstance(self.gate.resolver, Resolver):
-            self.gate.resolver.forget(target.host)
+        if isinstance(found, Found):
+            self.gate.resolver.forget(found)
 
     def check_limits(self) -> None:
         """Count it for its user. Raise LimitReached."""
@@ -569,10 +612,11 @@ class Visitor:
             self.opened = target, targets[0].ip
 
         def dial_first(proxy: Target) -> Connection:
+            addresses = self.addresses_of(proxy, by_rules=False)
             try:
-                return self._dial(self.addresses_of(proxy), proxy.port, False)[0]
+                return self._dial(addresses, proxy.port, False)[0]
             except OSError:
-                self._forget(proxy)
+                self._forget(addresses)
                 raise
 
         seconds = self.gate.timeouts.connect

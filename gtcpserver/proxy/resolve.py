@@ -62,6 +62,10 @@ MOST_OF_A_CLIENT = 128
 SECOND_FAMILY = 0.5
 
 
+#: A host name; with the candidates that may be looked up, if those are not all.
+_Key = str | tuple[str, ...]
+
+
 class ResolveTimeout(TimeoutError):
     """A name server did not answer in time."""
 
@@ -72,10 +76,12 @@ class Found(tuple[IPAddress, ...]):
     Attributes:
         name: the absolute name that has them, without its final dot: what rules that allow must match.
         also: other names that the client may have meant: rules that deny them count, too.
+        key: what was asked for.
     """
 
     name: str
     also: tuple[str, ...]
+    key: _Key
 
 
 class _Result:
@@ -120,7 +126,7 @@ class Resolver:
         asked = tuple(map(parse_server, servers))
         if asked and self.kind == "system":
             raise ConfigError('servers are for kind = "dns"')
-        self._results: Remembered[str, _Result] = Remembered()
+        self._results: Remembered[_Key, _Result] = Remembered()
         self._clients: Shares[Any] = Shares(MOST_OF_A_CLIENT)
         self._system = SystemNames()
         self._questions: Questions[Any]
@@ -142,45 +148,49 @@ class Resolver:
         """Return the absolute names that a host name may mean, without final dots, in the order of the lookups."""
         return self._conf.read().candidates(host)
 
-    def is_known(self, host: str) -> bool:
+    def is_known(self, host: str, names: Sequence[str] | None = None) -> bool:
         """Return whether `resolve` would not wait."""
-        return self._results.get(host) is not None
+        return self._results.get(_key(host, names)) is not None
 
-    def resolve(self, host: str, client: IPAddress | None = None) -> Found:
+    def resolve(self, host: str, client: IPAddress | None = None, names: Sequence[str] | None = None) -> Found:
         """Return the addresses of a host name.
 
         Args:
             host: in lower case ASCII, with a final dot if it is absolute.
             client: who asks; only so many lookups of one client are in progress at once.
+            names: those of its `candidates` that may be looked up; None: all.
 
         Raises:
             socket.gaierror: there are none, or the name server failed.
             ResolveTimeout: no answer in time.
         """
         # Hot: once per connection.
-        result = self._results.get(host)
+        key = host if names is None else _key(host, names)
+        result = self._results.get(key)
         if result is None:
             until = monotonic() + self._timeout
             if client is None:
-                result = self._resolve(host, until)
+                result = self._resolve(host, until, names)
             else:
                 with self._clients.hold(client_key(client), self._timeout) as held:
                     if not held:
                         raise ResolveTimeout("too many lookups of this client")
-                    result = self._results.get(host) or self._resolve(host, until)
+                    result = self._results.get(key) or self._resolve(host, until, names)
+            if result.found is not None:
+                result.found.key = key
             if result.until > monotonic():
-                self._results.put(host, result)
+                self._results.put(key, result)
         if result.found is None:
             raise self._error_of(host, result.outcome)
         return result.found
 
-    def forget(self, host: str) -> None:
+    def forget(self, found: Found) -> None:
         """Look a name up again soon: none of its addresses could be connected to."""
-        result = self._results.get(host)
-        if result is not None and result.found is not None:
+        result = self._results.get(found.key)
+        if result is not None and result.found is found:
             for kind in self._kinds:
-                self._questions.forget(result.found.name + self._suffix, kind)
-            self._results.forget(host)
+                self._questions.forget(found.name + self._suffix, kind)
+            self._results.forget(found.key)
 
     def close(self) -> None:
         """End what is in progress."""
@@ -189,18 +199,17 @@ class Resolver:
 
     # -- one name ----------------------------------------------------------------------------------------------------
 
-    def _resolve(self, host: str, until: float) -> _Result:
+    def _resolve(self, host: str, until: float, names: Sequence[str] | None) -> _Result:
         name = host.removesuffix(".")
         own = in_order(self._hosts.read().get(name, ()), self._family) or in_order(_special(name), self._family)
         if own:
             return self._result(host, name, answer_for("found", own))
         if name == "invalid" or name.endswith(".invalid"):  # RFC 6761 section 6.4
             return _Result(None, answer_for("no-name"))
-        return self._search(host, until)
+        return self._search(host, until, self.candidates(host) if names is None else names)
 
-    def _search(self, host: str, until: float) -> _Result:
+    def _search(self, host: str, until: float, candidates: Sequence[str]) -> _Result:
         """Look for the first candidate that has addresses, as glibc does (res_search in resolv/res_query.c)."""
-        candidates = self.candidates(host)
         nothing = Answer("no-name", (), float("inf"))
         for candidate in candidates:
             answer = self._addresses(candidate + self._suffix, until)
@@ -214,7 +223,7 @@ class Resolver:
         if self._tries_relative and nothing.outcome != "failed" and not host.endswith("."):
             answer = self._addresses(host, until)
             if answer.outcome == "found":
-                return self._result(host, host, answer, candidates)
+                return self._result(host, host, answer, self.candidates(host))
         return _Result(None, nothing)
 
     def _addresses(self, name: str, until: float) -> Answer:
@@ -282,6 +291,10 @@ class Resolver:
         if reply.found:
             return answer_for("found", in_order(reply.found, "any"), reply.ttl)
         return answer_for("no-name" if reply.code == NXDOMAIN else "no-address", ttl=reply.ttl)
+
+
+def _key(host: str, names: Sequence[str] | None) -> _Key:
+    return host if names is None else (host, *names)
 
 
 def _answer_of(question: Question) -> Answer:

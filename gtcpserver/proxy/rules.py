@@ -390,5 +390,42 @@ def decide_destination(
     return Decision(False, "no destination rule matches")
 
 
+def names_to_look_up(
+    rules: Sequence[DestinationRule], asked: RuleMatch, candidates: Sequence[str], requested: str
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return which names may be looked up: all but those that are denied whatever their addresses.
+
+    Args:
+        asked: who asks, and for which port.
+        candidates: names that the requested one may mean.
+        requested: the requested name, without its final dot.
+
+    Returns:
+        The names, None for all; and the rule that denies the first of the others.
+    """
+    names, first = [], ""
+    for name in candidates:
+        rule = _denies_name(rules, asked, name, requested)
+        if rule is None:
+            names.append(name)
+        else:
+            first = first or rule
+    return (tuple(names) if first else None), first
+
+
+def _denies_name(rules: Sequence[DestinationRule], asked: RuleMatch, name: str, requested: str) -> str | None:
+    """Return the rule that denies a name whatever its addresses; None: they decide."""
+    for rule in rules:
+        what = rule.destinations
+        if not asked.fits(rule):
+            continue
+        if rule.action == "allow":
+            if what.network is not None or what.kind is not None or what.is_any or what.has_name(name):
+                return None
+        elif what.is_any or what.has_name(name) or what.has_name(requested):
+            return rule.text
+    return "no destination rule matches"
+
+
 def _is_from(clients: IPNetwork | None, client: IPAddress) -> bool:
     return clients is None or (clients.version == client.version and client in clients)

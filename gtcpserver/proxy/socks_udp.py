@@ -16,7 +16,7 @@ from gtcpserver.process.forked import close_in_children
 
 from . import socks5
 from .errors import ProtocolError
-from .gate import Visitor, result_of
+from .gate import Denied, Visitor, result_of
 from .limits import rest
 from .socks5 import Reply
 from .succession import OpenTunnel
@@ -131,7 +131,7 @@ class _Association:
                 datagram = socks5.parse_datagram(packet)
                 if datagram is not None and not self._must_wait(datagram):
                     self._send(datagram)
-            except (ProtocolError, OSError):
+            except (ProtocolError, Denied, OSError):
                 continue  # there is no way to tell the client
 
     def _is_the_client(self, source: Any) -> bool:
@@ -164,7 +164,7 @@ class _Association:
             while waiting:
                 try:
                     self._send(waiting.pop(0))
-                except OSError:
+                except (Denied, OSError):
                     continue  # there is no way to tell the client
         finally:
             del self._waiting[host], self._lookups[host]

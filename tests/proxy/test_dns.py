@@ -102,7 +102,7 @@ def test_an_address_that_failed_is_looked_up_again(dns_server, resolver_of, serv
     monkeypatch.setattr(questions, "LEAST_TTL", 60.0)
     assert in_thread(reply, connect(proxy), socks(origin.port, "moved.test")) == 0
     for _ in range(3):
-        gate.resolver.forget("moved.test")
+        gate.resolver.forget(gate.resolver.resolve("moved.test"))
         assert found(gate.resolver, "moved.test") == "127.0.0.1"
     assert len(dns_server.asked) == 2
 

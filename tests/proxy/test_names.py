@@ -7,6 +7,8 @@ import socket
 from ipaddress import ip_address
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gtcpserver import ConfigError
 from gtcpserver.proxy import name_files as name_files_module
@@ -14,7 +16,7 @@ from gtcpserver.proxy import questions, system_names
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import Resolver, ResolveTimeout
-from gtcpserver.proxy.rules import RuleMatch, decide_destination, parse_destination_rule
+from gtcpserver.proxy.rules import RuleMatch, decide_destination, names_to_look_up, parse_destination_rule
 from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
 from kit.dns_server import SILENT
 from kit.handlers import echo
@@ -95,6 +97,63 @@ def test_a_rule_that_allows_a_short_name_does_not_allow_another_that_it_leads_to
         rules = [parse_destination_rule(rule)]
         decision = decide_destination(rules, match, addresses.name, addresses[0], also=addresses.also)
         assert decision.allowed is allowed
+
+
+@pytest.mark.parametrize(
+    ("rules", "host", "expected", "asked"),
+    [
+        (["deny .evil.test", "allow any"], "data.evil.test", 2, []),
+        (["deny .evil.test", "allow any"], "data.evil.test.", 2, []),
+        (["deny .evil.test", "allow loopback"], "evil.test", 2, []),
+        (["allow .corp.test"], "data.evil.test", 2, ["data.evil.test.corp.test"]),
+        (["allow .corp.test"], "data.evil.test.", 2, []),
+        (["allow .evil.test:1", "deny any"], "data.evil.test", 2, []),
+        # Kubernetes' search list: it costs no questions, and others are reached.
+        (["deny .corp.test", "allow loopback", "allow any"], "www", 0, ["www"]),
+        # An address may be allowed, so that the name has to be looked up.
+        (["allow 127.0.0.1", "deny any"], "www.", 0, ["www"]),
+        (["deny 192.0.2.0/24", "deny any"], "www.", 2, []),
+    ],
+)
+def test_a_name_that_is_denied_whatever_its_addresses_is_not_looked_up(
+    dns_server, resolver_of, serve, connect, in_thread, lines, rules, host, expected, asked
+):
+    """Otherwise a client could send data to the owner of a domain that the rules deny."""
+    dns_server.add("www", "A", "127.0.0.1")
+    gate = Gate(
+        client_rules=ANYBODY,
+        destination_rules=list(map(parse_destination_rule, rules)),
+        resolver=resolver_of("search corp.test\n", family="ipv4"),
+    )
+    origin, proxy = serve(echo), serve(ProxyHandler(gate))
+    for _ in range(2):
+        client = connect(proxy)
+        assert in_thread(reply, client, socks(origin.port, host)) == expected
+        client.close()
+    assert [name for name, _ in dns_server.asked] == asked
+    if expected == 2:
+        assert lines(2)[0]["result"] == "destination_denied"
+
+
+RULES = ["any", "a.test", ".test", "a.test:80", "127.0.0.1", "loopback", ".b.test", "192.0.2.0/24:80"]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from(["allow", "deny"]), st.sampled_from(RULES)), max_size=4),
+    st.sampled_from(["a.test", "x.b.test", "other"]),
+    st.sampled_from(["a.test", "a", "other"]),
+    st.sampled_from([80, 81]),
+)
+def test_names_are_passed_over_that_no_address_makes_allowed_and_no_others(rules, name, requested, port):
+    parsed = [parse_destination_rule(" ".join(words)) for words in rules]
+    match = RuleMatch(LOCAL, "default", None, None, port)
+    passed_over = names_to_look_up(parsed, match, [name], requested)[0] == ()
+    addresses = map(ip_address, ["8.8.8.8", "127.0.0.1", "192.0.2.1"])
+    allowed = [ip for ip in addresses if decide_destination(parsed, match, name, ip, also=(requested,)).allowed]
+    assert not (passed_over and allowed)
+    if not passed_over and not allowed:  # a rule about addresses may have allowed others
+        assert any(action == "allow" for action, _ in rules)
 
 
 @pytest.mark.parametrize(("host", "way"), [("secret", True), ("secret.corp.test", True), ("secret.", False)])
