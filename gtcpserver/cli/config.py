@@ -42,6 +42,7 @@ from .options import (
     of_balancers,
     was_given,
 )
+from .reload import settle_reload
 from .settings import SECRET, key_of, settings_of, source_of, told, unknown_variables
 
 NOT_SHOWN = "(not shown)"
@@ -112,6 +113,7 @@ def check(context: click.Context, name: str, load: bool, file: str) -> None:
         if isinstance(of.params["bind"], Address):
             of.params["bind"] = (of.params["bind"],)
         check_addresses(of)
+        settle_reload(of)
         make_supervisor_config(of)
         make_server(of, lambda _connection: None, make_listen_config(of), load=False)
         loaded = _load(of) if load else []

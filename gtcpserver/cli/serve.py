@@ -40,6 +40,7 @@ from .options import (
     was_given,
 )
 from .process import freeze_garbage_collector, log_stats, raise_descriptor_limit, unblock_signals
+from .reload import reload_options, reloading_on_saves, settle_reload, watched_by
 from .settings import SettingsCommand, config_option, file_of, warnings_at_start
 from .supervise import bound_by_systemd, supervise
 
@@ -141,6 +142,7 @@ def process_options(command: Command) -> Command:
 @config_option
 @server_options
 @supervisor_options
+@reload_options
 @monkey_patch_option
 @process_options
 @access_log_options
@@ -202,9 +204,10 @@ def serve_with(
         more = [address for address in given if not (address.kind == "fd" and address.fd in fds)]
         context.params["bind"] = (*bound_by_systemd(fds), *more)
     check_addresses(context)
+    on_saves = reloading_on_saves(watched_by(context)) if settle_reload(context) else None
     config = make_supervisor_config(context)
     if config is not None:
-        supervise(context, config, load, len(fds), files)
+        supervise(context, config, load, len(fds), files, on_saves)
         return
     prepare(context)
     listen = make_listen_config(context)

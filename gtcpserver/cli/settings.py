@@ -372,7 +372,7 @@ def unknown_variables(command: click.Command) -> list[str]:
 
 #: What a worker cannot change: settings of the master, or of steps that precede the server.
 FIXED = frozenset(
-    {"bind", "stop_timeout", "freeze_gc", "log_level", "log_format", "monkey_patch"}
+    {"bind", "stop_timeout", "freeze_gc", "log_level", "log_format", "monkey_patch", "reload", "reload_path"}
     | {name for name, _, _ in LISTEN_OPTIONS}
 )
 

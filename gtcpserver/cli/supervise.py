@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -68,6 +69,7 @@ def supervise(
     load: Callable[[], Callable[[Any], Any]],
     listen_fds: int,
     files: Callable[[], NamedFiles] = NamedFiles,
+    around: AbstractContextManager[None] | None = None,
 ) -> None:
     """Serve with worker processes until told to stop.
 
@@ -75,6 +77,7 @@ def supervise(
         load: returns the handler; it is called in each worker, so that a reload finds new code.
         listen_fds: number of addresses that came from systemd.
         files: returns the names of the files that `load` needs, besides those in the options.
+        around: entered for as long as the master runs.
 
     Raises:
         RunError: with exit status 3 (2 for a usage error) if no worker could be started, otherwise 1.
@@ -133,7 +136,8 @@ def supervise(
         prepare=lambda: _told_to_the_master(prepare, context),
     )
     try:
-        Master(program, config).run(listen_fds)
+        with around or nullcontext():
+            Master(program, config).run(listen_fds)
     except WorkersCannotStart as error:
         raise StartError(error) from None
     except OSError as error:
