@@ -42,7 +42,7 @@ def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] 
     read the environment and the settings file (gtcpserver.cli.settings)."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     loads = command == "config" and "--load" in arguments  # loads the program, as `serve` would
-    if not (command in MONKEY_PATCHED or loads) or "--help" in arguments:
+    if not (command in MONKEY_PATCHED or loads) or {"-h", "--help"} & {*arguments}:
         return False
     flags = [argument for argument in arguments if argument in ("--monkey-patch", "--no-monkey-patch")]
     if flags:

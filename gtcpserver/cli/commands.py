@@ -33,6 +33,13 @@ COMMANDS = {
 #: Prefix of the message of a SystemError that ends gevent's loop, such as an error of epoll_wait(2).
 LIBEV = "(libev) "
 
+#: The most frequent uses: the command line, and what it is for.
+EXAMPLES = (
+    ("gtcpserver serve app:handle", "on 127.0.0.1:5000"),
+    ("gtcpserver serve app:handle -b '*:80' -w auto", "in production, on all CPUs"),
+    ("gtcpserver echo -b 5001", "to test a client with"),
+)
+
 EPILOG = """Exit status: 0 stopped or done; 1 runtime failure (address in use, an exception in the handler's module);
 2 usage error; 3 worker processes cannot start."""
 
@@ -65,6 +72,11 @@ class CommandTable(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return load_command(name) if name in COMMANDS else None
+
+    def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(context, formatter)
+        with formatter.section("Examples"):
+            formatter.write_dl(list(EXAMPLES), col_max=60)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
@@ -105,7 +117,12 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
         context.exit()
 
 
-@click.group(cls=CommandTable, no_args_is_help=False, epilog=EPILOG)
+@click.group(
+    cls=CommandTable,
+    no_args_is_help=False,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print versions."
 )

@@ -288,8 +288,9 @@ HOOK_OPTIONS: tuple[tuple[str, str], ...] = (
 )
 
 
-# The names that other servers' commands use for these options.
+# Short names, and the names that other servers' commands use for these options.
 SHORTER = {
+    "workers": ("-w",),
     "recycle_after": ("--max-connections-per-worker",),
     "tls_certfile": ("--tls-cert",),
     "tls_keyfile": ("--tls-key",),
@@ -302,6 +303,7 @@ def server_options(command: Command) -> Command:
     """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
     return click.option(
         "--bind",
+        "-b",
         "bind",
         type=AddressType(),
         multiple=True,

@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from gtcpserver.errors import ConfigError
 
 from .commands import COMMANDS, RunError, describe, load_command
+from .help import GroupedHelp
 from .mistakes import mistakes
 from .options import (
     BALANCER_OPTIONS,
@@ -75,7 +76,7 @@ class Settings:
     at_start: dict[str, Any] = field(default_factory=dict)
 
 
-class _Telling(click.Command):
+class _Telling(GroupedHelp):
     """Report a mistake in a value with the source of the value."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
@@ -119,8 +120,8 @@ def config_option(command: Any) -> Any:
         is_eager=True,  # before the other options, whose defaults it sets
         expose_value=False,
         callback=_read_into,
-        help="TOML file with any of these options, see docs/settings.md. Each may also be set in the environment: "
-        f"{PREFIX}POOL is --pool.",
+        help="TOML file with any of these options, see docs/settings.md. Each may also be set in the environment, "
+        "by the variable in brackets.",
     )(command)
 
 
