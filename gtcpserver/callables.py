@@ -20,6 +20,7 @@ HOOKS = {
     "on_connect": _CONNECTION,
     "on_disconnect": _CONNECTION,
     "on_error": ("the connection", "the exception"),
+    "on_start": ("the Server",),
     "on_stop": ("the Server",),
     "worker_start": _WORKER,
     "worker_stop": _WORKER,

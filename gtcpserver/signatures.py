@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         on_connect: Callable[[ConnectionT], bool | None] | None
         on_disconnect: Callable[[ConnectionT], None] | None
         on_error: Callable[[ConnectionT, BaseException], None] | None
+        on_start: Callable[[Server], None] | None
         on_stop: Callable[[Server], None] | None
 
     class RunOptions(ServerOptions[ConnectionT], total=False):

@@ -202,6 +202,7 @@ OBJECT_OPTIONS: tuple[tuple[str, str], ...] = (
     ("on_connect", "Called first with each connection; it is closed unserved if this returns False."),
     ("on_disconnect", "Called with each connection when its handler has ended."),
     ("on_error", "Called with connection and exception when a handler fails, instead of logging the error."),
+    ("on_start", "Called with the Server when it listens, before the first connection is accepted."),
     ("on_stop", "Called with the Server during a stop, when its last connection has ended."),
 )
 

@@ -15,6 +15,7 @@ import gevent
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.block_detector import DEFAULT_THRESHOLD, SHORTEST_THRESHOLD, BlockDetector
+from gtcpserver.diagnostics.frames import raised_by_library
 from gtcpserver.diagnostics.logs import configure_logging
 from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring import Monitor
@@ -305,6 +306,8 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         with service_state_told(server):
             report = server.serve_forever(context.params["stop_timeout"])
     except OSError as error:
+        if not raised_by_library(error):  # in on_start
+            raise
         raise RunError(f"cannot listen: {name_option(error.strerror or str(error))}") from None
     finally:
         if monitor is not None:

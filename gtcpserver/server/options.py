@@ -53,6 +53,7 @@ class Options:
     on_connect: Callable[[Any], bool | None] | None
     on_disconnect: Callable[[Any], None] | None
     on_error: Callable[[Any, BaseException], None] | None
+    on_start: Callable[[Any], None] | None
     on_stop: Callable[[Any], None] | None
 
     @classmethod
@@ -72,7 +73,7 @@ class Options:
             ConfigError: an invalid option; the message names it.
         """
         check_handler(others["handler"])
-        for name in ("on_connect", "on_disconnect", "on_error", "on_stop"):
+        for name in ("on_connect", "on_disconnect", "on_error", "on_start", "on_stop"):
             check_hook(name, others[name])
         _check_numbers(others)
         if isinstance(address, list) and not address:

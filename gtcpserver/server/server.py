@@ -53,6 +53,7 @@ from .snapshot import snapshot
 from .state import ServerState, State
 from .stats import ServerStats, StopReport
 from .stopping import Stopping
+from .tasks import Tasks
 from .time_limits import TimeLimits
 from .watchdog import Watchdog
 
@@ -117,6 +118,8 @@ class Server:
         on_disconnect: called in the connection's greenlet when the handler has ended, before the connection is closed.
         on_error: called with (connection, exception) for every exception that left the handler, instead of the log;
             :func:`is_client_error` says whether the client is to blame.
+        on_start: called with this server when it listens, before the first connection is accepted; clients wait in the
+            kernel's queue. If it raises, the server does not start.
         on_stop: called with this server at a stop, when the last connection has ended, to end helpers and flush their
             data. It has what is left of the stop's time, and at least a second.
 
@@ -165,6 +168,7 @@ class Server:
         on_connect: Callable[[ConnectionT], bool | None] | None = None,
         on_disconnect: Callable[[ConnectionT], None] | None = None,
         on_error: Callable[[ConnectionT, BaseException], None] | None = None,
+        on_start: Callable[[Server], None] | None = None,
         on_stop: Callable[[Server], None] | None = None,
     ) -> None:
         open_standard_descriptors()
@@ -192,6 +196,7 @@ class Server:
             on_connect=on_connect,
             on_disconnect=on_disconnect,
             on_error=on_error,
+            on_start=on_start,
             on_stop=on_stop,
         )
         self._state = state = ServerState()
@@ -199,7 +204,8 @@ class Server:
         self._full_log = FullLog(options, state)
         self._serving = Serving(self, options, state, self._capacity)
         self._time_limits = TimeLimits(state.connections, handler_timeout, min_rate, min_rate_window)
-        self._stopping = Stopping(self, options, state, self._time_limits, self._admit_drained)
+        self._tasks = Tasks()
+        self._stopping = Stopping(self, options, state, self._time_limits, self._tasks, self._admit_drained)
         if options.tls is not None or proxy_protocol is not None or client_limits is not None:
             state.admission = Admission(
                 proxy_protocol,
@@ -222,6 +228,7 @@ class Server:
         #: Seconds that handlers get when the listening socket is lost; set by ``serve_forever``.
         self.stop_timeout: float | None = DEFAULT_STOP_TIMEOUT
         self._ends_background_work = False
+        self._starting = False
         # For this package: called by ``serve_forever`` once it listens and signals begin graceful stops.
         self.when_serving: Callable[[Server], object] | None = None
 
@@ -247,10 +254,19 @@ class Server:
 
         Raises:
             OSError: the address is not available; the message names it and, if known, the process that has it.
-            GtcpServerError: the server was started before.
+            GtcpServerError: the server was started before, or stopped in ``on_start``.
         """
-        if self.state is not State.NEW:
-            raise GtcpServerError(f"a server starts once; this one is {self.state.value}")
+        if self.state is not State.NEW or self._starting:
+            raise GtcpServerError(
+                f"a server starts once; this one is {'starting' if self._starting else self.state.value}"
+            )
+        self._starting = True
+        try:
+            self._start()
+        finally:
+            self._starting = False
+
+    def _start(self) -> None:
         state, options = self._state, self._options
         listeners: list[Listener] = []
         try:
@@ -269,6 +285,10 @@ class Server:
                 )
                 state.acceptors.append(acceptor)
             register(self)
+            if options.on_start is not None:
+                options.on_start(self)
+                if state.now is not State.NEW:
+                    raise GtcpServerError("the server was stopped while it started")
             for acceptor in state.acceptors:
                 acceptor.start()
         except BaseException:
@@ -278,6 +298,7 @@ class Server:
                 listener.close()
             state.acceptors.clear()
             state.groups.clear()
+            self._tasks.end(monotonic(), state.hurry, for_good=False)
             raise
         state.become(State.SERVING)
         state.started_at = monotonic()
@@ -483,6 +504,25 @@ class Server:
             raise ConfigError("reload_tls needs a server with tls, this one has none")
         self.tls.reload()
 
+    def spawn(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> gevent.Greenlet:
+        """Run a function in a greenlet of its own that ends with the server: a cleaner, a reporter, a subscriber.
+
+        At a stop, when the last connection has ended and before ``on_stop`` is called, it is ended by GreenletExit,
+        so that its ``finally`` blocks run; these have what is left of the stop's time, and at least a second. One that
+        wants to know earlier waits for :attr:`stopping_event`. If it raises, the error is logged, and the server serves
+        on; it is not started again.
+
+        Args:
+            function: called with the other arguments; its result is that of the greenlet.
+
+        Returns:
+            the greenlet.
+
+        Raises:
+            GtcpServerError: the server has stopped.
+        """
+        return self._tasks.spawn(function, *arguments, **named)
+
     # -- observers ---------------------------------------------------------------------------------------------------
 
     def add_observer(self, observer: Observer) -> None:
@@ -557,6 +597,7 @@ class Server:
             state.become(State.STOPPED)
             self._stopping.report = StopReport(0, 0)
             state.stopping_event.set()
+            self._tasks.end(None if timeout is None else monotonic() + timeout, state.hurry)
             state.listening_ended.set()
             state.stopped.set()
         if state.now is State.SERVING:
@@ -628,7 +669,7 @@ class Server:
 
     def serves(self) -> bool:
         # Background work may fork too, and both processes would wait for it.
-        return self.state in (State.SERVING, State.STOPPING) or self._ends_background_work
+        return self.state in (State.SERVING, State.STOPPING) or self._starting or self._ends_background_work
 
     def connection_of(self, me: Any) -> Connection | None:
         """Return the connection whose handler runs in this greenlet: a handler forks."""
@@ -651,6 +692,7 @@ class Server:
         if self.tls is not None:
             self.tls.left_in_child()
         self._stopping.left_in_child()
+        self._tasks.left_in_child()
         self._serving.left_in_child()
 
     # -- counters ----------------------------------------------------------------------------------------------------

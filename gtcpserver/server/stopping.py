@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .acceptor import Acceptor
     from .options import Options
     from .server import Server
+    from .tasks import Tasks
     from .time_limits import TimeLimits
     from .watchdog import Watchdog
 
@@ -78,12 +79,14 @@ class Stopping:
         options: Options,
         state: ServerState,
         time_limits: TimeLimits,
+        tasks: Tasks,
         admit_drained: Callable[[Connection, Any], Any],
     ) -> None:
         self._server = server
         self._options = options
         self._state = state
         self._time_limits = time_limits
+        self._tasks = tasks
         self._admit_drained = admit_drained
         self._access_log = options.access_log
         self._steps = Steps()
@@ -186,6 +189,7 @@ class Stopping:
             steps.do("let idle connections end", gevent.sleep, 0)
             self._end_unserved(steps, unserved)
             cut = steps.do("end handlers", end_handlers, state.connections, state.nobody_connected) or []
+            steps.do("end tasks", self._tasks.end, until, state.hurry)
             if self._options.on_stop is not None:
                 steps.do("call on_stop", self._call_on_stop, until)
             if not state.hurry.is_set():

@@ -271,6 +271,7 @@ class _Life:
             self.watch = Watch(server)
         server.stop_timeout = job.config.graceful_timeout
         server.start()
+        self.end_child()
         if job.settle is not None:
             job.settle()
         if self.hooks.worker_start is not None:
