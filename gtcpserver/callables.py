@@ -28,7 +28,7 @@ HOOKS = {
 }
 
 
-_NUMBERS = {1: "one argument", 2: "two arguments"}
+_NUMBERS = {0: "no arguments", 1: "one argument", 2: "two arguments"}
 
 
 def check_handler(handler: Any, subject: str | None = None) -> None:
@@ -60,6 +60,11 @@ def check_application(application: Any, subject: str | None = None) -> None:
     _check(application, subject, ("the environment", "start_response"), "a WSGI application", may_generate=True)
 
 
+def check_factory(factory: Any, subject: str) -> None:
+    """Raise ConfigError unless ``factory`` can be called without arguments, and returns what it makes at once."""
+    _check(factory, subject, (), "a factory")
+
+
 def _check(found: Any, subject: str, arguments: tuple[str, ...], kind: str, may_generate: bool = False) -> None:
     """Raise ConfigError unless calling ``found`` with these ``arguments`` runs it to its end."""
     if not callable(found):
@@ -79,7 +84,7 @@ def _check(found: Any, subject: str, arguments: tuple[str, ...], kind: str, may_
     except TypeError:
         # Decorator libraries set __signature__ to that of the wrapped function, too.
         if getattr(found, "__signature__", None) is None:
-            wanted = f"{_NUMBERS[len(arguments)]}, {' and '.join(arguments)}"
+            wanted = ", ".join(filter(None, (_NUMBERS[len(arguments)], " and ".join(arguments))))
             raise ConfigError(f"{subject} must take {wanted}; it takes {signature}") from None
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         client_limits: ClientLimits | None
         context: Any
         access_log: AccessLog | Literal["text", "json"] | None
+        freeze_gc: bool
         on_connect: Callable[[ConnectionT], bool | None] | None
         on_disconnect: Callable[[ConnectionT], None] | None
         on_error: Callable[[ConnectionT, BaseException], None] | None

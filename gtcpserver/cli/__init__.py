@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
 
+from .env_file import BadEnvFile
+from .env_file import load as load_env_file
+
 # The commands that run a user's blocking code, which has to wait on gevent's loop.
 MONKEY_PATCHED = ("serve", "echo")
 
@@ -19,6 +22,11 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"gtcpserver: {error.strerror}")
     arguments = sys.argv[1:]
+    try:
+        load_env_file(arguments)
+    except BadEnvFile as error:
+        print(f"gtcpserver: --env-file: {error}", file=sys.stderr)
+        sys.exit(2)
     if wants_monkey_patch(arguments):
         # Before anything else is imported: a module that binds `socket.socket` or `threading.local` by name while it is
         # being imported, as the user's program or a library may, keeps the blocking one for good.

@@ -30,6 +30,9 @@ COMMANDS = {
     "completion": "gtcpserver.cli.completion:completion",
 }
 
+#: The options that print a command's help.
+HELP = ["-h", "--help"]
+
 #: Prefix of the message of a SystemError that ends gevent's loop, such as an error of epoll_wait(2).
 LIBEV = "(libev) "
 
@@ -121,7 +124,7 @@ def print_version(context: click.Context, parameter: click.Parameter, wanted: bo
     cls=CommandTable,
     no_args_is_help=False,
     epilog=EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
+    context_settings={"help_option_names": HELP},  # of every command
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print versions."

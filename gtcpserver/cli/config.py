@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import os
-import sys
 from typing import Any
 
 import click
@@ -23,7 +21,7 @@ from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig
 
 from .commands import EPILOG, describe, load_command
-from .loading import load_handler, load_hook, load_object, load_wsgi
+from .loading import find_modules, load_hook, load_object, load_program
 from .options import (
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
@@ -125,14 +123,13 @@ def check(context: click.Context, name: str, load: bool, file: str) -> None:
 
 def _load(of: click.Context) -> list[str]:
     """Import what the settings name, in the order of a start, and return the names. Raise as `load_handler`."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_modules(of.params)
     loaded = []
     if "handler" in of.params:
         handler = of.params["handler"]
         if not handler:
             raise click.UsageError("--load: the settings name no handler")
-        (load_wsgi if of.params["wsgi"] else load_handler)(handler)
+        load_program(of.params, handler)
         loaded.append(handler)
     for option, _ in (*OBJECT_OPTIONS, *HOOK_OPTIONS):
         if was_given(of, option):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
+from .commands import HELP
 from .options import (
     ACCESS_LOG_OPTIONS,
     BALANCER_OPTIONS,
@@ -55,7 +57,7 @@ GROUPS: dict[str, frozenset[str]] = {
         (
             "Program",
             (
-                *("wsgi", "config", "reload", "reload_path", "monkey_patch", "help"),
+                *("wsgi", "factory", "app_dir", "config", "env_file", "reload", "reload_path", "monkey_patch", "help"),
                 *(name for name, _ in (*OBJECT_OPTIONS, *HOOK_OPTIONS)),
             ),
         ),
@@ -80,7 +82,7 @@ GROUPS: dict[str, frozenset[str]] = {
         (
             "Logging and monitoring",
             (
-                *("metrics", "stats_interval", "block_detector", "log_level", "log_format"),
+                *("metrics", "stats_interval", "block_detector", "log_level", "log_format", "log_config"),
                 *(name for name, _, _ in ACCESS_LOG_OPTIONS),
             ),
         ),
@@ -90,6 +92,11 @@ GROUPS: dict[str, frozenset[str]] = {
 
 class GroupedHelp(click.Command):
     """A command whose help has examples, and its options in groups."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Also for a context without its parent's: click keeps the names of the first one.
+        kwargs["context_settings"] = {"help_option_names": HELP, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
 
     def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help_text(context, formatter)

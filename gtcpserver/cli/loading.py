@@ -10,14 +10,14 @@ import pkgutil
 import socketserver
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 import click
 
 from gtcpserver.adapters import from_socketserver, from_wsgi
-from gtcpserver.callables import check_application, check_handler, check_hook
+from gtcpserver.callables import check_application, check_factory, check_handler, check_hook
 from gtcpserver.errors import ConfigError
 
 from .commands import RunError
@@ -25,28 +25,65 @@ from .commands import RunError
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def load_handler(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
+def find_modules(parameters: Mapping[str, Any]) -> None:
+    """Have modules searched in the working directory, and before it in the folder of --app-dir, if it is given.
+
+    Raises:
+        click.UsageError: there is no such folder.
+    """
+    folder = parameters.get("app_dir")
+    if folder is not None and not os.path.isdir(folder):
+        raise click.UsageError(f"--app-dir: there is no folder {folder!r}")
+    for path in (os.getcwd(), *([os.path.abspath(folder)] if folder is not None else [])):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+
+
+def load_program(parameters: Mapping[str, Any], reference: str) -> Callable[[Any], Any]:
+    """Load the handler or WSGI application that the options name, or that their factory makes. Raise as
+    `load_handler`."""
+    load = load_wsgi if parameters["wsgi"] else load_handler
+    return load(reference, factory=parameters["factory"])
+
+
+def load_handler(reference: str, parameter: str = "MODULE:HANDLER", *, factory: bool = False) -> Callable[[Any], Any]:
     """Load a handler, or a handler class made for socketserver, and check that it can be called with a connection.
+
+    Args:
+        factory: the reference names a function that returns it.
 
     Raises:
         click.UsageError: there is no such module, file or attribute, or it is not a handler.
         RunError: the module raised an exception.
     """
-    found = load_object(reference, parameter)
+    found, subject = _load(reference, parameter, factory)
     if isinstance(found, type) and issubclass(found, (socketserver.BaseRequestHandler, socketserver.BaseServer)):
         try:
             return from_socketserver(found)  # type: ignore[arg-type]
         except ConfigError as error:
             raise _wrong(parameter, str(error).removeprefix("handler_class ")) from None
-    _check(lambda: check_handler(found, reference), parameter)
+    _check(lambda: check_handler(found, subject), parameter)
     return found  # type: ignore[no-any-return]
 
 
-def load_wsgi(reference: str, parameter: str = "MODULE:HANDLER") -> Callable[[Any], Any]:
+def load_wsgi(reference: str, parameter: str = "MODULE:HANDLER", *, factory: bool = False) -> Callable[[Any], Any]:
     """Load a WSGI application, and make a handler of it. Raise as `load_handler`."""
-    application = load_object(reference, parameter)
-    _check(lambda: check_application(application, reference), parameter)
+    application, subject = _load(reference, parameter, factory)
+    _check(lambda: check_application(application, subject), parameter)
     return from_wsgi(application)
+
+
+def _load(reference: str, parameter: str, factory: bool) -> tuple[Any, str]:
+    """Return what a reference names, or what it returns if it is a factory, and what messages call that."""
+    found = load_object(reference, parameter)
+    if not factory:
+        return found, reference
+    _check(lambda: check_factory(found, reference), parameter)
+    try:
+        return found(), f"what {reference} returned"
+    except (Exception, SystemExit) as error:
+        message = f"{reference} raised {type(error).__name__}"
+        raise RunError(message, details=user_traceback(error)) from None
 
 
 def load_hook(name: str, reference: str, parameter: str) -> Callable[..., Any]:

@@ -460,6 +460,7 @@ def make_server(
         options["client_limits"] = explained(
             lambda: ClientLimits(**limits), "client_", {name for name, _, _ in CLIENT_OPTIONS}
         )
+    options["freeze_gc"] = bool(context.params.get("freeze_gc"))
     if load and (access_log := _make_access_log(context)) is not None:
         options["access_log"] = access_log
     asked = context.params["bind"]

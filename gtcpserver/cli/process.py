@@ -1,9 +1,8 @@
-"""What a server process does to itself, and reports: descriptors, the garbage collector, its counters."""
+"""What a server process does to itself, and reports: descriptors, its counters."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import resource
 import signal
@@ -13,10 +12,6 @@ import gevent
 from gtcpserver.server.server import Server
 
 log = logging.getLogger("gtcpserver")
-
-#: Python's defaults (700, 10, 10) suit short programs: with thousands of open connections the collector would traverse
-#: them over and over, and find nothing, since a connection is not part of a cycle.
-GC_THRESHOLDS = (10_000, 20, 50)
 
 
 def raise_descriptor_limit() -> None:
@@ -45,16 +40,6 @@ def unblock_signals() -> None:
     there is no stop, and without SIGCHLD gevent waits for a child process forever.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def freeze_garbage_collector() -> None:
-    """Exempt everything that exists now from the cyclic garbage collector, and make it run less often.
-
-    Modules, functions and classes stay until exit anyway. Cycles created later are still collected.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def log_stats(server: Server, interval: float) -> None:

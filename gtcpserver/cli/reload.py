@@ -100,25 +100,28 @@ def watched_by(context: click.Context) -> Watched:
         (folders if os.path.isdir(path) else files).append(path)
     programs = [os.getcwd()]
     handler_file = str(context.params.get("handler") or "").rpartition(":")[0]
-    if handler_file.endswith(".py"):
-        folder = os.path.dirname(os.path.abspath(handler_file))
+    others = [os.path.dirname(handler_file)] if handler_file.endswith(".py") else []
+    for folder in map(os.path.abspath, filter(None, (*others, context.params.get("app_dir")))):
         if os.path.commonpath([programs[0], folder]) != programs[0]:
             programs.append(folder)
     return Watched(programs, folders, files)
 
 
 @contextlib.contextmanager
-def reloading_on_saves(watched: Watched) -> Iterator[None]:
+def reloading_on_saves(watched: Watched, program: str = "") -> Iterator[None]:
     """Run a process that sends this one SIGHUP after each save. Raise OSError if it cannot be started.
 
     SIGHUP is blocked until the master catches it: before, a save would end this process.
+
+    Args:
+        program: name of the program, for the title of the process.
     """
     # A save within the same second that keeps the size would find the old bytecode (PEP 552: it has whole seconds).
     sys.dont_write_bytecode = True
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     master, changes = os.getpid(), saves(watched)
     log.warning("--reload is for development: watching %s", ", ".join([*watched.programs, *watched.folders]))
-    pid = fork_worker(lambda: _watch(changes, master), _close_descriptors, "file watcher")
+    pid = fork_worker(lambda: _watch(changes, master), _close_descriptors, "file watcher", program)
     try:
         yield
     finally:

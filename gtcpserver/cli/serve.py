@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +25,8 @@ from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.service_state import service_state_told
 
 from .commands import EPILOG, RunError, describe
-from .loading import load_handler, load_wsgi
+from .loading import find_modules, load_program
+from .log_config import configure_log
 from .options import (
     OrNone,
     access_log_options,
@@ -40,7 +40,7 @@ from .options import (
     supervisor_options,
     was_given,
 )
-from .process import freeze_garbage_collector, log_stats, raise_descriptor_limit, unblock_signals
+from .process import log_stats, raise_descriptor_limit, unblock_signals
 from .reload import reload_options, reloading_on_saves, settle_reload, watched_by
 from .settings import SettingsCommand, config_option, file_of, warnings_at_start
 from .supervise import bound_by_systemd, supervise
@@ -131,6 +131,16 @@ def process_options(command: Command) -> Command:
             show_default=True,
             help="Format of log lines.",
         ),
+        click.option(
+            "--log-config",
+            metavar="FILE",
+            help="Configure logging by this TOML or JSON file, a dictionary as of logging.config.dictConfig.",
+        ),
+        click.option(
+            "--env-file",
+            metavar="FILE",
+            help="Read environment variables from this file first, a NAME=VALUE per line; those already set stay.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -140,6 +150,8 @@ def process_options(command: Command) -> Command:
 @click.command(cls=SettingsCommand, epilog=EPILOG)
 @click.argument("handler", metavar="MODULE:HANDLER")
 @click.option("--wsgi", is_flag=True, help="MODULE:HANDLER is a WSGI application.")
+@click.option("--factory", is_flag=True, help="MODULE:HANDLER is a function that returns the handler or application.")
+@click.option("--app-dir", metavar="FOLDER", help="Search modules in this folder first.  [default: the current one]")
 @config_option
 @server_options
 @supervisor_options
@@ -158,7 +170,7 @@ def serve(context: click.Context, /, **_options: Any) -> None:
 
     def load() -> Callable[[Any], Any]:
         handler = context.params["handler"]  # read late: a reload may have changed it in the file
-        return load_wsgi(handler) if context.params["wsgi"] else load_handler(handler)
+        return load_program(context.params, handler)
 
     serve_with(context, load)
 
@@ -205,15 +217,16 @@ def serve_with(
         more = [address for address in given if not (address.kind == "fd" and address.fd in fds)]
         context.params["bind"] = (*bound_by_systemd(fds), *more)
     check_addresses(context)
-    on_saves = reloading_on_saves(watched_by(context)) if settle_reload(context) else None
+    on_saves = None
+    if settle_reload(context):
+        on_saves = reloading_on_saves(watched_by(context), str(context.params.get("handler") or ""))
     config = make_supervisor_config(context)
     if config is not None:
         supervise(context, config, load, len(fds), files, on_saves)
         return
     prepare(context)
     listen = make_listen_config(context)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_modules(context.params)
     server = make_server(context, load(), listen)
     if not os.isatty(0):  # otherwise the signal means that the terminal is gone, and we stop too
         obey_hangup(server, load if reads_files else None, file_of(context))
@@ -275,6 +288,7 @@ def obey_hangup(server: Server, load: Callable[[], Callable[[Any], Any]] | None,
 def prepare(context: click.Context) -> None:
     """Prepare this process for serving on its own."""
     configure_logging(context.params["log_level"], context.params["log_format"])
+    configure_log(context)
     unblock_signals()
     raise_descriptor_limit()
     for line in warnings_at_start(context):
@@ -293,8 +307,6 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
         # First: if this fails later, a server that already serves would lose its clients.
         if monitor is not None:
             monitor.start()
-        if context.params["freeze_gc"]:
-            freeze_garbage_collector()  # first: it takes a while in which a signal would not yet be a graceful stop
         server.start()
         # These run when serve_forever waits, and a signal is a graceful stop from then on: anyone who reads that we
         # listen may send one at once.

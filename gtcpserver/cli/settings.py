@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from gtcpserver.errors import ConfigError
 
 from .commands import COMMANDS, RunError, describe, load_command
+from .env_file import FROM_FILE
 from .help import GroupedHelp
 from .mistakes import mistakes
 from .options import (
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 
 PREFIX = "GTCPSERVER_"
 
-#: Not options: what a master passes to its successor in an upgrade, and the choice of pure Python (`_compiled`).
-OTHER_VARIABLES = frozenset({"GTCPSERVER_HANDOVER", "GTCPSERVER_PURE"})
+#: Not options: what a master passes to its successor in an upgrade, which variables come from --env-file, and the
+#: choice of pure Python (`_compiled`).
+OTHER_VARIABLES = frozenset({"GTCPSERVER_HANDOVER", "GTCPSERVER_PURE", FROM_FILE})
 
 #: Report at most this many mistakes; a file with more of them is some other file.
 MOST_MISTAKES = 50
@@ -146,7 +148,9 @@ def key_of(parameter: click.Parameter) -> str:
 
 def settings_of(command: click.Command) -> list[click.Parameter]:
     """Return the parameters of a command that are settings."""
-    return [parameter for parameter in command.params if parameter.envvar and parameter.name != "config"]
+    return [
+        parameter for parameter in command.params if parameter.envvar and parameter.name not in ("config", "env_file")
+    ]
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -373,7 +377,17 @@ def unknown_variables(command: click.Command) -> list[str]:
 
 #: What a worker cannot change: settings of the master, or of steps that precede the server.
 FIXED = frozenset(
-    {"bind", "stop_timeout", "freeze_gc", "log_level", "log_format", "monkey_patch", "reload", "reload_path"}
+    {
+        "bind",
+        "stop_timeout",
+        "freeze_gc",
+        "log_level",
+        "log_format",
+        "monkey_patch",
+        "reload",
+        "reload_path",
+        "log_config",
+    }
     | {name for name, _, _ in LISTEN_OPTIONS}
 )
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,7 +30,8 @@ from gtcpserver.supervisor.lending import NamedFiles
 from gtcpserver.supervisor.log_files import log_in_master
 
 from .commands import RunError, describe
-from .loading import load_hook
+from .loading import find_modules, load_hook
+from .log_config import configure_log
 from .options import (
     HOOK_OPTIONS,
     SUPERVISOR_OPTIONS,
@@ -43,7 +42,7 @@ from .options import (
     name_option,
     was_given,
 )
-from .process import freeze_garbage_collector, log_stats, raise_descriptor_limit
+from .process import log_stats, raise_descriptor_limit
 from .settings import FIXED, file_of, read_again, told, warnings_at_start
 
 log = logging.getLogger("gtcpserver")
@@ -85,6 +84,7 @@ def supervise(
     raise_descriptor_limit()
     style = LogStyle(context.params["log_level"], context.params["log_format"])
     log_in_master(style)
+    configure_log(context)
     for line in warnings_at_start(context):
         log.warning("%s", line)
     listen = make_listen_config(context)
@@ -93,7 +93,7 @@ def supervise(
     loaded: list[Callable[[Any], Any]] = []
 
     def preload() -> None:
-        _find_modules()
+        find_modules(context.params)
         loaded.append(_told_to_the_master(load, context))
 
     def prepare() -> NamedFiles:
@@ -106,7 +106,7 @@ def supervise(
         return named if _only_root_has_named(context, named) else NamedFiles()
 
     def build(sockets: list[socket.socket]) -> tuple[Server, Hooks]:
-        _find_modules()
+        find_modules(context.params)
 
         def make() -> tuple[Server, Hooks]:
             context.params["bind"] = tuple(sockets)
@@ -131,8 +131,8 @@ def supervise(
         listen=listen,
         build=build,
         preload=preload,
-        settle=freeze_garbage_collector if context.params["freeze_gc"] else None,
-        log_style=style,
+        name=str(context.params.get("handler") or context.info_name),
+        log_style=style if context.params["log_config"] is None else None,
         prepare=lambda: _told_to_the_master(prepare, context),
     )
     try:
@@ -198,11 +198,6 @@ def _told_to_the_master(make: Callable[[], Any], context: click.Context) -> Any:
         raise CannotStart(told(context, describe(error)), status=2) from None
     except ConfigError as error:
         raise CannotStart("; ".join(str(error).splitlines()), status=2) from None
-
-
-def _find_modules() -> None:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def _make_one_certificate(context: click.Context) -> None:

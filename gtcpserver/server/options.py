@@ -50,6 +50,7 @@ class Options:
     connection_class: type[Connection]
     context: Any
     access_log: AccessLog | None
+    freeze_gc: bool
     on_connect: Callable[[Any], bool | None] | None
     on_disconnect: Callable[[Any], None] | None
     on_error: Callable[[Any, BaseException], None] | None

@@ -14,6 +14,7 @@ from typing import Any
 import gevent
 
 from gtcpserver.address import parse_address
+from gtcpserver.callables import full_name_of
 from gtcpserver.diagnostics.block_detector import PLACES, start_detector
 from gtcpserver.diagnostics.frames import raised_by_library
 from gtcpserver.diagnostics.logs import is_logging_configured
@@ -98,6 +99,7 @@ def run_workers(
         preloaded=not isinstance(handler, str),
         settle=watch_event_loop,
         prepare=name_files,
+        name=handler if isinstance(handler, str) else full_name_of(handler),
         # Keep logging that the program has configured.
         log_style=None if is_logging_configured() else LogStyle(),
     )

@@ -139,6 +139,7 @@ class Fleet:
             generation=generation,
             build=self.program.build,
             prepare=self.program.prepare,
+            program=self.program.name,
             sockets=self.sockets.of_slot(number),
             channel=theirs,
             config=self.config,

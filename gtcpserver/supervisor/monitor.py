@@ -156,7 +156,7 @@ class MonitorProcess:
         log_style, pid = master.program.log_style, self._system.pid()
         try:
             self._pid = self._system.start_monitor(
-                MonitorJob(self._address, sockets, theirs, master.config, log_style, pid), close
+                MonitorJob(self._address, sockets, theirs, master.config, log_style, pid, master.program.name), close
             )
         except OSError as error:
             ours.close()

@@ -22,6 +22,7 @@ class MonitorJob:
         config: the configuration of the master.
         log_style: how to log; None leaves logging as it is.
         master: process id of the master.
+        program: name of the program, for the title of the process.
     """
 
     address: Address
@@ -30,3 +31,4 @@ class MonitorJob:
     config: SupervisorConfig
     log_style: LogStyle | None
     master: int
+    program: str = ""

@@ -29,6 +29,7 @@ class Program:
         settle: called in each worker when its server has started.
         prepare: called before `build` in each new worker, while it still has the master's rights: reads the settings,
             and returns the files that the worker's user may not be able to open. Does not run the user's code.
+        name: what it is, for the titles of processes: "app:handle".
         log_style: how master and workers log; None leaves the logging of the calling program as it is.
     """
 
@@ -38,5 +39,6 @@ class Program:
     preload: Callable[[], None] | None = None
     preloaded: bool = False
     settle: Callable[[], None] | None = None
+    name: str = ""
     log_style: LogStyle | None = None
     prepare: Callable[[], NamedFiles] | None = None

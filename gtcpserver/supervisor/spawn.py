@@ -8,8 +8,6 @@ library again. The master has no event loop of gevent's: a fork would share its 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import importlib
 import logging
 import os
 import signal
@@ -21,6 +19,7 @@ import gevent
 from gevent import monkey
 
 from gtcpserver.process.forked import own_fork
+from gtcpserver.process.title import set_title
 
 log = logging.getLogger("gtcpserver")
 
@@ -49,14 +48,15 @@ IGNORED_BY_WORKERS = (
 )
 
 
-def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str = "worker") -> int:
+def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str, program: str = "") -> int:
     """Fork a worker process.
 
     Args:
         begin: runs the worker and returns its exit status. It is called with all signals blocked, and unblocks them
             when it is ready for them.
         close: called first in the child; closes the master's own descriptors.
-        role: title of the process (setproctitle).
+        role: what the child does, for its title (process/title.py), such as "worker 0".
+        program: what it runs, for its title.
 
     Returns:
         The child's process id.
@@ -64,7 +64,7 @@ def fork_worker(begin: Callable[[], int], close: Callable[[], None], role: str =
     Raises:
         OSError: the limit of processes is reached, or memory ran out.
     """
-    return _in_child(lambda: _be_worker(begin, close, role))
+    return _in_child(lambda: _be_worker(begin, close, role, program))
 
 
 def fork_and_exec(arguments: list[str], environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
@@ -109,7 +109,7 @@ def _in_child(what: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -> int:
+def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str, program: str) -> int:
     atexit._clear()  # noqa: SLF001 (there is no public way)
     _forget_processes()
     for number in MASTER_SIGNALS:
@@ -120,7 +120,7 @@ def _be_worker(begin: Callable[[], int], close: Callable[[], None], role: str) -
     close()
     # A preloaded program, or one that called `run`, may have made an event loop.
     gevent.reinit()
-    _set_title(role)
+    set_title(role, program)
     status = begin()
     # The exit functions that the program registered in this process.
     atexit._run_exitfuncs()  # noqa: SLF001 (os._exit does not call them)
@@ -152,9 +152,3 @@ def _ignore(number: int) -> None:
 
 def _do_nothing(_number: int, _frame: Any) -> None:
     pass
-
-
-def _set_title(role: str) -> None:
-    # An optional dependency.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("setproctitle").setproctitle(f"gtcpserver: {role}")

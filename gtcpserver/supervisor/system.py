@@ -158,7 +158,7 @@ class RealSystem:
         return os.getpid()
 
     def start_worker(self, job: Job, close: Callable[[], None]) -> int:
-        return spawn.fork_worker(lambda: run_worker(job), close)
+        return spawn.fork_worker(lambda: run_worker(job), close, f"worker {job.number}", job.program)
 
     def start_monitor(self, job: MonitorJob, close: Callable[[], None]) -> int:
         def begin() -> int:
@@ -167,7 +167,7 @@ class RealSystem:
             status: int = process.run_monitor(job)
             return status
 
-        return spawn.fork_worker(begin, close, "monitor")
+        return spawn.fork_worker(begin, close, "monitor", job.program)
 
     def start_master(self, environment: Callable[[], Mapping[str, str]], fds: Iterable[int]) -> int:
         return spawn.fork_and_exec([sys.executable, *sys.orig_argv[1:]], environment, fds)

@@ -129,6 +129,7 @@ class Job:
         folder: working directory.
         settle: called when the server has started.
         prepare: called first, with the master's rights.
+        program: name of the program, for the title of the process.
     """
 
     number: int
@@ -144,6 +145,7 @@ class Job:
     folder: str
     settle: Callable[[], None] | None
     prepare: Callable[[], NamedFiles] | None = None
+    program: str = ""
 
 
 @dataclass
