@@ -66,6 +66,7 @@ PLACES = {
     "listening": 3.7,
     "pool": 4.8,
     "http1": -0.9,
+    "framing": 1.45,
     "process": 2.6,
     "ground": 1.5,
 }

@@ -8,6 +8,7 @@ from .address import Address, parse_address
 from .admission.client_limits import ClientLimits
 from .connection.connect import connect
 from .connection.connection import Connection
+from .connection.frames import Frames
 from .coroutines import run_coroutine
 from .diagnostics.block_detector import BlockDetector
 from .errors import (
@@ -15,12 +16,14 @@ from .errors import (
     ConfigError,
     DeadlineExceeded,
     EarlyEOF,
+    FramingError,
     GtcpServerError,
     LimitExceeded,
     StartTLSError,
     TLSFlood,
     TruncatedStream,
 )
+from .framing import LengthPrefix, Lines, Netstrings
 from .listening.listener import ListenConfig
 from .pool.pool import HandlerPool
 from .proxy_protocol.trust import ProxyProtocol
@@ -46,10 +49,15 @@ __all__ = [
     "CutConnection",
     "DeadlineExceeded",
     "EarlyEOF",
+    "Frames",
+    "FramingError",
     "GtcpServerError",
     "HandlerPool",
+    "LengthPrefix",
     "LimitExceeded",
+    "Lines",
     "ListenConfig",
+    "Netstrings",
     "ProxyProtocol",
     "RelayResult",
     "Server",

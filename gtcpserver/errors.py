@@ -13,6 +13,10 @@ class LimitExceeded(GtcpServerError, ValueError):
     """The peer sent more than the caller allows; the connection is out of sync and should be closed."""
 
 
+class FramingError(LimitExceeded):
+    """The peer sent what is no frame of the expected format; the connection is out of sync and should be closed."""
+
+
 class EarlyEOF(GtcpServerError, EOFError):
     """The peer closed before the whole message had arrived.
 

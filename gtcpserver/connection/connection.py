@@ -19,7 +19,9 @@ from gevent.socket import cancel_wait_ex
 
 from gtcpserver import transfer
 from gtcpserver.diagnostics.logs import own_logger
-from gtcpserver.errors import EarlyEOF, LimitExceeded, StartTLSError
+from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded, StartTLSError
+from gtcpserver.framing import DEFAULT_LIMIT, Framing, LengthPrefix
+from gtcpserver.framing.formats import PrefixSize
 from gtcpserver.plural import counted
 from gtcpserver.process.clock import wall_time
 from gtcpserver.process.forked import close_in_children
@@ -28,6 +30,7 @@ from gtcpserver.tls import ConnectionTLS, Credentials
 from gtcpserver.transfer.ends import HasStream, reset_on_close
 
 from .blocks import Deadline, Idle
+from .frames import Frames
 from .handshake_failure import handshake_failed
 from .lifecycle import begin, drop, end, know
 from .ssl_methods import SSLMethods, refuse
@@ -405,6 +408,23 @@ class Connection(SSLMethods, HasStream, _Socket):
                     raise early
         finally:
             stream.kept = bytes(data)
+
+    def frames(
+        self, framing: Framing | None = None, *, prefix: PrefixSize | None = None, limit: int = DEFAULT_LIMIT
+    ) -> Frames:
+        """Return an object that receives and sends whole messages: ``for message in conn.frames(prefix=4): ...``.
+
+        Args:
+            framing: the format: :class:`LengthPrefix`, :class:`Netstrings`, :class:`Lines` or one of your own.
+            prefix: instead of it, the bytes of a length prefix in network byte order, 1, 2, 4 or 8; or "varint".
+            limit: with ``prefix``, most bytes of a message.
+
+        Raises:
+            ConfigError: an invalid argument.
+        """
+        if (framing is None) == (prefix is None):
+            raise ConfigError("frames needs a framing or a prefix")
+        return Frames(self, LengthPrefix(prefix, limit) if prefix is not None else framing)  # type: ignore[arg-type]
 
     if not TYPE_CHECKING:
 
