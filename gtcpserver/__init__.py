@@ -8,6 +8,7 @@ from .address import Address, parse_address
 from .admission.client_limits import ClientLimits
 from .connection.connect import connect
 from .connection.connection import Connection
+from .connection.connection_pool import ConnectionPool, stay_connected
 from .connection.frames import Frames
 from .coroutines import run_coroutine
 from .diagnostics.block_detector import BlockDetector
@@ -45,6 +46,7 @@ __all__ = [
     "ClientRefused",
     "ConfigError",
     "Connection",
+    "ConnectionPool",
     "ConnectionTLS",
     "CutConnection",
     "DeadlineExceeded",
@@ -80,5 +82,6 @@ __all__ = [
     "relay",
     "run",
     "run_coroutine",
+    "stay_connected",
     "why_pure",
 ]
