@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import gevent
 from gevent.event import Event
@@ -71,6 +71,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("gtcpserver")
 
 DEFAULT_STOP_TIMEOUT = 30.0
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 __all__ = ["DEFAULT_STOP_TIMEOUT", "Server", "State"]
 
@@ -511,7 +514,9 @@ class Server:
             raise ConfigError("reload_tls needs a server with tls, this one has none")
         self.tls.reload()
 
-    def spawn(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> gevent.Greenlet:
+    def spawn(
+        self, function: Callable[Parameters, Returned], *arguments: Parameters.args, **named: Parameters.kwargs
+    ) -> gevent.Greenlet[Parameters, Returned]:
         """Run a function in a greenlet of its own that ends with the server: a cleaner, a reporter, a subscriber.
 
         At a stop, when the last connection has ended and before ``on_stop`` is called, it is ended by GreenletExit,
@@ -528,7 +533,8 @@ class Server:
         Raises:
             GtcpServerError: the server has stopped.
         """
-        return self._tasks.spawn(function, *arguments, **named)
+        task: gevent.Greenlet[Parameters, Returned] = self._tasks.spawn(function, *arguments, **named)
+        return task
 
     # -- observers ---------------------------------------------------------------------------------------------------
 

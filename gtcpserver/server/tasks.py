@@ -36,7 +36,7 @@ class Tasks:
         self._running: dict[Any, str] = {}  # greenlets and the names of their functions
         self._ended = False
 
-    def spawn(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> gevent.Greenlet:
+    def spawn(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Start a task; see :meth:`Server.spawn`."""
         if self._ended:
             raise GtcpServerError("a server that has stopped spawns no tasks")

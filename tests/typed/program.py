@@ -22,14 +22,20 @@ from gtcpserver import (
     ClientRefused,
     ConfigError,
     Connection,
+    ConnectionPool,
     ConnectionTLS,
     CutConnection,
     DeadlineExceeded,
     EarlyEOF,
+    Frames,
+    FramingError,
     GtcpServerError,
     HandlerPool,
+    LengthPrefix,
     LimitExceeded,
+    Lines,
     ListenConfig,
+    Netstrings,
     ProxyProtocol,
     RelayResult,
     Server,
@@ -52,6 +58,7 @@ from gtcpserver import (
     relay,
     run,
     run_coroutine,
+    stay_connected,
     why_pure,
 )
 from gtcpserver.adapters import SocketServerHandler, WSGIHandler
@@ -203,6 +210,33 @@ def forward(conn: Connection) -> None:
         result: RelayResult = relay(conn, upstream, idle_timeout=300, on_bytes=lambda direction, size: None)
         reveal_type(result.reason)  # revealed: Literal
         reveal_type(pipe(conn, conn, count=10))  # revealed: int
+
+
+def frame(conn: Connection) -> None:
+    frames: Frames = conn.frames(prefix="varint", limit=100)
+    try:
+        for message in frames:
+            reveal_type(message)  # revealed: bytes
+            frames.send(message)
+        conn.frames(Netstrings()).send_all([conn.frames(Lines(b"\0", limit=10)).recv()])
+    except FramingError as error:
+        print(error)
+
+
+backend = ConnectionPool(("127.0.0.1", 5001), size=None, retry_for=5, tls=True, check=lambda conn: conn.send(b"ping"))
+
+
+def ask_backend(conn: Connection) -> None:
+    with backend.connection() as upstream:
+        Frames(upstream, LengthPrefix(2, byteorder="little")).send(b"hello")
+    reveal_type(backend.in_use)  # revealed: int
+
+
+def subscribe(server: Server) -> None:
+    server.spawn(stay_connected, "127.0.0.1:5002", frame)
+
+
+Server(0, frame, on_start=subscribe, on_stop=lambda server: backend.close(), freeze_gc=True)
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
