@@ -62,6 +62,7 @@ PLACES = {
     "tls": 2.1,
     "proxy_protocol": 0.3,
     "diagnostics": 1.5,
+    "shared": 3.9,
     "files": 2.6,
     "listening": 3.7,
     "pool": 4.8,

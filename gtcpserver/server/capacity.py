@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection
 
     from .options import Options
+    from .service_room import ServiceRoom
 
 
 class Capacity:
@@ -35,6 +36,7 @@ class Capacity:
 
     Attributes:
         places: the places of the pool.
+        service: the room that all worker processes share; None: this process counts for itself.
     """
 
     def __init__(self, options: Options, state: ServerState) -> None:
@@ -45,9 +47,13 @@ class Capacity:
         self._state = state
         self._connections = state.connections
         self._is_linked = False
+        self.service: ServiceRoom | None = None
 
     def full(self) -> bool:
         """Return whether the accept loops must pause. Called before each accept: 0.2 us."""
+        places = self.places
+        if self.service is not None and not self.service.has_room():
+            return self._on_full != "reject"
         places = self.places
         if places.taken < places.size and (
             self._max_connections is None or len(self._connections) < self._max_connections
@@ -57,6 +63,8 @@ class Capacity:
 
     def has_room(self) -> bool:
         """Return whether another connection may be served."""
+        if self.service is not None and not self.service.has_room():
+            return False
         places = self.places
         return places.taken < places.size and (
             self._max_connections is None or len(self._connections) < self._max_connections
@@ -114,6 +122,8 @@ class Capacity:
 
     def made_room(self) -> None:
         """Use the room of a connection that ended, when ``max_connections`` was reached. Called in its greenlet."""
+        if self.service is not None:
+            self.service.tell()
         if self._state.waiting:
             get_hub().loop.run_callback(self.let_in)
         else:
@@ -164,3 +174,4 @@ class Capacity:
         self.places = self._pool.places
         self._connections = self._state.connections
         self._is_linked = False
+        self.service = None

@@ -95,7 +95,7 @@ class Serving:
             drained: True for a connection that a stop took out of the kernel's queue: it waits for room in ours.
         """
         state = self._state
-        if self._max_accepts is not None and state.accepted >= self._max_accepts:
+        if self._max_accepts is not None and self._has_accepted(self._max_accepts):
             connection.close()  # accepted between the last one and the end of the loop
             return
         if self._rejects and not drained and not self._capacity.has_room() and state.now is State.SERVING:
@@ -111,8 +111,8 @@ class Serving:
             else:
                 self.begin(connection)
         finally:
-            if number == self._max_accepts:
-                self._stop_after_last()
+            if self._max_accepts is not None:
+                self._note_accepted(number)
 
     def _wait_for_room(self, connection: Connection) -> None:
         self._state.nobody_connected.clear()
@@ -173,6 +173,17 @@ class Serving:
             self._server.note_rejected(connection)
         finally:
             end(connection)
+
+    def _has_accepted(self, most: int) -> bool:
+        service = self._capacity.service
+        return self._state.accepted >= most if service is None else service.has_accepted_all()
+
+    def _note_accepted(self, number: int) -> None:
+        service = self._capacity.service
+        if service is not None:
+            service.note_accepted()
+        elif number == self._max_accepts:
+            self._stop_after_last()
 
     def _stop_after_last(self) -> None:
         for acceptor in self._state.acceptors:
@@ -242,7 +253,9 @@ class Serving:
         # The block refers to the connection: leave no cycle for the garbage collector.
         connection.idle_block = None
         connections = self._connections
-        was_full = self._max_connections is not None and len(connections) >= self._max_connections
+        was_full = self._max_connections is not None and (
+            self._capacity.service is not None or len(connections) >= self._max_connections
+        )
         try:
             if not stream.closed:
                 end(connection)
