@@ -19,8 +19,9 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.tls import Credentials
 from gtcpserver.tls.config import DEFAULT_MAX_HANDSHAKES
 
-from .client_limits import ClientLimits, Refusal
+from .client_limits import ClientLimits
 from .proxy_header import HeaderStep, network_address
+from .shared_clients import Refusal
 from .steps import Stage
 from .tls_handshake import HandshakeStep
 

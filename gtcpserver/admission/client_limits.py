@@ -10,13 +10,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from ipaddress import IPv4Address
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.networks import IPAddress, IPNetwork, as_ip, is_in, parse_network
+from gtcpserver.shared.column import Column
 
-Refusal = Literal["client_denied", "client_connections", "client_rate"]
+from .shared_clients import Refusal, SharedClients
 
 #: Number of clients whose rate is remembered; beyond it the least recently seen is forgotten. 300 bytes each.
 MOST_CLIENTS = 100_000
@@ -27,7 +28,9 @@ ClientKey = Any  # an IPv4Address, or the first 64 bits of an IPv6 one as an int
 class ClientLimits:
     """Limits for each client of a server, or of several servers that are given the same object.
 
-    Clients on a unix socket are on this host, and are not limited.
+    Clients on a unix socket are on this host, and are not limited. With workers, the limits of their server hold for
+    all workers together, through reloads, upgrades and crashes; of connections that come at the same moment, each
+    worker may admit one too many.
 
     Args:
         allow: networks and addresses of clients that may connect, such as "10.0.0.0/8"; empty: all.
@@ -64,6 +67,8 @@ class ClientLimits:
         self._burst = float(burst if burst is not None else max(1.0, new_per_second or 0.0))
         self._open: dict[ClientKey, int] = {}
         self._buckets: OrderedDict[ClientKey, tuple[float, float]] = OrderedDict()
+        self._shared: SharedClients | None = None
+        self._name = b""
         self.refused: Counter[str] = Counter()
 
     @property
@@ -72,7 +77,7 @@ class ClientLimits:
 
         :meta private:
         """
-        return len(self._open)
+        return len(self._open) if self._shared is None else len(self._shared)
 
     @property
     def remembered(self) -> int:
@@ -81,6 +86,19 @@ class ClientLimits:
         :meta private:
         """
         return len(self._buckets)
+
+    def share(self, column: Column, name: str) -> None:
+        """Count clients together with all processes that have a column. Call before the first `enter`.
+
+        Args:
+            column: the column of this process.
+            name: name of these limits, the same in all processes.
+
+        :meta private:
+        """
+        if self._connections is not None or self._rate is not None:
+            self._shared = SharedClients(column, self._connections, self._rate, self._burst)
+            self._name = name.encode() + b" "
 
     def enter(self, address: Any) -> Refusal | None:
         """Count a new connection of a client, if its limits allow it.
@@ -102,6 +120,8 @@ class ClientLimits:
     def _refusal(self, ip: IPAddress, key: ClientKey) -> Refusal | None:
         if is_in(ip, self._deny) or (self._allow and not is_in(ip, self._allow)):
             return "client_denied"
+        if self._shared is not None:
+            return self._shared.enter(self._name + _bytes_of(key))
         if self._connections is not None and self._open.get(key, 0) >= self._connections:
             return "client_connections"
         if self._rate is not None and not self._take_token(key, self._rate):
@@ -129,6 +149,9 @@ class ClientLimits:
         if self._connections is None or not isinstance(address, tuple):
             return
         key = client_key(as_ip(address[0]))
+        if self._shared is not None:
+            self._shared.leave(self._name + _bytes_of(key))
+            return
         left = self._open.pop(key, 0) - 1
         if left > 0:
             self._open[key] = left
@@ -147,7 +170,9 @@ class ClientLimits:
         self.leave(address)
         if self._rate is not None and isinstance(address, tuple):
             key = client_key(as_ip(address[0]))
-            if key in self._buckets:
+            if self._shared is not None:
+                self._shared.give_back(self._name + _bytes_of(key))
+            elif key in self._buckets:
                 tokens, since = self._buckets[key]
                 self._buckets[key] = (min(self._burst, tokens + 1), since)
         return self.enter(client)
@@ -156,6 +181,10 @@ class ClientLimits:
 def client_key(ip: IPAddress) -> ClientKey:
     """Return what counts as one client: an IPv4 address, or an IPv6 network of 64 bits."""
     return ip if isinstance(ip, IPv4Address) else int(ip) >> 64
+
+
+def _bytes_of(key: ClientKey) -> bytes:
+    return b"4" + key.packed if isinstance(key, IPv4Address) else b"6" + key.to_bytes(8, "big")
 
 
 def _networks(name: str, texts: Sequence[str]) -> tuple[IPNetwork, ...]:

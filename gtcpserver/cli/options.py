@@ -167,8 +167,8 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
         click.Choice(["wait", "reject", "close_idle"]),
         "When the pool is full: leave new connections in the kernel's queue, close them, or close an idle one.",
     ),
-    ("max_connections", WHOLE, "Connections open at once, idle ones included."),
-    ("max_accepts", WHOLE, "Stop after serving this many connections."),
+    ("max_connections", WHOLE, "Connections open at once, idle ones included, in all workers."),
+    ("max_accepts", WHOLE, "Stop after serving this many connections, in all workers."),
     ("timeout", NUMBER, "Fail a read or write after this many seconds without progress."),
     ("handler_timeout", NUMBER, "Seconds a handler may take in total."),
     ("min_rate", NUMBER, "Bytes per second; a handler that waits for a slower client is ended."),
@@ -190,8 +190,8 @@ BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 CLIENT_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("allow", RepeatedType(), "Network or address of clients that may connect; may be repeated.  [default: all]"),
     ("deny", RepeatedType(), "Network or address of clients that may not connect; may be repeated."),
-    ("connections", WHOLE, "Connections that one client may have at once, in each process (IPv6: one /64)."),
-    ("new_per_second", NUMBER, "Connections that one client may open per second, in each process."),
+    ("connections", WHOLE, "Connections that one client may have at once (IPv6: one /64)."),
+    ("new_per_second", NUMBER, "Connections that one client may open per second."),
     ("burst", WHOLE, "Burst size: how many it may open at once; none: as many as in one second."),
 )
 
@@ -377,12 +377,9 @@ def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
         if names:
             raise click.UsageError(f"{flag(names[0])}: needs --workers; --workers 1 is a master with one worker")
         return None
-    for name, instead in (
-        ("accept_loops", "each worker has one listening socket for every TCP address"),
-        ("max_accepts", "see --recycle-after"),
-    ):
-        if was_given(context, name):
-            raise click.UsageError(f"{flag(name)}: cannot be used together with --workers: {instead}")
+    if was_given(context, "accept_loops"):
+        instead = "each worker has one listening socket for every TCP address"
+        raise click.UsageError(f"--accept-loops: cannot be used together with --workers: {instead}")
     options = {name: context.params[name] for name, _, _ in SUPERVISOR_OPTIONS if name in names}
     options["graceful_timeout"] = context.params["stop_timeout"]
     options["metrics"] = context.params["metrics"]

@@ -34,6 +34,7 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import stat_file
 from gtcpserver.plural import counted
 from gtcpserver.process.forked import close_in_children
+from gtcpserver.shared.column import Column
 
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
 from .target import IPAddress
@@ -92,6 +93,15 @@ class RememberingAuthenticator:
         self._questions: dict[bytes, _Question] = {}
         self._failures = Failures()
         self._faults = FaultLimiter()
+
+    def share(self, column: Column, name: str) -> None:
+        """Count failures together with all processes that have a column.
+
+        Args:
+            column: the column of this process.
+            name: name of this authenticator.
+        """
+        self._failures.share(column, name)
 
     def verify(self, user: bytes, password: bytes) -> bool | None:
         """Return whether this is the user's password; None: unknown, through no fault of the client.

@@ -18,6 +18,7 @@ from gtcpserver.checks import check_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.networks import as_ip
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
+from gtcpserver.shared.column import Column
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
@@ -392,6 +393,11 @@ class _Dispatcher:
         #: Makes a proxy of the same file, for a worker that a reload replaces.
         self.make_again: Callable[[], _Dispatcher] | None = None
         self._successor: _Dispatcher | None = None
+
+    def share_limits(self, column: Column) -> None:
+        """Count together with all processes that have a column."""
+        for handler in self._handlers.values():
+            handler.share_limits(column)
 
     def server_stopped(self) -> None:
         for handler in self._handlers.values():

@@ -16,6 +16,7 @@ from gtcpserver.networks import as_ip
 from gtcpserver.proxy_protocol.header import ProxyProtocolError
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
+from gtcpserver.shared.column import Column
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .errors import Cut, ProtocolError
@@ -151,6 +152,14 @@ class ProxyHandler:
         record = AccessRecord(str(as_ip(host_of(network_address(conn)))), self.gate.listener)
         record.result, record.detail = "limit", "pool"
         self._write(record)
+
+    def share_limits(self, column: Column) -> None:
+        """Count clients, users and failures together with all processes that have a column."""
+        self.gate.limits.share(column)
+        for name, authenticator in self.gate.authenticators.items():
+            share = getattr(authenticator, "share", None)
+            if share is not None:
+                share(column, name)
 
     def server_stopped(self) -> None:
         """End what authenticators and the resolver have started, after the server has stopped."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import read_file
+from gtcpserver.shared.column import Column, now
 
 from .target import IPAddress
 
@@ -130,14 +131,28 @@ class Failures:
 
     def __init__(self) -> None:
         self._known: OrderedDict[Any, tuple[Counter[bytes], float]] = OrderedDict()
+        self._shared: SharedFailures | None = None
+
+    def share(self, column: Column, name: str) -> None:
+        """Count together with all processes that have a column.
+
+        Args:
+            column: the column of this process.
+            name: name of the authenticator.
+        """
+        self._shared = SharedFailures(column, name)
 
     def may_try(self, client: IPAddress) -> bool:
         """Return False while an address has failed too often."""
+        if self._shared is not None:
+            return self._shared.count(client) < MOST_FAILURES
         wrong, last = self._known.get(_network(client), _NOTHING)
         return wrong.total() < MOST_FAILURES or monotonic() - last > WINDOW
 
     def note(self, client: IPAddress, user: bytes) -> float:
         """Note a failure; return the seconds that its answer has to wait."""
+        if self._shared is not None:
+            return _delay(self._shared.note(client, user))
         network = _network(client)
         wrong, last = self._known.pop(network, _NOTHING)
         if wrong is _NOTHING[0] or monotonic() - last > WINDOW:
@@ -146,16 +161,68 @@ class Failures:
         self._known[network] = (wrong, monotonic())
         if len(self._known) > MOST_ADDRESSES:
             self._known.popitem(last=False)
-        return float(min(LONGEST_DELAY, FIRST_DELAY * wrong.total()))
+        return _delay(wrong.total())
 
     def forget(self, client: IPAddress, user: bytes) -> None:
         """Forget failures for this user after a success, but no others: an account must not help to guess another."""
+        if self._shared is not None:
+            self._shared.forget(client, user)
+            return
         network = _network(client)
         wrong, _ = self._known.get(network, _NOTHING)
         wrong.pop(user, None)
         if not wrong:
             self._known.pop(network, None)
 
+
+class SharedFailures:
+    """Failures that all processes with a column count together.
+
+    An address has a series of them, and so has each user that it tried: a success takes the user's failures out of
+    both, whichever processes have counted them.
+
+    Args:
+        column: the column of this process.
+        name: name of the authenticator.
+    """
+
+    def __init__(self, column: Column, name: str) -> None:
+        self._column = column
+        self._name = b"failures " + name.encode() + b" "
+
+    def count(self, client: IPAddress) -> int:
+        """Return the failures of an address."""
+        return self._column.series(self._column.find(self._key(client)), _WINDOW_NS, now())[0]
+
+    def note(self, client: IPAddress, user: bytes) -> int:
+        """Note a failure; return the failures of the address."""
+        at, column = now(), self._column
+        found = column.find(self._key(client))
+        count, since = column.series(found, _WINDOW_NS, at)
+        column.add_event(found, since or at, at)
+        column.add_event(column.find(self._key(client, user)), since or at, at)
+        return count + 1
+
+    def forget(self, client: IPAddress, user: bytes) -> None:
+        """Forget the failures of an address for one user."""
+        column = self._column
+        of_client, of_user = column.find(self._key(client)), column.find(self._key(client, user))
+        count, since = column.series(of_client, _WINDOW_NS, now())
+        wrong = column.events(of_user, since) if count else 0
+        if wrong:
+            column.take_back_events(of_user, wrong, since)
+            column.take_back_events(of_client, min(wrong, count), since)
+
+    def _key(self, client: IPAddress, user: bytes | None = None) -> bytes:
+        address = client.packed[:8] if isinstance(client, IPv6Address) else client.packed
+        return self._name + bytes([len(address)]) + address + (b"" if user is None else b" " + user)
+
+
+def _delay(failures: int) -> float:
+    return float(min(LONGEST_DELAY, FIRST_DELAY * failures))
+
+
+_WINDOW_NS = int(WINDOW * 1e9)
 
 _NOTHING: tuple[Counter[bytes], float] = (Counter(), 0.0)
 

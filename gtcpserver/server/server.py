@@ -38,6 +38,7 @@ from gtcpserver.process.forked import register
 from gtcpserver.process.garbage import freeze_garbage_collector
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
+from gtcpserver.shared.column import Column
 from gtcpserver.signatures import ConnectionT, Handler, OnFull
 from gtcpserver.tls import Credentials
 
@@ -48,6 +49,7 @@ from .capacity import Capacity
 from .full_log import FullLog
 from .observers import Observer
 from .options import Options
+from .service_room import ServiceRoom
 from .serving import Serving
 from .signals import StopSignals
 from .snapshot import snapshot
@@ -97,8 +99,10 @@ class Server:
         on_full: when the pool (or ``max_connections``) is full: "wait" leaves new connections in the kernel's queue,
             "reject" accepts and closes them, "close_idle" closes the oldest connection that is idle
             (:meth:`Connection.idle`) when ``max_connections`` is reached, and otherwise waits.
-        max_connections: most connections open at once, idle ones included; None for no limit.
-        max_accepts: serve exactly this many connections, then stop; None for no limit.
+        max_connections: most connections open at once, idle ones included; None for no limit. With workers, of all
+            workers together.
+        max_accepts: serve exactly this many connections, then stop; None for no limit. With workers: all together; each
+            of them may serve one more.
         timeout: seconds without a byte after which a read or write raises TimeoutError; ``settimeout`` of each new
             connection. None waits forever.
         handler_timeout: seconds a handler may run in all; then DeadlineExceeded is raised in it, wherever it waits.
@@ -535,6 +539,29 @@ class Server:
         """
         task: gevent.Greenlet[Parameters, Returned] = self._tasks.spawn(function, *arguments, **named)
         return task
+
+    # -- limits that hold for all workers ----------------------------------------------------------------------------
+
+    def share(self, column: Column, enough: Callable[[], Any]) -> None:
+        """Have the limits hold for all processes that have a column. For this package; call it before the start.
+
+        Args:
+            column: the column of this process.
+            enough: called when they have accepted `max_accepts` connections.
+
+        :meta private:
+        """
+        options = self._options
+        if options.client_limits is not None:
+            options.client_limits.share(column, "clients")
+        if options.max_connections is not None or options.max_accepts is not None:
+            self._stopping.ends_after_last = False
+            self._capacity.service = ServiceRoom(
+                column, options.max_connections, options.max_accepts, self._state, self._capacity.let_in, enough
+            )
+        share_limits = getattr(self.handler, "share_limits", None)
+        if share_limits is not None:
+            share_limits(column)
 
     # -- observers ---------------------------------------------------------------------------------------------------
 

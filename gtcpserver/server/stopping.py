@@ -69,6 +69,7 @@ class Stopping:
         admit_drained: called with each connection from the kernel's queue, and its address.
 
     Attributes:
+        ends_after_last: whether it begins after `max_accepts` connections; in a worker process the master sees to that.
         report: the report; None before the end of the stop.
         until: monotonic time at which handlers are ended; None: never, or the stop has not begun.
     """
@@ -97,6 +98,7 @@ class Stopping:
         self._signal_missed = 0  # a signal for which memory ran out
         self._signalled_early = 0
         self.watchdog: Watchdog | None = None
+        self.ends_after_last = True
         self.until: float | None = None
         self.report: StopReport | None = None
 
@@ -155,7 +157,7 @@ class Stopping:
             most = self._options.max_accepts
             if self._server.fatal_error is not None:
                 self.begin(self._server.stop_timeout)
-            elif most is not None and self._state.accepted >= most:
+            elif most is not None and self.ends_after_last and self._state.accepted >= most:
                 self.begin(None)
 
     # -- the steps ---------------------------------------------------------------------------------------------------

@@ -55,9 +55,8 @@ def run_workers(
     """
     config = SupervisorConfig(**{name: options.pop(name) for name in CONFIG_FIELDS & options.keys()})
     hooks = {name: options.pop(name) for name in HOOK_FIELDS & options.keys()}
-    for name in ("accept_loops", "max_accepts"):
-        if name in options:
-            raise ConfigError(f"{name} cannot be used together with workers")
+    if "accept_loops" in options:
+        raise ConfigError("accept_loops cannot be used together with workers")
     listen = options.get("listen") or ListenConfig()
     # Report a mistake in the options here, once, and not in each worker.
     Server("127.0.0.1:0", _nobody if isinstance(handler, str) else handler, **options)

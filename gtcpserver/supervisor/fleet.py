@@ -13,6 +13,7 @@ from typing import Any
 
 from gtcpserver.plural import counted
 from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
+from gtcpserver.shared.memory import SharedMemory
 
 from .care import Care
 from .config import SupervisorConfig
@@ -73,6 +74,8 @@ class Fleet:
         stopping: no worker is replaced any more.
         ending: the master waits for the end, also of replaced workers.
         restarts: number of workers started in place of dead ones.
+        memory: the counts that all workers share; None: each counts for itself.
+        deaths: number of workers that have ended.
         replaces: this is the fleet of an upgrade: the start is complete when every worker has survived its probation,
             and fails if one does not, as the previous fleet still serves.
     """
@@ -113,9 +116,13 @@ class Fleet:
         self._close_masters = close
         self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
         self.care = Care(self)
+        self.memory: SharedMemory | None = None
+        self.deaths = 0
         #: Whether another child of the master holds the sockets of all slots: one just forked, for a moment, or a
         #: failed new master until it ends.
         self.others_have_sockets: Callable[[], bool] = lambda: False
+        #: Called when the workers have accepted `max_accepts` connections: the service is to stop.
+        self.enough: Callable[[], None] = lambda: None
 
     def active(self) -> list[Slot]:
         """Return the slots that stay."""
@@ -149,6 +156,7 @@ class Fleet:
             master=self.system.pid(),
             folder=self._folder,
             settle=self.program.settle,
+            memory=self.memory,
         )
 
         def close() -> None:
@@ -212,6 +220,8 @@ class Fleet:
             worker.channel.send("reopen", fd=STDERR)
         elif message.kind in ("names", "unprivileged", "borrow"):
             worker.loans.hear(message, worker.channel)
+        elif message.kind == "enough":
+            self.enough()
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":
@@ -278,6 +288,7 @@ class Fleet:
         if worker is None:
             return False
         del self.workers[pid]
+        self.deaths += 1
         for message, _ in worker.channel.receive_rest():
             self._hear(worker, message)
         worker.channel.close()

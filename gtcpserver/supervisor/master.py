@@ -32,6 +32,7 @@ from gtcpserver.files.trusted_path import UntrustedPath
 from gtcpserver.plural import counted
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
+from gtcpserver.shared.memory import SharedMemory
 
 from . import systemd
 from .care import TICK_SECONDS
@@ -119,6 +120,7 @@ class Master:
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
         self.monitor: MonitorProcess | None = None
+        self._memory: SharedMemory | None = None
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
         self._signals: Signals | None = None
         self._stop_at: float | None = None
@@ -132,7 +134,8 @@ class Master:
         self._failed = self._in_child = False
         self._pid_file_due = False
         self._child_ended = True
-        self._reap_at = 0.0
+        self._reap_at = self._clear_at = 0.0
+        self._deaths = 0
         self._terminal = Terminal(system.has_terminal)
 
     @property
@@ -196,9 +199,12 @@ class Master:
         sockets = self.system.listening_sockets(self.program.listen)
         sockets.open(self.program.addresses, slots, handover.sockets if handover is not None else ())
         self.addresses = sockets.addresses
+        self._memory = self._make_memory(len(slots))
         self.fleet = Fleet(config, sockets, self.program, self._folder, self._close_in_worker, slots, self.system)
+        self.fleet.memory = self._memory
         self.fleet.replaces = handover is not None
         self.fleet.others_have_sockets = self._others_have_sockets
+        self.fleet.enough = lambda: self.begin_stop("max_accepts reached")
         try:
             self._open_monitor()
         except BaseException:
@@ -232,6 +238,8 @@ class Master:
             self._guarded(self.monitor.close, keep_paths=keep)
         if self._pid_file is not None:
             self._guarded(self._pid_file.remove)
+        if self._memory is not None:
+            self._guarded(self._memory.close)
         give_up = self.system.monotonic() + LAST_WORDS_SECONDS
         while not self._notifier.flush() and self.system.monotonic() < give_up:
             self.system.sleep(RETRY_SECONDS)
@@ -273,6 +281,14 @@ class Master:
         elif path is not None:
             self._control = ControlSocket(path, self._commands.answer)
 
+    def _make_memory(self, workers: int) -> SharedMemory | None:
+        fd = self._handover.memory if self._handover is not None else None
+        try:
+            return self.system.shared_memory(workers, fd)
+        except (OSError, AttributeError) as error:  # no memfd_create in this Python, or in this system
+            log.warning("each worker counts its own clients: no memory that workers share: %s", error)
+            return None
+
     def _open_monitor(self) -> None:
         inherited = self._handover.metrics if self._handover is not None else []
         if self.config.metrics is None:
@@ -295,6 +311,8 @@ class Master:
         if self.monitor is not None:
             self.monitor.close_in_child(sockets=False)
         self.fleet.sockets.close_copies()
+        if self._memory is not None:
+            self._memory.close()
         for worker in self.fleet.workers.values():
             worker.channel.close()
 
@@ -426,9 +444,19 @@ class Master:
         if self._control is not None:
             parts += [self._commands.look_after, self._control.look_after]
         parts.append(self._go_on)
+        if self._memory is not None:
+            parts.append(self._clear_memory)
         if self.monitor is not None:
             parts.append(self.monitor.look_after)
         return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
+
+    def _clear_memory(self, now: float) -> None:
+        """Have clients of dead workers count no more: at once; after a while those of another master's workers."""
+        assert self._memory is not None
+        if self._deaths != self.fleet.deaths or now >= self._clear_at:
+            self._deaths = self.fleet.deaths
+            self._clear_at = now + REAP_SECONDS
+            self._memory.clear_dead()
 
     def _was_buried(self, pid: int) -> bool:
         """Return whether a child that waitpid does not know is gone: the program may wait for children too."""
@@ -626,6 +654,7 @@ class Master:
             control=None if control is None else (control.sock.fileno(), control.path, control.identity),
             listen_fds=self._listen_fds,
             metrics=self.monitor.handover() if self.monitor is not None else [],
+            memory=self._memory.fd if self._memory is not None else None,
         )
         self._upgrade.begin(handover, self._folder, done)
 

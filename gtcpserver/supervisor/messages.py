@@ -10,6 +10,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | beat | its loop runs, `lag` seconds late |
 | stats | `stats` are its counters, `rss` its bytes of memory; each if available |
 | retire | it asks for a successor; `why` is the reason |
+| enough | the workers together have accepted `max_accepts` connections |
 | dumped | its stacks are in the log |
 | connections | its table of connections |
 | drained | its listening sockets are drained and closed |
@@ -75,7 +76,7 @@ ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_nam
 WORKER_KINDS = frozenset(
     {
         *("ready", "failed", "beat", "stats", "retire", "dumped", "connections", "drained", "reopen", "stopped"),
-        *("names", "unprivileged", "borrow"),
+        *("names", "unprivileged", "borrow", "enough"),
     }
 )
 MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen", "lent"})

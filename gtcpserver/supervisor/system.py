@@ -21,6 +21,7 @@ from gevent import monkey
 
 from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.shared.memory import SharedMemory, make_memory
 
 from . import channel, spawn, surroundings
 from .channel import Channel
@@ -133,6 +134,17 @@ class System(Protocol):
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         """Return a `ListeningSockets` without sockets."""
 
+    def shared_memory(self, workers: int, fd: int | None) -> SharedMemory | None:
+        """Return the memory of the counts that all workers share; None: this system has none.
+
+        Args:
+            workers: number of workers to expect.
+            fd: the memory of the last master, as it handed it over. One that cannot be used is closed.
+
+        Raises:
+            OSError: descriptors or memory ran out.
+        """
+
     def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
         """Wait until descriptors are ready, and return these with their events; poll(2).
 
@@ -195,6 +207,9 @@ class RealSystem:
 
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         return ListeningSockets(config)
+
+    def shared_memory(self, workers: int, fd: int | None) -> SharedMemory | None:
+        return make_memory(workers, fd)
 
     def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
         poll = _poll()

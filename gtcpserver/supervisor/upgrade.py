@@ -76,6 +76,7 @@ class Handover:
         control: descriptor of the control socket, with its path and identity (device, inode); None if there is none.
         listen_fds: number of descriptors that came from systemd.
         metrics: the listening sockets of the monitor.
+        memory: descriptor of the counts that all workers share (`shared.memory`); None if there are none.
     """
 
     pid: int
@@ -85,11 +86,14 @@ class Handover:
     control: tuple[int, str, tuple[int, int] | None] | None
     listen_fds: int
     metrics: list[Inherited]
+    memory: int | None = None
 
     def fds(self) -> list[int]:
         """Return all descriptors except the channel."""
-        control = [self.control[0]] if self.control is not None else []
-        return [one.fd for one in (*self.sockets, *self.metrics)] + control
+        more = [self.control[0]] if self.control is not None else []
+        if self.memory is not None:
+            more.append(self.memory)
+        return [one.fd for one in (*self.sockets, *self.metrics)] + more
 
 
 def take_handover() -> Handover | None:
@@ -166,9 +170,7 @@ class Upgrade:
             done(str(error))
             return
         handover = dataclasses.replace(handover, channel=theirs.fileno())
-        fds = [one.fd for one in (*handover.sockets, *handover.metrics)] + [handover.channel]
-        if handover.control is not None:
-            fds.append(handover.control[0])
+        fds = [*handover.fds(), handover.channel]
 
         def environment() -> dict[str, str]:
             os.chdir(folder)

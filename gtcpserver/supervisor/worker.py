@@ -38,6 +38,8 @@ from gtcpserver.plural import counted
 from gtcpserver.process.forked import end_process, register
 from gtcpserver.server.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.server.server import Server, State
+from gtcpserver.shared.column import Column
+from gtcpserver.shared.memory import SharedMemory
 
 from .channel import Channel
 from .config import SupervisorConfig
@@ -130,6 +132,7 @@ class Job:
         settle: called when the server has started.
         prepare: called first, with the master's rights.
         program: name of the program, for the title of the process.
+        memory: the counts that all workers share; None: this one counts for itself.
     """
 
     number: int
@@ -146,6 +149,7 @@ class Job:
     settle: Callable[[], None] | None
     prepare: Callable[[], NamedFiles] | None = None
     program: str = ""
+    memory: SharedMemory | None = None
 
 
 @dataclass
@@ -271,6 +275,7 @@ class _Life:
             raise CannotStart(f"the server must not be started before its worker starts it, it is {server.state.value}")
         if job.config.metrics is not None:
             self.watch = Watch(server)
+        self.share_limits(server)
         server.stop_timeout = job.config.graceful_timeout
         server.start()
         self.end_child()
@@ -284,6 +289,18 @@ class _Life:
         for message in self.early:
             self.obey(message)
         return server
+
+    def share_limits(self, server: Server) -> None:
+        """Have the limits of the server hold for all workers together."""
+        memory = self.job.memory
+        if memory is None:
+            return  # the master has said why
+        column = memory.claim()
+        if column is None:
+            others = memory.columns
+            log.warning("worker %d counts its clients alone: there are %d workers already", self.job.number, others)
+            return
+        server.share(Column(memory, column), lambda: self.channel.send("enough"))
 
     def become_unprivileged(self, files: NamedFiles) -> None:
         was_root = os.geteuid() == 0
@@ -330,6 +347,8 @@ class _Life:
         self.channel.close()
         for sock, _ in self.job.sockets:
             sock.close()
+        if self.job.memory is not None:
+            self.job.memory.close()
         for number in IGNORED_BY_WORKERS:
             if signal.getsignal(number) is signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -23,6 +23,7 @@ from typing import Any, cast
 from greenlet import getcurrent, greenlet
 
 from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.shared.memory import SharedMemory
 from gtcpserver.supervisor import SupervisorConfig
 from gtcpserver.supervisor.channel import Channel
 from gtcpserver.supervisor.fleet import Fleet
@@ -790,6 +791,9 @@ class SimulatedSystem:
     def listening_sockets(self, config: ListenConfig) -> ListeningSockets:
         self.sockets.append(Sockets(self, config))
         return self.sockets[-1]
+
+    def shared_memory(self, _workers: int, _fd: int | None) -> SharedMemory | None:
+        return None
 
     def poll(self, watched: Mapping[int, int], seconds: float) -> list[tuple[int, int]]:
         self._polls += 1

@@ -252,7 +252,6 @@ def test_the_first_start_that_fails_ends_with_3_and_the_error(tmp_path: Path) ->
         (["serve", "app:handler", "--workers", "5000"], "--workers: must be at most 1024, got 5000"),
         (["serve", "app:handler", "--pid-file", "x"], "--pid-file: needs --workers"),
         (["serve", "app:handler", "--worker-start", "app:x"], "--worker-start: needs --workers"),
-        (["serve", "app:handler", "--workers", "1", "--max-accepts", "3"], "--max-accepts: cannot be used together"),
         (["serve", "app:handler", "--workers", "1", "--accept-loops", "3"], "--accept-loops: cannot be used together"),
         (["serve", "app:handler", "--workers", "1", "--worker-timeout", "0"], "--worker-timeout: must be a number, 1"),
         (["serve", "app:handler", "--workers", "1", "--drain-delay", "-1"], "--drain-delay: must be a number, 0"),
