@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         pid_file: str | None
         user: str | int | None
         group: str | int | None
+        rotate_tickets: float | None
         umask: int | None
         control: str | None
         log_file: str | None

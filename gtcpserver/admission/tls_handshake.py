@@ -22,7 +22,7 @@ class HandshakeStep(Step):
 
     def __init__(self, connection: Connection, credentials: Credentials) -> None:
         super().__init__(connection)
-        self._layer = TLSLayer(connection, credentials.context, credentials.report_truncation)
+        self._layer = TLSLayer(connection, credentials.context, credentials.report_truncation, credentials.older)
 
     def advance(self) -> Any:
         stream = self.connection.stream

@@ -161,6 +161,13 @@ def reopen(where: Where) -> None:
     request(where, "reopen")
 
 
+@ctl.command("rotate-tickets")
+@click.pass_obj
+def rotate_tickets(where: Where) -> None:
+    """Use new keys for TLS session tickets. Twice: no client can resume an earlier session."""
+    request(where, "rotate-tickets")
+
+
 @ctl.command()
 @click.argument("count", type=click.IntRange(min=1), metavar="N")
 @click.pass_obj

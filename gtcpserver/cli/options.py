@@ -276,6 +276,7 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("pid_file", str, "Write the master's process ID to this file."),
     ("user", str, "Run the workers as this user (name or number)."),
     ("group", str, "Run the workers as this group."),
+    ("rotate_tickets", NUMBER, "Seconds between new keys for TLS session tickets, which all workers share."),
     ("umask", OctalType(), "Mode bits that new files do not get, such as 027."),
     ("control", str, "Path of the control socket for gtcpserver ctl."),
     ("log_file", str, "Write standard error to this file; SIGUSR1 reopens it."),

@@ -508,7 +508,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         if tls is None:
             raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
-        layer = TLSLayer(self, credentials.context, credentials.report_truncation)
+        layer = TLSLayer(self, credentials.context, credentials.report_truncation, credentials.older)
         seconds = credentials.handshake_timeout if timeout is None else timeout
         try:
             with self.deadline(seconds):

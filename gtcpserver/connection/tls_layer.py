@@ -80,6 +80,7 @@ class TLSLayer:
         context: an ssl.SSLContext, the standard library's or gevent's.
         report_truncation: raise TruncatedStream for an end without close_notify, instead of treating it as a normal
             end.
+        older: a name, and the context to begin the handshake on if the client's first message has it: `Credentials`.
 
     Attributes:
         object: the ``_ssl._SSLSocket`` with OpenSSL's state.
@@ -99,6 +100,7 @@ class TLSLayer:
         "_hello",
         "_incoming",
         "_left_over",
+        "_older",
         "_outgoing",
         "_place",
         "_read",
@@ -117,7 +119,13 @@ class TLSLayer:
         "server_name",
     )
 
-    def __init__(self, connection: Connection, context: Any, report_truncation: bool = False) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        context: Any,
+        report_truncation: bool = False,
+        older: tuple[bytes, Any] | None = None,
+    ) -> None:
         self._connection = ref(connection)
         self._stream = stream = connection.stream
         self._report_truncation = report_truncation
@@ -125,12 +133,8 @@ class TLSLayer:
         self.broken = False
         self._incoming = MemoryBIO()
         self._outgoing = MemoryBIO()
-        # SNI callbacks get the owner.
-        self.object = context._wrap_bio(  # noqa: SLF001 - the only way to name an owner
-            self._incoming, self._outgoing, server_side=True, owner=self
-        )
-        self._read = self.object.read
-        self._write = self.object.write
+        self._older = older
+        self._begin_on(context)
         self._feed = self._incoming.write
         self._take = self._outgoing.read
         self._receive = stream.sock.recv
@@ -148,6 +152,14 @@ class TLSLayer:
         self._without_data = 0
         self._forgiven_at = (0.0, 0)  # monotonic time, application data until then
         self._flood: TLSFlood | None = None
+
+    def _begin_on(self, context: Any) -> None:
+        # SNI callbacks get the owner.
+        self.object = context._wrap_bio(  # noqa: SLF001 - the only way to name an owner
+            self._incoming, self._outgoing, server_side=True, owner=self
+        )
+        self._read = self.object.read
+        self._write = self.object.write
 
     @property
     def context(self) -> Any:
@@ -458,6 +470,11 @@ class TLSLayer:
             except BlockingIOError:
                 self._records -= 1
                 raise SSLWantReadError from None
+            if self._older is not None:
+                name, context = self._older
+                self._older = None
+                if name in record:
+                    self._begin_on(context)  # OpenSSL has not seen this first record yet
             if self.server_name is None:
                 self._hello += record[HEADER:]
 

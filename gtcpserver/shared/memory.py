@@ -12,6 +12,8 @@ Layout, in words of 8 bytes in the machine's byte order; each store of a word is
 
     header      MAGIC, number of columns, number of sets
     key         32 random bytes: nobody outside can tell which clients share a set
+    tickets     version, time of the change, and TICKET_SECRETS secrets for keys of TLS tickets: the one of the version
+                (modulo their number), those before it, and one that nobody uses, which is the next to be written
     live        a byte for each column: 1 while a process has it, and after its death until that is noticed
     epochs      a word for each column
     numbers     for each of NUMBERS a word for each column
@@ -28,6 +30,7 @@ import fcntl
 import logging
 import mmap
 import os
+from time import monotonic_ns
 
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.process.descriptors import close_descriptor
@@ -61,6 +64,8 @@ LEAST_CLIENTS = 4096
 ENTRIES = 2**20
 
 KEY_BYTES = 32
+
+TICKET_SECRETS = 3
 _HEADER_WORDS = 3
 
 
@@ -79,7 +84,8 @@ class SharedMemory:
         self.columns = columns
         self.sets = sets
         self.key_at = 8 * _HEADER_WORDS
-        self.live_at = self.key_at + KEY_BYTES
+        self.tickets_at = self.key_at + KEY_BYTES
+        self.live_at = self.tickets_at + 16 + TICKET_SECRETS * KEY_BYTES
         self.epochs_at = (self.live_at + columns) // 8  # in words, as those that follow
         self.numbers_at = self.epochs_at + columns
         self.tags_at = self.numbers_at + len(NUMBERS) * columns
@@ -108,7 +114,9 @@ class SharedMemory:
             close_descriptor(fd)
             raise
         made.words[1], made.words[2] = columns, sets
-        made.data[made.key_at : made.live_at] = os.urandom(KEY_BYTES)
+        made.data[made.key_at : made.tickets_at] = os.urandom(KEY_BYTES)
+        made.data[made.tickets_at + 16 : made.tickets_at + 16 + KEY_BYTES] = os.urandom(KEY_BYTES)
+        made.words[made.tickets_at // 8 + 1] = monotonic_ns()
         made.words[0] = MAGIC
         return made
 
@@ -174,6 +182,47 @@ class SharedMemory:
         for name in GAUGES:
             self.words[self.number_at(name) + column] = 0
 
+    # -- keys of TLS tickets -----------------------------------------------------------------------------------------
+
+    def ticket_version(self) -> int:
+        """Return a number that changes with the secrets."""
+        return self.words[self.tickets_at // 8]
+
+    def ticket_secrets(self) -> tuple[bytes, bytes | None]:
+        """Return the secret for the keys of new tickets, and the one before it; None: there was none."""
+        version = self.ticket_version()
+        return self._secret(version), self._secret(version - 1) if version else None
+
+    def _secret(self, version: int) -> bytes:
+        at = self.tickets_at + 16 + version % TICKET_SECRETS * KEY_BYTES
+        return self.data[at : at + KEY_BYTES]
+
+    def rotate_tickets(self, after: float = 0.0) -> bool:
+        """Make a new secret. Tickets of the one before stay valid, older ones do not.
+
+        Args:
+            after: seconds that the present one is used at least.
+
+        Returns:
+            False if it is younger, or another master does it.
+        """
+        at = self.tickets_at // 8
+        if monotonic_ns() - self.words[at + 1] < after * 1e9 or not self._lock(self.columns):
+            return False
+        try:
+            if monotonic_ns() - self.words[at + 1] < after * 1e9:
+                return False
+            version = (self.words[at] + 1) & 0x7FFFFFFF
+            place = self.tickets_at + 16 + version % TICKET_SECRETS * KEY_BYTES
+            self.data[place : place + KEY_BYTES] = os.urandom(KEY_BYTES)
+            self.words[at + 1] = monotonic_ns()
+            self.words[at] = version
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.columns)
+        return True
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
     def number_at(self, name: str) -> int:
         """Return the index of the first word of a number."""
         return self.numbers_at + NUMBERS.index(name) * self.columns
@@ -197,7 +246,7 @@ def clients_of(columns: int) -> int:
 
 def size_of(columns: int, sets: int) -> int:
     """Return the bytes of a memory."""
-    words = _HEADER_WORDS + KEY_BYTES // 8 + columns // 8 + (1 + len(NUMBERS)) * columns
+    words = _HEADER_WORDS + 2 + (1 + TICKET_SECRETS) * KEY_BYTES // 8 + columns // 8 + (1 + len(NUMBERS)) * columns
     return 8 * (words + sets * columns * WAYS * (1 + WORDS))
 
 

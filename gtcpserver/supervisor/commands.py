@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .control import Reply
     from .master import Master
 
+COMMANDS = ("status", "reload", "upgrade", "reopen", "rotate-tickets", "scale", "stop")
+
 #: Seconds that an answer waits for workers' newest counters; a blocked worker's last ones are used.
 REPORT_SECONDS = 0.5
 
@@ -50,6 +52,8 @@ class Commands:
         elif command == "reopen":
             master.reopen_log()
             tell(None)
+        elif command == "rotate-tickets":
+            tell(None if master.rotate_tickets() else "the workers have no keys of tickets in common")
         elif command == "scale":
             count = request.get("workers")
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_WORKERS:
@@ -57,7 +61,7 @@ class Commands:
             else:
                 master.scale(count, tell)
         else:
-            reply({"error": f"no command {command!r}; there are status, reload, upgrade, reopen, scale, stop"})
+            reply({"error": f"no command {command!r}; there are {', '.join(COMMANDS)}"})
 
     def look_after(self, now: float) -> None:
         """Send the answers that are due."""

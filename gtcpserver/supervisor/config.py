@@ -34,6 +34,11 @@ LONGEST_PROBATION = 60.0
 DEFAULT_WORKER_TIMEOUT = 30.0
 
 
+#: Seconds. With the keys of the time before, a ticket is read for up to a day, as long as nginx users rotate theirs by
+#: hand; no ticket is valid for longer than 2 hours.
+DEFAULT_ROTATE_TICKETS = 12 * 3600.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisorConfig:
     """The options of a master and its workers.
@@ -63,6 +68,8 @@ class SupervisorConfig:
         pid_file: path of the file for the master's process id.
         user: the workers' user, by name or number; the master keeps its own, for ports below 1024 and log files.
         group: the workers' group; None: the user's own.
+        rotate_tickets: seconds between new keys for TLS session tickets, which all workers share. Tickets of the keys
+            before stay valid, older ones do not. None: never.
         umask: the processes' file mode creation mask, such as 0o027.
         control: path of the control socket (mode 600); see `gtcpserver ctl`.
         log_file: path of the file for standard error; reopened at USR1.
@@ -90,6 +97,7 @@ class SupervisorConfig:
     user: str | int | None = None
     group: str | int | None = None
     umask: int | None = None
+    rotate_tickets: float | None = DEFAULT_ROTATE_TICKETS
     control: str | None = None
     log_file: str | None = None
     metrics: str | int | None = None
@@ -112,6 +120,7 @@ class SupervisorConfig:
         check_number("drain_delay", self.drain_delay, least=0)
         check_whole_number("recycle_after", self.recycle_after, least=1, none="for never")
         check_whole_number("recycle_jitter", self.recycle_jitter, least=0, none="for a tenth of recycle_after")
+        check_number("rotate_tickets", self.rotate_tickets, above=0, none="for never")
         check_number("recycle_memory", self.recycle_memory, above=0, none="for never")
         if self.umask is not None and not 0 <= self.umask <= 0o777:
             raise ConfigError(f"umask must be 0 to 0o777, got {self.umask:#o}")

@@ -445,18 +445,23 @@ class Master:
             parts += [self._commands.look_after, self._control.look_after]
         parts.append(self._go_on)
         if self._memory is not None:
-            parts.append(self._clear_memory)
+            parts.append(self._look_after_memory)
         if self.monitor is not None:
             parts.append(self.monitor.look_after)
         return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
 
-    def _clear_memory(self, now: float) -> None:
-        """Have clients of dead workers count no more: at once; after a while those of another master's workers."""
+    def _look_after_memory(self, now: float) -> None:
+        """Have clients of dead workers count no more: at once; after a while those of another master's workers.
+
+        Rotate the keys of TLS tickets when they are due.
+        """
         assert self._memory is not None
         if self._deaths != self.fleet.deaths or now >= self._clear_at:
             self._deaths = self.fleet.deaths
             self._clear_at = now + REAP_SECONDS
             self._memory.clear_dead()
+            if self.config.rotate_tickets is not None:
+                self._memory.rotate_tickets(self.config.rotate_tickets)
 
     def _was_buried(self, pid: int) -> bool:
         """Return whether a child that waitpid does not know is gone: the program may wait for children too."""
@@ -630,6 +635,11 @@ class Master:
         if self.monitor is not None:
             self.monitor.renew()
         log.info("log file %s reopened", path)
+
+    def rotate_tickets(self) -> bool:
+        """Have the workers use new keys for TLS tickets; return False if they do not share any."""
+        log.info("new keys for TLS session tickets")
+        return self._memory is not None and self._memory.rotate_tickets()
 
     def begin_upgrade(self, why: str, done: Done) -> None:
         """Start a new master from the code on disk. `done` is called with None, or with the reason of a failure."""

@@ -40,6 +40,7 @@ from gtcpserver.server.background import end_executors, threads_of_handlers_are_
 from gtcpserver.server.server import Server, State
 from gtcpserver.shared.column import Column
 from gtcpserver.shared.memory import SharedMemory
+from gtcpserver.tls import ticket_keys
 
 from .channel import Channel
 from .config import SupervisorConfig
@@ -263,6 +264,7 @@ class _Life:
         self.commands = get_hub().loop.io(self.channel.fileno(), 1, ref=False)
         self.commands.start(self.on_command)
         threads_of_handlers_are_no_daemons()
+        ticket_keys.share(job.memory)
         importlib.invalidate_caches()
         server, self.hooks = job.build([sock for sock, _ in job.sockets])
         self.end_child()

@@ -65,9 +65,11 @@ class TLSConfig:
         handshake_timeout: seconds a handshake may take.
         max_handshakes: how many handshakes may be in progress.
         session_tickets: how many tickets a TLS 1.3 client gets, each to resume its session once (RFC 8446 section
-            4.6.1), 0 to 16; with 0 a TLS 1.2 client gets none either. Their keys are created with the first context,
-            and copied by fork: a ticket of one worker process is valid in the others, and after a reload. A ticket is
-            valid for 2 hours, without another check of the client certificate.
+            4.6.1), 0 to 16; with 0 a TLS 1.2 client gets none either. All workers of a master have the same keys, so
+            that a ticket of one is valid in the others, and after a reload or an upgrade, unless the certificates'
+            names or the check of client certificates have changed. They are replaced every 12 hours
+            (``rotate_tickets``), and those before them read for as long. A ticket is valid for 2 hours, without another
+            check of the client certificate.
         key_log_file: append the secrets of each connection to this file, for Wireshark. Anyone who can read it can read
             the traffic. None: never; the environment variable SSLKEYLOGFILE has no effect on a server.
         report_truncation: an end of the stream without close_notify (RFC 8446 section 6.1) raises TruncatedStream.

@@ -125,6 +125,15 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
     return ServerContexts(default, named, config.strict_sni, _client_trust(config), min(expiries), tuple(complaints))
 
 
+def make_front(config: TLSConfig) -> ssl.SSLContext:
+    """Make another context like the default one.
+
+    Raises:
+        ConfigError: as `load_contexts`.
+    """
+    return _make_context(config, config.pairs()[None])
+
+
 def watched_files(config: TLSConfig) -> Iterator[str]:
     """Yield all the files that ``load_contexts`` reads, and the folder they are looked up in."""
     for pair in config.pairs().values():

@@ -3,8 +3,9 @@
 A session ticket is encrypted with keys of the context that the handshake began on, and the ssl module cannot copy these
 from one context to the next. So a server has one front context for life; each handshake begins on it, and its
 server-name callback, which OpenSSL calls whether or not the client asked for a name, moves the handshake on to the
-context with the current certificate. Tickets issued before a reload stay valid, in all worker processes that were
-forked after the front context was created; and the certificates are replaced in one assignment, or not at all.
+context with the current certificate. Tickets issued before a reload stay valid, and the certificates are replaced in
+one assignment, or not at all. Worker processes give their front contexts the same keys (`ticket_keys`). After a change
+of keys, a second front context has those from before, for handshakes whose client has an older ticket.
 
 (Loading the new certificate into the old context keeps the tickets too, but is not safe: when the key does not match,
 the context is left with half of each; and after a change from an RSA to an EC certificate it goes on serving both.)
@@ -13,6 +14,7 @@ the context is left with half of each; and after a change from an RSA to an EC c
 from __future__ import annotations
 
 import _ssl
+import hashlib
 import ssl
 import sys
 import time
@@ -25,8 +27,9 @@ from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import stat_file
 
+from . import ticket_keys
 from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
-from .contexts import ServerContexts, load_contexts, watched_files
+from .contexts import ServerContexts, load_contexts, make_front, watched_files
 
 log = own_logger("gtcpserver.tls")
 
@@ -50,6 +53,8 @@ class Credentials:
 
     Attributes:
         config: the options; None with a ready context.
+        older: the name of the ticket keys before the present ones, and the front context that accepts those tickets;
+            None: there is none. A handshake begins on it if the name is in the client's first message.
         context: for ``context._wrap_socket(raw_socket, server_side=True, owner=owner)``. The owner's attribute
             ``server_name`` is set to the name that the client asks for, in lower case (None for none), and its
             attribute ``context`` to the context with the right certificate: a property, whose setter passes it to the
@@ -66,6 +71,11 @@ class Credentials:
         self._timer: Any = None
         self._reloading = False
         self._complaint = ""
+        self._front: ssl.SSLContext
+        self._front_of_older: ssl.SSLContext | None = None
+        self._identity = b""
+        self._version = -1  # of the secrets that the ticket keys were derived from
+        self.older: tuple[bytes, ssl.SSLContext] | None = None
         if self.config is not None:
             self._load(self.config)
         elif not isinstance(tls, _PlainContext):
@@ -73,7 +83,14 @@ class Credentials:
         elif tls.protocol == ssl.PROTOCOL_TLS_CLIENT:
             raise ConfigError("tls must be a context for a server (ssl.PROTOCOL_TLS_SERVER), got one for a client")
         else:
-            self.context = tls
+            self._front = tls
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        secrets = ticket_keys.shared_secrets()
+        if secrets is not None and self._identity and secrets.ticket_version() != self._version:
+            self._take_ticket_keys(secrets)
+        return self._front
 
     @property
     def handshake_timeout(self) -> float:
@@ -175,13 +192,31 @@ class Credentials:
         if old is None or new.client_trust != old.client_trust:
             if config.key_log_file is not None and old is None:
                 log.warning('TLS: the secrets of all connections are written to "%s"', config.key_log_file)
-            front = new.default
-            # Not through gevent's property, which assumes that the owner is a gevent.ssl.SSLSocket.
-            cast(Any, _PlainContext.sni_callback).__set__(front, self._choose)
+            # Both first: if the second one cannot be made, nothing has changed.
+            older = make_front(config) if config.session_tickets and ticket_keys.shared_secrets() is not None else None
+            for front in filter(None, (new.default, older)):
+                # Not through gevent's property, which assumes that the owner is a gevent.ssl.SSLSocket.
+                cast(Any, _PlainContext.sni_callback).__set__(front, self._choose)
             _keep_quiet_about_bad_names()
-            self.context = front
+            self._front, self._front_of_older = new.default, older
+            self._identity = _identity(config, new) if config.session_tickets else b""
+            self._version, self.older = -1, None
         self._contexts = new
         self._states = states
+
+    def _take_ticket_keys(self, secrets: ticket_keys.Secrets) -> None:
+        """Derive the keys of tickets from the secrets that the workers share now."""
+        version = secrets.ticket_version()
+        current, previous = secrets.ticket_secrets()
+        try:
+            ticket_keys.set_ticket_keys(self._front, ticket_keys.derive(current, self._identity))
+            if previous is not None and self._front_of_older is not None:
+                keys = ticket_keys.derive(previous, self._identity)
+                ticket_keys.set_ticket_keys(self._front_of_older, keys)
+                self.older = keys[: ticket_keys.NAME_BYTES], self._front_of_older
+        except ticket_keys.CannotSetKeys as error:
+            ticket_keys.give_up(error)
+        self._version = version
 
     def _choose(self, owner: Any, name: str | None, context: ssl.SSLContext) -> int | None:
         contexts = self._contexts
@@ -213,6 +248,13 @@ class Credentials:
 def _readable(name: str | None) -> str | None:
     """Return a server name for comparisons and for the log: it may hold any character from 1 to 127."""
     return name if name is None else name.lower().rstrip(".") if name.isprintable() else ""
+
+
+def _identity(config: TLSConfig, contexts: ServerContexts) -> bytes:
+    """Return a digest of what a resumed session must not get around: who is admitted, and as which server."""
+    names = sorted((name or "", pair.certfile) for name, pair in config.pairs().items())
+    told = repr((config.client_auth, config.strict_sni, names)).encode()
+    return hashlib.sha256(contexts.client_trust + told).digest()
 
 
 def build_context(config: TLSConfig) -> ssl.SSLContext:
