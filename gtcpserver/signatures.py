@@ -83,6 +83,7 @@ if TYPE_CHECKING:
         user: str | int | None
         group: str | int | None
         rotate_tickets: float | None
+        agent_check: str | int | None
         umask: int | None
         control: str | None
         log_file: str | None

@@ -169,6 +169,14 @@ def rotate_tickets(where: Where) -> None:
 
 
 @ctl.command()
+@click.argument("switch", type=click.Choice(["on", "off"]))
+@click.pass_obj
+def maint(where: Where, switch: str) -> None:
+    """Tell balancers to send this machine no connections, until it is off again; serve those that come."""
+    request(where, "maint", on=switch == "on")
+
+
+@ctl.command()
 @click.argument("count", type=click.IntRange(min=1), metavar="N")
 @click.pass_obj
 def scale(where: Where, count: int) -> None:

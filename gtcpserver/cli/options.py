@@ -277,6 +277,7 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("user", str, "Run the workers as this user (name or number)."),
     ("group", str, "Run the workers as this group."),
     ("rotate_tickets", NUMBER, "Seconds between new keys for TLS session tickets, which all workers share."),
+    ("agent_check", str, "Answer haproxy's agent checks; a port without a host is on 127.0.0.1."),
     ("umask", OctalType(), "Mode bits that new files do not get, such as 027."),
     ("control", str, "Path of the control socket for gtcpserver ctl."),
     ("log_file", str, "Write standard error to this file; SIGUSR1 reopens it."),
@@ -356,17 +357,24 @@ def supervisor_options(command: Command) -> Command:
 
 def check_addresses(context: click.Context) -> None:
     """Raise click.UsageError if two of the addresses to listen on are the same."""
-    bind, metrics = context.params["bind"], context.params["metrics"]
-    if metrics is not None:
-        try:
-            parse_address(metrics)
-        except ConfigError:  # reported when it is used
-            metrics = None
-    for option, addresses in (("--bind", bind), ("--metrics", (*bind, metrics) if metrics is not None else ())):
-        try:
-            check_none_twice(addresses)
-        except ConfigError as error:
-            raise click.UsageError(f"{option}: {error}") from None
+    addresses = list(context.params["bind"])
+    _check_none_twice("--bind", addresses)
+    for name in ("metrics", "agent_check"):
+        address = context.params.get(name)
+        if address is not None:
+            try:
+                parse_address(address)
+            except ConfigError:  # reported when it is used
+                continue
+            addresses.append(address)
+            _check_none_twice(flag(name), addresses)
+
+
+def _check_none_twice(option: str, addresses: list[Any]) -> None:
+    try:
+        check_none_twice(addresses)
+    except ConfigError as error:
+        raise click.UsageError(f"{option}: {error}") from None
 
 
 def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .control import Reply
     from .master import Master
 
-COMMANDS = ("status", "reload", "upgrade", "reopen", "rotate-tickets", "scale", "stop")
+COMMANDS = ("status", "reload", "upgrade", "reopen", "rotate-tickets", "maint", "scale", "stop")
 
 #: Seconds that an answer waits for workers' newest counters; a blocked worker's last ones are used.
 REPORT_SECONDS = 0.5
@@ -25,7 +25,7 @@ class Commands:
         self._waiting: list[tuple[float, Reply]] = []
 
     def answer(self, request: dict[str, Any], reply: Reply) -> None:
-        """Handle one request: {"command": ...}; scale requires "workers", stop accepts "now"."""
+        """Handle one request: {"command": ...}; scale requires "workers", maint "on", stop accepts "now"."""
         master, fleet = self._master, self._master.fleet
         command = request.get("command")
 
@@ -54,6 +54,12 @@ class Commands:
             tell(None)
         elif command == "rotate-tickets":
             tell(None if master.rotate_tickets() else "the workers have no keys of tickets in common")
+        elif command == "maint":
+            if not isinstance(on := request.get("on"), bool):
+                reply({"error": f"on must be true or false, got {on!r}"})
+            else:
+                master.set_maintenance(on)
+                tell(None)
         elif command == "scale":
             count = request.get("workers")
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_WORKERS:
@@ -85,6 +91,7 @@ class Commands:
         return {
             "state": master.state.value,
             "ready": master.ready,
+            "maintenance": master.in_maintenance,
             "pid": master.system.pid(),
             "uptime": round(now - master.started_at, 3),
             "addresses": master.addresses,

@@ -6,8 +6,9 @@ import grp
 import os
 import pwd
 from dataclasses import dataclass
+from typing import Any
 
-from gtcpserver.address import MAX_UNIX_PATH
+from gtcpserver.address import MAX_UNIX_PATH, Address, parse_address
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring.monitor import check_metrics_address
@@ -75,6 +76,7 @@ class SupervisorConfig:
         log_file: path of the file for standard error; reopened at USR1.
         metrics: address of metrics, health checks and the status page, which have their own process; a port without
             a host is on 127.0.0.1. None: not served.
+        agent_check: address on which haproxy's agent checks are answered (`agent`); likewise.
 
     Raises:
         ConfigError: a value is invalid; the message names it.
@@ -101,6 +103,7 @@ class SupervisorConfig:
     control: str | None = None
     log_file: str | None = None
     metrics: str | int | None = None
+    agent_check: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.workers != "auto":
@@ -136,6 +139,8 @@ class SupervisorConfig:
                 )
         if self.metrics is not None:
             check_metrics_address(self.metrics)
+        if self.agent_check is not None:
+            check_agent_address(self.agent_check)
         if self.user is not None or self.group is not None:
             uid, gid, _ = self.identity()
             if os.geteuid() != 0 and (uid != os.geteuid() or gid != os.getegid()):
@@ -162,6 +167,14 @@ class SupervisorConfig:
             except (KeyError, ValueError):
                 raise ConfigError(f"group must be one of this host's, got {self.group!r}") from None
         return uid, gid, name
+
+
+def check_agent_address(address: Any) -> Address:
+    """Parse the address of the agent check. Raises ConfigError."""
+    try:
+        return parse_address(address)
+    except ConfigError as error:
+        raise ConfigError(f"agent_check must be an address: {error}") from None
 
 
 def _number(name: str, who: str | int) -> int:

@@ -35,6 +35,7 @@ from gtcpserver.process.forked import register
 from gtcpserver.shared.memory import SharedMemory
 
 from . import systemd
+from .agent import AgentCheck
 from .care import TICK_SECONDS
 from .channel import RETRY_SECONDS
 from .commands import Commands
@@ -121,6 +122,8 @@ class Master:
         self._commands = Commands(self)
         self.monitor: MonitorProcess | None = None
         self._memory: SharedMemory | None = None
+        self._agent: AgentCheck | None = None
+        self.in_maintenance = False
         self._pid_file = PidFile(config.pid_file) if config.pid_file is not None else None
         self._signals: Signals | None = None
         self._stop_at: float | None = None
@@ -141,7 +144,8 @@ class Master:
     @property
     def ready(self) -> bool:
         """Whether connections are wanted: the answer to load balancers."""
-        return self.state is MasterState.SERVING and any(slot.serves() for slot in self.fleet.slots.values())
+        serving = self.state is MasterState.SERVING and not self.in_maintenance
+        return serving and any(slot.serves() for slot in self.fleet.slots.values())
 
     @property
     def stopping(self) -> bool:
@@ -206,9 +210,12 @@ class Master:
         self.fleet.others_have_sockets = self._others_have_sockets
         self.fleet.enough = lambda: self.begin_stop("max_accepts reached")
         try:
+            self._open_agent()
             self._open_monitor()
         except BaseException:
             sockets.close(keep_paths=self._not_ours())
+            if self._agent is not None:
+                self._agent.close(keep_paths=self._not_ours())
             raise
         try:
             signals = self._signals = self.system.catch_signals(MASTER_SIGNALS)
@@ -236,6 +243,8 @@ class Master:
             self._guarded(self._control.close, remove=not keep)
         if self.monitor is not None:
             self._guarded(self.monitor.close, keep_paths=keep)
+        if self._agent is not None:
+            self._guarded(self._agent.close, keep_paths=keep)
         if self._pid_file is not None:
             self._guarded(self._pid_file.remove)
         if self._memory is not None:
@@ -288,6 +297,15 @@ class Master:
         except (OSError, AttributeError) as error:  # no memfd_create in this Python, or in this system
             log.warning("each worker counts its own clients: no memory that workers share: %s", error)
             return None
+
+    def _open_agent(self) -> None:
+        inherited = self._handover.agent if self._handover is not None else []
+        self.in_maintenance = self._handover is not None and self._handover.in_maintenance
+        if self.config.agent_check is not None:
+            self._agent = AgentCheck(self, self.config.agent_check, inherited)
+            return
+        for one in inherited:
+            close_descriptor(one.fd)
 
     def _open_monitor(self) -> None:
         inherited = self._handover.metrics if self._handover is not None else []
@@ -343,6 +361,8 @@ class Master:
             self._control.close(remove=False)
         if self._pid_file is not None:
             self._pid_file.close()
+        if self._agent is not None:
+            self._agent.close_in_child()
         self._upgrade.close()
         if self._handover is not None:
             close_descriptor(self._handover.channel)
@@ -393,6 +413,9 @@ class Master:
         monitor = self.monitor
         if monitor is not None and monitor.fileno() >= 0:
             watched[monitor.fileno()] = (monitor.events(), monitor.handle)
+        if self._agent is not None:
+            for fd, handle in self._agent.watched(self.system.monotonic()):
+                watched[fd] = (select.POLLIN, handle)
         due = min(self.fleet.next_due(), self._stop_at or float("inf")) - self.system.monotonic()
         for fd, events in self._poll(watched, max(0.0, min(TICK_SECONDS, due))):
             self._guarded(watched[fd][1], events)
@@ -448,6 +471,8 @@ class Master:
             parts.append(self._look_after_memory)
         if self.monitor is not None:
             parts.append(self.monitor.look_after)
+        if self._agent is not None:
+            parts.append(self._agent.look_after)
         return [*parts, self._write_pid_file, self._tell_systemd, self._terminal.look]
 
     def _look_after_memory(self, now: float) -> None:
@@ -636,6 +661,11 @@ class Master:
             self.monitor.renew()
         log.info("log file %s reopened", path)
 
+    def set_maintenance(self, on: bool) -> None:
+        """Tell balancers to send no connections, or to send them again. Those that come are served."""
+        log.info("maintenance: %s", "on" if on else "off")
+        self.in_maintenance = on
+
     def rotate_tickets(self) -> bool:
         """Have the workers use new keys for TLS tickets; return False if they do not share any."""
         log.info("new keys for TLS session tickets")
@@ -665,6 +695,8 @@ class Master:
             listen_fds=self._listen_fds,
             metrics=self.monitor.handover() if self.monitor is not None else [],
             memory=self._memory.fd if self._memory is not None else None,
+            agent=self._agent.handover() if self._agent is not None else [],
+            in_maintenance=self.in_maintenance,
         )
         self._upgrade.begin(handover, self._folder, done)
 

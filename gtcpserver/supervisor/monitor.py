@@ -136,7 +136,7 @@ class MonitorProcess:
         master = self._master
         if master.ready:
             return {"ready": True, "word": "ready"}
-        word = "draining" if master.stopping else master.state.value
+        word = "draining" if master.stopping else "maintenance" if master.in_maintenance else master.state.value
         return {"ready": False, "word": "no worker is ready" if word == "serving" else word}
 
     def _start(self) -> None:

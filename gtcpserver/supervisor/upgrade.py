@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -77,6 +77,8 @@ class Handover:
         listen_fds: number of descriptors that came from systemd.
         metrics: the listening sockets of the monitor.
         memory: descriptor of the counts that all workers share (`shared.memory`); None if there are none.
+        agent: the listening sockets of the agent check.
+        in_maintenance: whether `ctl maint on` holds.
     """
 
     pid: int
@@ -87,13 +89,15 @@ class Handover:
     listen_fds: int
     metrics: list[Inherited]
     memory: int | None = None
+    agent: list[Inherited] = field(default_factory=list)
+    in_maintenance: bool = False
 
     def fds(self) -> list[int]:
         """Return all descriptors except the channel."""
         more = [self.control[0]] if self.control is not None else []
         if self.memory is not None:
             more.append(self.memory)
-        return [one.fd for one in (*self.sockets, *self.metrics)] + more
+        return [one.fd for one in (*self.sockets, *self.metrics, *self.agent)] + more
 
 
 def take_handover() -> Handover | None:
@@ -108,11 +112,11 @@ def take_handover() -> Handover | None:
     try:
         fields = json.loads(text)
         sockets = _inherited(fields.pop("sockets"))
-        metrics = _inherited(fields.pop("metrics", []))
+        metrics, agent = (_inherited(fields.pop(name, [])) for name in ("metrics", "agent"))
         control = fields.pop("control")
         if control is not None:
             control = (control[0], control[1], _pair(control[2]))
-        handover = Handover(sockets=sockets, metrics=metrics, control=control, **fields)
+        handover = Handover(sockets=sockets, metrics=metrics, agent=agent, control=control, **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise GtcpServerError(f"cannot take over from the running master: {error}") from None
     return handover
