@@ -25,7 +25,7 @@ from greenlet import getcurrent
 
 from .callables import name_of
 from .checks import check_number
-from .connection.stream import WAIT_IN_HUB
+from .connection.poller import WAIT_IN_HUB
 from .errors import GtcpServerError
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def read_proxy_header(connection: Connection, balancers: ProxyProtocol) -> None:
     try:
         with connection.deadline(balancers.timeout):
             while (header := reader.read(stream.sock)) is None:
-                stream.wait_readable(True)
+                stream.wait_readable()
     except DeadlineExceeded:
         text = f"no PROXY header within {balancers.timeout:g} seconds"
         raise stream.note(DeadlineExceeded(text)) from None

@@ -74,6 +74,14 @@ cdef inline double monotonic():
     return gtcpserver_monotonic()
 
 
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident()
+
+
+cdef inline unsigned long get_ident():
+    return PyThread_get_thread_ident()
+
+
 # MSG_DONTWAIT: another process that has the socket may have cleared its O_NONBLOCK, and these calls hold the GIL.
 #
 # EINTR: a handler of signals is Python, and may close the connection. The descriptor may be another's after it: what is

@@ -322,7 +322,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         if watcher is self._stream.writing:
             self._stream.wait_writable()
         else:
-            self._stream.wait_readable(certain=True)
+            self._stream.wait_for_input()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

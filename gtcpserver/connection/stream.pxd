@@ -4,6 +4,7 @@ cimport cython
 
 from gtcpserver.c.greenlet_api cimport getcurrent, greenlet, import_greenlet, switch_to
 from gtcpserver.c.system_calls cimport monotonic, receive, transmit
+from gtcpserver.connection.poller cimport Poller, poller_of
 
 cdef double inf
 cdef Py_ssize_t FULL_READS_IN_A_ROW, MOST_DIRECT
@@ -20,14 +21,17 @@ cdef class Stream:
     cdef public bint at_eof, drained, ended, ending, shut_for_writing
     cdef public int fd, shared
     cdef public long long bytes_received, bytes_sent
-    cdef object _parked
+    cdef readonly Poller poller
     cdef readonly object _timer
     cdef double _read_until, _timer_at, _write_until
     cdef int _full_reads
 
-    @cython.locals(me=greenlet)
-    cpdef wait_readable(self, bint certain=*)
-    cdef _check_one_reader(self, watcher)
+    cpdef set_up(self, sock, hub, timeout)
+    cpdef wait_readable(self)
+    cpdef wait_for_input(self)
+    cpdef note_input(self)
+    @cython.locals(poller=Poller)
+    cdef _watch_input(self)
     cdef bint _bound_read(self) except -1
     cpdef forget_bounds(self)
     cdef double _end_of_wait(self) except? -1.0
@@ -35,23 +39,24 @@ cdef class Stream:
     @cython.locals(me=greenlet, until=cython.double)
     cpdef wait_writable(self)
     cpdef make_write_watcher(self)
-    cdef _loop(self)
+    cpdef get_hub(self)
     cpdef reader(self)
     cpdef writer(self)
     cpdef lend(self)
-    cpdef bint is_parked(self) except -1
+    cpdef leave_poller(self)
     cpdef take_back(self)
     cdef _stop_timer(self)
     cpdef _start_timer(self, double until)
     @cython.locals(now=cython.double)
     cpdef on_timer(self)
+    cdef bint _has_input(self) except -1
     cpdef timeout_error(self, double now)
     cpdef note(self, error)
     cpdef bint has_raised(self, error) except -1
     cpdef _get_mark(self)
     cpdef share_mark(self, Stream other)
     cdef _note_thrown(self, error)
-    @cython.locals(data=bytes, size=Py_ssize_t)
+    @cython.locals(data=bytes, size=Py_ssize_t, watched=cython.bint)
     cpdef recv(self, Py_ssize_t bufsize, Py_ssize_t flags=*)
     cpdef recv_into(self, buffer, Py_ssize_t nbytes=*, Py_ssize_t flags=*)
     cdef _read_was_full(self)

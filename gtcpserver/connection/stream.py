@@ -8,10 +8,9 @@ It differs from gevent in how it waits:
 
 * gevent's ``recv`` asks first, fails with EAGAIN (an exception: 1.3 us), then makes a Waiter, starts a watcher,
   switches, stops the watcher. Here a short read is remembered: the socket is drained, so the next ``recv`` waits before
-  it asks. The read watcher stays started for the life of the connection.
-* The started watcher's callback is the ``switch`` of the greenlet that waits, and while none waits it is the watcher's
-  own ``stop`` ("parked"). libev looks the callback up when it fires, so an event that was already pending when a wait
-  ended (timeout, kill) finds the parked callback: only a waiting greenlet is switched to.
+  it asks.
+* Waits for input are the Poller's (poller.py), for the life of the connection. Waits to write, which are rare, have a
+  watcher of gevent's that is started for each; so have callbacks that replace a waiting greenlet (`Stream.lend`).
 * A timeout is a deadline noted at each wait. One timer per connection serves them all: when it fires too early it is
   restarted for the remaining time.
 """
@@ -20,11 +19,12 @@ from __future__ import annotations
 
 import os
 import socket
-from errno import EAGAIN
+from errno import EAGAIN, EIO
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
+import gevent
 from gevent._hub_local import get_hub_if_exists
 from gevent._socket3 import _closedsocket
 from gevent.exceptions import ConcurrentObjectUseError
@@ -33,7 +33,7 @@ from gevent.socket import cancel_wait_ex
 from greenlet import GreenletExit
 
 from gtcpserver.errors import DeadlineExceeded, EarlyEOF
-from gtcpserver.process.watcher import check_watched, parking, stop_watcher, watch
+from gtcpserver.process.watcher import check_watched, stop_watcher, watch
 
 try:
     import cython
@@ -45,14 +45,16 @@ if not cython.compiled:
 
     from greenlet import getcurrent, greenlet
 
-    # greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
-    # greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
+    from .poller import Poller, poller_of
+
     switch_to = greenlet.switch
 
     if TYPE_CHECKING:
         from gtcpserver.c import import_greenlet, receive, transmit
 if cython.compiled:
     import_greenlet()
+
+from .poller import WAIT_IN_HUB
 
 if TYPE_CHECKING:
     from .tls_layer import TLSLayer
@@ -74,13 +76,14 @@ LARGE_ROOM = 1024 * 1024
 #: size of a buffer in c/system_calls.pxd.)
 MOST_DIRECT = 64 * 1024
 
+#: Seconds after which a descriptor that the kernel has refused to watch is tried again; then the read fails.
+PAUSES = (0, 0.01, 0.1)
+
 #: Values of `Stream.shared`, besides False.
 SHARED, CHILD = 1, 2
 
 #: Stands in for a closed socket.
 CLOSED = _closedsocket(-1, -1, -1, None, "closed")
-
-WAIT_IN_HUB = "Impossible to call blocking function in the event loop callback"  # gevent's words
 
 # As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
 _PEEK, _WAITALL, _DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_WAITALL), int(socket.MSG_DONTWAIT)
@@ -96,14 +99,16 @@ class Stream:
 
     Attributes:
         hub: as above.
-        fd: compiled, its descriptor, which a closed stream must not use.
+        fd: its descriptor, which a closed stream must not use.
         io: object to read from and write to: the raw socket, or its substitute (``recv``, ``recv_into``, ``send``;
             BlockingIOError means "wait").
-        reading, writing: the io watchers, made at the first wait.
+        poller: watches the socket, from the first wait for input on; None: not yet.
+        reading: gevent's watcher for callbacks in place of a greenlet, made at the first use.
+        writing: gevent's watcher, made at the first wait.
         timeout: as above; may be changed at any time between two calls.
         deadline: the monotonic time at which every call ends with DeadlineExceeded; None: no deadline.
         deadlines: all deadlines in effect; ``deadline`` is the earliest.
-        drained: the last read was short, and ``reading`` exists: wait before the next.
+        drained: the last read was short, and ``poller`` is there: wait before the next.
         kept: bytes read ahead by ``recv_until``; the next read returns them first.
         at_eof: the peer has closed its side and everything was read.
         ending: reads that would wait return b"" instead (an idle connection that is being ended).
@@ -119,7 +124,6 @@ class Stream:
     __slots__ = (
         "__weakref__",
         "_full_reads",
-        "_parked",
         "_read_until",
         "_timer",
         "_timer_at",
@@ -137,6 +141,7 @@ class Stream:
         "io",
         "kept",
         "mark",
+        "poller",
         "progress",
         "reading",
         "shared",
@@ -148,15 +153,18 @@ class Stream:
     )
 
     def __init__(self, sock: Any, hub: Any, timeout: float | None) -> None:
+        self.set_up(sock, hub, timeout)
+
+    def set_up(self, sock: Any, hub: Any, timeout: float | None) -> None:
+        """Do what the constructor does, for an object of ``Stream.__new__``: that costs less than ``Stream(...)``."""
         self.sock = self.io = sock
-        if cython.compiled:
-            self.fd: int = sock.fileno()
+        self.fd: int = sock.fileno()
+        self.poller: Poller | None = None
         self.tls: TLSLayer | None = None
         self.hub = hub
         self.timeout = timeout
         self.reading: Any = None
         self.writing: Any = None
-        self._parked: Any = None
         self._timer: Any = None
         self._timer_at = inf
         self.deadline: float | None = None
@@ -172,37 +180,46 @@ class Stream:
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 
-    def wait_readable(self, certain: bool = False) -> None:
+    def wait_readable(self) -> None:
         """Wait until there is something to read (or the end, or an error).
 
-        Args:
-            certain: the socket was just found empty. Otherwise return at once if the watcher saw input while no
-                greenlet waited.
+        The socket was found empty, or a read was shorter than asked for. Returns at once if input has come since.
         """
-        watcher = self.reading or self.make_read_watcher()
-        me = getcurrent()
-        if me is self.hub:
-            raise AssertionError(WAIT_IN_HUB)
-        if watcher.callback is self._parked:
-            watcher.callback = me.switch
-        else:
-            self._check_one_reader(watcher)
-            if not certain:
-                return
-            watcher.start(me.switch)
+        if self.timeout is not None or self.deadline is not None:
+            self._bound_read()
         try:
-            if self.timeout is not None or self.deadline is not None:
-                self._bound_read()
-            switch_to(self.hub)
+            while self.poller is None or not self.poller.wait(self.fd):
+                self._watch_input()
         except BaseException as error:
-            watcher.callback = self._parked
             self._note_thrown(error)
             raise
-        watcher.callback = self._parked
 
-    def _check_one_reader(self, watcher: Any) -> None:
-        if watcher.callback is not None:
-            raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {watcher.callback!r}")
+    def wait_for_input(self) -> None:
+        """Wait until there is something to read, whatever the last read has left."""
+        if self.poller is not None:
+            self.poller.ask_again(self.fd)
+        self.wait_readable()
+
+    def note_input(self) -> None:
+        """Make the next wait for input return at once."""
+        if self.poller is not None:
+            self.poller.note_input(self.fd)
+
+    def _watch_input(self) -> None:
+        if self.reading is not None and self.reading.callback is not None:
+            raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {self.reading.callback!r}")
+        poller = poller_of(self.get_hub())
+        for seconds in PAUSES:
+            try:
+                poller.add(self.sock.fileno())
+                break
+            except OSError as error:
+                if error.errno != EIO:
+                    raise
+            gevent.sleep(seconds)
+        else:
+            poller.add(self.sock.fileno())
+        self.poller = poller
 
     def _bound_read(self) -> bool:
         """Note when the wait that starts now must end; False if it must not wait."""
@@ -222,10 +239,8 @@ class Stream:
         return until if self.deadline is None else min(until, self.deadline)
 
     def make_read_watcher(self) -> Any:
-        watcher = self.reading = watch(self._loop(), self.sock.fileno(), 1)
-        self._parked = parking(watcher)
-        watcher.start(self._parked)
-        return watcher
+        self.reading = watch(self.get_hub().loop, self.sock.fileno(), 1)
+        return self.reading
 
     def wait_writable(self) -> None:
         """Wait until the socket is writable. That is the normal state, so this watcher runs only here."""
@@ -253,18 +268,20 @@ class Stream:
             stop_watcher(watcher)
 
     def make_write_watcher(self) -> Any:
-        self.writing = watch(self._loop(), self.sock.fileno(), 2)
+        self.writing = watch(self.get_hub().loop, self.sock.fileno(), 2)
         return self.writing
 
-    def _loop(self) -> Any:
+    def get_hub(self) -> Any:
         if self.hub is None:  # in a forked child
             self.hub = get_hub()
-        return self.hub.loop
+        return self.hub
 
     def reader(self) -> Any:
-        """Return the greenlet that waits to read, or None."""
-        callback = self.reading.callback if self.reading is not None else None
-        return None if callback is None or callback is self._parked else callback.__self__
+        """Return the greenlet that waits to read, or the object whose callback does, or None."""
+        waiter = self.poller.waiter(self.fd) if self.poller is not None else None
+        if waiter is None and self.reading is not None and self.reading.callback is not None:
+            waiter = self.reading.callback.__self__
+        return waiter
 
     def writer(self) -> Any:
         """Return the greenlet that waits to write, or None."""
@@ -279,18 +296,24 @@ class Stream:
         self.forget_bounds()
         return self.reading or self.make_read_watcher()
 
-    def is_parked(self) -> bool:
-        """Return whether the read watcher runs and no greenlet waits."""
-        return self.reading is not None and self.reading.callback is self._parked
+    def leave_poller(self) -> None:
+        """Prepare for a callback on the read watcher.
+
+        Raises:
+            ConcurrentObjectUseError: a greenlet waits to read.
+        """
+        if self.poller is not None:
+            waiter = self.poller.waiter(self.fd)
+            if waiter is not None:
+                raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {waiter!r}")
+            self.poller.leave(self.fd)
 
     def take_back(self) -> None:
-        """Return the watchers to their state while no greenlet waits."""
-        if self.writing is not None:
-            self.writing.stop()
-        if self.reading.callback is None:
-            self.reading.start(self._parked)  # it waited to write
-        else:
-            self.reading.callback = self._parked
+        """Stop the callbacks: greenlets may wait again."""
+        for watcher in (self.reading, self.writing):
+            if watcher is not None:
+                watcher.stop()
+        self.reading = self.writing = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -319,7 +342,9 @@ class Stream:
         if reader is not None:
             if now < self._read_until:
                 self._start_timer(self._read_until)
-            elif not self.reading.pending:
+            elif self._has_input():
+                reader.switch()
+            else:
                 reader.throw(self.timeout_error(now))
         writer = self.writer()
         if writer is not None:
@@ -328,6 +353,15 @@ class Stream:
                     self._start_timer(self._write_until)
             elif not self.writing.pending:
                 writer.throw(self.timeout_error(now))
+
+    def _has_input(self) -> bool:
+        try:
+            self.sock.recv(1, _PEEK | _DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # the reader gets it
+        return True
 
     def timeout_error(self, now: float) -> TimeoutError:
         if self.deadline is not None and now >= self.deadline:
@@ -372,24 +406,17 @@ class Stream:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        # Hot path: Connection documents it. wait_readable() is inlined: 0.15 us.
+        # Hot path: Connection documents it. wait_readable() is inlined: 0.1 us.
         if flags or self.kept or self.deadline is not None:
             return self._recv_with_care(bufsize, flags)
-        if self.drained and bufsize:
-            watcher = self.reading
-            if watcher.callback is self._parked:
-                if self.timeout is None or self._bound_read():
-                    # (In the hub itself this returns at once, and the wait below raises the error.)
-                    watcher.callback = getcurrent().switch
-                    try:
-                        switch_to(self.hub)
-                    except BaseException as error:
-                        watcher.callback = self._parked
-                        self._note_thrown(error)
-                        raise
-                    watcher.callback = self._parked
-            else:
-                self._check_one_reader(watcher)
+        if self.drained and bufsize and (self.timeout is None or self._bound_read()):
+            try:
+                watched = self.poller.wait(self.fd)  # type: ignore[union-attr]
+            except BaseException as error:
+                self._note_thrown(error)
+                raise
+            if not watched:
+                self.wait_readable()
         data: bytes | None = None
         while True:
             try:
@@ -411,10 +438,10 @@ class Stream:
             if self.ending:
                 self.ended = True
                 return b""
-            self.wait_readable(True)
+            self.wait_readable()
         size = len(data)
         if size < bufsize:
-            self.drained = self._parked is not None
+            self.drained = self.poller is not None
             if not size:
                 self.at_eof = True
         else:
@@ -429,7 +456,7 @@ class Stream:
             data = self._recv_with_care(nbytes or len(view), flags)
             view[: len(data)] = data
             return len(data)
-        if self.drained and room:
+        if self.drained and room and self.timeout != 0.0:
             self.wait_readable()
         while True:
             try:
@@ -444,9 +471,9 @@ class Stream:
             except OSError as error:
                 self.note(error)
                 raise
-            self.wait_readable(True)
+            self.wait_readable()
         if size < room:
-            self.drained = self._parked is not None
+            self.drained = self.poller is not None
             if not size:
                 self.at_eof = True
         else:
@@ -461,11 +488,12 @@ class Stream:
         if self._full_reads >= FULL_READS_IN_A_ROW:
             self._full_reads = 0
             # Data that TLS has already decrypted does not make the socket readable.
-            self.drained = self.tls is None or not self.tls.pending()
-            watcher = self.reading or self.make_read_watcher()
-            if self.drained and watcher.callback is None:
-                # A stopped watcher means "there is input, do not wait"; restarted, it gives the others a turn.
-                watcher.start(self._parked)
+            if self.tls is None or not self.tls.pending():
+                if self.poller is None:
+                    self._watch_input()
+                else:
+                    self.poller.ask_again(self.fd)
+                self.drained = True
 
     def _recv_with_care(self, bufsize: int, flags: int) -> bytes:
         """Receive with flags, without waiting, within a deadline, or after ``recv_until`` has read ahead."""
@@ -494,8 +522,8 @@ class Stream:
             except OSError as error:
                 self.note(error)
                 raise
-            self.wait_readable(True)
-        self.drained = not flags and len(data) < bufsize and self._parked is not None
+            self.wait_readable()
+        self.drained = not flags and len(data) < bufsize and self.poller is not None
         if not flags & _PEEK:
             self.bytes_received += len(data)
             self.at_eof = self.at_eof or (not data and bufsize > 0)
@@ -589,7 +617,7 @@ class Stream:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def close(self) -> tuple[Any, Any] | None:
+    def close(self) -> list[Any] | None:
         """Stop all waiting and transfers. Return the watchers with waiting greenlets, to be cancelled, or None."""
         self.drained = False
         self.kept = b""
@@ -598,20 +626,25 @@ class Stream:
             self._timer.close()
             self._timer = None
             self._timer_at = inf
-        reading, writing = self.reading, self.writing
+        waiting: list[Any] = []
+        if self.poller is not None:
+            if self.poller.waiter(self.fd) is None:
+                self.poller.forget(self.fd)
+            else:
+                waiting.append(_Reader(self.poller, self.fd))
+            self.poller = None
+        for watcher in (self.reading, self.writing):
+            if watcher is not None:
+                if watcher.callback is None:
+                    watcher.close()
+                else:
+                    waiting.append(watcher)
         self.reading = self.writing = None
-        if reading is not None and reading.callback is self._parked:
-            stop_watcher(reading)
-        if (reading is None or reading.callback is None) and (writing is None or writing.callback is None):
-            # The common case.
-            if writing is not None:
-                writing.close()
-            self.sock = CLOSED
-            return None
-        # gevent closes a watcher with a waiting greenlet a little later. If that greenlet leaves before, the watcher is
-        # still started and needs a callback.
-        self._parked = _ignore
-        return reading, writing
+        if waiting:
+            return waiting
+        # The common case.
+        self.sock = CLOSED
+        return None
 
     @property
     def closed(self) -> bool:
@@ -620,7 +653,7 @@ class Stream:
     def leave_event_loop(self) -> None:
         """Forget, in a forked child, all that depends on the parent's event loop, which is gone."""
         self.drained = self.ending = False
-        self.reading = self.writing = self._parked = self._timer = self.hub = None
+        self.reading = self.writing = self.poller = self._timer = self.hub = None
         self._timer_at = self._read_until = self._write_until = inf
 
     def left_by_child(self) -> None:
@@ -633,15 +666,35 @@ class Stream:
 
     def __del__(self) -> None:
         # Dropped without a close. A started watcher must not outlive its descriptor: libev aborts the process.
-        if self.reading is None and self._timer is None:
+        if self.poller is None and self.reading is None and self._timer is None:
             return
         try:
             if get_hub_if_exists() is self.hub:
-                _stop(self.reading, self._timer, self.sock)
+                _stop(self.poller, self.fd, self.reading, self._timer, self.sock)
             else:  # the garbage collector runs in another thread
-                self.hub.loop.run_callback_threadsafe(_stop, self.reading, self._timer, self.sock)
+                self.hub.loop.run_callback_threadsafe(_stop, self.poller, self.fd, self.reading, self._timer, self.sock)
         except Exception:
             pass  # the event loop is gone, and the watchers with it
+
+
+class _Reader:
+    """A greenlet that waits on a connection that is closed, in the form of a watcher: gevent ends its wait."""
+
+    __slots__ = ("_fd", "_poller")
+
+    active = True
+
+    def __init__(self, poller: Poller, fd: int) -> None:
+        self._poller = poller
+        self._fd = fd
+
+    @property
+    def callback(self) -> Any:
+        waiter = self._poller.waiter(self._fd)
+        return None if waiter is None else waiter.switch
+
+    def close(self) -> None:
+        self._poller.forget(self._fd)
 
 
 class _Closed:
@@ -660,12 +713,10 @@ def _would_block() -> BlockingIOError:
     return BlockingIOError(EAGAIN, os.strerror(EAGAIN))
 
 
-def _ignore() -> None:
-    pass
-
-
-def _stop(reading: Any, timer: Any, _sock: Any) -> None:
-    # _sock: kept open until the watchers are stopped.
+def _stop(poller: Any, fd: int, reading: Any, timer: Any, _sock: Any) -> None:
+    # _sock: kept open until here.
+    if poller is not None:
+        poller.forget(fd)
     for watcher in (reading, timer):
         if watcher is not None:
             watcher.close()

@@ -19,7 +19,6 @@ from gevent.socket import cancel_wait_ex
 from greenlet import getcurrent
 
 from gtcpserver.errors import TLSFlood, TruncatedStream
-from gtcpserver.process.watcher import stop_watcher
 from gtcpserver.tls.client_hello import server_name_in
 from gtcpserver.tls.info import is_unannounced_end
 from gtcpserver.transfer.ends import reset_on_close
@@ -112,6 +111,7 @@ class TLSLayer:
         "_transmit",
         "_undelivered",
         "_unread",
+        "_was_full",
         "_without_data",
         "_write",
         "broken",
@@ -145,6 +145,7 @@ class TLSLayer:
         self._unread = False  # OpenSSL has decrypted more than was asked for
         self._left_over = False  # something is held, or unread
         self._ask_for = READ_SIZE
+        self._was_full = False  # the last read from the socket may have left something there
         self._undelivered: bytes | memoryview = b""  # encrypted, not yet taken by the kernel
         self._accepted = 0  # bytes of a send that returned before they were delivered
         self._hello = b""  # the client's first handshake message, until its name is read
@@ -193,6 +194,7 @@ class TLSLayer:
         size = len(chunk)
         if size < 5 or (chunk[3] << 8 | chunk[4]) + 5 != size:
             self._held, self._place, self._left_over = chunk, 0, True
+            self._was_full = size == self._ask_for
             return self._recv_left_over(bufsize)
         self._feed(chunk)
         try:
@@ -201,6 +203,8 @@ class TLSLayer:
             return b"" if self._is_end(error, chunk) else self._recv_left_over(bufsize)
         if len(data) == bufsize:
             self._unread = self._left_over = self.object.pending() > 0
+        if size == self._ask_for:
+            self._do_not_wait()
         return data
 
     def recv_into(self, buffer: Any, nbytes: int = 0) -> int:
@@ -225,14 +229,13 @@ class TLSLayer:
                 continue
             self._unread = len(data) == bufsize and self.object.pending() > 0
             self._left_over = self._unread or self._place < len(self._held)
-            if self._left_over and not self._unread and self._holds_record():
+            if self._was_full or (self._left_over and not self._unread and self._holds_record()):
                 self._do_not_wait()
             return data
 
     def _do_not_wait(self) -> None:
         """Make the stream's next read skip the wait for a readable socket."""
-        if self._stream.reading is not None:
-            stop_watcher(self._stream.reading)  # as if input had arrived while nobody waited
+        self._stream.note_input()
         self._records += 1
         if self._records >= RECORDS_IN_A_TURN:
             self._records = 0
@@ -274,7 +277,9 @@ class TLSLayer:
                 # More of this size will follow: read each separately, so that none must be reassembled.
                 self._ask_for = size
                 ahead = False
-            more = self._receive(self._ask_for if ahead else missing)
+            wanted = self._ask_for if ahead else missing
+            more = self._receive(wanted)
+            self._was_full = len(more) == wanted
             if not more:
                 return self._feed_end()
             self._held, self._place = held[place:] + more if place < len(held) else more, 0
@@ -485,7 +490,7 @@ class TLSLayer:
                 self.advance_handshake()
                 return
             except SSLWantReadError:
-                self._stream.wait_readable(True)
+                self._stream.wait_readable()
             except SSLWantWriteError:
                 self._stream.wait_writable()
 
@@ -497,7 +502,7 @@ class TLSLayer:
             except BlockingIOError:
                 if self._stream.timeout == 0.0:
                     raise
-            self._stream.wait_readable(True)
+            self._stream.wait_readable()
 
     def close_notify(self) -> None:
         """Send close_notify (RFC 8446 section 6.1), if possible without waiting.

@@ -92,11 +92,6 @@ def _stop(watcher: Any) -> None:
 stop_watcher: Callable[[Any], None] = _stop if _loop is None else _io.stop
 
 
-def parking(watcher: Any) -> Any:
-    """Return a callback that stops the watcher."""
-    return watcher.stop if _loop is None else stop_watcher.__get__(watcher)
-
-
 def check_watched(watcher: Any) -> None:
     """Raise OSError if an event reported, for the second time, that the descriptor is not being watched."""
     if not watcher.active and isinstance(watcher, _Watcher) and watcher.is_lost_again():

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import gevent
 from gevent.event import Event
+from gevent.hub import get_hub
 from greenlet import getcurrent
 
 from gtcpserver.admission.admission import Admission
@@ -30,6 +31,7 @@ from gtcpserver.checks import check_number
 from gtcpserver.connection.blocks import Idle
 from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.lingering import Linger
+from gtcpserver.connection.poller import poller_of
 from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.listening.listener import ListenConfig, Listener, open_listeners
 from gtcpserver.pool.pool import DEFAULT_SIZE, HandlerPool
@@ -296,6 +298,7 @@ class Server:
                     connection_class=options.connection_class,
                 )
                 state.acceptors.append(acceptor)
+            poller_of(get_hub())  # now, while there are descriptors
             register(self)
             if options.on_start is not None:
                 options.on_start(self)

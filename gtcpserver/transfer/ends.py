@@ -92,12 +92,11 @@ class End:
 
     def start_reading(self, callback: Any) -> None:
         current = self.reading.callback
-        if current is None:
-            self.reading.start(callback)
-        elif self.stream is not None and self.stream.is_parked():
-            self.reading.callback = callback
-        else:
+        if current is not None:
             raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {current!r}")
+        if self.stream is not None:
+            self.stream.leave_poller()
+        self.reading.start(callback)
 
     def start_writing(self, callback: Any) -> None:
         if self.writing is None:

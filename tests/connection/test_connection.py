@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import gevent
 import gevent.event
@@ -965,21 +966,23 @@ def test_close_wakes_a_reader_and_a_writer(pair):
         assert caught.value.errno == 9
 
 
-def test_a_reader_that_leaves_just_after_a_close_leaves_no_broken_callback(pair):
+def test_a_reader_that_leaves_just_after_a_close_leaves_no_wait(pair):
     connection, _peer = pair()
     reader = gevent.spawn(connection.recv, 5)
-    watcher = waits_to_read(connection) and connection.stream.reading
-    seen = []
+    poller = waits_to_read(connection) and connection.stream.poller
+    number = connection.fileno()
+    done = []
 
     def close_and_leave():
         connection.close()
-        reader.throw(gevent.GreenletExit)  # before gevent has come to close the watcher
-        seen.append(watcher.callback)
+        reader.throw(gevent.GreenletExit)  # before gevent has come to end the wait
+        done.append(True)
 
     get_hub().loop.run_callback(close_and_leave)
-    wait_until(lambda: seen)
-    assert callable(seen[0])
-    wait_until(lambda: not watcher.active)
+    wait_until(lambda: done)
+    wait_until(lambda: not Path(f"/proc/self/fd/{number}").exists())
+    assert poller.waiter(number) is None
+    assert not poller.wait(number)
 
 
 def test_reset_by_the_peer_is_a_connection_error(pair):

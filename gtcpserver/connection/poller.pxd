@@ -1,0 +1,44 @@
+# How poller.py is compiled.
+cimport cython
+
+from gtcpserver.c.epoll cimport control, create, epoll_event, fetch
+from gtcpserver.c.greenlet_api cimport getcurrent, greenlet, import_greenlet, switch_to
+from gtcpserver.c.system_calls cimport get_ident
+
+cdef object ENDED, FREE, INPUT
+cdef unsigned int _END, _WATCHED
+cdef int _ADD, _DEL, _MOD, MOST
+cdef Poller _last
+
+
+@cython.final
+cdef class Poller:
+    cdef object __weakref__
+    cdef readonly object hub
+    cdef object _watcher
+    cdef list _states
+    cdef epoll_event[256] _events
+    cdef int _alarm, _at, _count, _fd, _watched
+    cdef unsigned long _thread
+    # Of the form that is not compiled.
+    cdef object _epoll, _poll
+
+    cpdef add(self, int fd)
+    @cython.locals(states=list)
+    cdef _make_room(self, int fd)
+    @cython.locals(states=list)
+    cpdef forget(self, int fd)
+    @cython.locals(states=list)
+    cpdef leave(self, int fd)
+    cpdef ask_again(self, int fd)
+    cpdef note_input(self, int fd)
+    @cython.locals(states=list)
+    cpdef waiter(self, int fd)
+    cdef _register(self, int fd)
+    cdef _control(self, int operation, int fd)
+    @cython.locals(states=list, me=greenlet)
+    cpdef bint wait(self, int fd) except -1
+    @cython.locals(states=list, fd=int, events=cython.uint)
+    cdef _next(self)
+
+cpdef Poller poller_of(hub)
