@@ -9,6 +9,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 cdef extern from *:
     """
     #include <errno.h>
+    #include <string.h>
     #include <arpa/inet.h>
     #include <netinet/in.h>
     #include <sys/socket.h>
@@ -26,41 +27,59 @@ cdef extern from *:
         return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
     }
 
-    static char *gtcpserver_put_byte(char *to, unsigned byte) {
+    static inline char *gtcpserver_put_byte(char *to, unsigned byte) {
         if (byte >= 100) *to++ = (char)('0' + byte / 100);
         if (byte >= 10) *to++ = (char)('0' + byte / 10 % 10);
         *to++ = (char)('0' + byte % 10);
         return to;
     }
 
-    /* accept4(2), non-blocking and close-on-exec. Returns (descriptor, address) as _accept() of the socket module does;
-       NULL: *fd < 0: errno says why not, else a Python exception does. IPv4 and IPv6 alone. */
-    static PyObject *gtcpserver_accept(int listening, int *fd) {
-        union { struct sockaddr any; struct sockaddr_in v4; struct sockaddr_in6 v6; } peer;
-        socklen_t size = sizeof peer;
-        PyObject *accepted;
-        *fd = accept4(listening, &peer.any, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
-        if (*fd < 0) return NULL;
-        if (peer.any.sa_family == AF_INET) {
-            /* inet_ntop() takes 800 instructions for it. */
-            const unsigned char *bytes = (const unsigned char *)&peer.v4.sin_addr;
+    /* The peer's address of the last accept4(2). */
+    static union { struct sockaddr any; struct sockaddr_in v4; struct sockaddr_in6 v6; } gtcpserver_peer;
+
+    static inline int gtcpserver_accept(int listening) {
+        socklen_t size = sizeof gtcpserver_peer;
+        return accept4(listening, &gtcpserver_peer.any, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    }
+
+    /* As the socket module has it: (host, port), of IPv6 (host, port, flow, scope). */
+    static inline PyObject *gtcpserver_address(void) {
+        if (gtcpserver_peer.any.sa_family == AF_INET) {
+            /* inet_ntop() takes 800 instructions for it, and Py_BuildValue() 500. */
+            const unsigned char *bytes = (const unsigned char *)&gtcpserver_peer.v4.sin_addr;
             char text[INET_ADDRSTRLEN], *end = text;
+            PyObject *host, *port, *address;
             for (int i = 0; i < 4; i++) {
                 if (i) *end++ = '.';
                 end = gtcpserver_put_byte(end, bytes[i]);
             }
-            accepted = Py_BuildValue("i(s#i)", *fd, text, (Py_ssize_t)(end - text), (int)ntohs(peer.v4.sin_port));
+            host = PyUnicode_New(end - text, 127);
+            if (host == NULL) return NULL;
+            memcpy(PyUnicode_1BYTE_DATA(host), text, end - text);
+            port = PyLong_FromLong(ntohs(gtcpserver_peer.v4.sin_port));
+            address = port == NULL ? NULL : PyTuple_Pack(2, host, port);
+            Py_DECREF(host);
+            Py_XDECREF(port);
+            return address;
         } else {
             char text[INET6_ADDRSTRLEN];
-            inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, sizeof text);
-            accepted = Py_BuildValue("i(siII)", *fd, text, (int)ntohs(peer.v6.sin6_port),
-                                     (unsigned)ntohl(peer.v6.sin6_flowinfo), (unsigned)peer.v6.sin6_scope_id);
+            inet_ntop(AF_INET6, &gtcpserver_peer.v6.sin6_addr, text, sizeof text);
+            return Py_BuildValue("(siII)", text, (int)ntohs(gtcpserver_peer.v6.sin6_port),
+                                 (unsigned)ntohl(gtcpserver_peer.v6.sin6_flowinfo),
+                                 (unsigned)gtcpserver_peer.v6.sin6_scope_id);
         }
-        if (accepted == NULL) close(*fd);
-        return accepted;
+    }
+
+    /* SO_ERROR; 0 where the kernel does not say. */
+    static inline int gtcpserver_socket_error(int fd) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        return getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0 ? 0 : error;
     }
     """
-    PyObject* gtcpserver_accept(int listening, int* fd)
+    int gtcpserver_accept(int listening)
+    object accepted_address "gtcpserver_address"()
+    int socket_error "gtcpserver_socket_error"(int fd)
     enum: GTCPSERVER_SCRATCH
     char* gtcpserver_scratch
     double gtcpserver_monotonic()
@@ -115,20 +134,18 @@ cdef inline Py_ssize_t transmit(int fd, bytes data) except -2:
     return n
 
 
-cdef inline tuple accept(sock):
-    """accept4(2) on a listening socket for IPv4 or IPv6: (descriptor, address), or None. Raises OSError, MemoryError."""
-    cdef PyObject* accepted
+cdef inline int accept(sock) except -2:
+    """accept4(2) on a listening socket for IPv4 or IPv6: a non-blocking descriptor, or -1. Raises OSError.
+
+    accepted_address() tells whose it is until the next call.
+    """
     cdef int fd
     while True:
-        accepted = gtcpserver_accept(sock.fileno(), &fd)  # each time: a handler of signals may close it
-        if accepted is not NULL:
-            result = <object>accepted
-            Py_DECREF(result)
-            return result
+        fd = gtcpserver_accept(sock.fileno())  # each time: a handler of signals may close it
         if fd >= 0:
-            raise MemoryError
+            return fd
         if errno == EAGAIN:
-            return None
+            return -1
         if errno != EINTR:
             PyErr_SetFromErrno(OSError)
         PyErr_CheckSignals()

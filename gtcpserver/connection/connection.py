@@ -32,7 +32,7 @@ from gtcpserver.transfer.ends import HasStream, reset_on_close
 from .blocks import Deadline, Idle
 from .frames import Frames
 from .handshake_failure import handshake_failed
-from .lifecycle import begin, drop, end, know
+from .lifecycle import begin, drop, end, know, know_subclass
 from .ssl_methods import SSLMethods, refuse
 from .stream import CHILD, CLOSED, SHARED, Stream
 from .tls_layer import TLSLayer
@@ -158,6 +158,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         taken = _OWN_NAMES & (vars(cls).keys() | vars(cls).get("__annotations__", {}).keys())
         if taken:
             raise TypeError(f"{cls.__name__} must not define {min(taken)!r}: gtcpserver uses this name of a Connection")
+        know_subclass(cls)
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         # gevent's constructor makes two io watchers (0.5 us each); ours are made at the first wait.

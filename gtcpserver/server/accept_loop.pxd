@@ -1,8 +1,8 @@
 # How accept_loop.py is compiled.
 cimport cython
 
-from gtcpserver.c.system_calls cimport accept
-from gtcpserver.connection.lifecycle cimport make
+from gtcpserver.c.system_calls cimport accept, accepted_address, socket_error
+from gtcpserver.connection.lifecycle cimport make, stream_of
 
 cdef int _SO_ERROR, _SOL_SOCKET
 
@@ -14,6 +14,6 @@ cdef class AcceptLoop:
     cdef public bint behind
     cdef public int failures
 
-    @cython.locals(accepted=tuple)
+    @cython.locals(fd=int)
     cpdef accept(self)
     cpdef bint has_left(self, connection) except -1

@@ -2,11 +2,12 @@
 cimport cython
 
 from gtcpserver.c.greenlet_api cimport getcurrent, import_greenlet
-from gtcpserver.connection.lifecycle cimport end
+from gtcpserver.connection.lifecycle cimport end, forget_idle_block, set_address, set_owner, stream_of
 from gtcpserver.connection.stream cimport Stream
 from gtcpserver.server.capacity cimport Capacity
 from gtcpserver.server.state cimport ServerState
 
+cdef int QUEUE_WAIT_EVERY
 
 
 cdef class Serving:
