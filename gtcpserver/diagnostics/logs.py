@@ -8,6 +8,7 @@ counted, and the count is the first thing written when there is a reader again.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import select
@@ -166,7 +167,9 @@ class NonBlockingHandler(logging.Handler):
             if self._unreported:
                 line = self._encode(self._notice()) + line
             written = self._write(line)
-            if written:
+            if 0 < written < len(line) and self._take_back(line, written):
+                self._unreported = 0 if b"\n" in line[:written] else self._unreported  # the notice stays
+            elif written:
                 self._unreported = 0
                 self._rest = line[written:]
                 return
@@ -207,6 +210,24 @@ class NonBlockingHandler(logging.Handler):
     def _notice(self) -> logging.LogRecord:
         message = f"{counted(self._unreported, 'log line')} dropped: {self._reason}"
         return logging.LogRecord("gtcpserver", logging.WARNING, __file__, 0, message, None, None)
+
+    def _take_back(self, data: bytes, written: int) -> bool:
+        """Remove the beginning of a line that did not fit on a full disk; return whether that worked.
+
+        Other processes append to the same file, and would continue that line.
+        """
+        begun = written - (data.rfind(b"\n", 0, written) + 1)
+        try:
+            status = os.fstat(self._fd)
+            appends = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
+            if not stat.S_ISREG(status.st_mode) or not appends:
+                return False  # the rest follows when there is room
+            if os.lseek(self._fd, 0, os.SEEK_CUR) != status.st_size:
+                return False  # something was appended behind it
+            os.ftruncate(self._fd, status.st_size - begun)
+        except OSError:
+            return False
+        return True
 
     def _write_rest(self) -> bool:
         if self._rest:
