@@ -358,6 +358,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             tls=make_tls(listener),
             proxy_protocol=make_balancers(listener),
             pseudonym=config.http.pseudonym,
+            via=config.http.via == "on",
             forwarded=config.http.forwarded,
             forwarded_field=config.http.forwarded_field,
             log_style=config.log.style,

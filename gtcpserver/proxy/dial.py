@@ -50,6 +50,10 @@ _KEEP_ALIVE = (
 )
 
 
+#: Errors of this system: it has no route to the address, or no address of that family.
+_NO_WAY = frozenset((errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT))
+
+
 def dial(
     addresses: Sequence[IPAddress],
     port: int,
@@ -79,7 +83,8 @@ def dial(
     Raises:
         TimeoutError: not connected in time.
         LimitReached: not a single attempt may be made now.
-        OSError: error of the first address that failed; `errors.TTL_EXPIRED` if a router reported so.
+        OSError: the error that says most about the destination (`_telling`); `errors.TTL_EXPIRED` if a router reported
+            so.
     """
     if len(addresses) == 1:
         ip = addresses[0]
@@ -152,7 +157,18 @@ def _race(
             connection = ended.get()[0]
             if connection is not None and connection is not won:
                 connection.close()
-    raise errors[next(ip for ip in addresses if ip in errors)]
+    raise min((errors[ip] for ip in addresses if ip in errors), key=_telling)
+
+
+def _telling(error: OSError) -> int:
+    """Rank errors by what they say about a destination; of the same rank the first address counts.
+
+    A host without IPv6 has no way to the IPv6 address of a name: that says nothing about the service, which may refuse
+    connections by IPv4.
+    """
+    if error.errno == errno.ECONNREFUSED:
+        return 0
+    return 2 if error.errno in _NO_WAY else 1
 
 
 def _connect(

@@ -44,6 +44,7 @@ class ProxyHandler:
         speaks: the protocols of this listener; "mixed": both, the first byte tells them apart.
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
         pseudonym: the name of this proxy in the Via field of HTTP messages; None: a unique one.
+        via: add that field; without it a loop of proxies is not detected.
         forwarded: how to treat fields in which a client says for whom it asks (X-Forwarded-For and others): "remove",
             "pass", "replace" them by its address or "append" that.
         forwarded_field: the field to use: "x-forwarded-for" or "forwarded" (RFC 7239).
@@ -62,6 +63,7 @@ class ProxyHandler:
         *,
         tls: TLSConfig | None = None,
         pseudonym: str | None = None,
+        via: bool = True,
         forwarded: ForwardedMode = "remove",
         forwarded_field: ForwardedField = "x-forwarded-for",
         proxy_protocol: ProxyProtocol | None = None,
@@ -74,7 +76,7 @@ class ProxyHandler:
         self._speaks = speaks
         self._tls = None if tls is None else Credentials(tls)
         check_pseudonym(pseudonym)
-        self._pseudonym = (pseudonym or unique_pseudonym()).encode()
+        self._pseudonym = (pseudonym or unique_pseudonym()).encode() if via else b""
         self._forwarded = Forwarded(forwarded, forwarded_field)
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact

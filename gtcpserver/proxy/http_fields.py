@@ -107,8 +107,8 @@ def wanted_upgrade(head: Head) -> bytes | None:
 
 
 def with_via(headers: list[Header], version: bytes, pseudonym: bytes) -> list[Header]:
-    """Add the Via field of this proxy (RFC 9110 section 7.6.3)."""
-    return [*headers, (b"Via", version + b" " + pseudonym)]
+    """Add the Via field of this proxy (RFC 9110 section 7.6.3), unless its pseudonym is b""."""
+    return headers if not pseudonym else [*headers, (b"Via", version + b" " + pseudonym)]
 
 
 def check_loop(head: Head, pseudonym: bytes) -> None:

@@ -47,7 +47,7 @@ class AccessRecord:
         listener: name of the listener.
         protocol: "socks4", "socks4a", "socks5" or "http"; "" until it is known.
         user: the authenticated user, if any.
-        claimed: the unverified user ID of a SOCKS4 client.
+        claimed: the unverified user of a SOCKS client: SOCKS4's user ID, or a user name where no password is needed.
         command: "CONNECT", "BIND", "UDP", or a method of HTTP.
         asked: destination as the client named it, in its canonical form.
         connected: the address that was connected to.

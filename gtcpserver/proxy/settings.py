@@ -159,11 +159,13 @@ class HttpTable(_Table):
         forwarded: how to treat fields in which a client says for whom it asks.
         forwarded_field: the field that names the client.
         pseudonym: the name of this proxy in Via.
+        via: add Via to requests and responses.
     """
 
     forwarded: ForwardedMode = "remove"
     forwarded_field: ForwardedField = "x-forwarded-for"
     pseudonym: str | None = None
+    via: Literal["on", "off"] = "on"
 
 
 class LogTable(_Table):

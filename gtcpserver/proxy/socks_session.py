@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -104,7 +106,9 @@ _SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UD
 
 def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> socks5.Request | None:
     offered = reader.read(socks5.parse_greeting)
-    wanted = Method.PASSWORD if visitor.needs_password else Method.NONE
+    # Some clients with a user name configured offer nothing else; without users any password is right.
+    only_password = Method.NONE not in offered and Method.PASSWORD in offered
+    wanted = Method.PASSWORD if visitor.needs_password or only_password else Method.NONE
     if not visitor.admitted or wanted not in offered:
         if visitor.admitted:
             visitor.record.result = "authentication_failed" if visitor.needs_password else "bad_request"
@@ -115,7 +119,10 @@ def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> so
     given: socks5.Credentials | None = None
     if wanted is Method.PASSWORD:
         given = reader.read(socks5.parse_password)
-        accepted = visitor.authenticate(given.user, given.password)
+        if visitor.needs_password:
+            accepted = visitor.authenticate(given.user, given.password)
+        else:
+            accepted, visitor.record.claimed = True, given.user.decode("utf-8", "backslashreplace")
         conn.sendall(socks5.authentication_answer(accepted))
         if not accepted:
             return None
@@ -206,6 +213,8 @@ def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     pace = visitor.pace
     rest(pace, 0)
     with OpenTunnel(visitor):
+        keep_urgent(conn)
+        keep_urgent(upstream)
         try:
             result = relay(
                 conn,
@@ -220,6 +229,12 @@ def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
             raise
     record.sent, record.received = result.bytes_a_to_b, result.bytes_b_to_a
     record.result, record.detail = _ENDS[result.reason]
+
+
+def keep_urgent(conn: Connection) -> None:
+    """Read urgent bytes in their place in the stream (tcp(7)): without it they would be lost, such as Telnet's DM."""
+    with suppress(OSError):  # reset meanwhile; a Unix socket
+        conn.stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 _ENDS: dict[str, tuple[Result, str]] = {

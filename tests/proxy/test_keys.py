@@ -580,6 +580,12 @@ def test_the_top(proxy, connect, in_thread, serve):
     make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
+@about("http.via")
+@pytest.mark.parametrize(("via", "name"), [("on", b"me"), ("off", b"")])
+def test_via(proxy, via, name):
+    assert proxy(f'[http]\nvia = "{via}"\npseudonym = "me"').handler._only._pseudonym == name
+
+
 @about("reload.end_forbidden")
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_a_reload_ends(proxy, connect, in_thread, origin, ends):
