@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
 from time import monotonic
@@ -33,7 +35,7 @@ from .source import is_better_source
 from .succession import Tenure
 from .target import IPAddress, Target, addresses_meant
 from .this_host import ThisHost
-from .upstream import Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
+from .upstream import MOST_HOPS, SUSPICIOUS, Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
 
 
 class Denied(GtcpServerError):
@@ -140,6 +142,8 @@ class Gate:
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)
     known_names: dict[Any, tuple[tuple[str, ...] | None, str]] = field(default_factory=dict, init=False, repr=False)
+    #: Connections that are being opened, by upstream and target.
+    under_way: Counter[tuple[str, Target]] = field(default_factory=Counter, init=False, repr=False)
 
     _successor: list[Gate] = field(default_factory=list, init=False, repr=False)
 
@@ -214,6 +218,7 @@ class Visitor:
         entered: the limits count it.
         entered_users: the users that it is counted as.
         limits: the limits that count it, those of the gate that has admitted it.
+        hops: proxies of ours before this one, as far as they were counted (`upstream.MOST_HOPS`).
         opened: the destination that it is connected to, and its address; None: another proxy has looked up its name.
     """
 
@@ -227,6 +232,7 @@ class Visitor:
     certified: str | None = None
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
+    hops: int = 0
     opened: tuple[Target, IPAddress | None] | None = None
     limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None
@@ -623,6 +629,37 @@ class Visitor:
         if only_to_it:
             with gevent.Timeout(seconds, _not_connected(seconds)):
                 return upstream.reach(dial_first, self.conn)
+        with self._counted_hops(upstream, target) as hops:
+            return self._connect_through(upstream, target, targets, dial_first, hops)
+
+    @contextmanager
+    def _counted_hops(self, upstream: Upstream, target: Target) -> Iterator[int]:
+        """Count a connection to a target through an upstream; yield the hops to tell it, 0 for none.
+
+        Raises:
+            OSError: ELOOP: it has come through too many proxies.
+        """
+        under_way, key = self.gate.under_way, (upstream.name, target)
+        hops = self.hops + 1 if self.hops or under_way[key] >= SUSPICIOUS else 0
+        if hops >= MOST_HOPS:
+            raise OSError(errno.ELOOP, f"a loop: it came through {self.hops} proxies")
+        under_way[key] += 1
+        try:
+            yield hops
+        finally:
+            under_way[key] -= 1
+            if not under_way[key]:
+                del under_way[key]
+
+    def _connect_through(
+        self,
+        upstream: Upstream,
+        target: Target,
+        targets: Sequence[Target],
+        dial_first: Callable[[Target], Connection],
+        hops: int,
+    ) -> Connection:
+        seconds = self.gate.timeouts.connect
         until = monotonic() + seconds
         for left in range(len(targets), 0, -1):
             one = targets[-left]
@@ -630,7 +667,7 @@ class Visitor:
             share = max(0.0, until - monotonic()) / left
             try:
                 with gevent.Timeout(share, _not_connected(seconds)):
-                    connection = upstream.connect(one, dial_first, self.conn)
+                    connection = upstream.connect(one, dial_first, self.conn, hops)
             except (UpstreamError, TimeoutError) as error:
                 if left == 1 or isinstance(error, UpstreamUnreachable):
                     raise
@@ -684,6 +721,8 @@ def result_of(error: OSError) -> Result:
         return "refused"
     if isinstance(error, UpstreamError) and error.errno in (errno.EACCES, errno.EIO):
         return "upstream_failed"
+    if error.errno == errno.ELOOP:
+        return "loop"
     if error.errno == errno.EADDRNOTAVAIL:
         return "no_port"
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, TTL_EXPIRED):

@@ -118,6 +118,19 @@ def check_loop(head: Head, pseudonym: bytes) -> None:
             raise HttpError(508, "The request has come back to this proxy.")
 
 
+_HOPS = re.compile(rb"gtcpserver \(hop ([0-9]{1,3})\)")
+
+
+def via_of_hops(hops: int) -> Header:
+    """Return the field with which a CONNECT says through how many proxies it has come."""
+    return b"Via", b"1.1 gtcpserver (hop %d)" % hops
+
+
+def hops_in(head: Head) -> int:
+    """Return what such a field says; 0 without one."""
+    return max((int(found) for value in head.values(b"via") for found in _HOPS.findall(value)), default=0)
+
+
 def check_pseudonym(name: str | None) -> None:
     """Raise ConfigError for a name that would not be parsed as a pseudonym (RFC 9110 section 7.6.3)."""
     if name is not None and not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(:[0-9]+)?", name):

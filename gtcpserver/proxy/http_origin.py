@@ -369,6 +369,7 @@ def open_connection(visitor: Visitor, target: Target, for_request: bool = False)
             "unreachable": (502, "The destination cannot be reached."),
             "upstream_failed": (502, "The next proxy on the way does not lead there."),
             "no_port": (503, "This proxy has no free port for the destination."),
+            "loop": (508, "The request has come back to this proxy."),
             "limit": (429, "You have too many connections through this proxy."),
         }.get(result_of(error), (502, "The connection to the destination failed."))
         raise HttpError(status, message, keep=True) from None

@@ -16,7 +16,7 @@ from .departures import PROCESSING
 from .errors import Cut
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
-from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop
+from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop, hops_in
 from .http_forward import Forwarder
 from .http_messages import connect_target, error_body, with_ascii_target
 from .http_origin import open_connection
@@ -169,6 +169,8 @@ class HttpSession:
                 record.detail = record.detail or str(error)
                 if error.status < 500:
                     record.result = "bad_request"
+                elif error.status == 508:
+                    record.result = "loop"
             return self._answer_error(head, body, error)
         except OriginFailed as failure:
             # The client has a part of the response: only a reset tells it that this is not all.
@@ -227,6 +229,7 @@ class HttpSession:
             raise HttpError(413, f"The body of a request must have at most {most} bytes here.")
 
     def _connect(self, head: Head) -> None:
+        self._visitor.hops = hops_in(head)
         with self._visitor.presence:
             upstream = open_connection(self._visitor, connect_target(head))[0]
         with upstream:

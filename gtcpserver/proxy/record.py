@@ -25,6 +25,7 @@ Result = Literal[
     "bad_request",  # the client violated the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections
+    "loop",  # it has come back to this proxy, or through too many
     "upstream_failed",  # the other proxy refused the request, or its response was not understood
     "unresolved",
     "resolve_timeout",  # the name server did not answer in time

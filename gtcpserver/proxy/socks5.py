@@ -196,9 +196,24 @@ def _address_bytes(ip: IPAddress, port: int) -> bytes:
 # -- as a client of another proxy --------------------------------------------------------------------------------------
 
 
-def greeting(methods: Sequence[Method]) -> bytes:
+def greeting(methods: Sequence[int]) -> bytes:
     """Return a greeting with the methods that we offer."""
     return bytes((VERSION, len(methods), *methods))
+
+
+#: The private method (RFC 1928 section 3) of one hop. Servers choose one they know.
+_FIRST_HOP = 0xD0
+_MOST_HOPS = 16
+
+
+def method_of_hops(hops: int) -> int:
+    """Return the method with which a greeting says through how many proxies it has come."""
+    return _FIRST_HOP + min(hops, _MOST_HOPS)
+
+
+def hops_in(offered: frozenset[int]) -> int:
+    """Return what such a method says; 0 without one."""
+    return max((method - _FIRST_HOP for method in offered if 0 < method - _FIRST_HOP <= _MOST_HOPS), default=0)
 
 
 def password(user: bytes, password: bytes) -> bytes:

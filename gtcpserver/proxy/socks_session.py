@@ -106,6 +106,7 @@ _SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UD
 
 def _negotiate_socks5(conn: Connection, visitor: Visitor, reader: _Reader) -> socks5.Request | None:
     offered = reader.read(socks5.parse_greeting)
+    visitor.hops = socks5.hops_in(offered)
     # Some clients with a user name configured offer nothing else; without users any password is right.
     only_password = Method.NONE not in offered and Method.PASSWORD in offered
     wanted = Method.PASSWORD if visitor.needs_password or only_password else Method.NONE

@@ -24,6 +24,7 @@ from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
 
 from . import socks5
 from .errors import TTL_EXPIRED, BadTarget, LimitReached
+from .http_fields import via_of_hops
 from .resolve import Found
 from .rules import DestinationRule, RuleMatch, parse_way
 from .target import THIS_HOST, IPAddress, Target, parse_authority
@@ -34,6 +35,13 @@ Resolve = Literal["here", "there"]
 _SCHEMES: dict[str, Scheme] = {scheme: scheme for scheme in get_args(Scheme)}
 
 DIRECT = "direct"
+
+#: A connection that has come through this many proxies of ours is in a loop. It is counted only where many connections
+#: to one destination are under way, and behind that (`Visitor.hops`), since SOCKS has no field for it.
+MOST_HOPS = 16
+
+#: Connections to one destination through one upstream from which on hops are counted.
+SUSPICIOUS = 8
 
 #: PROXY headers that may precede a tunnel.
 LONGEST_HEAD = 16 * 1024
@@ -77,21 +85,24 @@ class Upstream:
         """Return the upstream of the chain to connect to."""
         return self if self.through is None else self.through.first
 
-    def connect(self, target: Target, dial: Callable[[Target], Connection], client: Connection) -> Connection:
+    def connect(
+        self, target: Target, dial: Callable[[Target], Connection], client: Connection, hops: int = 0
+    ) -> Connection:
         """Return a connection to a target through this proxy, and those before it.
 
         Args:
             dial: connects directly.
             client: the client of the connection.
+            hops: number of proxies on the way so far, to tell this proxy; 0: they are not counted.
 
         Raises:
             UpstreamError: the proxy refuses, or the connection breaks.
             UpstreamUnreachable: it, or one before it, cannot be reached.
             TimeoutError: raised by the caller's timeout.
         """
-        connection = self.reach(dial, client)
+        connection = self.reach(dial, client, hops)
         try:
-            self._ask(connection, target)
+            self._ask(connection, target, hops)
         except (EarlyEOF, LimitExceeded, ConnectionError) as error:
             connection.close()
             why = getattr(error, "strerror", None) or error
@@ -101,13 +112,13 @@ class Upstream:
             raise
         return connection
 
-    def reach(self, dial: Callable[[Target], Connection], client: Connection) -> Connection:
+    def reach(self, dial: Callable[[Target], Connection], client: Connection, hops: int = 0) -> Connection:
         """Return a connection to this proxy itself. Raise UpstreamUnreachable."""
         try:
             if self.through is None:
                 connection = dial(self.target)
             else:
-                connection = self.through.connect(self.target, dial, client)
+                connection = self.through.connect(self.target, dial, client, hops)
         except LimitReached:
             raise  # not the proxy's fault
         except OSError as error:
@@ -122,17 +133,17 @@ class Upstream:
                 raise
         return connection
 
-    def _ask(self, connection: Connection, target: Target) -> None:
+    def _ask(self, connection: Connection, target: Target, hops: int = 0) -> None:
         if self.scheme == "http":
-            self._ask_http(connection, target)
+            self._ask_http(connection, target, hops)
         else:
-            self._ask_socks5(connection, target)
+            self._ask_socks5(connection, target, hops)
 
     # -- SOCKS5 ------------------------------------------------------------------------------------------------------
 
-    def _ask_socks5(self, connection: Connection, target: Target) -> None:
+    def _ask_socks5(self, connection: Connection, target: Target, hops: int) -> None:
         methods = (socks5.Method.NONE, socks5.Method.PASSWORD) if self.user else (socks5.Method.NONE,)
-        connection.sendall(socks5.greeting(methods))
+        connection.sendall(socks5.greeting([*methods, socks5.method_of_hops(hops)] if hops else methods))
         version, method = connection.recv_exactly(2)
         if version != socks5.VERSION:
             raise UpstreamError(errno.EIO, f"upstream {self.name} does not speak SOCKS5")
@@ -154,9 +165,10 @@ class Upstream:
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
-    def _ask_http(self, connection: Connection, target: Target) -> None:
+    def _ask_http(self, connection: Connection, target: Target, hops: int) -> None:
         authority = str(target).encode()
-        fields = b"".join(b"%b: %b\r\n" % header for header in self.credentials)
+        headers = [*self.credentials, via_of_hops(hops)] if hops else self.credentials
+        fields = b"".join(b"%b: %b\r\n" % header for header in headers)
         connection.sendall(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (authority, authority, fields))
         # Interim answers may come first.
         room = LONGEST_HEAD
