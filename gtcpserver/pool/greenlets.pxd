@@ -13,6 +13,7 @@ cdef class Runner:
     cdef object _empty
     cdef Places _places
     cdef Py_ssize_t _references
+    cdef public Py_ssize_t keep
     cdef public list waiting
     cdef public object retire_timer
 

@@ -78,11 +78,12 @@ class Runner:
         places: of the pool: each of ``greenlets`` takes one.
 
     Attributes:
+        keep: most greenlets without work that do not end for that.
         waiting: greenlets without work, longest without first.
         retire_timer: runs while there are any.
     """
 
-    __slots__ = ("_dying", "_empty", "_greenlets", "_places", "_references", "retire_timer", "waiting")
+    __slots__ = ("_dying", "_empty", "_greenlets", "_places", "_references", "keep", "retire_timer", "waiting")
 
     def __init__(self, greenlets: set[Any], dying: set[Any], empty: Any, places: Places) -> None:
         self._greenlets = greenlets
@@ -90,6 +91,7 @@ class Runner:
         self._empty = empty
         self._places = places
         self._references = 0
+        self.keep = 0
         self.waiting: list[HandlerGreenlet] = []
         self.retire_timer: Any = None
 
@@ -173,7 +175,8 @@ class Runner:
         # The most recently used gets work first.
         waiting = self.waiting
         unused = 0
-        while unused < len(waiting) and waiting[unused].seen == waiting[unused].runs:
+        most = len(waiting) - self.keep
+        while unused < most and waiting[unused].seen == waiting[unused].runs:
             unused += 1
         self.retire(unused)
         for greenlet in waiting:

@@ -8,7 +8,8 @@ from typing import Any
 from gevent import pool as gevent_pool
 from greenlet import getcurrent
 
-from gtcpserver.process.forked import keep
+from gtcpserver.checks import check_whole_number
+from gtcpserver.process.forked import keep as keep_copies
 
 from .greenlets import HandlerGreenlet, Runner
 from .places import Places, check_size
@@ -26,13 +27,17 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
     Args:
         size: maximum number of running handlers; None for no limit.
+        keep: number of idle greenlets that do not end. The others end after 5 to 10 s without work, and the next burst
+            makes new ones, each at 5.6 us of CPU instead of 2.4. A kept one takes about 8 KiB.
 
     Raises:
-        ValueError: size is negative or not a whole number.
+        ValueError: size or keep is negative or not a whole number.
     """
 
-    def __init__(self, size: int | None = DEFAULT_SIZE) -> None:
+    def __init__(self, size: int | None = DEFAULT_SIZE, keep: int = 0) -> None:
         check_size(size)
+        check_whole_number("keep", keep, least=0)
+        self.keep = keep
         super().__init__(None)
         self.size = size
         self._semaphore = self.places = Places(size)
@@ -40,6 +45,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
     def _make_runner(self) -> None:
         self._runner = Runner(self.greenlets, self.dying, self._empty_event, self.places)
+        self._runner.keep = self.keep
         #: Like :meth:`run` with one argument, which is how a server runs each connection.
         self.run_one: Callable[[Callable[[Any], Any], Any], None] = self._runner.run_one
 
@@ -81,7 +87,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
     def left_in_child(self) -> None:
         """Reset the pool in a forked child, where all its greenlets are copies that do not run."""
-        keep(self._runner, self.greenlets, self.places)
+        keep_copies(self._runner, self.greenlets, self.places)
         self.greenlets: set[Any] = set()
         # The forking greenlet takes no place and waits for none.
         self._semaphore = self.places = Places(None)
