@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,6 +27,10 @@ DIRECTIVES = {
 }
 
 
+#: Stands in the record for all that a build depends on besides the sources.
+TOOLS = "(tools)"
+
+
 class BuildModules(build_ext):
     """Compiles all modules or none, and leaves a record for gtcpserver._compiled."""
 
@@ -39,6 +45,10 @@ class BuildModules(build_ext):
             return
         record = "".join(f"{BUILD['digest'](str(PACKAGE / path))} {path}\n" for path in sources())
         try:
+            record += f"{digest_of_tools()} {TOOLS}\n"
+            if self.inplace and not self.force and is_built(record):
+                self.extensions = []  # otherwise their files would be expected
+                return
             self._forget_changed(folders[0] / BUILD["record"](), record)
             self._translate()
             super().run()
@@ -56,6 +66,7 @@ class BuildModules(build_ext):
         """Remove the C files of sources that are not those of the last build: Cython compares times alone."""
         last = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         changed = [line.partition(" ")[2] for line in record.splitlines() if line not in last]
+        self.force = self.force or TOOLS in changed
         for extension in self.extensions:
             source = BUILD["source"](extension.name)
             if source in changed or any(name.endswith(".pxd") for name in changed):
@@ -93,6 +104,26 @@ def remove(folders: list[Path]) -> None:
     for folder in folders:
         for path in [BUILD["record"](), *map(BUILD["library"], BUILD["MODULES"])]:
             (folder / path).unlink(missing_ok=True)
+
+
+def is_built(record: str) -> bool:
+    """Return whether a checkout has the modules, compiled from the same sources in the same way."""
+    paths = [PACKAGE / BUILD["record"](), *(PACKAGE / BUILD["library"](name) for name in BUILD["MODULES"])]
+    return all(path.exists() for path in paths) and paths[0].read_text(encoding="utf-8") == record
+
+
+def digest_of_tools() -> str:
+    """Return a digest of what a build depends on besides the sources: without one, each extra that is installed in a
+    checkout would compile it again, half a minute of CPU."""
+    import Cython
+    import greenlet
+
+    header = Path(greenlet.__file__).with_name("greenlet.h").read_bytes()
+    names = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED")
+    flags = [(os.environ.get(name), sysconfig.get_config_var(name)) for name in names]
+    return hashlib.sha256(
+        repr((sys.version, Cython.__version__, header, flags, FLAGS, DIRECTIVES)).encode()
+    ).hexdigest()
 
 
 def sources() -> list[str]:

@@ -260,7 +260,7 @@ def test_without_a_compiler_the_build_succeeds_in_pure_python(
     pytest.importorskip("setuptools", "77")
     sources = request.getfixturevalue("compiled" if before else "sources")
     missing = str(tmp_path / "no-cc")
-    result = sources.run("setup.py", "-q", "build_ext", "--inplace", "--force", CC=missing)
+    result = sources.run("setup.py", "-q", "build_ext", "--inplace", CC=missing)
     assert result.returncode == 0
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("gtcpserver: "))
     assert line.startswith("gtcpserver: nothing is compiled, it is installed in pure Python: ")
@@ -270,6 +270,17 @@ def test_without_a_compiler_the_build_succeeds_in_pure_python(
     assert why.startswith("compiling failed: ")
     assert missing in why
     assert not list(sources.path.glob("gtcpserver/**/*.so"))
+
+
+@pytest.mark.slow
+def test_what_is_built_is_not_built_again(compiled: Checkout) -> None:
+    """By each extra that is installed in a checkout; with another compiler it is (above)."""
+    times = [os.stat(compiled.path / library).st_mtime_ns for library in LIBRARIES]
+    assert compiled.build().returncode == 0
+    assert [os.stat(compiled.path / library).st_mtime_ns for library in LIBRARIES] == times
+    (compiled.path / LIBRARIES[0]).unlink()
+    assert compiled.build().returncode == 0
+    assert compiled.state() == (True, "None", [])
 
 
 @pytest.mark.slow
