@@ -170,7 +170,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--clients", type=_clients, metavar="N,N", help="default: 100,1000,10000; --quick: 100")
     parser.add_argument("--seconds", type=positive, default=2, help="of each run; default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 1 s, no warm-up, two or three peers")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 1 s, or fewer; no warm-up, few peers")
     parser.add_argument("--no-plots", action="store_true", help="only JSON and tables")
     options = parser.parse_args(arguments)
     if options.publish and (options.quick or options.scenario or options.original or options.clients):
@@ -178,7 +178,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.publish and find_spec("matplotlib") is None:
         parser.error("--publish draws plots, which need matplotlib: pip install '.[bench]'")
     if options.quick:
-        options.rounds, options.seconds = 2, 1
+        options.rounds, options.seconds = min(options.rounds, 2), 1
     options.chosen = options.scenario or (ORIGINAL if options.original else [*SCENARIOS, *OTHERS])
     options.seed = seed_of(options)
     options.asked = options.clients or []
