@@ -20,6 +20,7 @@ from .measure import BenchError
 from .plots import plot
 from .results import OURS, Figures, Ratio, Result, facts, load_figures, load_result, significant
 from .scenarios import GEVENT, GEVENT_POOL, UVLOOP
+from .servers import PURE
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -100,19 +101,21 @@ def of_readme(output: dict[str, Any]) -> str:
 
 def _bench(found: dict[str, Result | Figures]) -> list[str]:
     lines = [
-        "| CPU µs a request (user + system) | gtcpserver | gevent StreamServer | uvloop Protocol "
+        "| CPU µs a request (user + system) | gtcpserver | in pure Python | gevent StreamServer | uvloop Protocol "
         "| of gevent | of uvloop |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for title, (name, gevent) in FIRST.items():
         result = found[name]
         assert isinstance(result, Result)
-        figures = [significant(result.median(server, "cpu")) for server in (OURS, gevent, UVLOOP)]
+        servers = (OURS, PURE, gevent, UVLOOP)
+        figures = [significant(result.median(one, "cpu")) if one in result.runs else "" for one in servers]
         ratios = [str(result.ratio(OURS, peer)) for peer in (gevent, UVLOOP)]
         lines.append(f"| {title} | {' | '.join(figures + ratios)} |")
     idle = found["idle"]
     assert isinstance(idle, Figures)
-    figures = [significant(idle.median(server)[0]) for server in (OURS, GEVENT, UVLOOP)]
+    servers = (OURS, PURE, GEVENT, UVLOOP)
+    figures = [significant(idle.median(one)[0]) if one in idle.runs else "" for one in servers]
     ratios = [str(idle.ratio(OURS, peer)) for peer in (GEVENT, UVLOOP)]
     title = idle.title[0].lower() + idle.title[1:]
     return [*lines, f"| {title}, {idle.columns[0]} | {' | '.join(figures + ratios)} |"]

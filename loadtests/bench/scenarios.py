@@ -69,7 +69,7 @@ ORIGINAL = [name for name, scenario in sorted(SCENARIOS.items(), key=lambda item
 
 #: Without wrk: memory of idle connections, the first byte beside them, a crowd at the start.
 OTHERS = ("idle", "first-byte", "crowd")
-OTHER_SERVERS = (OURS, "gtcpserver, idle()", "gtcpserver StreamServer", GEVENT, GEVENT_POOL, UVLOOP)
+OTHER_SERVERS = (OURS, PURE, "gtcpserver, idle()", "gtcpserver StreamServer", GEVENT, GEVENT_POOL, UVLOOP)
 
 MAIN = (OURS, PURE, GEVENT, GEVENT_POOL, UVLOOP, "Go net")
 
