@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import _ssl
 import hmac
-import logging
 import ssl
 from functools import cache
 from typing import Any, Protocol
 
+from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.errors import GtcpServerError
 
-log = logging.getLogger("gtcpserver.tls")
+log = own_logger("gtcpserver.tls")
 
 #: Bytes of a set of keys: its name, which is in clear in each ticket, a key for HMAC and one for AES.
 KEY_BYTES = 80
