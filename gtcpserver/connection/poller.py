@@ -40,12 +40,11 @@ except ImportError:
     from gtcpserver.c import cython
 if not cython.compiled:
     # Compiled, these are C (poller.pxd).
-    import select
-
     from gevent.monkey import get_original
     from greenlet import getcurrent, greenlet
 
     get_ident = get_original("_thread", "get_ident")
+    make_epoll = get_original("select", "epoll")  # monkey patching removes it
 
     # greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
     # greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
@@ -124,7 +123,7 @@ class Poller:
             self._fd = create()
         else:
             self._events: Any = ()
-            self._epoll = select.epoll()
+            self._epoll = make_epoll()
             self._poll = self._epoll.poll
             self._fd = self._epoll.fileno()
         self._watcher: Any = None
@@ -321,7 +320,7 @@ class Poller:
         if cython.compiled:
             fd = create()
         else:
-            epoll = select.epoll()
+            epoll = make_epoll()
             fd = epoll.fileno()
         os.dup2(fd, self._fd, inheritable=False)
         close_descriptor(fd) if cython.compiled else epoll.close()
