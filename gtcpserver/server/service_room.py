@@ -65,10 +65,6 @@ class ServiceRoom:
         if not self._timer.active:
             self._timer.start(self._let_in)  # which asks again, if a connection waits
 
-    def left_in_child(self) -> None:
-        """Forget the timer, whose event loop is gone. Called in a forked child."""
-        self._timer = None
-
     # -- max_accepts -------------------------------------------------------------------------------------------------
 
     def has_accepted_all(self) -> bool:

@@ -10,7 +10,7 @@ epochs count as 0. What a client did before (its rate, its failures) stays until
 
 Layout, in words of 8 bytes in the machine's byte order; each store of a word is atomic:
 
-    header      MAGIC, number of columns, number of sets
+    header      MAGIC, number of columns, number of sets, number of columns that were ever claimed
     key         32 random bytes: nobody outside can tell which clients share a set
     tickets     version, time of the change, and TICKET_SECRETS secrets for keys of TLS tickets: the one of the version
                 (modulo their number), those before it, and one that nobody uses, which is the next to be written
@@ -66,7 +66,11 @@ ENTRIES = 2**20
 KEY_BYTES = 32
 
 TICKET_SECRETS = 3
-_HEADER_WORDS = 3
+_HEADER_WORDS = 4
+
+#: Index of the word with the number of columns that were ever claimed. They are claimed from the first on, and the
+#: others are empty: nobody has to read them.
+CLAIMED = 3
 
 
 class SharedMemory:
@@ -131,7 +135,7 @@ class SharedMemory:
         os.set_inheritable(fd, False)
         size = os.fstat(fd).st_size
         with mmap.mmap(fd, mmap.PAGESIZE) as page:
-            magic, columns, sets = memoryview(page[: 8 * _HEADER_WORDS]).cast("q")
+            magic, columns, sets = memoryview(page[: 8 * CLAIMED]).cast("q")
         valid = _is_power_of_two(columns, LEAST_COLUMNS, MOST_COLUMNS) and _is_power_of_two(sets, 1, MOST_CLIENTS)
         if magic != MAGIC or not valid or size != size_of(columns, sets):
             raise GtcpServerError("the counts of the running master have another layout")
@@ -148,10 +152,22 @@ class SharedMemory:
         """Return a column that is this process's until it ends; None: all are taken. Call once in a process."""
         for column in range(self.columns):
             if self._lock(column):
+                self._note_claimed(column)
                 self.begin_epoch(column)
                 self.data[self.live_at + column] = 1
                 return column
         return None
+
+    def _note_claimed(self, column: int) -> None:
+        # Two processes must not overwrite each other's. If the lock is taken or fails, all columns are read.
+        lock = self.columns + 1
+        if self._lock(lock):
+            try:
+                self.words[CLAIMED] = max(self.words[CLAIMED], column + 1)
+            finally:
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, lock)
+        else:
+            self.words[CLAIMED] = self.columns
 
     def clear_dead(self) -> int:
         """Make what dead processes had open count no more; return their number. A system call per live process."""

@@ -14,7 +14,7 @@ from gtcpserver.proxy import passwords
 from gtcpserver.proxy.limits import LimitKeeper, Limits, SharedBucket, TokenBucket
 from gtcpserver.proxy.passwords import Failures
 from gtcpserver.shared.column import MOST_DIGESTS, Column
-from gtcpserver.shared.memory import LEAST_COLUMNS, WAYS, SharedMemory, clients_of, columns_for, size_of
+from gtcpserver.shared.memory import CLAIMED, LEAST_COLUMNS, WAYS, SharedMemory, clients_of, columns_for, size_of
 
 ADA, BOB = ("192.0.2.1", 1), ("192.0.2.2", 1)
 
@@ -22,6 +22,7 @@ ADA, BOB = ("192.0.2.1", 1), ("192.0.2.2", 1)
 @pytest.fixture
 def memory():
     made = SharedMemory.make(4)
+    made.words[CLAIMED] = 4
     yield made
     made.close()
 
@@ -32,6 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr("gtcpserver.shared.memory.LEAST_CLIENTS", WAYS)
     monkeypatch.setattr("gtcpserver.shared.memory.MOST_CLIENTS", WAYS)
     made = SharedMemory.make(4)
+    made.words[CLAIMED] = 4
     yield made
     made.close()
 
@@ -221,7 +223,7 @@ def test_garbage_of_a_compromised_process_is_survived(memory, clock):
     for extreme in (0, -1, 2**63 - 1, -(2**63), None):
         for one in limits:
             one.enter(ADA)  # so that there are entries to damage
-        for place in range(memory.epochs_at, len(memory.words)):
+        for place in (CLAIMED, *range(memory.epochs_at, len(memory.words))):
             if (memory.words[place] and place >= memory.entries_at) or place < memory.tags_at:
                 memory.words[place] = chance.getrandbits(64) - 2**63 if extreme is None else extreme
         for one in limits:
