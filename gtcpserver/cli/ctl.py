@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gtcpserver.errors import ConfigError
+from gtcpserver.monitoring.selection import Selection
 from gtcpserver.plural import counted
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
@@ -138,6 +141,90 @@ def workers(where: Where, as_json: bool) -> None:
     counts = [one["accepted"] for one in found if one["state"] == "ready"]
     if len(counts) > 1 and min(counts):
         click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times as many as the least busy")
+
+
+def selection_options(command: Any) -> Any:
+    for option in (
+        click.option("--destination", metavar="D", help="Connections to this destination: HOST, HOST:PORT or .DOMAIN."),
+        click.option("--client", metavar="NET", help="Connections of these clients: an address or a network."),
+        click.option("--user", metavar="U", help="Connections of this user."),
+    ):
+        command = option(command)
+    return command
+
+
+@ctl.command()
+@selection_options
+@click.option("--rate", is_flag=True, help="Look for a second, and add the bytes per second of both directions.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def connections(where: Where, /, as_json: bool, rate: bool, **selection: Any) -> None:
+    """Print one line per open connection of all workers, oldest first; at most 500."""
+    check_selection(**selection)
+    before = request(where, "connections", **selection) if rate else None
+    if before is not None:
+        time.sleep(1.0)
+    answer = request(where, "connections", **selection)
+    rows = answer["connections"]
+    if before is not None:
+        add_rates(rows, before["connections"])
+    if as_json:
+        click.echo(to_json({name: answer[name] for name in ("connections", "found", "missing")}))
+        return
+    columns = ["id", "client", "user", "listener", "destination", "upstream", "age", "received", "sent"]
+    table = [columns + (["rate"] if rate else [])] + [cells_of(row, rate) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if answer["found"] > len(rows):
+        click.echo(f"the first {len(rows)} of {answer['found']}")
+    if answer["missing"]:
+        click.echo(f"workers that did not answer: {', '.join(map(str, answer['missing']))}", err=True)
+
+
+def cells_of(row: dict[str, Any], rate: bool) -> list[str]:
+    names = ("id", "client", "user", "listener", "destination", "upstream")
+    cells = [printable(row[name] or "-") for name in names]
+    cells += [f"{row['age']:.0f}", str(row["bytes_received"]), str(row["bytes_sent"])]
+    return cells + ([str(row["rate"])] if rate else [])
+
+
+def printable(text: str) -> str:
+    """Return a text from a client so that it cannot control the terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def add_rates(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    earlier = {row["id"]: row for row in before}
+    for row in rows:
+        first = earlier.get(row["id"], {"age": 0.0, "bytes_received": 0, "bytes_sent": 0})
+        seconds = max(0.001, row["age"] - first["age"])
+        moved = sum(row[name] - first[name] for name in ("bytes_received", "bytes_sent"))
+        row["rate"] = round(moved / seconds)
+
+
+def check_selection(user: str | None, client: str | None, destination: str | None) -> None:
+    try:
+        Selection.of({"user": user, "client": client, "destination": destination})
+    except ConfigError as error:
+        raise click.UsageError(f"--{error}") from None
+
+
+@ctl.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@selection_options
+@click.pass_obj
+def end(where: Where, /, ids: tuple[str, ...], **selection: Any) -> None:
+    """End connections by their IDs, as `connections` prints them, or by user, client and destination."""
+    check_selection(**selection)
+    if not ids and not any(selection.values()):
+        raise click.UsageError("say which connections to end: an ID, --user, --client or --destination")
+    answer = request(where, "end", ids=list(ids) or None, **selection)
+    click.echo(f"ended {counted(answer['ended'], 'connection')}")
+    if answer["missing"]:
+        raise RunError(f"workers that did not answer: {', '.join(map(str, answer['missing']))}")
+    if not answer["ended"]:
+        sys.exit(1)
 
 
 @ctl.command()

@@ -249,6 +249,16 @@ class Visitor:
         here: Any = self.conn.server_address
         return (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
 
+    def connection_fields(self) -> dict[str, str | None]:
+        """Return what `gtcpserver ctl connections` shows of it."""
+        record = self.record
+        return {
+            "user": record.user,
+            "listener": record.listener,
+            "destination": record.asked or None,
+            "upstream": record.upstream or None,
+        }
+
     def turn_away(self, result: Result, why: str) -> None:
         """Deny it the use of this listener; it will be told so in its own protocol."""
         self.admitted = False

@@ -100,9 +100,11 @@ class ProxyHandler:
         if not visitor.admitted:
             self._refuse(conn, visitor)
             return
+        conn.context = visitor
         try:
             self._serve(conn, visitor)
         finally:
+            conn.context = None  # no work for the garbage collector
             visitor.leave()
 
     def _refuse(self, conn: Connection, visitor: Visitor) -> None:
@@ -131,8 +133,8 @@ class ProxyHandler:
             is_http = visitor.record.protocol == "http"
             if serve is not None:
                 serve()
-        except GreenletExit:
-            visitor.record.result = "stopped"
+        except GreenletExit as cut:
+            visitor.record.result, visitor.record.detail = "stopped", str(cut)
             raise
         except Cut as cut:
             visitor.record.result, visitor.record.detail = cut.result, str(cut)

@@ -190,7 +190,7 @@ class HttpSession:
             self._conn.abort()
         except BaseException as error:
             if isinstance(error, GreenletExit):
-                record.result = "stopped"
+                record.result, record.detail = "stopped", str(error)
             # If a response ends with the connection, a normal end would say that it was complete.
             self._conn.abort()
             raise

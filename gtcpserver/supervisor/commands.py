@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gtcpserver.errors import ConfigError
+from gtcpserver.monitoring.selection import Selection
+
 from .config import MAX_WORKERS
-from .slots import Slot, WorkerProcess
+from .messages import MAX_ROWS
+from .slots import Slot, WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
     from .control import Reply
     from .master import Master
 
-COMMANDS = ("status", "reload", "upgrade", "reopen", "rotate-tickets", "maint", "scale", "stop")
+COMMANDS = ("status", "connections", "end", "reload", "upgrade", "reopen", "rotate-tickets", "maint", "scale", "stop")
+
+#: Seconds that an answer about connections waits for workers; blocked ones are listed as missing.
+SELECT_SECONDS = 2.0
 
 #: Seconds that an answer waits for workers' newest counters; a blocked worker's last ones are used.
 REPORT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question about connections, to these workers."""
+
+    number: int
+    until: float
+    asked: list[WorkerProcess]
+    reply: Reply
 
 
 class Commands:
@@ -23,6 +41,8 @@ class Commands:
     def __init__(self, master: Master) -> None:
         self._master = master
         self._waiting: list[tuple[float, Reply]] = []
+        self._questions: list[_Question] = []
+        self._number = 0
 
     def answer(self, request: dict[str, Any], reply: Reply) -> None:
         """Handle one request: {"command": ...}; scale requires "workers", maint "on", stop accepts "now"."""
@@ -37,6 +57,8 @@ class Commands:
                 worker.reported = False
             fleet.tell_all("report")
             self._waiting.append((master.system.monotonic() + REPORT_SECONDS, reply))
+        elif command in ("connections", "end"):
+            self._select(request, command == "end", reply)
         elif command == "stop":
             reply({"ok": True, "end": True})
             if request.get("now") is True:
@@ -71,6 +93,7 @@ class Commands:
 
     def look_after(self, now: float) -> None:
         """Send the answers that are due."""
+        self._look_after_questions(now)
         if not self._waiting:
             return
         complete = all(worker.reported for worker in self._master.fleet.workers.values())
@@ -78,6 +101,43 @@ class Commands:
         self._waiting = [(until, reply) for until, reply in self._waiting if not (complete or now >= until)]
         for reply in due:
             reply(self.status())
+
+    def _select(self, request: dict[str, Any], ends: bool, reply: Reply) -> None:
+        try:
+            selection = Selection.of(request)
+        except ConfigError as error:
+            reply({"error": str(error)})
+            return
+        if ends and selection.is_everything:
+            reply({"error": "end needs ids, user, client or destination"})
+            return
+        asked = [one for one in self._master.fleet.workers.values() if one.state is not WorkerState.STARTING]
+        self._number += 1
+        fields = {name: request.get(name) for name in ("user", "client", "destination", "ids")}
+        for worker in asked:
+            worker.selected[self._number] = None
+            most = max(1, MAX_ROWS // len(asked))
+            worker.channel.send("select", number=self._number, end=ends, most=most, **fields)
+        until = self._master.system.monotonic() + SELECT_SECONDS
+        self._questions.append(_Question(self._number, until, asked, reply))
+
+    def _look_after_questions(self, now: float) -> None:
+        for question in list(self._questions):
+            asked = [one for one in question.asked if self._master.fleet.workers.get(one.pid) is one]
+            if now < question.until and any(one.selected[question.number] is None for one in asked):
+                continue
+            self._questions.remove(question)
+            answers = [(one, one.selected.pop(question.number, None)) for one in question.asked]
+            rows = [{**row, "worker": one.slot} for one, found in answers if found for row in found.rows]
+            rows.sort(key=lambda row: row["age"], reverse=True)
+            question.reply(
+                {
+                    "connections": rows,
+                    "found": sum(found.number for _, found in answers if found),
+                    "ended": sum(found.ended for _, found in answers if found),
+                    "missing": sorted(one.slot for one in asked if (one, None) in answers),
+                }
+            )
 
     def status(self, *, in_full: bool = False) -> dict[str, Any]:
         """Return the state of master, workers and counters; `in_full` adds all counters of each worker."""

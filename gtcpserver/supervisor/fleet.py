@@ -19,10 +19,10 @@ from .care import Care
 from .config import SupervisorConfig
 from .lending import Loans
 from .log_files import STDERR, log_with_details
-from .messages import MASTER_KINDS, WORKER_KINDS, Message, checked_stats, checked_table
+from .messages import MASTER_KINDS, WORKER_KINDS, Message, checked_rows, checked_stats, checked_table
 from .program import Program
 from .reload import Done, Reload
-from .slots import Slot, WorkerProcess, WorkerState, back_off, describe_status
+from .slots import Selected, Slot, WorkerProcess, WorkerState, back_off, describe_status
 from .sockets import ListeningSockets
 from .system import System
 from .totals import Totals
@@ -216,6 +216,11 @@ class Fleet:
             worker.dumped = True
         elif message.kind == "connections":
             worker.table = checked_table(message.fields.get("table"))
+        elif message.kind == "selected":
+            number = message.count("number")
+            if number in worker.selected:
+                rows = checked_rows(message.fields.get("rows"))
+                worker.selected[number] = Selected(rows, message.count("found"), message.count("ended"))
         elif message.kind == "reopen":
             worker.channel.send("reopen", fd=STDERR)
         elif message.kind in ("names", "unprivileged", "borrow"):

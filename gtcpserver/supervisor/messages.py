@@ -13,6 +13,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | enough | the workers together have accepted `max_accepts` connections |
 | dumped | its stacks are in the log |
 | connections | its table of connections |
+| selected | the answer to `select` with this `number`: `rows`, how many were `found`, how many `ended` |
 | drained | its listening sockets are drained and closed |
 | reopen | the descriptor of the new log file did not arrive: send it again |
 | names | the files that its options name: `read` and `append` are lists of paths (`lending`) |
@@ -29,6 +30,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | unready | a stop is near: tell balancers, but serve on |
 | report | send stats |
 | connections | send a table of connections, as one of `of` workers |
+| select | send the connections of `user`, `client`, `destination`, `ids`, or `end` them; `number` names the question |
 | reopen | the descriptor of a new log file comes with the packet |
 | lent | the descriptor for the question `number` comes with the packet; or `error` is an errno, and `why` a text |
 """
@@ -75,11 +77,25 @@ ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_nam
 
 WORKER_KINDS = frozenset(
     {
-        *("ready", "failed", "beat", "stats", "retire", "dumped", "connections", "drained", "reopen", "stopped"),
+        *(
+            "ready",
+            "failed",
+            "beat",
+            "stats",
+            "retire",
+            "dumped",
+            "connections",
+            "selected",
+            "drained",
+            "reopen",
+            "stopped",
+        ),
         *("names", "unprivileged", "borrow", "enough"),
     }
 )
-MASTER_KINDS = frozenset({"retire", "stop", "hasten", "halt", "unready", "report", "connections", "reopen", "lent"})
+MASTER_KINDS = frozenset(
+    {"retire", "stop", "hasten", "halt", "unready", "report", "connections", "select", "reopen", "lent"}
+)
 HANDOVER_KINDS = frozenset({"ready", "failed"})
 
 
@@ -170,6 +186,28 @@ def checked_stats(value: Any) -> dict[str, Any]:
             good = [(key, number) for key, number in table.items() if len(key) <= MAX_NAME and is_number(number)]
             stats[name] = dict(good[:MAX_NAMES])
     return stats
+
+
+#: Fields of a row of `gtcpserver ctl connections` (`monitoring.selection`): texts, texts or None, numbers; and "idle".
+SELECTED_TEXTS = ("id", "client", "listener")
+SELECTED_OPTIONS = ("user", "destination", "upstream")
+SELECTED_NUMBERS = ("age", "bytes_received", "bytes_sent")
+
+
+def checked_rows(value: Any) -> list[dict[str, Any]]:
+    """Return the well-formed rows of connections that were asked for (`monitoring.selection`)."""
+    rows = value[:MAX_ROWS] if isinstance(value, list) else []
+    names = (*SELECTED_TEXTS, *SELECTED_OPTIONS, *SELECTED_NUMBERS, "idle")
+    return [{name: row.get(name) for name in names} for row in rows if isinstance(row, dict) and _is_selected(row)]
+
+
+def _is_selected(row: dict[str, Any]) -> bool:
+    return (
+        all(isinstance(row.get(name), str) for name in SELECTED_TEXTS)
+        and all(isinstance(row.get(name), (str, type(None))) for name in SELECTED_OPTIONS)
+        and all(is_number(row.get(name)) for name in SELECTED_NUMBERS)
+        and isinstance(row.get("idle"), bool)
+    )
 
 
 def checked_table(value: Any) -> list[dict[str, Any]]:

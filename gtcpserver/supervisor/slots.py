@@ -56,6 +56,21 @@ WORKER_CHANGES = {
 }
 
 
+@dataclass(frozen=True)
+class Selected:
+    """A worker's connections that were asked for.
+
+    Attributes:
+        rows: the first of them.
+        number: how many there are.
+        ended: how many of them were ended.
+    """
+
+    rows: list[dict[str, Any]]
+    number: int
+    ended: int
+
+
 @dataclass(eq=False)
 class WorkerProcess:
     """One worker process.
@@ -70,6 +85,7 @@ class WorkerProcess:
         lagging: whether its loop is late, so that it gets no new connections.
         stats: the last counters it sent.
         table: its table of connections; None until it answers the last question.
+        selected: its answers to questions about connections, by number; None until it answers.
         drained: whether its sockets are drained and closed.
         loans: the files that it may borrow.
     """
@@ -97,6 +113,7 @@ class WorkerProcess:
     stats: dict[str, Any] = field(default_factory=dict)
     rss: int = 0
     table: list[dict[str, Any]] | None = None
+    selected: dict[int, Selected | None] = field(default_factory=dict)
     reported: bool = False
     drained: bool = False
     ended: bool = False

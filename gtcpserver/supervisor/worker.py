@@ -33,6 +33,7 @@ from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.files import lent as lent_files
 from gtcpserver.monitoring.connection_table import MOST, table_of
+from gtcpserver.monitoring.selection import Selection, end, rows_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.plural import counted
 from gtcpserver.process.forked import end_process, register
@@ -432,6 +433,15 @@ class _Life:
             rows = rows[: len(rows) // 2]
         self.channel.send("connections", table=rows)
 
+    def select(self, server: Server, message: Message) -> None:
+        """Send, or end, the connections that the master asks for."""
+        selection = Selection.of(message.fields)
+        ended = end(server, selection) if message.fields.get("end") is True else 0
+        rows, found = ([], ended) if ended else rows_of(server, selection, max(1, message.count("most")))
+        while len(json.dumps(rows)) > LARGEST_TABLE:
+            rows = rows[: len(rows) // 2]
+        self.channel.send("selected", number=message.count("number"), rows=rows, found=found, ended=ended)
+
     def look_whether_due(self) -> None:
         server = self.worker.server
         if self.asked_to_retire or server is None or server.state is not State.SERVING:
@@ -510,6 +520,8 @@ class _Life:
             gevent.spawn(self.send_stats)
         elif message.kind == "connections":
             gevent.spawn(self.send_connections, server, max(1, int(message.number("of"))))
+        elif message.kind == "select":
+            gevent.spawn(self.select, server, message)
         elif message.kind == "halt":
             self.end_by(server.halt)
         elif message.kind == "hasten":
