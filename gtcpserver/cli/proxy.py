@@ -21,6 +21,7 @@ from .settings import SettingsGroup, obey_environment, warn_at_start
 try:
     from gtcpserver.proxy.build import check_closed
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
+    from gtcpserver.proxy.config_text import config_text
     from gtcpserver.proxy.gate import COMMANDS
     from gtcpserver.proxy.handler import Speaks
     from gtcpserver.proxy.passwords import hash_password
@@ -54,6 +55,9 @@ def with_worker_user(command: Any) -> Any:
     envvar="GTCPSERVER_CONFIG",
     metavar="FILE",
     help="TOML file with all settings; reloaded on SIGHUP.",
+)
+@click.option(
+    "--print-config", is_flag=True, help="Print a file for --config that does what the other options say, and exit."
 )
 @click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
 @click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
@@ -91,7 +95,7 @@ def with_worker_user(command: Any) -> Any:
 @supervisor_options
 @process_options
 @click.pass_context
-def proxy(context: click.Context, /, config: str | None, **options: Any) -> None:
+def proxy(context: click.Context, /, config: str | None, print_config: bool, **options: Any) -> None:
     """Run a SOCKS4, SOCKS4a, SOCKS5 and HTTP proxy.
 
     By default it listens on 127.0.0.1:1080, only serves this host, and reaches no private networks.
@@ -104,7 +108,12 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
         raise click.UsageError(
             f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
         )
+    if config is not None and print_config:
+        raise click.UsageError("--print-config: cannot be used together with --config")
     options = _with_secrets(options)
+    if print_config:
+        _print_config(options)
+        return
     if was_given(context, "users") or (was_given(context, "upstream") and _has_password(options["upstream"])):
         warn_at_start(
             context,
@@ -140,7 +149,7 @@ def proxy(context: click.Context, /, config: str | None, **options: Any) -> None
 # Clients and destinations are configured in a file of their own; the other options are those of every server.
 obey_environment(
     proxy,
-    but=("config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
+    but=("config", "print_config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
 )
 
 
@@ -161,6 +170,14 @@ def _load(path: str | None, options: dict[str, Any]) -> Proxy:
 
 def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
     return read_config(path) if path is not None else _from_options(options)
+
+
+def _print_config(options: dict[str, Any]) -> None:
+    config = _from_options(options)
+    make_proxy(config).handler.server_stopped()  # reports mistakes
+    if _has_password(options["upstream"]):
+        click.echo("# It contains a password: keep the file from others (mode 600).\n")
+    click.echo(config_text(config), nl=False)
 
 
 def _from_options(options: dict[str, Any]) -> ProxyConfig:
