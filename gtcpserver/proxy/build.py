@@ -39,6 +39,7 @@ from .succession import Tenure
 from .target import IPAddress, parse_nat64, unmapped
 from .this_host import ThisHost
 from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
+from .upstream_group import UpstreamGroup
 
 
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
@@ -99,6 +100,38 @@ def make_balancers(listener: ListenerTable) -> ProxyProtocol | None:
         raise ConfigError(f"proxy_protocol{'' if name == 'trusted' else '_' + name} {message}") from None
 
 
+def make_upstreams(config: ProxyConfig, name: str) -> Upstream | UpstreamGroup:
+    """Make an upstream, or a group."""
+    table = config.upstream[name]
+    options = {key: getattr(table, key) for key in ("strategy", "fall", "rise", "check_every")}
+    given = [key for key, value in options.items() if value is not None] + ["weights"] * bool(table.weights)
+    if not table.members:
+        if given:
+            raise ConfigError(f"{given[0]} is for groups, with members (upstream {name!r} has none)")
+        return make_upstream(config, name)
+    for key in ("url", "through", "send_proxy"):
+        if getattr(table, key) is not None:
+            raise ConfigError(f"a group has members and no {key}, got both for {name!r}")
+    if table.resolve != "here":
+        raise ConfigError(f"resolve is for the members of a group, got {table.resolve!r} for {name!r}")
+    for one in table.members:
+        if one not in config.upstream:
+            raise ConfigError(f"there is no upstream {one!r}, a member of {name!r}")
+        if config.upstream[one].members:
+            raise ConfigError(f"members of a group must not be groups, got {one!r} in {name!r}")
+        if table.members.count(one) > 1:
+            raise ConfigError(f"members must differ (weights give one a larger share), got {one!r} twice in {name!r}")
+    _check_upstream_name(name)
+    members = [make_upstream(config, one) for one in table.members]
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return UpstreamGroup(name, members, weights=table.weights, **chosen)
+
+
+def _check_upstream_name(name: str) -> None:
+    if name == DIRECT or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+        raise ConfigError(f'the name of an upstream must be a word, and not "direct", got {name!r}')
+
+
 def make_upstream(config: ProxyConfig, name: str) -> Upstream:
     table = config.upstream[name]
     chain = [name]
@@ -106,14 +139,17 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
     while (through := config.upstream[chain[-1]].through) is not None:
         if through not in config.upstream:
             raise ConfigError(f"there is no upstream {through!r}, through which {chain[-1]!r} is to be reached")
+        if config.upstream[through].members:
+            raise ConfigError(f"through must name an upstream, not a group, got {through!r} for {chain[-1]!r}")
         if through in chain:
             raise ConfigError(f"the upstreams {', '.join(chain)} lead through each other")
         chain.append(through)
-    if name == DIRECT or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-        raise ConfigError(f'the name of an upstream must be a word, and not "direct", got {name!r}')
+    _check_upstream_name(name)
     made: Upstream | None = None
     for one in reversed(chain):
         table = config.upstream[one]
+        if table.url is None:
+            raise ConfigError(f"an upstream needs a url, or members, got neither for {one!r}")
         made = parse_upstream(one, table.url, made, table.resolve, table.send_proxy)
     assert made is not None
     first = made.first.target
@@ -324,7 +360,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     resolver = make_resolver(config)
     timeouts = Timeouts(**{name: getattr(config.timeouts, name) for name in TimeoutsTable.__struct_fields__})
     clients, destinations = make_client_rules(config), make_destination_rules(config)
-    upstreams = {name: make_upstream(config, name) for name in config.upstream}
+    upstreams = {name: make_upstreams(config, name) for name in config.upstream}
     nat64, this_host = make_nat64(config), ThisHost()
     keeper, departures = LimitKeeper(make_limits(config)), Departures()
     tenure = Tenure(config.reload.end_forbidden)

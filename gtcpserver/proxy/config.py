@@ -47,8 +47,8 @@ from .build import (
     make_proxy,
     make_resolver,
     make_tls,
-    make_upstream,
     make_upstream_rule,
+    make_upstreams,
 )
 from .http_fields import check_pseudonym
 from .resolve import parse_server
@@ -173,7 +173,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for name, table in config.auth.items():
         yield f"auth.{name}", lambda one=table: close_authenticator(make_authenticator(one)), ""  # type: ignore[misc]
     for name in config.upstream:
-        yield f"upstream.{name}", lambda name=name: make_upstream(config, name), ""  # type: ignore[misc]
+        yield f"upstream.{name}", lambda name=name: make_upstreams(config, name), ""  # type: ignore[misc]
     yield "limits", lambda: make_limits(config), ""
     for name in TimeoutsTable.__struct_fields__:
         seconds = getattr(config.timeouts, name)

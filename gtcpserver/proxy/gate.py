@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv6Network
 from time import monotonic
 from typing import Any, Literal, Protocol, get_args
@@ -36,6 +37,7 @@ from .succession import Tenure
 from .target import IPAddress, Target, addresses_meant
 from .this_host import ThisHost
 from .upstream import MOST_HOPS, SUSPICIOUS, Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
+from .upstream_group import UpstreamGroup
 
 
 class Denied(GtcpServerError):
@@ -104,7 +106,7 @@ class Gate:
         commands: commands that clients may use; others are refused before anything is looked up.
         client_rules, destination_rules: see `rules`.
         authenticators: by name.
-        upstreams: other proxies, by name.
+        upstreams: other proxies, and groups of them, by name.
         upstream_rules: rules that choose an upstream for a destination; see `upstream`.
         nat64: prefixes of the network's own NAT64 gateways: the IPv4 addresses behind them are checked, too.
         this_host: knows the addresses of this host.
@@ -125,7 +127,7 @@ class Gate:
     client_rules: Sequence[ClientRule] = ()
     destination_rules: Sequence[DestinationRule] = ()
     authenticators: Mapping[str, Authenticator] = field(default_factory=dict)
-    upstreams: Mapping[str, Upstream] = field(default_factory=dict)
+    upstreams: Mapping[str, Upstream | UpstreamGroup] = field(default_factory=dict)
     upstream_rules: Sequence[UpstreamRule] = ()
     resolver: Resolver = field(default_factory=Resolver)
     timeouts: Timeouts = Timeouts()
@@ -146,6 +148,17 @@ class Gate:
     under_way: Counter[tuple[str, Target]] = field(default_factory=Counter, init=False, repr=False)
 
     _successor: list[Gate] = field(default_factory=list, init=False, repr=False)
+
+    def probe(self, upstream: Upstream) -> None:
+        """Connect to an upstream, or to the first one of its chain. Raise OSError if it cannot be reached."""
+        target = upstream.first.target
+        addresses = self.resolver.resolve(target.host) if target.ip is None else (target.ip,)
+        dial(addresses, target.port, timeout=self.timeouts.connect, source=self.fixed_source)[0].close()
+
+    def fixed_source(self, ip: IPAddress) -> IPAddress | None:
+        """Return the address in `external` from which to connect to another one; None: it has none."""
+        external = self.external
+        return None if isinstance(external, str) else next((own for own in external if own.version == ip.version), None)
 
     @property
     def latest(self) -> Gate:
@@ -518,7 +531,7 @@ class Visitor:
             raise Denied(known[1])
         return known
 
-    def upstream_to(self, target: Target) -> tuple[Upstream | None, Sequence[IPAddress] | None]:
+    def upstream_to(self, target: Target) -> tuple[Upstream | UpstreamGroup | None, Sequence[IPAddress] | None]:
         """Return the proxy that leads to a target, and the target's addresses if the rules needed them.
 
         Returns:
@@ -574,12 +587,11 @@ class Visitor:
                 connection, ip = self._dial(self.allowed_addresses(target, found), target.port, for_request)
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
                 self.opened = target, ip
+            elif isinstance(upstream, UpstreamGroup):
+                connection, forwarding = self._go_through_group(upstream, target, found, for_request)
             else:
-                record.upstream = upstream.name
-                # It may look the name up again, and find another address than the one that was checked.
-                finds_the_same = upstream.resolve == "there" or target.ip is not None
-                forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
-                connection = self._go_through(upstream, target, found, forwarding is not None)
+                seconds = self.gate.timeouts.connect
+                connection, forwarding = self._go_through_one(upstream, target, found, for_request, seconds)
         except Denied as error:
             record.result, record.detail = "destination_denied", str(error)
             raise
@@ -614,8 +626,43 @@ class Visitor:
             attempts=self.gate.limits.attempts_of(self.address),
         )
 
+    def _go_through_group(
+        self, group: UpstreamGroup, target: Target, found: Sequence[IPAddress] | None, for_request: bool
+    ) -> tuple[Connection, Upstream | None]:
+        until = monotonic() + self.gate.timeouts.connect
+        members = group.in_order(self.client)
+        for left in range(len(members), 0, -1):
+            member = members[-left]
+            # Each has its share of the remaining time, so that a silent one leaves time for the others.
+            share = max(0.0, until - monotonic()) / left
+            try:
+                opened = self._go_through_one(member.upstream, target, found, for_request, share)
+            except UpstreamUnreachable as error:
+                group.note_unreachable(member, error, partial(self.gate.probe, member.upstream))
+                if left == 1:
+                    raise
+            else:
+                group.note_reached(member)
+                member.add(opened[0])
+                return opened
+        raise AssertionError("a member is left")  # pragma: no cover
+
+    def _go_through_one(
+        self,
+        upstream: Upstream,
+        target: Target,
+        found: Sequence[IPAddress] | None,
+        for_request: bool,
+        seconds: float,
+    ) -> tuple[Connection, Upstream | None]:
+        self.record.upstream = upstream.name
+        # It may look the name up again, and find another address than the one that was checked.
+        finds_the_same = upstream.resolve == "there" or target.ip is not None
+        forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
+        return self._go_through(upstream, target, found, forwarding is not None, seconds), forwarding
+
     def _go_through(
-        self, upstream: Upstream, target: Target, found: Sequence[IPAddress] | None, only_to_it: bool
+        self, upstream: Upstream, target: Target, found: Sequence[IPAddress] | None, only_to_it: bool, seconds: float
     ) -> Connection:
         if upstream.resolve == "there" and target.ip is None:
             decision = self.decide(target, None)
@@ -635,12 +682,11 @@ class Visitor:
                 self._forget(addresses)
                 raise
 
-        seconds = self.gate.timeouts.connect
         if only_to_it:
             with gevent.Timeout(seconds, _not_connected(seconds)):
                 return upstream.reach(dial_first, self.conn)
         with self._counted_hops(upstream, target) as hops:
-            return self._connect_through(upstream, target, targets, dial_first, hops)
+            return self._connect_through(upstream, target, targets, dial_first, hops, seconds)
 
     @contextmanager
     def _counted_hops(self, upstream: Upstream, target: Target) -> Iterator[int]:
@@ -668,8 +714,8 @@ class Visitor:
         targets: Sequence[Target],
         dial_first: Callable[[Target], Connection],
         hops: int,
+        seconds: float,
     ) -> Connection:
-        seconds = self.gate.timeouts.connect
         until = monotonic() + seconds
         for left in range(len(targets), 0, -1):
             one = targets[-left]
@@ -704,7 +750,7 @@ class Visitor:
         """Return the source address for a destination; None: the system's choice."""
         external = self.gate.external
         if not isinstance(external, str):
-            return next((own for own in external if own.version == ip.version), None)
+            return self.gate.fixed_source(ip)
         if external == "system" or (found := self.own) is None:
             return None
         own = found[0]

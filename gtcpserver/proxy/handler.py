@@ -26,6 +26,7 @@ from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
+from .upstream_group import UpstreamGroup
 
 Speaks = Literal["mixed", "socks", "http"]
 
@@ -166,11 +167,14 @@ class ProxyHandler:
                 share(column, name)
 
     def server_stopped(self) -> None:
-        """End what authenticators and the resolver have started, after the server has stopped."""
+        """End what authenticators, groups and the resolver have started, after the server has stopped."""
         for authenticator in self.gate.authenticators.values():
             close = getattr(authenticator, "close", None)
             if close is not None:
                 close()
+        for upstream in self.gate.upstreams.values():
+            if isinstance(upstream, UpstreamGroup):
+                upstream.close()
         self.gate.resolver.close()
         self.gate.this_host.close()
 

@@ -15,6 +15,7 @@ from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family, Kind
 from .upstream import Resolve
+from .upstream_group import Strategy
 
 DEFAULT_LISTEN = "127.0.0.1:1080"
 
@@ -101,16 +102,27 @@ class AuthTable(_Table):
 
 
 class UpstreamTable(_Table):
-    """Another proxy: see `upstream.Upstream`.
+    """Another proxy (see `upstream.Upstream`), or a group of them (see `upstream_group.UpstreamGroup`).
 
     Attributes:
-        url: socks5://[user:password@]host:port or http://...
+        url: socks5://[user:password@]host:port or http://...; None for a group.
+        members: names of the upstreams in a group.
+        strategy: how to choose one of them; missing: "first".
+        weights: their shares.
+        fall, rise: failures until a member is down, successful probes until it is up.
+        check_every: seconds between two probes.
         through: name of the upstream through which to reach it.
         resolve: who looks up names.
         send_proxy: send it the client's address in a PROXY header of this version.
     """
 
-    url: str
+    url: str | None = None
+    members: list[str] = []
+    strategy: Strategy | None = None
+    weights: list[int] = []
+    fall: int | None = None
+    rise: int | None = None
+    check_every: float | None = None
     through: str | None = None
     resolve: Resolve = "here"
     send_proxy: ProxyVersion | None = None

@@ -44,7 +44,39 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
             "line 1: remember must be a number, 0 or more, got -1",
         ),
         ("[auth.staff]\ncommand = ['/bin/true']\ncertificate_users = []", "certificate_users needs certificate = true"),
-        ("[upstream.a]", "line 1: there is no required field url (at upstream.a)"),
+        ("[upstream.a]", "line 1: an upstream needs a url, or members, got neither for 'a' (at upstream.a)"),
+        ("[upstream.a]\nurl = 'http://x:1'\nstrategy = 'first'", "strategy is for groups, with members (upstream 'a'"),
+        ("[upstream.a]\nurl = 'http://x:1'\nmembers = ['b']", "a group has members and no url, got both for 'a'"),
+        ("[upstream.a]\nmembers = ['b']", "line 1: there is no upstream 'b', a member of 'a'"),
+        (
+            "[upstream.a]\nmembers = ['b']\n[upstream.b]\nmembers = ['a']",
+            "line 1: members of a group must not be groups, got 'b' in 'a'",
+        ),
+        (
+            "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b', 'b']",
+            "line 3: members must differ (weights give one a larger share), got 'b' twice in 'a'",
+        ),
+        (
+            "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nweights = [1, 2]",
+            "line 3: weights must have one number for each of 1 members, got [1, 2]",
+        ),
+        (
+            "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nweights = [0]",
+            "line 3: weights must be a whole number from 1, got 0",
+        ),
+        (
+            "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nresolve = 'there'",
+            "line 3: resolve is for the members of a group, got 'there' for 'a'",
+        ),
+        (
+            "[upstream.b]\nmembers = ['c']\n[upstream.c]\nurl = 'http://x:1'\n"
+            "[upstream.a]\nurl = 'http://x:1'\nthrough = 'b'",
+            "through must name an upstream, not a group, got 'b' for 'a'",
+        ),
+        (
+            "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nstrategy = 'last'",
+            "Invalid enum value 'last'",
+        ),
         ("[upstream.a]\nurl = 'ftp://x:1'", "line 1: the url of upstream 'a' must be socks5://"),
         ("[upstream.a]\nurl = 'http://ada:pw@x'", "got 'http://...@x' (expected host:port, got 'x')"),
         ("[upstream.a]\nurl = 'http://x:1'\nthrough = 'b'", "line 1: there is no upstream 'b', through which 'a' is"),

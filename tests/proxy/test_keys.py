@@ -438,6 +438,24 @@ def test_a_chain_of_three(proxy, connect, in_thread, origin, access_records):
     assert access_records(4)[3].access["upstream"] is None
 
 
+@about(
+    *(f"upstream.{key}" for key in ("members", "strategy", "weights", "fall", "rise", "check_every")),
+)
+def test_a_group(proxy, connect, in_thread, origin, access_records):
+    members = [proxy() for _ in range(2)]
+    server = proxy(
+        "".join(f'[upstream.{name}]\nurl = "http://{one.address}"\n' for name, one in zip("ab", members, strict=True))
+        + '[upstream.pool]\nmembers = ["a", "b"]\nstrategy = "round-robin"\nweights = [2, 1]\n'
+        "fall = 1\nrise = 1\ncheck_every = 0.01\n",
+        rules='[rules]\nupstreams = ["through pool any"]\ndestinations = ["allow loopback"]',
+    )
+    for _ in range(3):
+        with connect(server) as client:
+            assert in_thread(reply, client, socks(origin.port)) == 0
+    ways = [record.access["upstream"] for record in access_records(6) if record.access["upstream"]]
+    assert sorted(ways) == ["a", "a", "b"]
+
+
 @about("upstream.send_proxy")
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_next_proxy_is_told_the_client(proxy, connect, in_thread, origin, access_records, version):
