@@ -218,6 +218,11 @@ def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
 
 
+#: A destination, the address that was chosen (None: another proxy has looked up its name), and all of its addresses,
+#: which know the name that was looked up: the arguments of `Visitor.decide`.
+Opened = tuple[Target, IPAddress | None, Sequence[IPAddress]]
+
+
 @dataclass(slots=True, eq=False)
 class Visitor:
     """One client of a gate.
@@ -232,7 +237,8 @@ class Visitor:
         entered_users: the users that it is counted as.
         limits: the limits that count it, those of the gate that has admitted it.
         hops: proxies of ours before this one, as far as they were counted (`upstream.MOST_HOPS`).
-        opened: the destination that it is connected to, and its address; None: another proxy has looked up its name.
+        found: the addresses of the destination whose name was looked up last.
+        opened: what it is connected to.
     """
 
     gate: Gate
@@ -246,10 +252,10 @@ class Visitor:
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
     hops: int = 0
-    opened: tuple[Target, IPAddress | None] | None = None
+    opened: Opened | None = None
     limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None
-    _found: Sequence[IPAddress] = ()  # of the last lookup of a destination
+    found: Sequence[IPAddress] = ()
     _bucket: TokenBucket | None = None
     _pace: tuple[str | None, Callable[[int], float] | None] | None = None
 
@@ -493,7 +499,7 @@ class Visitor:
                 return resolver.resolve(target.host)  # it knows nothing of clients
             found = resolver.resolve(target.host, self.client, names)
             if by_rules:
-                self._found = found
+                self.found = found
             return found
         except socket.gaierror as error:
             if denied and error.errno == socket.EAI_NONAME:
@@ -579,14 +585,14 @@ class Visitor:
         record = self.record
         record.asked = str(target)
         forwarding: Upstream | None = None
-        self._found = ()
+        self.found = ()
         try:
             self.check_limits()
             upstream, found = self.upstream_to(target)
             if upstream is None:
                 connection, ip = self._dial(self.allowed_addresses(target, found), target.port, for_request)
                 record.connected = record.asked if ip is target.ip else str(Target(str(ip), target.port, ip))
-                self.opened = target, ip
+                self.opened = target, ip, self.found
             elif isinstance(upstream, UpstreamGroup):
                 connection, forwarding = self._go_through_group(upstream, target, found, for_request)
             else:
@@ -597,7 +603,7 @@ class Visitor:
             raise
         except OSError as error:
             record.result, record.detail = result_of(error), error.strerror or str(error)
-            self._forget(self._found)
+            self._forget(self.found)
             raise
         record.note_opened()
         return connection, forwarding
@@ -669,10 +675,10 @@ class Visitor:
             if not decision.allowed:
                 raise Denied(decision.rule)
             targets = [target]
-            self.opened = target, None
+            self.opened = target, None, ()
         else:
             targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target, found)]
-            self.opened = target, targets[0].ip
+            self.opened = target, targets[0].ip, self.found
 
         def dial_first(proxy: Target) -> Connection:
             addresses = self.addresses_of(proxy, by_rules=False)
@@ -729,7 +735,7 @@ class Visitor:
                     raise
             else:
                 self.record.connected = str(one)
-                self.opened = target, one.ip
+                self.opened = target, one.ip, self.found
                 return connection
         raise AssertionError("a target is left")  # pragma: no cover
 

@@ -15,10 +15,10 @@ import h11
 from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.head import Header, HttpError, options_of
 
-from .gate import Denied, Visitor, result_of
+from .gate import Denied, Opened, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
 from .succession import Tenure
-from .target import IPAddress, Target
+from .target import Target
 from .upstream import Upstream
 
 #: Bytes of the head of a response, including interim responses before it. nginx as a proxy accepts 4 or 8 KiB, haproxy
@@ -82,7 +82,7 @@ class Origin:
         patience: float,
         forwarding: Upstream | None = None,
         upstream: str = "",
-        opened: tuple[Target, IPAddress | None] | None = None,
+        opened: Opened | None = None,
     ) -> None:
         self.key = key
         self.connection = connection

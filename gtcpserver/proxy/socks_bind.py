@@ -77,7 +77,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
         conn.sendall(answer(error, None))
         return None
     record.connected = str(Target(str(peer[0]), peer[1], peer[0]))
-    visitor.opened = Target(target.host, target.port or 1, target.ip), peer[0]
+    visitor.opened = Target(target.host, target.port or 1, target.ip), peer[0], visitor.found
     record.note_opened()
     try:
         conn.sendall(answer(None, peer))
