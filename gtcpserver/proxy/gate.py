@@ -501,8 +501,9 @@ class Visitor:
             if by_rules:
                 self.found = found
             return found
-        except socket.gaierror as error:
-            if denied and error.errno == socket.EAI_NONAME:
+        except socket.gaierror:
+            # Without a dot it hardly means anything but what was denied; with one it may be a mistaken name.
+            if denied and "." not in target.host:
                 raise Denied(denied) from None
             raise
         finally:

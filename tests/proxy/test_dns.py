@@ -59,7 +59,7 @@ def test_a_family_without_an_answer_does_not_keep_the_other_waiting(dns_server, 
     began = time.monotonic()
     for _ in range(3):  # the second family is waited for once
         assert found(one, "broken.test") == "192.0.2.1"
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0  # and not the 10 of the resolver's timeout
     assert found(resolver_of(family="ipv4"), "broken.test") == "192.0.2.1"
 
 
@@ -245,7 +245,7 @@ def test_the_next_server_is_asked_when_one_refuses_or_fails_or_is_silent(dns_ser
             dns_server.tricks[f"{number}.test"] = lambda *_: SILENT
             other.add(f"{number}.test", "A", "192.0.2.1")
         one = resolver_of(servers=[dns_server.address, other.address], family="ipv4")
-        one._servers._conf = lambda: ResolvConf(timeout=0.02)
+        one._servers._conf = lambda: ResolvConf(timeout=0.1)
         dns_server.asked.clear()
         for number in range(dns_client.MOST_MISSED + 2):
             assert found(one, f"{number}.test") == "192.0.2.1"
