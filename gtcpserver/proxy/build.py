@@ -425,7 +425,7 @@ class _Dispatcher:
         self._only = next(iter(handlers.values())) if len(handlers) == 1 else None
         self.counters: Counter[str] = Counter()
         for handler in handlers.values():
-            handler.counters = self.counters
+            handler.count_in(self.counters)
         self._tenure = tenure
         #: Makes a proxy of the same file, for a worker that a reload replaces.
         self.make_again: Callable[[], _Dispatcher] | None = None

@@ -149,6 +149,11 @@ class Gate:
 
     _successor: list[Gate] = field(default_factory=list, init=False, repr=False)
 
+    @property
+    def groups(self) -> list[UpstreamGroup]:
+        """Return the groups among the upstreams."""
+        return [upstream for upstream in self.upstreams.values() if isinstance(upstream, UpstreamGroup)]
+
     def probe(self, upstream: Upstream) -> None:
         """Connect to an upstream, or to the first one of its chain. Raise OSError if it cannot be reached."""
         target = upstream.first.target

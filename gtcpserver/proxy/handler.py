@@ -26,7 +26,6 @@ from .http_session import HttpSession
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
-from .upstream_group import UpstreamGroup
 
 Speaks = Literal["mixed", "socks", "http"]
 
@@ -83,7 +82,7 @@ class ProxyHandler:
         self._redact = redact
         self._balancers = proxy_protocol
         self._refused = 0
-        self.counters: Counter[str] = Counter()
+        self.count_in(Counter())
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
@@ -166,15 +165,20 @@ class ProxyHandler:
             if share is not None:
                 share(column, name)
 
+    def count_in(self, counters: Counter[str]) -> None:
+        """Count in these counters, which other handlers may share."""
+        self.counters = counters
+        for group in self.gate.groups:
+            group.counters = counters
+
     def server_stopped(self) -> None:
         """End what authenticators, groups and the resolver have started, after the server has stopped."""
         for authenticator in self.gate.authenticators.values():
             close = getattr(authenticator, "close", None)
             if close is not None:
                 close()
-        for upstream in self.gate.upstreams.values():
-            if isinstance(upstream, UpstreamGroup):
-                upstream.close()
+        for group in self.gate.groups:
+            group.close()
         self.gate.resolver.close()
         self.gate.this_host.close()
 

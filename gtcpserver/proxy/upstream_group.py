@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -74,6 +75,9 @@ class UpstreamGroup:
         rise: probes in a row that must succeed until it is up again.
         check_every: seconds between two probes.
 
+    Attributes:
+        counters: how often members went down ("upstream_down") and came up ("upstream_up").
+
     Raises:
         ConfigError: an invalid option.
     """
@@ -105,6 +109,7 @@ class UpstreamGroup:
         self._rise = rise
         self._check_every = check_every
         self._probing: dict[Member, Any] = {}
+        self.counters: Counter[str] = Counter()
 
     def in_order(self, client: IPAddress) -> list[Member]:
         """Return the members in the order in which to try them, those that are down last."""
@@ -145,6 +150,7 @@ class UpstreamGroup:
             return
         self._probing[member] = gevent.spawn(self._probe, member, probe)  # if that fails, it is not down
         member.is_down = True
+        self.counters["upstream_down"] += 1
         log.warning("upstream %s of %s is down: %s", member.upstream.name, self.name, why.strerror or why)
 
     def _probe(self, member: Member, probe: Callable[[], None]) -> None:
@@ -159,6 +165,7 @@ class UpstreamGroup:
                 else:
                     successes += 1
             member.is_down = False
+            self.counters["upstream_up"] += 1
             member.failures = 0
             log.info("upstream %s of %s is up", member.upstream.name, self.name)
         finally:

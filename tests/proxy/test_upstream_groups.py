@@ -104,6 +104,7 @@ def test_a_member_that_is_down_is_asked_last_until_it_is_up(caplog):
         "upstream a of pool is down: connection refused",
         "upstream a of pool is up",
     ]
+    assert one.counters == {"upstream_down": 1, "upstream_up": 1}
     for _ in range(2):
         one.note_unreachable(a, WHY, probe)
     one.close()
@@ -156,6 +157,7 @@ def test_another_member_is_asked_when_one_cannot_be_reached(through, parent, ser
             assert in_thread(read, client, 5) == b"hello"
     assert {record.access["upstream"] for record in access_records(6)} == {"m1", None}
     assert pool.members[0].is_down
+    assert server.stats().handler_counters["upstream_down"] == 1
     with socket.create_server(("127.0.0.1", dead)):  # it is there again
         wait_until(lambda: not pool.members[0].is_down)
 
