@@ -216,6 +216,8 @@ class Serving:
             connections[connection] = getcurrent()
             if len(connections) > state.peak:
                 state.peak = len(connections)
+            if self._capacity.service is not None:
+                self._capacity.service.tell()  # before the client hears anything
             try:
                 if self._on_connect is None or self._on_connect(connection) is not False:
                     self.handler(connection)
