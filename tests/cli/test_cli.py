@@ -192,6 +192,7 @@ def test_without_click_one_line_says_what_to_install() -> None:
 def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
     server = set(inspect.signature(Server).parameters)
     server -= {"address", "handler", "listen", "tls", "proxy_protocol", "client_limits", "access_log"}
+    server.remove("freeze_gc")  # an option of the program, with workers of their master
     assert {option[0] for option in (*SERVER_OPTIONS, *OBJECT_OPTIONS)} == server
     assert {name for name, _, _ in LISTEN_OPTIONS} == {field.name for field in dataclasses.fields(ListenConfig)}
     assert {name for name, _, _ in BALANCER_OPTIONS} == {field.name for field in dataclasses.fields(ProxyProtocol)}

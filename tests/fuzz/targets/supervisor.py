@@ -53,6 +53,7 @@ def _master() -> Any:
         started_at=0.0,
         addresses=["127.0.0.1:1"],
         stopping=False,
+        in_maintenance=False,
         system=REAL_SYSTEM,
     )
 
