@@ -398,6 +398,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             forwarded=config.http.forwarded,
             forwarded_field=config.http.forwarded_field,
             log_style=config.log.style,
+            log_at=config.log.at,
             redact=config.log.redact,
         )
     return Proxy(addresses, _Dispatcher(handlers, tenure), config.log.file)

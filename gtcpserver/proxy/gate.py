@@ -242,7 +242,7 @@ class Visitor:
         entered_users: the users that it is counted as.
         limits: the limits that count it, those of the gate that has admitted it.
         hops: proxies of ours before this one, as far as they were counted (`upstream.MOST_HOPS`).
-        found: the addresses of the destination whose name was looked up last.
+        announce: called with the record of a tunnel that begins; None: it is not logged before its end.
         opened: what it is connected to.
     """
 
@@ -257,6 +257,7 @@ class Visitor:
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
     hops: int = 0
+    announce: Callable[[AccessRecord], object] | None = None
     opened: Opened | None = None
     limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 from typing import Literal, get_args
 
@@ -50,6 +51,8 @@ class ProxyHandler:
         forwarded_field: the field to use: "x-forwarded-for" or "forwarded" (RFC 7239).
         proxy_protocol: this listener's clients come through balancers that send PROXY headers; None: they do not.
         log_style: style of the access log (logger "gtcpserver.access"): one line per connection.
+        log_at: when a tunnel gets its line: at its "end", or "both" then and when it is connected (result "open"), so
+            that one is there even if this process is killed.
         redact: leave destinations out of the log.
 
     Attributes:
@@ -68,6 +71,7 @@ class ProxyHandler:
         forwarded_field: ForwardedField = "x-forwarded-for",
         proxy_protocol: ProxyProtocol | None = None,
         log_style: Literal["text", "json"] = "text",
+        log_at: Literal["end", "both"] = "end",
         redact: bool = False,
     ) -> None:
         if speaks not in get_args(Speaks):
@@ -80,6 +84,7 @@ class ProxyHandler:
         self._forwarded = Forwarded(forwarded, forwarded_field)
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
+        self._announces = log_at == "both"
         self._balancers = proxy_protocol
         self._refused = 0
         self.count_in(Counter())
@@ -101,6 +106,8 @@ class ProxyHandler:
             self._refuse(conn, visitor)
             return
         conn.context = visitor
+        if self._announces:
+            visitor.announce = self._announce
         try:
             self._serve(conn, visitor)
         finally:
@@ -181,6 +188,9 @@ class ProxyHandler:
             group.close()
         self.gate.resolver.close()
         self.gate.this_host.close()
+
+    def _announce(self, record: AccessRecord) -> None:
+        replace(record, result="open").write(self._log_style, self._redact)
 
     def _write(self, record: AccessRecord) -> None:
         self.counters[record.result] += 1

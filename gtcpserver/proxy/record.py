@@ -9,6 +9,7 @@ from typing import Literal
 from gtcpserver.server.access_log import log, utc, write_line
 
 Result = Literal[
+    "open",  # the line at the beginning of a tunnel
     "ok",  # relayed, and both sides ended normally
     "reset",  # one side was reset
     "idle",  # no data for too long

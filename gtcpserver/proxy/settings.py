@@ -185,11 +185,13 @@ class LogTable(_Table):
 
     Attributes:
         style: style of a line.
+        at: when a tunnel gets its line: at its end, or also when it is connected.
         file: append the lines to this file instead of standard error; it is reopened after a rename.
         redact: leave destinations out.
     """
 
     style: Literal["text", "json"] = "text"
+    at: Literal["end", "both"] = "end"
     file: str | None = None
     redact: bool = False
 

@@ -213,6 +213,8 @@ def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     record, timeouts = visitor.record, visitor.gate.timeouts
     pace = visitor.pace
     rest(pace, 0)
+    if visitor.announce is not None:
+        visitor.announce(record)
     with OpenTunnel(visitor):
         keep_urgent(conn)
         keep_urgent(upstream)

@@ -59,6 +59,8 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
     try:
         conn.sendall(socks5.reply(Reply.SUCCEEDED, association.address))
         record.note_opened()
+        if visitor.announce is not None:
+            visitor.announce(record)
         association.start()
         with OpenTunnel(visitor):
             _wait_for_the_end(conn, visitor, association)

@@ -24,7 +24,17 @@ from kit.clients import read
 from kit.handlers import echo
 from kit.paths import ROOT
 from kit.patience import SOON
-from kit.proxying import LOOPBACK, QUICK, full_listener, http, reply, socks
+from kit.proxying import (
+    LOOPBACK,
+    QUICK,
+    associate,
+    bind_request,
+    full_listener,
+    http,
+    named_address,
+    reply,
+    socks,
+)
 from kit.waiting import wait_until
 
 #: test -> the keys that it is about; at the end it is compared with what there is.
@@ -534,6 +544,36 @@ def test_the_log(proxy, connect, in_thread, origin, access_records):
     assert f":{origin.port}" not in text + as_json
     assert text.startswith("client=127.0.0.1 listener=default protocol=socks5 command=CONNECT")
     assert json.loads(as_json)["asked"] == "-"
+
+
+@about("log.at")
+@pytest.mark.parametrize(("at", "results"), [("end", ["ok"]), ("both", ["open", "ok"])])
+@pytest.mark.parametrize("asked", ["socks5", "connect", "bind", "udp"])
+def test_a_line_when_a_tunnel_begins(proxy, connect, in_thread, origin, lines, at, results, asked):
+    server = proxy(f'[log]\nat = "{at}"')
+    client = connect(server)
+    if asked == "udp":
+        associate(client, in_thread)
+    elif asked == "connect":
+        client.sendall(f"CONNECT 127.0.0.1:{origin.port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 200 " in in_thread(client.recv, 100)
+    elif asked == "bind":
+        client.sendall(b"\x05\x01\x00" + bind_request())
+        told = named_address(in_thread(read, client, 12)[2:])
+        peer = connect("{}:{}".format(*told))
+        assert in_thread(read, client, 10)[1] == 0
+        peer.close()
+    else:
+        assert in_thread(reply, client, socks(origin.port)) == 0
+    if at == "both":
+        first = lines()[0]
+        assert first["result"] == "open"
+        assert asked == "udp" or first["connected"]
+    client.close()
+    found = lines(len(results))
+    assert [line["result"] for line in found] == results
+    assert len({line["time"] for line in found}) == 1
+    wait_until(lambda: server.handler.counters == {"ok": 1})
 
 
 @pytest.mark.slow
