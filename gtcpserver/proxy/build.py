@@ -395,6 +395,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             proxy_protocol=make_balancers(listener),
             pseudonym=config.http.pseudonym,
             via=config.http.via == "on",
+            pac=config.http.pac_direct if config.http.pac else None,
             forwarded=config.http.forwarded,
             forwarded_field=config.http.forwarded_field,
             log_style=config.log.style,

@@ -51,6 +51,7 @@ from .build import (
     make_upstreams,
 )
 from .http_fields import check_pseudonym
+from .pac import check_direct
 from .resolve import parse_server
 from .settings import AuthTable, ListenerTable, ProxyConfig, TimeoutsTable, UpstreamTable
 
@@ -181,6 +182,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     yield "resolver.servers", lambda: [parse_server(text) for text in config.resolver.servers], ""
     yield "resolver.timeout", lambda: make_resolver(config), ""
     yield "http.pseudonym", lambda: check_pseudonym(config.http.pseudonym), ""
+    yield "http.pac_direct", lambda: check_direct(config.http.pac_direct), ""
     yield "listener", lambda: check_names(config), ""
     yield "listener", lambda: check_places(config), ""
     yield "rules.clients", lambda: check_certificates(config), ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Literal, get_args
@@ -24,6 +24,7 @@ from .errors import Cut, ProtocolError
 from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
+from .pac import check_direct
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
@@ -50,6 +51,8 @@ class ProxyHandler:
             "pass", "replace" them by its address or "append" that.
         forwarded_field: the field to use: "x-forwarded-for" or "forwarded" (RFC 7239).
         proxy_protocol: this listener's clients come through balancers that send PROXY headers; None: they do not.
+        pac: destinations that browsers reach without this proxy: a script at /proxy.pac says so (`pac`); None: no
+            script.
         log_style: style of the access log (logger "gtcpserver.access"): one line per connection.
         log_at: when a tunnel gets its line: at its "end", or "both" then and when it is connected (result "open"), so
             that one is there even if this process is killed.
@@ -70,6 +73,7 @@ class ProxyHandler:
         forwarded: ForwardedMode = "remove",
         forwarded_field: ForwardedField = "x-forwarded-for",
         proxy_protocol: ProxyProtocol | None = None,
+        pac: Sequence[str] | None = None,
         log_style: Literal["text", "json"] = "text",
         log_at: Literal["end", "both"] = "end",
         redact: bool = False,
@@ -84,6 +88,8 @@ class ProxyHandler:
         self._forwarded = Forwarded(forwarded, forwarded_field)
         self._log_style: Literal["text", "json"] = log_style
         self._redact = redact
+        check_direct(pac or ())
+        self._pac = pac
         self._announces = log_at == "both"
         self._balancers = proxy_protocol
         self._refused = 0
@@ -211,7 +217,10 @@ class ProxyHandler:
                 if protocol == "http":
                     record.protocol = "http"
                     conn.unread(data)
-                    return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded, until).serve
+                    session = HttpSession(
+                        conn, visitor, self._pseudonym, self._write, self._forwarded, until, self._pac
+                    )
+                    return session.serve
                 negotiate = negotiate_socks5 if protocol == "socks5" else negotiate_socks4
                 serve = negotiate(conn, visitor, data)
                 if serve is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 
@@ -13,7 +13,7 @@ from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head,
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
 from .departures import PROCESSING
-from .errors import Cut
+from .errors import BadTarget, Cut
 from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop, hops_in
@@ -21,8 +21,11 @@ from .http_forward import Forwarder
 from .http_messages import connect_target, error_body, with_ascii_target
 from .http_origin import open_connection
 from .limits import rest
+from .pac import CONTENT_TYPE as PAC_TYPE
+from .pac import PATHS, pac_script
 from .record import AccessRecord
 from .socks_session import tunnel
+from .target import Target, parse_authority
 
 #: The methods of RFC 9110 section 9 and RFC 5789 except CONNECT; other methods are forwarded, too.
 FORWARDED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
@@ -35,6 +38,7 @@ class HttpSession:
         pseudonym: the name of this proxy in Via.
         write: called with the record of each request, when it is done.
         forwarded: how origins are told for whom a request is made.
+        pac: destinations that clients reach without this proxy, for the script that tells them so; None: no script.
         first_until: monotonic time by which the head of the first request must arrive; None: the usual timeout.
     """
 
@@ -46,12 +50,14 @@ class HttpSession:
         write: Callable[[AccessRecord], object],
         forwarded: Forwarded = REMOVED,
         first_until: float | None = None,
+        pac: Sequence[str] | None = None,
     ) -> None:
         self._conn = conn
         self._visitor = visitor
         self._pseudonym = pseudonym
         self._write = write
         self._first_until = first_until
+        self._pac = pac
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
 
     def serve(self) -> None:
@@ -154,6 +160,9 @@ class HttpSession:
         body = RequestBody(self._conn, head, self._visitor.gate.timeouts.answer)
         self._visitor.presence.probe = PROCESSING if head.version == b"1.1" else b""
         try:
+            if head.target in PATHS and self._pac is not None and self._visitor.admitted:
+                # Without a password: browsers have none for it, and it reveals nothing.
+                return self._send_pac(head, body, self._pac)
             self._check_client(head)
             self._check_command(head)
             self._check_size(head)
@@ -195,6 +204,23 @@ class HttpSession:
             self._conn.abort()
             raise
         return False
+
+    def _send_pac(self, head: Head, body: RequestBody, direct: Sequence[str]) -> bool:
+        """Send the script of `pac`, with the address at which the client has found this proxy."""
+        if head.method not in (b"GET", b"HEAD"):
+            raise HttpError(405, "This can only be read.", [(b"Allow", b"GET, HEAD")])
+        own = self._visitor.own
+        hosts = head.values(b"host")
+        try:
+            where = parse_authority(hosts[0].decode(), own[1] if own is not None else 80)
+        except (IndexError, BadTarget, UnicodeDecodeError):
+            if own is None:
+                raise HttpError(400, "The field Host must name this proxy.") from None
+            where = Target(str(own[0]), own[1], own[0])
+        script = pac_script(f"{'PROXY' if self._conn.tls is None else 'HTTPS'} {where}", direct)
+        self._visitor.record.result = "ok"
+        headers = [(b"Content-Type", PAC_TYPE), (b"Cache-Control", b"max-age=3600")]
+        return send_own_answer(self._conn, head, body, 200, script, headers)
 
     def _check_client(self, head: Head) -> None:
         visitor = self._visitor

@@ -172,12 +172,16 @@ class HttpTable(_Table):
         forwarded_field: the field that names the client.
         pseudonym: the name of this proxy in Via.
         via: add Via to requests and responses.
+        pac: serve a script for browsers at /proxy.pac.
+        pac_direct: destinations that it sends past this proxy.
     """
 
     forwarded: ForwardedMode = "remove"
     forwarded_field: ForwardedField = "x-forwarded-for"
     pseudonym: str | None = None
     via: Literal["on", "off"] = "on"
+    pac: bool = False
+    pac_direct: list[str] = []
 
 
 class LogTable(_Table):

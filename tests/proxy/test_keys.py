@@ -638,6 +638,14 @@ def test_the_top(proxy, connect, in_thread, serve):
     make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
+@about("http.pac", "http.pac_direct")
+def test_the_script_for_browsers(proxy, connect, in_thread):
+    request = b"GET /proxy.pac HTTP/1.1\r\nHost: x:80\r\nConnection: close\r\n\r\n"
+    assert in_thread(http, connect(proxy()), request).startswith(b"HTTP/1.1 400 ")
+    server = proxy('[http]\npac = true\npac_direct = [".corp.test"]')
+    assert b'dnsDomainIs(host, ".corp.test")' in in_thread(http, connect(server), request)
+
+
 @about("http.via")
 @pytest.mark.parametrize(("via", "name"), [("on", b"me"), ("off", b"")])
 def test_via(proxy, via, name):
