@@ -33,7 +33,8 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         return dict(os.environ)
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "watchfiles.py").write_text("raise ImportError")
-    return os.environ | {"PYTHONPATH": str(hidden)}
+    path = os.pathsep.join(filter(None, (str(hidden), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def ask(master: Master, line: bytes = b"0\n") -> str:

@@ -153,8 +153,9 @@ sys.exit(run(["echo", "-b", "127.0.0.1:80"]))
 
 @pytest.mark.slow
 def test_line_without_click(folder) -> None:
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     (folder / "click.py").write_text("raise ModuleNotFoundError(name='click')")
-    check(run(folder, "app:handle", PYTHONPATH=str(folder)), "needs click")
+    check(run(folder, "app:handle", PYTHONPATH=path), "needs click")
 
 
 @pytest.mark.slow
