@@ -243,6 +243,7 @@ class Visitor:
         limits: the limits that count it, those of the gate that has admitted it.
         hops: proxies of ours before this one, as far as they were counted (`upstream.MOST_HOPS`).
         announce: called with the record of a tunnel that begins; None: it is not logged before its end.
+        found: the addresses of the destination whose name was looked up last.
         opened: what it is connected to.
     """
 
