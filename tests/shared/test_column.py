@@ -212,8 +212,9 @@ def testdigests_that_are_remembered_are_bounded(memory):
     assert len(column.digests) <= MOST_DIGESTS
 
 
-def test_garbage_of_a_compromised_process_is_survived(memory, clock):
+def test_garbage_of_a_compromised_process_is_survived(small, clock):
     """It may refuse clients or admit them, for a time; nothing fails."""
+    memory = small
     chance = random.Random(8)
     limits = limits_of(memory, connections=2, new_per_second=1, burst=2)
     keeper = LimitKeeper(Limits(connections=2, user_rate=1))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gtcpserver.supervisor import ControlError
 from gtcpserver.supervisor.agent import MOST_CLIENTS, room
 from gtcpserver.supervisor.slots import LAG_SECONDS, Slot, WorkerState
 from kit.patience import SOON
@@ -110,18 +111,6 @@ def test_what_a_machine_says_in_its_life(start):
     wait_until(lambda: not alive(master.pid))
 
 
-def test_wrong_orders_for_maintenance(start):
-    master = start("--workers", "1")
-    with pytest.raises(Exception, match="on must be true or false, got 'maybe'"):
-        master.ask("maint", on="maybe")
-    command = [*COMMAND, "ctl", "--control", master.control, "maint"]
-    assert subprocess.run([*command, "on"], timeout=SOON).returncode == 0
-    assert master.ask("status")["maintenance"] is True
-    done = subprocess.run([*command, "maybe"], timeout=SOON, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'maybe' is not one of 'on', 'off'" in done.stderr
-
-
 def test_a_full_or_blocked_machine_wants_less(start):
     master = start("--workers", "1", "--agent-check", "127.0.0.1:0", "--pool", "2", app=APP)
     port = agent_of(master)
@@ -137,7 +126,7 @@ def test_a_full_or_blocked_machine_wants_less(start):
     wait_until(lambda: percent(port) >= 60)
 
 
-def test_clients_that_never_close_do_not_keep_others_from_an_answer(start):
+def test_wrong_orders_and_clients_that_never_close(start):
     master = start("--workers", "1", "--agent-check", "127.0.0.1:0")
     port = agent_of(master)
     silent = [socket.create_connection(("127.0.0.1", port), SOON) for _ in range(3 * MOST_CLIENTS)]
@@ -147,6 +136,11 @@ def test_clients_that_never_close_do_not_keep_others_from_an_answer(start):
         assert chatty.recv(100).startswith(b"ready up ")
     for sock in silent:
         sock.close()
+    with pytest.raises(ControlError, match="on must be true or false, got 'maybe'"):
+        master.ask("maint", on="maybe")
+    command = [*COMMAND, "ctl", "--control", master.control, "maint", "on"]
+    assert subprocess.run(command, timeout=SOON).returncode == 0
+    assert ask(port) == "maint\n"
 
 
 @pytest.mark.parametrize(
@@ -265,8 +259,9 @@ def request(port):
         return int(answer)
 
 
+@pytest.mark.slow
 @needs("haproxy")
-def test_haproxy_sends_less_to_a_machine_that_has_less_to_offer(balanced):
+def test_haproxy_sends_less_to_a_machine_that_has_less_to_offer_and_loses_no_request(balanced):
     wait_until(lambda: min(balanced.weight(0), balanced.weight(1)) >= 60)
     held = hold(balanced.machines[0].port, 3)
     # A quarter of its pool is free.
@@ -285,10 +280,10 @@ def test_haproxy_sends_less_to_a_machine_that_has_less_to_offer(balanced):
     balanced.machines[1].ask("maint", on=False)
     wait_until(lambda: balanced.weight(1))
     assert len({request(balanced.port) for _ in range(10)}) == 2
+    no_request_is_lost_while_both_are_replaced(balanced)
 
 
-@needs("haproxy")
-def test_no_request_is_lost_while_both_machines_are_replaced(balanced):
+def no_request_is_lost_while_both_are_replaced(balanced):
     failures, done, stop = [], [0], threading.Event()
 
     def load():
