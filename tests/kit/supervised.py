@@ -297,6 +297,20 @@ def masters(folder: Path, control: bool = True) -> Iterator[Start]:
             master.kill_all()
 
 
+def upgrade(master: Master) -> int:
+    """Upgrades a master; the process id of the old one."""
+    old = master.pid
+    assert master.ask("upgrade") == {"ok": True}
+
+    def answers() -> int:
+        # In its last turn the old one may still answer.
+        pid: int = master.ask("status")["pid"]
+        return pid if pid != old else 0
+
+    master.pid = wait_until(answers)
+    return old
+
+
 def state_of(pid: int) -> str:
     """One letter, see proc(5): R, S, T (stopped), Z (zombie); "" where there is no such process."""
     try:

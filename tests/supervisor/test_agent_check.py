@@ -18,7 +18,7 @@ from gtcpserver.supervisor.slots import LAG_SECONDS, Slot, WorkerState
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
-from kit.supervised import COMMAND, alive, wait_until
+from kit.supervised import COMMAND, alive, upgrade, wait_until
 
 APP = """
 import os, time
@@ -96,8 +96,7 @@ def test_what_a_machine_says_in_its_life(start):
     status = master.ask("status")
     assert (status["ready"], status["maintenance"]) == (False, True)
     assert master.request()[1] == "more"  # who comes is served
-    assert master.ask("upgrade") == {"ok": True}
-    old, master.pid = master.pid, master.ask("status")["pid"]
+    old = upgrade(master)
     wait_until(lambda: not alive(old))
     assert ask(port) == "maint\n"
     assert master.ask("maint", on=False) == {"ok": True}

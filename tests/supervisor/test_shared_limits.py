@@ -15,7 +15,7 @@ import pytest
 
 from gtcpserver.proxy.passwords import hash_password
 from kit.patience import SOON
-from kit.supervised import Master, alive, wait_until
+from kit.supervised import Master, alive, upgrade, wait_until
 
 ATTEMPTS = int(os.environ.get("GTCPSERVER_HAMMER", "100"))
 CLIENTS = 4
@@ -191,9 +191,7 @@ def test_limits_survive_a_reload_and_an_upgrade(start, option):
     refused_by_all(master.port)  # the old workers still have theirs
     held.pop().close()
     held += free(master.port, 1)
-    assert master.ask("upgrade") == {"ok": True}
-    old, master.pid = master.pid, master.ask("status")["pid"]
-    assert master.pid != old
+    old = upgrade(master)
     refused_by_all(master.port)
     held.pop(0).close()
     held += free(master.port, 1)
@@ -206,8 +204,7 @@ def test_limits_survive_a_reload_and_an_upgrade(start, option):
 def test_connections_counted_by_a_master_that_was_killed_are_given_back(start):
     master = start("--workers", "1", "--client-connections", "2", "--probation", "0", app=APP)
     held = fill(master.port, 2)
-    assert master.ask("upgrade") == {"ok": True}
-    old, master.pid = master.pid, master.ask("status")["pid"]
+    old = upgrade(master)
     refused_by_all(master.port)
     os.kill(old, signal.SIGKILL)  # nobody waits for its workers, which end by themselves
     close(free(master.port, 2))

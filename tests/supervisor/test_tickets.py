@@ -11,7 +11,7 @@ import pytest
 
 from kit.patience import SOON
 from kit.programs import needs
-from kit.supervised import wait_until
+from kit.supervised import upgrade, wait_until
 from kit.tls import Files, client_context
 
 RECONNECTS = int(os.environ.get("GTCPSERVER_RECONNECTS", "4"))
@@ -88,9 +88,7 @@ def test_any_worker_resumes_sessions_whatever_happens(serve_tls, tmp_path):
     reconnect()
     assert master.ask("reload") == {"ok": True}
     reconnect()
-    assert master.ask("upgrade") == {"ok": True}
-    old, master.pid = master.pid, master.ask("status")["pid"]
-    assert master.pid != old
+    upgrade(master)
     reconnect()
     assert master.ask("rotate-tickets") == {"ok": True}
     reconnect()
