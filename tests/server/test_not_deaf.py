@@ -98,14 +98,14 @@ def test_a_connection_whose_answer_cannot_be_watched_gives_its_handler_an_error(
 
 @pytest.mark.slow
 @needs_strace
-@pytest.mark.parametrize("error", ["EAGAIN", "EBUSY", "EINTR", "EACCES", "ENOMEM"])
-def test_an_upload_whose_watcher_cannot_be_made_is_reset(injected, error):
-    """Whatever error fcntl(2) gives: the client takes no orderly end for an answer."""
+@pytest.mark.parametrize("error", ["EAGAIN", "EBUSY", "EINTR", "EACCES", "ENOMEM", "ENOSPC"])
+def test_an_upload_that_cannot_be_watched_is_reset(injected, error):
+    """Whatever error epoll_ctl(2) gives: the client takes no orderly end for an answer."""
     subject = injected(UPLOAD)
-    with subject.injecting(rule("fcntl", error)), subject.connect() as client:
+    with subject.injecting(rule("epoll_ctl", error)), subject.connect() as client:
         client.sendall(bytes(1_000_000))
         assert receive_all(client).how == "reset"
-    assert "the event loop cannot watch this descriptor: fcntl(2): " in subject.log()
+    assert "the event loop cannot watch this descriptor: epoll_ctl(2): " in subject.log()
 
 
 @pytest.mark.slow
