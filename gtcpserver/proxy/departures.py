@@ -1,4 +1,4 @@
-"""Departures: notice clients that give up while the proxy waits for others on their behalf.
+"""Departures: notice clients that give up while the proxy waits for others on their behalf; and idle origins that end.
 
 While a name is looked up, a destination connects or an origin is silent, nobody reads the client's connection. Once a
 second all clients in that state are polled for errors and ends; a request that is answered sooner costs two operations
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gevent import monkey
 from gevent.hub import get_hub
@@ -24,6 +25,9 @@ from greenlet import getcurrent
 from gtcpserver.connection.connection import Connection
 
 from .errors import Cut
+
+if TYPE_CHECKING:
+    from .http_origin import Origin
 
 _poll: Any = monkey.get_original("select", "poll")
 
@@ -85,17 +89,26 @@ class Presence:
 
 
 class Departures:
-    """The clients for whom the proxy waits.
+    """The clients for whom the proxy waits, and idle connections to origins.
 
     Attributes:
         awaited: clients to look at, in the order of their arrival.
+        idle: idle connections to origins, with what to call when something arrives on one, even if that is its end: it
+            would stay in CLOSE-WAIT until the client's next request.
         looks: a look is scheduled.
     """
 
     def __init__(self) -> None:
         self.awaited: dict[Presence, None] = {}
+        self.idle: dict[Origin, Callable[[Origin], object]] = {}
         self.looks = False
         self._timer: Any = None
+
+    def note_idle(self, origin: Origin, ended: Callable[[Origin], object]) -> None:
+        """Look at an idle connection to an origin, too."""
+        if not self.looks:
+            self.look_later()
+        self.idle[origin] = ended
 
     def look_later(self, seconds: float | None = None) -> None:
         """Schedule the next look."""
@@ -108,13 +121,17 @@ class Departures:
     def _look(self) -> None:
         # In the hub. No client needs more looks when none is awaited; a failed poll (ENOMEM) is repeated.
         self.looks = False
-        if not self.awaited:
+        if not self.awaited and not self.idle:
             return
         seconds = INTERVAL
         try:
             for presence, events in self._found():
                 if presence in self.awaited:  # unless the previous one's end has ended it
                     seconds = min(seconds, self._judge(presence, events))
+            for origin in self._ended():
+                ended = self.idle.pop(origin, None)
+                if ended is not None:
+                    ended(origin)
         except (OSError, MemoryError):
             pass
         finally:
@@ -127,6 +144,14 @@ class Departures:
         for fd in by_fd:
             poll.register(fd, select.POLLRDHUP)
         return [(by_fd[fd], events) for fd, events in poll.poll(0)]
+
+    def _ended(self) -> list[Origin]:
+        by_fd = {origin.connection.fileno(): origin for origin in self.idle}
+        by_fd.pop(-1, None)
+        poll = _poll()
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN | select.POLLRDHUP)
+        return [by_fd[fd] for fd, _ in poll.poll(0)]
 
     def _judge(self, presence: Presence, events: int) -> float:
         """Decide about a client that has ended or was reset; return in how many seconds to look again."""

@@ -54,7 +54,7 @@ class Forwarder:
         self._visitor = visitor
         self._pseudonym = pseudonym
         self._forwarded = forwarded
-        self._origins = Origins()
+        self._origins = Origins(visitor.gate.departures)
 
     def close(self) -> None:
         """Close the origin connections after the client has gone."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import h11
 from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.head import Header, HttpError, options_of
 
+from .departures import Departures
 from .gate import Denied, Opened, Visitor, result_of
 from .http_body import OriginFailed, RequestBody
 from .succession import Tenure
@@ -91,7 +91,6 @@ class Origin:
         self.forwarding = forwarding
         self.upstream = upstream
         self.opened = opened
-        self._ended: Callable[[Origin], object] | None = None
         connection.settimeout(patience)
 
     def ask(self, request: h11.Request, body: RequestBody) -> None:
@@ -198,41 +197,8 @@ class Origin:
             pass
         return False
 
-    def rest(self, ended: Callable[[Origin], object]) -> None:
-        """Let it be idle: `ended` is called in the hub when something arrives on it, even if that is its end.
-
-        Raises:
-            OSError: it cannot be watched.
-        """
-        # Where a greenlet's ``switch`` is while it reads: no other watcher, and no call per request.
-        stream = self.connection.stream
-        watcher = stream.reading or stream.make_read_watcher()
-        self._ended = ended
-        if watcher.callback is None:
-            watcher.start(self._arrived)
-        else:
-            watcher.callback = self._arrived
-
-    def wake(self) -> None:
-        """End that."""
-        if self._ended is not None:
-            self._ended = None
-            if self.connection.stream.reading is not None:
-                self.connection.stream.take_back()
-
-    def _arrived(self) -> None:
-        ended = self._ended
-        if ended is not None:
-            ended(self)
-
-    def throw(self, error: Any, *ignored: Any) -> None:
-        """Take the error of a watcher, as a greenlet does. The timeout of an earlier response says nothing."""
-        if not isinstance(error, TimeoutError):
-            self._arrived()
-
     def close(self) -> None:
         """Close it; the rest of the response is not wanted."""
-        self.wake()
         self.connection.close()
 
 
@@ -312,9 +278,14 @@ Key = tuple[Target, str | None, Tenure]
 
 
 class Origins:
-    """The idle origin connections of one client."""
+    """The idle origin connections of one client.
 
-    def __init__(self) -> None:
+    Args:
+        departures: notices those that their origins end.
+    """
+
+    def __init__(self, departures: Departures) -> None:
+        self._departures = departures
         self._idle: OrderedDict[Key, Origin] = OrderedDict()
 
     def take(self, key: Key) -> Origin | None:
@@ -322,32 +293,32 @@ class Origins:
         origin = self._idle.pop(key, None)
         if origin is None:
             return None
-        origin.wake()
-        if not origin.is_alive():  # its end may have arrived since the loop last looked
+        self._departures.idle.pop(origin, None)
+        if not origin.is_alive():
             origin.close()
             return None
         return origin
 
     def keep(self, origin: Origin) -> None:
         """Keep a connection that has served its request for the next one."""
-        try:
-            origin.rest(self._drop)
-        except OSError:
-            origin.close()
-            return
         self._idle[origin.key] = origin
+        self._departures.note_idle(origin, self._drop)
         if len(self._idle) > MOST_IDLE:
-            self._idle.popitem(last=False)[1].close()
+            self._close(self._idle.popitem(last=False)[1])
 
     def _drop(self, origin: Origin) -> None:
         """Close one that the origin has ended: it would stay in CLOSE-WAIT until the client's end."""
         self._idle.pop(origin.key, None)
+        self._close(origin)
+
+    def _close(self, origin: Origin) -> None:
+        self._departures.idle.pop(origin, None)
         origin.close()
 
     def close(self) -> None:
         """Close all of them."""
         while self._idle:
-            self._idle.popitem()[1].close()
+            self._close(self._idle.popitem()[1])
 
 
 def open_connection(visitor: Visitor, target: Target, for_request: bool = False) -> tuple[Connection, Upstream | None]:

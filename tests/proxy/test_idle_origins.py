@@ -1,4 +1,4 @@
-"""Idle connections to origins: one that the origin has ended is closed at once, not when the client's next comes."""
+"""Idle connections to origins: one that its origin has ended is closed soon, not at the client's next request."""
 
 import pytest
 from gevent.event import Event
@@ -41,7 +41,7 @@ def ending(serve, pieces, how):
     [lambda conn: conn.shutdown(1), lambda conn: conn.sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")],
     ids=["end", "bytes"],
 )
-def test_an_idle_connection_that_the_origin_ends_is_closed_at_once(http_proxy, serve, origin, client, pieces, how):
+def test_an_idle_connection_that_the_origin_ends_is_closed_soon(http_proxy, serve, origin, client, pieces, how):
     target, other = ending(serve, pieces, how), origin(*[OK] * 3)
     visitor = client(http_proxy())
     assert visitor.get(f"http://127.0.0.1:{target.port}/")[::2] == (200, b"hello")
