@@ -52,6 +52,7 @@ PLACES = {
     "proxy": 1.1,
     "testing": 2.2,
     "adapters": 3.4,
+    "handover": 4.6,
     "server": 2.2,
     "static_files": -0.9,
     "forwarder": 0.1,

@@ -1,5 +1,12 @@
 """The errors of this library. Errors of the operating system stay OSErrors."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    GreenletExit = BaseException  # greenlet is not typed
+else:
+    from greenlet import GreenletExit
+
 
 class GtcpServerError(Exception):
     """Base class of all errors of this library."""
@@ -63,3 +70,11 @@ class TLSFlood(GtcpServerError, ConnectionAbortedError):
 
 class StartTLSError(GtcpServerError):
     """TLS cannot be started on a connection in its present state."""
+
+
+class HandedOver(GreenletExit):
+    """Raised in a handler whose connection has moved to another worker, where the handler begins anew (``handover``).
+
+    Like GreenletExit a BaseException: ``finally`` blocks run, ``except Exception`` does not see it. The connection is
+    closed here; nothing that the handler still does reaches the client.
+    """

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         min_rate: float | None
         min_rate_window: float
         linger: float
+        handover: bool
         tls: TLSConfig | ssl.SSLContext | Credentials | None
         proxy_protocol: ProxyProtocol | None
         client_limits: ClientLimits | None

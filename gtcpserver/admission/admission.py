@@ -175,6 +175,28 @@ class Admission:
         if counted_as is not None and self._limits is not None:
             self._limits.leave(counted_as)
 
+    def counted_as(self, connection: Connection) -> Any:
+        """Return the address that the limits count a connection under; None: they do not."""
+        return self._counted_as.get(connection)
+
+    def resume(self, connection: Connection, address: Any, returns: bool = False) -> Refusal | None:
+        """Count a connection that another worker has admitted, without asking for its rate.
+
+        Args:
+            address: the client's, as `counted_as` returned it there; None: take that of the connection.
+            returns: it was counted here before, and must stay.
+
+        Returns:
+            The limit that refuses it; None: call `left` when it ends.
+        """
+        if self._limits is None:
+            return None
+        address = network_address(connection) if address is None else tuple(address)
+        refusal = self._limits.resume(address, returns)
+        if refusal is None:
+            self._counted_as[connection] = address
+        return refusal
+
     # -- all connections ---------------------------------------------------------------------------------------------
 
     @property

@@ -118,7 +118,7 @@ class ClientLimits:
         return refusal
 
     def _refusal(self, ip: IPAddress, key: ClientKey) -> Refusal | None:
-        if is_in(ip, self._deny) or (self._allow and not is_in(ip, self._allow)):
+        if self._denies(ip):
             return "client_denied"
         if self._shared is not None:
             return self._shared.enter(self._name + _bytes_of(key))
@@ -130,6 +130,9 @@ class ClientLimits:
             self._open[key] = self._open.get(key, 0) + 1
         return None
 
+    def _denies(self, ip: IPAddress) -> bool:
+        return is_in(ip, self._deny) or bool(self._allow and not is_in(ip, self._allow))
+
     def _take_token(self, key: ClientKey, rate: float) -> bool:
         """Take a token from the client's bucket: a connection costs one, and `rate` of them come back per second."""
         now = monotonic()
@@ -139,6 +142,31 @@ class ClientLimits:
         if len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
         return tokens >= 1
+
+    def resume(self, address: Any, returns: bool = False) -> Refusal | None:
+        """Count a connection that another process has admitted: it is no new one, so its rate is not asked.
+
+        Args:
+            address: as for `enter`.
+            returns: it was counted here before, and stays whatever the limits say.
+
+        Returns:
+            As `enter`.
+        """
+        if not isinstance(address, tuple):
+            return None
+        ip = as_ip(address[0])
+        key = client_key(ip)
+        if not returns and self._denies(ip):
+            return "client_denied"
+        if self._shared is not None:
+            self._shared.resume(self._name + _bytes_of(key))
+            return None
+        if not returns and self._connections is not None and self._open.get(key, 0) >= self._connections:
+            return "client_connections"
+        if self._connections is not None:
+            self._open[key] = self._open.get(key, 0) + 1
+        return None
 
     def leave(self, address: Any) -> None:
         """Stop counting a connection that has ended.

@@ -57,6 +57,15 @@ class SharedClients:
             column.set_open(entry, mine + 1)
         return None
 
+    def resume(self, key: bytes) -> None:
+        """Count a connection that moves here from another process, where it was admitted, and still counts for now."""
+        if self._most is None:
+            return
+        entry, tag = self._column.take(found := self._column.find(key), now()), found[0]
+        mine = self._open[key][0] if key in self._open else 0
+        self._open[key] = mine + 1, entry, tag
+        self._column.set_open(entry, mine + 1)
+
     def leave(self, key: bytes) -> None:
         """Stop counting a connection that has ended."""
         known = self._open.pop(key, None)

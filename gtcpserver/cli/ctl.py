@@ -62,7 +62,7 @@ def where_options(command: Any, envvar: str | None = None) -> Any:
             type=TimeoutType(),
             default="",
             help=f"Seconds to wait for the answer; none: no limit.  [default: {ANSWER_SECONDS:g}; {WORK_SECONDS:g} for "
-            "reload, upgrade and scale; none for stop, once the master has answered]",
+            "reload, upgrade, scale and rebalance; none for stop, once the master has answered]",
         ),
         click.option(
             "--control",
@@ -138,6 +138,9 @@ def workers(where: Where, as_json: bool) -> None:
             f"{one['number']:6} {one['pid']:8} {one['state']:9} {one['generation']:4} {one['uptime']:8.0f} "
             f"{one['lag'] * 1000:7.1f} {one['rss'] / 2**20:6.0f} {one['accepted']:8} {one['active']:6}"
         )
+    for one in found:
+        if one.get("staying"):
+            click.echo(f"worker {one['number']} (pid {one['pid']}) still has {_reasons(one['staying'])}")
     counts = [one["accepted"] for one in found if one["state"] == "ready"]
     if len(counts) > 1 and min(counts):
         click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times as many as the least busy")
@@ -227,11 +230,20 @@ def end(where: Where, /, ids: tuple[str, ...], **selection: Any) -> None:
         sys.exit(1)
 
 
+def _reasons(staying: dict[str, int]) -> str:
+    """ "3 connections: 2 tls, 1 busy" """
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(staying.items()))
+    return f"{counted(sum(staying.values()), 'connection')}: {reasons}"
+
+
 @ctl.command()
 @click.pass_obj
 def reload(where: Where) -> None:
     """Start new workers with the code on disk; wait until they are ready. If one is not, the old ones stay."""
-    request(where, "reload", WORK_SECONDS)
+    answer = request(where, "reload", WORK_SECONDS)
+    if answer.get("moved") or answer.get("staying"):
+        stay = f", {_reasons(answer['staying'])} in the old workers" if answer.get("staying") else ""
+        click.echo(f"{counted(answer['moved'], 'connection')} moved{stay}")
 
 
 @ctl.command()
@@ -269,6 +281,14 @@ def maint(where: Where, switch: str) -> None:
 def scale(where: Where, count: int) -> None:
     """Change the number of workers to N; wait until it is reached. No connection is lost."""
     request(where, "scale", WORK_SECONDS, workers=count)
+
+
+@ctl.command()
+@click.pass_obj
+def rebalance(where: Where) -> None:
+    """Spread connections evenly over all workers (needs --handover): idle ones move. After scale, for example."""
+    answer = request(where, "rebalance", WORK_SECONDS)
+    click.echo(f"{counted(answer['moved'], 'connection')} moved")
 
 
 @ctl.command()

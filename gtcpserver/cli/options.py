@@ -174,7 +174,11 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("min_rate", NUMBER, "Bytes per second; a handler that waits for a slower client is ended."),
     ("min_rate_window", float, "Seconds over which --min-rate is measured."),
     ("linger", float, "Seconds to wait for the client to close after we have."),
+    ("handover", bool, "Move idle connections of a worker that leaves to another; conn.resumed tells the handler."),
 )
+
+#: Options for handlers that begin at an idle point, unlike those that relay.
+OF_IDLE_POINTS = frozenset({"handover"})
 
 # Fields of ProxyProtocol: --proxy-protocol is the first; the others append their name to it.
 BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -304,6 +308,9 @@ SHORTER = {
 
 def server_options(command: Command) -> Command:
     """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
+    for name, kind, text in SERVER_OPTIONS:
+        if name in OF_IDLE_POINTS:
+            command = _option(name, kind, text, inspect.signature(Server).parameters[name].default)(command)
     return click.option(
         "--bind",
         "-b",
@@ -338,6 +345,8 @@ def server_options_but_bind(command: Command) -> Command:
     for name, kind, text in reversed(BALANCER_OPTIONS):
         command = _option(of_balancers(name), kind, text, balancers[name])(command)
     for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
+        if name in OF_IDLE_POINTS:
+            continue
         command = _option(name, kind, text, defaults[name])(command)
     for name, text in reversed(OBJECT_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)

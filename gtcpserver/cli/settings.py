@@ -134,9 +134,15 @@ def obey_environment(command: click.Command, but: Collection[str] = ()) -> None:
             parameter.envvar = variable_of(parameter)
 
 
+#: Options whose variable has another name, since theirs is what a master passes to the next (supervisor/upgrade.py),
+#: which may be of another version.
+TAKEN = {"handover": "hand-over"}
+
+
 def variable_of(parameter: click.Parameter) -> str:
     """Return "GTCPSERVER_STOP_TIMEOUT" for --stop-timeout."""
     name = parameter.opts[0].lstrip("-") if isinstance(parameter, click.Option) else str(parameter.name)
+    name = TAKEN.get(name, name)
     return PREFIX + name.replace("-", "_").upper()
 
 

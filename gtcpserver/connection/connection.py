@@ -33,6 +33,7 @@ from .blocks import Deadline, Idle
 from .frames import Frames
 from .handshake_failure import handshake_failed
 from .lifecycle import begin, drop, end, know, know_subclass
+from .session import Session
 from .ssl_methods import SSLMethods, refuse
 from .stream import CHILD, CLOSED, SHARED, Stream
 from .tls_layer import TLSLayer
@@ -82,6 +83,7 @@ _SLOTS = (
     "_log_fields",
     "_proxied",
     "_readers",
+    "_session",
     "_stream",
     "accepted_at",
     "client_address",
@@ -138,6 +140,7 @@ class Connection(SSLMethods, HasStream, _Socket):
     _log_fields: Any
     _proxied: Any
     _readers: Any
+    _session: Session
     _stream: Stream
     accepted_at: float
     client_address: SocketAddress
@@ -247,6 +250,27 @@ class Connection(SSLMethods, HasStream, _Socket):
             # Made only for connections that use it, as for _proxied.
             fields = self._log_fields = {}
         return fields
+
+    @property
+    def session(self) -> dict[str, Any]:
+        """Data that go along when the connection moves to another worker (``handover``): ``conn.session["db"] = 3``.
+
+        Values are those of JSON; any other is a TypeError.
+        """
+        try:
+            return _get_session(self)
+        except AttributeError:
+            return self._new_session()
+
+    def _new_session(self) -> Session:
+        session = self._session = Session()
+        return session
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the connection has come from another worker (``handover``): its handler began elsewhere."""
+        session = session_of(self)
+        return session is not None and session.resumed
 
     @property
     def bytes_received(self) -> int:
@@ -434,12 +458,12 @@ class Connection(SSLMethods, HasStream, _Socket):
             # The buffer beneath a text file reads ahead; the text file may be detached from it.
             reader = getattr(file, "buffer", file)
             if "r" in mode and not isinstance(reader, RawIOBase):
-                self._readers = [*(one for one in _readers_of(self) if one() is not None), ref(reader)]
+                self._readers = [*(one for one in readers_of(self) if one() is not None), ref(reader)]
             return file
 
     def _is_read_by_file(self) -> bool:
         """Return whether a file of :meth:`makefile` that may have read ahead is open."""
-        return any(is_open(one()) for one in _readers_of(self))
+        return any(is_open(one()) for one in readers_of(self))
 
     @property
     def peeked(self) -> bytes:
@@ -738,9 +762,11 @@ _get_proxied = vars(Connection)["_proxied"].__get__
 Connection.stream = property(vars(Connection)["_stream"].__get__, doc=":meta private:")  # type: ignore[assignment]
 _get_log_fields = vars(Connection)["_log_fields"].__get__
 _get_readers = vars(Connection)["_readers"].__get__
+_get_session: Callable[[Connection], Session] = vars(Connection)["_session"].__get__
 
 
-def _readers_of(connection: Connection) -> list[Any]:
+def readers_of(connection: Connection) -> list[Any]:
+    """Return references to the files of ``makefile`` that may read ahead."""
     try:
         return _get_readers(connection)  # type: ignore[no-any-return]
     except AttributeError:
@@ -766,3 +792,11 @@ def log_fields_of(connection: Connection) -> dict[str, Any]:
     except AttributeError:
         return {}
     return fields
+
+
+def session_of(connection: Connection) -> Session | None:
+    """Return its :attr:`Connection.session` without creating it."""
+    try:
+        return _get_session(connection)
+    except AttributeError:
+        return None

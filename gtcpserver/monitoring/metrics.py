@@ -33,6 +33,8 @@ COUNTERS = (
     ("connections_refused", "refused", "Connections closed because on_connect said so."),
     ("connections_left_in_queue", "left_in_queue", "Connections that the client had reset before they were accepted."),
     ("idle_connections_closed", "idle_closed", "Idle connections closed to make room, or at a stop."),
+    ("connections_moved", "moved", "Connections that have moved to other workers (handover)."),
+    ("connections_taken_over", "taken_over", "Connections that have come from other workers (handover)."),
     ("accept_errors", "accept_errors", "Failed accepts."),
     ("handler_errors", "handler_errors", "Handlers that ended with an exception of their own: faults in the program."),
     ("bytes_received", "bytes_received", "Bytes read from clients."),
@@ -142,6 +144,14 @@ def _of_all(stats: Mapping[str, Any]) -> Iterator[Metric]:
         for value, count in sorted(stats.get(field, {}).items()):
             family.add_metric([_printable(value)], count)
         yield family
+    staying = GaugeMetricFamily(
+        PREFIX + "connections_staying",
+        "Connections of workers that leave, by the reason why they have not moved (handover).",
+        labels=["reason"],
+    )
+    for reason, count in sorted(stats.get("staying", {}).items()):
+        staying.add_metric([_printable(reason)], count)
+    yield staying
     samples = stats.get("queue_wait_samples", 0)
     yield SummaryMetricFamily(
         PREFIX + "queue_wait_seconds",

@@ -118,22 +118,7 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
     _own_read = do_read
 
     def _make(self, kind: tuple[int, int, int], fd: int) -> Connection:
-        """Make a Connection of a class that may do anything."""
-        connection_class = self.connection_class
-        connection = connection_class.__new__(connection_class, *kind, fd)  # type: ignore[call-arg]
-        try:
-            connection_class.__init__(connection, *kind, fd)
-        except BaseException as error:
-            try:
-                # Not getattr: gevent's sockets look up what they miss in their _sock.
-                connection_class._sock.__get__(connection).close()  # noqa: SLF001 - gevent's
-            except AttributeError:
-                close_descriptor(fd)  # it failed before the socket was made
-            if isinstance(error, Exception):
-                # An OSError of the constructor must not be mistaken for one of accept.
-                raise GtcpServerError(f"{connection_class.__name__} could not be made") from error
-            raise
-        return connection
+        return make(self.connection_class, kind, fd)
 
     def do_handle(self, *args: Any) -> None:
         self._handle(*args)
@@ -267,3 +252,21 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             if not self._accept_loop.has_left(accepted[0]):
                 taken += 1
                 accept(*accepted)
+
+
+def make(connection_class: type[Connection], kind: tuple[int, int, int], fd: int) -> Connection:
+    """Make a Connection of a class that may do anything. Its descriptor is closed if that fails."""
+    connection = connection_class.__new__(connection_class, *kind, fd)  # type: ignore[call-arg]
+    try:
+        connection_class.__init__(connection, *kind, fd)
+    except BaseException as error:
+        try:
+            # Not getattr: gevent's sockets look up what they miss in their _sock.
+            connection_class._sock.__get__(connection).close()  # noqa: SLF001 - gevent's
+        except AttributeError:
+            close_descriptor(fd)  # it failed before the socket was made
+        if isinstance(error, Exception):
+            # An OSError of the constructor must not be mistaken for one of accept.
+            raise GtcpServerError(f"{connection_class.__name__} could not be made") from error
+        raise
+    return connection

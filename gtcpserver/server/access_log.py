@@ -96,13 +96,19 @@ class AccessLog:
         if end is not None and end.result == "ok":
             end.result, end.detail = result, detail[:MOST_DETAIL]
 
+    def forget(self, connection: Connection) -> None:
+        """Write no line for a connection that has moved to another worker, which does at its end."""
+        self._open[connection] = _MOVED
+
     def end(self, connection: Connection) -> dict[str, Any]:
         """Return the fields for :meth:`write` of a connection about to be closed. Never waits or raises."""
-        return self._fields(connection, self._open.pop(connection, _End("")))
+        end = self._open.pop(connection, _End(""))
+        return self._fields(connection, end) if end is not _MOVED else {}
 
     def write(self, fields: Mapping[str, Any]) -> None:
-        """Write a line."""
-        write_line(self._log, fields, self.style)
+        """Write a line; none without fields."""
+        if fields:
+            write_line(self._log, fields, self.style)
 
     def write_unserved(self, connection: Connection, result: Result, detail: str = "") -> None:
         """Write the line of a connection that no handler gets, before it is closed."""
@@ -139,6 +145,9 @@ class _End:
     server: str
     result: Result = "ok"
     detail: str = ""
+
+
+_MOVED = _End("", "killed")
 
 
 def utc(seconds: float) -> str:

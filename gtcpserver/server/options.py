@@ -44,6 +44,7 @@ class Options:
     min_rate: float | None
     min_rate_window: float
     linger: float
+    handover: bool
     tls: Credentials | None
     proxy_protocol: ProxyProtocol | None
     client_limits: ClientLimits | None
@@ -110,6 +111,8 @@ def _check_numbers(options: dict[str, Any]) -> None:
 
 def _check_kinds(listen: Any, options: dict[str, Any]) -> None:
     on_full, connection_class = options["on_full"], options["connection_class"]
+    if not isinstance(options["handover"], bool):
+        raise ConfigError(f"handover must be True or False, got {options['handover']!r}")
     if on_full not in ("wait", "reject", "close_idle"):
         raise ConfigError(f'on_full must be "wait", "reject" or "close_idle", got {on_full!r}')
     if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):

@@ -5,6 +5,7 @@ Its parts, each in a module of its own, share a `ServerState`:
 - `options`: the arguments, checked once;
 - `capacity`: whether there is room, which connections wait for it, which one is woken first;
 - `serving`: a connection from accept to close;
+- `moving`: which connections can move to another worker, and how one is taken over;
 - `stopping`: the steps of the stop; `watchdog` checks that the accept loops are armed.
 
 This module puts them together, starts them, and has the public methods.
@@ -49,6 +50,7 @@ from .access_log import AccessLog
 from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .capacity import Capacity
 from .full_log import FullLog
+from .moving import Mover, Moving, make_idle, with_hooks_once
 from .observers import Observer
 from .options import Options
 from .service_room import ServiceRoom
@@ -120,6 +122,10 @@ class Server:
             (:class:`ClientLimits`); None: no limits.
         linger: seconds that a peer gets to close its side of a closed connection, so that everything written reaches
             it; 0 closes at once. A stop does not wait for a peer that has acknowledged everything and is silent.
+        handover: when a worker leaves (reload, upgrade, recycling, fewer workers), its connections move to another
+            worker as soon as they are idle (:meth:`Connection.idle`), where ``handler(connection)`` begins anew, with
+            ``connection.resumed`` True and its ``connection.session``; here the wait ends by :class:`HandedOver`. For a
+            handler that can begin again at its idle point.
         connection_class: the subclass of Connection that handlers get.
         context: any object; each connection has it as ``connection.context``.
         access_log: write a line when a connection has ended: "text", "json", or an :class:`AccessLog` for a file. None:
@@ -171,6 +177,7 @@ class Server:
         min_rate: float | None = None,
         min_rate_window: float = 10.0,
         linger: float = 2.0,
+        handover: bool = False,
         tls: TLSConfig | ssl.SSLContext | Credentials | None = None,
         proxy_protocol: ProxyProtocol | None = None,
         client_limits: ClientLimits | None = None,
@@ -186,7 +193,7 @@ class Server:
     ) -> None:
         open_standard_descriptors()
         check_event_loop()
-        self._options = options = Options.checked(
+        options = Options.checked(
             address,
             handler=handler,
             listen=listen,
@@ -200,6 +207,7 @@ class Server:
             min_rate=min_rate,
             min_rate_window=min_rate_window,
             linger=linger,
+            handover=handover,
             tls=tls,
             proxy_protocol=proxy_protocol,
             client_limits=client_limits,
@@ -213,6 +221,7 @@ class Server:
             on_start=on_start,
             on_stop=on_stop,
         )
+        self._options = options = with_hooks_once(options) if handover else options
         self._state = state = ServerState()
         self._capacity = Capacity(options, state)
         self._full_log = FullLog(options, state)
@@ -230,6 +239,19 @@ class Server:
                 state.counters.proxy_header_failures,
                 state.counters.handshake_failures,
                 options.access_log.write_unserved if options.access_log is not None else None,
+            )
+        # For this package: what a handover needs of this server; None without ``handover``. A worker sets the mover.
+        self.moving: Moving | None = None
+        self.mover: Mover | None = None
+        if handover:
+            self.moving = Moving(
+                self,
+                options,
+                state,
+                self._capacity,
+                self._serving.serve,
+                self._time_limits,
+                self._stopping.end_idle,
             )
         self.pool = options.pool
         #: Certificates and keys; None without TLS. ``reload_tls`` reads them again.
@@ -589,6 +611,8 @@ class Server:
 
         :meta private:
         """
+        if self.moving is not None:
+            return make_idle(connection, self._state, self._capacity, self._serving.observers)
         return self._serving.make_idle(connection)
 
     def client_named(self, connection: Connection) -> None:
@@ -742,4 +766,4 @@ class Server:
 
     def stats(self) -> ServerStats:
         """Return a snapshot of the counters. Costs 0.1 us per open connection, to add up their bytes."""
-        return snapshot(self._state, self._options, self.handler, len(self.lingerer))
+        return snapshot(self._state, self._options, self.handler, len(self.lingerer), self.moving, self.mover)

@@ -10,6 +10,7 @@ from typing import Any
 from gtcpserver.diagnostics.block_detector import blocked_so_far
 from gtcpserver.diagnostics.logs import FaultLimiter, also
 
+from .moving import Mover, Moving
 from .options import Options
 from .state import ServerState
 from .stats import ServerStats
@@ -20,7 +21,14 @@ log = logging.getLogger("gtcpserver")
 LARGEST_COUNTER = 2**63
 
 
-def snapshot(state: ServerState, options: Options, handler: Any, lingering: int) -> ServerStats:
+def snapshot(
+    state: ServerState,
+    options: Options,
+    handler: Any,
+    lingering: int,
+    moving: Moving | None = None,
+    mover: Mover | None = None,
+) -> ServerStats:
     """Return the counters as they are now. Costs 0.1 us per open connection, to add up their bytes."""
     counters, admission = state.counters, state.admission
     connections = list(state.connections)
@@ -61,6 +69,9 @@ def snapshot(state: ServerState, options: Options, handler: Any, lingering: int)
         blocked=blocked,
         blocked_seconds=blocked_seconds,
         tls_floods=dict(counters.tls_floods),
+        moved=moving.moved if moving is not None else 0,
+        taken_over=moving.taken_over if moving is not None else 0,
+        staying=mover.staying() if mover is not None else {},
     )
 
 

@@ -45,6 +45,9 @@ class ServerStats:
         handler_timeouts: handlers ended by ``handler_timeout``.
         slow_clients: handlers ended by ``min_rate``.
         idle_closed: idle connections closed to make room, or at a stop.
+        moved: connections that have moved to other workers (``handover``).
+        taken_over: connections that have come from other workers; ``accepted`` leaves them out.
+        staying: open connections of a worker that leaves, by the reason why they have not moved.
         accept_errors: failed accepts.
         blocked: how often the event loop of this process was blocked; counted while a :class:`BlockDetector` runs.
         blocked_seconds: how long it was blocked in total.
@@ -93,6 +96,9 @@ class ServerStats:
     tls_floods: dict[str, int] = field(default_factory=dict)
     proxy_headers_awaited: int = 0
     proxy_header_failures: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
+    taken_over: int = 0
+    staying: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

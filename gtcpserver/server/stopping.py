@@ -145,6 +145,8 @@ class Stopping:
     def hasten(self) -> None:
         """Stop waiting for first requests that take long (a patient stop)."""
         self._patient = False
+        if self._server.mover is not None:
+            self._server.mover.hasten()
         self._end_idle_connections()
 
     def look(self) -> None:
@@ -185,6 +187,9 @@ class Stopping:
                 steps.do("close the listening socket", partial(acceptor.listener.close, keep_path=leave_listening))
             steps.do("tell that listening has ended", state.listening_ended.set)
             steps.do("wait for handlers", self._wait_until_nobody_is_connected, until)
+            if self._server.mover is not None:
+                steps.do("move no more", self._server.mover.stop)
+                steps.do("end idle connections", self._end_idle_connections)
             if self._patient:
                 steps.do("end silent connections", self._end_silent_connections)
             # Idle connections that were told to end do so in the loop's next turn, and are not cut.
@@ -269,9 +274,14 @@ class Stopping:
 
     def _wait_until_nobody_is_connected(self, until: float | None) -> None:
         # Look at the connections too, not only at the event: setting it may have failed.
-        while self._state.somebody_is_connected():
+        while self._state.somebody_is_connected() or self._somebody_moves():
             if not self._wait_a_little(self._state.nobody_connected, until):
                 return
+
+    def _somebody_moves(self) -> bool:
+        """Return whether connections are on their way here, or from here and not served elsewhere yet."""
+        moving, mover = self._server.moving, self._server.mover
+        return (moving is not None and moving.expected > 0) or (mover is not None and mover.is_moving())
 
     def _wait_for_lingering(self, until: float | None) -> None:
         lingerer = self._server.lingerer
@@ -296,21 +306,27 @@ class Stopping:
     # -- idle connections --------------------------------------------------------------------------------------------
 
     def _became_idle(self, connection: Connection) -> None:
+        mover = self._server.mover
+        if mover is not None and mover.became_idle(connection):
+            return
         if self._time_for_first_request(connection) > 0:
-            self._end_idle(connection)
+            self.end_idle(connection)
         else:
             connection.end_idle()
 
     def _end_idle_connections(self) -> None:
+        mover = self._server.mover
         for connection in self._state.idle_connections():
-            self._steps.do("end an idle connection", self._end_idle, connection)
+            if mover is None or not mover.takes(connection):
+                self._steps.do("end an idle connection", self.end_idle, connection)
 
     def _end_silent_connections(self) -> None:
         """End connections that never sent a request, at the end of a patient stop, without cutting them."""
         for connection in self._state.idle_connections():
             get_hub().loop.run_callback(end_if_idle, connection)
 
-    def _end_idle(self, connection: Connection) -> None:
+    def end_idle(self, connection: Connection) -> None:
+        """End an idle connection, once it has had the time to send its first request."""
         left = self._time_for_first_request(connection)
         if left > 0 and not self._state.hurry.is_set():
             if left < inf:

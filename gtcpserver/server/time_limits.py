@@ -66,6 +66,16 @@ class TimeLimits:
             timer.close()
         self._timers.clear()
 
+    def left(self, connection: Connection) -> float | None:
+        """Return the seconds that its handler has left; None: no limit, or it has just begun."""
+        until = self._until.get(connection)
+        return None if until is None else until - monotonic()
+
+    def resume(self, connection: Connection, left: float) -> None:
+        """Give the handler of a connection that comes from another worker the seconds that it had left there."""
+        if self._handler_timeout is not None:
+            self._until[connection] = monotonic() + min(left, self._handler_timeout)
+
     def left_in_child(self) -> None:
         self._timers = []
 

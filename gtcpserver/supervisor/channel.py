@@ -212,10 +212,10 @@ def make_line() -> tuple[socket.socket, socket.socket]:
     return _own(here.detach(), socket.SOCK_STREAM), _own(there.detach(), socket.SOCK_STREAM)
 
 
-def adopt(fd: int, kinds: frozenset[str]) -> Channel:
+def adopt(fd: int, kinds: frozenset[str], takes_fds: bool = False) -> Channel:
     """Return the channel of an inherited descriptor."""
     os.set_inheritable(fd, False)
-    return Channel(_own(fd), kinds)
+    return Channel(_own(fd), kinds, takes_fds)
 
 
 def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:

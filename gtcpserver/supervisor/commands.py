@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,17 @@ from gtcpserver.monitoring.selection import Selection
 
 from .config import MAX_WORKERS
 from .messages import MAX_ROWS
+from .rebalance import Rebalance
 from .slots import Slot, WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
     from .control import Reply
     from .master import Master
 
-COMMANDS = ("status", "connections", "end", "reload", "upgrade", "reopen", "rotate-tickets", "maint", "scale", "stop")
+COMMANDS = (
+    *("status", "connections", "end", "reload", "upgrade", "reopen", "rotate-tickets", "maint", "scale", "rebalance"),
+    "stop",
+)
 
 #: Seconds that an answer about connections waits for workers; blocked ones are listed as missing.
 SELECT_SECONDS = 2.0
@@ -40,7 +45,7 @@ class Commands:
 
     def __init__(self, master: Master) -> None:
         self._master = master
-        self._waiting: list[tuple[float, Reply]] = []
+        self._waiting: list[tuple[float, Callable[[], Any]]] = []
         self._questions: list[_Question] = []
         self._number = 0
 
@@ -53,10 +58,7 @@ class Commands:
             reply({"error": error} if error else {"ok": True})
 
         if command == "status":
-            for worker in fleet.workers.values():
-                worker.reported = False
-            fleet.tell_all("report")
-            self._waiting.append((master.system.monotonic() + REPORT_SECONDS, reply))
+            self._when_reported(lambda: reply(self.status()))
         elif command in ("connections", "end"):
             self._select(request, command == "end", reply)
         elif command == "stop":
@@ -68,7 +70,9 @@ class Commands:
         elif master.stopping:
             reply({"error": "the master stops"})
         elif command == "reload":
-            master.begin_reload("ctl reload", tell)
+            master.begin_reload(
+                "ctl reload", lambda error: tell(error) if error else reply({"ok": True, **fleet.moved})
+            )
         elif command == "upgrade":
             master.begin_upgrade("ctl upgrade", tell)
         elif command == "reopen":
@@ -82,6 +86,8 @@ class Commands:
             else:
                 master.set_maintenance(on)
                 tell(None)
+        elif command == "rebalance":
+            self._when_reported(lambda: self._rebalance(reply))
         elif command == "scale":
             count = request.get("workers")
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_WORKERS:
@@ -91,16 +97,34 @@ class Commands:
         else:
             reply({"error": f"no command {command!r}; there are {', '.join(COMMANDS)}"})
 
+    def _when_reported(self, do: Callable[[], Any]) -> None:
+        """Call `do` when the workers have sent their newest counters."""
+        for worker in self._master.fleet.workers.values():
+            worker.reported = False
+        self._master.fleet.tell_all("report")
+        self._waiting.append((self._master.system.monotonic() + REPORT_SECONDS, do))
+
+    def _rebalance(self, reply: Reply) -> None:
+        fleet = self._master.fleet
+        if self._master.stopping:
+            reply({"error": "the master stops"})
+        elif fleet.rebalance is not None:
+            reply({"error": "a rebalance is under way"})
+        elif not fleet.pairing.staying():
+            reply({"error": "the workers hand nothing over: --handover"})
+        else:
+            fleet.rebalance = Rebalance(fleet, reply)
+
     def look_after(self, now: float) -> None:
-        """Send the answers that are due."""
+        """Do what waited for the workers' counters."""
         self._look_after_questions(now)
         if not self._waiting:
             return
         complete = all(worker.reported for worker in self._master.fleet.workers.values())
-        due = [reply for until, reply in self._waiting if complete or now >= until]
-        self._waiting = [(until, reply) for until, reply in self._waiting if not (complete or now >= until)]
-        for reply in due:
-            reply(self.status())
+        due = [do for until, do in self._waiting if complete or now >= until]
+        self._waiting = [(until, do) for until, do in self._waiting if not (complete or now >= until)]
+        for do in due:
+            do()
 
     def _select(self, request: dict[str, Any], ends: bool, reply: Reply) -> None:
         try:
@@ -178,4 +202,7 @@ def describe(slot: Slot, worker: WorkerProcess, now: float) -> dict[str, Any]:
         "rss": worker.rss,
         "accepted": worker.stats.get("accepted", 0),
         "active": worker.stats.get("active", 0),
+        "moved": worker.stats.get("moved", 0),
+        "taken_over": worker.stats.get("taken_over", 0),
+        "staying": worker.stats.get("staying", {}) if worker.leaving else {},
     }

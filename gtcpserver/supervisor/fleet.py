@@ -19,8 +19,18 @@ from .care import Care
 from .config import SupervisorConfig
 from .lending import Loans
 from .log_files import STDERR, log_with_details
-from .messages import MASTER_KINDS, WORKER_KINDS, Message, checked_rows, checked_stats, checked_table
+from .messages import (
+    MASTER_KINDS,
+    WORKER_KINDS,
+    Message,
+    checked_counts,
+    checked_rows,
+    checked_stats,
+    checked_table,
+)
+from .pairing import Pairing
 from .program import Program
+from .rebalance import Rebalance
 from .reload import Done, Reload
 from .slots import Selected, Slot, WorkerProcess, WorkerState, back_off, describe_status
 from .sockets import ListeningSockets
@@ -76,6 +86,7 @@ class Fleet:
         restarts: number of workers started in place of dead ones.
         memory: the counts that all workers share; None: each counts for itself.
         deaths: number of workers that have ended.
+        moved: how many connections the old workers of the last reload have moved, and why others stay.
         replaces: this is the fleet of an upgrade: the start is complete when every worker has survived its probation,
             and fails if one does not, as the previous fleet still serves.
     """
@@ -105,6 +116,8 @@ class Fleet:
         self.ending = False
         self.restarts = 0
         self.replaces = False
+        self.moved: dict[str, Any] = {}
+        self.rebalance: Rebalance | None = None
         self.finished = 0
         self.ended = 0
         self.reload: Reload | None = None
@@ -118,6 +131,7 @@ class Fleet:
         self.care = Care(self)
         self.memory: SharedMemory | None = None
         self.deaths = 0
+        self.pairing = Pairing(self)
         #: Whether another child of the master holds the sockets of all slots: one just forked, for a moment, or a
         #: failed new master until it ends.
         self.others_have_sockets: Callable[[], bool] = lambda: False
@@ -205,6 +219,7 @@ class Fleet:
         if message.kind == "beat":
             worker.note_beat(max(0.0, message.number("lag")))
         elif message.kind == "ready":
+            worker.handover = message.fields.get("handover") is True
             self._is_ready(worker)
         elif message.kind == "failed":
             worker.failure = message.text("error") or "no reason given"
@@ -227,10 +242,20 @@ class Fleet:
             worker.loans.hear(message, worker.channel)
         elif message.kind == "enough":
             self.enough()
+        elif message.kind == "moved":
+            worker.settled = True
+            worker.moved = message.count("moved")
+            worker.staying = checked_counts(message.fields.get("staying"))
+        elif message.kind == "shared":
+            if self.rebalance is not None:
+                self.rebalance.hear(worker, message)
+        elif message.kind == "alone":
+            worker.paired.clear()  # it gets new lines
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":
-            worker.ended = True
+            worker.ended = worker.settled = True
+            worker.moved, worker.staying = int(worker.stats.get("moved", 0)), {}
             worker.fatal = message.text("error")
             self.finished += message.count("finished")
             self.ended += message.count("ended")
@@ -270,7 +295,8 @@ class Fleet:
         worker.retired_at = self.system.monotonic()
         worker.state = WorkerState.RETIRING if kind == "retire" else WorkerState.STOPPING
         timeout = self.config.graceful_timeout if self.ending else self.config.retire_timeout
-        worker.channel.send(kind, timeout=timeout, all=self.stopping, hurry=self.ending)
+        moves = worker.handover and self.pairing.has_takers()
+        worker.channel.send(kind, timeout=timeout, all=self.stopping, hurry=self.ending, moves=moves)
         self._kill_after(worker, timeout)
 
     def _kill_after(self, worker: WorkerProcess, timeout: float | None) -> None:
@@ -372,6 +398,9 @@ class Fleet:
                 worker.kill()
         self.care.look(now)
         self._bound_retired(now)
+        self.pairing.look()
+        if self.rebalance is not None and self.rebalance.is_done(now):
+            self.rebalance = None
         if self.stopping:
             return
         self._complete_start()
@@ -394,6 +423,7 @@ class Fleet:
                 slot.current = self.start(slot, self.generation)
         self._close_empty_slots()
         self._tell_scaled()
+        self.pairing.look()  # at once for those that leave since
         self.care.steer()
 
     def next_due(self) -> float:

@@ -37,7 +37,7 @@ from gtcpserver.shared.memory import SharedMemory
 from . import systemd
 from .agent import AgentCheck
 from .care import TICK_SECONDS
-from .channel import RETRY_SECONDS
+from .channel import RETRY_SECONDS, Channel
 from .commands import Commands
 from .config import MAX_WORKERS, SupervisorConfig
 from .control import ControlSocket
@@ -118,6 +118,7 @@ class Master:
         self._handover: Handover | None = None
         self._upgrade = Upgrade(system, self._leave_to)
         self._left_to: int | None = None  # process id of the new master that took over
+        self._predecessor: Channel | None = None  # the channel to the old master, whose workers' connections may come
         self._control: ControlSocket | None = None
         self._commands = Commands(self)
         self.monitor: MonitorProcess | None = None
@@ -363,9 +364,11 @@ class Master:
             self._pid_file.close()
         if self._agent is not None:
             self._agent.close_in_child()
-        self._upgrade.close()
+        self._upgrade.close_in_child()
         if self._handover is not None:
             close_descriptor(self._handover.channel)
+        if self._predecessor is not None:
+            self._predecessor.close()
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -403,6 +406,8 @@ class Master:
                 watched[worker.channel.fileno()] = (select.POLLIN, self._receiver(worker))
         if self._upgrade.channel is not None:
             watched[self._upgrade.channel.fileno()] = (select.POLLIN, lambda _: self._upgrade.hear())
+        if self._predecessor is not None:
+            watched[self._predecessor.fileno()] = (select.POLLIN, lambda _: self._hear_predecessor())
         control = self._control
         if control is not None:
             if not self._not_ours() and control.accepts(self.system.monotonic()):
@@ -432,6 +437,18 @@ class Master:
                 log.error("poll failed, looking at every descriptor instead: %s%s", error.strerror, also(left_out))
             # Reading each of them does not wait.
             return [(fd, events) for fd, (events, _) in watched.items()]
+
+    def _hear_predecessor(self) -> None:
+        """Give lines from the old master's workers to ours."""
+        channel = self._predecessor
+        if channel is None:
+            return
+        for message, fd in channel.receive():
+            if fd is not None:
+                self.fleet.pairing.give(fd, message.count("slot"))
+        if channel.ended:
+            channel.close()
+            self._predecessor = None
 
     def _receiver(self, worker: WorkerProcess) -> Callable[[int], None]:
         return lambda _: self.fleet.receive(worker)
@@ -540,7 +557,8 @@ class Master:
             self._pid_file_due = self._pid_file is not None
             self._write_pid_file(self.system.monotonic())
             handover, self._handover = self._handover, None
-            if not say_ready(handover):
+            told, self._predecessor = say_ready(handover, bool(self.fleet.pairing.staying()))
+            if not told:
                 log.error("the old master (pid %d) cannot be told that this one is ready", handover.pid)
         log.info(
             "listening on %s (pid %d, %s)",
@@ -702,6 +720,8 @@ class Master:
 
     def _leave_to(self, pid: int) -> None:
         self._left_to = pid
+        if self._upgrade.successor_channel is not None:
+            self.fleet.pairing.pass_on = self._upgrade.pass_on
         if self.monitor is not None:
             self.monitor.leave()
         # The service manager accepts messages from its main process only.

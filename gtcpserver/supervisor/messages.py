@@ -5,7 +5,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 
 | from a worker | means |
 | --- | --- |
-| ready | it accepts connections |
+| ready | it accepts connections; `handover` says whether it can take them from other workers |
 | failed | it could not start; `error` is the reason, `details` a traceback, `status` an exit status |
 | beat | its loop runs, `lag` seconds late |
 | stats | `stats` are its counters, `rss` its bytes of memory; each if available |
@@ -14,6 +14,9 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | dumped | its stacks are in the log |
 | connections | its table of connections |
 | selected | the answer to `select` with this `number`: `rows`, how many were `found`, how many `ended` |
+| moved | it leaves, and `moved` idle connections have moved to other workers; `staying` counts the rest by reason |
+| shared | it has given the connections that it was told to give; `moved` counts all that it has ever given |
+| alone | it leaves, and has connections that could move, but no line to a worker that takes them |
 | drained | its listening sockets are drained and closed |
 | reopen | the descriptor of the new log file did not arrive: send it again |
 | names | the files that its options name: `read` and `append` are lists of paths (`lending`) |
@@ -26,6 +29,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | retire | a successor serves the same sockets: leave them, finish the connections within `timeout` seconds |
 | stop | drain the slot's sockets for good, with `all` also the shared ones; finish within `timeout` seconds |
 | hasten | finish within `timeout` seconds from now (to a worker that is leaving) |
+| pair | a line to another worker comes with the packet: connections leave on it if `gives` (`share`: so many) |
 | halt | end every connection now |
 | unready | a stop is near: tell balancers, but serve on |
 | report | send stats |
@@ -33,6 +37,8 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | select | send the connections of `user`, `client`, `destination`, `ids`, or `end` them; `number` names the question |
 | reopen | the descriptor of a new log file comes with the packet |
 | lent | the descriptor for the question `number` comes with the packet; or `error` is an errno, and `why` a text |
+
+With `moves`, "retire" and "stop" are followed by "pair": idle connections move to other workers (`pairing`).
 """
 
 from __future__ import annotations
@@ -90,13 +96,13 @@ WORKER_KINDS = frozenset(
             "reopen",
             "stopped",
         ),
-        *("names", "unprivileged", "borrow", "enough"),
+        *("names", "unprivileged", "borrow", "enough", "moved", "alone", "shared"),
     }
 )
 MASTER_KINDS = frozenset(
-    {"retire", "stop", "hasten", "halt", "unready", "report", "connections", "select", "reopen", "lent"}
+    {"retire", "stop", "hasten", "halt", "unready", "report", "connections", "select", "reopen", "lent", "pair"}
 )
-HANDOVER_KINDS = frozenset({"ready", "failed"})
+HANDOVER_KINDS = frozenset({"ready", "failed", "pair"})
 
 
 class MessageError(ValueError):
@@ -208,6 +214,14 @@ def _is_selected(row: dict[str, Any]) -> bool:
         and all(is_number(row.get(name)) for name in SELECTED_NUMBERS)
         and isinstance(row.get("idle"), bool)
     )
+
+
+def checked_counts(value: Any) -> dict[str, int]:
+    """Return the well-formed counts of a worker, by name; leave out the rest."""
+    if not isinstance(value, dict):
+        return {}
+    good = [(key, int(count)) for key, count in value.items() if len(key) <= MAX_NAME and is_number(count)]
+    return dict(good[:MAX_NAMES])
 
 
 def checked_table(value: Any) -> list[dict[str, Any]]:

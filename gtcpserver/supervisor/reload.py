@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gtcpserver.plural import counted
 
@@ -39,7 +40,7 @@ RELOAD_CHANGES = {
     (ReloadStage.FIRST, ReloadStage.OTHERS): "the first new worker is proven",
     (ReloadStage.FIRST, ReloadStage.LETTING_GO): "it is proven, and was the only one",
     (ReloadStage.OTHERS, ReloadStage.LETTING_GO): "all new workers are proven",
-    (ReloadStage.LETTING_GO, ReloadStage.DONE): "the old ones accept no more, or 5 s are over",
+    (ReloadStage.LETTING_GO, ReloadStage.DONE): "the old ones accept no more and have handed over, or 5 s are over",
     (ReloadStage.FIRST, ReloadStage.FAILED): "a new worker fails, or a stop begins",
     (ReloadStage.OTHERS, ReloadStage.FAILED): "a new worker fails, or a stop begins",
 }
@@ -118,12 +119,15 @@ class Reload:
         return self._fleet.workers.get(worker.pid) is worker
 
     def _end_when_they_have_let_go(self) -> None:
-        accepting = any(self._is_there(one) and not one.drained for one in self._leaving)
+        there = [one for one in self._leaving if self._is_there(one)]
+        accepting = any(not one.drained or (one.handover and not one.settled) for one in there)
         if accepting and self._fleet.system.monotonic() < self._give_up_at:
             return
         self._fleet.reload = None
         self.stage = ReloadStage.DONE
-        log.info("reload %d is done; the old workers finish their connections", self.generation - 1)
+        told = describe_moves(self._leaving) or "the old workers finish their connections"
+        log.info("reload %d is done; %s", self.generation - 1, told)
+        self._fleet.moved = count_moves(self._leaving) if any(one.handover for one in self._leaving) else {}
         self._tell(None)
 
     def _start(self, slots: list[Slot]) -> None:
@@ -178,3 +182,23 @@ class Reload:
     def _tell(self, error: str | None) -> None:
         for done in self._done:
             done(error)
+
+
+def count_moves(workers: Iterable[WorkerProcess]) -> dict[str, Any]:
+    """Return how many connections workers that leave have moved to others, and how many stay, by reason."""
+    staying: Counter[str] = Counter()
+    for worker in workers:
+        staying.update(worker.staying)
+    return {"moved": sum(worker.moved for worker in workers), "staying": dict(staying)}
+
+
+def describe_moves(workers: list[WorkerProcess]) -> str:
+    """Return the same in words; "" if they do not hand over."""
+    if not any(worker.handover for worker in workers):
+        return ""
+    moves = count_moves(workers)
+    text = f"{counted(moves['moved'], 'connection')} moved"
+    if moves["staying"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(moves["staying"].items()))
+        text += f", {sum(moves['staying'].values())} finish in the old workers ({reasons})"
+    return text

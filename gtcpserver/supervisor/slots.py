@@ -88,6 +88,11 @@ class WorkerProcess:
         selected: its answers to questions about connections, by number; None until it answers.
         drained: whether its sockets are drained and closed.
         loans: the files that it may borrow.
+        handover: whether it takes connections from workers that leave, and gives its own away.
+        paired: process ids of the workers to which it has a line.
+        settled: whether, leaving, it has moved all connections that were idle.
+        moved: number of these.
+        staying: the others, by reason.
     """
 
     slot: int
@@ -120,6 +125,11 @@ class WorkerProcess:
     dump_asked_at: float | None = None
     dumped: bool = False
     loans: Loans = field(default_factory=Loans)
+    handover: bool = False
+    paired: set[int] = field(default_factory=set)
+    settled: bool = False
+    moved: int = 0
+    staying: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started_at = self.last_beat = self.system.monotonic()

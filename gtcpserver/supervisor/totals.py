@@ -11,7 +11,10 @@ Stats = dict[str, Any]
 
 #: Values of the moment, which end with their worker. Everything else counts from the start and stays.
 GAUGES = frozenset(
-    {"active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"}
+    {
+        *("active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"),
+        "staying",
+    }
 )
 
 

@@ -5,6 +5,7 @@
                                                 starts its workers: both generations accept
     "ready" (or "failed", or EOF)        <---
     workers leave their sockets, exit
+    "pair", for each of its workers      --->   gives the line to one of its own (`pairing`)
 
 Until "ready" the old master serves on, and a new one that fails changes nothing.
 """
@@ -139,11 +140,13 @@ class Upgrade:
 
     Attributes:
         channel: the channel to the new master; None if none is being started.
+        successor_channel: the same once the new master has taken over, if its workers take connections.
         stage: the stage of the upgrade.
     """
 
     def __init__(self, system: System, leave_to: Callable[[int], None]) -> None:
         self.channel: Channel | None = None
+        self.successor_channel: Channel | None = None
         self.stage = UpgradeStage.NONE
         self._system = system
         self._leave_to = leave_to
@@ -204,7 +207,7 @@ class Upgrade:
             return
         for message, _ in self.channel.receive():  # raises OSError: nothing can be read now
             if message.kind == "ready":
-                self._succeed()
+                self._succeed(message.fields.get("moves") is True)
             else:
                 self.fail(message.text("error"))
             return
@@ -236,7 +239,9 @@ class Upgrade:
                 except ProcessLookupError:
                     del self._failed[pid]  # already reaped elsewhere
 
-    def _succeed(self) -> None:
+    def _succeed(self, moves: bool) -> None:
+        if moves:
+            self.successor_channel, self.channel = self.channel, None
         self.close()
         self.stage = UpgradeStage.LEFT
         log.info("the new master (pid %d) is ready; this one's workers finish their connections", self._pid)
@@ -283,23 +288,45 @@ class Upgrade:
         if done is not None:
             done(error)
 
+    def pass_on(self, fd: int, slot: int) -> bool:
+        """Give the new master the end of a line for one of its workers; return False if not given.
+
+        Args:
+            fd: the descriptor; the caller still owns it.
+            slot: number of the slot whose worker should have it.
+        """
+        channel = self.successor_channel
+        return channel is not None and channel.send_if_clear("pair", fd, slot=slot)
+
     def close(self) -> None:
+        """Close the channel to a new master that is being started."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None
 
+    def close_in_child(self) -> None:
+        """Close the copies of the channels."""
+        self.close()
+        if self.successor_channel is not None:
+            self.successor_channel.close()
 
-def say_ready(handover: Handover) -> bool:
+
+def say_ready(handover: Handover, moves: bool = False) -> tuple[bool, Channel | None]:
     """Tell the old master that this one takes over. Called in the new master.
 
+    Args:
+        moves: whether this one's workers take connections of the old one's.
+
     Returns:
-        False if the old master could not be told.
+        Whether the old master was told; and with `moves`, the channel on which it sends "pair".
     """
-    channel: Channel = adopt(handover.channel, HANDOVER_KINDS)
-    channel.send("ready")
+    channel: Channel = adopt(handover.channel, HANDOVER_KINDS, takes_fds=True)
+    channel.send("ready", moves=moves)
     told = channel.finish(TELL_SECONDS)
+    if told and moves:
+        return told, channel
     channel.close()
-    return told
+    return told, None
 
 
 def say_failed(handover: Handover, error: str) -> None:

@@ -32,10 +32,12 @@ from gtcpserver.callables import check_hook
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.files import lent as lent_files
+from gtcpserver.handover.mover import Mover
 from gtcpserver.monitoring.connection_table import MOST, table_of
 from gtcpserver.monitoring.selection import Selection, end, rows_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.plural import counted
+from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import end_process, register
 from gtcpserver.server.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.server.server import Server, State
@@ -204,6 +206,7 @@ class _Life:
         self.order: Callable[[], gevent.Greenlet] | None = None  # begins to obey the master's order to end
         self.obeying: gevent.Greenlet | None = None
         self.borrower: Borrower | None = None
+        self.mover: Mover | None = None  # if its connections may move to other workers
         # Commands that arrived before there was a server.
         self.early: list[Message] = []
         self.in_child = False  # whether the program forked this process: it is no worker
@@ -287,8 +290,10 @@ class _Life:
         if self.hooks.worker_start is not None:
             self.hooks.worker_start(self.worker)
             self.end_child()
+        if server.moving is not None:
+            self.mover = Mover(server, self.tell_moved, partial(self.channel.send, "alone"), self.tell_shared)
         self.worker.ready = True
-        self.channel.send("ready")
+        self.channel.send("ready", handover=self.mover is not None)
         for message in self.early:
             self.obey(message)
         return server
@@ -498,6 +503,8 @@ class _Life:
             elif message.kind == "lent":
                 if self.borrower is not None:
                     self.borrower.hear(message, fd)
+            elif message.kind == "pair":
+                self.use_line(message, fd)
             elif self.worker.server is None or self.worker.server.state is State.NEW:
                 self.early.append(message)
             else:
@@ -510,6 +517,25 @@ class _Life:
             write_stderr_to(fd)
         else:  # this process had no descriptor left
             gevent.spawn_later(STATS_SECONDS, self.channel.send, "reopen")
+
+    def use_line(self, message: Message, fd: int | None) -> None:
+        if fd is None:
+            return  # this process had no descriptor left; the other end is told by the end of the line
+        if self.mover is None:
+            close_descriptor(fd)
+        elif message.fields.get("gives") is True:
+            self.mover.send_on(fd, message.count("share") if "share" in message.fields else None)
+        else:
+            self.mover.receive_on(fd)
+
+    def tell_moved(self) -> None:
+        server, mover = self.worker.server, self.mover
+        if server is not None and mover is not None:
+            self.channel.send("moved", moved=mover.moving.moved, staying=mover.staying())
+
+    def tell_shared(self) -> None:
+        if self.mover is not None:
+            self.channel.send("shared", moved=self.mover.moving.moved)
 
     def obey(self, message: Message) -> None:
         server = self.worker.server
@@ -529,9 +555,11 @@ class _Life:
             if timeout is not None:
                 gevent.spawn(server.hasten, timeout)  # after a stop that the message before began
         elif message.kind == "retire":
+            self.leave(message)
             self.end_by(self.retire, message.seconds("timeout"), message.fields.get("hurry") is not True)
         elif message.kind == "stop":
             last_of_all = message.fields.get("all") is True
+            self.leave(message)
             drained = (Use.SLOT, Use.SHARED) if last_of_all else (Use.SLOT,)
             self.end_by(self.stop, message.seconds("timeout"), drained, message.fields.get("hurry") is not True)
 
@@ -548,6 +576,11 @@ class _Life:
             except Exception as error:
                 log.warning("worker %d serves its connections by the old settings: %s", self.job.number, error)
         self.stop(timeout, (), patient)
+
+    def leave(self, message: Message) -> None:
+        """Move connections from now on, if there are workers that take them."""
+        if self.mover is not None and message.fields.get("moves") is True:
+            self.mover.leave()
 
     def stop(self, timeout: float | None, drained: Collection[Use], patient: bool = False) -> None:
         """Stop the server.

@@ -30,6 +30,7 @@ from gtcpserver import (
     Frames,
     FramingError,
     GtcpServerError,
+    HandedOver,
     HandlerPool,
     LengthPrefix,
     LimitExceeded,
@@ -143,8 +144,13 @@ def handle(conn: Connection) -> None:
         reveal_type(early.partial)  # revealed: bytes
     except (DeadlineExceeded, LimitExceeded, TLSFlood, TruncatedStream) as error:
         print(error)
+    except HandedOver:
+        raise
     conn.unread(b"x")
     conn.log_fields["user"] = "ada"
+    conn.session["user"] = "ada"
+    reveal_type(conn.session)  # revealed: dict[str, Any]
+    reveal_type(conn.resumed)  # revealed: bool
     conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sent: int = conn.sendfile("/etc/hostname") + conn.recv_to_file("/dev/null", count=10)
     print(conn.client_address, conn.server_address, conn.peer_address, conn.context, sent)
