@@ -7,7 +7,7 @@ from gtcpserver.connection.stream cimport Stream
 from gtcpserver.server.capacity cimport Capacity
 from gtcpserver.server.state cimport ServerState
 
-cdef int QUEUE_WAIT_EVERY
+cdef int _QUEUE_WAIT_EVERY
 
 
 cdef class Serving:

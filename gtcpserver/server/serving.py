@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 #: The time in the queue is measured for one accepted connection in this many: getsockopt(TCP_INFO) costs 0.8 us.
 QUEUE_WAIT_EVERY = 64
+_QUEUE_WAIT_EVERY = QUEUE_WAIT_EVERY  # compiled, a number in C
 
 
 class Serving:
@@ -102,7 +103,7 @@ class Serving:
             self._reject(connection, address)
             return
         state.accepted = number = state.accepted + 1
-        if not number % QUEUE_WAIT_EVERY:
+        if not number % _QUEUE_WAIT_EVERY:
             self._measure_queue_wait(connection)
         set_address(connection, address)
         try:
