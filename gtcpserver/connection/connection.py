@@ -744,6 +744,8 @@ class Connection(SSLMethods, HasStream, _Socket):
 
     def _drop_events_and_close(self, closefd: bool = True, error: Any = cancel_wait_ex) -> None:
         # gevent's detach() calls this.
+        if not closefd:
+            self._stream.shared = SHARED  # it lives on
         waiting = self._stream.close()
         if waiting is not None:
             self.hub.cancel_waits_close_and_then(waiting, error, self._drop_ref_on_close if closefd else id, self._sock)

@@ -65,7 +65,10 @@ _context_at: int
 _accepted_at_at: int
 
 #: A class that has one of these itself, or a method of the second line, keeps something elsewhere.
-_SLOTS = frozenset({"_sock", "hub", "_io_refs", "_closed", "client_address", "server", "context", "recv", "sendall"})
+_SLOTS = frozenset(
+    {"_closed", "_io_refs", "_sock", "_stream", "accepted_at", "client_address", "context", "hub", "idle_block", "recv"}
+    | {"sendall", "server"}
+)
 _SETTERS = frozenset({"__setattr__", "__getattribute__"})
 
 _Connection: type[Connection]

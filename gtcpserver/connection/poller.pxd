@@ -23,6 +23,7 @@ cdef class Poller:
     # Of the form that is not compiled.
     cdef object _epoll, _poll
 
+    @cython.locals(is_new=cython.bint)
     cpdef add(self, int fd)
     @cython.locals(states=list)
     cdef _make_room(self, int fd)
@@ -30,15 +31,19 @@ cdef class Poller:
     cpdef forget(self, int fd)
     @cython.locals(states=list)
     cpdef leave(self, int fd)
+    cpdef forget_dropped(self, int fd)
     cpdef ask_again(self, int fd)
+    cpdef note_empty(self, int fd)
     cpdef note_input(self, int fd)
     @cython.locals(states=list)
     cpdef waiter(self, int fd)
-    cdef _register(self, int fd)
+    cdef bint _register(self, int fd) except -1
     cdef _control(self, int operation, int fd)
     @cython.locals(states=list, me=greenlet)
     cpdef bint wait(self, int fd) except -1
     @cython.locals(states=list, fd=int, events=cython.uint)
     cdef _next(self)
+    cdef _serve(self)
 
+@cython.locals(last=Poller)
 cpdef Poller poller_of(hub)

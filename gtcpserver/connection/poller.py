@@ -13,8 +13,12 @@ of five states:
 * None: not watched;
 * FREE: no event since the last wait;
 * INPUT: an event, while no greenlet waited; the next wait returns at once;
-* ENDED: the peer has closed its side; every wait returns at once, since no event may follow;
+* ENDED: every wait returns at once, until a read finds nothing: the peer has closed its side, and no event may follow;
+  or it has sent urgent bytes, at which a read stops short (tcp(7));
 * a greenlet, which waits.
+
+An event may be that of another socket: one that had this number before, and lives on in a copy (dup(2), fork(2)), or
+whose event was fetched before its close. So every state but that of a greenlet is only a hint.
 
 A wait may return although there is nothing to read: INPUT may have been read meanwhile. For a wait to end when it must,
 its caller has found the socket empty, or has seen a read return less than it asked for; others call `ask_again` before.
@@ -63,9 +67,9 @@ MOST = 256
 #: Seconds until the hub tries again to watch the epoll instance, where the kernel has refused it.
 AGAIN_SECONDS = 0.1
 
-_IN, _HUP, _RDHUP, _ET = 0x1, 0x10, 0x2000, 0x80000000  # include/uapi/linux/eventpoll.h
-_END = _HUP | _RDHUP  # not _ERR: it does not mean that every read returns at once
-_WATCHED = _IN | _RDHUP | _ET
+_IN, _PRI, _HUP, _RDHUP, _ET = 0x1, 0x2, 0x10, 0x2000, 0x80000000  # include/uapi/linux/eventpoll.h
+_END = _HUP | _RDHUP | _PRI  # not _ERR: it does not mean that every read returns at once
+_WATCHED = _IN | _RDHUP | _PRI | _ET
 _ADD, _DEL, _MOD = 1, 2, 3
 
 # Of gevent's event masks.
@@ -114,6 +118,7 @@ class Poller:
     )
 
     def __init__(self, hub: Any) -> None:
+        self._fd = -1  # for __del__, if this fails
         self.hub = hub
         self._thread = get_ident()
         self._states: list[Any] = []
@@ -155,11 +160,14 @@ class Poller:
         if self._alarm >= 0:
             self._watch_again()
         self._make_room(fd)
-        self._register(fd)
+        is_new = self._register(fd)
+        if self._states[fd] is None:
+            self._watched += 1
+            if self._watched == 1:
+                self._watcher.ref = True  # the loop has something to wait for: otherwise gevent raises LoopExit
+        elif not is_new and self.waiter(fd) is not None:
+            return  # by way of another object: its wait goes on
         self._states[fd] = FREE
-        self._watched += 1
-        if self._watched == 1:
-            self._watcher.ref = True  # the loop has something to wait for: otherwise gevent raises LoopExit
 
     def _make_room(self, fd: int) -> None:
         # Each descriptor that an event can name has an element: compiled code does not look (the first line above).
@@ -174,7 +182,10 @@ class Poller:
             states[fd] = None
             self._watched -= 1
             if not self._watched:
-                self._watcher.ref = False
+                try:
+                    self._watcher.ref = False
+                except ValueError:
+                    pass  # the loop is destroyed
 
     def leave(self, fd: int) -> None:
         """Forget a descriptor that stays open."""
@@ -186,15 +197,29 @@ class Poller:
             except OSError:
                 pass  # what comes is not for anybody
 
-    def ask_again(self, fd: int) -> None:
-        """Make input that is there an event again, for a wait behind a read that may have left some."""
+    def forget_dropped(self, fd: int) -> None:
+        """Forget a descriptor that was closed some time ago, unless another socket with this number is watched."""
         try:
             self._control(_MOD, fd)
         except OSError:
-            self.note_input(fd)
+            self.forget(fd)
+
+    def ask_again(self, fd: int) -> None:
+        """Make input that is there an event again, for a wait behind a read that may have left some."""
+        state = self._states[fd]
+        try:
+            self._control(_MOD, fd)
+        except OSError:
+            if state is FREE or state is INPUT or state is ENDED:
+                self.forget(fd)  # the next wait adds it, or says what is wrong
         else:
-            if self._states[fd] is INPUT:
+            if state is INPUT or state is ENDED:
                 self._states[fd] = FREE  # if there is nothing, the next wait waits
+
+    def note_empty(self, fd: int) -> None:
+        """Note that a read has just found nothing: the peer's side has not ended. What comes is an event."""
+        if self._states[fd] is ENDED:
+            self._states[fd] = FREE
 
     def note_input(self, fd: int) -> None:
         """Make the next wait return at once."""
@@ -207,12 +232,15 @@ class Poller:
         state = states[fd] if 0 <= fd < len(states) else None
         return None if state is FREE or state is INPUT or state is ENDED else state
 
-    def _register(self, fd: int) -> None:
+    def _register(self, fd: int) -> bool:
+        """Return False if it was watched before, as that of another object."""
         try:
             try:
                 self._control(_ADD, fd)
-            except FileExistsError:  # it was watched before, as that of another object
+                return True
+            except FileExistsError:
                 self._control(_MOD, fd)
+                return False
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise
@@ -290,6 +318,14 @@ class Poller:
 
     def run(self) -> None:
         """Serve what has come. Called in the hub."""
+        try:
+            self._serve()
+        except BaseException as error:
+            # gevent stops the watcher of a callback that raises: nobody would get input any more.
+            self.hub.loop.run_callback(self.run)
+            self.hub.loop.run_callback(_raise, error)
+
+    def _serve(self) -> None:
         if self._alarm >= 0:
             self._watch_again()
         if self._at >= self._count:
@@ -317,32 +353,50 @@ class Poller:
 
         All that is watched is added to it in the child's first turn of the event loop: most children have none.
         """
+        number = self._fd
+        # First: if there is no descriptor for another, the parent's must not be used either.
         if cython.compiled:
+            self._fd = -1
+            close_descriptor(number)
             fd = create()
         else:
-            epoll = make_epoll()
-            fd = epoll.fileno()
-        os.dup2(fd, self._fd, inheritable=False)
-        close_descriptor(fd) if cython.compiled else epoll.close()
+            self._epoll.close()
+            self._epoll = make_epoll()
+            self._poll = self._epoll.poll
+            fd = self._epoll.fileno()
+        if fd != number:
+            os.dup2(fd, number, inheritable=False)
+            if cython.compiled:
+                close_descriptor(fd)
+        self._fd = number
         self._at = self._count = 0
         if self._watched:
-            self._alarm = os.eventfd(1, os.EFD_CLOEXEC)
+            try:
+                self._alarm = os.eventfd(1, os.EFD_CLOEXEC)
+            except OSError:
+                self._watch_again()
+                return
             self._make_room(self._alarm)
             self._control(_ADD, self._alarm)
 
     def _watch_again(self) -> None:
         alarm, self._alarm = self._alarm, -1
-        close_descriptor(alarm)
+        if alarm >= 0:
+            close_descriptor(alarm)
         for fd, state in enumerate(self._states):
             if state is None:
                 continue
             try:
                 self._register(fd)
             except OSError:
-                # Its next read says what it is.
-                self._states[fd] = INPUT
-                if state is not FREE and state is not INPUT and state is not ENDED:
-                    self.hub.loop.run_callback(state.switch)
+                self.hub.loop.run_callback(self._give_up, fd)
+
+    def _give_up(self, fd: int) -> None:
+        # The next wait adds it, or says what is wrong.
+        waiter = self.waiter(fd)
+        self.forget(fd)
+        if waiter is not None:
+            switch_to(waiter)
 
 
 _pollers: WeakSet[Poller] = WeakSet()
@@ -352,13 +406,18 @@ _last: Poller | None = None
 def poller_of(hub: Any) -> Poller:
     """Return the poller of a hub, made by the first call."""
     global _last
-    if _last is not None and _last.hub is hub:
-        return _last
+    last = _last  # of another thread in a moment
+    if last is not None and last.hub is hub:
+        return last
     poller: Poller | None = hub.__dict__.get("_gtcpserver_poller")
     if poller is None:
         poller = hub.__dict__["_gtcpserver_poller"] = Poller(hub)
     _last = poller
     return poller
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _leave_parent() -> None:

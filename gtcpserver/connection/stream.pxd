@@ -25,13 +25,16 @@ cdef class Stream:
     cdef readonly object _timer
     cdef double _read_until, _timer_at, _write_until
     cdef int _full_reads
+    cdef bint _short_is_all
 
     cpdef set_up(self, sock, hub, timeout)
     cpdef wait_readable(self)
+    cdef _wait_for_more(self)
     cpdef wait_for_input(self)
     cpdef note_input(self)
     @cython.locals(poller=Poller)
     cdef _watch_input(self)
+    cdef _watched_by(self, Poller poller)
     cdef bint _bound_read(self) except -1
     cpdef forget_bounds(self)
     cdef double _end_of_wait(self) except? -1.0
@@ -60,6 +63,9 @@ cdef class Stream:
     cpdef recv(self, Py_ssize_t bufsize, Py_ssize_t flags=*)
     cpdef recv_into(self, buffer, Py_ssize_t nbytes=*, Py_ssize_t flags=*)
     cdef _read_was_full(self)
+    @cython.locals(poller=Poller)
+    cdef _watch_before_wait(self)
+    cdef _note_end(self)
     cdef _recv_with_care(self, Py_ssize_t bufsize, Py_ssize_t flags)
     cdef _recv_rest(self, bytes data, Py_ssize_t bufsize)
     @cython.locals(data=bytes, buffer=bytearray)

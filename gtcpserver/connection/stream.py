@@ -86,6 +86,8 @@ SHARED, CHILD = 1, 2
 CLOSED = _closedsocket(-1, -1, -1, None, "closed")
 
 # As numbers: `flags & socket.MSG_PEEK` makes an enum of the result, 1 us each time.
+_TCP = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
+_STREAM = int(socket.SOCK_STREAM)
 _PEEK, _WAITALL, _DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_WAITALL), int(socket.MSG_DONTWAIT)
 
 
@@ -108,7 +110,7 @@ class Stream:
         timeout: as above; may be changed at any time between two calls.
         deadline: the monotonic time at which every call ends with DeadlineExceeded; None: no deadline.
         deadlines: all deadlines in effect; ``deadline`` is the earliest.
-        drained: the last read was short, and ``poller`` is there: wait before the next.
+        drained: the last read has emptied the socket, and ``poller`` is there: wait before the next.
         kept: bytes read ahead by ``recv_until``; the next read returns them first.
         at_eof: the peer has closed its side and everything was read.
         ending: reads that would wait return b"" instead (an idle connection that is being ended).
@@ -125,6 +127,7 @@ class Stream:
         "__weakref__",
         "_full_reads",
         "_read_until",
+        "_short_is_all",
         "_timer",
         "_timer_at",
         "_write_until",
@@ -170,6 +173,9 @@ class Stream:
         self.deadline: float | None = None
         self.deadlines: tuple[float, ...] = ()
         self._read_until = self._write_until = inf
+        # Whether a short read has emptied the socket: of TCP it has, but for urgent bytes. That of a unix socket stops
+        # at a message with descriptors (unix(7)), that of datagrams at each.
+        self._short_is_all = False
         self.drained = self.at_eof = self.ending = self.ended = self.shut_for_writing = False
         self.shared = 0
         self._full_reads = 0
@@ -183,8 +189,14 @@ class Stream:
     def wait_readable(self) -> None:
         """Wait until there is something to read (or the end, or an error).
 
-        The socket was found empty, or a read was shorter than asked for. Returns at once if input has come since.
+        The socket was found empty. Returns at once if input has come since.
         """
+        if self.poller is not None:
+            self.poller.note_empty(self.fd)
+        self._wait_for_more()
+
+    def _wait_for_more(self) -> None:
+        """Wait behind a read that may have got the peer's end as well."""
         if self.timeout is not None or self.deadline is not None:
             self._bound_read()
         try:
@@ -198,7 +210,8 @@ class Stream:
         """Wait until there is something to read, whatever the last read has left."""
         if self.poller is not None:
             self.poller.ask_again(self.fd)
-        self.wait_readable()
+        self.drained = False  # what the caller reads is not noted, and may be a part
+        self._wait_for_more()
 
     def note_input(self) -> None:
         """Make the next wait for input return at once."""
@@ -219,7 +232,11 @@ class Stream:
             gevent.sleep(seconds)
         else:
             poller.add(self.sock.fileno())
+        self._watched_by(poller)
+
+    def _watched_by(self, poller: Poller) -> None:
         self.poller = poller
+        self._short_is_all = self.sock.family in _TCP and self.sock.type == _STREAM
 
     def _bound_read(self) -> bool:
         """Note when the wait that starts now must end; False if it must not wait."""
@@ -307,6 +324,8 @@ class Stream:
             if waiter is not None:
                 raise ConcurrentObjectUseError(f"another greenlet reads from this connection: {waiter!r}")
             self.poller.leave(self.fd)
+            self.poller = None
+            self.drained = self._short_is_all = False
 
     def take_back(self) -> None:
         """Stop the callbacks: greenlets may wait again."""
@@ -416,7 +435,7 @@ class Stream:
                 self._note_thrown(error)
                 raise
             if not watched:
-                self.wait_readable()
+                self._wait_for_more()
         data: bytes | None = None
         while True:
             try:
@@ -441,9 +460,9 @@ class Stream:
             self.wait_readable()
         size = len(data)
         if size < bufsize:
-            self.drained = self.poller is not None
+            self.drained = self._short_is_all
             if not size:
-                self.at_eof = True
+                self._note_end()
         else:
             self._read_was_full()
         self.bytes_received += size
@@ -457,7 +476,7 @@ class Stream:
             view[: len(data)] = data
             return len(data)
         if self.drained and room and self.timeout != 0.0:
-            self.wait_readable()
+            self._wait_for_more()
         while True:
             try:
                 size: int = self.io.recv_into(buffer, nbytes)
@@ -473,9 +492,9 @@ class Stream:
                 raise
             self.wait_readable()
         if size < room:
-            self.drained = self.poller is not None
+            self.drained = self._short_is_all
             if not size:
-                self.at_eof = True
+                self._note_end()
         else:
             self._read_was_full()
         self.bytes_received += size
@@ -489,11 +508,28 @@ class Stream:
             self._full_reads = 0
             # Data that TLS has already decrypted does not make the socket readable.
             if self.tls is None or not self.tls.pending():
-                if self.poller is None:
-                    self._watch_input()
-                else:
+                if self.poller is not None:
                     self.poller.ask_again(self.fd)
-                self.drained = True
+                    self.drained = True
+                else:
+                    self._watch_before_wait()
+
+    def _watch_before_wait(self) -> None:
+        # Must neither wait nor fail: the caller has data that nobody else has.
+        if self.reading is None or self.reading.callback is None:
+            try:
+                poller = poller_of(self.get_hub())
+                poller.add(self.sock.fileno())
+            except OSError:
+                return  # tried again at the next wait
+            self._watched_by(poller)
+            self.drained = True
+
+    def _note_end(self) -> None:
+        """Note the peer's end. A caller that does not notice it reads on for ever: let the others run meanwhile."""
+        if self.at_eof and self.timeout != 0.0 and getcurrent() is not self.hub:
+            gevent.sleep(0)
+        self.at_eof = True
 
     def _recv_with_care(self, bufsize: int, flags: int) -> bytes:
         """Receive with flags, without waiting, within a deadline, or after ``recv_until`` has read ahead."""
@@ -508,7 +544,7 @@ class Stream:
         if flags and self.tls is not None:
             raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
         if self.drained and bufsize and not flags and self.timeout != 0.0:
-            self.wait_readable()
+            self._wait_for_more()
         while True:
             try:
                 data: bytes = self.sock.recv(bufsize, flags) if flags else self.io.recv(bufsize)
@@ -523,10 +559,11 @@ class Stream:
                 self.note(error)
                 raise
             self.wait_readable()
-        self.drained = not flags and len(data) < bufsize and self.poller is not None
+        self.drained = not flags and len(data) < bufsize and self._short_is_all
         if not flags & _PEEK:
             self.bytes_received += len(data)
-            self.at_eof = self.at_eof or (not data and bufsize > 0)
+            if not data and bufsize > 0:
+                self._note_end()
             if flags & _WAITALL and data:
                 return self._recv_rest(data, bufsize)
         return data
@@ -619,7 +656,7 @@ class Stream:
 
     def close(self) -> list[Any] | None:
         """Stop all waiting and transfers. Return the watchers with waiting greenlets, to be cancelled, or None."""
-        self.drained = False
+        self.drained = self._short_is_all = False
         self.kept = b""
         self.io = _closed
         if self._timer is not None:
@@ -628,10 +665,12 @@ class Stream:
             self._timer_at = inf
         waiting: list[Any] = []
         if self.poller is not None:
-            if self.poller.waiter(self.fd) is None:
-                self.poller.forget(self.fd)
-            else:
+            if self.poller.waiter(self.fd) is not None:
                 waiting.append(_Reader(self.poller, self.fd))
+            elif self.shared:
+                self.poller.leave(self.fd)  # the kernel forgets a descriptor when its last copy is closed
+            else:
+                self.poller.forget(self.fd)
             self.poller = None
         for watcher in (self.reading, self.writing):
             if watcher is not None:
@@ -652,7 +691,7 @@ class Stream:
 
     def leave_event_loop(self) -> None:
         """Forget, in a forked child, all that depends on the parent's event loop, which is gone."""
-        self.drained = self.ending = False
+        self.drained = self.ending = self._short_is_all = False
         self.reading = self.writing = self.poller = self._timer = self.hub = None
         self._timer_at = self._read_until = self._write_until = inf
 
@@ -694,7 +733,7 @@ class _Reader:
         return None if waiter is None else waiter.switch
 
     def close(self) -> None:
-        self._poller.forget(self._fd)
+        self._poller.leave(self._fd)
 
 
 class _Closed:
@@ -713,10 +752,13 @@ def _would_block() -> BlockingIOError:
     return BlockingIOError(EAGAIN, os.strerror(EAGAIN))
 
 
-def _stop(poller: Any, fd: int, reading: Any, timer: Any, _sock: Any) -> None:
-    # _sock: kept open until here.
+def _stop(poller: Any, fd: int, reading: Any, timer: Any, sock: Any) -> None:
+    # sock: kept open until here, unless the garbage collector has closed it: then the number may be another's.
     if poller is not None:
-        poller.forget(fd)
+        if sock.fileno() == fd:
+            poller.leave(fd)
+        else:
+            poller.forget_dropped(fd)
     for watcher in (reading, timer):
         if watcher is not None:
             watcher.close()

@@ -495,6 +495,7 @@ class TLSLayer:
                 self._stream.wait_writable()
 
     def _wait_for_record(self) -> None:
+        self._stream.drained = False  # more may follow the record
         while True:
             try:
                 self._note_without_data(self._feed_record(ahead=False))
