@@ -218,6 +218,13 @@ class TLSLayer:
             return b""
         if self._flood is not None:
             raise self._flood
+        if self._records >= RECORDS_IN_A_TURN:
+            # Here, while there is no data that a kill would lose.
+            self._records = 0
+            self._give_turn()
+        if not self._unread:
+            # Unless this call empties the socket: the event of its input may have been one with that of _do_not_wait().
+            self._was_full = True
         while True:
             record = b"" if self._unread else self._feed_record()
             try:
@@ -238,8 +245,7 @@ class TLSLayer:
         self._stream.note_input()
         self._records += 1
         if self._records >= RECORDS_IN_A_TURN:
-            self._records = 0
-            self._give_turn()
+            self._left_over = True  # the next read gives the others their turn
 
     def _is_end(self, error: OSError, record: bytes) -> bool:
         """Return True for the peer's end, False to try the next record; raise other errors."""
