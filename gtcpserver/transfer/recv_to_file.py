@@ -100,6 +100,7 @@ class _Receiving:
                 size = pipe.fill(conn.fileno(), LARGEST if self._left is None else min(self._left, LARGEST))
             except BlockingIOError:
                 PIPES.put(pipe)
+                self._pass_urgent_bytes()
                 continue
             except OSError as error:
                 PIPES.put(pipe)
@@ -118,6 +119,8 @@ class _Receiving:
                 raise
             if not size:
                 PIPES.put(pipe)
+                if self._pass_urgent_bytes():
+                    continue
                 if self._stream is not None:
                     self._stream.at_eof = True
                 break
@@ -126,6 +129,21 @@ class _Receiving:
             self._write(pipe, size)
             self._wrote(size)
         return self._written
+
+    def _pass_urgent_bytes(self) -> int:
+        """Receive where splice(2) has found nothing, or an end: it never goes past urgent bytes, as recv(2) does."""
+        try:
+            data = raw_of(self._conn).recv(BUFFER_SIZE if self._left is None else min(self._left, BUFFER_SIZE))
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            note_error(self._conn, error)
+            raise
+        if self._stream is not None:
+            self._stream.bytes_received += len(data)
+        _write_all(lambda part: os.write(self._fd, part), data)
+        self._wrote(len(data))
+        return len(data)
 
     def _write_kept(self) -> None:
         if self._stream is not None and self._stream.kept:

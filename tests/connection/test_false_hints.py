@@ -150,6 +150,22 @@ def test_what_follows_urgent_bytes_is_not_waited_for(pair, tcp_pair, kind):
     assert time.process_time() - began < 0.05
 
 
+def test_urgent_bytes_do_not_end_a_file(tcp_pair):
+    """splice(2) does not go past them: it finds nothing, or an end."""
+    connection, peer = tcp_pair()
+    with tempfile.TemporaryFile(buffering=0) as file:
+        receiver = gevent.spawn(connection.recv_to_file, file)
+        for _ in range(5):
+            peer.send(b"abc")
+            peer.send(b"X", socket.MSG_OOB)
+            gevent.sleep(0.005)
+        peer.send(b"def")
+        peer.shutdown(socket.SHUT_WR)
+        assert receiver.get(timeout=SOON) == 18
+        file.seek(0)
+        assert file.read() == b"abc" * 5 + b"def"
+
+
 def test_what_follows_a_message_with_descriptors_is_not_waited_for(pair):
     """A read of a unix socket stops short there."""
     connection, peer = pair()
