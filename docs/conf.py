@@ -48,7 +48,8 @@ nitpick_ignore_regex = [
     ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT|coroutines\.T)"),  # type variables
     ("py:class", r"gtcpserver\.(listening\.listener|connection\.stream|shared\.column|tls\.contexts)\.\w+"),
     ("py:class", r"gtcpserver\.supervisor\.(fleet|lending|system)\.\w+"),
-    ("py:class", r"gtcpserver\.proxy\.(departures|gate|limits|record|resolve|rules|succession|target|this_host)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(departures|gate|limits|record|resolve|rules|succession|target)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(this_host|upstream_group)\.\w+"),
 ]
 
 # Overloads are for type checkers. The signature beside them has all options by name, with their defaults.
