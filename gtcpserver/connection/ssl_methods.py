@@ -81,11 +81,6 @@ class SSLMethods:
         return None
 
     @property
-    def session(self) -> Any:
-        """The ssl.SSLSession."""
-        return None if self.stream.tls is None else self.stream.tls.object.session
-
-    @property
     def session_reused(self) -> bool | None:
         """Whether the client resumed an earlier session."""
         return None if self.stream.tls is None else self.stream.tls.object.session_reused

@@ -436,6 +436,7 @@ class Stream:
                 raise
             if not watched:
                 self._wait_for_more()
+            self.drained = False  # until this read has succeeded: no event follows what it leaves
         data: bytes | None = None
         while True:
             try:
@@ -477,6 +478,7 @@ class Stream:
             return len(data)
         if self.drained and room and self.timeout != 0.0:
             self._wait_for_more()
+            self.drained = False
         while True:
             try:
                 size: int = self.io.recv_into(buffer, nbytes)
@@ -545,6 +547,7 @@ class Stream:
             raise ValueError(f"flags cannot be used on an encrypted connection, got {flags}")
         if self.drained and bufsize and not flags and self.timeout != 0.0:
             self._wait_for_more()
+            self.drained = False
         while True:
             try:
                 data: bytes = self.sock.recv(bufsize, flags) if flags else self.io.recv(bufsize)

@@ -102,6 +102,11 @@ class ConnectionTLS:
         return protocol
 
     @property
+    def session(self) -> Any:
+        """The ssl.SSLSession, which ``ssl.SSLSocket`` has under this name: ``conn.session`` is the program's data."""
+        return self._object.session
+
+    @property
     def session_reused(self) -> bool:
         """Whether the client resumed an earlier session."""
         return bool(self._object.session_reused)

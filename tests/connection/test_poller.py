@@ -149,6 +149,35 @@ def test_no_read_waits_on_a_socket_without_blocking(pair, read):
         read(connection)
 
 
+@pytest.mark.parametrize("read", ["recv", "recv_into", "within a deadline"])
+def test_a_read_that_fails_leaves_its_input_to_the_next(tcp_pair, read):
+    connection, peer = tcp_pair()
+    has_waited_once(connection, peer)
+    stream = connection.stream
+
+    class FailsOnce:  # as the TLS layer does, which has read nothing of it
+        def recv(self, *_arguments):
+            stream.io = stream.sock
+            raise OSError("a flood")
+
+        recv_into = recv
+
+    def receive():
+        if read == "recv_into":
+            return connection.recv_into(bytearray(10))
+        if read == "recv":
+            return len(connection.recv(10))
+        with connection.deadline(60):
+            return len(connection.recv(10))
+
+    stream.io = FailsOnce()
+    peer.sendall(b"12345")
+    with gevent.Timeout(SOON):
+        with pytest.raises(OSError, match="a flood"):
+            receive()
+        assert receive() == 5
+
+
 def test_greenlets_take_turns_in_the_order_of_their_events(pair):
     pairs = [pair() for _ in range(20)]
     for connection, peer in pairs:

@@ -111,7 +111,7 @@ def test_a_process_of_the_preloaded_program_is_no_work_of_a_worker(start, tmp_pa
 def test_a_daemon_process_ends_with_its_worker(start, tmp_path, preload):
     master = start(CHILDREN % (False, False), "--workers", "1", *preload)
     assert ask(master.port) == b"begun\n"
-    pid = int((tmp_path / "second").read_text())
+    pid = int(wait_until((tmp_path / "second").read_text))
     try:
         assert master.stop() == 0
         with pytest.raises(ProcessLookupError):
