@@ -52,7 +52,7 @@ def test_of_a_handler_of_this_package_all_is_shown(serve: Any, connect: Any, tmp
     connect(server).sendall(b"GET / HTTP")
     wait_for_bytes(server)
     where = where_it_was_cut(server)
-    assert where[-1].startswith("handler.py in " if gtcpserver.compiled else "stream.py in ")  # compiled: no frame
+    assert where[-1].startswith("handler.py in " if gtcpserver.compiled else "poller.py in ")  # compiled: no frame
     assert any(frame.startswith("handler.py in ") for frame in where)
 
 
