@@ -87,6 +87,25 @@ def client():
         one.close()
 
 
+@pytest.fixture
+def offered(two, client):
+    """`offered()`: a connection that was offered to a new worker.
+
+    It returns the old server, its handler, the client, the new worker, and the number of the offer.
+    """
+
+    def make():
+        server, _, handler, _ = two()
+        sock = client(server)
+        ask(sock)
+        taker = Taker(server)
+        server.mover.leave()
+        (number,) = taker.offered()
+        return server, handler, sock, taker, number
+
+    return make
+
+
 def ask(sock, line=b"x\n"):
     sock.sendall(line)
     return answer(sock)
@@ -296,13 +315,8 @@ def test_a_handler_that_goes_on_after_the_move_meets_a_closed_connection(serve, 
     assert len(seen) == 2
 
 
-def test_another_handler_may_write_to_a_connection_that_is_offered(two, client):
-    a, _, at_a, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    (number,) = taker.offered()
+def test_another_handler_may_write_to_a_connection_that_is_offered(offered):
+    _, at_a, sock, taker, number = offered()
     at_a.connections[0].sendall(b"news\n")
     assert taker.hear().withdrawn == [number]
     assert answer(sock) == "news\n"
@@ -310,13 +324,8 @@ def test_another_handler_may_write_to_a_connection_that_is_offered(two, client):
     assert ask(sock) == "a 2 x False\n"
 
 
-def test_a_connection_closed_by_another_handler_while_offered_is_closed(two, client):
-    a, _, at_a, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    taker.offered()
+def test_a_connection_closed_by_another_handler_while_offered_is_closed(offered):
+    a, at_a, sock, taker, _ = offered()
     at_a.connections[0].close()
     taker.die()
     assert sock.recv(10) == b""
@@ -342,13 +351,8 @@ def test_a_timeout_while_offered_is_raised(serve, client):
     assert answer(sock) == "too late\n"  # once the offer is withdrawn, as nobody answers it
 
 
-def test_a_handler_killed_while_offered_ends_here(two, client):
-    a, _, _at_a, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    (number,) = taker.offered()
+def test_a_handler_killed_while_offered_ends_here(offered):
+    a, _, sock, taker, number = offered()
     (handler,) = a.connections().values()
     handler.kill()
     taker.say(ready=[number])
@@ -360,41 +364,26 @@ def test_a_handler_killed_while_offered_ends_here(two, client):
 # -- new workers that refuse, hang or die ------------------------------------------------------------------------------
 
 
-def test_a_refused_connection_is_served_on_and_offered_again(two, client, monkeypatch):
+def test_a_refused_connection_is_served_on_and_offered_again(offered, monkeypatch):
     monkeypatch.setattr(mover, "AGAIN_SECONDS", 0.05)
     monkeypatch.setitem(sender.PAUSING, "full", 0.01)
-    a, _, at_a, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    (number,) = taker.offered()
+    _, at_a, sock, taker, number = offered()
     taker.say(refused=[(number, "full")])
     assert ask(sock) == "a 2 x False\n"
     assert taker.offered() == [number + 1]
     assert at_a.ends == []
 
 
-def test_an_offer_that_is_not_answered_is_withdrawn(two, client, monkeypatch):
+def test_an_offer_that_is_not_answered_is_withdrawn(offered, monkeypatch):
     monkeypatch.setattr(sender, "OFFER_SECONDS", 0.05)
-    a, _, _, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    (number,) = taker.offered()
+    _, _, sock, taker, number = offered()
     sock.sendall(b"meanwhile\n")
     assert taker.hear().withdrawn == [number]
     assert answer(sock) == "a 2 meanwhile False\n"
 
 
-def test_a_new_worker_that_dies_before_go_changes_nothing(two, client):
-    a, _, at_a, _ = two()
-    sock = client(a)
-    ask(sock)
-    taker = Taker(a)
-    a.mover.leave()
-    taker.offered()
+def test_a_new_worker_that_dies_before_go_changes_nothing(offered):
+    _, at_a, sock, taker, _ = offered()
     sock.sendall(b"meanwhile\n")
     taker.die()
     assert answer(sock) == "a 2 meanwhile False\n"

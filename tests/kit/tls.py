@@ -162,3 +162,9 @@ class MemoryClient:
             received = self.sock.recv(65536)
             assert received
             self.incoming.write(received)
+
+    def records(self, *messages):
+        """Each in a record of its own, together."""
+        for message in messages:
+            self.tls.write(message)
+        return self.outgoing.read()

@@ -7,7 +7,7 @@ import pytest
 from gtcpserver import (
     TLSConfig,
 )
-from kit.tls import Files, client_context
+from kit.tls import Files, MemoryClient, client_context
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,15 @@ def tls_client(shared, connect, in_thread):
     yield open_client
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def memory_client(shared, connect, in_thread):
+    """`memory_client(server)` gives a MemoryClient whose handshake is done."""
+
+    def open_client(server, version=None):
+        client = MemoryClient(connect(server), client_context(shared.ca_file, version=version))
+        in_thread(client.handshake)
+        return client
+
+    return open_client

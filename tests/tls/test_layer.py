@@ -16,23 +16,6 @@ from kit.waiting import wait_until
 PLENTY = bytes(range(256)) * 4096  # 1 MiB
 
 
-@pytest.fixture
-def memory_client(shared, connect, in_thread):
-    def open_client(server, version=None):
-        client = MemoryClient(connect(server), client_context(shared.ca_file, version=version))
-        in_thread(client.handshake)
-        return client
-
-    return open_client
-
-
-def records(client, *messages):
-    """Each in a record of its own, together."""
-    for message in messages:
-        client.tls.write(message)
-    return client.outgoing.read()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 6, 100, 1000, 16384])
@@ -41,7 +24,7 @@ def test_records_arrive_however_they_are_cut(serve, tls, memory_client, in_threa
     server = serve(lambda conn: received.extend(iter(lambda: conn.recv(300), b"")), tls=tls)
     client = memory_client(server, version)
     messages = [bytes([i]) * (1 + i % 7 * 50) for i in range(40)]
-    data = records(client, *messages)
+    data = client.records(*messages)
 
     def send():
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -64,7 +47,7 @@ def test_a_read_of_nothing_takes_nothing(serve, tls, memory_client):
         seen.append(conn.recv(10))
 
     client = memory_client(serve(handle, tls=tls))
-    client.sock.sendall(records(client, b"hello"))
+    client.sock.sendall(client.records(b"hello"))
     wait_until(lambda: len(seen) == 4)
     assert seen == [b"", b"he", b"", b"llo"]
 
@@ -79,7 +62,7 @@ def test_pending_tells_of_what_the_socket_does_not(serve, tls, memory_client):
         seen.append("end")
 
     client = memory_client(serve(handle, tls=tls))
-    client.sock.sendall(records(client, b"12345", b"678", b"9"))
+    client.sock.sendall(client.records(b"12345", b"678", b"9"))
     wait_until(lambda: "end" in seen)
     assert seen == [b"1234", b"5", b"678", b"9", "end"]
 
@@ -141,7 +124,7 @@ def test_half_close_with_part_of_a_record_unread(serve, tls, memory_client, in_t
         seen.append(conn.bytes_received)
 
     client = memory_client(serve(handle, tls=tls))
-    client.sock.sendall(records(client, b"1234", b"56", b"789"))
+    client.sock.sendall(client.records(b"1234", b"56", b"789"))
     wait_until(lambda: len(seen) == 3)
     assert seen == [b"1", b"23456789", 9]
 
@@ -159,7 +142,7 @@ def test_plain_text_behind_the_end_of_tls(serve, tls, connect, shared, in_thread
 
     client = MemoryClient(connect(serve(handle)), client_context(shared.ca_file))
     in_thread(client.handshake)
-    data = records(client, b"hello")
+    data = client.records(b"hello")
     with contextlib.suppress(ssl.SSLWantReadError):
         client.tls.unwrap()
     client.sock.sendall(data + client.outgoing.read() + b"plain\n")
@@ -173,7 +156,7 @@ def test_a_request_that_came_with_the_handshake_is_served(serve, tls, shared, co
     def send(data):
         # The last flight, with which the client is done, and the first request in one packet.
         if client.tls.version():
-            data += records(client, b"hello")
+            data += client.records(b"hello")
         client.sock.sendall(data)
 
     in_thread(client.handshake, send)

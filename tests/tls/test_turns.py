@@ -3,30 +3,12 @@
 import socket
 
 import gevent
-import pytest
 from gevent.event import Event
 from gevent.hub import get_hub
 
 from gtcpserver.connection.tls_layer import RECORDS_IN_A_TURN
 from kit.patience import SOON
-from kit.tls import MemoryClient, client_context
 from kit.waiting import wait_until
-
-
-@pytest.fixture
-def memory_client(shared, connect, in_thread):
-    def open_client(server):
-        client = MemoryClient(connect(server), client_context(shared.ca_file))
-        in_thread(client.handshake)
-        return client
-
-    return open_client
-
-
-def records(client, *messages):
-    for message in messages:
-        client.tls.write(message)
-    return client.outgoing.read()
 
 
 def test_input_that_comes_while_a_record_is_held_is_not_missed(serve, tls, memory_client):
@@ -43,11 +25,11 @@ def test_input_that_comes_while_a_record_is_held_is_not_missed(serve, tls, memor
     server = serve(handle, tls=tls)
     client = memory_client(server)
     wait_until(lambda: conns and conns[0].stream.reader())
-    client.sock.sendall(records(client, b"0"))
+    client.sock.sendall(client.records(b"0"))
     wait_until(lambda: received and conns[0].stream.reader())
-    client.sock.sendall(records(client, b"1", b"2"))
+    client.sock.sendall(client.records(b"1", b"2"))
     wait_until(lambda: len(received) == 2)
-    client.sock.sendall(records(client, b"3"))
+    client.sock.sendall(client.records(b"3"))
     gevent.sleep(0.02)  # its event has been fetched
     goes_on.set()
     wait_until(lambda: len(received) == 4)
@@ -73,7 +55,7 @@ def test_a_kill_while_others_have_their_turn_loses_no_data(serve, tls, memory_cl
     server = serve(handle, tls=tls)
     client = memory_client(server)
     messages = [bytes([i % 256]) for i in range(number)]
-    client.sock.sendall(records(client, b"x", *messages))
+    client.sock.sendall(client.records(b"x", *messages))
     client.sock.shutdown(socket.SHUT_WR)
     wait_until(lambda: not server.active_connections)
     assert thrown

@@ -26,11 +26,9 @@ DATA = random.Random(1).randbytes(3_000_000)
 @pytest.fixture(autouse=True)
 def fresh_pipes():
     PIPES.close_unused()
-    PIPES._refused_at = -10.0
     yield
     assert PIPES.taken == 0
     PIPES.close_unused()
-    PIPES._refused_at = -10.0
 
 
 @pytest.fixture

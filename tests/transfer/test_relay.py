@@ -87,7 +87,6 @@ def relayed(cls):
 @pytest.fixture(autouse=True)
 def no_pipe_is_left():
     PIPES.close_unused()
-    PIPES._refused_at = -10.0  # noqa: SLF001  forgets that pipes were refused
     before = descriptors()
     yield
     assert PIPES.taken == 0
