@@ -51,7 +51,6 @@ class Capacity:
 
     def full(self) -> bool:
         """Return whether the accept loops must pause. Called before each accept: 0.2 us."""
-        places = self.places
         if self.service is not None and not self.service.has_room():
             return self._on_full != "reject"
         places = self.places
