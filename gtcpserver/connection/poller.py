@@ -141,7 +141,7 @@ class Poller:
         self._watcher.start(self.run)
 
     def throw(self, _error: BaseException) -> None:
-        """Try again later: the event loop cannot watch the epoll instance (called by process/watcher.py)."""
+        """Try again later: the event loop cannot watch the epoll instance (called by process/watcher.py as well)."""
         self._watcher = timer = self.hub.loop.timer(AGAIN_SECONDS)
         timer.start(self.start_watcher)
 
@@ -322,7 +322,11 @@ class Poller:
             self._serve()
         except BaseException as error:
             # gevent stops the watcher of a callback that raises: nobody would get input any more.
-            self.hub.loop.run_callback(self.run)
+            if self._at < self._count:
+                self.hub.loop.run_callback(self.run)
+            else:  # epoll_wait(2) has failed, and may fail again at once
+                self._watcher.stop()
+                self.throw(error)
             self.hub.loop.run_callback(_raise, error)
 
     def _serve(self) -> None:

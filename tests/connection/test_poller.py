@@ -1,5 +1,6 @@
 """Poller: what an edge-triggered wait must not miss, whom it switches to, and whose its epoll instance is."""
 
+import errno
 import gc
 import socket
 import struct
@@ -15,6 +16,7 @@ from gevent.hub import get_hub
 
 from gtcpserver import Connection
 from gtcpserver.connection.poller import poller_of
+from kit.forms import pure_only
 from kit.patience import SOON
 from kit.waiting import wait_until
 
@@ -227,6 +229,34 @@ def test_an_exception_that_ends_a_greenlet_costs_no_other_its_event(pair):
     finally:
         del hub.print_exception
     assert printed == [ZeroDivisionError]
+
+
+@pure_only
+def test_an_epoll_instance_that_fails_is_asked_again_later_not_at_once(pair):
+    connection, peer = pair()
+    has_waited_once(connection, peer)
+    poller = connection.stream.poller
+    asked, real = [], poller._poll  # noqa: SLF001
+
+    def fail(*arguments):
+        asked.append(arguments)
+        if len(asked) <= 2:
+            raise OSError(errno.ENOMEM, "for a while")
+        return real(*arguments)
+
+    reader = gevent.spawn(connection.recv, 100)
+    wait_until(connection.stream.reader)
+    hub = get_hub()
+    printed, hub.print_exception = [], lambda *what: printed.append(what[1])
+    poller._poll = fail  # noqa: SLF001
+    try:
+        peer.sendall(b"there all the time")
+        assert reader.get(timeout=SOON) == b"there all the time"
+    finally:
+        poller._poll = real  # noqa: SLF001
+        del hub.print_exception
+    assert len(asked) == 3
+    assert printed == [OSError, OSError]
 
 
 def test_a_second_reader_is_refused_and_the_first_keeps_its_wait(pair):
