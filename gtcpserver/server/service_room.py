@@ -42,8 +42,9 @@ class ServiceRoom:
         self._let_in = let_in
         self._enough = enough
         self._said_enough = False
-        # Made now: there may be no memory for it when it is needed.
-        self._timer: Any = get_hub().loop.timer(LOOK_SECONDS, ref=False)
+        # Made now: there may be no memory for it when it is needed. It repeats for the sake of `again`: a timer that
+        # has fired, and is started anew, fires at once (libev).
+        self._timer: Any = get_hub().loop.timer(LOOK_SECONDS, LOOK_SECONDS, ref=False)
 
     # -- max_connections ---------------------------------------------------------------------------------------------
 
@@ -63,7 +64,11 @@ class ServiceRoom:
 
     def _look_later(self) -> None:
         if not self._timer.active:
-            self._timer.start(self._let_in)  # which asks again, if a connection waits
+            self._timer.again(self._look)
+
+    def _look(self) -> None:
+        self._timer.stop()
+        self._let_in()  # which asks again, if a connection waits
 
     # -- max_accepts -------------------------------------------------------------------------------------------------
 
