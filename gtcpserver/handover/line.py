@@ -59,7 +59,9 @@ class Line:
         loop = get_hub().loop
         self._reading = loop.io(fd, 1, ref=False)
         self._writing = loop.io(fd, 2, ref=False)
-        self._timer: Any = None
+        # Made now: there may be no memory for it when it is needed. It repeats for the sake of `again`: a timer that
+        # has fired, and is started anew, fires at once (libev).
+        self._timer: Any = loop.timer(AGAIN_SECONDS, AGAIN_SECONDS, ref=False)
         self._reading.start(self._readable)
 
     def send(self, data: bytes, fds: Sequence[int]) -> bool:
@@ -72,17 +74,19 @@ class Line:
         except BlockingIOError:
             self._writing.start(self._may_send)
             return False
-        except OSError as error:
-            if error.errno in _GONE:
+        except (OSError, MemoryError) as error:
+            if _is_gone(error):
                 get_hub().loop.run_callback(self._end)
                 return True  # nobody will read it
-            self._timer = get_hub().loop.timer(AGAIN_SECONDS, ref=False)
-            self._timer.start(self._may_send)
+            # One timer, however often this is called: `again` calls it more than once.
+            if not self._timer.active:
+                self._timer.again(self._may_send)
             return False
         return True
 
     def _may_send(self) -> None:
         self._writing.stop()
+        self._timer.stop()
         self._guarded(self._again)
 
     def _readable(self) -> None:
@@ -93,8 +97,8 @@ class Line:
                 data, fds = self._receive()
             except BlockingIOError:
                 return
-            except OSError as error:
-                if error.errno in _GONE:
+            except (OSError, MemoryError) as error:
+                if _is_gone(error):
                     self._end()
                 return  # ENOMEM ...: the watcher calls again
             if not data:
@@ -136,8 +140,7 @@ class Line:
             return
         self.closed = True
         for watcher in (self._reading, self._writing, self._timer):
-            if watcher is not None:
-                watcher.stop()
+            watcher.stop()
         self._sock.close()
 
     def left_in_child(self) -> None:
@@ -146,3 +149,7 @@ class Line:
         fd = self._sock.detach()
         if fd >= 0:
             close_descriptor(fd)
+
+
+def _is_gone(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _GONE
