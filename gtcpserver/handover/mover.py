@@ -16,7 +16,7 @@ from gtcpserver.connection.moving import BUSY, session_made
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
-from gtcpserver.server.moving import FOR_NOW, Moving, Refused
+from gtcpserver.server.moving import FOR_NOW, FULL, Moving, Refused
 from gtcpserver.server.server import Server
 
 from .leaving import LeavingConnection
@@ -159,6 +159,9 @@ class Mover:
             return _Coming(self.moving, self.moving.take(state, fd))
         except Refused as refused:
             return refused.why
+        except Exception as error:  # memory ran out, or the program's class failed; the descriptor is closed
+            self._note_failure(error)
+            return FULL
 
     # -- connections that leave --------------------------------------------------------------------------------------
 
@@ -184,9 +187,12 @@ class Mover:
         try:
             do()
         except Exception as error:
-            left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
-            if left_out is not None:
-                log.exception("a handover failed%s", also(left_out))
+            self._note_failure(error)
+
+    def _note_failure(self, error: Exception) -> None:
+        left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
+        if left_out is not None:
+            log.error("a handover failed%s", also(left_out), exc_info=error)
 
     def _look(self) -> None:
         for sender, line in list(self._senders):
