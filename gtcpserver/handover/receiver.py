@@ -24,7 +24,8 @@ class Coming(Protocol):
         """Close only the descriptor, without a word to the peer. Raises nothing."""
 
 
-#: Makes a connection of a state and a descriptor, which it owns from then on. Returns the reason instead if it cannot.
+#: Makes a connection of a state and a descriptor, which it owns from then on. Returns the reason instead if it cannot;
+#: raises nothing, since other descriptors may have come with this one.
 Take = Callable[[Mapping[str, Any], int], Coming | str]
 
 
@@ -71,6 +72,9 @@ class Receiver:
             elif packet.version != messages.VERSION:
                 self._close(fds.pop())
                 self._refused.append((number, "version"))
+            elif number in self._held:  # not by an honest worker; the one that is held must not be forgotten
+                self._close(fds.pop())
+                self._refused.append((number, "state"))
             else:
                 found = self._take(state, fds.pop())
                 if isinstance(found, str):

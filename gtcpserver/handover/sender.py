@@ -162,14 +162,14 @@ class Sender:
     def hear(self, packet: Packet) -> None:
         """Handle a packet of the new worker."""
         for number, why in packet.refused:
-            entry = self._offered.pop(number, None)
+            entry = self._answered(number)
             if why in PAUSING:
                 self.paused_until = self._now() + PAUSING[why]
             if entry is not None:
                 entry[0].stays(why)
         gone = []
         for number in packet.ready:
-            entry = self._offered.pop(number, None)
+            entry = self._answered(number)
             if entry is None:
                 continue  # withdrawn meanwhile, and it will hear so
             if entry[0].give_away():
@@ -186,6 +186,10 @@ class Sender:
         self.flush()
         for one in gone:
             one.tell()
+
+    def _answered(self, number: int) -> tuple[Leaving, float] | None:
+        # A worker that was taken over may answer what was not sent yet: the offer must not end before it.
+        return None if number in self._unsent else self._offered.pop(number, None)
 
     def look(self) -> None:
         """Withdraw the offers that were not answered in time. Call a few times a second."""
