@@ -24,7 +24,8 @@ __all__ = ["Column", "Found", "now"]
 
 SEEN, OPEN, START, SPENT = range(WORDS)
 
-#: Largest count of one entry. More is damage.
+#: Largest count. More is damage, which must not grow until it is no word of 8 bytes any more: storing that would fail
+#: for each connection of the client, in all later processes.
 MOST_SPENT = 2**48
 
 _COUNT = 2**32 - 1
@@ -144,7 +145,9 @@ class Column:
 
     def add(self, name: str, count: int) -> None:
         """Add to one of NUMBERS of this process."""
-        self._words[self._memory.number_at(name) + self._number] += count
+        at = self._memory.number_at(name) + self._number
+        value = self._words[at] + count
+        self._words[at] = value if 0 <= value < MOST_SPENT else max(0, count)
 
     def number(self, name: str) -> int:
         """Return the sum of one of NUMBERS over all columns."""
@@ -188,7 +191,8 @@ class Column:
         """Count tokens that this process has given a client in the busy time that began at `since`."""
         words = self._words
         if since <= words[entry + START] <= words[entry + SEEN]:  # not later than now: that is damage
-            words[entry + SPENT] += amount
+            spent = words[entry + SPENT] + amount
+            words[entry + SPENT] = spent if -MOST_SPENT < spent < MOST_SPENT else amount
         else:
             words[entry + SPENT] = amount  # first: with the old START it counts for nothing
             words[entry + START] = since

@@ -223,10 +223,10 @@ class SharedMemory:
             False if it is younger, or another master does it.
         """
         at = self.tickets_at // 8
-        if monotonic_ns() - self.words[at + 1] < after * 1e9 or not self._lock(self.columns):
+        if self._is_young(at, after) or not self._lock(self.columns):
             return False
         try:
-            if monotonic_ns() - self.words[at + 1] < after * 1e9:
+            if self._is_young(at, after):
                 return False
             version = (self.words[at] + 1) & 0x7FFFFFFF
             place = self.tickets_at + 16 + version % TICKET_SECRETS * KEY_BYTES
@@ -236,6 +236,10 @@ class SharedMemory:
         finally:
             fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.columns)
         return True
+
+    def _is_young(self, at: int, after: float) -> bool:
+        # A time in the future is damage: it must not keep for good the secrets that a compromised worker has read.
+        return 0 <= monotonic_ns() - self.words[at + 1] < after * 1e9
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from gtcpserver.proxy import limits as proxy_limits
 from gtcpserver.proxy import passwords
 from gtcpserver.proxy.limits import LimitKeeper, Limits, SharedBucket, TokenBucket
 from gtcpserver.proxy.passwords import Failures
-from gtcpserver.shared.column import MOST_DIGESTS, Column
-from gtcpserver.shared.memory import CLAIMED, LEAST_COLUMNS, WAYS, SharedMemory, clients_of, columns_for, size_of
+from gtcpserver.shared.column import MOST_DIGESTS, SEEN, SPENT, Column
+from gtcpserver.shared.memory import CLAIMED, LEAST_COLUMNS, WAYS, WORDS, SharedMemory, clients_of, columns_for, size_of
 
 ADA, BOB = ("192.0.2.1", 1), ("192.0.2.2", 1)
 
@@ -253,3 +253,24 @@ def test_an_empty_memory_takes_none(memory):
     resident = next(line for line in lines[at:] if line.startswith("Rss:"))
     assert int(resident.split()[1]) <= 16, resident  # KiB
     assert os.fstat(memory.fd).st_size > 40 * 2**20
+
+
+def test_counts_that_are_about_to_overflow_fail_nothing(small, clock):
+    """In each later process, too: the memory outlives the one that has damaged it."""
+    limits = limits_of(small, count=1, new_per_second=1, burst=5)[0]
+    column = Column(small, 0)
+    failures = Failures()
+    failures.share(Column(small, 2), "users")
+    for extreme in (2**63 - 1, -(2**63)):
+        assert limits.enter(ADA) is None
+        failures.note(ip_address("192.0.2.1"), b"ada")
+        for entry in range(small.entries_at, len(small.words), WORDS):
+            if small.words[entry + SEEN]:
+                small.words[entry + SPENT] = extreme
+        small.words[small.number_at("accepted")] = extreme
+        assert limits.enter(ADA) in (None, "client_rate")
+        failures.note(ip_address("192.0.2.1"), b"ada")
+        failures.forget(ip_address("192.0.2.1"), b"ada")
+        column.add("accepted", 1)
+        assert column.number("accepted") >= 0
+        clock(10)

@@ -146,3 +146,13 @@ def test_nothing_stays_open_when_it_cannot_be_made(monkeypatch):
     with pytest.raises(OSError, match="Cannot allocate memory"):
         SharedMemory.make(1)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_time_in_the_future_does_not_keep_secrets(memory):
+    old = memory.ticket_secrets()[0]
+    memory.words[memory.tickets_at // 8 + 1] = 2**62
+    assert memory.rotate_tickets(3600.0)
+    assert memory.ticket_secrets()[1] == old
+    assert not memory.rotate_tickets(3600.0)
+    memory.words[memory.tickets_at // 8 + 1] = 2**62
+    assert memory.rotate_tickets()
