@@ -55,7 +55,7 @@ class Pairing:
         elif not self._fleet.stopping:
             staying = self.staying()
             for worker in leaving:
-                for other in sorted(staying, key=lambda one: one.slot != worker.slot)[:MOST_LINES]:
+                for other in _takers(staying, worker.slot)[:MOST_LINES]:
                     self._join(worker, other)
 
     @staticmethod
@@ -98,10 +98,15 @@ class Pairing:
             slot: number of the slot whose worker should have it.
         """
         try:
-            takers = sorted(self.staying(), key=lambda one: one.slot != slot)
+            takers = _takers(self.staying(), slot)
             if takers and not self._fleet.stopping:
                 takers[0].channel.send_if_clear("pair", fd, gives=False)
             elif self.pass_on is not None:  # this master has been replaced, too
                 self.pass_on(fd, slot)
         finally:
             close_descriptor(fd)
+
+
+def _takers(staying: list[WorkerProcess], slot: int) -> list[WorkerProcess]:
+    # First its own slot, then those behind it: of more than MOST_LINES, the first ones would get nearly everything.
+    return sorted(staying, key=lambda one: (one.slot < slot, one.slot))
