@@ -127,6 +127,8 @@ class AgentCheck:
             self._clients[fd] = client, self._master.system.monotonic() + CLIENT_SECONDS
 
     def _discard(self, fd: int) -> None:
+        if fd not in self._clients:
+            return  # it has made room for another one in this turn
         client, _ = self._clients[fd]
         try:
             if client.recv(4096):  # agent-send, which tells us nothing
