@@ -34,7 +34,7 @@ class Rebalance:
         self._before: dict[WorkerProcess, int] = {}  # of those that give: how many they had given before
         self._moved = 0
         workers = fleet.pairing.staying()
-        for giver, taker, count in shares([worker.stats.get("active", 0) for worker in workers]):
+        for giver, taker, count in shares([max(0, int(worker.stats.get("active", 0))) for worker in workers]):
             if fleet.pairing.share(workers[giver], workers[taker], count):
                 self._before[workers[giver]] = workers[giver].stats.get("moved", 0)
 
