@@ -85,13 +85,15 @@ class Freeze:
         self.reader = stream.reader()
         self._where = _where(self.reader)
         self._touched = touched
+        # First: without memory for them, nothing has changed. Two of them: compiled code calls the kernel directly
+        # where both are one.
+        guard, guard_of_io = _Guard(self), _Guard(self)
         if stream.poller is not None:
             stream.poller.leave(stream.fd)  # no event wakes the greenlet any more
         # A read must ask the socket, which is the guard.
         stream.drained = False
-        stream.sock = connection._sock = _Guard(self)
-        # Another guard: compiled code calls the kernel directly where both are one.
-        stream.io = _Guard(self)
+        stream.sock = connection._sock = guard
+        stream.io = guard_of_io
 
     def still_waits(self) -> bool:
         """Return whether the greenlet that waited to read does so still: nothing has woken it."""

@@ -88,7 +88,11 @@ class LeavingConnection:
             self.stays(why)
             return False
         self._worker = worker
-        self._freeze = Freeze(connection, self._touched)
+        try:
+            self._freeze = Freeze(connection, self._touched)
+        except MemoryError:
+            self.stays(BUSY)  # its handler may wait for the outcome
+            return False
         return True
 
     def note_offer(self, sender: Sender, number: int) -> None:
