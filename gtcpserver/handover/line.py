@@ -101,14 +101,13 @@ class Line:
                 if _is_gone(error):
                     self._end()
                 return  # ENOMEM ...: the watcher calls again
-            if not data:
-                self._end()
-                return
             try:
                 packet = decode(data)
             except PacketError:
                 for fd in fds:
                     close_descriptor(fd)
+                if not data:
+                    self._end()
                 continue  # the other side withdraws what is not answered
             self._guarded(self._hear, packet, fds)
 

@@ -77,3 +77,15 @@ def test_a_line_hears_again_when_there_is_memory(ends):
     line.socket.error = None
     gevent.sleep(0.01)
     assert [packet.ready for packet in line.heard] == [[1]]
+
+
+def test_descriptors_without_a_packet_are_closed(ends):
+    line, there = ends
+    mine, theirs = socket.socketpair()
+    socket.send_fds(there, [b""], [theirs.fileno()])
+    theirs.close()
+    gevent.sleep(0.01)
+    assert line.closed
+    mine.setblocking(False)
+    assert mine.recv(1) == b""
+    mine.close()
