@@ -205,7 +205,7 @@ def test_clients_beyond_the_table_are_still_counted_by_their_process(small):
     assert [other.enter(client) for client in clients] == [None] * len(clients)
 
 
-def testdigests_that_are_remembered_are_bounded(memory):
+def test_digests_that_are_remembered_are_bounded(memory):
     column = Column(memory, 0)
     for number in range(MOST_DIGESTS + 10):
         column.find(b"%d" % number)
