@@ -142,7 +142,7 @@ def _server(text: str) -> list[Any]:
     try:
         # Numbers alone: no lookup. An IPv6 address may have a zone.
         found = socket.getaddrinfo(text, 53, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: Python's own, of labels that are empty or too long
         return []
     return [found[0][4]]
 

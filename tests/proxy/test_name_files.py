@@ -28,6 +28,10 @@ def environment(monkeypatch):
             ResolvConf(servers=(("192.0.2.1", 53), ("::1", 53, 0, 0))),
         ),
         (
+            f"nameserver a..b\nnameserver \ufffd\nnameserver {'9' * 64}\nnameserver 192.0.2.1\nsearch\n",
+            ResolvConf(servers=(("192.0.2.1", 53),)),
+        ),
+        (
             "nameserver 192.0.2.1\n" * 9 + "search\nnameserver\nnonsense\n",
             ResolvConf(servers=(("192.0.2.1", 53),) * 3),
         ),
