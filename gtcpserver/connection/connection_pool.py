@@ -61,7 +61,8 @@ class ConnectionPool:
         tls: True for TLS with verified certificates, or a ``gevent.ssl.SSLContext``. The connections are
             ``gevent.ssl.SSLSocket`` then (``Frames(conn, ...)`` reads messages of them); None: plain text.
         server_hostname: name to check the certificate against; None: the host of ``address``.
-        check: called with a connection before it is reused; False or an OSError closes it, and another one is tried.
+        check: called with a connection before it is reused; False, an OSError or an EOFError closes it,
+            and another one is tried.
         connection_class: as for :func:`connect`.
 
     Attributes:
@@ -191,7 +192,7 @@ class ConnectionPool:
             if self._is_quiet(conn) and not self._is_old(made_at):
                 self._dial.set_timeout(conn)
                 good = self._check is None or self._check(conn) is not False
-        except OSError:
+        except (OSError, EOFError):
             pass  # of the check: the backend has gone
         finally:
             if not good:

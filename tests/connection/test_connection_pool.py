@@ -114,13 +114,14 @@ def test_one_whose_block_raised_or_closed_it_or_left_bytes_is_not_kept(pooled):
     assert ask(pool) == b"HELLO"
 
 
-def test_a_check_may_refuse_one(pooled):
+@pytest.mark.parametrize("error", [ConnectionResetError, EarlyEOF("closed")])
+def test_a_check_may_refuse_one(pooled, error):
     seen = []
 
     def check(conn):
         seen.append(conn)
         if len(seen) == 2:
-            raise ConnectionResetError
+            raise error
         return len(seen) != 1
 
     pool = pooled(check=check)
