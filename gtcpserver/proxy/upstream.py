@@ -243,9 +243,15 @@ def parse_upstream(
         target = parse_authority(where.removesuffix("/"))
     except BadTarget as error:
         raise ConfigError(f"{expected}, got {_without_password(url)!r} ({error})") from None
-    user, _, password = map(unquote_to_bytes, userinfo.partition(":"))
+    try:
+        user, _, password = map(unquote_to_bytes, userinfo.partition(":"))
+    except UnicodeEncodeError:  # from the command line, in another encoding
+        raise ConfigError(f"{expected}: user and password must be UTF-8, or percent-encoded") from None
     if bool(user) != bool(password):
         raise ConfigError(f"{expected}: a user and a password, or none of them")
+    if scheme == "http" and b":" in user:
+        # The other proxy would take what follows for the password (RFC 7617 section 2).
+        raise ConfigError(f"{expected}: HTTP has no users with a colon")
     if scheme == "socks5" and not max(len(user), len(password)) <= 255:
         raise ConfigError(f"{expected}: SOCKS5 has users and passwords of 255 bytes at most")
     return Upstream(

@@ -75,7 +75,11 @@ def test_urls():
     assert (one.scheme, one.user, one.password, str(one.target)) == ("socks5", b"a:b", b"p@w", "[2001:db8::1]:1080")
     assert parse_upstream("a", "http://proxy.example:3128/").target.host == "proxy.example"
     assert "p@w" not in repr(one)
-    for url in ("http://x", "x:1", "socks4://x:1", "http://x:1/path", "http://x:1?q", "http://u@x:1", "http://:p@x:1"):
+    for url in (
+        *("http://x", "x:1", "socks4://x:1", "http://x:1/path", "http://x:1?q", "http://u@x:1", "http://:p@x:1"),
+        "http://u%3Av:p@x:1",  # which is the user "u"
+        "http://u\udcff:p@x:1",  # an argument that is not UTF-8
+    ):
         with pytest.raises(ConfigError, match="the url of upstream 'a' must be"):
             parse_upstream("a", url)
     with pytest.raises(ConfigError) as raised:
