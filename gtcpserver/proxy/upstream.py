@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
 
+from gtcpserver.connection.back_off import OUR_OWN
 from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.proxy_header import ProxyVersion, header_of
 from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
@@ -119,9 +120,9 @@ class Upstream:
                 connection = dial(self.target)
             else:
                 connection = self.through.connect(self.target, dial, client, hops)
-        except LimitReached:
-            raise  # not the proxy's fault
         except OSError as error:
+            if isinstance(error, LimitReached) or error.errno in OUR_OWN:
+                raise  # not the proxy's fault
             # Without its number: a refusal by the proxy, or one before it, says nothing about the destination.
             why = error.strerror or str(error)
             raise UpstreamUnreachable(errno.EIO, f"upstream {self.name} cannot be reached: {why}") from None

@@ -1,5 +1,6 @@
 """Groups of upstreams: which member is asked, and what happens when one cannot be reached."""
 
+import errno
 import logging
 import socket
 from collections import Counter
@@ -37,6 +38,16 @@ class FakeConnection:
 
     def fileno(self):
         return -1 if self.closed else 7
+
+
+@pytest.mark.parametrize("through", [None, parse_upstream("first", "http://192.0.2.2:1")])
+def test_a_proxy_is_not_blamed_for_what_this_host_lacks(through):
+    def dial(target):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with pytest.raises(OSError, match="too many open files") as caught:
+        parse_upstream("a", "http://192.0.2.1:1", through).reach(dial, FakeConnection())
+    assert not isinstance(caught.value, UpstreamUnreachable)
 
 
 def test_first_and_round_robin():
