@@ -201,6 +201,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         name, colon, password = text.partition(":")
         if not colon or not name or not password:
             raise click.UsageError(f"--user: must be NAME:PASSWORD, got {name + ':...' if colon else text!r}")
+        _check_utf8("--user", text)
         users[name] = hash_password(password.encode())
     has_users = bool(users or options["htpasswd"])
     with_auth = f" with auth {USERS}" if has_users else ""
@@ -248,6 +249,14 @@ def _read(read: Callable[[str], Any], option: str, path: str) -> Any:
         raise click.UsageError(f"{option}: {error}") from None
 
 
+def _check_utf8(option: str, secret: str) -> None:
+    """Raise click.UsageError for an argument in another encoding, without the argument."""
+    try:
+        secret.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{option}: must be UTF-8") from None
+
+
 def _has_password(url: str | None) -> bool:
     return ":" in (url or "").partition("://")[2].rpartition("@")[0]
 
@@ -270,4 +279,5 @@ def hash_password_command(context: click.Context, /, password: str) -> None:
         click.echo("gtcpserver: --password is visible to every user of this host (ps): leave it out", err=True)
     if not password:
         raise ConfigError("the password must not be empty")
+    _check_utf8("--password", password)
     click.echo(hash_password(password.encode()))

@@ -87,6 +87,12 @@ class Dial:
             tls.load_default_certs()
         elif tls is not None and not isinstance(tls, gevent.ssl.SSLContext):
             raise ConfigError(f"tls must be True or a gevent.ssl.SSLContext, got {tls!r}")
+        if not (server_hostname is None or (isinstance(server_hostname, str) and server_hostname)):
+            raise ConfigError(
+                f"server_hostname must be a name, or None for that of the address, got {server_hostname!r}"
+            )
+        if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):
+            raise ConfigError(f"connection_class must be a subclass of Connection, got {connection_class!r}")
         if server_hostname is None and parsed.kind == "tcp":
             server_hostname = parsed.host
         if tls is not None and tls.check_hostname and server_hostname is None:

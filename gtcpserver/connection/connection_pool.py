@@ -16,7 +16,7 @@ from gevent.lock import Semaphore
 from gevent.monkey import get_original
 
 from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.errors import GtcpServerError
+from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.process.forked import close_in_child, keep
 
 from .back_off import OUR_OWN, BackOff, Dial
@@ -95,6 +95,8 @@ class ConnectionPool:
         check_number("retry_for", retry_for, least=0)
         check_number("idle_timeout", idle_timeout, above=0)
         check_number("max_age", max_age, above=0, none="for no limit")
+        if check is not None and not callable(check):
+            raise ConfigError(f"check must be a function that takes a connection, or None, got {check!r}")
         self._dial = Dial(address, connect_timeout, timeout, tls, server_hostname, connection_class)
         self._size = size
         self._wait_timeout = wait_timeout

@@ -64,7 +64,7 @@ class LengthPrefix:
     def __init__(
         self, size: PrefixSize = 4, limit: int = DEFAULT_LIMIT, byteorder: Literal["big", "little"] = "big"
     ) -> None:
-        if size not in get_args(PrefixSize) or isinstance(size, bool):
+        if size not in get_args(PrefixSize) or not isinstance(size, (int, str)) or isinstance(size, bool):
             raise ConfigError(f'prefix must be 1, 2, 4, 8 or "varint", got {size!r}')
         if byteorder not in ("big", "little"):
             raise ConfigError(f'byteorder must be "big" or "little", got {byteorder!r}')

@@ -305,6 +305,11 @@ def test_a_forked_child_leaves_the_parent_s_connections(pooled, backend):
         ({"retry_for": -1}, "retry_for must be"),
         ({"tls": "yes"}, "tls must be True or a gevent.ssl.SSLContext"),
         ({"address": "unix:/x", "tls": True}, "server_hostname is needed"),
+        ({"server_hostname": 5}, "server_hostname must be"),
+        ({"server_hostname": ""}, "server_hostname must be"),
+        ({"connection_class": 3}, "connection_class must be"),
+        ({"connection_class": socket.socket}, "connection_class must be"),
+        ({"check": True}, "check must be"),
     ],
 )
 def test_arguments_that_cannot_be(options, told):

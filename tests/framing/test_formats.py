@@ -148,6 +148,7 @@ def test_what_cannot_be_sent(framing, message, error) -> None:
     [
         (lambda: LengthPrefix(3), 'prefix must be 1, 2, 4, 8 or "varint", got 3'),
         (lambda: LengthPrefix(True), 'prefix must be 1, 2, 4, 8 or "varint", got True'),
+        (lambda: LengthPrefix(4.0), 'prefix must be 1, 2, 4, 8 or "varint", got 4.0'),
         (lambda: LengthPrefix(byteorder="middle"), 'byteorder must be "big" or "little"'),
         (lambda: LengthPrefix(limit=-1), "limit must be"),
         (lambda: Netstrings(None), "limit must be"),

@@ -251,6 +251,8 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert run("check", f"{tmp_path}/bad.toml") == (2, wrong)
     assert run("--config", f"{tmp_path}/bad.toml") == (2, wrong)
     assert run("--user", "ada") == (2, "gtcpserver: --user: must be NAME:PASSWORD, got 'ada'")
+    assert run("--user", "ad\udcff:secret") == (2, "gtcpserver: --user: must be UTF-8")
+    assert run("hash-password", "--password", "\udcff")[1].endswith("gtcpserver: --password: must be UTF-8")
     assert "opens the proxy" in run("--mixed", "0.0.0.0:0", "--allow-client", "0.0.0.0/0")[1]
     assert run("--config", "x", "--socks", "127.0.0.1:1")[1].endswith("--socks: cannot be used together with --config")
     status, said = run("check", str(EXAMPLES / "personal.toml"))
