@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
 from gevent import monkey
@@ -120,10 +120,10 @@ def _saves(watched: Watched, in_folders: dict[str, Mark], named: dict[str, Mark]
     spent = 0.0
     while True:
         touched = wait(max(LOOK_SECONDS, spent / MOST_BUSY))
-        began = monotonic()
+        began = process_time()  # without the pauses in `_settled`
         new_named = _settled(watched.named, named)
         new_in_folders = _settled(watched.in_folders, in_folders) if touched else in_folders
-        spent = monotonic() - began
+        spent = process_time() - began
         paths = sorted({*changed(named, new_named), *changed(in_folders, new_in_folders)})
         in_folders, named = new_in_folders, new_named
         yield paths
