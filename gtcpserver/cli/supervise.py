@@ -13,7 +13,7 @@ import gevent
 
 from gtcpserver.address import Address
 from gtcpserver.diagnostics.block_detector import BlockDetector
-from gtcpserver.errors import ConfigError
+from gtcpserver.errors import ConfigError, GtcpServerError
 from gtcpserver.files.trusted_path import UntrustedPath, check_content
 from gtcpserver.server.server import Server
 from gtcpserver.supervisor import (
@@ -140,6 +140,10 @@ def supervise(
             Master(program, config).run(listen_fds)
     except WorkersCannotStart as error:
         raise StartError(error) from None
+    except ConfigError:
+        raise
+    except GtcpServerError as error:  # it cannot take over from another master
+        raise RunError(str(error)) from None
     except OSError as error:
         message = name_option(error.strerror or str(error))
         option = next((option for what, option in OPTION_OF.items() if message.startswith(what)), "")

@@ -118,7 +118,7 @@ def take_handover() -> Handover | None:
         if control is not None:
             control = (control[0], control[1], _pair(control[2]))
         handover = Handover(sockets=sockets, metrics=metrics, agent=agent, control=control, **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise GtcpServerError(f"cannot take over from the running master: {error}") from None
     return handover
 

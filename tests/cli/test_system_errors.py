@@ -10,6 +10,15 @@ from gtcpserver.cli.commands import run
 from gtcpserver.proxy import handler
 
 
+@pytest.mark.parametrize("left", ["x", "[]", "3", '{"sockets": []}', '{"sockets": [3]}'])
+def test_what_another_master_has_left_and_nobody_can_read_is_told_in_one_line(monkeypatch, capsys, left):
+    monkeypatch.setenv("GTCPSERVER_HANDOVER", left)
+    assert run(["echo", "--bind", "127.0.0.1:0", "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gtcpserver: cannot take over from the running master: ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
