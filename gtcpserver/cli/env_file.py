@@ -15,6 +15,9 @@ COMMANDS = ("serve", "echo", "forward", "files", "proxy", "config")
 #: Names of the variables that come from the file: the next master of an upgrade, which inherits them, reads it again.
 FROM_FILE = "GTCPSERVER_FROM_ENV_FILE"
 
+#: A longer file is some other file, or endless. The same as of files with passwords (`secret_files`).
+LARGEST = 1024 * 1024
+
 _LINE = re.compile(
     r"""(?:export\s+)?(?P<name>[A-Za-z_]\w*)\s*=\s*
     (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>(?!['"]).*?) )
@@ -40,10 +43,12 @@ def load(arguments: Sequence[str], environment: MutableMapping[str, str] = os.en
     if not path or command not in COMMANDS or {"-h", "--help"} & {*arguments}:
         return
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
+            text = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         raise BadEnvFile(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(text) > LARGEST:
+        raise BadEnvFile(f"cannot read {path!r}: it must have at most {LARGEST} characters")
     new = {name: value for name, value in parse(text, path).items() if name not in environment}
     environment.update(new)
     if new:
@@ -63,7 +68,7 @@ def _path(arguments: Sequence[str]) -> str:
 def parse(text: str, path: str) -> dict[str, str]:
     """Return the variables of a file's text. Raise BadEnvFile, which names the line."""
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue

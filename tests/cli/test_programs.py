@@ -122,7 +122,7 @@ def test_variables_of_a_file_are_settings_and_the_program_s(start, tmp_path) -> 
 
 def test_what_is_set_stays_and_the_names_of_the_rest_are_kept(tmp_path) -> None:
     path = tmp_path / "env"
-    path.write_text("A=file\nB=file\n")
+    path.write_text("\ufeffA=file\nB=file\n")
     environment = {"A": "before", "GTCPSERVER_ENV_FILE": str(path)}
     env_file.load(["serve", "app:handle"], environment)
     assert environment == {
@@ -149,6 +149,7 @@ def test_what_is_set_stays_and_the_names_of_the_rest_are_kept(tmp_path) -> None:
         ("X=a=b", "a=b"),
         ("X=it's", "it's"),
         ("X=ü", "ü"),
+        ("X=a\u2028b\x0cc", "a\u2028b\x0cc"),  # for str.splitlines these are ends of lines
     ],
 )
 def test_values(line, value) -> None:
@@ -165,7 +166,13 @@ def test_a_line_that_is_no_assignment_is_named_but_not_shown(line) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(None, "cannot read"), (b"\xff", "cannot read"), (b"oops", "env line 1: must be")]
+    ("content", "told"),
+    [
+        (None, "cannot read"),
+        (b"\xff", "cannot read"),
+        (b"\xef\xbb\xbfoops", "env line 1: must be"),
+        (b"A=" + b"a" * env_file.LARGEST, "must have at most 1048576 characters"),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_a_usage_error(tmp_path, content, told) -> None:
     if content is not None:
