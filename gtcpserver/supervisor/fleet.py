@@ -219,8 +219,7 @@ class Fleet:
         if message.kind == "beat":
             worker.note_beat(max(0.0, message.number("lag")))
         elif message.kind == "ready":
-            worker.handover = message.fields.get("handover") is True
-            self._is_ready(worker)
+            self._is_ready(worker, message)
         elif message.kind == "failed":
             worker.failure = message.text("error") or "no reason given"
             worker.details = message.text("details")
@@ -241,7 +240,8 @@ class Fleet:
         elif message.kind in ("names", "unprivileged", "borrow"):
             worker.loans.hear(message, worker.channel)
         elif message.kind == "enough":
-            self.enough()
+            worker.said_enough = True  # perhaps before it is ready
+            self._end_if_enough(worker)
         elif message.kind == "moved":
             worker.settled = True
             worker.moved = message.count("moved")
@@ -260,7 +260,12 @@ class Fleet:
             self.finished += message.count("finished")
             self.ended += message.count("ended")
 
-    def _is_ready(self, worker: WorkerProcess) -> None:
+    def _is_ready(self, worker: WorkerProcess, message: Message) -> None:
+        if not worker.has_begun:  # before it serves: what strangers make of it later does not count
+            worker.has_begun = True
+            worker.handover = message.fields.get("handover") is True
+            worker.ends_service = message.fields.get("ends") is True
+            self._end_if_enough(worker)
         if worker.state is not WorkerState.STARTING:
             return  # it was told to leave in the meantime
         worker.state = WorkerState.READY
@@ -270,6 +275,10 @@ class Fleet:
         log.info(
             "worker %d (pid %d) is ready after %.2f s", slot.number, worker.pid, worker.ready_at - worker.started_at
         )
+
+    def _end_if_enough(self, worker: WorkerProcess) -> None:
+        if worker.ends_service and worker.said_enough:
+            self.enough()
 
     def proven(self, worker: WorkerProcess) -> bool:
         """Return whether a new worker has survived its probation, so that the worker it replaces may leave."""

@@ -5,12 +5,12 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 
 | from a worker | means |
 | --- | --- |
-| ready | it accepts connections; `handover` says whether it can take them from other workers |
+| ready | it accepts connections; `handover`: it can take them from other workers; `ends`: it has `max_accepts` |
 | failed | it could not start; `error` is the reason, `details` a traceback, `status` an exit status |
 | beat | its loop runs, `lag` seconds late |
 | stats | `stats` are its counters, `rss` its bytes of memory; each if available |
 | retire | it asks for a successor; `why` is the reason |
-| enough | the workers together have accepted `max_accepts` connections |
+| enough | the workers together have accepted `max_accepts` connections; counts only with `ends` |
 | dumped | its stacks are in the log |
 | connections | its table of connections |
 | selected | the answer to `select` with this `number`: `rows`, how many were `found`, how many `ended` |

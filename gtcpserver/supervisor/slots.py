@@ -88,6 +88,9 @@ class WorkerProcess:
         selected: its answers to questions about connections, by number; None until it answers.
         drained: whether its sockets are drained and closed.
         loans: the files that it may borrow.
+        has_begun: whether it was ready once.
+        ends_service: whether its program has `max_accepts`, so that it may tell the service to stop.
+        said_enough: whether it has told it to.
         handover: whether it takes connections from workers that leave, and gives its own away.
         paired: process ids of the workers to which it has a line.
         settled: whether, leaving, it has moved all connections that were idle.
@@ -125,6 +128,9 @@ class WorkerProcess:
     dump_asked_at: float | None = None
     dumped: bool = False
     loans: Loans = field(default_factory=Loans)
+    has_begun: bool = False
+    ends_service: bool = False
+    said_enough: bool = False
     handover: bool = False
     paired: set[int] = field(default_factory=set)
     settled: bool = False

@@ -293,7 +293,7 @@ class _Life:
         if server.moving is not None:
             self.mover = Mover(server, self.tell_moved, partial(self.channel.send, "alone"), self.tell_shared)
         self.worker.ready = True
-        self.channel.send("ready", handover=self.mover is not None)
+        self.channel.send("ready", handover=self.mover is not None, ends=server.max_accepts is not None)
         for message in self.early:
             self.obey(message)
         return server

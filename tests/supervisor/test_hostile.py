@@ -99,6 +99,9 @@ LIES = (
     "[" * 100_000,
     "\x00\xff",
     "x" * 150_000,
+    '{"kind": "enough"}',  # without max_accepts
+    '{"kind": "ready", "ends": true}',  # it is ready already
+    '{"kind": "enough"}',
 )
 
 

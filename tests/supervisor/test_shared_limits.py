@@ -250,6 +250,31 @@ def test_the_service_accepts_max_accepts_connections_and_stops(start):
     assert "max_accepts reached: stopping" in master.log()
 
 
+ITS_OWN_CLIENT = """
+import gevent
+from gevent import socket
+
+def handler(conn):
+    conn.sendall(b"+")
+
+def start(worker):
+    with socket.create_connection(("127.0.0.1", worker.server.port)) as sock:  # it accepts already, and is not ready yet
+        assert sock.recv(1) == b"+"
+    gevent.sleep(0.05)
+"""
+
+
+def test_a_service_that_has_accepted_all_before_a_worker_is_ready_stops(tmp_path):
+    (tmp_path / "app.py").write_text(ITS_OWN_CLIENT)
+    worker = ("--workers", "1", "--max-accepts", "1", "--worker-start", "app:start")
+    master = Master(tmp_path, ("serve", "app:handler", "--bind", "127.0.0.1:0", *worker))
+    try:
+        assert master.wait() == 0
+        assert "max_accepts reached: stopping" in master.log()
+    finally:
+        master.kill_all()
+
+
 CONFIG = """
 [[listener]]
 listen = "127.0.0.1:{port}"
