@@ -258,7 +258,7 @@ def handler(conn):
     conn.sendall(b"+")
 
 def start(worker):
-    with socket.create_connection(("127.0.0.1", worker.server.port)) as sock:  # it accepts already, and is not ready yet
+    with socket.create_connection(("127.0.0.1", worker.server.port)) as sock:  # accepts, and is not ready
         assert sock.recv(1) == b"+"
     gevent.sleep(0.05)
 """
