@@ -830,7 +830,7 @@ def test_run_without_workers_takes_names_and_bind_too(folder: Path) -> None:
     ],
 )
 def test_run_with_workers_says_what_is_wrong(folder: Path, arguments: str, said: str) -> None:
-    code = f"from app import handler; from gtcpserver import run; run({arguments})"
+    code = f"from app import handler; from gtcpserver import run; run({arguments}, bind='127.0.0.1:0')"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=SOON)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
