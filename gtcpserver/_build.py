@@ -11,6 +11,7 @@ from importlib.util import source_hash
 
 #: In the order of import: what others use comes first. Each has a .pxd file beside it.
 MODULES: tuple[str, ...] = (
+    "gtcpserver.connection.accepted",
     "gtcpserver.connection.poller",
     "gtcpserver.connection.stream",
     "gtcpserver.connection.blocks",

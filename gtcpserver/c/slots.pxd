@@ -22,7 +22,11 @@ cdef extern from *:
         Py_INCREF(value);
         return value;
     }
+    static inline PyObject *gtcpserver_instance(PyObject *type) {
+        return ((PyTypeObject *)type)->tp_alloc((PyTypeObject *)type, 0);
+    }
     """
+    object instance_of "gtcpserver_instance"(object type)  # as object.__new__
     Py_ssize_t gtcpserver_offset(object descriptor)
     void put "gtcpserver_put"(object owner, Py_ssize_t offset, object value)
     object get "gtcpserver_get"(object owner, Py_ssize_t offset)  # None: not set

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import ref
 
 from gevent._socket3 import _closedsocket
+from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 
 from gtcpserver import transfer
@@ -172,7 +173,7 @@ class Connection(SSLMethods, HasStream, _Socket):
         sock = self._gevent_sock_class(family, type, proto, fileno)
         try:
             sock.setblocking(False)
-            begin(self, sock)
+            begin(self, sock, sock.fileno(), get_hub(), _stdlib_socket.getdefaulttimeout())
             # The server keeps track of the ones it accepts.
             close_in_children(self)
         except BaseException:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import socket
 import struct
-from socket import getdefaulttimeout
 from typing import TYPE_CHECKING, Any
 
-from gevent.hub import get_hub
 from gevent.socket import cancel_wait_ex
 from gevent.socket import socket as _Socket
 
@@ -26,19 +24,20 @@ if not cython.compiled:
     # Compiled, these are C (lifecycle.pxd).
     from time import monotonic
 
+    from .accepted import AcceptedSocket
     from .stream import Stream
 
 from .stream import CHILD, CLOSED
 
 if TYPE_CHECKING:
     if not cython.compiled:
-        from gtcpserver.c import bound, get, offset_of, put
+        from gtcpserver.c import bound, get, instance_of, offset_of, put
     from .connection import Connection
     from .owner import Owner
 
 # Plain numbers: the socket module's enums cost 0.1 us a call.
 _SOL_SOCKET, _SO_LINGER = int(socket.SOL_SOCKET), int(socket.SO_LINGER)
-_SHUT_WR, _NONBLOCK = int(socket.SHUT_WR), int(socket.SOCK_NONBLOCK)
+_SHUT_WR = int(socket.SHUT_WR)
 
 _RawSocket = _Socket._gevent_sock_class
 _drop_ref_on_close = _Socket._drop_ref_on_close
@@ -115,7 +114,7 @@ def _is_direct(connection: Connection) -> bool:
     return type(connection) is _Connection or type(connection) in _direct
 
 
-def make(connection_class: type[Connection], kind: tuple[int, int, int], fd: int) -> Connection:
+def make(connection_class: type[Connection], kind: tuple[int, int, int], fd: int, hub: Any, timeout: Any) -> Connection:
     """Make a Connection of an accepted descriptor, which is closed if that fails.
 
     The shortest way, 1 us less than the constructor of a class that may do anything: the caller has checked that the
@@ -123,30 +122,36 @@ def make(connection_class: type[Connection], kind: tuple[int, int, int], fd: int
 
     Args:
         kind: family, type and protocol of the socket. Compiled, the descriptor is non-blocking.
+        hub: of this thread.
+        timeout: of new sockets (`socket.setdefaulttimeout`), in seconds or None.
     """
     try:
-        connection: Connection = _new(connection_class)
         if cython.compiled:
-            sock = _RawSocket(kind[0], kind[1] | _NONBLOCK, kind[2], fd)
+            connection: Connection = instance_of(connection_class)
+            accepted = AcceptedSocket.__new__(AcceptedSocket)
+            accepted.set_up(kind[0], kind[1], kind[2], fd)
+            sock = accepted
         else:
+            connection = _new(connection_class)
             sock = _RawSocket(kind[0], kind[1], kind[2], fd)
             sock.setblocking(False)
     except BaseException:
         close_descriptor(fd)  # nobody has it yet
         raise
-    begin(connection, sock)
+    begin(connection, sock, fd, hub, timeout)
     return connection
 
 
-def begin(connection: Connection, sock: Any) -> None:
+def begin(connection: Connection, sock: Any, fd: int, hub: Any, timeout: Any) -> None:
     """Give a new Connection its state.
 
     Args:
         sock: the raw socket, non-blocking.
+        fd: its descriptor.
+        hub, timeout: as of `make`.
     """
-    hub = get_hub()
     stream = Stream.__new__(Stream)
-    stream.set_up(sock, hub, getdefaulttimeout())
+    stream.set_up(sock, fd, hub, timeout)
     if cython.compiled and _is_direct(connection):
         put(connection, _sock_at, sock)
         put(connection, _hub_at, hub)
@@ -230,7 +235,7 @@ def end(connection: Connection) -> None:
     if waiting is not None:
         connection.hub.cancel_waits_close_and_then(waiting, cancel_wait_ex, connection._drop_ref_on_close, sock)
     elif not _lingers(connection, stream, owner, sock):
-        _drop_ref_on_close(connection, sock)
+        _close(connection, sock)
 
 
 def drop(connection: Connection, sock: Any) -> None:
@@ -238,7 +243,16 @@ def drop(connection: Connection, sock: Any) -> None:
     stream: Stream = connection._stream
     stream.sock = CLOSED
     if not _lingers(connection, stream, connection.server, sock):
-        _drop_ref_on_close(connection, sock)
+        _close(connection, sock)
+
+
+def _close(connection: Connection, sock: Any) -> None:
+    if cython.compiled and type(sock) is AcceptedSocket:
+        accepted: AcceptedSocket = sock
+        if not accepted.shown:  # no watcher of others needs to be notified
+            accepted.close()
+            return
+    _drop_ref_on_close(connection, sock)
 
 
 def _lingers(connection: Connection, stream: Stream, owner: Owner | None, sock: Any) -> bool:

@@ -25,7 +25,9 @@ try:
 except ImportError:
     from gtcpserver.c import cython
 if not cython.compiled and TYPE_CHECKING:
-    from gtcpserver.c import discard, shut_write
+    from gtcpserver.c import close_now, discard, shut_write
+
+    from .accepted import AcceptedSocket
 
 #: Input thrown away for one connection before it is reset: enough for an upload that was refused early and is still
 #: under way, too little to make a bandwidth sink of (nginx bounds the time only).
@@ -58,6 +60,9 @@ TCP_FIN_WAIT2 = 5
 
 _RawSocket = _Socket._gevent_sock_class  # noqa: SLF001 - gevent's
 
+#: Of a descriptor: a stop waits for it, as of `Linger.take`; others may have watchers on it.
+_AWAITED, _SHOWN = 1, 2
+
 # Input of lingering connections is read into this buffer and ignored.
 _rubbish = bytearray(64 * 1024)
 
@@ -72,9 +77,9 @@ class Linger:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._nobody: Event | None = None
-        # Descriptors before the first look -> awaited. Not sockets: a thousand objects that live for 20 ms have the
-        # garbage collector run for each of them (5 % of a server that closes every connection).
-        self._fresh: dict[int, bool] = {}
+        # Descriptors before the first look -> _AWAITED, _SHOWN. Not sockets: a thousand objects that live for 20 ms
+        # have the garbage collector run for each of them (5 % of a server that closes every connection).
+        self._fresh: dict[int, int] = {}
         self._first_look: Any = None
         self._lingering: dict[_Lingering, None] = {}  # after the first look, oldest first
         self._awaited = 0  # among them
@@ -92,7 +97,7 @@ class Linger:
 
     def _tell_if_nobody(self) -> None:
         if self._nobody is not None:
-            if self._awaited or any(self._fresh.values()):
+            if self._awaited or any(flags & _AWAITED for flags in self._fresh.values()):
                 self._nobody.clear()
             else:
                 self._nobody.set()
@@ -107,10 +112,18 @@ class Linger:
         # Runs once per connection: no per-connection object and no clock before the first look.
         if not self.seconds:
             return False
-        if not _shut_write(sock):
+        flags = _AWAITED if awaited else 0
+        accepted: AcceptedSocket | None = sock if cython.compiled and type(sock) is AcceptedSocket else None
+        if accepted is not None and accepted.fd >= 0:
+            if not shut_write(accepted.fd):
+                return False
+            self._fresh[accepted.fd] = flags | _SHOWN if accepted.shown else flags
+            accepted.detach()
+        elif _shut_write(sock):
+            self._fresh[sock.fileno()] = flags | _SHOWN
+            sock.detach()
+        else:
             return False  # reset meanwhile: nobody is left to be polite to
-        self._fresh[sock.fileno()] = awaited
-        sock.detach()
         if self._first_look is None:
             timer = get_hub().loop.timer(min(FIRST_LOOK, self.seconds), ref=False)
             timer.start(self._look_at_fresh, update=True)
@@ -126,13 +139,13 @@ class Linger:
         try:
             if self._timer is None:
                 self._start_timer(self.seconds)
-            for fd, awaited in tuple(fresh.items()):
+            for fd, flags in tuple(fresh.items()):
                 discarded = _discard(fd)
-                if discarded and self._keep(fd, until, awaited, max(0, discarded)):
+                if discarded and self._keep(fd, until, flags & _AWAITED != 0, max(0, discarded)):
                     del fresh[fd]
                     continue
-                # Notify watchers that others still have on the descriptor.
-                closing_fd(fd)
+                if flags & _SHOWN:
+                    closing_fd(fd)  # notifies watchers that others still have on it
                 del fresh[fd]
                 _close(fd)
         finally:
@@ -289,6 +302,9 @@ def _discard(fd: int) -> int:
 
 
 def _close(fd: int) -> None:
+    if cython.compiled:
+        close_now(fd)
+        return
     try:
         close_descriptor(fd)
     except OSError:

@@ -27,7 +27,7 @@ cdef class Stream:
     cdef int _full_reads
     cdef bint _short_is_all
 
-    cpdef set_up(self, sock, hub, timeout)
+    cpdef set_up(self, sock, int fd, hub, timeout)
     cpdef wait_readable(self)
     cdef _wait_for_more(self)
     cpdef wait_for_input(self)

@@ -156,12 +156,12 @@ class Stream:
     )
 
     def __init__(self, sock: Any, hub: Any, timeout: float | None) -> None:
-        self.set_up(sock, hub, timeout)
+        self.set_up(sock, sock.fileno(), hub, timeout)
 
-    def set_up(self, sock: Any, hub: Any, timeout: float | None) -> None:
+    def set_up(self, sock: Any, fd: int, hub: Any, timeout: float | None) -> None:
         """Do what the constructor does, for an object of ``Stream.__new__``: that costs less than ``Stream(...)``."""
         self.sock = self.io = sock
-        self.fd: int = sock.fileno()
+        self.fd = fd
         self.poller: Poller | None = None
         self.tls: TLSLayer | None = None
         self.hub = hub

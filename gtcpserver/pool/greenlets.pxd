@@ -10,12 +10,11 @@ cdef extern from "Python.h":
 
 cdef class Runner:
     cdef set _dying, _greenlets
-    cdef object _empty
     cdef Places _places
     cdef Py_ssize_t _references
     cdef public Py_ssize_t keep
     cdef public list waiting
-    cdef public object retire_timer
+    cdef public object empty, retire_timer
 
     @cython.locals(waiting=list, greenlets=set, greenlet=HandlerGreenlet)
     cpdef run_one(self, function, argument)

@@ -74,23 +74,23 @@ class Runner:
     Args:
         greenlets: of the pool: those that run a function.
         dying: those of them that the pool kills.
-        empty: an event that is set while ``greenlets`` is empty.
         places: of the pool: each of ``greenlets`` takes one.
 
     Attributes:
+        empty: an event that is set while ``greenlets`` is empty; None: nobody has asked for it.
         keep: most greenlets without work that do not end for that.
         waiting: greenlets without work, longest without first.
         retire_timer: runs while there are any.
     """
 
-    __slots__ = ("_dying", "_empty", "_greenlets", "_places", "_references", "keep", "retire_timer", "waiting")
+    __slots__ = ("_dying", "_greenlets", "_places", "_references", "empty", "keep", "retire_timer", "waiting")
 
-    def __init__(self, greenlets: set[Any], dying: set[Any], empty: Any, places: Places) -> None:
+    def __init__(self, greenlets: set[Any], dying: set[Any], places: Places) -> None:
         self._greenlets = greenlets
         self._dying = dying
-        self._empty = empty
         self._places = places
         self._references = 0
+        self.empty: Event | None = None
         self.keep = 0
         self.waiting: list[HandlerGreenlet] = []
         self.retire_timer: Any = None
@@ -108,8 +108,8 @@ class Runner:
             # Run to its first wait: a greenlet keeps the arguments of its first switch as long as it lives.
             switch_to(greenlet)
         greenlets = self._greenlets
-        if not greenlets:
-            self._empty.clear()
+        if self.empty is not None:
+            self.empty.clear()
         # Each greenlet in the set has a place. Add it only once the greenlet exists: creating it may fail for lack of
         # memory.
         greenlets.add(greenlet)
@@ -133,8 +133,8 @@ class Runner:
         greenlets.discard(greenlet)
         places = self._places
         places.taken -= 1
-        if not greenlets:
-            self._empty.set()
+        if self.empty is not None and not greenlets:
+            self.empty.set()
         if self._dying:
             self._dying.discard(greenlet)
         if places.links:
@@ -157,8 +157,8 @@ class Runner:
             self._greenlets.discard(greenlet)
             self._dying.discard(greenlet)
             self._places.taken -= 1
-            if not self._greenlets:
-                self._empty.set()
+            if self.empty is not None and not self._greenlets:
+                self.empty.set()
             self._places.tell()
 
     def wait_for_work(self, greenlet: HandlerGreenlet) -> None:
@@ -355,7 +355,7 @@ def _wait_for_a_job(hub: Any) -> Any:
 
 def references_of_a_waiting_one() -> int:
     """Count references to a greenlet without work as :meth:`Runner.run_one` does."""
-    runner = Runner(set(), set(), Event(), Places(1))
+    runner = Runner(set(), set(), Places(1))
     runner.retire_timer = True  # none is needed
     runner.run_one(len, ())
     waiting = runner.waiting

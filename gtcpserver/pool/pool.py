@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from gevent import pool as gevent_pool
+from gevent.event import Event
 from greenlet import getcurrent
 
 from gtcpserver.checks import check_whole_number
@@ -44,10 +46,20 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
         self._make_runner()
 
     def _make_runner(self) -> None:
-        self._runner = Runner(self.greenlets, self.dying, self._empty_event, self.places)
+        self._runner = Runner(self.greenlets, self.dying, self.places)
         self._runner.keep = self.keep
+        self.__dict__.pop("_empty_event", None)  # of gevent, or of the runner before
         #: Like :meth:`run` with one argument, which is how a server runs each connection.
         self.run_one: Callable[[Callable[[Any], Any], Any], None] = self._runner.run_one
+
+    @cached_property
+    def _empty_event(self) -> Event:
+        """Return gevent's event of an empty pool, made when somebody asks: otherwise each handler would clear it."""
+        event = Event()
+        if not self.greenlets:
+            event.set()
+        self._runner.empty = event
+        return event
 
     def run(self, function: Callable[..., Any], *args: Any) -> None:
         """Run ``function(*args)`` at once in a greenlet, until it first waits. Only from the hub (an event's callback).

@@ -14,6 +14,7 @@ cdef class AcceptLoop:
     cdef public bint behind
     cdef public int failures
 
-    @cython.locals(fd=int)
     cpdef accept(self)
+    @cython.locals(fd=int)
+    cdef _accept(self, hub, timeout)
     cpdef bint has_left(self, connection) except -1

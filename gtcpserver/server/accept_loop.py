@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import os
 import socket
+from socket import getdefaulttimeout
 from typing import TYPE_CHECKING, Any
 
 import gevent.socket
 from gevent import monkey
+from gevent.hub import get_hub
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.process.descriptors import close_descriptor
@@ -78,6 +80,9 @@ class AcceptLoop:
         Raises:
             OSError: as accept(2).
         """
+        return self._accept(get_hub(), getdefaulttimeout())
+
+    def _accept(self, hub: Any, timeout: float | None) -> tuple[Connection, Any] | None:
         if cython.compiled and self._is_direct:
             fd = accept(self._sock)
             if fd < 0:
@@ -99,7 +104,7 @@ class AcceptLoop:
                     close_descriptor(fd)  # nobody has it yet
                     raise
         if self._is_plain:
-            return make(self._connection_class, self._kind, fd), address
+            return make(self._connection_class, self._kind, fd, hub, timeout), address
         return self._acceptor._make(self._kind, fd), address
 
     def run(self) -> None:
@@ -111,6 +116,7 @@ class AcceptLoop:
         if read_one == acceptor._own_read:  # no subclass has another
             read_one = None
         handle = acceptor.hand_over or acceptor.do_handle
+        hub, timeout = get_hub(), getdefaulttimeout()  # once for all of this turn
         # gevent stops the watcher of a callback that raises, and nothing would start it again.
         try:
             for number in range(acceptor.max_accept):
@@ -124,7 +130,7 @@ class AcceptLoop:
                     acceptor._place_wanted()
                     return
                 try:
-                    read = self.accept() if read_one is None else read_one()
+                    read = self._accept(hub, timeout) if read_one is None else read_one()
                 except OSError as error:
                     if acceptor._accept_failed(error):
                         return

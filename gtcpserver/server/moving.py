@@ -9,8 +9,11 @@ import dataclasses
 import resource
 from collections.abc import Callable, Mapping
 from math import inf
+from socket import getdefaulttimeout
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
+
+from gevent.hub import get_hub
 
 from gtcpserver.connection.blocks import Idle
 from gtcpserver.connection.connection import Connection, session_of
@@ -230,8 +233,10 @@ class Moving:
             raise error if isinstance(error, Refused) else Refused(STATE) from None
         connection_class = self._options.connection_class
         # Its descriptor does not block: the flag belongs to the socket, not to the process.
-        make_one = make if connection_class is Connection else make_any
-        connection = make_one(connection_class, (family, kind, protocol), fd)
+        if connection_class is Connection:
+            connection = make(connection_class, (family, kind, protocol), fd, get_hub(), getdefaulttimeout())
+        else:
+            connection = make_any(connection_class, (family, kind, protocol), fd)
         try:
             connection.server = self._server
             connection.context = self._options.context
@@ -292,7 +297,7 @@ class Moving:
         state.unserved -= 1  # as if it had been accepted
         self.moved -= returns
         self.taken_over += not returns
-        state.nobody_connected.clear()
+        state.note_somebody_comes()
         places = self._capacity.places
         if places.taken < places.size:
             self._run(connection)

@@ -116,7 +116,7 @@ class Serving:
                 self._note_accepted(number)
 
     def _wait_for_room(self, connection: Connection) -> None:
-        self._state.nobody_connected.clear()
+        self._state.note_somebody_comes()
         try:
             self._capacity.wait(connection, self.begin)
         except BaseException:
@@ -141,7 +141,7 @@ class Serving:
             if admission is None:
                 self._pool.run_one(self._serve, connection)
             else:
-                self._state.nobody_connected.clear()
+                self._state.note_somebody_comes()
                 admission.enter(connection)
         except BaseException:
             self._cannot_serve(connection)
@@ -213,7 +213,7 @@ class Serving:
             self._begin_line(connection)
         try:
             if not connections:
-                state.nobody_connected.clear()
+                state.note_somebody_comes()
             connections[connection] = getcurrent()
             if len(connections) > state.peak:
                 state.peak = len(connections)

@@ -82,7 +82,6 @@ class ServerState:
         waiting: connections that wait for room, in order of arrival, each with the function to call when there is room
             (Capacity).
         admission: connections in admission; None: this server needs no admission.
-        nobody_connected: set while the previous three are empty.
         wants_idle: called with each connection that becomes idle; None: nothing is called (Capacity, Stopping).
         stopping_event: set when a stop begins (Stopping, also the next three).
         listening_ended: set when the listening sockets are closed.
@@ -90,7 +89,7 @@ class ServerState:
         hurry: set when a stop must not wait any longer.
     """
 
-    EVENTS = ("stopping_event", "listening_ended", "stopped", "hurry", "nobody_connected")
+    EVENTS = ("stopping_event", "listening_ended", "stopped", "hurry")
 
     def __init__(self) -> None:
         self.now = State.NEW
@@ -108,8 +107,8 @@ class ServerState:
         self.listening_ended = Event()
         self.stopped = Event()
         self.hurry = Event()
-        self.nobody_connected = Event()
-        self.nobody_connected.set()
+        # Made at the first wait: a server whose handlers do not wait is empty between two connections.
+        self._nobody: Event | None = None
 
     def become(self, state: State) -> None:
         """Change to a state that may follow the current one (:data:`STATE_CHANGES`)."""
@@ -124,9 +123,21 @@ class ServerState:
     def somebody_is_connected(self) -> bool:
         return bool(self.connections or self.waiting or self.admission)
 
+    @property
+    def nobody_connected(self) -> Event:
+        """Return an event that is set while nobody is connected."""
+        if self._nobody is None:
+            self._nobody = Event()
+            self.note_if_nobody_is_connected()
+        return self._nobody
+
+    def note_somebody_comes(self) -> None:
+        if self._nobody is not None:
+            self._nobody.clear()
+
     def note_if_nobody_is_connected(self) -> None:
-        if not (self.connections or self.waiting or self.admission):
-            self.nobody_connected.set()
+        if self._nobody is not None and not (self.connections or self.waiting or self.admission):
+            self._nobody.set()
 
     def note_unserved(self) -> None:
         """Count an accepted connection that ended before a handler got it."""
@@ -151,6 +162,8 @@ class ServerState:
         self.connections, self.waiting = {}, deque()
         self.wants_idle = None
         self.now = State.STOPPED
+        keep(self._nobody)
+        self._nobody = None
         for name in self.EVENTS:
             keep(getattr(self, name))  # greenlets that wait for it are copies
             event = Event()
