@@ -10,7 +10,15 @@ cdef extern from "greenlet/greenlet.h":
     object PyGreenlet_Switch(greenlet target, void* args, void* kwargs)
 
 cdef extern from *:
+    """
+    /* Reading __dict__ of a greenlet makes one. */
+    static inline int gtcpserver_has_attributes(PyObject *greenlet) {
+        PyObject **dict = _PyObject_GetDictPtr(greenlet);
+        return dict != NULL && *dict != NULL && PyDict_GET_SIZE(*dict) != 0;
+    }
+    """
     void* _PyGreenlet_API
+    bint has_attributes "gtcpserver_has_attributes"(object greenlet)
 
 
 cdef inline int import_greenlet() except -1:

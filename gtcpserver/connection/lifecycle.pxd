@@ -5,6 +5,7 @@ from gtcpserver.c.methods cimport bound
 from gtcpserver.c.slots cimport get, instance_of, offset_of, put
 from gtcpserver.c.system_calls cimport monotonic
 from gtcpserver.connection.accepted cimport AcceptedSocket
+from gtcpserver.connection.lingering cimport Linger
 from gtcpserver.connection.stream cimport Stream
 
 cdef object _Connection, _drop_ref_on_close, _get_lingerer, _new, _RawSocket, _recv, _sendall, _set_recv, _set_sendall
@@ -29,6 +30,7 @@ cpdef end(connection)
 cpdef drop(connection, sock)
 @cython.locals(accepted=AcceptedSocket)
 cdef _close(connection, sock)
+@cython.locals(lingerer=Linger)
 cdef bint _lingers(connection, Stream stream, owner, sock) except -1
 cdef bint _linger_alone(connection, Stream stream, sock) except -1
 cdef bint _end_shared(connection, Stream stream, owner, sock) except -1

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     if not cython.compiled:
         from gtcpserver.c import bound, get, instance_of, offset_of, put
     from .connection import Connection
+    from .lingering import Linger
     from .owner import Owner
 
 # Plain numbers: the socket module's enums cost 0.1 us a call.
@@ -259,10 +260,14 @@ def _lingers(connection: Connection, stream: Stream, owner: Owner | None, sock: 
     # Lingering shuts down the write side, for every other process with the socket too. A peer that has closed its
     # side sends nothing more that could provoke a reset. An idle peer has received its last answer and may not
     # notice the end before its next request: no stop waits for it.
-    if not (stream.at_eof or stream.shared) and (
-        _linger_alone(connection, stream, sock) if owner is None else owner.lingerer.take(sock, not stream.ended)
-    ):
-        return True
+    if not (stream.at_eof or stream.shared):
+        if owner is None:
+            if _linger_alone(connection, stream, sock):
+                return True
+        else:
+            lingerer: Linger = owner.lingerer
+            if lingerer.take(sock, not stream.ended):
+                return True
     return stream.shared == CHILD and _end_shared(connection, stream, owner, sock)
 
 

@@ -666,27 +666,26 @@ class Stream:
             self._timer.close()
             self._timer = None
             self._timer_at = inf
-        waiting: list[Any] = []
+        waiting: list[Any] | None = None
         if self.poller is not None:
             if self.poller.waiter(self.fd) is not None:
-                waiting.append(_Reader(self.poller, self.fd))
+                waiting = [_Reader(self.poller, self.fd)]
             elif self.shared:
                 self.poller.leave(self.fd)  # the kernel forgets a descriptor when its last copy is closed
             else:
                 self.poller.forget(self.fd)
             self.poller = None
-        for watcher in (self.reading, self.writing):
-            if watcher is not None:
-                if watcher.callback is None:
-                    watcher.close()
-                else:
-                    waiting.append(watcher)
-        self.reading = self.writing = None
-        if waiting:
-            return waiting
-        # The common case.
-        self.sock = CLOSED
-        return None
+        if self.reading is not None or self.writing is not None:
+            for watcher in (self.reading, self.writing):
+                if watcher is not None:
+                    if watcher.callback is None:
+                        watcher.close()
+                    else:
+                        waiting = [*(waiting or ()), watcher]
+            self.reading = self.writing = None
+        if waiting is None:  # the common case
+            self.sock = CLOSED
+        return waiting
 
     @property
     def closed(self) -> bool:

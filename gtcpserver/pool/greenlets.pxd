@@ -1,7 +1,7 @@
 # How greenlets.py is compiled.
 cimport cython
 
-from gtcpserver.c.greenlet_api cimport greenlet, import_greenlet, switch_to, switch_with
+from gtcpserver.c.greenlet_api cimport greenlet, has_attributes, import_greenlet, switch_to, switch_with
 from gtcpserver.pool.places cimport Places
 
 cdef extern from "Python.h":

@@ -42,6 +42,9 @@ if not cython.compiled:
 
     switch_to = switch_with = greenlet.switch
 
+    def has_attributes(greenlet: HandlerGreenlet) -> bool:
+        return bool(greenlet.__dict__)
+
     if TYPE_CHECKING:
         from gtcpserver.c import import_greenlet
 if cython.compiled:
@@ -240,9 +243,8 @@ class HandlerGreenlet(greenlet):  # type: ignore[misc]
                 self.runs += 1
                 if self.gr_context is not None:  # type: ignore[has-type]
                     self.gr_context = None
-                attributes = self.__dict__
-                if attributes:
-                    attributes.clear()
+                if has_attributes(self):
+                    self.__dict__.clear()
                 runner.finished(self)
                 try:
                     function, argument = _wait_for_a_job(hub)
