@@ -4,6 +4,7 @@ cimport cython
 
 from gtcpserver.c.greenlet_api cimport getcurrent, greenlet, import_greenlet, switch_to
 from gtcpserver.c.system_calls cimport monotonic, receive, transmit
+from gtcpserver.connection.accepted cimport AcceptedSocket
 from gtcpserver.connection.poller cimport Poller, poller_of
 
 cdef double inf
@@ -53,6 +54,7 @@ cdef class Stream:
     @cython.locals(now=cython.double)
     cpdef on_timer(self)
     cdef bint _has_input(self) except -1
+    cdef _io_object(self)
     cpdef timeout_error(self, double now)
     cpdef note(self, error)
     cpdef bint has_raised(self, error) except -1
@@ -66,6 +68,7 @@ cdef class Stream:
     @cython.locals(poller=Poller)
     cdef _watch_before_wait(self)
     cdef _note_end(self)
+    @cython.locals(data=bytes)
     cdef _recv_with_care(self, Py_ssize_t bufsize, Py_ssize_t flags)
     cdef _recv_rest(self, bytes data, Py_ssize_t bufsize)
     @cython.locals(data=bytes, buffer=bytearray)

@@ -45,6 +45,7 @@ if not cython.compiled:
 
     from greenlet import getcurrent, greenlet
 
+    from .accepted import AcceptedSocket
     from .poller import Poller, poller_of
 
     switch_to = greenlet.switch
@@ -387,6 +388,15 @@ class Stream:
             return self.note(DeadlineExceeded("the deadline for this block of calls has passed"))
         return self.note(TimeoutError("timed out"))
 
+    def _io_object(self) -> Any:
+        """Return :attr:`io`, where it is a descriptor alone as the socket object that it becomes (accepted.py)."""
+        if cython.compiled and type(self.sock) is AcceptedSocket:
+            made = self.sock.made()
+            if self.io is self.sock:
+                self.io = made
+            self.sock = made
+        return self.io
+
     # -- errors ------------------------------------------------------------------------------------------------------
 
     def note(self, error: ErrorT) -> ErrorT:
@@ -443,7 +453,7 @@ class Stream:
                 if cython.compiled and self.io is self.sock and 0 < bufsize <= MOST_DIRECT:
                     data = receive(self.fd, bufsize)
                 else:
-                    data = self.io.recv(bufsize)
+                    data = self._io_object().recv(bufsize)
             except BlockingIOError:
                 pass
             except InterruptedError:
@@ -481,7 +491,7 @@ class Stream:
             self.drained = False
         while True:
             try:
-                size: int = self.io.recv_into(buffer, nbytes)
+                size: int = self._io_object().recv_into(buffer, nbytes)
                 break
             except BlockingIOError:
                 if self.timeout == 0.0:
@@ -548,19 +558,28 @@ class Stream:
         if self.drained and bufsize and not flags and self.timeout != 0.0:
             self._wait_for_more()
             self.drained = False
+        data: bytes | None = None
         while True:
             try:
-                data: bytes = self.sock.recv(bufsize, flags) if flags else self.io.recv(bufsize)
-                break
+                if cython.compiled and not flags and self.io is self.sock and 0 < bufsize <= MOST_DIRECT:
+                    data = receive(self.fd, bufsize)
+                else:
+                    io = self._io_object()
+                    data = self.sock.recv(bufsize, flags) if flags else io.recv(bufsize)
             except BlockingIOError:
-                if self.timeout == 0.0 or flags & _DONTWAIT:
-                    raise
-                if self.ending:
-                    self.ended = True
-                    return b""
+                pass
+            except InterruptedError:
+                continue  # of receive() alone
             except OSError as error:
                 self.note(error)
                 raise
+            if data is not None:
+                break
+            if self.timeout == 0.0 or flags & _DONTWAIT:
+                raise _would_block()
+            if self.ending:
+                self.ended = True
+                return b""
             self.wait_readable()
         self.drained = not flags and len(data) < bufsize and self._short_is_all
         if not flags & _PEEK:
@@ -616,7 +635,7 @@ class Stream:
             raise self.timeout_error(self.deadline)
         while True:
             try:
-                sent: int = self.io.send(data, flags)
+                sent: int = self._io_object().send(data, flags)
                 break
             except BlockingIOError:
                 if self.timeout == 0.0 or flags & _DONTWAIT:
@@ -631,12 +650,12 @@ class Stream:
     def sendall(self, data: Any, flags: int = 0) -> None:
         # Hot path: one call sends a small answer.
         sent = 0
-        if not flags and self.deadline is None:
+        if not flags and (self.deadline is None or monotonic() < self.deadline):
             try:
                 if cython.compiled and self.io is self.sock and type(data) is bytes and len(data) <= MOST_DIRECT:
                     sent = transmit(self.fd, data)
                 else:
-                    sent = self.io.send(data)
+                    sent = self._io_object().send(data)
             except BlockingIOError:
                 sent = -1
             except InterruptedError:

@@ -110,6 +110,8 @@ def test_a_connection_has_no_socket_object_until_it_is_asked_for():
 
     def handler(conn):
         seen.append(type(conn.stream.sock))
+        with conn.deadline(SOON):
+            conn.sendall(conn.recv(100))
         while data := conn.recv(100):
             conn.sendall(data)
         seen.append(conn.stream.sock.fd >= 0)
@@ -122,6 +124,31 @@ def test_a_connection_has_no_socket_object_until_it_is_asked_for():
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(10) == b""
     assert seen == [AcceptedSocket, True, True, -1]
+
+
+@pytest.mark.parametrize("call", ["recv_into", "recv", "peek", "send", "sendall"])
+def test_calls_that_need_a_socket_object_have_one(call):
+    def handler(conn):
+        if call == "recv_into":
+            buffer = bytearray(100)
+            data = bytes(buffer[: conn.recv_into(buffer)])
+        elif call == "peek":
+            assert conn.recv(100, socket.MSG_PEEK) == b"x"
+            data = conn.recv(100)
+        else:
+            data = conn.recv(1_000_000 if call == "recv" else 100)
+        if call == "send":
+            conn.send(memoryview(data))
+        else:
+            conn.sendall(bytearray(data) if call == "sendall" else data)
+        assert conn.recv(100) == b""
+
+    with serving(handler) as server, gsocket.create_connection(("127.0.0.1", server.port), SOON) as sock:
+        gevent.sleep(0.01)  # the handler waits
+        sock.sendall(b"x")
+        assert sock.recv(10) == b"x"
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(10) == b""
 
 
 def test_a_watcher_of_others_learns_of_the_close():
