@@ -131,8 +131,8 @@ class Freeze:
     def give_away(self) -> Any:
         """Close the connection for its handler, and return the raw socket, which stays open. Nothing is sent."""
         connection = self.connection
+        session_made(connection).moved = True  # first: there may be no memory for it
         self.over = True
-        session_made(connection).moved = True
         connection._closed = True
         connection._sock = CLOSED
         connection._stream.close()

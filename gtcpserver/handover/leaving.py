@@ -116,7 +116,10 @@ class LeavingConnection:
             return False
         if moving.worker_of(self.connection) is not self._worker:
             return False
-        self._sock = freeze.give_away()
+        try:
+            self._sock = freeze.give_away()
+        except MemoryError:
+            return False
         moving.given_away(self.connection)
         self._mover.given(self)
         return True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gevent import monkey
@@ -27,42 +28,54 @@ _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 #: Packets read in one turn of the event loop. Each has at most MAX_OFFERS connections.
 MOST_AT_ONCE = 2
 
-#: Seconds until a send is tried again that failed for want of memory, or of room for descriptors in flight, which no
-#: event announces.
+#: Seconds until what failed is tried again where no event announces that it can succeed: memory ran out, or room for
+#: descriptors in flight.
 AGAIN_SECONDS = 0.05
 
 _SPACE = socket.CMSG_SPACE(MAX_OFFERS * 4)
 
-#: Hears a packet and its descriptors, which it owns.
-Hear = Callable[[Packet, Sequence[int]], Any]
+#: Hears a packet and its descriptors: it takes those that it owns out of the list. After a MemoryError it is called
+#: again with the same arguments.
+Hear = Callable[[Packet, list[int]], Any]
 
 
 class Line:
     """One end of a SOCK_SEQPACKET pair.
 
     Args:
-        fd: its descriptor, which belongs to the line.
+        fd: its descriptor, which belongs to the line; closed if an exception is raised.
         hear: called in the hub with each packet.
         ended: called once, in the hub, when the other end is closed.
         again: called in the hub when there may be room again after `send` returned False.
     """
 
     def __init__(self, fd: int, hear: Hear, ended: Callable[[], Any], again: Callable[[], Any]) -> None:
-        # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
-        self._sock = _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-        self._sock.setblocking(False)
         self._hear = hear
         self._ended = ended
         self._again = again
         self.closed = False
         self._faults = FaultLimiter()
-        loop = get_hub().loop
-        self._reading = loop.io(fd, 1, ref=False)
-        self._writing = loop.io(fd, 2, ref=False)
-        # Made now: there may be no memory for it when it is needed. It repeats for the sake of `again`: a timer that
-        # has fired, and is started anew, fires at once (libev).
-        self._timer: Any = loop.timer(AGAIN_SECONDS, AGAIN_SECONDS, ref=False)
-        self._reading.start(self._readable)
+        self._read: tuple[bytes, list[Any]] | None = None  # a packet as it was read, which is not heard yet
+        self._unheard: tuple[Packet | None, list[int]] | None = None  # the same once it is decoded
+        try:
+            # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
+            self._sock = _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        except BaseException:
+            close_descriptor(fd)
+            raise
+        try:
+            self._sock.setblocking(False)
+            loop = get_hub().loop
+            self._reading = loop.io(fd, 1, ref=False)
+            self._writing = loop.io(fd, 2, ref=False)
+            # Made now: there may be no memory for them when they are needed. They repeat since a timer that has fired,
+            # and is started anew, fires at once (libev).
+            self._timer: Any = loop.timer(AGAIN_SECONDS, AGAIN_SECONDS, ref=False)
+            self._rereading: Any = loop.timer(AGAIN_SECONDS, AGAIN_SECONDS, ref=False)
+            self._reading.start(self._readable)
+        except BaseException:
+            self._sock.close()
+            raise
 
     def send(self, data: bytes, fds: Sequence[int]) -> bool:
         """Send a packet; return False, and call `again` later, if there is no room now."""
@@ -87,42 +100,62 @@ class Line:
     def _may_send(self) -> None:
         self._writing.stop()
         self._timer.stop()
-        self._guarded(self._again)
+        try:
+            self._guarded(self._again)
+        except MemoryError:
+            self._timer.again(self._may_send)
 
     def _readable(self) -> None:
-        for _ in range(MOST_AT_ONCE):
-            if self.closed:
-                return
-            try:
-                data, fds = self._receive()
-            except BlockingIOError:
-                return
-            except (OSError, MemoryError) as error:
-                if _is_gone(error):
-                    self._end()
-                return  # ENOMEM ...: the watcher calls again
-            try:
-                packet = decode(data)
-            except PacketError:
-                for fd in fds:
-                    close_descriptor(fd)
-                if not data:
-                    self._end()
-                continue  # the other side withdraws what is not answered
-            self._guarded(self._hear, packet, fds)
+        """Read and hear some packets. Raises nothing: gevent stops the watcher of a callback that does."""
+        try:
+            # First, while nothing is read: no event tells again of a packet that was read and could not be heard.
+            self._rereading.again(self._readable)
+            for _ in range(MOST_AT_ONCE):
+                if self.closed or not self._hear_next():
+                    break
+        except MemoryError:
+            return  # the watcher or the timer calls again
+        self._rereading.stop()
 
-    def _receive(self) -> tuple[bytes, list[int]]:
-        data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES + 1024, _SPACE, socket.MSG_CMSG_CLOEXEC)
-        fds: list[int] = []
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.extend(struct.unpack(f"={len(content) // 4}i", content[: len(content) // 4 * 4]))
-        return data, fds
+    def _hear_next(self) -> bool:
+        """Hear one packet; return False if there is none. After a MemoryError, the next call goes on with the same."""
+        if self._unheard is None:
+            if self._read is None and not self._read_one():
+                return False
+            assert self._read is not None
+            data, ancillary = self._read
+            fds = _descriptors(ancillary)
+            try:
+                self._unheard = (decode(data), fds)
+            except PacketError:
+                self._unheard = (None, fds)  # the other side withdraws what is not answered
+            if not data:
+                self._end()
+            self._read = None
+        packet, fds = self._unheard
+        if packet is not None and not self.closed:
+            self._guarded(self._hear, packet, fds)
+        _close_all(fds)
+        self._unheard = None
+        return True
+
+    def _read_one(self) -> bool:
+        try:
+            self._read = self._sock.recvmsg(MAX_BYTES + 1024, _SPACE, socket.MSG_CMSG_CLOEXEC)[:2]
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if _is_gone(error):
+                self._end()
+            return False  # ENOMEM ...: the watcher calls again
+        return True
 
     def _guarded(self, do: Callable[..., Any], *arguments: Any) -> None:
         # gevent stops the watcher of a callback that raises: this line would be deaf.
         try:
             do(*arguments)
+        except MemoryError:
+            raise  # tried again
         except Exception as error:
             left_out = self._faults.allow(fault_key(type(error), error.__traceback__))
             if left_out is not None:
@@ -138,9 +171,14 @@ class Line:
         if self.closed:
             return
         self.closed = True
-        for watcher in (self._reading, self._writing, self._timer):
+        for watcher in (self._reading, self._writing, self._timer, self._rereading):
             watcher.stop()
         self._sock.close()
+        if self._unheard is not None:
+            _close_all(self._unheard[1])
+        elif self._read is not None:
+            with contextlib.suppress(MemoryError):
+                _close_all(_descriptors(self._read[1]))
 
     def left_in_child(self) -> None:
         """Close the child's copy. Called in a forked child, whose event loop is another."""
@@ -148,6 +186,19 @@ class Line:
         fd = self._sock.detach()
         if fd >= 0:
             close_descriptor(fd)
+
+
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.extend(struct.unpack(f"={len(content) // 4}i", content[: len(content) // 4 * 4]))
+    return fds
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        close_descriptor(fds.pop())
 
 
 def _is_gone(error: BaseException) -> bool:

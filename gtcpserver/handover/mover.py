@@ -34,6 +34,10 @@ AGAIN_SECONDS = 1.0
 #: Seconds between two looks for offers that were not answered.
 LOOK_SECONDS = 0.1
 
+#: Most lines at once from one worker that leaves: one is used, and another one for each rebalance. A worker that was
+#: taken over, and asks the master for more and more of them, must not fill this one's table of descriptors.
+MOST_FROM_ONE = 4
+
 #: Seconds without a line to any worker after which connections no longer wait for one, and drain. The master replaces a
 #: dead worker within this time.
 PATIENCE_SECONDS = 10.0
@@ -63,7 +67,7 @@ class Mover:
         self._when_shared = when_shared
         self._senders: list[tuple[Sender, Line]] = []
         self._shares: dict[Sender, deque[LeavingConnection]] = {}  # of the lines that get no more than these
-        self._receivers: list[tuple[Receiver, Line]] = []
+        self._receivers: list[tuple[Receiver, Line, int]] = []  # the last is the giver
         self._queue: deque[LeavingConnection] = deque()
         self._under_way: dict[Connection, LeavingConnection] = {}
         self._pump_is_due = False
@@ -86,12 +90,16 @@ class Mover:
         """
         sender: Sender
         line = Line(fd, lambda packet, fds: self._hear(sender, packet, fds), lambda: self._lost(sender), self._pump)
-        sender = Sender(line.send, monotonic)
-        self._senders.append((sender, line))
-        if share is not None:
-            self._shares[sender] = self._chosen(share)
-            self._is_sharing = True
-        self._start_looking()
+        try:
+            sender = Sender(line.send, monotonic)
+            self._start_looking()
+            if share is not None:
+                self._shares[sender] = self._chosen(share)
+                self._is_sharing = True
+            self._senders.append((sender, line))
+        except BaseException:  # memory ran out: the other end meets the end of the line
+            line.close()
+            raise
         self._want_pump()
 
     def _chosen(self, count: int) -> deque[LeavingConnection]:
@@ -105,8 +113,16 @@ class Mover:
                 chosen.append(leaving)
         return chosen
 
-    def receive_on(self, fd: int) -> None:
-        """Use a line from a worker that leaves."""
+    def receive_on(self, fd: int, giver: int = 0) -> None:
+        """Use a line from a worker that leaves.
+
+        Args:
+            fd: its descriptor, which belongs to the line from now on.
+            giver: process id of that worker; 0: unknown. One that has MOST_FROM_ONE lines gets no more.
+        """
+        if sum(other == giver for _, _, other in self._receivers) >= MOST_FROM_ONE:
+            close_descriptor(fd)
+            return
         receiver: Receiver
         line = Line(
             fd,
@@ -114,12 +130,15 @@ class Mover:
             lambda: self._no_more_from(receiver),
             lambda: receiver.flush(),
         )
-        receiver = Receiver(line.send, self._take, close_descriptor)
-        self._receivers.append((receiver, line))
+        try:
+            receiver = Receiver(line.send, self._take, close_descriptor)
+            self._receivers.append((receiver, line, giver))
+        except BaseException:
+            line.close()
+            raise
 
-    def _hear(self, sender: Sender, packet: Packet, fds: Any) -> None:
-        for fd in fds:  # nobody sends any in this direction
-            close_descriptor(fd)
+    def _hear(self, sender: Sender, packet: Packet, _fds: list[int]) -> None:
+        # The line closes the descriptors: nobody sends any in this direction.
         sender.hear(packet)
         self._pump()
 
@@ -149,7 +168,7 @@ class Mover:
             self._when_shared()
 
     def _no_more_from(self, receiver: Receiver) -> None:
-        self._receivers = [pair for pair in self._receivers if pair[0] is not receiver]
+        self._receivers = [one for one in self._receivers if one[0] is not receiver]
         receiver.end()
 
     # -- connections that come ---------------------------------------------------------------------------------------
@@ -390,7 +409,7 @@ class Mover:
 
     def left_in_child(self, _own: Any) -> None:
         """Close the child's copies. Called in a forked child."""
-        for _, line in (*self._senders, *self._receivers):
+        for line in (*(line for _, line in self._senders), *(line for _, line, _ in self._receivers)):
             line.left_in_child()
         for leaving in (*self._under_way.values(), *self._given):
             leaving.left_in_child()

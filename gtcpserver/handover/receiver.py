@@ -7,7 +7,7 @@ offer --> HELD -- go --> GOING -- serving is sent --> begins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from . import messages
@@ -51,39 +51,58 @@ class Receiver:
         """Return the number of connections that are held."""
         return len(self._held)
 
-    def hear(self, packet: Packet, fds: Sequence[int]) -> None:
-        """Handle a packet of the old worker, and the descriptors that have come with it, all of which it owns."""
-        self._hear_offers(packet, list(fds))
+    def hear(self, packet: Packet, fds: list[int]) -> None:
+        """Handle a packet of the old worker.
+
+        After a MemoryError, it is to be called again with the same packet: what was done is not done twice.
+
+        Args:
+            fds: the descriptors that have come with it, all of which are taken out and owned.
+        """
+        try:
+            self._hear_outcomes(packet)
+            self._hear_offers(packet, fds)
+        finally:
+            while fds:
+                self._close(fds.pop())
+        self.flush()
+
+    def _hear_outcomes(self, packet: Packet) -> None:
         for number in packet.withdrawn:
             dropped = self._held.pop(number, None)
             if dropped is not None:
                 dropped.drop()
-        for number in packet.go:
-            coming = self._held.pop(number, None)
-            if coming is not None:
-                self._serving.append((number, coming))
-        self.flush()
+        going = {number: self._held[number] for number in packet.go if number in self._held}
+        self._serving += list(going.items())  # all or none: a "go" that is lost leaves its connection to nobody
+        for number in going:
+            del self._held[number]
 
     def _hear_offers(self, packet: Packet, fds: list[int]) -> None:
         fds.reverse()
         for number, state in packet.offer:
-            if not fds:
+            if number in self._held:
+                if fds:  # not by an honest worker; the one that is held must not be forgotten
+                    self._close(fds.pop())
+                    self._refused.append((number, "state"))
+            elif not fds:
                 self._refused.append((number, "descriptors"))  # this process had none left for it
             elif packet.version != messages.VERSION:
                 self._close(fds.pop())
                 self._refused.append((number, "version"))
-            elif number in self._held:  # not by an honest worker; the one that is held must not be forgotten
-                self._close(fds.pop())
-                self._refused.append((number, "state"))
             else:
-                found = self._take(state, fds.pop())
-                if isinstance(found, str):
-                    self._refused.append((number, found))
-                else:
-                    self._held[number] = found
-                    self._ready.append(number)
-        for fd in fds:
-            self._close(fd)
+                self._hear_offer(number, state, fds.pop())
+
+    def _hear_offer(self, number: int, state: Mapping[str, Any], fd: int) -> None:
+        found = self._take(state, fd)
+        if isinstance(found, str):
+            self._refused.append((number, found))
+            return
+        try:
+            self._held[number] = found
+        except MemoryError:
+            found.drop()
+            raise
+        self._ready.append(number)  # last: one that was not said to be ready is withdrawn
 
     def flush(self) -> bool:
         """Send what waits; return False if some still has to wait.
@@ -101,13 +120,12 @@ class Receiver:
         return True
 
     def _begin(self) -> None:
-        serving, self._serving = self._serving, []
-        for _, coming in serving:
-            coming.begin()
+        while self._serving:
+            self._serving[0][1].begin()
+            del self._serving[0]
 
     def end(self) -> None:
         """The old worker is dead, or needs this line no more."""
-        held, self._held = self._held, {}
-        for one in held.values():
-            one.drop()
+        while self._held:
+            self._held.popitem()[1].drop()
         self._begin()  # what it gave away, and nobody else has

@@ -74,6 +74,7 @@ class Sender:
         self._unsent: list[int] = []  # of _offered
         self._go: list[int] = []
         self._withdrawn: list[int] = []
+        self._untold: list[Leaving] = []  # given away
         self.ended = False
         self.paused_until = 0.0
 
@@ -160,32 +161,39 @@ class Sender:
         return messages.encode_offers(good), [number for number, _ in good]
 
     def hear(self, packet: Packet) -> None:
-        """Handle a packet of the new worker."""
+        """Handle a packet of the new worker. After a MemoryError, it is to be called again with the same packet."""
         for number, why in packet.refused:
             entry = self._answered(number)
             if why in PAUSING:
                 self.paused_until = self._now() + PAUSING[why]
             if entry is not None:
                 entry[0].stays(why)
-        gone = []
         for number in packet.ready:
-            entry = self._answered(number)
-            if entry is None:
-                continue  # withdrawn meanwhile, and it will hear so
-            if entry[0].give_away():
-                self._gone[number] = entry[0]
-                self._go.append(number)
-                gone.append(entry[0])
-            else:
-                self._withdrawn.append(number)
-                entry[0].stays("busy")
+            self._hear_ready(number)
         for number in packet.serving:
             arrived = self._gone.pop(number, None)
             if arrived is not None:
                 arrived.arrived()
         self.flush()
-        for one in gone:
-            one.tell()
+        while self._untold:
+            self._untold[0].tell()
+            del self._untold[0]
+
+    def _hear_ready(self, number: int) -> None:
+        """Give a connection away, if it still waits. If it was withdrawn meanwhile, the new worker hears so."""
+        if number in self._unsent or number not in self._offered:
+            return
+        one = self._offered[number][0]
+        # What needs memory comes first: a connection that was given away, and then forgotten, would be nobody's.
+        go, withdrawn, untold = [*self._go, number], [*self._withdrawn, number], [*self._untold, one]
+        self._gone[number] = one
+        del self._offered[number]
+        if one.give_away():
+            self._go, self._untold = go, untold
+        else:
+            del self._gone[number]
+            self._withdrawn = withdrawn
+            one.stays("busy")
 
     def _answered(self, number: int) -> tuple[Leaving, float] | None:
         # A worker that was taken over may answer what was not sent yet: the offer must not end before it.
