@@ -208,8 +208,18 @@ class Fleet:
         except OSError:
             worker.last_beat = self.system.monotonic()  # the worker is not the silent one
             raise
+        self._hear_all(worker, messages)
+
+    def _hear_all(self, worker: WorkerProcess, messages: list[tuple[Message, int | None]]) -> None:
+        """Hear each message, those behind one that fails, too; raise the last failure."""
+        failure: Exception | None = None
         for message, _ in messages:
-            self._hear(worker, message)
+            try:
+                self._hear(worker, message)
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
     def _hear(self, worker: WorkerProcess, message: Message) -> None:
         if message.kind in ("stats", "stopped"):
@@ -250,7 +260,7 @@ class Fleet:
             if self.rebalance is not None:
                 self.rebalance.hear(worker, message)
         elif message.kind == "alone":
-            worker.paired.clear()  # it gets new lines
+            self.pairing.hear_alone(worker)
         elif message.kind == "drained":
             worker.drained = True
         elif message.kind == "stopped":
@@ -329,23 +339,27 @@ class Fleet:
             return False
         del self.workers[pid]
         self.deaths += 1
-        for message, _ in worker.channel.receive_rest():
-            self._hear(worker, message)
-        worker.channel.close()
+        try:
+            self._hear_all(worker, worker.channel.receive_rest())
+        finally:
+            worker.channel.close()
+            self._bury(worker, status)
+        return True
+
+    def _bury(self, worker: WorkerProcess, status: int) -> None:
         self.totals.forget_worker(worker.stats)
         slot = self.slots[worker.slot]
         was_next = slot.next is worker
         self._take_out(slot, worker)
         if worker in slot.gone_on:
             slot.gone_on.remove(worker)
-        how = f"worker {slot.number} (pid {pid}) {describe_status(status)}"
+        how = f"worker {slot.number} (pid {worker.pid}) {describe_status(status)}"
         if worker.leaving:
             self._left(worker, how, status)
         elif worker.state is WorkerState.STARTING:
             self._never_started(slot, worker, was_next, how)
         else:
             self._died(slot, worker, was_next, how, status)
-        return True
 
     def _left(self, worker: WorkerProcess, how: str, status: int) -> None:
         if worker.state is WorkerState.KILLED or not status:

@@ -445,7 +445,7 @@ class Master:
             return
         for message, fd in channel.receive():
             if fd is not None:
-                self.fleet.pairing.give(fd, message.count("slot"))
+                self._guarded(self.fleet.pairing.give, fd, message.count("slot"), message.count("giver"))
         if channel.ended:
             channel.close()
             self._predecessor = None

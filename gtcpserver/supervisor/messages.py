@@ -29,7 +29,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | retire | a successor serves the same sockets: leave them, finish the connections within `timeout` seconds |
 | stop | drain the slot's sockets for good, with `all` also the shared ones; finish within `timeout` seconds |
 | hasten | finish within `timeout` seconds from now (to a worker that is leaving) |
-| pair | a line to another worker comes with the packet: connections leave on it if `gives` (`share`: so many) |
+| pair | a line to a worker comes along: connections leave on it (`gives`; `share`: so many), or come from `giver` |
 | halt | end every connection now |
 | unready | a stop is near: tell balancers, but serve on |
 | report | send stats |

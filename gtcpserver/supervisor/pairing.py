@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 #: Most lines of one worker that leaves: a few spread its connections well enough, and each is two descriptors.
 MOST_LINES = 16
 
+#: Seconds between two times at which a worker that leaves gets new lines because it has lost all it had. It asks once a
+#: second; one that was taken over might ask without end, and each line is work for this process and for others.
+ALONE_SECONDS = 0.5
+
 #: Stands for the workers of the next master in `WorkerProcess.paired`.
 ELSEWHERE = 0
 
@@ -28,12 +32,13 @@ class Pairing:
     """Makes the lines of one fleet.
 
     Attributes:
-        pass_on: after an upgrade: gives the next master an end for its worker of a slot; returns False if not given.
+        pass_on: after an upgrade: gives the next master an end for its worker of a slot, and tells it the process id of
+            the worker that has the other end; returns False if not given.
     """
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self.pass_on: Callable[[int, int], bool] | None = None
+        self.pass_on: Callable[[int, int, int], bool] | None = None
 
     def has_takers(self) -> bool:
         """Return whether there are workers that take the connections of one that leaves now."""
@@ -62,19 +67,29 @@ class Pairing:
     def _gives(worker: WorkerProcess) -> bool:
         return worker.state in (WorkerState.RETIRING, WorkerState.STOPPING) and not worker.ended
 
+    def hear_alone(self, worker: WorkerProcess) -> None:
+        """Give new lines to a worker that says that it has none."""
+        now = self._fleet.system.monotonic()
+        if self._gives(worker) and now >= worker.alone_until:
+            worker.alone_until = now + ALONE_SECONDS
+            worker.paired.clear()
+
     def _join(self, giver: WorkerProcess, taker: WorkerProcess) -> None:
-        if taker.pid not in giver.paired and self._make_line(
-            giver, lambda fd: taker.channel.send_if_clear("pair", fd, gives=False)
-        ):
+        if taker.pid not in giver.paired and self.share(giver, taker):
             giver.paired.add(taker.pid)
 
-    def _join_elsewhere(self, giver: WorkerProcess, pass_on: Callable[[int, int], bool]) -> None:
-        if ELSEWHERE not in giver.paired and self._make_line(giver, lambda fd: pass_on(fd, giver.slot)):
+    def _join_elsewhere(self, giver: WorkerProcess, pass_on: Callable[[int, int, int], bool]) -> None:
+        if ELSEWHERE not in giver.paired and self._make_line(giver, lambda fd: pass_on(fd, giver.slot, giver.pid)):
             giver.paired.add(ELSEWHERE)
 
-    def share(self, giver: WorkerProcess, taker: WorkerProcess, count: int) -> bool:
-        """Have a worker give so many of its idle connections to another; return False if they cannot be told now."""
-        return self._make_line(giver, lambda fd: taker.channel.send_if_clear("pair", fd, gives=False), share=count)
+    def share(self, giver: WorkerProcess, taker: WorkerProcess, count: int | None = None) -> bool:
+        """Have a worker give so many of its idle connections to another; return False if they cannot be told now.
+
+        Args:
+            count: how many; None: all, as it leaves.
+        """
+        share = {} if count is None else {"share": count}
+        return self._make_line(giver, lambda fd: _tell_taker(taker, fd, giver.pid), **share)
 
     def _make_line(self, giver: WorkerProcess, give: Callable[[int], bool], **share: int) -> bool:
         """Give two workers the ends of a new line; return False if that must be tried again."""
@@ -90,21 +105,26 @@ class Pairing:
             here.close()
             there.close()
 
-    def give(self, fd: int, slot: int) -> None:
+    def give(self, fd: int, slot: int, giver: int = 0) -> None:
         """Give the end of a line from a worker of the last master to one of ours.
 
         Args:
             fd: the descriptor, closed here. Without a worker for it, the other end meets the end of the line.
             slot: number of the slot whose worker should have it.
+            giver: process id of the worker that has the other end; 0: the last master did not say.
         """
         try:
             takers = _takers(self.staying(), slot)
             if takers and not self._fleet.stopping:
-                takers[0].channel.send_if_clear("pair", fd, gives=False)
+                _tell_taker(takers[0], fd, giver)
             elif self.pass_on is not None:  # this master has been replaced, too
-                self.pass_on(fd, slot)
+                self.pass_on(fd, slot, giver)
         finally:
             close_descriptor(fd)
+
+
+def _tell_taker(taker: WorkerProcess, fd: int, giver: int) -> bool:
+    return taker.channel.send_if_clear("pair", fd, gives=False, giver=giver)
 
 
 def _takers(staying: list[WorkerProcess], slot: int) -> list[WorkerProcess]:

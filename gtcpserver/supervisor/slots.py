@@ -93,6 +93,7 @@ class WorkerProcess:
         said_enough: whether it has told it to.
         handover: whether it takes connections from workers that leave, and gives its own away.
         paired: process ids of the workers to which it has a line.
+        alone_until: monotonic time from which on it gets new lines again if it says that it has none.
         settled: whether, leaving, it has moved all connections that were idle.
         moved: number of these.
         staying: the others, by reason.
@@ -133,6 +134,7 @@ class WorkerProcess:
     said_enough: bool = False
     handover: bool = False
     paired: set[int] = field(default_factory=set)
+    alone_until: float = 0.0
     settled: bool = False
     moved: int = 0
     staying: dict[str, int] = field(default_factory=dict)

@@ -288,15 +288,16 @@ class Upgrade:
         if done is not None:
             done(error)
 
-    def pass_on(self, fd: int, slot: int) -> bool:
+    def pass_on(self, fd: int, slot: int, giver: int) -> bool:
         """Give the new master the end of a line for one of its workers; return False if not given.
 
         Args:
             fd: the descriptor; the caller still owns it.
             slot: number of the slot whose worker should have it.
+            giver: process id of the worker that has the other end.
         """
         channel = self.successor_channel
-        return channel is not None and channel.send_if_clear("pair", fd, slot=slot)
+        return channel is not None and channel.send_if_clear("pair", fd, slot=slot, giver=giver)
 
     def close(self) -> None:
         """Close the channel to a new master that is being started."""

@@ -526,7 +526,7 @@ class _Life:
         elif message.fields.get("gives") is True:
             self.mover.send_on(fd, message.count("share") if "share" in message.fields else None)
         else:
-            self.mover.receive_on(fd)
+            self.mover.receive_on(fd, message.count("giver"))
 
     def tell_moved(self) -> None:
         server, mover = self.worker.server, self.mover

@@ -24,7 +24,8 @@ class Fleet:
         return self._slots
 
     def _worker(self, slot, pid, state):
-        def send_if_clear(kind, fd, gives):
+        def send_if_clear(kind, fd, gives, giver=None):
+            assert gives or giver in self.workers
             self.pairs.append((slot, gives))
             return True
 
