@@ -20,6 +20,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gevent import monkey
@@ -46,6 +47,10 @@ MOST_IN_A_TURN = 8
 #: Seconds until a client that does not close is closed.
 CLIENT_SECONDS = 1.0
 
+#: Most reads from one client: haproxy sends one line (agent-send), and closes. One that goes on sending would wake the
+#: master without pause.
+MOST_READS = 8
+
 #: Seconds without accepting after a failed accept (no descriptors, no memory).
 PAUSE_SECONDS = 0.25
 
@@ -54,6 +59,20 @@ ENOUGH_ROOM = 0.5
 
 #: Percent.
 STEP = 5
+
+
+@dataclass(eq=False)
+class _Client:
+    """A client that has its answer.
+
+    Attributes:
+        until: monotonic time at which it is closed.
+        reads: how often it was read from.
+    """
+
+    sock: socket.socket
+    until: float
+    reads: int = 0
 
 
 class AgentCheck:
@@ -75,7 +94,7 @@ class AgentCheck:
             self._sockets.open([check_agent_address(address)], [0], inherited)
         except OSError as error:
             raise OSError(error.errno, f"agent check: {error.strerror or error}") from None
-        self._clients: dict[int, tuple[socket.socket, float]] = {}
+        self._clients: dict[int, _Client] = {}
         self._pause_until = 0.0
         log.info("agent checks on %s", ", ".join(self._sockets.addresses))
 
@@ -93,8 +112,8 @@ class AgentCheck:
 
     def look_after(self, now: float) -> None:
         """Close clients whose time is over."""
-        for fd, (_, until) in list(self._clients.items()):
-            if now >= until:
+        for fd, client in list(self._clients.items()):
+            if now >= client.until:
                 self._close_client(fd)
 
     def _acceptor(self, sock: socket.socket) -> Callable[[int], None]:
@@ -124,14 +143,15 @@ class AgentCheck:
             # Closed when haproxy has: a close before it has read could reset the connection.
             if len(self._clients) >= MOST_CLIENTS:
                 self._close_client(next(iter(self._clients)))
-            self._clients[fd] = client, self._master.system.monotonic() + CLIENT_SECONDS
+            self._clients[fd] = _Client(client, self._master.system.monotonic() + CLIENT_SECONDS)
 
     def _discard(self, fd: int) -> None:
         if fd not in self._clients:
             return  # it has made room for another one in this turn
-        client, _ = self._clients[fd]
+        client = self._clients[fd]
+        client.reads += 1
         try:
-            if client.recv(4096):  # agent-send, which tells us nothing
+            if client.sock.recv(4096) and client.reads < MOST_READS:  # agent-send, which tells us nothing
                 return
         except BlockingIOError:
             return
@@ -140,8 +160,7 @@ class AgentCheck:
         self._close_client(fd)
 
     def _close_client(self, fd: int) -> None:
-        client, _ = self._clients.pop(fd)
-        client.close()
+        self._clients.pop(fd).sock.close()
 
     def line(self) -> str:
         """Return the answer of this moment."""
@@ -164,8 +183,8 @@ class AgentCheck:
 
     def close_in_child(self) -> None:
         """Close the copies. Called in a forked process."""
-        for client, _ in self._clients.values():
-            client.close()
+        for client in self._clients.values():
+            client.sock.close()
         self._sockets.close_copies()
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gtcpserver.supervisor.agent import MOST_CLIENTS, AgentCheck
+from gtcpserver.supervisor.agent import MOST_CLIENTS, MOST_READS, AgentCheck
 from gtcpserver.supervisor.sockets import ListeningSockets
 from kit.patience import SOON
 
@@ -35,3 +35,21 @@ def test_a_client_that_made_room_in_the_same_turn_fails_nothing(agent):
         assert client.recv(100) == b"maint\n"
     for client in clients:
         client.close()
+
+
+def test_a_client_that_goes_on_sending_is_closed_after_a_few_reads(agent):
+    port = agent.handover()[0].address.rpartition(":")[2]
+    with socket.create_connection(("127.0.0.1", int(port)), SOON) as client:
+        turn(agent)
+        assert client.recv(100) == b"maint\n"
+        reads = 0
+        for _ in range(10 * MOST_READS):
+            try:
+                client.send(b"x")
+            except OSError:
+                break
+            before = len(list(agent.watched(monotonic())))
+            turn(agent)
+            reads += before > 1
+        assert reads == MOST_READS
+        assert len(list(agent.watched(monotonic()))) == 1
