@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gtcpserver.errors import ConfigError
 from gtcpserver.monitoring.selection import Selection
 
 from .config import MAX_WORKERS
+from .control import Reply, answering
 from .messages import MAX_ROWS
 from .rebalance import Rebalance
 from .slots import Slot, WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
-    from .control import Reply
     from .master import Master
 
 COMMANDS = (
@@ -45,7 +47,7 @@ class Commands:
 
     def __init__(self, master: Master) -> None:
         self._master = master
-        self._waiting: list[tuple[float, Callable[[], Any]]] = []
+        self._waiting: list[tuple[float, Callable[[], Any], Reply]] = []
         self._questions: list[_Question] = []
         self._number = 0
 
@@ -58,7 +60,7 @@ class Commands:
             reply({"error": error} if error else {"ok": True})
 
         if command == "status":
-            self._when_reported(lambda: reply(self.status()))
+            self._when_reported(lambda: reply(self.status()), reply)
         elif command in ("connections", "end"):
             self._select(request, command == "end", reply)
         elif command == "stop":
@@ -76,10 +78,9 @@ class Commands:
         elif command == "upgrade":
             master.begin_upgrade("ctl upgrade", tell)
         elif command == "reopen":
-            master.reopen_log()
-            tell(None)
+            tell(master.reopen_log())
         elif command == "rotate-tickets":
-            tell(None if master.rotate_tickets() else "the workers have no keys of tickets in common")
+            tell(master.rotate_tickets())
         elif command == "maint":
             if not isinstance(on := request.get("on"), bool):
                 reply({"error": f"on must be true or false, got {on!r}"})
@@ -87,7 +88,7 @@ class Commands:
                 master.set_maintenance(on)
                 tell(None)
         elif command == "rebalance":
-            self._when_reported(lambda: self._rebalance(reply))
+            self._when_reported(lambda: self._rebalance(reply), reply)
         elif command == "scale":
             count = request.get("workers")
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_WORKERS:
@@ -97,12 +98,12 @@ class Commands:
         else:
             reply({"error": f"no command {command!r}; there are {', '.join(COMMANDS)}"})
 
-    def _when_reported(self, do: Callable[[], Any]) -> None:
+    def _when_reported(self, do: Callable[[], Any], reply: Reply) -> None:
         """Call `do` when the workers have sent their newest counters."""
         for worker in self._master.fleet.workers.values():
             worker.reported = False
         self._master.fleet.tell_all("report")
-        self._waiting.append((self._master.system.monotonic() + REPORT_SECONDS, do))
+        self._waiting.append((self._master.system.monotonic() + REPORT_SECONDS, do, reply))
 
     def _rebalance(self, reply: Reply) -> None:
         fleet = self._master.fleet
@@ -116,15 +117,18 @@ class Commands:
             fleet.rebalance = Rebalance(fleet, reply)
 
     def look_after(self, now: float) -> None:
-        """Do what waited for the workers' counters."""
-        self._look_after_questions(now)
+        """Answer what waited for workers. One answer that fails does not keep the others back."""
+        with contextlib.ExitStack() as stack:
+            for reply, do in (*self._due_questions(now), *self._due(now)):
+                stack.callback(_do, reply, do)
+
+    def _due(self, now: float) -> list[tuple[Reply, Callable[[], Any]]]:
         if not self._waiting:
-            return
+            return []
         complete = all(worker.reported for worker in self._master.fleet.workers.values())
-        due = [do for until, do in self._waiting if complete or now >= until]
-        self._waiting = [(until, do) for until, do in self._waiting if not (complete or now >= until)]
-        for do in due:
-            do()
+        due = [(reply, do) for until, do, reply in self._waiting if complete or now >= until]
+        self._waiting = [one for one in self._waiting if not (complete or now >= one[0])]
+        return due
 
     def _select(self, request: dict[str, Any], ends: bool, reply: Reply) -> None:
         try:
@@ -145,23 +149,28 @@ class Commands:
         until = self._master.system.monotonic() + SELECT_SECONDS
         self._questions.append(_Question(self._number, until, asked, reply))
 
-    def _look_after_questions(self, now: float) -> None:
-        for question in list(self._questions):
+    def _due_questions(self, now: float) -> list[tuple[Reply, Callable[[], Any]]]:
+        due: list[_Question] = []
+        for question in self._questions:
             asked = [one for one in question.asked if self._master.fleet.workers.get(one.pid) is one]
-            if now < question.until and any(one.selected[question.number] is None for one in asked):
-                continue
-            self._questions.remove(question)
-            answers = [(one, one.selected.pop(question.number, None)) for one in question.asked]
-            rows = [{**row, "worker": one.slot} for one, found in answers if found for row in found.rows]
-            rows.sort(key=lambda row: row["age"], reverse=True)
-            question.reply(
-                {
-                    "connections": rows,
-                    "found": sum(found.number for _, found in answers if found),
-                    "ended": sum(found.ended for _, found in answers if found),
-                    "missing": sorted(one.slot for one in asked if (one, None) in answers),
-                }
-            )
+            if now >= question.until or all(one.selected[question.number] is not None for one in asked):
+                due.append(question)
+        self._questions = [question for question in self._questions if question not in due]
+        return [(question.reply, partial(self._answer_question, question)) for question in due]
+
+    def _answer_question(self, question: _Question) -> None:
+        asked = [one for one in question.asked if self._master.fleet.workers.get(one.pid) is one]
+        answers = [(one, one.selected.pop(question.number, None)) for one in question.asked]
+        rows = [{**row, "worker": one.slot} for one, found in answers if found for row in found.rows]
+        rows.sort(key=lambda row: row["age"], reverse=True)
+        question.reply(
+            {
+                "connections": rows,
+                "found": sum(found.number for _, found in answers if found),
+                "ended": sum(found.ended for _, found in answers if found),
+                "missing": sorted(one.slot for one in asked if (one, None) in answers),
+            }
+        )
 
     def status(self, *, in_full: bool = False) -> dict[str, Any]:
         """Return the state of master, workers and counters; `in_full` adds all counters of each worker."""
@@ -187,6 +196,11 @@ class Commands:
             "workers": workers,
             "stats": fleet.stats(),
         }
+
+
+def _do(reply: Reply, do: Callable[[], Any]) -> None:
+    with answering(reply):
+        do()
 
 
 def describe(slot: Slot, worker: WorkerProcess, now: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
@@ -46,6 +46,16 @@ PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM})
 
 Reply = Callable[[dict[str, Any]], None]
 Answer = Callable[[dict[str, Any], Reply], None]
+
+
+@contextlib.contextmanager
+def answering(reply: Reply) -> Iterator[None]:
+    """Tell a client that the master failed at what it asked for, so that it does not wait for ever; raise on."""
+    try:
+        yield
+    except Exception:
+        reply({"error": "the master failed at this; its log says why"})
+        raise
 
 
 class ControlClient:
@@ -107,7 +117,8 @@ class ControlClient:
         except (ValueError, RecursionError) as error:
             self.reply({"error": f"a request must be a JSON object: {error}"})
             return
-        self._answer(request, self.reply)
+        with answering(self.reply):
+            self._answer(request, self.reply)
 
     def reply(self, fields: dict[str, Any]) -> None:
         """Send the answer and close; with a field `end` True, close at the end of the master."""

@@ -422,8 +422,9 @@ class Fleet:
         self.care.look(now)
         self._bound_retired(now)
         self.pairing.look()
-        if self.rebalance is not None and self.rebalance.is_done(now):
-            self.rebalance = None
+        if self.rebalance is not None and self.rebalance.is_over(now):
+            over, self.rebalance = self.rebalance, None
+            over.tell()
         if self.stopping:
             return
         self._complete_start()

@@ -656,38 +656,45 @@ class Master:
         log.info("from %d to %s", self.fleet.target, counted(count, "worker"))
         self.fleet.want_scale(count, done)
 
-    def reopen_log(self) -> None:
-        """Reopen the log file, for all workers too: they may lack the permission."""
+    def reopen_log(self) -> str | None:
+        """Reopen the log file, for all workers too: they may lack the permission. Return the error, if there is one."""
         path = self.config.log_file
         if path is None:
-            log.info("SIGUSR1: there is no log file to reopen (--log-file)")
-            return
+            log.info("there is no log file to reopen (--log-file)")
+            return None
         try:
             fd = open_log_file(path)
         except (OSError, UntrustedPath) as error:
-            log.error("cannot reopen the log file: %s", error)
-            return
+            return _cannot_reopen(str(error))
         try:
             write_stderr_to(fd)
         except OSError as error:
             close_descriptor(fd)
-            log.error("cannot reopen the log file: %s", error.strerror)
-            return
+            return _cannot_reopen(error.strerror)
         for worker in self.fleet.workers.values():
             worker.channel.send("reopen", fd=STDERR)
         if self.monitor is not None:
             self.monitor.renew()
         log.info("log file %s reopened", path)
+        return None
 
     def set_maintenance(self, on: bool) -> None:
         """Tell balancers to send no connections, or to send them again. Those that come are served."""
         log.info("maintenance: %s", "on" if on else "off")
         self.in_maintenance = on
 
-    def rotate_tickets(self) -> bool:
-        """Have the workers use new keys for TLS tickets; return False if they do not share any."""
+    def rotate_tickets(self) -> str | None:
+        """Have the workers use new keys for TLS tickets. Return the error, if there is one."""
+        if self._memory is None:
+            return "the workers have no keys of tickets in common"
+        try:
+            done = self._memory.rotate_tickets()
+        except OSError as error:
+            return f"no new keys for tickets: {error.strerror}"
+        if not done:
+            return "no new keys for tickets: another master makes some just now"
         log.info("new keys for TLS session tickets")
-        return self._memory is not None and self._memory.rotate_tickets()
+        return None
 
     def begin_upgrade(self, why: str, done: Done) -> None:
         """Start a new master from the code on disk. `done` is called with None, or with the reason of a failure."""
@@ -774,6 +781,12 @@ def _has_other_threads() -> bool:
     ours = threading.main_thread().native_id
     # None: a thread that has not begun to run, or a greenlet.
     return any(thread.native_id not in (ours, None) for thread in threading.enumerate())
+
+
+def _cannot_reopen(why: str | None) -> str:
+    error = f"cannot reopen the log file: {why}"
+    log.error("%s", error)
+    return error
 
 
 def _nobody(_error: str | None) -> None:
