@@ -187,6 +187,11 @@ class Channel:
                 fds.extend(struct.unpack(f"={len(content) // 4}i", content[: len(content) // 4 * 4]))
         return data
 
+    def detach(self) -> int:
+        """Return the descriptor, which the caller owns from now on."""
+        self.ended = True
+        return self._sock.detach()
+
     def close(self) -> None:
         self.ended = True
         self._outbox.clear()

@@ -102,7 +102,8 @@ WORKER_KINDS = frozenset(
 MASTER_KINDS = frozenset(
     {"retire", "stop", "hasten", "halt", "unready", "report", "connections", "select", "reopen", "lent", "pair"}
 )
-HANDOVER_KINDS = frozenset({"ready", "failed", "pair"})
+#: Between two masters (`upgrade`).
+HANDOVER_KINDS = frozenset({"ready", "failed", "pair", "more"})
 
 
 class MessageError(ValueError):

@@ -2,6 +2,7 @@
 
     old master                                  new master (its child)
     fork, exec the same command line     --->   takes over the descriptors the environment names
+    "more", for what came to be later    --->   takes over what it knows
                                                 starts its workers: both generations accept
     "ready" (or "failed", or EOF)        <---
     workers leave their sockets, exit
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -24,9 +26,10 @@ from enum import Enum
 from typing import Any
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.process.descriptors import close_descriptor
 
 from .channel import Channel, adopt
-from .messages import HANDOVER_KINDS
+from .messages import HANDOVER_KINDS, Message
 from .reload import Done
 from .slots import KILL_AGAIN_SECONDS, describe_status
 from .sockets import Inherited
@@ -36,6 +39,18 @@ log = logging.getLogger("gtcpserver")
 
 #: The environment variable with the `Handover`, as JSON.
 VARIABLE = "GTCPSERVER_HANDOVER"
+
+#: What the environment has: every version knows these, and no other. What came to be later is passed on by messages
+#: ("more"), each with its name and perhaps a descriptor: a version that does not know them drops them, and the kernel
+#: closes the descriptors. So an upgrade may also lead back to an older version.
+FIRST_FIELDS = ("pid", "channel", "slots", "sockets", "control", "listen_fds", "metrics")
+
+#: The others, as the log calls them when they are lost.
+MORE_FIELDS = {
+    "memory": "the counts of limits and the keys of TLS tickets",
+    "agent": "the sockets of the agent check",
+    "in_maintenance": "maintenance (ctl maint on)",
+}
 
 #: Seconds for the workers of a new master to become ready.
 UPGRADE_SECONDS = 120.0
@@ -67,7 +82,7 @@ UPGRADE_CHANGES = {
 
 @dataclass(frozen=True)
 class Handover:
-    """What an old master passes to the new one, in the environment.
+    """What an old master passes to the new one, in the environment, and in messages.
 
     Attributes:
         pid: process id of the old master.
@@ -80,6 +95,7 @@ class Handover:
         memory: descriptor of the counts that all workers share (`shared.memory`); None if there are none.
         agent: the listening sockets of the agent check.
         in_maintenance: whether `ctl maint on` holds.
+        taken: which of MORE_FIELDS have come, in the new master.
     """
 
     pid: int
@@ -92,13 +108,44 @@ class Handover:
     memory: int | None = None
     agent: list[Inherited] = field(default_factory=list)
     in_maintenance: bool = False
+    taken: tuple[str, ...] = ()
 
     def fds(self) -> list[int]:
         """Return all descriptors except the channel."""
-        more = [self.control[0]] if self.control is not None else []
+        memory = [self.memory] if self.memory is not None else []
+        return [*self.first_fds(), *(one.fd for one in self.agent), *memory]
+
+    def first_fds(self) -> list[int]:
+        """Return the descriptors that the environment names, except the channel."""
+        control = [self.control[0]] if self.control is not None else []
+        return [one.fd for one in (*self.sockets, *self.metrics)] + control
+
+    def first(self) -> str:
+        """Return the text for the environment."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({name: fields[name] for name in FIRST_FIELDS})
+
+    def more(self) -> list[tuple[str, Any, int | None]]:
+        """Return what is passed on by messages: name, value and descriptor of each."""
+        found: list[tuple[str, Any, int | None]] = []
         if self.memory is not None:
-            more.append(self.memory)
-        return [one.fd for one in (*self.sockets, *self.metrics, *self.agent)] + more
+            found.append(("memory", None, self.memory))
+        found += [("agent", dataclasses.asdict(one), one.fd) for one in self.agent]
+        if self.in_maintenance:
+            found.append(("in_maintenance", True, None))
+        return found
+
+    def with_more(self, name: str, value: Any, fd: int | None) -> Handover:
+        """Return it with something that has come by a message; unchanged if that is nothing that this version knows."""
+        if name == "memory" and fd is not None:
+            new = dataclasses.replace(self, memory=fd)
+        elif name == "agent" and fd is not None:
+            new = dataclasses.replace(self, agent=[*self.agent, *_inherited([{**value, "fd": fd}])])
+        elif name == "in_maintenance":
+            new = dataclasses.replace(self, in_maintenance=value is True)
+        else:
+            return self
+        return dataclasses.replace(new, taken=(*new.taken, name))
 
 
 def take_handover() -> Handover | None:
@@ -118,8 +165,22 @@ def take_handover() -> Handover | None:
         if control is not None:
             control = (control[0], control[1], _pair(control[2]))
         handover = Handover(sockets=sockets, metrics=metrics, agent=agent, control=control, **fields)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return _receive_more(handover)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise GtcpServerError(f"cannot take over from the running master: {error}") from None
+
+
+def _receive_more(handover: Handover) -> Handover:
+    """Read what the old master has sent before it started this one."""
+    channel = adopt(handover.channel, HANDOVER_KINDS, takes_fds=True)
+    while messages := channel.receive():
+        for message, fd in messages:
+            before = handover
+            if message.kind == "more":
+                handover = handover.with_more(message.text("name"), message.fields.get("value"), fd)
+            if handover is before and fd is not None:
+                close_descriptor(fd)
+    channel.detach()
     return handover
 
 
@@ -154,6 +215,7 @@ class Upgrade:
         self._successor = 0  # process id of the new master that took over
         self._give_up_at = 0.0
         self._done: Done | None = None
+        self._passed: list[str] = []  # names of what was passed on by messages
         self._failed: dict[int, float] = {}  # process id -> when it is killed
 
     @property
@@ -177,16 +239,20 @@ class Upgrade:
             done(str(error))
             return
         handover = dataclasses.replace(handover, channel=theirs.fileno())
-        fds = [*handover.fds(), handover.channel]
+        fds = [*handover.first_fds(), handover.channel]
+        self._passed = [name for name, _, _ in handover.more()]
 
         def environment() -> dict[str, str]:
             os.chdir(folder)
-            found = {**os.environ, VARIABLE: json.dumps(dataclasses.asdict(handover))}
+            found = {**os.environ, VARIABLE: handover.first()}
             if handover.listen_fds:
                 found |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(handover.listen_fds)}
             return found
 
         try:
+            for name, value, fd in handover.more():
+                if not ours.send_if_clear("more", fd, name=name, value=value):
+                    raise OSError(errno.ENOBUFS, f"cannot pass on {MORE_FIELDS[name]}")
             self._pid = self._system.start_master(environment, fds)
         except OSError as error:
             ours.close()
@@ -207,7 +273,7 @@ class Upgrade:
             return
         for message, _ in self.channel.receive():  # raises OSError: nothing can be read now
             if message.kind == "ready":
-                self._succeed(message.fields.get("moves") is True)
+                self._succeed(message)
             else:
                 self.fail(message.text("error"))
             return
@@ -239,12 +305,18 @@ class Upgrade:
                 except ProcessLookupError:
                     del self._failed[pid]  # already reaped elsewhere
 
-    def _succeed(self, moves: bool) -> None:
-        if moves:
+    def _succeed(self, message: Message) -> None:
+        if message.fields.get("moves") is True:
             self.successor_channel, self.channel = self.channel, None
         self.close()
         self.stage = UpgradeStage.LEFT
         log.info("the new master (pid %d) is ready; this one's workers finish their connections", self._pid)
+        taken = message.fields.get("taken")  # an older version does not say
+        kept = taken if isinstance(taken, list) else []
+        lost = [name for name in MORE_FIELDS if name in self._passed and name not in kept]
+        if lost:
+            what = "; ".join(MORE_FIELDS[name] for name in lost)
+            log.warning("the new master (pid %d) is of another version, and begins anew: %s", self._pid, what)
         self._successor = self._pid
         self._leave_to(self._pid)
         self._tell(None)
@@ -322,7 +394,7 @@ def say_ready(handover: Handover, moves: bool = False) -> tuple[bool, Channel | 
         Whether the old master was told; and with `moves`, the channel on which it sends "pair".
     """
     channel: Channel = adopt(handover.channel, HANDOVER_KINDS, takes_fds=True)
-    channel.send("ready", moves=moves)
+    channel.send("ready", moves=moves, taken=handover.taken)
     told = channel.finish(TELL_SECONDS)
     if told and moves:
         return told, channel
