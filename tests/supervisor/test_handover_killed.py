@@ -25,13 +25,14 @@ BUSY = CONNECTIONS // 10
 
 #: A connection that has moved holds up its new worker, so that the move of all takes its time.
 APP = f"""
-import os, time
+import os
 import gevent
+from gevent.monkey import get_original
 
 def handler(conn):
     conn.session.setdefault("requests", 0)
     if conn.resumed:
-        time.sleep({0.5 / CONNECTIONS})
+        get_original("time", "sleep")({0.5 / CONNECTIONS})
     while True:
         with conn.idle():
             line = conn.recv_until(b"\\n")
