@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         recycle_after: int | None
         recycle_jitter: int | None
         recycle_memory: float | None
+        relieve_lagging: bool
         pin_cpus: bool
         pid_file: str | None
         user: str | int | None

@@ -178,7 +178,7 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 )
 
 #: Options for handlers that begin at an idle point, unlike those that relay.
-OF_IDLE_POINTS = frozenset({"handover"})
+OF_IDLE_POINTS = frozenset({"handover", "relieve_lagging"})
 
 # Fields of ProxyProtocol: --proxy-protocol is the first; the others append their name to it.
 BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -276,6 +276,11 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("recycle_after", WHOLE, "Replace a worker after it has accepted this many connections."),
     ("recycle_jitter", WHOLE, "Add up to this many, at random; none: a tenth of --recycle-after."),
     ("recycle_memory", NUMBER, "Replace a worker when it uses more than this many MiB of memory."),
+    (
+        "relieve_lagging",
+        bool,
+        "With --handover: a worker whose event loop stays late gives idle ones to the others.",
+    ),
     ("pin_cpus", bool, "Run worker i on CPU i and give it the connections that this CPU receives."),
     ("pid_file", str, "Write the master's process ID to this file."),
     ("user", str, "Run the workers as this user (name or number)."),
@@ -308,9 +313,9 @@ SHORTER = {
 
 def server_options(command: Command) -> Command:
     """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
-    for name, kind, text in SERVER_OPTIONS:
+    for name, kind, text in (*SERVER_OPTIONS, *SUPERVISOR_OPTIONS):
         if name in OF_IDLE_POINTS:
-            command = _option(name, kind, text, inspect.signature(Server).parameters[name].default)(command)
+            command = _option(name, kind, text, False)(command)
     return click.option(
         "--bind",
         "-b",
@@ -360,6 +365,8 @@ def supervisor_options(command: Command) -> Command:
     for name, text in reversed(HOOK_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
     for name, kind, text in reversed(SUPERVISOR_OPTIONS):
+        if name in OF_IDLE_POINTS:
+            continue
         command = _option(name, kind, text, defaults[name])(command)
     return command
 
@@ -399,6 +406,8 @@ def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
         instead = "each worker has one listening socket for every TCP address"
         raise click.UsageError(f"--accept-loops: cannot be used together with --workers: {instead}")
     options = {name: context.params[name] for name, _, _ in SUPERVISOR_OPTIONS if name in names}
+    if options.get("relieve_lagging") and not context.params.get("handover"):
+        raise click.UsageError(f"{flag('relieve_lagging')}: needs {flag('handover')}")
     options["graceful_timeout"] = context.params["stop_timeout"]
     options["metrics"] = context.params["metrics"]
     fields = {"metrics", *(name for name, _, _ in SUPERVISOR_OPTIONS)}

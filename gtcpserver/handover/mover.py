@@ -73,7 +73,7 @@ class Mover:
         self._pump_is_due = False
         self._timers: list[Any] = []
         self._leaving = self._hurries = self._stopped = self._is_sharing = False
-        self._alone_since = 0.0
+        self._alone_since = self._looked_at = 0.0
         self._given: set[LeavingConnection] = set()  # not reported as served yet
         self._faults = FaultLimiter(burst=1, interval=60.0)
         register(self)
@@ -214,8 +214,12 @@ class Mover:
             log.error("a handover failed%s", also(left_out), exc_info=error)
 
     def _look(self) -> None:
+        now = monotonic()
+        # This loop stood still, perhaps for longer than offers have time: their answers are still unread.
+        punctual, self._looked_at = now - self._looked_at < 5 * LOOK_SECONDS, now
         for sender, line in list(self._senders):
-            sender.look()
+            if punctual:
+                sender.look()
             if sender.is_useless():
                 line.close()
                 self._lost(sender)

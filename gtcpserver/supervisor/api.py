@@ -55,6 +55,8 @@ def run_workers(
     """
     config = SupervisorConfig(**{name: options.pop(name) for name in CONFIG_FIELDS & options.keys()})
     hooks = {name: options.pop(name) for name in HOOK_FIELDS & options.keys()}
+    if config.relieve_lagging and not options.get("handover"):
+        raise ConfigError("relieve_lagging needs handover")
     if "accept_loops" in options:
         raise ConfigError("accept_loops cannot be used together with workers")
     listen = options.get("listen") or ListenConfig()

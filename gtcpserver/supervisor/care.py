@@ -28,12 +28,16 @@ LEAVING = (WorkerState.RETIRING, WorkerState.STOPPING)
 
 
 class Care:
-    """Watches the workers' beats, and steers new connections away from late workers."""
+    """Watches the workers' beats, and steers new connections away from late workers.
+
+    Attributes:
+        late: numbers of the slots that lag while most others do not.
+    """
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._looked_at = fleet.system.monotonic()
-        self._lagging: set[int] = set()
+        self.late: set[int] = set()
 
     def look(self, now: float) -> None:
         """Note silent workers and end blocked ones. Call often."""
@@ -94,11 +98,11 @@ class Care:
         if len(late) * 2 > len(serving):
             # The whole machine is busy, not single workers: the others could not take more.
             late = set()
-        for number in sorted(late - self._lagging):
+        for number in sorted(late - self.late):
             log.warning("worker %d lags: new connections go to the others until it has caught up", number)
-        for number in sorted(self._lagging - late):
+        for number in sorted(self.late - late):
             log.info("worker %d has caught up", number)
-        self._lagging = late
+        self.late = late
         wanted = {slot.number for slot in serving} - late or {slot.number for slot in active}
         cpus: dict[int, int] = {}
         for slot in active:

@@ -65,6 +65,8 @@ class SupervisorConfig:
         recycle_jitter: upper bound of a random number of further connections, so that workers do not all come due at
             once. None: a tenth of recycle_after.
         recycle_memory: MiB of resident memory above which a worker is replaced. None: never.
+        relieve_lagging: whether a worker whose event loop stays late gives half of its idle connections to the others
+            every few seconds until it has caught up; for servers with ``handover``.
         pin_cpus: run worker i on CPU i, and give it the connections that this CPU receives.
         pid_file: path of the file for the master's process id.
         user: the workers' user, by name or number; the master keeps its own, for ports below 1024 and log files.
@@ -94,6 +96,7 @@ class SupervisorConfig:
     recycle_after: int | None = None
     recycle_jitter: int | None = None
     recycle_memory: float | None = None
+    relieve_lagging: bool = False
     pin_cpus: bool = False
     pid_file: str | None = None
     user: str | int | None = None

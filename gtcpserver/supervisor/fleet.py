@@ -31,6 +31,7 @@ from .messages import (
 from .pairing import Pairing
 from .program import Program
 from .rebalance import Rebalance
+from .relief import Relief
 from .reload import Done, Reload
 from .slots import Selected, Slot, WorkerProcess, WorkerState, back_off, describe_status
 from .sockets import ListeningSockets
@@ -132,6 +133,7 @@ class Fleet:
         self.memory: SharedMemory | None = None
         self.deaths = 0
         self.pairing = Pairing(self)
+        self._relief = Relief(self) if config.relieve_lagging else None
         #: Whether another child of the master holds the sockets of all slots: one just forked, for a moment, or a
         #: failed new master until it ends.
         self.others_have_sockets: Callable[[], bool] = lambda: False
@@ -259,6 +261,8 @@ class Fleet:
         elif message.kind == "shared":
             if self.rebalance is not None:
                 self.rebalance.hear(worker, message)
+            if self._relief is not None:
+                self._relief.hear(worker)
         elif message.kind == "alone":
             self.pairing.hear_alone(worker)
         elif message.kind == "drained":
@@ -449,6 +453,8 @@ class Fleet:
         self._tell_scaled()
         self.pairing.look()  # at once for those that leave since
         self.care.steer()
+        if self._relief is not None:
+            self._relief.look(now, self.care.late)
 
     def next_due(self) -> float:
         """Return the latest time (monotonic) at which `look_after` has work that no event announces."""
