@@ -13,6 +13,8 @@ import selectors
 import threading
 import time
 
+import pytest
+
 from kit.paths import ROOT
 from kit.patience import SOON
 from kit.supervised import alive, wait_until
@@ -85,6 +87,7 @@ class Load(threading.Thread):
         self.join()
 
 
+@pytest.mark.slow
 def test_clients_that_ask_all_the_time_notice_no_reload_and_no_upgrade(start, capsys):
     options = ("--workers", "2", "--handover", "--probation", "0.1", "--pool", "none", "--max-connections", "none")
     master = start(*options, handler=f"{ROOT}/loadtests/handover/app.py:handle")

@@ -159,6 +159,7 @@ class Move:
         return {one.port for one in clients if not one.ask()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["old", "new"])
 def test_a_killed_worker_loses_only_what_was_inside(start, clients, which):
     move = Move(start, clients)
@@ -176,6 +177,7 @@ def test_a_killed_worker_loses_only_what_was_inside(start, clients, which):
     assert "Traceback" not in move.master.log()
 
 
+@pytest.mark.slow
 def test_workers_without_their_master_finish_what_has_begun_and_hold_on_to_nothing(start, clients):
     move = Move(start, clients)
     move.kill(move.master.pid)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import select
 import subprocess
 
+import pytest
+
 from kit.doc_blocks import find_blocks
 from kit.paths import ROOT
 from kit.patience import SOON
@@ -72,6 +74,7 @@ class RedisCli:
         self.process.wait(SOON)
 
 
+@pytest.mark.slow
 @needs("redis-cli")
 def test_redis_cli_stays_connected_and_in_its_database(start, tmp_path):
     for block in find_blocks(TUTORIAL):
