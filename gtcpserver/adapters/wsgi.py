@@ -63,9 +63,9 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self._has_raw_input = False
 
     def handle(self) -> None:
-        conn = self.socket
+        # In a stop, a wait for the next request ends at once, unless it has arrived.
         while (head := self._next_head()) is not None:
-            if not self._serve_one(head) or (conn.server is not None and conn.server.stopping):
+            if not self._serve_one(head):
                 return
 
     # -- the request -------------------------------------------------------------------------------------------------
@@ -281,6 +281,10 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         if self.command == "HEAD":
             self.response_use_chunked = False  # not even the end of a body
         elif not self._is_delimited():
+            self.close_connection = True
+        server = self.socket.server
+        if server is not None and server.draining:
+            # Told now, the client sends its next request elsewhere, instead of to a connection that is about to end.
             self.close_connection = True
         if self.close_connection and not self.connection_upgraded:
             kept = [header for header in self.response_headers if header[0].lower() != b"connection"]

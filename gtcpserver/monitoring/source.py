@@ -62,6 +62,8 @@ class FromServer:
 
     def health(self) -> Health:
         state = self._server.state
+        if state is State.SERVING and self._server.draining:
+            return Health(True, False, "draining")
         words = {State.NEW: "starting", State.SERVING: "ready", State.STOPPING: "draining", State.STOPPED: "stopped"}
         return Health(True, state is State.SERVING, words[state])
 

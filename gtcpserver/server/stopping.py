@@ -108,6 +108,8 @@ class Stopping:
         """Begin the stop; arguments as for :meth:`Server.stop`."""
         state = self._state
         self._patient = patient
+        if self._server.mover is None:
+            self._server.draining = True
         self.until = None if timeout is None else monotonic() + timeout
         # The report leaves out handlers that ended before the stop.
         ended_before = state.begun - len(state.connections)

@@ -176,6 +176,8 @@ class StaticFiles:
 
     def _answer(self, conn: Connection, request: Request) -> bool:
         """Answer a request; return False if the connection ends with it."""
+        if conn.server is not None and conn.server.draining:
+            request.keep = False  # told now, the client sends its next request elsewhere
         fd = -1
         try:
             if request.method not in ("GET", "HEAD"):

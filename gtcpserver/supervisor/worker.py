@@ -542,6 +542,7 @@ class _Life:
         assert server is not None
         if message.kind == "unready":
             self.worker.ready = False
+            server.draining = True
         elif message.kind == "report":
             gevent.spawn(self.send_stats)
         elif message.kind == "connections":
