@@ -7,6 +7,7 @@ SCHEDULES ?= 20000
 MOVING ?= 2000
 REQUESTS ?= 10000000
 CONNECTIONS ?= 100000
+ROLLOUT_REQUESTS ?= 100000
 # Tests mostly wait: for time limits, for processes that start.
 JOBS ?= $(shell echo $$((2 * $$(nproc) + 1)))
 
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules moves check bench bench-programs docs docs-serve load \
+.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules moves rollout check bench bench-programs docs docs-serve load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -36,6 +37,8 @@ help:
 	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some two minutes (SCHEDULES=...)'
 	@echo 'make moves   moves the connections of 2,000 clients over 20 reloads and 5 upgrades, in two minutes (MOVING=...), and'
 	@echo '             kills processes while 1,000 connections move'
+	@echo 'make rollout   a rolling update of the pods in examples/deployment/kubernetes, in network namespaces behind'
+	@echo '             haproxy, under load, as root: a minute (ROLLOUT_REQUESTS=...)'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
 	@echo 'make check   lint, format, types, who may import what (.importlinter), and names of news files (changes/)'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
@@ -140,6 +143,10 @@ moves: compiled
 	GTCPSERVER_MOVES=1000 GTCPSERVER_MOVING_CLIENTS=$(MOVING) GTCPSERVER_MOVING_RELOADS=20 GTCPSERVER_MOVING_UPGRADES=5 \
 	    GTCPSERVER_MOVING_SECONDS=120 $(BIN)/python -m pytest -q -n 0 -o timeout=0 $(addprefix tests/supervisor/test_, \
 	    handover_endures.py handover_killed.py handover_redis.py upgrade_installed.py)
+
+rollout: compiled
+	GTCPSERVER_ROLLOUT_REQUESTS=$(ROLLOUT_REQUESTS) $(BIN)/python -m pytest -q -s -n 0 -o timeout=0 \
+	    -k 'rolling or loses' tests/examples/test_kubernetes.py
 
 # The list is tests/mutants.toml.
 mutants: $(VENV)/dev.stamp
