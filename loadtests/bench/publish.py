@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..local_servers import ROOT
+from . import sizing
 from .measure import BenchError
 from .plots import plot
 from .results import OURS, Figures, Ratio, Result, facts, load_figures, load_result, significant
@@ -63,6 +64,12 @@ def publish_all(paths: Iterable[Path]) -> None:
         if readme:
             README.write_text(readme)
             print(f"published in {README}", flush=True)
+        if program == "bench" and PAGE == sizing.PERFORMANCE:
+            try:
+                sizing.put_into_page()
+            except (OSError, ValueError) as error:
+                raise BenchError(f"{sizing.PAGE} cannot be renewed: {error}") from error
+            print(f"published in {sizing.PAGE}", flush=True)
 
 
 def put(page: str, mark: str, text: str) -> str:
