@@ -282,8 +282,7 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             self.response_use_chunked = False  # not even the end of a body
         elif not self._is_delimited():
             self.close_connection = True
-        server = self.socket.server
-        if server is not None and server.draining:
+        if self.socket.should_leave:
             # Told now, the client sends its next request elsewhere, instead of to a connection that is about to end.
             self.close_connection = True
         if self.close_connection and not self.connection_upgraded:

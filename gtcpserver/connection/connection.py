@@ -474,6 +474,17 @@ class Connection(SSLMethods, HasStream, _Socket):
         """
         return self._stream.kept
 
+    @property
+    def should_leave(self) -> bool:
+        """Whether an answer should be the last: the server is draining, and no further request is here yet.
+
+        For this package.
+
+        :meta private:
+        """
+        owner: Owner | None = self.server
+        return owner is not None and owner.draining and not self._stream.kept
+
     def unread(self, data: bytes) -> None:
         """Give back bytes already read: the next read, or a relay, gets them first."""
         self._stream.kept = b"".join((data, self._stream.kept))  # bytes, whatever data is

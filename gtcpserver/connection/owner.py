@@ -23,6 +23,10 @@ class Owner(Protocol):
     def lingerer(self) -> Linger:
         """The Linger that closes the sockets of its connections."""
 
+    @property
+    def draining(self) -> bool:
+        """Whether clients should go elsewhere: a stop is near, or has begun."""
+
     def make_idle(self, connection: Connection) -> Idle:
         """Make the ``with`` block of :meth:`Connection.idle`; called once per connection."""
 

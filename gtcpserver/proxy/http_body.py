@@ -261,6 +261,7 @@ def send_own_answer(
         # not requests: the connection ends, even after a 407 (RFC 9931).
         and head.method != b"CONNECT"
         and body.can_be_discarded
+        and not conn.should_leave
     )
     of_head = head is not None and head.method == b"HEAD"
     conn.sendall(own_answer(status, text, headers, close=not keep, of_head=of_head))

@@ -201,7 +201,7 @@ class Forwarder:
         if in_chunks:
             fields.append((b"Transfer-Encoding", b"chunked"))
         # A response before the end of the request: the rest of the request has no use any more.
-        close = head.wants_close or not body.done
+        close = head.wants_close or not body.done or self._conn.should_leave
         if close:
             fields.append((b"Connection", b"close"))
         record = self._visitor.record

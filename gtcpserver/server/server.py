@@ -264,9 +264,9 @@ class Server:
         #: Seconds that handlers get when the listening socket is lost; set by ``serve_forever``.
         self.stop_timeout: float | None = DEFAULT_STOP_TIMEOUT
         #: Whether clients should go elsewhere: from the beginning of ``drain_delay``, or of a stop, on. HTTP answers of
-        #: `from_wsgi` and `StaticFiles` then say "Connection: close". A handler whose protocol has such a word sends
-        #: it; a program with a drain delay of its own sets this, and stops the server later. A reload in which
-        #: connections move (``handover``) leaves it False.
+        #: `from_wsgi`, `StaticFiles` and the proxy then say "Connection: close". A handler whose protocol has such a
+        #: word sends it; a program with a drain delay of its own sets this, and stops the server later. A reload in
+        #: which connections move (``handover``) leaves it False.
         self.draining = False
         self._ends_background_work = False
         self._starting = False

@@ -147,6 +147,8 @@ class StaticFiles:
                 self._refuse(conn, None, error)
                 return
             received = received[end + len(END_OF_HEAD) :]
+            if not received and conn.should_leave:
+                request.keep = False  # told now, the client sends its next request elsewhere
             if not self._answer(conn, request):
                 return
 
@@ -176,8 +178,6 @@ class StaticFiles:
 
     def _answer(self, conn: Connection, request: Request) -> bool:
         """Answer a request; return False if the connection ends with it."""
-        if conn.server is not None and conn.server.draining:
-            request.keep = False  # told now, the client sends its next request elsewhere
         fd = -1
         try:
             if request.method not in ("GET", "HEAD"):

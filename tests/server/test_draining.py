@@ -60,6 +60,16 @@ def test_answers_say_close_before_a_stop_begins(serve, handler, in_thread):
     assert in_thread(late.ask) == (200, False)
 
 
+def test_a_request_that_is_here_already_is_answered_before_the_connection_ends(serve, handler, in_thread):
+    server = serve(handler)
+    client = in_thread(Client, server.port)
+    server.draining = True
+    in_thread(client.sock.sendall, 2 * b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    answers = in_thread(lambda: client.sock.makefile("rb").read())
+    assert answers.count(b" 200 OK") == 2
+    assert answers.count(b"Connection: close") == 1
+
+
 def test_an_answer_that_a_stop_finds_unfinished_says_close(serve, in_thread, spawn_thread):
     begun, go = gevent.event.Event(), gevent.event.Event()
 
