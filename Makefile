@@ -38,7 +38,7 @@ help:
 	@echo 'make moves   moves the connections of 2,000 clients over 20 reloads and 5 upgrades, in two minutes (MOVING=...), and'
 	@echo '             kills processes while 1,000 connections move'
 	@echo 'make rollout   a rolling update of the pods in examples/deployment/kubernetes, in network namespaces behind'
-	@echo '             haproxy, under load, as root: a minute (ROLLOUT_REQUESTS=...)'
+	@echo '             haproxy, under load, as root: 2 minutes (ROLLOUT_REQUESTS=...)'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
 	@echo 'make check   lint, format, types, who may import what (.importlinter), and names of news files (changes/)'
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'

@@ -134,7 +134,7 @@ def test_sizes_are_those_of_the_kernels_objects():
 
 @pytest.mark.slow
 @needs("haproxy")
-def test_haproxy_as_on_the_page(tmp_path, machine, balancer, need_descriptors):
+def test_haproxy_as_on_the_page(tmp_path, machine, balancer):
     config, port = tmp_path / "haproxy.cfg", free_port()
     text = block("global")
     for there, here in {
