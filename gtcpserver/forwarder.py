@@ -30,6 +30,9 @@ Balance = Literal["first", "round-robin", "least"]
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 
+#: Name of the target's address in a session.
+_TARGET = "target"
+
 # Local failures, which any other target would hit too.
 _OUR_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -68,6 +71,8 @@ class Forwarder:
             plain text.
         send_proxy: begin each connection to a target with a PROXY header, "v1" or "v2", with the client's address;
             before TLS. Only for targets that expect it. None: none.
+
+    Connections without TLS on either side move to the next worker (``Server(handover=True)``).
 
     A client is reset if no target could be reached. The same happens when this process runs out of descriptors or
     memory to connect with, which is no target's fault: then the OSError is raised.
@@ -108,6 +113,11 @@ class Forwarder:
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client; return when both sides have ended."""
+        upstream = conn.relayed_to
+        if upstream is not None:  # from another worker
+            with upstream:
+                self._relay(conn, upstream, self._target_of(conn))
+            return
         for target in self._in_order():
             target.active += 1
             pause = target.pause
@@ -116,32 +126,45 @@ class Forwarder:
                 # This client finds out whether it is back, so that others need not wait for that.
                 target.aside_until = monotonic() + self.connect_timeout
             try:
-                try:
-                    upstream = self._connect(target, conn)
-                except OSError as error:
-                    if error.errno in _OUR_OWN_TROUBLE:
-                        conn.abort()
-                        raise
-                    # If many clients found it down at once, each would double the pause.
-                    self._is_down(target, error, longer=due and target.pause == pause)
-                    continue
-                self._is_up(target)
-                with upstream:
-                    result = relay(conn, upstream, idle_timeout=self.idle_timeout)
+                upstream = self._connect(target, conn)
+            except OSError as error:
+                if error.errno in _OUR_OWN_TROUBLE:
+                    conn.abort()
+                    raise
+                # If many clients found it down at once, each would double the pause.
+                self._is_down(target, error, longer=due and target.pause == pause)
+                continue
             finally:
                 target.active -= 1
-            log.debug(
-                "%s to %s: %s there, %d back in %.3f s (%s)",
-                conn.client_address,
-                target.address,
-                counted(result.bytes_a_to_b, "byte"),
-                result.bytes_b_to_a,
-                result.duration,
-                result.reason,
-            )
+            self._is_up(target)
+            with upstream:
+                self._relay(conn, upstream, target)
             return
         # A normal end would say that the target had nothing to send.
         conn.abort()
+
+    def _relay(self, conn: Connection, upstream: Any, target: Target) -> None:
+        if conn.server is not None and conn.server.moving is not None:
+            conn.session[_TARGET] = target.address
+        target.active += 1
+        try:
+            result = relay(conn, upstream, idle_timeout=self.idle_timeout, handover=True)
+        finally:
+            target.active -= 1
+        log.debug(
+            "%s to %s: %s there, %d back in %.3f s (%s)",
+            conn.client_address,
+            target.address,
+            counted(result.bytes_a_to_b, "byte"),
+            result.bytes_b_to_a,
+            result.duration,
+            result.reason,
+        )
+
+    def _target_of(self, conn: Connection) -> Target:
+        """Return the target of a connection from another worker: it counts there, if these settings still have it."""
+        address = str(conn.session.get(_TARGET))
+        return next((target for target in self.targets if target.address == address), Target(address))
 
     def _in_order(self) -> Iterable[Target]:
         targets = self.targets

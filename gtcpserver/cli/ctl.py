@@ -286,7 +286,7 @@ def scale(where: Where, count: int) -> None:
 @ctl.command()
 @click.pass_obj
 def rebalance(where: Where) -> None:
-    """Spread connections evenly over all workers (needs --handover): idle ones move. After scale, for example."""
+    """Spread connections evenly over all workers, as after scale (needs --handover): idle ones and tunnels move."""
     answer = request(where, "rebalance", WORK_SECONDS)
     click.echo(f"{counted(answer['moved'], 'connection')} moved")
 

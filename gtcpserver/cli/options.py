@@ -177,8 +177,8 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("handover", bool, "Move idle connections of a worker that leaves to another; conn.resumed tells the handler."),
 )
 
-#: Options for handlers that begin at an idle point, unlike those that relay.
-OF_IDLE_POINTS = frozenset({"handover", "relieve_lagging"})
+#: Options for handlers that can begin anew, which commands add themselves.
+OF_MOVABLE = frozenset({"handover", "relieve_lagging"})
 
 # Fields of ProxyProtocol: --proxy-protocol is the first; the others append their name to it.
 BALANCER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -314,7 +314,7 @@ SHORTER = {
 def server_options(command: Command) -> Command:
     """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
     for name, kind, text in (*SERVER_OPTIONS, *SUPERVISOR_OPTIONS):
-        if name in OF_IDLE_POINTS:
+        if name in OF_MOVABLE:
             command = _option(name, kind, text, False)(command)
     return click.option(
         "--bind",
@@ -328,6 +328,11 @@ def server_options(command: Command) -> Command:
         help="Where to listen: host:port, [IPv6]:port, *:port (every address), port (on 127.0.0.1), unix:/path, "
         "unix:@name or fd:number; may be repeated.",
     )(server_options_but_bind(command))
+
+
+def handover_option(text: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds --handover, with its explanation."""
+    return _option("handover", bool, text, inspect.signature(Server).parameters["handover"].default)
 
 
 def server_options_but_bind(command: Command) -> Command:
@@ -350,7 +355,7 @@ def server_options_but_bind(command: Command) -> Command:
     for name, kind, text in reversed(BALANCER_OPTIONS):
         command = _option(of_balancers(name), kind, text, balancers[name])(command)
     for name, kind, text in reversed((*SERVER_OPTIONS, *LISTEN_OPTIONS)):
-        if name in OF_IDLE_POINTS:
+        if name in OF_MOVABLE:
             continue
         command = _option(name, kind, text, defaults[name])(command)
     for name, text in reversed(OBJECT_OPTIONS):
@@ -365,7 +370,7 @@ def supervisor_options(command: Command) -> Command:
     for name, text in reversed(HOOK_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
     for name, kind, text in reversed(SUPERVISOR_OPTIONS):
-        if name in OF_IDLE_POINTS:
+        if name in OF_MOVABLE:
             continue
         command = _option(name, kind, text, defaults[name])(command)
     return command

@@ -97,7 +97,9 @@ _SLOTS = (
 
 #: Undocumented attributes of a connection that the package uses: a subclass that redefines one of them would break its
 #: connections in a distant place.
-_OWN_NAMES = frozenset({"accepted_at", "end", "end_idle", "idle_block", "is_idle", "peeked", "stream"})
+_OWN_NAMES = frozenset(
+    {"accepted_at", "end", "end_idle", "idle_block", "is_idle", "note_relay", "peeked", "stream", "take_resumption"}
+)
 
 
 def _noted(method: MethodT) -> MethodT:
@@ -272,6 +274,39 @@ class Connection(SSLMethods, HasStream, _Socket):
         """Whether the connection has come from another worker (``handover``): its handler began elsewhere."""
         session = session_of(self)
         return session is not None and session.resumed
+
+    @property
+    def relayed_to(self) -> Connection | None:
+        """The other connection of a relay in which this one has come from another worker (``handover``).
+
+        None for any other connection, and once :func:`relay` has begun. A handler uses it in place of a new one::
+
+            with conn.relayed_to or connect("db:5432") as upstream:
+                relay(conn, upstream, handover=True)
+        """
+        session = session_of(self)
+        resumption = session.resumption if session is not None else None
+        return None if resumption is None else resumption.other
+
+    def note_relay(self, relay: Any) -> None:
+        """Note the relay that moves with this connection; None: none any more. For this package.
+
+        :meta private:
+        """
+        if self.server is not None:
+            session = session_of(self)
+            (session if session is not None else self._new_session()).relay = relay
+
+    def take_resumption(self, other: Any) -> Any:
+        """Return what a relay with another connection has to go on from; None: it begins anew. For this package.
+
+        :meta private:
+        """
+        session = session_of(self)
+        if session is None or session.resumption is None or session.resumption.other is not other:
+            return None
+        resumption, session.resumption = session.resumption, None
+        return resumption
 
     @property
     def bytes_received(self) -> int:

@@ -18,6 +18,7 @@ from gevent.socket import cancel_wait_ex
 
 from gtcpserver.proxy_protocol.header import parse_header
 from gtcpserver.strict_json import to_json
+from gtcpserver.transfer.flow import Flow
 
 from .connection import log_fields_of, readers_of, session_of
 from .stream import CLOSED
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 #: A message lists the reasons: docs/how-to/moving-connections.md.
 TLS, FILE, SHARED, BUSY, GREENLET = "tls", "makefile", "shared", "busy", "another greenlet"
+RELAY = "relay without handover"
 
 
 def why_not(connection: Connection, worker: Any) -> str:
@@ -37,17 +39,28 @@ def why_not(connection: Connection, worker: Any) -> str:
         worker: the greenlet of its handler, which alone may wait for it.
     """
     stream = connection._stream
+    why = why_never(connection)
+    if why:
+        return why
+    reader, writer = stream.reader(), stream.writer()
+    if isinstance(reader, Flow) or isinstance(writer, Flow):
+        return RELAY
+    if connection._closed or stream.at_eof or stream.ending or writer is not None:
+        return BUSY
+    if reader is not None and reader is not worker:
+        return GREENLET
+    return ""
+
+
+def why_never(connection: Connection) -> str:
+    """Return why a connection cannot move whatever its handler does; "" if it can."""
+    stream = connection._stream
     if stream.tls is not None:
         return TLS  # its keys are in this process's memory
     if stream.shared:
         return SHARED  # a second object, or a forked child, would go on reading
     if readers_of(connection) and connection._is_read_by_file():
         return FILE  # which may have read ahead
-    if connection._closed or stream.at_eof or stream.ending or stream.writer() is not None:
-        return BUSY
-    reader = stream.reader()
-    if reader is not None and reader is not worker:
-        return GREENLET
     return ""
 
 
@@ -128,15 +141,23 @@ class Freeze:
         else:
             reader.throw(error)
 
-    def give_away(self) -> Any:
-        """Close the connection for its handler, and return the raw socket, which stays open. Nothing is sent."""
+    def descriptors(self) -> list[int]:
+        """Return its descriptor."""
+        return [self.sock.fileno()]
+
+    def left_in_child(self) -> None:
+        """Close the child's copy. Called in a forked child."""
+        self.sock.close()
+
+    def give_away(self) -> list[int]:
+        """Close the connection for its handler, and return its descriptor, which stays open. Nothing is sent."""
         connection = self.connection
         session_made(connection).moved = True  # first: there may be no memory for it
         self.over = True
         connection._closed = True
         connection._sock = CLOSED
         connection._stream.close()
-        return self.sock
+        return [self.sock.detach()]
 
 
 def session_made(connection: Connection) -> Session:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gtcpserver.transfer.relay import Relay
+    from gtcpserver.transfer.resumption import Resumption
 
 # The standard library's: the package depends on gevent alone. ASCII, so that text of any kind goes through.
 _encode: Callable[[Any], str] = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -21,15 +25,19 @@ class Session(dict[str, Any]):
         moved: the connection was given away: nothing of it is left here.
         stays: why no other worker can have it; "" if one may.
         not_before: monotonic time before which it is not offered again.
+        relay: the relay that would move with the connection; None: it is in none.
+        resumption: what a relay goes on from that has come with the connection; None: it has been taken, or none has.
     """
 
-    __slots__ = ("moved", "not_before", "resumed", "stays")
+    __slots__ = ("moved", "not_before", "relay", "resumed", "resumption", "stays")
 
     def __init__(self) -> None:
         super().__init__()
         self.resumed = self.moved = False
         self.stays = ""
         self.not_before = 0.0
+        self.relay: Relay | None = None
+        self.resumption: Resumption | None = None
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check(name, value)

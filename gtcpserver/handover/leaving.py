@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from gevent.hub import get_hub
 
 from gtcpserver.connection.moving import BUSY, Freeze
+from gtcpserver.connection.tunnels import TunnelFreeze, relay_of
 from gtcpserver.errors import HandedOver
+from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.server.moving import STATE
 
 if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection
+    from gtcpserver.transfer.relay import Relay
 
     from .mover import Mover
     from .sender import Sender
@@ -28,10 +31,10 @@ class LeavingConnection:
     __slots__ = (
         "_dropped",
         "_freeze",
+        "_given",
         "_mover",
         "_number",
         "_sender",
-        "_sock",
         "_waiter",
         "_worker",
         "connection",
@@ -43,8 +46,8 @@ class LeavingConnection:
         self.connection = connection
         self._waiter = waiter
         self._worker: Any = None
-        self._freeze: Freeze | None = None
-        self._sock: Any = None
+        self._freeze: Freeze | TunnelFreeze | None = None
+        self._given: list[int] = []  # its descriptors, once it is given away
         self._sender: Sender | None = None
         self._number = -1
         self._dropped = False
@@ -77,23 +80,36 @@ class LeavingConnection:
             return False
         worker = moving.worker_of(connection)
         why = moving.why_not(connection, worker if self.waits else None)
-        if not why:
-            try:
-                self.state = moving.state_of(connection)
-            except OSError:
-                why = BUSY  # reset meanwhile
-            except Exception:
-                why = STATE  # a header, or an address that the program has set, that cannot be written
+        relay = relay_of(connection)
+        if not why and relay is not None and not relay.pause():
+            why = BUSY  # there is no pipe for its bytes now
+        elif not why:
+            why = self._describe_and_freeze(relay)
+            if why and relay is not None:
+                relay.go_on()
         if why:
             self.stays(why)
             return False
         self._worker = worker
-        try:
-            self._freeze = Freeze(connection, self._touched)
-        except MemoryError:
-            self.stays(BUSY)  # its handler may wait for the outcome
-            return False
         return True
+
+    def _describe_and_freeze(self, relay: Relay | None) -> str:
+        """Return why it stays; "" if it is frozen."""
+        connection = self.connection
+        try:
+            self.state = self._mover.moving.state_of(connection)
+        except OSError:
+            return BUSY  # reset meanwhile
+        except Exception:
+            return STATE  # a header, or an address that the program has set, that cannot be written
+        try:
+            if relay is None:
+                self._freeze = Freeze(connection, self._touched)
+            else:
+                self._freeze = TunnelFreeze(connection, relay, self._touched)
+        except MemoryError:
+            return BUSY  # its handler may wait for the outcome
+        return ""
 
     def note_offer(self, sender: Sender, number: int) -> None:
         self._sender, self._number = sender, number
@@ -104,20 +120,21 @@ class LeavingConnection:
         self._end_wait(None)
         self._mover.put_off(self, BUSY)
 
-    def fileno(self) -> int:
+    def descriptors(self) -> list[int]:
         assert self._freeze is not None
-        fd: int = self._freeze.sock.fileno()
-        return fd
+        return self._freeze.descriptors()
 
     def give_away(self) -> bool:
         freeze, moving = self._freeze, self._mover.moving
         assert freeze is not None
-        if self._dropped or freeze.over or not freeze.still_waits() or not self.connection.is_idle:
+        if self._dropped or freeze.over or not freeze.still_waits():
+            return False
+        if not self.connection.is_idle and isinstance(freeze, Freeze):
             return False
         if moving.worker_of(self.connection) is not self._worker:
             return False
         try:
-            self._sock = freeze.give_away()
+            self._given = freeze.give_away()
         except MemoryError:
             return False
         moving.given_away(self.connection)
@@ -128,7 +145,7 @@ class LeavingConnection:
         assert self._freeze is not None
         if self._waiter is not None:
             self._end_wait(HandedOver())
-        elif self._freeze.still_waits():
+        elif isinstance(self._freeze, TunnelFreeze) or self._freeze.still_waits():
             self._worker.throw(HandedOver())
 
     def _end_wait(self, error: BaseException | None) -> None:
@@ -149,14 +166,19 @@ class LeavingConnection:
 
     def arrived(self) -> None:
         self._mover.settled(self)
-        self._sock.close()
+        self._close_given()
+
+    def _close_given(self) -> None:
+        given, self._given = self._given, []
+        for fd in given:
+            close_descriptor(fd)
 
     def returned(self) -> None:
         self._mover.settled(self)
-        fd = self._sock.detach()
-        get_hub().loop.run_callback(partial(self._mover.come_back, self.state, fd))
+        given, self._given = self._given, []
+        get_hub().loop.run_callback(partial(self._mover.come_back, self.state, given))
 
     def left_in_child(self) -> None:
-        for sock in (self._sock, self._freeze.sock if self._freeze is not None else None):
-            if sock is not None:
-                sock.close()
+        self._close_given()
+        if self._freeze is not None and not self._freeze.over:
+            self._freeze.left_in_child()

@@ -16,7 +16,7 @@ from gevent.hub import get_hub
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.process.descriptors import close_descriptor
 
-from .messages import MAX_BYTES, MAX_OFFERS, Packet, PacketError, decode
+from .messages import MAX_BYTES, MAX_DESCRIPTORS, MAX_OFFERS, Packet, PacketError, decode
 
 log = logging.getLogger("gtcpserver")
 
@@ -32,7 +32,7 @@ MOST_AT_ONCE = 2
 #: descriptors in flight.
 AGAIN_SECONDS = 0.05
 
-_SPACE = socket.CMSG_SPACE(MAX_OFFERS * 4)
+_SPACE = socket.CMSG_SPACE(MAX_OFFERS * MAX_DESCRIPTORS * 4)
 
 #: Hears a packet and its descriptors: it takes those that it owns out of the list. After a MemoryError it is called
 #: again with the same arguments.

@@ -14,6 +14,8 @@ A packet is a JSON object: `version`, and any of these lists. Numbers identify a
 | refused | pairs of number and reason: they stay with the old worker |
 | serving | their handlers have begun |
 
+Each connection has one descriptor, or as many as `descriptors` in its state says: a tunnel.
+
 A worker of another version refuses each offer ("version"), so every version keeps the names above, and an offer's pairs
 begin with the number.
 """
@@ -36,6 +38,9 @@ MAX_STATE = 64 * 1024
 #: Most connections in one packet. The kernel passes 253 descriptors at once (SCM_MAX_FD in net/scm.h); these are about
 #: a millisecond of work, in which other connections wait.
 MAX_OFFERS = 32
+
+#: Most descriptors of one connection: of a tunnel two sockets, and both ends of a pipe for each direction.
+MAX_DESCRIPTORS = 6
 
 #: A reason is a word.
 MAX_REASON = 100
@@ -86,13 +91,18 @@ def decode(data: bytes) -> Packet:
         if version != VERSION:
             return Packet(version, [(_number(pair[0]), {}) for pair in fields.get("offer", ())])
         offers = [(_number(number), state) for number, state in fields.get("offer", ())]
-        if not all(isinstance(state, dict) for _, state in offers):
+        if not all(isinstance(state, dict) and 0 < count_of(state) <= MAX_DESCRIPTORS for _, state in offers):
             raise TypeError("a state must be an object")
         refused = [(_number(number), str(why)[:MAX_REASON]) for number, why in fields.get("refused", ())]
         lists = {name: list(map(_number, fields.get(name, ()))) for name in ("go", "withdrawn", "ready", "serving")}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise PacketError(f"{type(error).__name__}: {error}") from None
     return Packet(version, offers, refused=refused, **lists)
+
+
+def count_of(state: Mapping[str, Any]) -> int:
+    """Return the number of descriptors of a connection."""
+    return _number(state.get("descriptors", 1))
 
 
 def _number(value: Any) -> int:

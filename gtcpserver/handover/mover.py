@@ -86,7 +86,7 @@ class Mover:
 
         Args:
             fd: its descriptor, which belongs to the line from now on.
-            share: give it so many idle connections, and close the line; None: all, once this worker leaves.
+            share: give it so many idle connections or tunnels, and close the line; None: all, once this worker leaves.
         """
         sender: Sender
         line = Line(fd, lambda packet, fds: self._hear(sender, packet, fds), lambda: self._lost(sender), self._pump)
@@ -103,12 +103,12 @@ class Mover:
         self._want_pump()
 
     def _chosen(self, count: int) -> deque[LeavingConnection]:
-        """Return idle connections that may move, the oldest first."""
+        """Return idle connections and tunnels that may move, the oldest first."""
         chosen: deque[LeavingConnection] = deque()
         for connection in self.moving.connections():
             if len(chosen) >= count:
                 break
-            if connection.is_idle and connection not in self._under_way and not self.moving.why_not(connection):
+            if connection not in self._under_way and self.moving.may_move(connection):
                 leaving = self._under_way[connection] = LeavingConnection(self, connection)
                 chosen.append(leaving)
         return chosen
@@ -173,9 +173,9 @@ class Mover:
 
     # -- connections that come ---------------------------------------------------------------------------------------
 
-    def _take(self, state: Mapping[str, Any], fd: int) -> _Coming | str:
+    def _take(self, state: Mapping[str, Any], fds: list[int]) -> _Coming | str:
         try:
-            return _Coming(self.moving, self.moving.take(state, fd))
+            return _Coming(self.moving, self.moving.take(state, fds))
         except Refused as refused:
             return refused.why
         except Exception as error:  # memory ran out, or the program's class failed; the descriptor is closed
@@ -237,14 +237,14 @@ class Mover:
         self._timers = []
 
     def _look_for_more(self) -> None:
-        """Queue the idle connections that may move now."""
+        """Queue the idle connections, and the tunnels, that may move now."""
         if not self._leaving or self._stopped:
             return
         now = monotonic()
         if not self._senders and now > self._alone_since and self._has_hope():
             self._when_alone()
         for connection in self.moving.connections():
-            if connection.is_idle and connection not in self._under_way and not self.moving.why_not(connection):
+            if connection not in self._under_way and self.moving.may_move(connection):
                 session = session_of(connection)
                 if session is None or session.not_before <= now:
                     self._enqueue(LeavingConnection(self, connection))
@@ -326,9 +326,9 @@ class Mover:
         if left_out is not None:
             log.error("a session cannot be handed over, its connection stays: %s%s", details, also(left_out))
 
-    def come_back(self, state: Mapping[str, Any], fd: int) -> None:
+    def come_back(self, state: Mapping[str, Any], fds: list[int]) -> None:
         """Serve a connection here again that was given away."""
-        connection = self.moving.take(state, fd, returns=True)
+        connection = self.moving.take(state, fds, returns=True)
         self.moving.begin(connection, returns=True)
 
     # -- what a stop asks (server/moving.py) -------------------------------------------------------------------------

@@ -21,12 +21,12 @@ class Coming(Protocol):
         """Begin its handler. Raises nothing."""
 
     def drop(self) -> None:
-        """Close only the descriptor, without a word to the peer. Raises nothing."""
+        """Close only the descriptors, without a word to the peer. Raises nothing."""
 
 
-#: Makes a connection of a state and a descriptor, which it owns from then on. Returns the reason instead if it cannot;
-#: raises nothing, since other descriptors may have come with this one.
-Take = Callable[[Mapping[str, Any], int], Coming | str]
+#: Makes a connection of a state and its descriptors, which it owns from then on. Returns the reason instead if it
+#: cannot; raises nothing, since other descriptors may have come with these.
+Take = Callable[[Mapping[str, Any], list[int]], Coming | str]
 
 
 class Receiver:
@@ -78,22 +78,22 @@ class Receiver:
             del self._held[number]
 
     def _hear_offers(self, packet: Packet, fds: list[int]) -> None:
-        fds.reverse()
         for number, state in packet.offer:
-            if number in self._held:
-                if fds:  # not by an honest worker; the one that is held must not be forgotten
-                    self._close(fds.pop())
-                    self._refused.append((number, "state"))
-            elif not fds:
-                self._refused.append((number, "descriptors"))  # this process had none left for it
-            elif packet.version != messages.VERSION:
-                self._close(fds.pop())
-                self._refused.append((number, "version"))
-            else:
-                self._hear_offer(number, state, fds.pop())
+            if number in self._held and not fds:
+                continue  # heard before, and memory ran out behind it
+            count = messages.count_of(state)
+            own = fds[:count]
+            del fds[:count]
+            why = self._why_not(number, packet.version, len(own) < count)
+            if not why:
+                self._hear_offer(number, state, own)
+                continue
+            while own:
+                self._close(own.pop())
+            self._refused.append((number, why))
 
-    def _hear_offer(self, number: int, state: Mapping[str, Any], fd: int) -> None:
-        found = self._take(state, fd)
+    def _hear_offer(self, number: int, state: Mapping[str, Any], fds: list[int]) -> None:
+        found = self._take(state, fds)
         if isinstance(found, str):
             self._refused.append((number, found))
             return
@@ -103,6 +103,14 @@ class Receiver:
             found.drop()
             raise
         self._ready.append(number)  # last: one that was not said to be ready is withdrawn
+
+    def _why_not(self, number: int, version: int, incomplete: bool) -> str:
+        if incomplete:
+            return "descriptors"  # this process had none left for it
+        if version != messages.VERSION:
+            return "version"
+        # Not by an honest worker; the one that is held must not be forgotten.
+        return "state" if number in self._held else ""
 
     def flush(self) -> bool:
         """Send what waits; return False if some still has to wait.

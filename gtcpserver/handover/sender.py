@@ -38,8 +38,8 @@ class Leaving(Protocol):
     def state(self) -> Mapping[str, Any]:
         """Its state, values of JSON as far as the program did its part."""
 
-    def fileno(self) -> int:
-        """Return its descriptor."""
+    def descriptors(self) -> list[int]:
+        """Return its descriptors, as many as its state says (`messages.count_of`)."""
 
     def give_away(self) -> bool:
         """Give it up for its handler here; return False if it no longer waits, and stays."""
@@ -51,7 +51,7 @@ class Leaving(Protocol):
         """Go on here, as if nothing had happened: it was not given away."""
 
     def arrived(self) -> None:
-        """Close the descriptor: another worker serves it."""
+        """Close the descriptors: another worker serves it."""
 
     def returned(self) -> None:
         """Serve it here again: it was given away, and nobody has it."""
@@ -133,8 +133,10 @@ class Sender:
             data = b""
         if not 0 < len(data) <= messages.MAX_STATE:
             data, numbers = self._encode_some(numbers)
-        if numbers and not self._send(data, [self._offered[number][0].fileno() for number in numbers]):
-            return False
+        if numbers:
+            fds = [fd for number in numbers for fd in self._offered[number][0].descriptors()]
+            if not self._send(data, fds):
+                return False
         self._unsent = [number for number in self._unsent if number not in numbers]
         return True
 

@@ -19,6 +19,8 @@ from gtcpserver.connection.blocks import Idle
 from gtcpserver.connection.connection import Connection, session_of
 from gtcpserver.connection.lifecycle import make
 from gtcpserver.connection.moving import BUSY, GREENLET, drop, give_state, state_of, why_not
+from gtcpserver.connection.tunnels import add_relay, drop_relay, end_relay, give_relay, kind_in, kind_of, relay_of
+from gtcpserver.connection.tunnels import why_not as why_not_tunnel
 from gtcpserver.process.descriptors import close_descriptor
 
 from .acceptor import make as make_any
@@ -172,6 +174,9 @@ class Moving:
         session = session_of(connection)
         if session is not None and session.stays:
             return session.stays
+        relay = relay_of(connection)
+        if relay is not None:
+            return why_not_tunnel(connection, relay, worker)
         why = why_not(connection, worker)
         if why:
             return why
@@ -183,6 +188,10 @@ class Moving:
         if connection.stream.reader() is not worker or block.was_given_bytes():
             return BUSY
         return ""
+
+    def may_move(self, connection: Connection) -> bool:
+        """Return whether it waits where a connection may move from: it is idle, or a tunnel, which can move now."""
+        return (connection.is_idle or relay_of(connection) is not None) and not self.why_not(connection)
 
     def worker_of(self, connection: Connection) -> Any:
         """Return the greenlet of its handler; None: it has ended."""
@@ -197,8 +206,10 @@ class Moving:
         admission = self._state.admission
         if admission is not None and (counted_as := admission.counted_as(connection)) is not None:
             state["counted_as"] = list(counted_as)
-        sock = connection.stream.sock  # not frozen yet
-        state["kind"] = [int(sock.family), int(sock.type), int(sock.proto)]
+        state["kind"] = kind_of(connection)
+        relay = relay_of(connection)
+        if relay is not None:
+            add_relay(state, connection, relay)
         return state
 
     def given_away(self, connection: Connection) -> None:
@@ -213,35 +224,43 @@ class Moving:
 
     # -- connections that come ---------------------------------------------------------------------------------------
 
-    def take(self, state: Mapping[str, Any], fd: int, returns: bool = False) -> Connection:
-        """Make a connection of another worker's descriptor; it counts here from now on. Call in the hub.
+    def take(self, state: Mapping[str, Any], fds: list[int], returns: bool = False) -> Connection:
+        """Make a connection of another worker's descriptors; it counts here from now on. Call in the hub.
 
         Args:
             state: as `state_of` returned it, by way of JSON.
-            fd: the descriptor, which belongs to the connection from now on; closed if that fails.
+            fds: the descriptors, which belong to the connection from now on; closed if that fails.
             returns: this server gave it away itself, and nobody has it: no limit applies.
 
         Raises:
             Refused: this server cannot have it.
         """
         try:
+            return self._take(state, fds, returns)
+        finally:
+            while fds:
+                close_descriptor(fds.pop())
+
+    def _take(self, state: Mapping[str, Any], fds: list[int], returns: bool) -> Connection:
+        try:
             if not returns:
-                self._check_room(fd)
-            family, kind, protocol = map(int, state["kind"])
+                self._check_room(max(fds), tunnel="relay" in state)
+            kind = kind_in(state["kind"])
         except Exception as error:
-            close_descriptor(fd)
             raise error if isinstance(error, Refused) else Refused(STATE) from None
         connection_class = self._options.connection_class
         # Its descriptor does not block: the flag belongs to the socket, not to the process.
         if connection_class is Connection:
-            connection = make(connection_class, (family, kind, protocol), fd, get_hub(), getdefaulttimeout())
+            connection = make(connection_class, kind, fds.pop(0), get_hub(), getdefaulttimeout())
         else:
-            connection = make_any(connection_class, (family, kind, protocol), fd)
+            connection = make_any(connection_class, kind, fds.pop(0))
         try:
             connection.server = self._server
             connection.context = self._options.context
             give_state(connection, state)
             self._count(connection, state, returns)
+            if "relay" in state:
+                give_relay(connection, state, fds)
         except Exception as error:
             if self._state.admission is not None:
                 self._state.admission.left(connection)
@@ -250,11 +269,12 @@ class Moving:
         self.expected += 1
         return connection
 
-    def _check_room(self, fd: int) -> None:
+    def _check_room(self, fd: int, tunnel: bool) -> None:
         state, most, places = self._state, self._options.max_connections, self._capacity.places
         if state.now is not State.SERVING:
             raise Refused(STOPPING)
-        if state.waiting or places.taken >= places.size:
+        # The handler of a tunnel keeps its place.
+        if state.waiting or places.taken + (self.expected if tunnel else 0) >= places.size:
             raise Refused(FULL)
         # Where all workers count together, a connection that moves is in the count.
         if self._capacity.service is None and most is not None and len(state.connections) + self.expected >= most:
@@ -285,6 +305,7 @@ class Moving:
         self.expected -= 1
         if self._state.admission is not None:
             self._state.admission.left(connection)
+        drop_relay(connection)
         drop(connection)
 
     def begin(self, connection: Connection, returns: bool = False) -> None:
@@ -299,7 +320,8 @@ class Moving:
         self.taken_over += not returns
         state.note_somebody_comes()
         places = self._capacity.places
-        if places.taken < places.size:
+        # A tunnel waits for no place that another client has taken meanwhile: both its sides would be silent.
+        if places.taken < places.size or connection.relayed_to is not None:
             self._run(connection)
         else:
             self._capacity.wait(connection, self._run)
@@ -309,6 +331,7 @@ class Moving:
             self._options.pool.run_one(self._serve, connection)
         except BaseException:
             if not connection.closed:  # memory ran out: a reset tells the client
+                end_relay(connection)
                 connection.abort()
                 if self._state.admission is not None:
                     self._state.admission.left(connection)
@@ -317,13 +340,17 @@ class Moving:
 
 
 def with_hooks_once(options: Options) -> Options:
-    """Return the options with hooks that are called once in the life of a connection, wherever it moves."""
+    """Return the options with hooks that are called once in the life of a connection, wherever it moves.
+
+    The last one also ends a relay that has come with a connection, and that its handler has not gone on with.
+    """
     on_connect, on_disconnect = options.on_connect, options.on_disconnect
 
     def connected(connection: Connection) -> bool | None:
         return True if connection.resumed or on_connect is None else on_connect(connection)
 
     def disconnected(connection: Connection) -> None:
+        end_relay(connection)
         session = session_of(connection)
         if on_disconnect is not None and not (session is not None and session.moved):
             on_disconnect(connection)
@@ -331,5 +358,5 @@ def with_hooks_once(options: Options) -> Options:
     return dataclasses.replace(
         options,
         on_connect=None if on_connect is None else connected,
-        on_disconnect=None if on_disconnect is None else disconnected,
+        on_disconnect=disconnected,
     )

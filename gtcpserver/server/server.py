@@ -125,7 +125,7 @@ class Server:
         handover: when a worker leaves (reload, upgrade, recycling, fewer workers), its connections move to another
             worker as soon as they are idle (:meth:`Connection.idle`), where ``handler(connection)`` begins anew, with
             ``connection.resumed`` True and its ``connection.session``; here the wait ends by :class:`HandedOver`. For a
-            handler that can begin again at its idle point.
+            handler that can begin again at its idle point. Relays move at any time (``relay(..., handover=True)``).
         connection_class: the subclass of Connection that handlers get.
         context: any object; each connection has it as ``connection.context``.
         access_log: write a line when a connection has ended: "text", "json", or an :class:`AccessLog` for a file. None:

@@ -14,7 +14,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | dumped | its stacks are in the log |
 | connections | its table of connections |
 | selected | the answer to `select` with this `number`: `rows`, how many were `found`, how many `ended` |
-| moved | it leaves, and `moved` idle connections have moved to other workers; `staying` counts the rest by reason |
+| moved | it leaves, and `moved` connections have moved to other workers; `staying` counts the rest by reason |
 | shared | it has given the connections that it was told to give; `moved` counts all that it has ever given |
 | alone | it leaves, and has connections that could move, but no line to a worker that takes them |
 | drained | its listening sockets are drained and closed |
@@ -38,7 +38,7 @@ type, and numbers that are not finite or too large, count as absent (`Message`, 
 | reopen | the descriptor of a new log file comes with the packet |
 | lent | the descriptor for the question `number` comes with the packet; or `error` is an errno, and `why` a text |
 
-With `moves`, "retire" and "stop" are followed by "pair": idle connections move to other workers (`pairing`).
+With `moves`, "retire" and "stop" are followed by "pair": connections move to other workers (`pairing`).
 """
 
 from __future__ import annotations

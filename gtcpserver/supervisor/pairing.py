@@ -83,7 +83,7 @@ class Pairing:
             giver.paired.add(ELSEWHERE)
 
     def share(self, giver: WorkerProcess, taker: WorkerProcess, count: int | None = None) -> bool:
-        """Have a worker give so many of its idle connections to another; return False if they cannot be told now.
+        """Have a worker give so many of its connections to another; return False if they cannot be told now.
 
         Args:
             count: how many; None: all, as it leaves.

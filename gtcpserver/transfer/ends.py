@@ -36,6 +36,11 @@ class HasStream:
 
         @property
         def stream(self) -> Any: ...
+        def note_relay(self, relay: Any) -> None:
+            """Note the relay that moves with this connection (``handover``); None: none any more."""
+
+        def take_resumption(self, other: Any) -> Any:
+            """Return what a relay with another connection has to go on from; None: it begins anew."""
 
 
 class _Count:
@@ -63,9 +68,8 @@ class End:
     __slots__ = ("count", "raw", "reading", "sock", "stream", "writing")
 
     def __init__(self, sock: Any) -> None:
-        if sock.fileno() < 0:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.sock = sock
+        self.check_open()
         self.raw = raw_of(sock)
         self.stream = stream = stream_of(sock)
         if stream is None:
@@ -89,6 +93,11 @@ class End:
     def keep(self, data: bytes) -> None:
         """Give back some of those bytes."""
         self.stream.kept = data
+
+    def check_open(self) -> None:
+        """Raise OSError: the socket was closed."""
+        if self.sock.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def start_reading(self, callback: Any) -> None:
         current = self.reading.callback

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ends import End, closing_error, note_error, reset_on_close
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
+from .resumption import FlowState
 
 if TYPE_CHECKING:
     from .move import Move
@@ -87,6 +88,9 @@ class Flow:
         if self._left == 0:
             self._end()
             return
+        if self.done or self._pipe is not None:
+            self.go_on()  # of a relay that began in another process
+            return
         kept = self.source.take_kept()
         if self._left is not None and len(kept) > self._left:
             self.source.keep(kept[self._left :])
@@ -115,6 +119,52 @@ class Flow:
         if self._pipe is not None:
             PIPES.discard(self._pipe)
             self._pipe = None
+
+    # -- in another process (resumption.py) ----------------------------------------------------------------------------
+
+    def pause(self) -> bool:
+        """Release the sockets until `go_on`; return False, and do nothing, if bytes under way cannot go into a pipe."""
+        if self.done:
+            return True
+        if self._pending:
+            pipe = PIPES.take()
+            if pipe is None:
+                return False
+            size = len(self._pending)
+            if pipe.put_in(self._pending) < size:
+                PIPES.discard(pipe)
+                return False
+            self._pipe, self._in_pipe, self._pending = pipe, size, b""
+        self.source.stop_reading(self.readable)
+        self.sink.stop_writing(self.writable)
+        return True
+
+    def go_on(self) -> None:
+        """End the pause. Raise OSError: a socket is closed."""
+        if self.done:
+            return
+        self.source.check_open()
+        self.sink.check_open()
+        if self._pipe is not None:
+            self.sink.start_writing(self.writable)
+        else:
+            self.source.start_reading(self.readable)
+
+    def state(self) -> FlowState:
+        """Return the state of a paused flow, which keeps its pipe."""
+        return FlowState(self.moved, self.done, self._in_pipe, 0.0, self._pipe)
+
+    def continue_from(self, state: FlowState) -> None:
+        """Take over the state of a flow that was paused."""
+        self.moved, self.done = state.moved, state.done
+        self._pipe, self._in_pipe, state.pipe = state.pipe, state.size, None
+
+    def give_away(self) -> None:
+        """End a paused flow: its sockets and its pipe, which stay open, belong to another process."""
+        self.done = True
+        pipe, self._pipe, self._in_pipe = self._pipe, None, 0
+        if pipe is not None:
+            PIPES.let_go(pipe)
 
     def join(self) -> None:
         """Do nothing: a stopped flow has released the sockets."""

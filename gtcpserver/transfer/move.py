@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from time import monotonic
 from typing import Any
@@ -32,6 +32,8 @@ class Move:
         timed: flows must set ``moved_at``, the monotonic time at which the last bytes were written.
         watched: as above.
         finished: the move has ended, for any reason.
+        given_away: it goes on in another process.
+        freeze: what stands in for the sockets while it is paused; None: nothing does.
     """
 
     flows: tuple[AnyFlow, ...]
@@ -61,6 +63,9 @@ class Move:
         self.timed = idle_timeout is not None
         self.watched = watched
         self.moved_at = 0.0
+        self.given_away = False
+        self.freeze: Any = None
+        self._timeouts: list[tuple[Any, float | None]] = []
 
     def make_flow(
         self, source: Any, sink: Any, count: int | None = None, pace: Callable[[int], float] | None = None
@@ -72,12 +77,12 @@ class Move:
 
     def sleep(self) -> None:
         """Run the flows until ``finish`` or ``fail``."""
-        self.moved_at = monotonic()
+        self.moved_at = self.moved_at or monotonic()
         # An End has already suspended its socket's timeout.
-        timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
+        self._timeouts = [(sock, sock.gettimeout()) for sock in self._sockets] if self._buffered else []
         broke = True
         try:
-            for sock, _ in timeouts:
+            for sock, _ in self._timeouts:
                 sock.settimeout(None)
             for flow in self.flows:
                 flow.start()
@@ -88,9 +93,9 @@ class Move:
             self._stop()
             for flow in self.flows:
                 flow.join()
-                if broke:
+                if broke and not self.given_away:
                     flow.pass_on_reset()
-            for sock, timeout in timeouts:
+            for sock, timeout in self._timeouts:
                 sock.settimeout(timeout)
             # Break the references between flows and sockets: no work for the garbage collector.
             self.flows = ()
@@ -113,11 +118,52 @@ class Move:
 
     def _stop(self) -> None:
         self.finished = True
+        if self.freeze is not None:
+            self.freeze.touched()
         for flow in self.flows:
             flow.stop()
-        if self._timer is not None:
-            self._timer.close()
-            self._timer = None
+        self._stop_timer()
+
+    # -- in another process (resumption.py), all in the hub ------------------------------------------------------------
+
+    def pause(self) -> bool:
+        """Neither read nor write until `go_on`; return False, and do nothing, if that is not possible now."""
+        paused: list[AnyFlow] = []
+        for flow in self.flows:
+            if not flow.pause():
+                self._go_on(paused)
+                return False
+            paused.append(flow)
+        self._stop_timer()
+        return True
+
+    def go_on(self) -> None:
+        """End the pause; do nothing if the move has ended meanwhile."""
+        if not self.finished:
+            self._go_on(self.flows)
+            self._stop_timer()
+            self._start_timer()
+
+    def _go_on(self, flows: Iterable[AnyFlow]) -> None:
+        try:
+            for flow in flows:
+                flow.go_on()
+        except Exception as error:  # closed meanwhile, another greenlet reads from it, or memory ran out
+            self.fail(error)
+
+    def give_away(self) -> None:
+        """End the paused flows: their sockets and pipes, which stay open, belong to another process."""
+        self.finished = self.given_away = True
+        for flow in self.flows:
+            flow.give_away()
+
+    def timeout_of(self, sock: Any) -> float | None:
+        """Return the timeout that a socket has outside of the move."""
+        for one, timeout in self._timeouts:
+            if one is sock:
+                return timeout
+        timeout_now: float | None = sock.gettimeout()
+        return timeout_now
 
     def tell(self, flow: AnyFlow, size: int) -> None:
         """Note that the sink took ``size`` bytes. Called only if ``watched``."""
@@ -157,10 +203,13 @@ class Move:
         """Change the idle timeout from now on."""
         self._idle_timeout = seconds
         self.moved_at = monotonic()
+        self._stop_timer()
+        self._start_timer()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.close()
             self._timer = None
-        self._start_timer()
 
     def _start_timer(self) -> None:
         until = min(self._deadline, self._lives_until)
@@ -172,8 +221,7 @@ class Move:
             self._timer.start(self._on_timer, update=True)
 
     def _on_timer(self) -> None:
-        self._timer.close()
-        self._timer = None
+        self._stop_timer()
         now = monotonic()
         if now >= self._deadline:
             error = DeadlineExceeded("the deadline for this block of calls has passed")

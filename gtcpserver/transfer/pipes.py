@@ -14,6 +14,8 @@ import fcntl
 import os
 import resource
 import socket
+import sys
+import termios
 from collections import deque
 from time import monotonic
 from weakref import WeakSet
@@ -79,6 +81,22 @@ class Pipe:
             self.close()
             raise
 
+    @classmethod
+    def of(cls, output: int, input_: int, content: int) -> Pipe:
+        """Return a pipe of another process, whose descriptors belong to it from now on.
+
+        Raises:
+            OSError, ValueError: they are no pipe, or one with another number of bytes in it: a flow that waits for
+                more would occupy the event loop.
+        """
+        size = fcntl.fcntl(input_, fcntl.F_GETPIPE_SZ)
+        there = int.from_bytes(fcntl.ioctl(output, termios.FIONREAD, bytes(4)), sys.byteorder)
+        if there != content:
+            raise ValueError(f"the pipe has {there} bytes, not {content}")
+        pipe = cls.__new__(cls)
+        pipe.output, pipe.input, pipe.size = output, input_, size
+        return pipe
+
     def fill(self, source: int, size: int) -> int:
         """Splice up to ``size`` bytes from a descriptor into the pipe."""
         return os.splice(source, self.input, size, None, None, _NONBLOCK)
@@ -86,6 +104,13 @@ class Pipe:
     def empty(self, sink: int, size: int) -> int:
         """Splice up to ``size`` bytes from the pipe into a descriptor."""
         return os.splice(self.output, sink, size, None, None, _NONBLOCK)
+
+    def put_in(self, data: memoryview) -> int:
+        """Write into the empty pipe; return the number of bytes that it took."""
+        try:
+            return os.write(self.input, data)
+        except OSError:
+            return 0  # ENOMEM
 
     def take_out(self, size: int) -> bytes:
         """Read the whole content of the pipe, ``size`` bytes, for a sink that cannot splice."""
@@ -155,6 +180,18 @@ class PipePool:
         """Close a pipe that may have bytes in it."""
         self.taken -= 1
         pipe.close()
+
+    def adopt(self, output: int, input_: int, content: int) -> Pipe:
+        """Take over a pipe of another process, with so many bytes in it. Raise OSError, ValueError: it is none."""
+        pipe = Pipe.of(output, input_, content)
+        self._made.add(pipe)
+        self.taken += 1
+        return pipe
+
+    def let_go(self, pipe: Pipe) -> None:
+        """Forget a pipe, whose descriptors stay open, and belong to the caller from now on."""
+        self.taken -= 1
+        pipe.output = pipe.input = -1
 
     def refuse(self, error: OSError) -> None:
         """Note that splice(2) was refused: hand out no pipe for a while, so that transfers copy."""

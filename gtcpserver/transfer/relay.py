@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-from .ends import note_error
+from greenlet import getcurrent
+
+from .ends import HasStream, note_error
 from .move import AnyFlow, Move, check_seconds
+from .resumption import Resumption
 
 if TYPE_CHECKING:
     import socket  # type checkers see gevent's sockets as sockets of this module
@@ -50,6 +54,7 @@ def relay(
     lifetime: float | None = None,
     on_bytes: Callable[[Direction, int], object] | None = None,
     pace: Pace | None = None,
+    handover: bool = False,
 ) -> RelayResult:
     """Move bytes between two sockets, in both directions, until both sides have ended.
 
@@ -71,6 +76,9 @@ def relay(
             loop, so it must not block; an exception it raises ends the relay and is raised here.
         pace: called as ``pace("a_to_b", n)`` after each piece was written; that direction then rests for the seconds it
             returns. A paced relay uses a buffer instead of splice(2), in pieces of 16 KiB.
+        handover: when its worker leaves, both connections move to another worker (``Server(handover=True)``). There the
+            handler begins anew with ``conn.relayed_to`` as the other connection, and its call of this function goes on
+            where this one was; here it ends by :class:`HandedOver`. One side is the handler's own connection.
 
     Returns:
         RelayResult.
@@ -82,7 +90,7 @@ def relay(
     """
     if a is b:
         raise ValueError("relay needs two sockets; to echo, use pipe(conn, conn)")
-    return _Relay(a, b, idle_timeout, half_closed_timeout, lifetime, on_bytes, pace).run()
+    return Relay(a, b, idle_timeout, half_closed_timeout, lifetime, on_bytes, pace).run(handover)
 
 
 def pipe(
@@ -118,7 +126,13 @@ def pipe(
     return _Pipe(source, sink, count, idle_timeout, on_bytes).run()
 
 
-class _Relay(Move):
+class Relay(Move):
+    """One call of `relay`.
+
+    Attributes:
+        greenlet: the one that waits for its end.
+    """
+
     def __init__(
         self,
         a: Any,
@@ -134,6 +148,7 @@ class _Relay(Move):
             check_seconds("half_closed_timeout", half_closed_timeout)
             self.timed = True
         self._half_closed_timeout = half_closed_timeout
+        self._lifetime = lifetime
         self._is_half_closed = False
         self._on_bytes = on_bytes
         there = self.make_flow(a, b, pace=pace and partial(pace, "a_to_b"))
@@ -141,12 +156,65 @@ class _Relay(Move):
         self.flows = (there, back)
         self._reason: Reason = "closed"
         self._broken: OSError | None = None
+        self._began = 0.0
+        self.greenlet: Any = None
+        self._sides = a, b
+        for client, other in ((a, b), (b, a)):
+            resumption = client.take_resumption(other) if isinstance(client, HasStream) else None
+            if resumption is not None:
+                self._continue_from(resumption, client)
 
-    def run(self) -> RelayResult:
-        began = monotonic()
+    def run(self, handover: bool = False) -> RelayResult:
+        self._began = self._began or monotonic()
         there, back = self.flows
-        self.sleep()
-        return RelayResult(there.moved, back.moved, self._reason, monotonic() - began, self._broken)
+        if handover:
+            self.greenlet = getcurrent()
+            movable = [side for side in self._sides if isinstance(side, HasStream)]
+            for side in movable:
+                side.note_relay(self)
+            try:
+                self.sleep()
+            finally:
+                for side in movable:
+                    side.note_relay(None)
+        else:
+            self.sleep()
+        return RelayResult(there.moved, back.moved, self._reason, monotonic() - self._began, self._broken)
+
+    # -- in another process (resumption.py) ----------------------------------------------------------------------------
+
+    def other_side(self, client: Any) -> Any:
+        a, b = self._sides
+        return b if client is a else a
+
+    def resumption(self, client: Any) -> Resumption:
+        """Return what this relay, which is paused, goes on from in another process.
+
+        Args:
+            client: the side that is the handler's own connection.
+        """
+        there, back = self.flows if client is self._sides[0] else self.flows[::-1]
+        broken = None
+        if self._broken is not None:
+            a_broke = self._reason == "reset_a"
+            broken = ("client" if a_broke == (client is self._sides[0]) else "other", self._broken.errno or 0)
+        moved_at = self.moved_at if self.timed else None
+        return Resumption(self.other_side(client), there.state(), back.state(), self._began, moved_at, broken)
+
+    def _continue_from(self, resumption: Resumption, client: Any) -> None:
+        there, back = self.flows if client is self._sides[0] else self.flows[::-1]
+        there.continue_from(resumption.there)
+        back.continue_from(resumption.back)
+        self._began, self.moved_at = resumption.began, resumption.moved_at or monotonic()
+        if self._lifetime is not None:
+            self._lives_until = self._began + self._lifetime
+        if resumption.broken is not None:
+            side, number = resumption.broken
+            self._reason = "reset_a" if (side == "client") == (client is self._sides[0]) else "reset_b"
+            self._broken = OSError(number, os.strerror(number))
+        if (there.done or back.done) and self._half_closed_timeout is not None:
+            self._is_half_closed = True
+            self._idle_timeout = self._half_closed_timeout
 
     def moved(self, flow: AnyFlow, size: int) -> None:
         assert self._on_bytes is not None

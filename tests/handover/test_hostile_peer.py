@@ -1,9 +1,19 @@
 """What a worker that was taken over can do to another one by their line: nothing that lasts."""
 
+import copy
+import os
+import random
+
+import gevent
+import pytest
+
 from gtcpserver.handover import messages
-from gtcpserver.handover.messages import Packet
+from gtcpserver.handover.messages import Packet, PacketError
 from gtcpserver.handover.receiver import Receiver
 from gtcpserver.handover.sender import Sender
+from gtcpserver.server.moving import Refused
+from kit.handing import Taker
+from kit.tunnels import Destination, relaying
 
 
 class Leaving:
@@ -11,8 +21,8 @@ class Leaving:
         self.state = {}
         self.ends = []
 
-    def fileno(self):
-        return 0
+    def descriptors(self):
+        return [0]
 
     def give_away(self):
         self.ends.append("given")
@@ -71,3 +81,70 @@ def test_a_number_offered_twice_is_refused_the_second_time():
     assert sent[-1].refused == [(7, "state")]
     receiver.end()
     assert ends == ["dropped"]
+
+
+def test_a_tunnel_that_comes_without_all_its_descriptors_is_refused():
+    sent, closed = [], []
+
+    def send(data, fds):
+        sent.append(messages.decode(data))
+        return True
+
+    receiver = Receiver(send, lambda *_: Coming([]), closed.append)
+    receiver.hear(Packet(1, offer=[(7, {}), (8, {"descriptors": 4}), (9, {})]), [10, 11, 12])
+    assert closed == [11, 12]
+    assert (sent[-1].ready, sent[-1].refused) == ([7], [(8, "descriptors"), (9, "descriptors")])
+
+
+@pytest.mark.parametrize("count", [0, -1, 7, "2", None, True])
+def test_an_offer_with_a_strange_number_of_descriptors_is_no_packet(count):
+    with pytest.raises(PacketError):
+        messages.decode(messages.encode_offers([(1, {"descriptors": count})]))
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def places_in(value, path=()):
+    """Yield the path to each value within a state."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in items:
+        yield from places_in(one, (*path, name))
+
+
+def test_a_tunnel_with_a_strange_state_is_refused_or_ends_and_leaves_no_descriptor(serve):
+    destination = Destination()
+    handler = relaying(destination.address, small=True)
+    server, other = serve(handler, handover=True), serve(handler, handover=True)
+    tunnel = destination.tunnel(server, small=True)
+    gevent.spawn(tunnel.client.sendall, bytes(8 << 20))
+    gevent.sleep(0.1)
+    taker = Taker(server)
+    server.mover.leave()
+    ((_, state),) = taker.hear().offer
+    assert state["descriptors"] == 4
+    before = open_descriptors()
+    refused = 0
+    for path in list(places_in(state))[1:]:
+        for strange in (None, "x", -1, [], {}, [[]], 1e300, random.random()):
+            wrong = copy.deepcopy(state)
+            place = wrong
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = strange
+            try:
+                other.moving.drop(other.moving.take(wrong, [os.dup(fd) for fd in taker.fds]))
+            except Refused:
+                refused += 1
+            assert open_descriptors() == before, (path, strange)
+    for count in range(4):
+        with pytest.raises(Refused):
+            other.moving.take(state, [os.dup(fd) for fd in taker.fds[:count]])
+        assert open_descriptors() == before
+    assert refused > 100
+    assert other.moving.expected == 0
+    taker.die()
+    tunnel.close()
+    destination.sock.close()

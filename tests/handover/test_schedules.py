@@ -84,8 +84,8 @@ class Old:
     def state(self):
         return {"kept": list(self.kept)}
 
-    def fileno(self):
-        return self.world.socks.index(self.sock)
+    def descriptors(self):
+        return [self.world.socks.index(self.sock)]
 
     def give_away(self):
         if self.world.random.random() < 0.1:
@@ -161,7 +161,8 @@ class World:
 
         return send
 
-    def take(self, state, fd):
+    def take(self, state, fds):
+        (fd,) = fds
         if self.random.random() < 0.2:
             return "full"
         coming = New(self, self.socks[fd], state["kept"])
@@ -313,8 +314,8 @@ class Still:
         self.state = state
         self.why = None
 
-    def fileno(self):
-        return 0
+    def descriptors(self):
+        return [0]
 
     def stays(self, why):
         self.why = why

@@ -45,7 +45,9 @@ class Taker:
 
     def hear(self) -> messages.Packet:
         with gevent.Timeout(SOON):
-            data, ancillary, _, _ = self.sock.recvmsg(messages.MAX_BYTES, socket.CMSG_SPACE(4 * messages.MAX_OFFERS))
+            data, ancillary, _, _ = self.sock.recvmsg(
+                messages.MAX_BYTES, socket.CMSG_SPACE(4 * messages.MAX_OFFERS * messages.MAX_DESCRIPTORS)
+            )
         for _, _, content in ancillary:
             self.fds += struct.unpack(f"={len(content) // 4}i", content)
         return messages.decode(data)

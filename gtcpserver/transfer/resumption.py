@@ -1,0 +1,116 @@
+"""Resumption: what a relay needs to go on in another process (``relay(..., handover=True)``).
+
+1. The old process pauses the relay: its watchers stop, and bytes that a receiver has not taken yet go into a pipe.
+2. Both sockets, the pipes, and a description (counters, ends, times) are offered; whatever touches them ends the pause.
+3. Once the new process is ready, the relay is given away here: it ends by ``HandedOver``, and closes nothing.
+4. There the handler begins anew with both connections, and its call of ``relay`` goes on where this one was paused.
+5. If the other process dies before it serves them, steps 3 and 4 happen in this one, with the same descriptors.
+
+The options (timeouts, pace) are those of the new call; times that have passed count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .pipes import PIPES, Pipe
+
+
+@dataclass(slots=True)
+class FlowState:
+    """One direction.
+
+    Attributes:
+        moved: bytes given to the sink.
+        done: it has ended.
+        size: bytes under way, which are in the pipe.
+        rest_until: monotonic time until which a paced flow rests.
+        pipe: the pipe; None without bytes under way.
+    """
+
+    moved: int = 0
+    done: bool = False
+    size: int = 0
+    rest_until: float = 0.0
+    pipe: Pipe | None = None
+
+
+@dataclass(slots=True)
+class Resumption:
+    """A relay between a client's connection and another one.
+
+    Attributes:
+        other: the other connection.
+        there, back: the flows from the client, and to it.
+        began: monotonic time of the relay's beginning.
+        moved_at: monotonic time of the last progress; None: unknown.
+        broken: the side that was reset, "client" or "other", and the error number; None: none was.
+    """
+
+    other: Any
+    there: FlowState
+    back: FlowState
+    began: float
+    moved_at: float | None
+    broken: tuple[str, int] | None
+
+    def discard(self) -> None:
+        """Close the pipes."""
+        for flow in (self.there, self.back):
+            if flow.pipe is not None:
+                PIPES.discard(flow.pipe)
+                flow.pipe = None
+
+
+def write(resumption: Resumption) -> dict[str, Any]:
+    """Return the description, as JSON values; the pipes' descriptors go apart (`descriptors`)."""
+    flows = [[flow.moved, flow.done, flow.size, flow.rest_until] for flow in (resumption.there, resumption.back)]
+    return {
+        "flows": flows,
+        "began": resumption.began,
+        "moved_at": resumption.moved_at,
+        "broken": resumption.broken,
+    }
+
+
+def descriptors(resumption: Resumption) -> list[int]:
+    """Return the descriptors of the pipes with bytes under way."""
+    pipes = (resumption.there.pipe, resumption.back.pipe)
+    return [fd for pipe in pipes if pipe is not None for fd in (pipe.output, pipe.input)]
+
+
+def read(state: Mapping[str, Any], other: Any, fds: list[int]) -> Resumption:
+    """Make a resumption of its description.
+
+    Args:
+        other: the other connection.
+        fds: the descriptors of the pipes, which are taken out of this list.
+
+    Raises:
+        KeyError, TypeError, ValueError, OSError: it is none. No descriptor stays open but those in the list.
+    """
+    flows: list[FlowState] = []
+    moved_at, broken = state["moved_at"], state["broken"]
+    resumption = Resumption(
+        other,
+        FlowState(),
+        FlowState(),
+        float(state["began"]),
+        None if moved_at is None else float(moved_at),
+        None if broken is None else (str(broken[0]), int(broken[1])),
+    )
+    for moved, done, size, rest_until in state["flows"]:
+        flows.append(FlowState(int(moved), done is True, int(size), float(rest_until)))
+    resumption.there, resumption.back = flows
+    try:
+        for flow in flows:
+            if flow.size:
+                output, input_ = fds[:2]
+                flow.pipe = PIPES.adopt(output, input_, flow.size)
+                del fds[:2]
+    except BaseException:
+        resumption.discard()
+        raise
+    return resumption
