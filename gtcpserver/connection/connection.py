@@ -293,7 +293,7 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         :meta private:
         """
-        if self.server is not None:
+        if getattr(self.server, "moving", None) is not None:
             session = session_of(self)
             (session if session is not None else self._new_session()).relay = relay
 

@@ -467,7 +467,17 @@ class _Dispatcher:
         (self._only or self._handler_of(conn.server_address)).connection_rejected(conn)
 
     def __call__(self, conn: Any) -> None:
-        (self._only or self._handler_of(conn.server_address))(conn)
+        handler = self._only or self._handler_of_client(conn)
+        if handler is not None:
+            handler(conn)
+
+    def _handler_of_client(self, conn: Any) -> ProxyHandler | None:
+        try:
+            return self._handler_of(conn.server_address)
+        except KeyError:
+            # It has come from the worker before an upgrade, which had another listener. A tunnel goes on under the
+            # rules of any; between two requests, the client can connect again.
+            return next(iter(self._handlers.values())) if conn.relayed_to is not None else None
 
     def _handler_of(self, name: Any) -> ProxyHandler:
         handlers = self._handlers
@@ -479,4 +489,4 @@ class _Dispatcher:
         for place in ((ip, port), (None, port), (ip, 0), (None, 0)):
             if place in handlers:
                 return handlers[place]
-        raise KeyError(name)  # pragma: no cover
+        raise KeyError(name)

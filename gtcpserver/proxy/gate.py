@@ -313,7 +313,7 @@ class Visitor:
             gate.tenure.enter()
             if self in old.tenure.tunnels:
                 gate.tenure.tunnels[self] = old.tenure.tunnels.pop(self)
-        self._pace = None
+        self._pace = self._bucket = None
         self._presence = None
         if self.admitted:
             self._be_judged_again()
@@ -417,7 +417,7 @@ class Visitor:
         """Return the function that rate-limits its transfers (`limits`)."""
         user = self.record.user
         if self._pace is None or self._pace[0] != user:
-            if self._pace is None:
+            if self._bucket is None:
                 self._bucket = self.gate.limits.make_bucket()
             self._pace = (user, self.gate.limits.pace(user, self._bucket))
         return self._pace[1]

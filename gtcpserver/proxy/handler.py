@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Literal, get_args
 
@@ -24,10 +25,11 @@ from .errors import Cut, ProtocolError
 from .gate import Gate, Visitor, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
+from .moving import take_over
 from .pac import check_direct
 from .record import AccessRecord
 from .sniff import Protocol, sniff
-from .socks_session import ClientLeft, negotiate_socks4, negotiate_socks5
+from .socks_session import ClientLeft, go_on, negotiate_socks4, negotiate_socks5
 
 Speaks = Literal["mixed", "socks", "http"]
 
@@ -97,6 +99,9 @@ class ProxyHandler:
 
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
+        if conn.resumed:
+            self._admitted(conn, take_over(self.gate.latest, conn))
+            return
         if self._balancers is not None:
             try:
                 read_proxy_header(conn, self._balancers)
@@ -107,7 +112,9 @@ class ProxyHandler:
                     record.result = "client_denied" if error.reason == "client_denied" else "limit"
                 self._write(record)
                 return
-        visitor = self.gate.latest.admit(conn)
+        self._admitted(conn, self.gate.latest.admit(conn))
+
+    def _admitted(self, conn: Connection, visitor: Visitor) -> None:
         if not visitor.admitted:
             self._refuse(conn, visitor)
             return
@@ -122,7 +129,7 @@ class ProxyHandler:
 
     def _refuse(self, conn: Connection, visitor: Visitor) -> None:
         """Refuse it in its own protocol if it speaks up quickly; not worth a TLS handshake."""
-        if self._tls is not None or self._refused >= MOST_REFUSED:
+        if (self._tls is not None and not conn.resumed) or self._refused >= MOST_REFUSED:
             conn.abort()
             self._write(visitor.record)
             return
@@ -135,15 +142,18 @@ class ProxyHandler:
     def _serve(self, conn: Connection, visitor: Visitor) -> None:
         is_http = False
         try:
-            if self._tls is not None:
+            if self._tls is not None and not conn.resumed:
                 try:
                     conn.start_tls(self._tls)
                 except OSError as error:
                     visitor.record.result, visitor.record.detail = "tls_failed", error.strerror or str(error)
                     return
-            visitor.show_certificate(conn.tls)
-            serve = self._negotiate(conn, visitor)
-            is_http = visitor.record.protocol == "http"
+            if conn.relayed_to is not None:
+                serve: Callable[[], None] | None = partial(go_on, conn, visitor)
+            else:
+                visitor.show_certificate(conn.tls)
+                serve = self._negotiate(conn, visitor) if not conn.resumed else self._http(conn, visitor, None)
+                is_http = visitor.record.protocol == "http"
             if serve is not None:
                 serve()
         except GreenletExit as cut:
@@ -199,6 +209,8 @@ class ProxyHandler:
         replace(record, result="open").write(self._log_style, self._redact)
 
     def _write(self, record: AccessRecord) -> None:
+        if record.moved:
+            return
         self.counters[record.result] += 1
         record.write(self._log_style, self._redact)
 
@@ -215,12 +227,8 @@ class ProxyHandler:
                 if self._speaks != "mixed" and (protocol == "http") != (self._speaks == "http"):
                     raise ProtocolError(f"the client speaks {protocol}, this listener does not")
                 if protocol == "http":
-                    record.protocol = "http"
                     conn.unread(data)
-                    session = HttpSession(
-                        conn, visitor, self._pseudonym, self._write, self._forwarded, until, self._pac
-                    )
-                    return session.serve
+                    return self._http(conn, visitor, until)
                 negotiate = negotiate_socks5 if protocol == "socks5" else negotiate_socks4
                 serve = negotiate(conn, visitor, data)
                 if serve is not None:
@@ -237,6 +245,10 @@ class ProxyHandler:
             if visitor.admitted:  # otherwise its result is already known
                 record.result = "negotiation_timeout"
         return None
+
+    def _http(self, conn: Connection, visitor: Visitor, until: float | None) -> Callable[[], None]:
+        visitor.record.protocol = "http"
+        return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded, until, self._pac).serve
 
     def _first_bytes(self, conn: Connection) -> tuple[Protocol, bytes]:
         data = b""

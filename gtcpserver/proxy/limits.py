@@ -78,13 +78,15 @@ class TokenBucket:
 
     Args:
         rate: bytes per second.
+        empty: begin without a burst.
     """
 
     __slots__ = ("__weakref__", "_burst", "_rate", "_since", "_tokens")
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, empty: bool = False) -> None:
         self._rate = rate
-        self._burst = self._tokens = _burst(rate)
+        self._burst = _burst(rate)
+        self._tokens = 0.0 if empty else self._burst
         self._since = monotonic()
 
     def spend(self, size: int) -> float:
@@ -217,6 +219,13 @@ class LimitKeeper:
         self._tell_connections()
         return ""
 
+    def resume(self, address: Any) -> None:
+        """Register a client that another worker has admitted, and that moves here."""
+        if self._limits_clients:
+            self._clients.resume(address, returns=True)
+        self.connections += 1
+        self._tell_connections()
+
     def leave(self, address: Any) -> None:
         """Unregister a client that was admitted."""
         self.connections -= 1
@@ -252,6 +261,12 @@ class LimitKeeper:
         self._users[user] += 1
         return ""
 
+    def resume_user(self, user: str) -> None:
+        """Register a connection of this user that moves here from another worker."""
+        if self._users_of_all is not None:
+            self._users_of_all.resume(_key_of(user))
+        self._users[user] += 1
+
     def leave_user(self, user: str) -> None:
         """Unregister a connection of this user."""
         if self._users_of_all is not None:
@@ -263,9 +278,13 @@ class LimitKeeper:
         if bucket is not None:
             self._keep(user, bucket)
 
-    def make_bucket(self) -> TokenBucket | None:
-        """Return the bucket that limits the rate of one connection, whatever its users; None: there is no limit."""
-        return None if self.limits.rate is None else TokenBucket(self.limits.rate)
+    def make_bucket(self, empty: bool = False) -> TokenBucket | None:
+        """Return the bucket that limits the rate of one connection, whatever its users; None: there is no limit.
+
+        Args:
+            empty: of a connection from another worker, which has had its burst.
+        """
+        return None if self.limits.rate is None else TokenBucket(self.limits.rate, empty)
 
     def pace(self, user: str | None, own: TokenBucket | None) -> Callable[[int], float] | None:
         """Return the function that rate-limits a connection, None if there is no limit.

@@ -59,6 +59,7 @@ class AccessRecord:
         sent, received: bytes from the client to the destination, and back.
         negotiated, opened: seconds until the client had stated its request, and from there until it was connected.
         authenticated: seconds of `negotiated` spent in an authenticator; None: none was asked.
+        moved: another worker has it, and writes the line.
         resolved: seconds spent on looking up names, included in `opened` except over UDP; None: no lookup.
     """
 
@@ -79,6 +80,7 @@ class AccessRecord:
     opened: float = 0.0
     authenticated: float | None = None
     resolved: float | None = None
+    moved: bool = False
     began_at: float = field(default_factory=time)
     _began: float = field(default_factory=monotonic)
 

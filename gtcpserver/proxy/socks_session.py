@@ -9,12 +9,14 @@ from functools import partial
 from typing import TypeVar
 
 from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.errors import HandedOver
 from gtcpserver.networks import as_ip
 from gtcpserver.transfer import relay
 
 from . import gate, socks4, socks5
 from .gate import Denied, Visitor
 from .limits import rest
+from .moving import check_tunnel, note_tunnel
 from .record import Result
 from .socks5 import Command, Method, Reply
 from .socks_bind import Answer, ipv4_only, serve_bind
@@ -210,26 +212,40 @@ def _connect(
 
 def tunnel(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
     """Relay until both sides have ended, and note what was moved."""
-    record, timeouts = visitor.record, visitor.gate.timeouts
-    pace = visitor.pace
-    rest(pace, 0)
+    rest(visitor.pace, 0)
     if visitor.announce is not None:
-        visitor.announce(record)
+        visitor.announce(visitor.record)
+    note_tunnel(visitor)
     with OpenTunnel(visitor):
         keep_urgent(conn)
         keep_urgent(upstream)
-        try:
-            result = relay(
-                conn,
-                upstream,
-                idle_timeout=timeouts.idle,
-                half_closed_timeout=timeouts.half_closed,
-                lifetime=timeouts.lifetime,
-                pace=None if pace is None else lambda direction, size: pace(size),
-            )
-        except BaseException:
-            record.sent, record.received = upstream.bytes_sent, upstream.bytes_received
-            raise
+        _relay(conn, upstream, visitor)
+
+
+def go_on(conn: Connection, visitor: Visitor) -> None:
+    """Go on with a tunnel that has come from another worker."""
+    check_tunnel(visitor)
+    assert conn.relayed_to is not None
+    with conn.relayed_to as upstream, OpenTunnel(visitor):
+        _relay(conn, upstream, visitor)
+
+
+def _relay(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
+    record, timeouts, pace = visitor.record, visitor.gate.timeouts, visitor.pace
+    try:
+        result = relay(
+            conn,
+            upstream,
+            idle_timeout=timeouts.idle,
+            half_closed_timeout=timeouts.half_closed,
+            lifetime=timeouts.lifetime,
+            pace=None if pace is None else lambda direction, size: pace(size),
+            handover=True,
+        )
+    except BaseException as error:
+        record.sent, record.received = upstream.bytes_sent, upstream.bytes_received
+        record.moved = isinstance(error, HandedOver)
+        raise
     record.sent, record.received = result.bytes_a_to_b, result.bytes_b_to_a
     record.result, record.detail = _ENDS[result.reason]
 

@@ -123,6 +123,12 @@ class UpstreamGroup:
             members = sorted(members, key=lambda member: member.claim(key))
         return sorted(members, key=lambda member: member.is_down)
 
+    def add(self, name: str, connection: Any) -> None:
+        """Count a connection through the member of that name, which has come from another worker."""
+        for member in self.members:
+            if member.upstream.name == name:
+                member.add(connection)
+
     def _in_turn(self) -> list[Member]:
         # Smooth weighted round-robin, as in nginx: a member of weight 5 has its turns spread among the others'.
         up = [member for member in self.members if not member.is_down] or self.members

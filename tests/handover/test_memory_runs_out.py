@@ -146,8 +146,8 @@ class Here:
     def __init__(self):
         self.given = self.told = self.stayed = self.closed = self.back = False
 
-    def fileno(self):
-        return 0
+    def descriptors(self):
+        return [0]
 
     def give_away(self):
         self.given = True
@@ -197,8 +197,8 @@ class World:
         packets.append((data, len(fds)))
         return True
 
-    def _take(self, state, fd):
-        self.open -= 1
+    def _take(self, state, fds):
+        self.open -= len(fds)
         coming = self.fresh.pop()
         coming.taken = True
         return coming

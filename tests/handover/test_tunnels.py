@@ -559,7 +559,8 @@ def test_random_schedules(serve, pace):
 
 
 def run_schedule(seed, serve, destination, pace):
-    servers = [serve(relaying(destination.address, pace=pace, small=True), handover=True) for _ in range(4)]
+    handlers = [relaying(destination.address, small=True, swapped=bool(seed & bit), pace=pace) for bit in (1, 2, 4, 8)]
+    servers = [serve(handler, handover=True) for handler in handlers]
     tunnel = destination.tunnel(servers[0], small=True)
     try:
         assert tunnel.talks()

@@ -57,11 +57,12 @@ class Destination:
         return Tunnel(client, far)
 
 
-def relaying(address: str, results: Any = None, small: bool = False, **options: Any) -> Any:
+def relaying(address: str, results: Any = None, small: bool = False, swapped: bool = False, **options: Any) -> Any:
     """Return a handler that relays to an address, and can go on with what has come from another worker.
 
     Args:
         small: have bytes wait in the relay as soon as an end does not read.
+        swapped: name the destination first.
     """
 
     def handle(conn: Any) -> None:
@@ -69,7 +70,8 @@ def relaying(address: str, results: Any = None, small: bool = False, **options: 
             if small:
                 for sock in (conn, upstream):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-            result = relay(conn, upstream, handover=True, **options)
+            sides = (upstream, conn) if swapped else (conn, upstream)
+            result = relay(*sides, handover=True, **options)
         if results is not None:
             results.append(result)
 

@@ -1,4 +1,4 @@
-"""Tunnels of `gtcpserver forward` move between real workers: at reloads and upgrades, whoever is killed meanwhile."""
+"""Tunnels of `gtcpserver forward` and `gtcpserver proxy` move between real workers, whoever is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -32,10 +33,21 @@ def read(sock: socket.socket, size: int) -> bytes:
 
 
 class Tunnel:
-    """Both far ends of a tunnel through a forwarder."""
+    """Both far ends of a tunnel through a forwarder, or a proxy.
 
-    def __init__(self, master: Master, destination: socket.socket) -> None:
+    Args:
+        way: how a proxy is asked for it.
+    """
+
+    def __init__(self, master: Master, destination: socket.socket, way: str = "") -> None:
         self.client = master.connect()
+        port = destination.getsockname()[1]
+        if way == "socks":
+            self.client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\1" + struct.pack("!H", port))
+            assert read(self.client, 12)[:4] == b"\5\0\5\0"
+        elif way == "http":
+            self.client.sendall(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert read(self.client, 39) == b"HTTP/1.1 200 Connection established\r\n\r\n"
         self.far = destination.accept()[0]
         self.far.settimeout(SOON)
 
@@ -103,17 +115,34 @@ def destination() -> Iterator[socket.socket]:
 @pytest.fixture
 def forward(tmp_path: Path, destination: socket.socket) -> Iterator[Callable[..., Master]]:
     """`forward(*options)`: a forwarder to the destination."""
+    target = f"127.0.0.1:{destination.getsockname()[1]}"
+    with _masters(tmp_path) as start:
+        yield lambda *options: start("forward", "127.0.0.1:0", target, *options)
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Callable[..., Master]]:
+    """`proxy(*options)`: a proxy to anywhere."""
+    with _masters(tmp_path) as start:
+        yield lambda *options: start(
+            *("proxy", "--mixed", "127.0.0.1:0", "--allow-destination", "loopback", "--allow-destination", "any"),
+            *options,
+        )
+
+
+@contextlib.contextmanager
+def _masters(folder: Path) -> Iterator[Callable[..., Master]]:
     started = []
 
-    def start(*options: str) -> Master:
-        target = f"127.0.0.1:{destination.getsockname()[1]}"
-        command = ("forward", "127.0.0.1:0", target, "--control", str(tmp_path / "ctl"), *options)
-        started.append(Master(tmp_path, command))
+    def start(*command: str) -> Master:
+        started.append(Master(folder, (*command, "--control", str(folder / "ctl"))))
         return started[-1].wait_listening()
 
-    yield start
-    for master in started:
-        master.kill_all()
+    try:
+        yield start
+    finally:
+        for master in started:
+            master.kill_all()
 
 
 @pytest.fixture
@@ -121,8 +150,8 @@ def opened(destination: socket.socket) -> Iterator[Callable[..., list[Tunnel]]]:
     """`opened(master, n)`: tunnels, which are closed after the test."""
     made: list[Tunnel] = []
 
-    def make(master: Master, count: int = 1) -> list[Tunnel]:
-        made.extend(Tunnel(master, destination) for _ in range(count))
+    def make(master: Master, count: int = 1, way: str = "") -> list[Tunnel]:
+        made.extend(Tunnel(master, destination, way) for _ in range(count))
         for one in made[-count:]:
             assert one.talks()
         return made[-count:]
@@ -164,6 +193,7 @@ def test_tunnels_of_all_kinds_survive_reloads_and_old_workers_leave(forward, ope
     assert not re.search(r" (ERROR|CRITICAL) |Traceback", master.log())
 
 
+@pytest.mark.slow
 def test_tunnels_survive_upgrades(forward, opened):
     master = forward(*QUICK, "1")
     tunnels = opened(master, 5)
@@ -180,11 +210,35 @@ def test_tunnels_survive_upgrades(forward, opened):
     assert "Traceback" not in master.log()
 
 
+@pytest.mark.parametrize("way", ["socks", pytest.param("http", marks=pytest.mark.slow)])
+def test_tunnels_of_the_proxy_survive_reloads_and_an_upgrade(proxy, opened, way):
+    master = proxy(*QUICK, "1")
+    *idle, half, flooded = opened(master, 6, way)
+    half.client.shutdown(socket.SHUT_WR)
+    assert half.far.recv(1) == b""
+    flood = Flood(flooded.client, flooded.far, rest=0.02)
+    for do in ("reload", "reload", "upgrade"):
+        workers, before = master.settled(1), flood.bytes
+        master.ask(do)
+        if do == "upgrade":
+            master.pid = int(master.wait_for(r"the new master \(pid (\d+)\) is ready"))
+        wait_until(lambda workers=workers: not any(map(alive, workers)))
+        wait_until(lambda before=before: flood.moved_since(before))
+        assert all(one.talks() for one in idle)
+        assert half.says(half.far, half.client)
+    assert flood.is_right()
+    half.far.close()
+    assert half.client.recv(1) == b""
+    wait_until(lambda: master.log().count("command=CONNECT") == 1)
+    master.wait_for(r"command=CONNECT .*result=ok sent=8 received=32 ")
+    assert not re.search(r" (ERROR|CRITICAL) |Traceback", master.log())
+
+
 @pytest.mark.parametrize("which", ["old", "new"])
 def test_a_killed_worker_loses_only_what_was_inside(forward, opened, which):
     master = forward(*QUICK, "1")
     (old,) = master.settled(1)
-    tunnels = opened(master, 50)
+    tunnels = opened(master, 30)
     master.send_signal(signal.SIGHUP)
     (new,) = wait_until(lambda: [pid for pid in master.pids() if pid != old])
     killed = old if which == "old" else new
