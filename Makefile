@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules moves rollout check bench bench-programs docs docs-serve load \
+.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo 'make bench   the benchmarks against peers, some 90 minutes; as root it installs wrk, haproxy and nginx'
 	@echo 'make docs    the documentation as HTML, in docs/_build/html'
 	@echo 'make docs-serve   the same, served on http://127.0.0.1:8000 (DOCS_ADDRESS=...)'
+	@echo 'make screenshots  the pictures of the status page, docs/screenshots/status-*.png, taken with Chromium'
 	@echo 'make load    locust with servers to load, on http://localhost:8089'
 	@echo 'make sslyze  installs sslyze, with which `make test` looks for weak TLS; without it that test is skipped'
 	@echo 'make news    what CHANGELOG.md will say of the files in changes/'
@@ -190,6 +191,10 @@ bench-programs:
 # (-E -a): one that has not changed may link to one that has.
 docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build -M html docs docs/_build -E -a -W --keep-going -n -q
+
+# Of the status page, by Chromium: docs/screenshots/status-*.png.
+screenshots: compiled
+	$(BIN)/python docs/screenshots.py
 
 docs-serve: docs
 	exec $(BIN)/gtcpserver files docs/_build/html --bind '$(DOCS_ADDRESS)'

@@ -332,4 +332,5 @@ def serve_until_stopped(context: click.Context, server: Server) -> None:
 
 def make_monitor(context: click.Context, server: Server) -> Monitor | None:
     address = context.params["metrics"]
-    return None if address is None else explained(lambda: Monitor(server, address), fields=("metrics",))
+    name = str(context.params.get("handler") or context.info_name)
+    return None if address is None else explained(lambda: Monitor(server, address, name=name), fields=("metrics",))

@@ -46,6 +46,14 @@ def calls_of_program(frame: FrameType | None) -> list[tuple[CodeType, int]]:
     return [call for call in calls if not is_library(call[0])] or calls
 
 
+def call_of_program(frame: FrameType | None) -> tuple[CodeType, int] | None:
+    """Return the innermost call of the program's own code, or if there is none, the innermost one; None: no frame."""
+    for one, line in walk_stack(frame) if frame is not None else ():
+        if not is_library(one.f_code):
+            return one.f_code, line
+    return None if frame is None else (frame.f_code, frame.f_lineno)
+
+
 def frames_of_threads() -> dict[int, FrameType]:
     """Return the innermost frame of each thread, by thread ident."""
     return sys._current_frames()  # noqa: SLF001 - Python's name for it

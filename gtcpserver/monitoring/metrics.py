@@ -116,6 +116,23 @@ def _of_the_process(status: Mapping[str, Any], version: str) -> Iterator[Metric]
     for state in sorted({"ready", *(worker["state"] for worker in status["workers"])}):
         states.add_metric([state], sum(worker["state"] == state for worker in status["workers"]))
     yield states
+    number, expires_at = certificates_of(status)
+    yield GaugeMetricFamily(PREFIX + "certificates", "Certificates of the server.", number)
+    expires = GaugeMetricFamily(
+        PREFIX + "certificate_expires_timestamp_seconds",
+        "When the first of the certificates expires, since the epoch.",
+        labels=(),
+    )
+    if expires_at is not None:
+        expires.add_metric((), expires_at)
+    yield expires
+
+
+def certificates_of(status: Mapping[str, Any]) -> tuple[int, float | None]:
+    """Return the number of certificates, and when the first of them expires: in workers that take connections."""
+    stats = [one["stats"] for one in serving_workers(status["workers"])]
+    ends = [one["certificate_expires_at"] for one in stats if "certificate_expires_at" in one]
+    return max((int(one.get("certificates", 0)) for one in stats), default=0), min(ends, default=None)
 
 
 def _of_all(stats: Mapping[str, Any]) -> Iterator[Metric]:

@@ -16,6 +16,8 @@ from gtcpserver.listening.config import ListenConfig
 from gtcpserver.networks import as_ip
 from gtcpserver.server.server import Server
 
+from .history import History
+from .recorder import Recorder
 from .source import FromServer, Source
 from .watch import Watch
 
@@ -41,19 +43,24 @@ class Monitor:
 
     The monitor has its own listening socket, pool and limits. A server without a monitor measures nothing.
 
+    What it has seen of the last day is shown by the page, and is lost when it ends.
+
     Args:
         server: the server to watch. Create the monitor before the server starts: /readyz then says "starting".
         address: listening address, as for :class:`Server`; a port without a host is on 127.0.0.1. The page shows
             clients' addresses and requires no password: think before you choose an address other than a loopback one.
+        name: what the page calls the server; by default, the name of its handler.
 
     Raises:
         ConfigError: the address is invalid, or prometheus_client is missing.
     """
 
-    def __init__(self, server: Server, address: str | int | tuple[Any, ...] | Address) -> None:
+    def __init__(self, server: Server, address: str | int | tuple[Any, ...] | Address, *, name: str = "") -> None:
         self._address = check_metrics_address(address)
         self._watch = Watch(server)
-        self._pages = make_pages(FromServer(server, self._watch), self._address)
+        source, history = FromServer(server, self._watch, name), History()
+        self._recorder = Recorder(source, history)
+        self._pages = make_pages(source, history, self._address)
 
     def start(self) -> None:
         """Listen and answer. Raises OSError if the address is unavailable; the message names it."""
@@ -61,10 +68,12 @@ class Monitor:
             self._pages.start()
         except OSError as error:
             raise OSError(error.errno, f"metrics: {error.strerror or error}") from None
+        self._recorder.start()
         log.info("metrics and status page on %s", url_of(self.address))
 
     def stop(self) -> None:
         """Finish the answers in progress, within two seconds, and close."""
+        self._recorder.stop()
         self._watch.close()
         self._pages.stop(STOP_TIMEOUT)
 
@@ -83,14 +92,17 @@ class Monitor:
         return self._pages.address
 
 
-def make_pages(source: Source, address: Address, sockets: list[socket.socket] | None = None) -> Server:
+def make_pages(
+    source: Source, history: History, address: Address, sockets: list[socket.socket] | None = None
+) -> Server:
     """Return the server of the pages, not started.
 
     Args:
+        history: what a `Recorder` keeps of the source.
         sockets: sockets that are listening already; by default, the server opens its own.
     """
     web = importlib.import_module("gtcpserver.monitoring.web")
-    application = web.Web(source, __version__, for_this_host=is_loopback(address))
+    application = web.Web(source, history, __version__, for_this_host=is_loopback(address))
     return Server(
         sockets if sockets is not None else str(address),
         from_wsgi(application),

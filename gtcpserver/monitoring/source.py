@@ -10,12 +10,17 @@ from typing import Any, Protocol
 
 from gevent.lock import Semaphore
 
+from gtcpserver.callables import full_name_of, name_of
 from gtcpserver.server.server import Server, State
 
-from .connection_table import MOST, table_of
+from .connection_table import MOST, look
 from .watch import Watch, resident_bytes
 
 Status = dict[str, Any]
+
+#: A worker whose event loop is later than this many seconds keeps its clients waiting. A healthy one is a millisecond
+#: or two late.
+LAG_SECONDS = 0.25
 
 #: Seconds for which an answer is reused: the server's cost stays bounded however often clients ask.
 FRESH_SECONDS = 0.2
@@ -45,7 +50,11 @@ class Source(Protocol):
         """Return the state and the counters, total and by worker: all that `gtcpserver ctl status` prints, and more."""
 
     def connections(self) -> Status:
-        """Return {"connections": rows, "total": their number, "missing": workers that did not answer}."""
+        """Return what is known of the connections.
+
+        {"connections": rows, "places": number of connections by where their handlers stand, "total": their number,
+        "missing": workers that did not answer}.
+        """
 
 
 class SourceError(Exception):
@@ -55,9 +64,11 @@ class SourceError(Exception):
 class FromServer:
     """One server in this process, described like a master with one worker."""
 
-    def __init__(self, server: Server, watch: Watch) -> None:
+    def __init__(self, server: Server, watch: Watch, name: str = "") -> None:
         self._server = server
         self._watch = watch
+        handler = server.handler
+        self._name = name or (full_name_of(handler) if hasattr(handler, "__qualname__") else name_of(handler))
         self._made_at = monotonic()
 
     def health(self) -> Health:
@@ -80,12 +91,14 @@ class FromServer:
             "generation": 1,
             "uptime": uptime,
             "lag": lag,
+            "lagging": lag > LAG_SECONDS,
             "rss": resident_bytes(),
             "accepted": stats["accepted"],
             "active": stats["active"],
             "stats": stats,
         }
         return {
+            "name": self._name,
             "state": state,
             "ready": health.ready,
             "pid": os.getpid(),
@@ -101,8 +114,9 @@ class FromServer:
         }
 
     def connections(self) -> Status:
-        rows = table_of(self._server, MOST)
-        return {"connections": rows, "total": self._server.active_connections, "missing": []}
+        table = look(self._server, MOST)
+        total = self._server.active_connections
+        return {"connections": table.rows, "places": table.places, "total": total, "missing": []}
 
 
 class Fresh:

@@ -49,17 +49,31 @@ class Watch:
         return max(self._lags)
 
     def stats(self) -> dict[str, Any]:
-        """Return the server's counters, with "latency" (see `Latency.snapshot`) and "cpu_seconds"."""
+        """Return the server's counters and more.
+
+        That is "latency" (see `Latency.snapshot`), "cpu_seconds", "certificates" (their number), and if there are any,
+        "certificate_expires_at": when the first of them expires, seconds since the epoch.
+        """
         return {
             **dataclasses.asdict(self._server.stats()),
             "latency": self._latency.snapshot(),
             "cpu_seconds": process_time(),
+            **certificates_of(self._server),
         }
 
     def close(self) -> None:
         """Stop measuring."""
         self._timer.close()
         self._server.remove_observer(self._latency)
+
+
+def certificates_of(server: Server) -> dict[str, float]:
+    """Return the number of a server's certificates, and when the first of them expires."""
+    of_handler = getattr(server.handler, "tls_credentials", ())  # of a proxy, whose listeners have their own
+    known = [one for one in (server.tls, *(of_handler if isinstance(of_handler, tuple) else ())) if one is not None]
+    ends = [one.expires_at for one in known if one.expires_at is not None]
+    found: dict[str, float] = {"certificates": sum(one.certificates for one in known)}
+    return {**found, "certificate_expires_at": min(ends)} if ends else found
 
 
 _resident_bytes = 0

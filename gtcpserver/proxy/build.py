@@ -433,6 +433,11 @@ class _Dispatcher:
         self.make_again: Callable[[], _Dispatcher] | None = None
         self._successor: _Dispatcher | None = None
 
+    @property
+    def tls_credentials(self) -> tuple[Credentials, ...]:
+        """Certificates of all listeners, for monitors."""
+        return tuple(one for handler in self._handlers.values() for one in handler.tls_credentials)
+
     def share_limits(self, column: Column) -> None:
         """Count together with all processes that have a column."""
         for handler in self._handlers.values():

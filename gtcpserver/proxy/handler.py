@@ -97,6 +97,11 @@ class ProxyHandler:
         self._refused = 0
         self.count_in(Counter())
 
+    @property
+    def tls_credentials(self) -> tuple[Credentials, ...]:
+        """Certificates of the listener, for monitors."""
+        return () if self._tls is None else (self._tls,)
+
     def __call__(self, conn: Connection) -> None:
         """Serve one client."""
         if conn.resumed:

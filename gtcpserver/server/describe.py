@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from time import monotonic
+from types import CodeType
 from typing import Any
 
 from gtcpserver.address import format_sockaddr
 from gtcpserver.connection.connection import Connection
-from gtcpserver.diagnostics.frames import calls_of_program
+from gtcpserver.diagnostics.frames import call_of_program, calls_of_program
 
 from .stats import CutConnection
 
@@ -44,8 +45,16 @@ def printed(address: Any) -> str:
     return format_sockaddr(address, socket.AF_INET if len(address) == 2 else socket.AF_INET6)
 
 
+def place(greenlet: Any) -> str:
+    """Return where a handler waits: the innermost of the program's own calls; "" if no handler has begun."""
+    call = call_of_program(greenlet.gr_frame) if greenlet is not None else None
+    return "" if call is None else _printed_call(*call)
+
+
 def _where(frame: Any) -> tuple[str, ...]:
     """Return where a handler waits: the program's own frames, outermost first."""
-    return tuple(
-        f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}" for code, line in calls_of_program(frame)
-    )
+    return tuple(_printed_call(code, line) for code, line in calls_of_program(frame))
+
+
+def _printed_call(code: CodeType, line: int) -> str:
+    return f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"

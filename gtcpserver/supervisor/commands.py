@@ -182,6 +182,7 @@ class Commands:
             for worker in slot.workers()
         ]
         return {
+            "name": master.program.name,
             "state": master.state.value,
             "ready": master.ready,
             "maintenance": master.in_maintenance,

@@ -242,6 +242,7 @@ class Fleet:
             worker.dumped = True
         elif message.kind == "connections":
             worker.table = checked_table(message.fields.get("table"))
+            worker.places = checked_counts(message.fields.get("places"))
         elif message.kind == "selected":
             number = message.count("number")
             if number in worker.selected:

@@ -310,11 +310,12 @@ class Master:
 
     def _open_monitor(self) -> None:
         inherited = self._handover.metrics if self._handover is not None else []
+        history = self._handover.history if self._handover is not None else None
         if self.config.metrics is None:
-            for one in inherited:
-                close_descriptor(one.fd)
+            for fd in (*(one.fd for one in inherited), *([] if history is None else [history])):
+                close_descriptor(fd)
             return
-        self.monitor = MonitorProcess(self, self.config.metrics, inherited)
+        self.monitor = MonitorProcess(self, self.config.metrics, inherited, history)
 
     def _others_have_sockets(self) -> bool:
         return not self._upgrade.gone() or (self.monitor is not None and self.monitor.starting)
@@ -722,6 +723,7 @@ class Master:
             memory=self._memory.fd if self._memory is not None else None,
             agent=self._agent.handover() if self._agent is not None else [],
             in_maintenance=self.in_maintenance,
+            history=self.monitor.history if self.monitor is not None else None,
         )
         self._upgrade.begin(handover, self._folder, done)
 

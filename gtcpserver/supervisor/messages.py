@@ -75,9 +75,15 @@ MAX_ROWS = 500
 #: Maximum frames of the stack of one connection.
 MAX_FRAMES = 100
 
+#: What a `Watch` knows of a worker's certificates.
+CERTIFICATES = ("certificates", "certificate_expires_at")
+
 #: Counters of a worker that are tables; all others are numbers. "latency" and "cpu_seconds" come from a `Watch`.
 TABLES = (*(field.name for field in dataclasses.fields(ServerStats) if "dict" in str(field.type)), "latency")
-NUMBERS = (*(field.name for field in dataclasses.fields(ServerStats) if field.name not in TABLES), "cpu_seconds")
+NUMBERS = (
+    *(field.name for field in dataclasses.fields(ServerStats) if field.name not in TABLES),
+    *("cpu_seconds", *CERTIFICATES),
+)
 
 ROW = ("peer", "age", "bytes_received", "bytes_sent", "idle", "tls", "server_name")  # and "where"
 

@@ -16,11 +16,14 @@ import logging
 import select
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.monitoring.connection_table import fullest
 from gtcpserver.monitoring.monitor import check_metrics_address, url_of
+from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.strict_json import to_json
 
 from .channel import GONE, RETRY_SECONDS
@@ -69,12 +72,18 @@ class MonitorProcess:
         master: the master to report on.
         address: where to serve metrics.
         inherited: listening sockets of the last master.
+        history: the last master's memory of what monitors have seen.
+
+    Attributes:
+        history: the descriptor of this memory; None: each monitor begins with an empty history.
 
     Raises:
         ConfigError, OSError: the address cannot be used.
     """
 
-    def __init__(self, master: Master, address: str | int, inherited: Sequence[Inherited]) -> None:
+    def __init__(
+        self, master: Master, address: str | int, inherited: Sequence[Inherited], history: int | None = None
+    ) -> None:
         self._master = master
         self._system = system = master.system
         self._address = check_metrics_address(address)
@@ -84,6 +93,7 @@ class MonitorProcess:
             self._sockets.open([self._address], [0], inherited)
         except OSError as error:
             raise OSError(error.errno, f"metrics: {error.strerror or error}") from None
+        self.history = self._open_history(history)
         self._pid = 0
         self._line: socket.socket | None = None
         self._inbox = b""
@@ -102,6 +112,13 @@ class MonitorProcess:
         #: Whether it was forked and may still hold the service's listening sockets too: until it serves, or has ended.
         self.starting = False
         log.info("metrics and status page on %s", ", ".join(map(url_of, self._sockets.addresses)))
+
+    def _open_history(self, fd: int | None) -> int | None:
+        try:
+            return self._system.history_memory(fd)
+        except (OSError, AttributeError) as error:  # no memfd_create in this Python, or in this system
+            log.warning("the status page will forget what was before a new log file or an upgrade: %s", error)
+            return None
 
     def handover(self) -> list[Inherited]:
         """Return the sockets that the next master inherits."""
@@ -156,7 +173,17 @@ class MonitorProcess:
         log_style, pid = master.program.log_style, self._system.pid()
         try:
             self._pid = self._system.start_monitor(
-                MonitorJob(self._address, sockets, theirs, master.config, log_style, pid, master.program.name), close
+                MonitorJob(
+                    self._address,
+                    sockets,
+                    theirs,
+                    master.config,
+                    log_style,
+                    pid,
+                    program=master.program.name,
+                    history=self.history,
+                ),
+                close,
             )
         except OSError as error:
             ours.close()
@@ -229,12 +256,19 @@ class MonitorProcess:
                 pass  # already reaped elsewhere
             self._pid = 0
         self._hang_up()
+        self._close_history()
         self._sockets.close(keep_paths=keep_paths)
 
+    def _close_history(self) -> None:
+        if self.history is not None:
+            fd, self.history = self.history, None
+            close_descriptor(fd)
+
     def close_in_child(self, *, sockets: bool) -> None:
-        """Close the line and, if asked, the listening sockets. Called in a forked process."""
+        """Close the line and, if asked, all that is the next monitor's. Called in a forked process."""
         self._hang_up()
         if sockets:
+            self._close_history()
             for one in self._sockets.shared:
                 one.listener.socket.close()
 
@@ -338,12 +372,16 @@ class MonitorProcess:
         self._send({"connections": table_of(asked, running.values())})
 
 
-def table_of(asked: Iterable[WorkerProcess], running: Iterable[WorkerProcess]) -> dict[str, Any]:
+def table_of(asked: Sequence[WorkerProcess], running: Iterable[WorkerProcess]) -> dict[str, Any]:
     """Return the connections that workers have told of, oldest first; "missing" names the slots that have not."""
     rows = [{**row, "worker": worker.slot} for worker in asked for row in worker.table or []]
     rows.sort(key=lambda row: row.get("age", 0), reverse=True)
+    places: Counter[str] = Counter()
+    for worker in asked:
+        places.update(worker.places if worker.table is not None else {})
     return {
         "connections": rows,
+        "places": fullest(places),
         "total": sum(worker.stats.get("active", 0) for worker in running),
         "missing": sorted(worker.slot for worker in asked if worker.table is None),
     }

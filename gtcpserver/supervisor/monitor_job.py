@@ -23,6 +23,7 @@ class MonitorJob:
         log_style: how to log; None leaves logging as it is.
         master: process id of the master.
         program: name of the program, for the title of the process.
+        history: descriptor of the memory of what monitors have seen (`monitoring.history`); None: there is none.
     """
 
     address: Address
@@ -32,3 +33,4 @@ class MonitorJob:
     log_style: LogStyle | None
     master: int
     program: str = ""
+    history: int | None = None

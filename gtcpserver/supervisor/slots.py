@@ -85,6 +85,7 @@ class WorkerProcess:
         lagging: whether its loop is late, so that it gets no new connections.
         stats: the last counters it sent.
         table: its table of connections; None until it answers the last question.
+        places: number of its connections by where their handlers stand, as of the table.
         selected: its answers to questions about connections, by number; None until it answers.
         drained: whether its sockets are drained and closed.
         loans: the files that it may borrow.
@@ -122,6 +123,7 @@ class WorkerProcess:
     stats: dict[str, Any] = field(default_factory=dict)
     rss: int = 0
     table: list[dict[str, Any]] | None = None
+    places: dict[str, int] = field(default_factory=dict)
     selected: dict[int, Selected | None] = field(default_factory=dict)
     reported: bool = False
     drained: bool = False

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from gevent import monkey
 
 from gtcpserver.listening.listener import ListenConfig
+from gtcpserver.monitoring.history import make_history
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.shared.memory import SharedMemory, make_memory
 
@@ -145,6 +146,16 @@ class System(Protocol):
             OSError: descriptors or memory ran out.
         """
 
+    def history_memory(self, fd: int | None) -> int | None:
+        """Return the descriptor of the memory of what monitors have seen; None: this system has none.
+
+        Args:
+            fd: that of the last master. One that cannot be used is closed.
+
+        Raises:
+            OSError: descriptors ran out.
+        """
+
     def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
         """Wait until descriptors are ready, and return these with their events; poll(2).
 
@@ -210,6 +221,9 @@ class RealSystem:
 
     def shared_memory(self, workers: int, fd: int | None) -> SharedMemory | None:
         return make_memory(workers, fd)
+
+    def history_memory(self, fd: int | None) -> int | None:
+        return make_history(fd)
 
     def poll(self, watched: Mapping[int, int], seconds: float) -> Iterable[tuple[int, int]]:
         poll = _poll()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .messages import MAX_NAMES
+from .messages import CERTIFICATES, MAX_NAMES
 
 Stats = dict[str, Any]
 
@@ -22,7 +22,8 @@ class Totals:
     """Adds up the counters of workers.
 
     Numbers are summed, `queue_wait_mean` is weighted with its samples, `queue_wait_max` is the largest. `peak` is the
-    sum of the workers' peaks: an upper bound of the connections open at one moment.
+    sum of the workers' peaks: an upper bound of the connections open at one moment. Certificates are left out: all
+    workers have the same.
     """
 
     def __init__(self, gone: Mapping[str, Any] | None = None) -> None:
@@ -48,6 +49,8 @@ def add_up(all_stats: Iterable[Mapping[str, Any]]) -> Stats:
     for stats in all_stats:
         waited += stats.get("queue_wait_mean", 0.0) * stats.get("queue_wait_samples", 0)
         for name, value in stats.items():
+            if name in CERTIFICATES:
+                continue
             if name not in total:
                 total[name] = dict(value) if isinstance(value, dict) else value
             elif name in ("queue_wait_max", "uptime"):

@@ -50,6 +50,7 @@ MORE_FIELDS = {
     "memory": "the counts of limits and the keys of TLS tickets",
     "agent": "the sockets of the agent check",
     "in_maintenance": "maintenance (ctl maint on)",
+    "history": "what the status page shows of the past",
 }
 
 #: Seconds for the workers of a new master to become ready.
@@ -96,6 +97,7 @@ class Handover:
         agent: the listening sockets of the agent check.
         in_maintenance: whether `ctl maint on` holds.
         taken: which of MORE_FIELDS have come, in the new master.
+        history: descriptor of the memory of what monitors have seen (`monitoring.history`); None if there is none.
     """
 
     pid: int
@@ -109,11 +111,12 @@ class Handover:
     agent: list[Inherited] = field(default_factory=list)
     in_maintenance: bool = False
     taken: tuple[str, ...] = ()
+    history: int | None = None
 
     def fds(self) -> list[int]:
         """Return all descriptors except the channel."""
-        memory = [self.memory] if self.memory is not None else []
-        return [*self.first_fds(), *(one.fd for one in self.agent), *memory]
+        memories = [fd for fd in (self.memory, self.history) if fd is not None]
+        return [*self.first_fds(), *(one.fd for one in self.agent), *memories]
 
     def first_fds(self) -> list[int]:
         """Return the descriptors that the environment names, except the channel."""
@@ -133,6 +136,8 @@ class Handover:
         found += [("agent", dataclasses.asdict(one), one.fd) for one in self.agent]
         if self.in_maintenance:
             found.append(("in_maintenance", True, None))
+        if self.history is not None:
+            found.append(("history", None, self.history))
         return found
 
     def with_more(self, name: str, value: Any, fd: int | None) -> Handover:
@@ -141,6 +146,8 @@ class Handover:
             new = dataclasses.replace(self, memory=fd)
         elif name == "agent" and fd is not None:
             new = dataclasses.replace(self, agent=[*self.agent, *_inherited([{**value, "fd": fd}])])
+        elif name == "history" and fd is not None:
+            new = dataclasses.replace(self, history=fd)
         elif name == "in_maintenance":
             new = dataclasses.replace(self, in_maintenance=value is True)
         else:

@@ -33,7 +33,7 @@ from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.files import lent as lent_files
 from gtcpserver.handover.mover import Mover
-from gtcpserver.monitoring.connection_table import MOST, table_of
+from gtcpserver.monitoring.connection_table import MOST, look
 from gtcpserver.monitoring.selection import Selection, end, rows_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.plural import counted
@@ -433,10 +433,11 @@ class _Life:
         return fields
 
     def send_connections(self, server: Server, workers: int) -> None:
-        rows = table_of(server, max(1, MOST // workers))
-        while len(json.dumps(rows)) > LARGEST_TABLE:
+        table = look(server, max(1, MOST // workers))
+        rows = table.rows
+        while len(json.dumps([rows, table.places])) > LARGEST_TABLE:
             rows = rows[: len(rows) // 2]
-        self.channel.send("connections", table=rows)
+        self.channel.send("connections", table=rows, places=table.places)
 
     def select(self, server: Server, message: Message) -> None:
         """Send, or end, the connections that the master asks for."""

@@ -67,7 +67,8 @@ class ServerContexts:
         by_name: by server name, or wildcard such as "*.example.com".
         strict: there is no default.
         client_trust: digest of everything that client certificates are checked against.
-        expires_at: when the first of the certificates expires, seconds since the epoch.
+        certificates: number of certificates.
+        expires_at: when the first of them expires, seconds since the epoch.
         complaints: problems that do not keep the server from starting.
     """
 
@@ -75,6 +76,7 @@ class ServerContexts:
     by_name: Mapping[str, ssl.SSLContext]
     strict: bool
     client_trust: bytes
+    certificates: int
     expires_at: float
     complaints: tuple[str, ...]
 
@@ -122,7 +124,9 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
     if config.strict_sni:
         for name in names_in_default:
             named.setdefault(name, default)
-    return ServerContexts(default, named, config.strict_sni, _client_trust(config), min(expiries), tuple(complaints))
+    return ServerContexts(
+        default, named, config.strict_sni, _client_trust(config), len(expiries), min(expiries), tuple(complaints)
+    )
 
 
 def make_front(config: TLSConfig) -> ssl.SSLContext:

@@ -108,6 +108,11 @@ class Credentials:
         return self.config is not None and self.config.report_truncation
 
     @property
+    def certificates(self) -> int:
+        """Number of certificates; 0 with a ready context, which does not tell."""
+        return self._contexts.certificates if self._contexts is not None else 0
+
+    @property
     def expires_at(self) -> float | None:
         """When the first of the certificates expires, seconds since the epoch; None with a ready context."""
         return self._contexts.expires_at if self._contexts is not None else None

@@ -732,6 +732,9 @@ class SimulatedSystem:
         self.processes[pid] = Process(self, pid, end, fate, job)
         return pid
 
+    def history_memory(self, _fd: int | None) -> int | None:
+        return None
+
     def start_monitor(self, job: MonitorJob, _close: Callable[[], None]) -> int:
         if self.fails("fork"):
             raise failed(errno.EAGAIN)

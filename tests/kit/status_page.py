@@ -77,3 +77,32 @@ class Service:
 
 def text_of(element):
     return f"document.getElementById('{element}').textContent"
+
+
+#: A client's address, and what a page that takes it for HTML would do with it.
+EVIL = "<img src=x onerror=document.title='owned'>"
+
+#: The text of the page with the least contrast to its ground (WCAG 2.1, section 1.4.3).
+CONTRAST = """(() => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => {
+    const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = numbers(color).map(c => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor, parts = numbers(color);
+      if (parts.length < 4 || parts[3] === 1) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let worst = { ratio: 99 };
+  for (const node of document.body.querySelectorAll("*")) {
+    if (!node.offsetParent || ![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    const a = light(getComputedStyle(node).color), b = light(ground(node));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst.ratio) worst = { ratio, text: node.textContent.slice(0, 40), id: node.id };
+  }
+  return worst;
+})()"""

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gtcpserver import ConfigError, GtcpServerError, LimitExceeded, Server, TLSConfig
 from gtcpserver.monitoring import Monitor
-from gtcpserver.monitoring.connection_table import table_of
+from gtcpserver.monitoring.connection_table import look
 from gtcpserver.monitoring.latency import EVERY, Latency
 from gtcpserver.monitoring.monitor import MOST_CONNECTIONS, check_metrics_address, is_loopback
 from gtcpserver.monitoring.web import is_this_host
@@ -36,7 +36,7 @@ from kit.ports import free_port
 from kit.tls import Files, client_context
 from kit.waiting import wait_until
 
-PATHS = ("/", "/metrics", "/healthz", "/readyz", "/stats", "/connections")
+PATHS = ("/", "/metrics", "/healthz", "/readyz", "/stats", "/connections", "/history")
 
 
 def idle_echo(conn):
@@ -430,8 +430,9 @@ def test_connections_with_what_is_known_of_them(watched, connect, in_thread, get
     assert idle["peer"] == "{}:{}".format(*clients[0].getsockname())
     assert (busy["bytes_received"], busy["tls"], busy["server_name"]) == (5, "TLSv1.3", "localhost")
     assert re.search(r"test_monitoring.py:\d+ in stuck", " ".join(busy["where"]))
+    assert found["places"] == {"idle": 1, busy["where"][-1]: 1}
     assert 0 <= busy["age"] < SOON
-    assert len(table_of(server, 1)) == 1
+    assert len(look(server, 1).rows) == 1
     wait.set()
 
 

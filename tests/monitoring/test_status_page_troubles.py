@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gtcpserver.monitoring.history import History
 from gtcpserver.monitoring.web import Web
 from kit.browser import Browser
 from kit.status_page import text_of
@@ -34,33 +35,33 @@ def test_troubles_of_the_past_and_of_now_are_at_the_top(browser, service):
         assert served.ask(served.connect(), b"fault") == b""
     browser.open(served.url)
     browser.wait_for(f"{text_of('state')} == 'ready'")
-    first = browser.value(TROUBLES)
-    assert first == ["warn: 3 handlers failed since the start"] or first[0].endswith(" s"), first
-    # What happens while somebody looks is worse, and so is a full pool.
+    browser.wait_for(f"{TROUBLES}.some(one => one.startsWith('bad: 3 handlers failed in the last hour, last at '))")
     served.ask(served.connect(), b"fault")
     for _ in range(2):
         served.connect().sendall(b"stay")
     browser.wait_for(f"{TROUBLES}[0] == 'bad: Pool full: 2 of 2 handlers running new clients wait or are rejected'")
-    browser.wait_for(f"{TROUBLES}[1].startsWith('bad: 4 handlers failed since the start, 1 in the last ')")
+    browser.wait_for(f"{TROUBLES}[1].startsWith('bad: 4 handlers failed in the last hour')")
+    browser.wait_for("document.getElementById('pool').className == 'figure bad'")
+    assert browser.value("document.getElementById('icon').href").endswith("/icon-bad.svg")
     assert browser.value("document.documentElement.scrollWidth <= innerWidth")
     assert browser.complaints == []
 
 
 @needs_chromium
-def test_a_service_without_troubles_has_none_and_no_zeros_it_does_not_know(browser, service):
-    served = service()
-    served.ask(served.connect())
-    # One sample, of which no rate can be had: the clock of the page stands still behind it.
-    browser.do(
-        "Page.addScriptToEvaluateOnNewDocument",
-        source="const wait = setTimeout; window.setTimeout = (f, t) => t === 1000 ? 0 : wait(f, t)",
-    )
+def test_a_worker_that_stands_still_is_not_ready(browser, service):
+    served = service("--workers", "1")
     browser.open(served.url)
-    browser.wait_for(f"{text_of('state')} == 'ready'")
+    browser.wait_for(f"{text_of('workers-note')} == '1 of 1 ready'")
     assert browser.value("document.getElementById('troubles').hidden") is True
-    shown = {name: browser.value(text_of(name)) for name in ("accepts", "requests", "cpu", "received", "sent")}
-    assert {value[0] for value in shown.values()} == {"\u2013"}, shown
-    assert browser.value(text_of("active")) == "1"
+    worker = int(browser.value("document.querySelector('#workers td:nth-child(3)').textContent"))
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        browser.wait_for("document.querySelector('#workers .pill').textContent == 'stands still'")
+        assert browser.value(text_of("workers-note")) == "0 of 1 ready"
+        assert browser.value("document.title") == "stands still · app:handle"
+        assert "bad: 0 of 1 worker ready" in browser.value(TROUBLES)
+    finally:
+        os.kill(worker, signal.SIGCONT)
 
 
 @needs_chromium
@@ -72,14 +73,14 @@ def test_workers_that_died_and_a_master_that_stands_still_are_told(browser, serv
     worker = int(browser.value("document.querySelector('#workers td:nth-child(3)').textContent"))
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: f"pid {worker}) was killed by SIGKILL" in text())
-    browser.wait_for(f"{TROUBLES}.some(one => one.startsWith('bad: 1 worker died since the start, 1 in the last '))")
+    browser.wait_for(f"{TROUBLES}.some(one => one.startsWith('bad: 1 worker died in the last hour, last at '))")
     served.process.send_signal(signal.SIGSTOP)
     browser.wait_for(f"{TROUBLES}.length == 1 && {TROUBLES}[0].startsWith('bad: No answer ')")
 
 
 def test_a_browser_finds_an_icon_wherever_it_looks():
     told = []
-    web = Web(SimpleNamespace(status=None), "1.0", for_this_host=False)
+    web = Web(SimpleNamespace(status=None), History(), "1.0", for_this_host=False)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/favicon.ico", "HTTP_HOST": "x"}
     body = b"".join(web(environ, lambda status, headers: told.append((status, dict(headers)))))
     assert told[0][0] == "200 OK"

@@ -2,10 +2,12 @@
 
 import http.client
 import json
+import math
 import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 
@@ -59,6 +61,19 @@ def value(address, metric, **labels):
     assert status == 200
     samples = [sample for family in parse(body) for sample in family.samples if sample.name == metric]
     return next((sample.value for sample in samples if sample.labels == labels), None)
+
+
+def recorded_seconds(address):
+    """What /history knows: number of connections by the number of the second."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=SOON)
+    connection.request("GET", "/history")
+    line, _, floats = connection.getresponse().read().partition(b"\n")
+    connection.close()
+    head = json.loads(line)
+    begin = 4 * head["series"].index("active") * head["count"]
+    values = struct.unpack(f"<{head['count']}f", floats[begin : begin + 4 * head["count"]])
+    return {head["first"] + index: value for index, value in enumerate(values) if not math.isnan(value)}
 
 
 def monitor_of(master):
@@ -234,6 +249,7 @@ def test_an_upgrade_takes_the_address_along_without_a_lost_scrape(start):
     master = start()
     address = address_of(master)
     wait_until(lambda: fetch(address, "/readyz")[0] == 200)
+    recorded = wait_until(lambda: recorded_seconds(address))
     ready, scrapes = Polling(address, "/readyz"), Polling(address, "/metrics")
     master.send_signal(signal.SIGUSR2)
     new = int(master.wait_for(r"the new master \(pid (\d+)\) is ready"))
@@ -244,6 +260,7 @@ def test_an_upgrade_takes_the_address_along_without_a_lost_scrape(start):
     assert set(ready.end()) == {(200, "ready\n")}
     assert {status for status, _ in scrapes.end()} == {200}
     assert json.loads(fetch(address, "/stats")[1])["pid"] == new
+    assert recorded_seconds(address).items() >= recorded.items()
 
 
 @pytest.mark.slow
@@ -251,6 +268,7 @@ def test_a_new_log_file_and_other_numbers_of_workers(start, tmp_path):
     master = start("--log-file", str(tmp_path / "new"), log_path=tmp_path / "new")
     address = address_of(master)
     first = wait_until(lambda: monitor_of(master))
+    recorded = wait_until(lambda: recorded_seconds(address))
     polling = Polling(address, "/healthz")
     master.send_signal(signal.SIGUSR1)
     wait_until(lambda: monitor_of(master) not in (first, None))
@@ -258,6 +276,7 @@ def test_a_new_log_file_and_other_numbers_of_workers(start, tmp_path):
         master.ask("scale", workers=count)
         wait_until(lambda count=count: value(address, "gtcpserver_workers", state="ready") == count)
     assert {status for status, _ in polling.end()} == {200}
+    assert recorded_seconds(address).items() >= recorded.items()
 
 
 @pytest.mark.slow
@@ -274,6 +293,8 @@ def test_connections_of_all_workers_and_a_blocked_one_is_named(start):
         (one["age"] for one in found["connections"]), reverse=True
     )
     assert found["missing"] == []
+    assert sum(found["places"].values()) == found["total"]
+    assert any(" in handler" in place for place in found["places"])
     blocked = master.connect()
     blocked.sendall(b"block 1000\n")
     lag = "gtcpserver_worker_loop_lag_seconds"

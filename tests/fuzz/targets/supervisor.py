@@ -7,12 +7,15 @@ import logging
 import os
 import select
 import socket
+from array import array
 from math import isfinite
 from types import SimpleNamespace
 from typing import Any
 
 from fuzz.engine import Target
 from fuzz.targets.helpers import Choices, pieces_of
+from gtcpserver.monitoring.connection_table import MOST_PLACES
+from gtcpserver.monitoring.recorder import counts_of, gauges_of
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.commands import Commands
@@ -55,6 +58,7 @@ def _master() -> Any:
         stopping=False,
         in_maintenance=False,
         system=REAL_SYSTEM,
+        program=SimpleNamespace(name="app:handle"),
     )
 
 
@@ -87,6 +91,8 @@ def worker_messages(data: bytes) -> None:
         commands = Commands(master)
         _check_status(commands.status(), good)
         _check_status(commands.status(in_full=True), good)
+        full = commands.status(in_full=True)
+        array("f", (counts_of(full) | gauges_of(full)).values())  # as the status page's history has it
         _check_table(master, workers)
         assert isinstance(bad.lag, (int, float))
         assert isinstance(bad.rss, int)
@@ -117,6 +123,7 @@ def _check_table(master: Any, workers: list[WorkerProcess]) -> None:
     """The table of connections for the status page."""
     table = table_of(workers, master.fleet.workers.values())
     assert json.loads(to_json(table), parse_constant=_not_in_json)["total"] >= 0
+    assert len(table["places"]) <= MOST_PLACES + 1
 
 
 def control(data: bytes) -> None:
