@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gtcpserver.connection.handshake_failure import handshake_failed
 from gtcpserver.connection.tls_layer import TLSLayer
 from gtcpserver.tls import Credentials
+from gtcpserver.tls.info import ChallengeAnswered
 
 from .steps import Step
 
@@ -22,7 +23,9 @@ class HandshakeStep(Step):
 
     def __init__(self, connection: Connection, credentials: Credentials) -> None:
         super().__init__(connection)
-        self._layer = TLSLayer(connection, credentials.context, credentials.report_truncation, credentials.older)
+        self._layer = TLSLayer(
+            connection, credentials.context, credentials.report_truncation, credentials.older, credentials.answers
+        )
 
     def advance(self) -> Any:
         stream = self.connection.stream
@@ -32,8 +35,13 @@ class HandshakeStep(Step):
             return stream.reading
         except SSLWantWriteError:
             return stream.writing or stream.make_write_watcher()
+        if self._layer.is_challenge:
+            self._layer.close_notify()
+            raise ChallengeAnswered("an ACME challenge was answered")
         stream.io = stream.tls = self._layer
         return None
 
     def kind_of(self, error: BaseException) -> str:
+        if isinstance(error, ChallengeAnswered):
+            return "acme_challenge"
         return handshake_failed(self.connection, error)

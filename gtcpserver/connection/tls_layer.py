@@ -24,6 +24,8 @@ from gtcpserver.tls.info import is_unannounced_end
 from gtcpserver.transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
+    from gtcpserver.tls.acme import Answers
+
     from .connection import Connection
     from .owner import Owner
 
@@ -80,8 +82,10 @@ class TLSLayer:
         report_truncation: raise TruncatedStream for an end without close_notify, instead of treating it as a normal
             end.
         older: a name, and the context to begin the handshake on if the client's first message has it: `Credentials`.
+        answers: finds the context to begin it on if it is the question of an ACME authority: `Credentials`.
 
     Attributes:
+        is_challenge: it is such a question, and nothing follows the handshake (RFC 8737 section 3).
         object: the ``_ssl._SSLSocket`` with OpenSSL's state.
         server_name: name that the client asked for (SNI, RFC 6066 section 3), once an SNI callback has noted it.
         broken: part of a send is missing: send no close_notify, which would claim that the data is complete.
@@ -90,6 +94,7 @@ class TLSLayer:
     __slots__ = (
         "__weakref__",
         "_accepted",
+        "_answers",
         "_ask_for",
         "_connection",
         "_feed",
@@ -115,6 +120,7 @@ class TLSLayer:
         "_without_data",
         "_write",
         "broken",
+        "is_challenge",
         "object",
         "server_name",
     )
@@ -125,6 +131,7 @@ class TLSLayer:
         context: Any,
         report_truncation: bool = False,
         older: tuple[bytes, Any] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._connection = ref(connection)
         self._stream = stream = connection.stream
@@ -134,6 +141,8 @@ class TLSLayer:
         self._incoming = MemoryBIO()
         self._outgoing = MemoryBIO()
         self._older = older
+        self._answers = answers
+        self.is_challenge = False
         self._begin_on(context)
         self._feed = self._incoming.write
         self._take = self._outgoing.read
@@ -486,6 +495,12 @@ class TLSLayer:
                 self._older = None
                 if name in record:
                     self._begin_on(context)  # OpenSSL has not seen this first record yet
+            if self._answers is not None:
+                context = self._answers.find(record)
+                self._answers = None
+                if context is not None:
+                    self._begin_on(context)
+                    self.is_challenge = True
             if self.server_name is None:
                 self._hello += record[HEADER:]
 

@@ -44,6 +44,7 @@ from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.shared.column import Column
 from gtcpserver.signatures import ConnectionT, Handler, OnFull
 from gtcpserver.tls import Credentials
+from gtcpserver.tls.acme import keep_certificate
 
 from .acceptor import Acceptor
 from .access_log import AccessLog
@@ -350,6 +351,8 @@ class Server:
         self._stopping.watchdog = Watchdog(state, self._look)
         if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
             self.tls.watch(self.tls.config.watch)
+        if self.tls is not None and self.tls.config is not None and self.tls.config.managed is not None:
+            self.spawn(keep_certificate, self.tls, self.tls.config.managed)
 
     def _look(self) -> None:
         self._stopping.look()

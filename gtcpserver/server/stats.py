@@ -30,7 +30,7 @@ class ServerStats:
             "version", "no_shared_cipher", "client_certificate", "server_certificate" (the client does not trust ours),
             "unknown_name", "too_many_records", "timeout", "reset", "eof", "other", "crowded_out" (it was the oldest of
             too many), "stopped" (the server stopped), "not_begun" (memory ran out). Includes handshakes of
-            ``start_tls``.
+            ``start_tls``. "acme_challenge" is no failure: an authority has asked for a proof of the name, and got it.
         proxy_headers_awaited: connections from balancers whose PROXY header has not arrived yet.
         proxy_header_failures: connections from balancers closed without a valid header, by kind: "invalid" (missing or
             malformed), "timeout", "reset", "crowded_out", "stopped", "not_begun" (as for handshakes).

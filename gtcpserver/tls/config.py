@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
@@ -12,7 +10,9 @@ from typing import Any, Literal
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import ConfigError
 
+from .acme import ACMESettings, certificate_of
 from .contexts import VERSIONS, CertificatePair, load_contexts
+from .names import check_server_name
 
 Path = str | os.PathLike[str]
 
@@ -24,14 +24,13 @@ DEFAULT_HANDSHAKE_TIMEOUT = 10.0
 #: a flood of N silent clients a second leaves everybody 1000 / N seconds: half a second at 2,000 a second.
 DEFAULT_MAX_HANDSHAKES = 1000
 
+#: Seconds until all workers have a certificate that one of them has ordered: one stat(2) each.
+DEFAULT_ACME_WATCH = 10.0
+
 MAX_ALPN_NAME = 255  # RFC 7301 section 3.1: the length of a name is one byte
 MAX_ALPN_LIST = 65535  # and the length of the list two
 MAX_PASSWORD = 1024  # OpenSSL's PEM_BUFSIZE
 MAX_TICKETS = 16  # more connections than any client opens; OpenSSL sends each ticket in a record of its own
-MAX_SERVER_NAME = 253  # RFC 1035 section 2.3.4, without the length bytes
-
-# Underscores are not allowed in host names, but occur in practice.
-_SERVER_NAME = re.compile(r"(\*\.)?(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class TLSConfig:
             False: treat it as a normal end: many clients never send close_notify, and the server may still respond to
             a client that has shut down its side of the connection.
         watch: seconds between checks whether a file has changed; if so, all files are reloaded. None: never.
+        managed: made by :meth:`acme`, which orders and renews `certfile`.
 
     Raises:
         ConfigError: an invalid value, or a file that cannot be read or has the wrong content.
@@ -100,6 +100,49 @@ class TLSConfig:
     key_log_file: Path | None = None
     report_truncation: bool = False
     watch: float | None = None
+    managed: ACMESettings | None = None
+
+    @classmethod
+    def acme(
+        cls,
+        names: Sequence[str],
+        *,
+        email: str | None = None,
+        directory: str = "staging",
+        folder: Path | None = None,
+        ca_file: Path | None = None,
+        watch: float = DEFAULT_ACME_WATCH,
+        **options: Any,
+    ) -> TLSConfig:
+        """Return options with a certificate that the server orders and renews by itself, from an authority that speaks
+        ACME (RFC 8555), such as Let's Encrypt.
+
+        The authority connects to port 443 of each name, and the server answers there (tls-alpn-01, RFC 8737). Using it
+        means agreeing with the authority's terms of service. Until the first certificate has come, handshakes are
+        refused (alert internal_error).
+
+        Args:
+            names: host names that the certificate is for. No wildcards. The first one names the certificate's folder:
+                servers that share it need the same list.
+            email: address for messages of the authority; None: none.
+            directory: "staging", Let's Encrypt's test environment, whose certificates no browser trusts;
+                "production"; or the URL of another authority's directory.
+            folder: folder with account, keys and certificates, for the server's user alone; workers and servers may
+                share it. None: acme in the folder that systemd names in STATE_DIRECTORY, or
+                ~/.local/state/gtcpserver/acme.
+            ca_file: PEM file with the CAs that the authority's own certificate comes from; None: the usual ones.
+            watch: seconds between checks whether another worker has got a new certificate.
+            options: the other attributes of TLSConfig, except certfile, keyfile and password.
+
+        Raises:
+            ConfigError: an invalid value, an existing certificate that cannot be used, or a missing package:
+                ``pip install 'gtcpserver[acme]'``.
+        """
+        for name in ("certfile", "keyfile", "password", "managed"):
+            if name in options:
+                raise ConfigError(f"{name} cannot be used together with acme, which has its own")
+        settings = ACMESettings.checked(names, email, directory, folder, ca_file)
+        return cls(certificate_of(settings), watch=watch, managed=settings, **options)
 
     def __post_init__(self) -> None:
         for name in ("certfile", "keyfile", "client_ca", "crl", "key_log_file"):
@@ -111,6 +154,8 @@ class TLSConfig:
         check_number("handshake_timeout", self.handshake_timeout, above=0)
         check_whole_number("max_handshakes", self.max_handshakes, least=1)
         check_number("watch", self.watch, above=0, none="to read the files once")
+        if self.managed is not None and not isinstance(self.managed, ACMESettings):
+            raise ConfigError(f"managed must be what TLSConfig.acme makes, or None, got {self.managed!r}")
         check_whole_number("session_tickets", self.session_tickets, least=0)
         if self.session_tickets > MAX_TICKETS:
             raise ConfigError(f"session_tickets must be at most {MAX_TICKETS}, got {self.session_tickets}")
@@ -196,7 +241,7 @@ def _sni(certificates: Any) -> dict[str, tuple[str, str | None]]:
         )
     checked: dict[str, tuple[str, str | None]] = {}
     for given, files in certificates.items():
-        name = _server_name(given)
+        name = check_server_name(given, 'sni: each name must be a host name such as "a.example.com" or "*.example.com"')
         if name in checked:
             raise ConfigError(f"sni: {name!r} is there twice")
         if not isinstance(files, tuple) or len(files) != 2:
@@ -205,20 +250,3 @@ def _sni(certificates: Any) -> dict[str, tuple[str, str | None]]:
         assert certfile is not None
         checked[name] = (certfile, _path(f"sni[{given!r}] keyfile", files[1], optional=True))
     return checked
-
-
-def _server_name(given: Any) -> str:
-    expected = 'sni: each name must be a host name such as "a.example.com" or "*.example.com"'
-    if not isinstance(given, str):
-        raise ConfigError(f"{expected}, got {given!r}")
-    if not given.isascii():
-        # Not translated here: IDNA 2003, which Python implements, and IDNA 2008 differ in the result.
-        raise ConfigError(f'{expected}; write it as clients send it ("xn--..."), got {given!r}')
-    name = given.lower().rstrip(".")
-    if len(name) > MAX_SERVER_NAME or not _SERVER_NAME.fullmatch(name):
-        raise ConfigError(f"{expected}, got {given!r}")
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return name
-    raise ConfigError(f"{expected}; clients never ask for an IP address (RFC 6066 section 3), got {given!r}")

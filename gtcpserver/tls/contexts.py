@@ -64,20 +64,22 @@ class ServerContexts:
 
     Attributes:
         default: for clients that ask for no name, or an unknown one.
+        has_default: it has a certificate; False: the first one has yet to be issued (`TLSConfig.acme`).
         by_name: by server name, or wildcard such as "*.example.com".
         strict: there is no default.
         client_trust: digest of everything that client certificates are checked against.
         certificates: number of certificates.
-        expires_at: when the first of them expires, seconds since the epoch.
+        expires_at: when the first of them expires, seconds since the epoch; None: there is none yet.
         complaints: problems that do not keep the server from starting.
     """
 
     default: ssl.SSLContext
+    has_default: bool
     by_name: Mapping[str, ssl.SSLContext]
     strict: bool
     client_trust: bytes
     certificates: int
-    expires_at: float
+    expires_at: float | None
     complaints: tuple[str, ...]
 
     def find(self, name: str | None) -> ssl.SSLContext | None:
@@ -89,7 +91,7 @@ class ServerContexts:
                 found = self.by_name.get("*." + parent)
             if found is not None:
                 return found
-        return None if self.strict else self.default
+        return None if self.strict or not self.has_default else self.default
 
 
 def load_contexts(config: TLSConfig) -> ServerContexts:
@@ -103,8 +105,13 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
     complaints = []
     expiries = []
     names_in_default: list[str] = []
+    is_waiting = False
     for name, pair in config.pairs().items():
         files = (pair.certfile, pair.keyfile)
+        if name is None and config.managed is not None and not os.path.lexists(pair.certfile):
+            by_name[None] = _make_context(config, None)
+            is_waiting = True
+            continue
         if files not in contexts:
             contexts[files] = _make_context(config, pair)
             certificate = _decode(pair)
@@ -121,21 +128,31 @@ def load_contexts(config: TLSConfig) -> ServerContexts:
         by_name[name] = contexts[files]
     default = by_name.pop(None)
     named = {name: context for name, context in by_name.items() if name is not None}
-    if config.strict_sni:
+    if config.strict_sni and not is_waiting:
         for name in names_in_default:
             named.setdefault(name, default)
     return ServerContexts(
-        default, named, config.strict_sni, _client_trust(config), len(expiries), min(expiries), tuple(complaints)
+        default=default,
+        has_default=not is_waiting,
+        by_name=named,
+        strict=config.strict_sni,
+        client_trust=_client_trust(config),
+        certificates=len(expiries),
+        expires_at=min(expiries, default=None),
+        complaints=tuple(complaints),
     )
 
 
-def make_front(config: TLSConfig) -> ssl.SSLContext:
+def make_front(config: TLSConfig, has_default: bool) -> ssl.SSLContext:
     """Make another context like the default one.
+
+    Args:
+        has_default: as in `ServerContexts`.
 
     Raises:
         ConfigError: as `load_contexts`.
     """
-    return _make_context(config, config.pairs()[None])
+    return _make_context(config, config.pairs()[None] if has_default else None)
 
 
 def watched_files(config: TLSConfig) -> Iterator[str]:
@@ -152,7 +169,7 @@ def watched_files(config: TLSConfig) -> Iterator[str]:
         yield str(config.crl)
 
 
-def _make_context(config: TLSConfig, pair: CertificatePair) -> ssl.SSLContext:
+def _make_context(config: TLSConfig, pair: CertificatePair | None) -> ssl.SSLContext:
     # The constructor, not ssl.create_default_context, which would write secrets to the file named by SSLKEYLOGFILE.
     context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
     options = context.options | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
@@ -177,7 +194,8 @@ def _make_context(config: TLSConfig, pair: CertificatePair) -> ssl.SSLContext:
             ) from error
     if config.alpn:
         context.set_alpn_protocols(list(config.alpn))
-    _load_pair(context, pair, config.password)
+    if pair is not None:
+        _load_pair(context, pair, config.password)
     _trust_clients(context, config)
     if config.key_log_file is not None:
         _log_keys(context, str(config.key_log_file))

@@ -28,6 +28,7 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import stat_file
 
 from . import ticket_keys
+from .acme import Answers
 from .config import DEFAULT_HANDSHAKE_TIMEOUT, DEFAULT_MAX_HANDSHAKES, TLSConfig
 from .contexts import ServerContexts, load_contexts, make_front, watched_files
 
@@ -55,6 +56,8 @@ class Credentials:
         config: the options; None with a ready context.
         older: the name of the ticket keys before the present ones, and the front context that accepts those tickets;
             None: there is none. A handshake begins on it if the name is in the client's first message.
+        answers: finds the contexts of handshakes with which an authority asks for a proof; None without
+            `TLSConfig.acme`.
         context: for ``context._wrap_socket(raw_socket, server_side=True, owner=owner)``. The owner's attribute
             ``server_name`` is set to the name that the client asks for, in lower case (None for none), and its
             attribute ``context`` to the context with the right certificate: a property, whose setter passes it to the
@@ -76,6 +79,8 @@ class Credentials:
         self._identity = b""
         self._version = -1  # of the secrets that the ticket keys were derived from
         self.older: tuple[bytes, ssl.SSLContext] | None = None
+        managed = self.config.managed if self.config is not None else None
+        self.answers = Answers(managed) if managed is not None else None
         if self.config is not None:
             self._load(self.config)
         elif not isinstance(tls, _PlainContext):
@@ -114,7 +119,7 @@ class Credentials:
 
     @property
     def expires_at(self) -> float | None:
-        """When the first of the certificates expires, seconds since the epoch; None with a ready context."""
+        """When the first of the certificates expires, seconds since the epoch; None: none is known."""
         return self._contexts.expires_at if self._contexts is not None else None
 
     def reload(self) -> None:
@@ -192,13 +197,19 @@ class Credentials:
         states = _states(config)
         new = load_contexts(config)
         old = self._contexts
+        if old is not None and old.has_default and not new.has_default:
+            raise ConfigError(f'certfile "{config.certfile}" is gone')
         for complaint in new.complaints:
             log.warning("TLS: %s", complaint)
         if old is None or new.client_trust != old.client_trust:
             if config.key_log_file is not None and old is None:
                 log.warning('TLS: the secrets of all connections are written to "%s"', config.key_log_file)
             # Both first: if the second one cannot be made, nothing has changed.
-            older = make_front(config) if config.session_tickets and ticket_keys.shared_secrets() is not None else None
+            older = (
+                make_front(config, new.has_default)
+                if config.session_tickets and ticket_keys.shared_secrets() is not None
+                else None
+            )
             for front in filter(None, (new.default, older)):
                 # Not through gevent's property, which assumes that the owner is a gevent.ssl.SSLSocket.
                 cast(Any, _PlainContext.sni_callback).__set__(front, self._choose)
@@ -241,6 +252,8 @@ class Credentials:
         except AttributeError:
             pass  # a bare _ssl._SSLSocket without an owner
         chosen = contexts.find(name)
+        if chosen is None and not contexts.has_default and not contexts.strict:
+            return int(ssl.ALERT_DESCRIPTION_INTERNAL_ERROR)  # the first certificate has yet to be issued
         if for_another_name and contexts.strict:
             chosen = None  # RFC 6066 section 3: a session must not be resumed for another name
         if chosen is None:
@@ -288,7 +301,8 @@ def _state(path: str) -> _FileState:
 
 
 def _date(contexts: ServerContexts | None) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(contexts.expires_at)) if contexts is not None else ""
+    expires_at = contexts.expires_at if contexts is not None else None
+    return time.strftime("%Y-%m-%d", time.gmtime(expires_at)) if expires_at is not None else "(none yet)"
 
 
 def _keep_quiet_about_bad_names() -> None:

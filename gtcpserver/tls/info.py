@@ -14,6 +14,7 @@ HandshakeFailure = Literal[
     "server_certificate",
     "unknown_name",
     "too_many_records",
+    "acme_challenge",
     "timeout",
     "reset",
     "eof",
@@ -56,6 +57,10 @@ _BY_REASON: dict[str, HandshakeFailure] = {
 _HTTP_METHODS = (
     b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ", b"PATCH ", b"PRI ",
 )  # fmt: skip
+
+
+class ChallengeAnswered(Exception):
+    """The handshake was an authority's question (RFC 8737), and nothing is to follow."""
 
 
 class Cipher(NamedTuple):
@@ -157,7 +162,7 @@ def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> 
         "http_request" (plain HTTP on a TLS port), "not_tls", "version" (none in common), "no_shared_cipher" (or key
         exchange, or signature), "client_certificate" (missing or invalid), "server_certificate" (the client does not
         trust ours), "unknown_name" (strict_sni), "timeout", "reset", "eof" (the client closed) or "other".
-        A server also counts "too_many_records".
+        A server also counts "too_many_records", and "acme_challenge": an authority has asked for a proof, and got it.
     """
     if isinstance(error, TimeoutError):
         return "timeout"
