@@ -26,6 +26,7 @@ COMMANDS = {
     "proxy": "gtcpserver.cli.proxy:proxy",
     "check": "gtcpserver.cli.check:check",
     "ctl": "gtcpserver.cli.ctl:ctl",
+    "acme": "gtcpserver.cli.acme:acme",
     "config": "gtcpserver.cli.config:config",
     "completion": "gtcpserver.cli.completion:completion",
 }

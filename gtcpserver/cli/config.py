@@ -23,6 +23,7 @@ from gtcpserver.tls import TLSConfig
 from .commands import EPILOG, describe, load_command
 from .loading import find_modules, load_hook, load_object, load_program
 from .options import (
+    ACME_OPTIONS,
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     HOOK_OPTIONS,
@@ -159,6 +160,8 @@ def library_defaults() -> dict[str, Any]:
         (SupervisorConfig, SUPERVISOR_OPTIONS, ""),
     ):
         found |= {f"{prefix}{name}": _default(owner, name) for name, _, _ in options}
+    acme = inspect.signature(TLSConfig.acme).parameters
+    found |= {name: acme[argument].default for name, argument, _, _ in ACME_OPTIONS if argument != "names"}
     found |= {of_balancers(name): _default(ProxyProtocol, name) for name, _, _ in BALANCER_OPTIONS}
     found["workers"] = None  # a single process
     return found

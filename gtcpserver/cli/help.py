@@ -10,6 +10,7 @@ import click
 from .commands import HELP
 from .options import (
     ACCESS_LOG_OPTIONS,
+    ACME_OPTIONS,
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     HOOK_OPTIONS,
@@ -78,7 +79,14 @@ GROUPS: dict[str, frozenset[str]] = {
                 *(f"client_{name}" for name, _, _ in CLIENT_OPTIONS),
             ),
         ),
-        ("TLS", ("tls_self_signed", *(f"tls_{name}" for name, _, _ in TLS_OPTIONS))),
+        (
+            "TLS",
+            (
+                "tls_self_signed",
+                *(f"tls_{name}" for name, _, _ in TLS_OPTIONS),
+                *(name for name, _, _, _ in ACME_OPTIONS),
+            ),
+        ),
         (
             "Logging and monitoring",
             (

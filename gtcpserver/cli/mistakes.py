@@ -15,12 +15,14 @@ from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
 
 from .options import (
+    ACME_OPTIONS,
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     LISTEN_OPTIONS,
     SERVER_OPTIONS,
     SUPERVISOR_OPTIONS,
     TLS_OPTIONS,
+    acme_config,
     of_balancers,
     tls_config,
     was_given,
@@ -33,11 +35,12 @@ def mistakes(context: click.Context) -> Iterator[tuple[str, str]]:
         (_server, {name: name for name, _, _ in SERVER_OPTIONS}),
         (ListenConfig, {name: name for name, _, _ in LISTEN_OPTIONS}),
         (tls_config, {name: f"tls_{name}" for name, _, _ in TLS_OPTIONS}),
+        (acme_config, {argument: name for name, argument, _, _ in ACME_OPTIONS}),
         (ClientLimits, {name: f"client_{name}" for name, _, _ in CLIENT_OPTIONS}),
         (ProxyProtocol, {name: of_balancers(name) for name, _, _ in BALANCER_OPTIONS}),
         (SupervisorConfig, {name: name for name, _, _ in SUPERVISOR_OPTIONS}),
     ]
-    needs = {tls_config: "certfile", ProxyProtocol: "trusted", SupervisorConfig: "workers"}
+    needs = {tls_config: "certfile", acme_config: "names", ProxyProtocol: "trusted", SupervisorConfig: "workers"}
     for make, names in groups:
         options = {
             name: context.params[parameter]

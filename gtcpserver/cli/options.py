@@ -262,6 +262,33 @@ TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("watch", NUMBER, "Check every N seconds whether a file has changed, and reload the files if so."),
 )
 
+# Arguments of TLSConfig.acme, by parameter: the option is --acme, or --acme- followed by the name.
+ACME_OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
+    (
+        "acme",
+        "names",
+        RepeatedType(),
+        "Order a certificate for this host name by ACME (Let's Encrypt), and renew it; may be repeated. The authority "
+        "connects to port 443 of the name, which must lead here.",
+    ),
+    ("acme_email", "email", str, "Address for messages of the authority."),
+    (
+        "acme_directory",
+        "directory",
+        str,
+        "staging (Let's Encrypt's, for tests: no browser trusts its certificates), production, or the https URL of "
+        "another authority's directory.",
+    ),
+    (
+        "acme_folder",
+        "folder",
+        str,
+        "Folder for account, keys and certificates.  [default: acme in systemd's STATE_DIRECTORY, or "
+        "~/.local/state/gtcpserver/acme]",
+    ),
+    ("acme_ca_file", "ca_file", str, "PEM file with the CAs of the authority's own certificate."),
+)
+
 
 # Fields of SupervisorConfig, except graceful_timeout, which is --stop-timeout, as with one process.
 SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
@@ -346,6 +373,7 @@ def server_options_but_bind(command: Command) -> Command:
         help="For testing: encrypt with a new self-signed certificate for localhost. Clients cannot trust it.",
     )(command)
     # The last decorator comes first in --help.
+    command = acme_options(command)
     for name, kind, text in reversed(TLS_OPTIONS):
         command = _option(f"tls_{name}", kind, text, tls_defaults[name])(command)
     limits = {name: given.default for name, given in inspect.signature(ClientLimits).parameters.items()}
@@ -360,6 +388,15 @@ def server_options_but_bind(command: Command) -> Command:
         command = _option(name, kind, text, defaults[name])(command)
     for name, text in reversed(OBJECT_OPTIONS):
         command = click.option(flag(name), name, metavar="MODULE:NAME", help=text)(command)
+    return command
+
+
+def acme_options(command: Command) -> Command:
+    """Add an option for every argument of `TLSConfig.acme` to a command."""
+    arguments = inspect.signature(TLSConfig.acme).parameters
+    for name, argument, kind, text in reversed(ACME_OPTIONS):
+        default = arguments[argument].default
+        command = _option(name, kind, text, None if default is inspect.Parameter.empty else default)(command)
     return command
 
 
@@ -478,7 +515,10 @@ def make_server(
     if context.params["tls_self_signed"]:
         made = make_self_signed(context)
         tls |= {"certfile": made.certfile, "keyfile": made.keyfile}
-    if tls:
+    acme = given_for_acme(context)
+    if acme:
+        options["tls"] = make_acme_config(acme, tls)
+    elif tls:
         options["tls"] = make_tls_config(tls)
     if (balancers := _make_proxy_protocol(context)) is not None:
         options["proxy_protocol"] = balancers
@@ -521,10 +561,34 @@ def make_tls_config(options: dict[str, Any]) -> TLSConfig:
     return explained(lambda: tls_config(**options), "tls_", {name for name, _, _ in TLS_OPTIONS})
 
 
+def given_for_acme(context: click.Context) -> dict[str, Any]:
+    """Return the options of `acme_options` that were given, by parameter."""
+    return {name: context.params[name] for name, _, _, _ in ACME_OPTIONS if was_given(context, name)}
+
+
+def make_acme_config(acme: dict[str, Any], tls: dict[str, Any]) -> TLSConfig:
+    """Make the TLSConfig of --acme, with the other options of TLS. Raise click.UsageError."""
+    if "acme" not in acme:
+        raise click.UsageError(f"{flag(next(iter(acme)))}: needs --acme")
+    for name in ("certfile", "keyfile", "password"):
+        if name in tls:
+            raise click.UsageError(f"--acme: cannot be used together with --tls-{name}")
+    arguments = {argument: acme[name] for name, argument, _, _ in ACME_OPTIONS if name in acme}
+    try:
+        return acme_config(**arguments, **_with_sni(tls))
+    except ConfigError as error:
+        name, _, message = str(error).partition(" ")
+        option = next((option for option, argument, _, _ in ACME_OPTIONS if argument == name), None)
+        if option is not None:
+            raise click.UsageError(f"{flag(option)}: {message}") from None
+        raise click.UsageError(name_option(str(error), "tls_", {name for name, _, _ in TLS_OPTIONS})) from None
+
+
 def make_self_signed(context: click.Context) -> CertificateFiles:
     """Make the certificate of --tls-self-signed, and warn about it. Raise click.UsageError."""
-    if was_given(context, "tls_certfile"):
-        raise click.UsageError("--tls-self-signed: cannot be used together with --tls-certfile")
+    for name in ("tls_certfile", "acme"):
+        if was_given(context, name):
+            raise click.UsageError(f"--tls-self-signed: cannot be used together with {flag(name)}")
     made = explained(self_signed)
     log.warning("made a self-signed certificate for localhost; clients cannot trust it: use it only for testing")
     return made
@@ -532,8 +596,16 @@ def make_self_signed(context: click.Context) -> CertificateFiles:
 
 def tls_config(**options: Any) -> TLSConfig:
     """Make a TLSConfig from the options, which give certificates as (name, certfile, keyfile)."""
-    options["sni"] = {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}
-    return TLSConfig(**options)
+    return TLSConfig(**_with_sni(options))
+
+
+def acme_config(names: Any, **options: Any) -> TLSConfig:
+    """Make a TLSConfig whose certificate is ordered, from the arguments of `TLSConfig.acme`."""
+    return TLSConfig.acme(list(names), **options)
+
+
+def _with_sni(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "sni": {name: (certfile, keyfile) for name, certfile, keyfile in options.get("sni", ())}}
 
 
 def was_given(context: click.Context, name: str) -> bool:

@@ -25,6 +25,7 @@ from .env_file import FROM_FILE
 from .help import GroupedHelp
 from .mistakes import mistakes
 from .options import (
+    ACME_OPTIONS,
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     LISTEN_OPTIONS,
@@ -53,6 +54,7 @@ MOST_MISTAKES = 50
 TABLES: dict[str, tuple[str, str]] = (
     {name: ("listen", name) for name, _, _ in LISTEN_OPTIONS}
     | {f"tls_{name}": ("tls", name) for name, _, _ in TLS_OPTIONS}
+    | {name: ("tls", name) for name, _, _, _ in ACME_OPTIONS}
     | {"tls_password": ("tls", "password_file"), "tls_self_signed": ("tls", "self_signed")}
     | {of_balancers(name): ("proxy_protocol", name) for name, _, _ in BALANCER_OPTIONS}
     | {f"client_{name}": ("client_limits", name) for name, _, _ in CLIENT_OPTIONS}

@@ -141,6 +141,7 @@ class TLSConfig:
         for name in ("certfile", "keyfile", "password", "managed"):
             if name in options:
                 raise ConfigError(f"{name} cannot be used together with acme, which has its own")
+        check_number("watch", watch, above=0)
         settings = ACMESettings.checked(names, email, directory, folder, ca_file)
         return cls(certificate_of(settings), watch=watch, managed=settings, **options)
 

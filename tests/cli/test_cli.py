@@ -27,6 +27,7 @@ from gtcpserver import ClientLimits, ListenConfig, ProxyProtocol, Server, TLSCon
 from gtcpserver.cli import wants_monkey_patch
 from gtcpserver.cli.commands import COMMANDS
 from gtcpserver.cli.options import (
+    ACME_OPTIONS,
     BALANCER_OPTIONS,
     CLIENT_OPTIONS,
     LISTEN_OPTIONS,
@@ -197,7 +198,9 @@ def test_every_option_of_server_listen_config_and_tls_config_is_there() -> None:
     assert {name for name, _, _ in LISTEN_OPTIONS} == {field.name for field in dataclasses.fields(ListenConfig)}
     assert {name for name, _, _ in BALANCER_OPTIONS} == {field.name for field in dataclasses.fields(ProxyProtocol)}
     assert {name for name, _, _ in CLIENT_OPTIONS} == set(inspect.signature(ClientLimits).parameters)
-    assert {name for name, _, _ in TLS_OPTIONS} == {field.name for field in dataclasses.fields(TLSConfig)}
+    assert {name for name, _, _ in TLS_OPTIONS} == {field.name for field in dataclasses.fields(TLSConfig)} - {"managed"}
+    acme = set(inspect.signature(TLSConfig.acme).parameters) - {"watch", "options"}  # other options of TLS
+    assert {argument for _, argument, _, _ in ACME_OPTIONS} == acme
 
 
 @pytest.mark.slow

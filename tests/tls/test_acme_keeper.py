@@ -182,7 +182,7 @@ def test_one_of_all_keepers_starts_a_helper(keep, settings, tmp_path):
 def test_a_helper_ends_with_its_server_and_holds_the_lock_until_then(keep, tmp_path):
     pid_file = tmp_path / "pid"
     keeper = keep(
-        f"import os, time; open({str(pid_file)!r} + '.new', 'w').write(str(os.getpid())); "
+        f"import os, time; os.setsid(); open({str(pid_file)!r} + '.new', 'w').write(str(os.getpid())); "
         f"os.rename({str(pid_file)!r} + '.new', {str(pid_file)!r}); time.sleep(60)"
     )
     looking = gevent.spawn(keeper.look)

@@ -47,11 +47,16 @@ LONGEST_OUTPUT = 256 * 1024  # bytes; a look has some lines
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 
-# With the path of this process: the command line's -m would search the current directory first.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from gtcpserver.tls.acme.helper import main; main()"
+#: Seconds for the end of a helper that was killed: a millisecond, unless it waits for a disk.
+KILL_SECONDS, KILL_ATTEMPTS = 1.0, 100
 
-# Not gevent's: its event loop would then reap every child process, even those of other code.
-_Popen: Any = monkey.get_original("subprocess", "Popen")
+# With the path of this process: the command line's -m would search the current directory first. In a session of its
+# own: Ctrl-C is for the server.
+_PROGRAM = "import os, sys; os.setsid(); sys.path[:] = {path!r}; from gtcpserver.tls.acme.helper import main; main()"
+
+# Neither gevent's Popen, with which the event loop reaps every child process, even those of other code; nor Python's,
+# which fails in a monkey-patched program (subprocess._fork_exec is None there). posix_spawn(3) does not fork.
+_waitpid: Any = monkey.get_original("os", "waitpid")
 
 
 class HelperFailed(Exception):
@@ -89,13 +94,14 @@ class Keeper:
             return
         try:
             changed = self._look()
-        except (OSError, ConfigError, HelperFailed) as error:
+        except Exception as error:
             self._failures += 1
             pause = min(FIRST_PAUSE * 2.0 ** min(self._failures - 1, 10), LONGEST_PAUSE)
             self._not_before = time.monotonic() + pause
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.error("ACME: no certificates can be ordered: %s; the next attempt is in %.0f s", error, pause)
+            complaint = str(error) if isinstance(error, (OSError, ConfigError, HelperFailed)) else repr(error)
+            if complaint != self._complaint:
+                self._complaint = complaint
+                log.error("ACME: no certificates can be ordered: %s; the next attempt is in %.0f s", complaint, pause)
             return
         self._failures, self._complaint = 0, ""
         if changed:
@@ -136,11 +142,11 @@ def run_helper(settings: ACMESettings, lock: int, work: str = "look") -> bool:
         OSError: it cannot be started.
     """
     ours, theirs = gevent.socket.socketpair()
-    process = None
+    helper = None
     try:
         close_in_children(ours)
         os.set_blocking(theirs.fileno(), True)
-        process = _start(theirs, lock)
+        helper = _start(theirs, lock)
         theirs.close()
         with suppress(ConnectionError):  # it has ended already: that shows below
             ours.sendall(json.dumps({"settings": settings.to_json(), "work": work}).encode())
@@ -149,20 +155,23 @@ def run_helper(settings: ACMESettings, lock: int, work: str = "look") -> bool:
     finally:
         theirs.close()
         ours.close()
-        if process is not None:
-            _end(process)
+        if helper is not None:
+            _end(helper)
 
 
-def _start(theirs: Any, lock: int) -> Any:
+def _start(theirs: Any, lock: int) -> int:
+    """Start a helper, and return its process ID. Raise OSError and HelperFailed."""
     if not sys.executable:
         raise HelperFailed("this program does not know its Python interpreter (sys.executable)")
-    # In its own session: Ctrl-C is for the server.
-    return _Popen(
-        [sys.executable, "-c", _PROGRAM.format(path=[one or os.getcwd() for one in sys.path])],
-        stdin=theirs,
-        stdout=theirs,
-        pass_fds=(lock,),
-        start_new_session=True,
+    program = _PROGRAM.format(path=[one or os.getcwd() for one in sys.path])
+    # The lock under another number, since a copy under the same one would be closed by the exec.
+    copies = ((theirs.fileno(), 0), (theirs.fileno(), 1), (lock, 3 if lock != 3 else 4))
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", program],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, old, new) for old, new in copies],
+        setsigmask=(),
     )
 
 
@@ -202,9 +211,15 @@ def _message(line: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _end(process: Any) -> None:
-    """Kill a helper that is still there, and reap it. A millisecond."""
-    if process.poll() is None:
-        with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _end(helper: int) -> None:
+    """Kill a helper that is still there, and reap it."""
+    for attempt in range(KILL_ATTEMPTS):
+        try:
+            found, _ = _waitpid(helper, os.WNOHANG)
+        except ChildProcessError:
+            return  # reaped by code that reaps every child
+        if found:
+            return
+        if not attempt:
+            os.kill(helper, signal.SIGKILL)  # it is not reaped, so this is its ID
+        gevent.sleep(KILL_SECONDS / KILL_ATTEMPTS)
