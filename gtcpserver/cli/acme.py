@@ -8,7 +8,6 @@ import click
 
 from gtcpserver.diagnostics.logs import configure_logging
 from gtcpserver.errors import ConfigError
-from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.tls.acme.folder import Folder
 from gtcpserver.tls.acme.keeper import HelperFailed, run_helper
 
@@ -43,10 +42,7 @@ def new_key(context: click.Context, /, **_options: Any) -> None:
         lock = folder.lock()
         if lock is None:
             raise RunError("an order is under way; try again in a minute")
-        try:
-            run_helper(settings, lock, "roll_over")
-        finally:
-            close_descriptor(lock)
+        run_helper(settings, lock, "roll_over")
     except (HelperFailed, ConfigError) as error:
         raise RunError(f"the account has its old key: {error}") from None
     except OSError as error:

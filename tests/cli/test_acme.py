@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import ssl
-import subprocess
 
 import pytest
 
@@ -13,7 +12,7 @@ from kit.acme import Front, Pebble, settings_for
 from kit.commands import run_command
 from kit.patience import SOON
 from kit.programs import needs
-from kit.supervised import COMMAND, masters, wait_until
+from kit.supervised import masters, wait_until
 
 NAME = "a.example.com"
 
@@ -90,12 +89,12 @@ def served_by(port):
 @needs("pebble", "pebble-challtestsrv")
 def test_all_workers_of_two_masters_share_one_certificate(front, tmp_path):
     options = ["--acme", NAME, "--acme-directory", front.directory, "--acme-folder", str(tmp_path / "acme")]
-    options += ["--acme-ca-file", front.ca_file, "--tls-watch", "0.1", "--workers", "2"]
+    options += ["--acme-ca-file", front.ca_file, "--tls-watch", "0.1", "--workers"]
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     with masters(tmp_path / "one") as start, masters(tmp_path / "two") as start_another:
-        master = start(*options, bind=f"127.0.0.1:{front.validates}")
-        another = start_another(*options)
+        master = start(*options, "2", bind=f"127.0.0.1:{front.validates}")
+        another = start_another(*options, "1")
         # Both workers of the first; those of the other may have found it at their start.
         wait_until(lambda: master.log().count("TLS certificates reloaded; the first expires on 20") >= 2)
         wait_until(lambda: served_by(another.port) == served_by(master.port) is not None)
@@ -106,16 +105,8 @@ def test_all_workers_of_two_masters_share_one_certificate(front, tmp_path):
         settings = settings_for(front, tmp_path / "acme")
         path = Folder(settings).account
         key = read_json(path)["key"]
-        done = subprocess.run(
-            [*COMMAND, "acme", "new-key", *options[:8]], capture_output=True, text=True, timeout=SOON, check=True
-        )
+        done = run_command("acme", "new-key", *options[:8])
         assert "ACME: the account has a new key" in done.stderr
         assert read_json(path)["key"] != key
-        front.tricks["/rollover"] = lambda _request: (503, {}, "sorry")
-        done = subprocess.run(
-            [*COMMAND, "acme", "new-key", *options[:8]], capture_output=True, text=True, timeout=SOON, check=False
-        )
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == "gtcpserver: the account has its old key: HTTP status 503"
         assert master.stop() == 0
         assert another.stop() == 0

@@ -97,7 +97,12 @@ class Front:
         self.window, self.window_retry, self.skew = None, None, 0.0
         front = self
 
+        self._context = ssl.create_default_context(cafile=pebble.ca_file)
+
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            upstream = None
+
             def log_message(self, *_arguments):
                 pass
 
@@ -105,6 +110,12 @@ class Front:
                 front.serve(self, pebble)
 
             do_HEAD = do_POST = do_GET
+
+            def finish(self):
+                with contextlib.suppress(OSError):
+                    super().finish()
+                if self.upstream is not None:
+                    self.upstream.close()
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -144,17 +155,16 @@ class Front:
         self.pass_on(request, body, pebble)
 
     def pass_on(self, request, body, pebble):
-        context = ssl.create_default_context(cafile=self.ca_file)
-        upstream = http.client.HTTPSConnection("127.0.0.1", pebble.port, timeout=SOON, context=context)
-        try:
-            headers = {"Host": request.headers["Host"]}
-            if body:
-                headers["Content-Type"] = request.headers["Content-Type"]
-            upstream.request(request.command, request.path, body or None, headers)
-            answer = upstream.getresponse()
-            data = answer.read()
-        finally:
-            upstream.close()
+        if request.upstream is None:
+            request.upstream = http.client.HTTPSConnection(
+                "127.0.0.1", pebble.port, timeout=SOON, context=self._context
+            )
+        headers = {"Host": request.headers["Host"]}
+        if body:
+            headers["Content-Type"] = request.headers["Content-Type"]
+        request.upstream.request(request.command, request.path, body or None, headers)
+        answer = request.upstream.getresponse()
+        data = answer.read()
         wanted = ("Location", "Link", "Replay-Nonce", "Retry-After")
         headers = {name: answer.headers[name] for name in wanted if name in answer.headers}
         if request.path == "/dir" and self.window is not None:

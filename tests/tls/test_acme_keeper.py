@@ -179,6 +179,25 @@ def test_one_of_all_keepers_starts_a_helper(keep, settings, tmp_path):
     assert started.read_text() == "x"
 
 
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_child_of_a_handler_does_not_keep_the_lock(keep, tmp_path):
+    # The worker has no copy of it while the helper runs.
+    keeper = keep("import time; time.sleep(60)")
+    looking = gevent.spawn(keeper.look)
+    wait_until(lambda: os.path.exists(keeper._folder._lock) and keeper._folder.lock() is None)
+    found = os.stat(keeper._folder._lock)
+    mine = [fd for fd in map(int, os.listdir("/proc/self/fd")) if is_open(fd)]
+    assert not [fd for fd in mine if os.path.samestat(os.fstat(fd), found)]
+    looking.kill()
+
+
 def test_a_helper_ends_with_its_server_and_holds_the_lock_until_then(keep, tmp_path):
     pid_file = tmp_path / "pid"
     keeper = keep(
