@@ -165,6 +165,8 @@ class Front:
         request.upstream.request(request.command, request.path, body or None, headers)
         answer = request.upstream.getresponse()
         data = answer.read()
+        if b"error:badNonce" in data:  # one time in a hundred, whatever it was told: the client asks again
+            self.asked.remove((request.command, request.path))
         wanted = ("Location", "Link", "Replay-Nonce", "Retry-After")
         headers = {name: answer.headers[name] for name in wanted if name in answer.headers}
         if request.path == "/dir" and self.window is not None:
