@@ -61,6 +61,7 @@ PLACES = {
     "connection": 1.5,
     "transfer": 0.9,
     "tls": 2.1,
+    "store": 3.3,
     "proxy_protocol": 0.3,
     "diagnostics": 1.5,
     "shared": 3.9,

@@ -48,7 +48,8 @@ class ClientRefused(GtcpServerError, ConnectionAbortedError):
     """A client named by a balancer's PROXY header exceeds a limit of the server; its connection was reset.
 
     Attributes:
-        reason: as counted in ``ClientLimits.refused``: "client_denied", "client_connections", "client_rate".
+        reason: as counted in ``ClientLimits.refused``: "client_denied", "client_connections", "client_rate",
+            "store_failure".
     """
 
     def __init__(self, reason: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .proxy_protocol.trust import ProxyProtocol
     from .server.access_log import AccessLog
     from .server.server import Server
+    from .store.settings import OnStoreFailure
     from .supervisor import Worker
     from .tls import Credentials, TLSConfig
 
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
         tls: TLSConfig | ssl.SSLContext | Credentials | None
         proxy_protocol: ProxyProtocol | None
         client_limits: ClientLimits | None
+        shared_limits: str | None
+        on_store_failure: OnStoreFailure
+        store_timeout: float
         context: Any
         access_log: AccessLog | Literal["text", "json"] | None
         freeze_gc: bool

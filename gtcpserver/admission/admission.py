@@ -1,18 +1,20 @@
 """Admission: what happens between accept and the handler, in order.
 
 1. Read the PROXY header, if the connection comes from a balancer.
-2. Check the limits of the client.
+2. Check the limits of the client: those of this machine, and then, with ``shared_limits``, those of all machines.
 3. Do the TLS handshake.
 4. Hand the connection over to be served.
 
-Steps 1 and 3 wait for the client, each in a `Stage`. A connection that fails is counted, gets a line in the access log,
-and is closed, or reset where the client must see that something went wrong.
+Steps 1 and 3 wait for the client, each in a `Stage`; step 2 may wait for Redis, within its time-out. A connection that
+fails is counted, gets a line in the access log, and is closed, or reset where the client must see that something went
+wrong.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
@@ -61,6 +63,8 @@ class Admission:
         self._unserved = unserved
         #: The address that the limits count a connection under: its client address may change later.
         self._counted_as: dict[Connection, Any] = {}
+        #: Connections that Redis is asked about.
+        self._asked_about: set[Connection] = set()
         self._headers: Stage | None = None
         self._handshakes: Stage | None = None
         if balancers is not None:
@@ -116,9 +120,40 @@ class Admission:
             try:
                 self._counted_as[connection] = address
             except BaseException:
-                self._limits.leave(address)
+                self._limits.undo_enter(address)
                 self._fail(connection, "client_denied", "no memory")
                 raise
+            if self._limits.asks_store:
+                self._ask_store(self._limits, connection, address)  # and then _begin_handshake
+                return
+        self._begin_handshake(connection)
+
+    def _ask_store(self, limits: ClientLimits, connection: Connection, address: Any) -> None:
+        try:
+            self._asked_about.add(connection)
+            known, refusal = limits.confirm(address, partial(self._confirmed, connection, address))
+        except BaseException:
+            self._asked_about.discard(connection)
+            del self._counted_as[connection]
+            limits.undo_enter(address)
+            self._fail(connection, "client_denied", "no memory")
+            raise
+        if known:
+            self._confirmed(connection, address, refusal)
+
+    def _confirmed(self, connection: Connection, address: Any, refusal: Refusal | None) -> None:
+        if connection not in self._asked_about:  # a stop has ended it
+            if refusal is None and self._limits is not None:
+                self._limits.leave(address)
+            return
+        self._asked_about.remove(connection)
+        if refusal is None:
+            self._begin_handshake(connection)
+        else:
+            del self._counted_as[connection]
+            self._fail(connection, refusal, "", reset=True)
+
+    def _begin_handshake(self, connection: Connection) -> None:
         if self._handshakes is not None:
             self._handshakes.begin(connection)  # and then _hand_over
         else:
@@ -210,17 +245,24 @@ class Admission:
         return len(self._handshakes) if self._handshakes is not None else 0
 
     def __len__(self) -> int:
-        return self.headers + self.handshakes
+        return self.headers + self.handshakes + len(self._asked_about)
 
     def _stages(self) -> list[Stage]:
         return [stage for stage in (self._headers, self._handshakes) if stage is not None]
 
     def end_all(self) -> None:
-        """Fail every connection whose header or handshake is unfinished."""
+        """Fail every connection whose header or handshake is unfinished, or that Redis has not answered about."""
         for stage in self._stages():
             stage.end_all()
+        for connection in list(self._asked_about):
+            self._asked_about.discard(connection)
+            self._counted_as.pop(connection, None)  # `_confirmed` ends the count
+            self._fail(connection, "stopped", "", reset=True)
 
     def left_in_child(self) -> None:
         """Close the child's copies of the connections. Called in a forked child."""
         for stage in self._stages():
             stage.left_in_child()
+        for connection in self._asked_about:
+            connection.left_by_child()
+        self._asked_about = set()

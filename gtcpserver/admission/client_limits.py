@@ -7,15 +7,16 @@ address: behind a carrier's NAT that may be many people, for whom the limits mus
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from ipaddress import IPv4Address
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import ConfigError
 from gtcpserver.networks import IPAddress, IPNetwork, as_ip, is_in, parse_network
 from gtcpserver.shared.column import Column
+from gtcpserver.store.store import Demand, Store, limits_of
 
 from .shared_clients import Refusal, SharedClients
 
@@ -30,7 +31,7 @@ class ClientLimits:
 
     Clients on a unix socket are on this host, and are not limited. With workers, the limits of their server hold for
     all workers together, through reloads, upgrades and crashes; of connections that come at the same moment, each
-    worker may admit one too many.
+    worker may admit one too many. With ``shared_limits`` they hold for all machines.
 
     Args:
         allow: networks and addresses of clients that may connect, such as "10.0.0.0/8"; empty: all.
@@ -40,7 +41,8 @@ class ClientLimits:
         burst: connections a client may open at once after a pause; None: those of one second, at least 1.
 
     Attributes:
-        refused: counter of closed connections, by reason: "client_denied", "client_connections", "client_rate".
+        refused: counter of closed connections, by reason: "client_denied", "client_connections", "client_rate",
+            "store_failure".
 
     Raises:
         ConfigError: an invalid network or number.
@@ -69,6 +71,8 @@ class ClientLimits:
         self._buckets: OrderedDict[ClientKey, tuple[float, float]] = OrderedDict()
         self._shared: SharedClients | None = None
         self._name = b""
+        self._store: Store | None = None
+        self._store_name = ""
         self.refused: Counter[str] = Counter()
 
     @property
@@ -100,6 +104,19 @@ class ClientLimits:
             self._shared = SharedClients(column, self._connections, self._rate, self._burst)
             self._name = name.encode() + b" "
 
+    def share_store(self, store: Store, name: str) -> None:
+        """Count clients together with other machines, too. Call before the first `enter`.
+
+        Args:
+            store: where they are counted; `enter` is then followed by `confirm`.
+            name: name of these limits, the same on all machines.
+
+        :meta private:
+        """
+        if self._connections is not None or self._rate is not None:
+            self._store = store
+            self._store_name = name
+
     def enter(self, address: Any) -> Refusal | None:
         """Count a new connection of a client, if its limits allow it.
 
@@ -120,15 +137,86 @@ class ClientLimits:
     def _refusal(self, ip: IPAddress, key: ClientKey) -> Refusal | None:
         if self._denies(ip):
             return "client_denied"
+        if self._store is not None and self._store.allows_all:
+            self._count(key)
+            return None
         if self._shared is not None:
             return self._shared.enter(self._name + _bytes_of(key))
         if self._connections is not None and self._open.get(key, 0) >= self._connections:
             return "client_connections"
         if self._rate is not None and not self._take_token(key, self._rate):
             return "client_rate"
-        if self._connections is not None:
-            self._open[key] = self._open.get(key, 0) + 1
+        self._count(key)
         return None
+
+    def _count(self, key: ClientKey) -> None:
+        if self._shared is not None:
+            self._shared.resume(self._name + _bytes_of(key))
+        elif self._connections is not None:
+            self._open[key] = self._open.get(key, 0) + 1
+
+    # -- limits of all machines --------------------------------------------------------------------------------------
+
+    @property
+    def asks_store(self) -> bool:
+        """Whether `enter` is to be followed by `confirm`.
+
+        :meta private:
+        """
+        return self._store is not None
+
+    def demands(self, address: Any) -> list[Demand]:
+        """Return what to ask the store about a client; nothing: no store counts it.
+
+        :meta private:
+        """
+        if self._store is None or not isinstance(address, tuple):
+            return []
+        name = f"{self._store_name}:{text_of(client_key(as_ip(address[0])))}"
+        return limits_of(name, self._connections, self._rate, self._burst, ("client_connections", "client_rate"))
+
+    def confirm(self, address: Any, decided: Callable[[Refusal | None], Any]) -> tuple[bool, Refusal | None]:
+        """Ask the store about a connection that `enter` has admitted. Does not wait.
+
+        Args:
+            address: the address given to `enter`.
+            decided: called in the hub with the limit that refuses the connection, which is then no longer counted;
+                None: it may stay.
+
+        Returns:
+            True and the answer, as for `decided`, which is then not called; False and None: it will be.
+
+        :meta private:
+        """
+        demands = self.demands(address)
+        if self._store is None or not demands:
+            return True, None
+        answer = self._store.ask(demands, lambda answer: decided(self._confirmed(address, answer)))
+        return (False, None) if answer is None else (True, self._confirmed(address, answer))
+
+    def _confirmed(self, address: Any, answer: str) -> Refusal | None:
+        if not answer:
+            return None
+        self.undo_enter(address)
+        self.refused[answer] += 1
+        return cast(Refusal, answer)
+
+    def confirm_and_wait(self, address: Any) -> Refusal | None:
+        """As `confirm`, in a greenlet, which waits for the answer.
+
+        :meta private:
+        """
+        demands = self.demands(address)
+        if self._store is None or not demands:
+            return None
+        try:
+            answer = self._store.ask_and_wait(demands)
+        except BaseException:
+            self.undo_enter(address)
+            raise
+        return self._confirmed(address, answer)
+
+    # -- the end of a connection, and other ways ---------------------------------------------------------------------
 
     def _denies(self, ip: IPAddress) -> bool:
         return is_in(ip, self._deny) or bool(self._allow and not is_in(ip, self._allow))
@@ -159,13 +247,12 @@ class ClientLimits:
         key = client_key(ip)
         if not returns and self._denies(ip):
             return "client_denied"
-        if self._shared is not None:
-            self._shared.resume(self._name + _bytes_of(key))
-            return None
-        if not returns and self._connections is not None and self._open.get(key, 0) >= self._connections:
+        is_full = self._connections is not None and self._open.get(key, 0) >= self._connections
+        if self._shared is None and is_full and not returns:
             return "client_connections"
-        if self._connections is not None:
-            self._open[key] = self._open.get(key, 0) + 1
+        self._count(key)
+        if self._store is not None:
+            self._store.count(self.demands(address))
         return None
 
     def leave(self, address: Any) -> None:
@@ -174,6 +261,19 @@ class ClientLimits:
         Args:
             address: the address given to `enter`.
         """
+        self._leave_here(address)
+        if self._store is not None:
+            self._store.leave(self.demands(address))
+
+    def undo_enter(self, address: Any) -> None:
+        """Undo `enter`: the store has not confirmed the connection.
+
+        :meta private:
+        """
+        self._leave_here(address)
+        self._give_back_here(address)
+
+    def _leave_here(self, address: Any) -> None:
         if self._connections is None or not isinstance(address, tuple):
             return
         key = client_key(as_ip(address[0]))
@@ -185,7 +285,7 @@ class ClientLimits:
             self._open[key] = left
 
     def move(self, address: Any, client: Any) -> Refusal | None:
-        """Count a connection as another client's: the header of a balancer named the client.
+        """Count a connection as another client's: the header of a balancer named the client. May wait for the store.
 
         Args:
             address: the address given to `enter`.
@@ -196,14 +296,21 @@ class ClientLimits:
             connection is no longer counted, and must be closed.
         """
         self.leave(address)
-        if self._rate is not None and isinstance(address, tuple):
-            key = client_key(as_ip(address[0]))
-            if self._shared is not None:
-                self._shared.give_back(self._name + _bytes_of(key))
-            elif key in self._buckets:
-                tokens, since = self._buckets[key]
-                self._buckets[key] = (min(self._burst, tokens + 1), since)
-        return self.enter(client)
+        self._give_back_here(address)
+        if self._store is not None:
+            self._store.give_back(self.demands(address))
+        refusal = self.enter(client)
+        return self.confirm_and_wait(client) if refusal is None else refusal
+
+    def _give_back_here(self, address: Any) -> None:
+        if self._rate is None or not isinstance(address, tuple):
+            return
+        key = client_key(as_ip(address[0]))
+        if self._shared is not None:
+            self._shared.give_back(self._name + _bytes_of(key))
+        elif key in self._buckets:
+            tokens, since = self._buckets[key]
+            self._buckets[key] = (min(self._burst, tokens + 1), since)
 
 
 def client_key(ip: IPAddress) -> ClientKey:
@@ -213,6 +320,11 @@ def client_key(ip: IPAddress) -> ClientKey:
 
 def _bytes_of(key: ClientKey) -> bytes:
     return b"4" + key.packed if isinstance(key, IPv4Address) else b"6" + key.to_bytes(8, "big")
+
+
+def text_of(key: ClientKey) -> str:
+    """Return a client as text: "192.0.2.1", "2001:db8:0:1::/64"."""
+    return str(key) if isinstance(key, IPv4Address) else f"{IPv6Address(key << 64)}/64"
 
 
 def _networks(name: str, texts: Sequence[str]) -> tuple[IPNetwork, ...]:

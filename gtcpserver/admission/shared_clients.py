@@ -6,7 +6,8 @@ from typing import Literal
 
 from gtcpserver.shared.column import Column, now
 
-Refusal = Literal["client_denied", "client_connections", "client_rate"]
+#: The last one: Redis is away, and nobody is to be admitted without it (`on_store_failure="refuse"`).
+Refusal = Literal["client_denied", "client_connections", "client_rate", "store_failure"]
 
 
 class SharedClients:

@@ -174,6 +174,13 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("min_rate", NUMBER, "Bytes per second; a handler that waits for a slower client is ended."),
     ("min_rate_window", float, "Seconds over which --min-rate is measured."),
     ("linger", float, "Seconds to wait for the client to close after we have."),
+    ("shared_limits", str, "URL of a Redis in which several machines count the limits of clients together."),
+    (
+        "on_store_failure",
+        click.Choice(["local", "allow", "refuse"]),
+        "While that Redis is away: the limits of this machine hold, no limits hold, or clients are refused.",
+    ),
+    ("store_timeout", float, "Seconds for an answer of that Redis."),
     ("handover", bool, "Move idle connections of a worker that leaves to another; conn.resumed tells the handler."),
 )
 

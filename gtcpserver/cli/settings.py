@@ -60,7 +60,7 @@ TABLES: dict[str, tuple[str, str]] = (
     | {f"client_{name}": ("client_limits", name) for name, _, _ in CLIENT_OPTIONS}
 )
 
-SECRET = frozenset({"tls_password"})
+SECRET = frozenset({"tls_password", "shared_limits"})
 
 
 @dataclass

@@ -41,6 +41,9 @@ COUNTERS = (
     ("bytes_sent", "bytes_sent", "Bytes written to clients."),
     ("loop_blocked", "blocked", "How often something has blocked an event loop; counted by a BlockDetector."),
     ("loop_blocked_seconds", "blocked_seconds", "For how long, all together."),
+    ("store_failures", "store_failures", "How often the Redis of shared_limits went away from a process."),
+    ("store_questions", "store_questions", "Questions to the Redis of shared_limits: connections and passwords."),
+    ("store_decided_alone", "store_decided_alone", "Connections decided without the Redis of shared_limits."),
     ("cpu_seconds", "cpu_seconds", "CPU time of the processes that serve, user and system."),
 )
 
@@ -52,6 +55,7 @@ GAUGES = (
     ("handshakes_active", "handshaking", "TLS handshakes under way."),
     ("proxy_headers_awaited", "proxy_headers_awaited", "Connections whose PROXY header has not come yet."),
     ("handlers_running", "handlers", "Places in the pool that are taken."),
+    ("store_away", "store_away", "Processes that the Redis of shared_limits does not answer now."),
     ("queue_wait_max_seconds", "queue_wait_max", "Longest time a connection waited to be accepted, of those measured."),
 )
 

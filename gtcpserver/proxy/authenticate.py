@@ -35,6 +35,7 @@ from gtcpserver.files.lent import stat_file
 from gtcpserver.plural import counted
 from gtcpserver.process.forked import close_in_children
 from gtcpserver.shared.column import Column
+from gtcpserver.store.store import Store
 
 from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash, matches, read_htpasswd
 from .target import IPAddress
@@ -103,6 +104,10 @@ class RememberingAuthenticator:
         """
         self._failures.share(column, name)
 
+    def share_store(self, store: Store, name: str) -> None:
+        """Count failures together with other machines, too."""
+        self._failures.share_store(store, name)
+
     def verify(self, user: bytes, password: bytes) -> bool | None:
         """Return whether this is the user's password; None: unknown, through no fault of the client.
 
@@ -140,7 +145,7 @@ class RememberingAuthenticator:
             with self._slots:
                 # While this question waited its turn, its clients may have gone, or failed too often with other
                 # passwords: a thousand guesses sent at once count as no more than ten.
-                if question.waiting and any(map(self._failures.may_try, question.clients)):
+                if question.waiting and any(map(self._failures.may_try_anywhere, question.clients)):
                     question.right = self.verify(user, password)
                     self._note(digest, question, user)
         except Exception as error:

@@ -19,6 +19,8 @@ from gtcpserver.errors import ConfigError
 from gtcpserver.networks import as_ip
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.shared.column import Column
+from gtcpserver.store.settings import StoreSettings, check_store_options
+from gtcpserver.store.store import Store
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
@@ -167,6 +169,14 @@ def _own_ports(config: ProxyConfig) -> frozenset[int]:
 def make_resolver(config: ProxyConfig) -> Resolver:
     table = config.resolver
     return Resolver(table.family, table.timeout, table.kind, table.servers)
+
+
+def make_store_settings(config: ProxyConfig) -> StoreSettings | None:
+    """Check where limits are shared."""
+    check_store_options(config.on_store_failure, config.store_timeout)
+    if config.shared_limits is None:
+        return None
+    return StoreSettings(url=config.shared_limits, on_failure=config.on_store_failure, timeout=config.store_timeout)
 
 
 def make_limits(config: ProxyConfig) -> Limits:
@@ -402,7 +412,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             log_at=config.log.at,
             redact=config.log.redact,
         )
-    return Proxy(addresses, _Dispatcher(handlers, tenure), config.log.file)
+    return Proxy(addresses, _Dispatcher(handlers, tenure, make_store_settings(config)), config.log.file)
 
 
 #: A listening address: address and port, (None, port) for all addresses or a name, or a Unix socket's path.
@@ -422,8 +432,12 @@ def _place(address: Address) -> Place:
 class _Dispatcher:
     """Pass each connection to the handler of its listener."""
 
-    def __init__(self, handlers: dict[Place, ProxyHandler], tenure: Tenure) -> None:
+    def __init__(
+        self, handlers: dict[Place, ProxyHandler], tenure: Tenure, store_settings: StoreSettings | None
+    ) -> None:
         self._handlers = handlers
+        #: Where the server that gets this handler is to share limits.
+        self.store_settings = store_settings
         self._only = next(iter(handlers.values())) if len(handlers) == 1 else None
         self.counters: Counter[str] = Counter()
         for handler in handlers.values():
@@ -442,6 +456,11 @@ class _Dispatcher:
         """Count together with all processes that have a column."""
         for handler in self._handlers.values():
             handler.share_limits(column)
+
+    def share_store(self, store: Store) -> None:
+        """Count together with other machines."""
+        for handler in self._handlers.values():
+            handler.share_store(store)
 
     def server_stopped(self) -> None:
         for handler in self._handlers.values():

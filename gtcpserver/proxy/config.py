@@ -46,6 +46,7 @@ from .build import (
     make_nat64,
     make_proxy,
     make_resolver,
+    make_store_settings,
     make_tls,
     make_upstream_rule,
     make_upstreams,
@@ -176,6 +177,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for name in config.upstream:
         yield f"upstream.{name}", lambda name=name: make_upstreams(config, name), ""  # type: ignore[misc]
     yield "limits", lambda: make_limits(config), ""
+    yield "shared_limits", lambda: make_store_settings(config), ""
     for name in TimeoutsTable.__struct_fields__:
         seconds = getattr(config.timeouts, name)
         yield f"timeouts.{name}", lambda name=name, s=seconds: check_seconds(name, s), ""  # type: ignore[misc]

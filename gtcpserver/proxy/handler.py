@@ -19,6 +19,7 @@ from gtcpserver.proxy_protocol.header import ProxyProtocolError
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 from gtcpserver.shared.column import Column
+from gtcpserver.store.store import Store
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .errors import Cut, ProtocolError
@@ -192,6 +193,14 @@ class ProxyHandler:
             share = getattr(authenticator, "share", None)
             if share is not None:
                 share(column, name)
+
+    def share_store(self, store: Store) -> None:
+        """Count clients, users and failures together with other machines."""
+        self.gate.limits.share_store(store)
+        for name, authenticator in self.gate.authenticators.items():
+            share = getattr(authenticator, "share_store", None)
+            if share is not None:
+                share(store, name)
 
     def count_in(self, counters: Counter[str]) -> None:
         """Count in these counters, which other handlers may share."""

@@ -1,7 +1,8 @@
 """Limits of the proxy: connections in total, per client, per user; connection attempts; bytes per second of a
 connection and of a user.
 
-With workers all of them count together (`shared`), except connection attempts.
+With workers all of them count together (`shared`), except connection attempts; with ``shared_limits`` the connections,
+and new ones per second, of all machines (`store`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,6 +23,7 @@ from gtcpserver.admission.shared_clients import SharedClients
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.networks import as_ip
 from gtcpserver.shared.column import Column, now
+from gtcpserver.store.store import Demand, Store, limits_of
 
 from .errors import LimitReached
 
@@ -125,6 +128,10 @@ class SharedBucket:
         return max(0.0, full_at + size * self._interval - at - self._tolerance) / 1e9
 
 
+#: Limits of the proxy, by those of `ClientLimits`.
+_NAMES = {"client_rate": "new_per_second"}
+
+
 def _key_of(user: str) -> bytes:
     return b"proxy user " + user.encode("utf-8", "surrogatepass")
 
@@ -190,6 +197,7 @@ class LimitKeeper:
         # In a worker process:
         self._column: Column | None = None
         self._users_of_all: SharedClients | None = None
+        self._store: Store | None = None
 
     def share(self, column: Column) -> None:
         """Count together with all processes that have a column. Call before the first connection."""
@@ -197,6 +205,11 @@ class LimitKeeper:
         self._clients.share(column, "proxy clients")
         if self.limits.user_connections is not None:
             self._users_of_all = SharedClients(column, self.limits.user_connections, None, 1)
+
+    def share_store(self, store: Store) -> None:
+        """Count together with other machines. Call before the first connection."""
+        self._store = store
+        self._clients.share_store(store, "proxy-clients")
 
     @property
     def counted(self) -> int:
@@ -206,17 +219,30 @@ class LimitKeeper:
     def enter(self, address: Any) -> str:
         """Register a client. Return "" if it may stay, and `leave` must be called at its end; otherwise the limit.
 
+        May wait for the store.
+
         Args:
             address: as returned by ``accept``.
         """
-        most = self.limits.connections
-        if most is not None and self.connections + self._connections_elsewhere() >= most:
+        most, store = self.limits.connections, self._store
+        is_full = most is not None and self.connections + self._connections_elsewhere() >= most
+        if is_full and (store is None or not store.allows_all):
             return "connections"
         refusal = self._clients.enter(address) if self._limits_clients else None
         if refusal is not None:
-            return "client_connections" if refusal == "client_connections" else "new_per_second"
+            return _NAMES.get(refusal, refusal)
         self.connections += 1
         self._tell_connections()
+        if store is not None and (demands := self._demands(address)):
+            answer = "?"
+            try:
+                answer = store.ask_and_wait(demands)
+            finally:
+                if answer:
+                    self._leave_here()
+                    if self._limits_clients:
+                        self._clients.undo_enter(address)
+            return _NAMES.get(answer, answer)
         return ""
 
     def resume(self, address: Any) -> None:
@@ -225,13 +251,27 @@ class LimitKeeper:
             self._clients.resume(address, returns=True)
         self.connections += 1
         self._tell_connections()
+        if self._store is not None:
+            self._store.count(self._demands_of_all())
+
+    def _demands(self, address: Any) -> list[Demand]:
+        """Return what to ask the store: one question for all limits of a connection."""
+        return self._demands_of_all() + self._clients.demands(address)
+
+    def _demands_of_all(self) -> list[Demand]:
+        return limits_of("proxy", self.limits.connections, None, 1, ("connections", ""))
 
     def leave(self, address: Any) -> None:
         """Unregister a client that was admitted."""
-        self.connections -= 1
-        self._tell_connections()
+        self._leave_here()
         if self._limits_clients:
             self._clients.leave(address)
+        if self._store is not None:
+            self._store.leave(self._demands_of_all())
+
+    def _leave_here(self) -> None:
+        self.connections -= 1
+        self._tell_connections()
 
     def _connections_elsewhere(self) -> int:
         return 0 if self._column is None else self._column.number_elsewhere("proxy_connections")
@@ -251,14 +291,26 @@ class LimitKeeper:
         return Attempts(self, client_key(as_ip(address[0])) if isinstance(address, tuple) else None)
 
     def enter_user(self, user: str) -> str:
-        """Register a connection of this user; return as `enter`."""
-        most = self.limits.user_connections
-        if self._users_of_all is not None:
+        """Register a connection of this user; return as `enter`. May wait for the store."""
+        most, store = self.limits.user_connections, self._store
+        if store is not None and store.allows_all:
+            if self._users_of_all is not None:
+                self._users_of_all.resume(_key_of(user))
+        elif self._users_of_all is not None:
             if self._users_of_all.enter(_key_of(user)) is not None:
                 return "user_connections"
         elif most is not None and self._users[user] >= most:
             return "user_connections"
         self._users[user] += 1
+        if store is not None and most is not None:
+            try:
+                answer = store.ask_and_wait(self._demands_of_user(user))
+            except BaseException:
+                self._leave_user_here(user)
+                raise
+            if answer:
+                self._leave_user_here(user)
+                return answer
         return ""
 
     def resume_user(self, user: str) -> None:
@@ -266,17 +318,29 @@ class LimitKeeper:
         if self._users_of_all is not None:
             self._users_of_all.resume(_key_of(user))
         self._users[user] += 1
+        if self._store is not None:
+            self._store.count(self._demands_of_user(user))
+
+    def _demands_of_user(self, user: str) -> list[Demand]:
+        # A digest: names may be of any length, and are nobody's business there.
+        name = f"proxy-user:{blake2b(_key_of(user), digest_size=16).hexdigest()}"
+        return limits_of(name, self.limits.user_connections, None, 1, ("user_connections", ""))
 
     def leave_user(self, user: str) -> None:
         """Unregister a connection of this user."""
+        self._leave_user_here(user)
+        if self._store is not None:
+            self._store.leave(self._demands_of_user(user))
+        bucket = self._buckets.get(user)
+        if bucket is not None:
+            self._keep(user, bucket)
+
+    def _leave_user_here(self, user: str) -> None:
         if self._users_of_all is not None:
             self._users_of_all.leave(_key_of(user))
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
-        bucket = self._buckets.get(user)
-        if bucket is not None:
-            self._keep(user, bucket)
 
     def make_bucket(self, empty: bool = False) -> TokenBucket | None:
         """Return the bucket that limits the rate of one connection, whatever its users; None: there is no limit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, OrderedDict
+from hashlib import blake2b
 from ipaddress import IPv6Address, IPv6Network
 from time import monotonic
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import read_file
 from gtcpserver.shared.column import Column, now
+from gtcpserver.store.store import Store
 
 from .target import IPAddress
 
@@ -132,6 +134,7 @@ class Failures:
     def __init__(self) -> None:
         self._known: OrderedDict[Any, tuple[Counter[bytes], float]] = OrderedDict()
         self._shared: SharedFailures | None = None
+        self._everywhere: StoredFailures | None = None
 
     def share(self, column: Column, name: str) -> None:
         """Count together with all processes that have a column.
@@ -142,15 +145,29 @@ class Failures:
         """
         self._shared = SharedFailures(column, name)
 
+    def share_store(self, store: Store, name: str) -> None:
+        """Count together with other machines, too."""
+        self._everywhere = StoredFailures(store, name)
+
+    def may_try_anywhere(self, client: IPAddress) -> bool:
+        """Return False while an address has failed too often on all machines together. May wait."""
+        return self.may_try(client) and (self._everywhere is None or self._everywhere.may_try(client))
+
     def may_try(self, client: IPAddress) -> bool:
-        """Return False while an address has failed too often."""
+        """Return False while an address has failed too often, as far as this machine knows."""
+        if self._everywhere is not None and self._everywhere.is_banned(client):
+            return False
         if self._shared is not None:
             return self._shared.count(client) < MOST_FAILURES
         wrong, last = self._known.get(_network(client), _NOTHING)
         return wrong.total() < MOST_FAILURES or monotonic() - last > WINDOW
 
     def note(self, client: IPAddress, user: bytes) -> float:
-        """Note a failure; return the seconds that its answer has to wait."""
+        """Note a failure; return the seconds that its answer has to wait. May wait for the store."""
+        here = self._note_here(client, user)
+        return here if self._everywhere is None else max(here, _delay(self._everywhere.note(client, user)))
+
+    def _note_here(self, client: IPAddress, user: bytes) -> float:
         if self._shared is not None:
             return _delay(self._shared.note(client, user))
         network = _network(client)
@@ -165,6 +182,8 @@ class Failures:
 
     def forget(self, client: IPAddress, user: bytes) -> None:
         """Forget failures for this user after a success, but no others: an account must not help to guess another."""
+        if self._everywhere is not None:
+            self._everywhere.forget(client, user)
         if self._shared is not None:
             self._shared.forget(client, user)
             return
@@ -216,6 +235,56 @@ class SharedFailures:
     def _key(self, client: IPAddress, user: bytes | None = None) -> bytes:
         address = client.packed[:8] if isinstance(client, IPv6Address) else client.packed
         return self._name + bytes([len(address)]) + address + (b"" if user is None else b" " + user)
+
+
+class StoredFailures:
+    """Failures that several machines count together. What one machine learns of a ban, it remembers.
+
+    Args:
+        store: where they are counted.
+        name: name of the authenticator.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._banned: OrderedDict[Any, float] = OrderedDict()
+
+    def is_banned(self, client: IPAddress) -> bool:
+        """Return whether an address was known to be banned, and still is."""
+        return self._banned.get(_network(client), 0.0) > monotonic()
+
+    def may_try(self, client: IPAddress) -> bool:
+        """Ask whether an address may try; True while the store is away. Waits."""
+        self._learn(client, self._store.wrong(self._key(client)))
+        return not self.is_banned(client)
+
+    def note(self, client: IPAddress, user: bytes) -> int:
+        """Note a failure; return the failures of the address, 0 while the store is away. Waits."""
+        return self._learn(client, self._store.wrong(self._key(client), _digest(user), 1, WINDOW))
+
+    def forget(self, client: IPAddress, user: bytes) -> None:
+        """Forget the failures of an address for one user."""
+        self._store.forget_wrong(self._key(client), _digest(user))
+
+    def _learn(self, client: IPAddress, found: tuple[int, float] | None) -> int:
+        if found is None:
+            return 0
+        if found[0] >= MOST_FAILURES:
+            network = _network(client)
+            self._banned[network] = monotonic() + found[1]
+            self._banned.move_to_end(network)
+            if len(self._banned) > MOST_ADDRESSES:
+                self._banned.popitem(last=False)
+        return found[0]
+
+    def _key(self, client: IPAddress) -> str:
+        return f"{self._name}:{_network(client)}"
+
+
+def _digest(user: bytes) -> str:
+    # A name that was tried may be a password in the wrong field.
+    return blake2b(user, digest_size=8).hexdigest()
 
 
 def _delay(failures: int) -> float:

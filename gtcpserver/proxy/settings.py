@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from gtcpserver.connection.proxy_header import ProxyVersion
+from gtcpserver.store.settings import DEFAULT_TIMEOUT, OnStoreFailure
 
 from .gate import COMMANDS, Command, Timeouts
 from .handler import Speaks
@@ -211,7 +212,11 @@ class ReloadTable(_Table):
 
 
 class ProxyConfig(_Table):
-    """The whole file; see the tables."""
+    """The whole file; see the tables.
+
+    Attributes:
+        shared_limits, on_store_failure, store_timeout: as of Server: limits and bans that hold for several machines.
+    """
 
     listener: list[ListenerTable] = []
     rules: RulesTable = msgspec.field(default_factory=RulesTable)
@@ -223,6 +228,9 @@ class ProxyConfig(_Table):
     http: HttpTable = msgspec.field(default_factory=HttpTable)
     log: LogTable = msgspec.field(default_factory=LogTable)
     reload: ReloadTable = msgspec.field(default_factory=ReloadTable)
+    shared_limits: str | None = None
+    on_store_failure: OnStoreFailure = "local"
+    store_timeout: float = DEFAULT_TIMEOUT
     show_bound_address: bool = True
     fast_open: bool = False
     allow_open: bool = False

@@ -17,6 +17,7 @@ from gtcpserver.pool.places import check_size
 from gtcpserver.pool.pool import HandlerPool
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.signatures import Handler, OnFull
+from gtcpserver.store.settings import OnStoreFailure, StoreSettings, check_store_options
 from gtcpserver.tls import Credentials
 
 from .access_log import AccessLog
@@ -48,6 +49,7 @@ class Options:
     tls: Credentials | None
     proxy_protocol: ProxyProtocol | None
     client_limits: ClientLimits | None
+    store: StoreSettings | None
     connection_class: type[Connection]
     context: Any
     access_log: AccessLog | None
@@ -85,6 +87,7 @@ class Options:
         checked_pool = pool if isinstance(pool, HandlerPool) else _make_pool(pool)
         if access_log is not None and not isinstance(access_log, AccessLog):
             access_log = AccessLog(access_log)
+        store = _make_store(others.pop("shared_limits"), others.pop("on_store_failure"), others.pop("store_timeout"))
         credentials = tls if tls is None or isinstance(tls, Credentials) else Credentials(tls)
         if len(addresses) > 1:
             check_none_twice(addresses)
@@ -94,6 +97,7 @@ class Options:
             pool=checked_pool,
             tls=credentials,
             access_log=access_log,
+            store=store,
             **others,
         )
 
@@ -123,6 +127,11 @@ def _check_kinds(listen: Any, options: dict[str, Any]) -> None:
         raise ConfigError(f"client_limits must be a ClientLimits, got {options['client_limits']!r}")
     if listen is not None and not isinstance(listen, ListenConfig):
         raise ConfigError(f"listen must be a ListenConfig, got {listen!r}")
+
+
+def _make_store(url: str | None, on_failure: OnStoreFailure, timeout: float) -> StoreSettings | None:
+    check_store_options(on_failure, timeout)
+    return None if url is None else StoreSettings(url=url, on_failure=on_failure, timeout=timeout)
 
 
 def _make_pool(size: int | None) -> HandlerPool:

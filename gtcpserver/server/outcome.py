@@ -42,6 +42,7 @@ Result = Literal[
     "client_denied",
     "client_connections",
     "client_rate",
+    "store_failure",  # Redis is away, and nobody is to be admitted without it
     "proxy_header",  # missing or malformed, from a balancer; detail says why
     "handshake_failed",  # TLS; detail says why
 ]

@@ -43,6 +43,8 @@ from gtcpserver.process.standard_descriptors import open_standard_descriptors
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.shared.column import Column
 from gtcpserver.signatures import ConnectionT, Handler, OnFull
+from gtcpserver.store.settings import DEFAULT_TIMEOUT, OnStoreFailure, StoreSettings
+from gtcpserver.store.store import Store, close_store, open_store
 from gtcpserver.tls import Credentials
 from gtcpserver.tls.acme import keep_certificate
 
@@ -121,6 +123,12 @@ class Server:
             no headers.
         client_limits: which clients may connect, how many connections each may have and how fast it may open them
             (:class:`ClientLimits`); None: no limits.
+        shared_limits: URL of a Redis in which several machines count the limits of clients together, and the proxy its
+            own: "redis://host:6379/0", "rediss://..." with TLS, "redis+sentinel://host,host/service"; None: each
+            machine counts alone. Needs the extra ``redis``.
+        on_store_failure: what holds while Redis is away: "local": the limits of this machine; "allow": no limits of
+            connections and rates; "refuse": clients with limits are refused.
+        store_timeout: seconds for an answer of Redis; after that it is away.
         linger: seconds that a peer gets to close its side of a closed connection, so that everything written reaches
             it; 0 closes at once. A stop does not wait for a peer that has acknowledged everything and is silent.
         handover: when a worker leaves (reload, upgrade, recycling, fewer workers), its connections move to another
@@ -182,6 +190,9 @@ class Server:
         tls: TLSConfig | ssl.SSLContext | Credentials | None = None,
         proxy_protocol: ProxyProtocol | None = None,
         client_limits: ClientLimits | None = None,
+        shared_limits: str | None = None,
+        on_store_failure: OnStoreFailure = "local",
+        store_timeout: float = DEFAULT_TIMEOUT,
         connection_class: type[ConnectionT] = Connection,  # type: ignore[assignment]
         context: Any = None,
         access_log: AccessLog | Literal["text", "json"] | None = None,
@@ -212,6 +223,9 @@ class Server:
             tls=tls,
             proxy_protocol=proxy_protocol,
             client_limits=client_limits,
+            shared_limits=shared_limits,
+            on_store_failure=on_store_failure,
+            store_timeout=store_timeout,
             connection_class=connection_class,
             context=context,
             access_log=access_log,
@@ -271,6 +285,8 @@ class Server:
         self.draining = False
         self._ends_background_work = False
         self._starting = False
+        self._column: Column | None = None
+        self._store: Store | None = None
         # For this package: called by ``serve_forever`` once it listens and signals begin graceful stops.
         self.when_serving: Callable[[Server], object] | None = None
 
@@ -328,6 +344,7 @@ class Server:
                 state.acceptors.append(acceptor)
             poller_of(get_hub())  # now, while there are descriptors
             register(self)
+            self._open_store()
             if options.on_start is not None:
                 options.on_start(self)
                 if state.now is not State.NEW:
@@ -344,6 +361,7 @@ class Server:
             state.acceptors.clear()
             state.groups.clear()
             self._tasks.end(monotonic(), state.hurry, for_good=False)
+            self.leave_store()
             raise
         state.become(State.SERVING)
         state.started_at = monotonic()
@@ -427,6 +445,10 @@ class Server:
 
     @handler.setter
     def handler(self, handler: Handler[Any]) -> None:
+        settings = None if self._options.store is not None else getattr(handler, "store_settings", None)
+        if isinstance(settings, StoreSettings) and (self._store is None or self._store.settings != settings):
+            log.warning("shared_limits: only a restart, or a reload of worker processes, can change it")
+        self._share_store_with(handler)
         self._serving.handler = handler
 
     @property
@@ -584,7 +606,7 @@ class Server:
 
         :meta private:
         """
-        options = self._options
+        self._column, options = column, self._options
         if options.client_limits is not None:
             options.client_limits.share(column, "clients")
         if options.max_connections is not None or options.max_accepts is not None:
@@ -595,6 +617,35 @@ class Server:
         share_limits = getattr(self.handler, "share_limits", None)
         if share_limits is not None:
             share_limits(column)
+
+    # -- limits that hold for all machines ---------------------------------------------------------------------------
+
+    def _open_store(self) -> None:
+        """Have the limits hold for all machines. Waits a second at most."""
+        settings = self._options.store or getattr(self.handler, "store_settings", None)
+        if not isinstance(settings, StoreSettings):
+            return
+        if self._options.client_limits is None and not hasattr(self.handler, "share_store"):
+            log.warning("shared_limits: there are no limits that it could share")
+            return
+        store = self._store = open_store(settings, self._column)
+        if self._options.client_limits is not None:
+            self._options.client_limits.share_store(store, "clients")
+        self._share_store_with(self.handler)
+
+    def _share_store_with(self, handler: Any) -> None:
+        share_store = getattr(handler, "share_store", None)
+        if self._store is not None and share_store is not None:
+            share_store(self._store)
+
+    def leave_store(self) -> None:
+        """Have what is open here count no more on other machines. For this package.
+
+        :meta private:
+        """
+        store, self._store = self._store, None
+        if store is not None:
+            close_store(store)
 
     # -- observers ---------------------------------------------------------------------------------------------------
 
@@ -766,6 +817,9 @@ class Server:
         self._capacity.left_in_child()
         if self.tls is not None:
             self.tls.left_in_child()
+        if self._store is not None:
+            self._store.left_in_child()
+            self._store = None
         self._stopping.left_in_child()
         self._tasks.left_in_child()
         self._serving.left_in_child()

@@ -9,6 +9,7 @@ from typing import Any
 
 from gtcpserver.diagnostics.block_detector import blocked_so_far
 from gtcpserver.diagnostics.logs import FaultLimiter, also
+from gtcpserver.store.store import store_figures
 
 from .moving import Mover, Moving
 from .options import Options
@@ -72,6 +73,7 @@ def snapshot(
         moved=moving.moved if moving is not None else 0,
         taken_over=moving.taken_over if moving is not None else 0,
         staying=mover.staying() if mover is not None else {},
+        **store_figures(),
     )
 
 

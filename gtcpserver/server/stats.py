@@ -19,7 +19,8 @@ class ServerStats:
         peak: most connections open at once.
         rejected: connections closed because the server was full.
         clients_refused: connections reset because of ``client_limits``, by reason: "client_denied",
-            "client_connections" (the client has too many), "client_rate" (it opens them too fast).
+            "client_connections" (the client has too many), "client_rate" (it opens them too fast), "store_failure"
+            (Redis is away, and ``on_store_failure`` is "refuse").
         refused: connections closed because ``on_connect`` returned False.
         left_in_queue: connections that the client had reset before they were accepted; no handler saw them.
         handler_errors: handlers that ended with an exception that their client is not to blame for; see
@@ -58,6 +59,10 @@ class ServerStats:
         queue_wait_max: longest such time.
         handler_counters: counters of the handler, if it is an object with ``counters``; for the proxy: how connections
             ended; for WSGI and static files: "bad_request", "file_error".
+        store_away: 1 while the Redis of ``shared_limits`` does not answer this process.
+        store_failures: how often it went away.
+        store_questions: questions to it: connections and passwords.
+        store_decided_alone: connections decided while it was away.
         handlers: handlers running now, in all servers that share the pool.
         pool_size: places in the pool; None for no limit.
         uptime: time since the start.
@@ -99,6 +104,10 @@ class ServerStats:
     moved: int = 0
     taken_over: int = 0
     staying: dict[str, int] = field(default_factory=dict)
+    store_away: int = 0
+    store_failures: int = 0
+    store_questions: int = 0
+    store_decided_alone: int = 0
 
 
 @dataclass(frozen=True, slots=True)

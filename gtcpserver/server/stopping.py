@@ -212,6 +212,7 @@ class Stopping:
                 steps.do("end the watch of certificates", self._options.tls.stop_watching)
             steps.do("end greenlets", self._options.pool.retire_waiting)
             self._tell_handler()
+            steps.do("leave the store of shared limits", self._server.leave_store)
             finished = state.begun - ended_before - len(cut)
             cut = unserved + cut
             self.report = StopReport(finished, len(cut), tuple(cut), tuple(steps.failures))

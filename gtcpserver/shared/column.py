@@ -50,11 +50,13 @@ class Column:
         number: the column, as claimed.
 
     Attributes:
+        take_turn, end_turn: as of the memory.
         digests: what was computed of the clients seen lately, at most MOST_DIGESTS.
     """
 
     def __init__(self, memory: SharedMemory, number: int) -> None:
         self._memory = memory
+        self.take_turn, self.end_turn = memory.take_turn, memory.end_turn
         self._number = number
         self._data = memory.data
         self._words = memory.words

@@ -198,6 +198,16 @@ class SharedMemory:
         for name in GAUGES:
             self.words[self.number_at(name) + column] = 0
 
+    # -- who speaks for all ------------------------------------------------------------------------------------------
+
+    def take_turn(self) -> bool:
+        """Return whether this process is the one that logs what all of them notice; it is until `end_turn`."""
+        return self._lock(self.columns + 2)
+
+    def end_turn(self) -> None:
+        """Let the next process take the turn. The end of the process does it, too."""
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.columns + 2)
+
     # -- keys of TLS tickets -----------------------------------------------------------------------------------------
 
     def ticket_version(self) -> int:

@@ -13,7 +13,7 @@ Stats = dict[str, Any]
 GAUGES = frozenset(
     {
         *("active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"),
-        "staying",
+        *("staying", "store_away"),
     }
 )
 
