@@ -63,7 +63,7 @@ class StoreSettings:
     tls: bool = field(init=False, default=False)
     username: str | None = field(init=False, default=None)
     password: str | None = field(init=False, default=None, repr=False)
-    options: dict[str, str] = field(init=False, repr=False)
+    options: dict[str, str] = field(init=False, repr=False, compare=False)  # it is in the URL, too
 
     def __post_init__(self) -> None:
         check_store_options(self.on_failure, self.timeout)

@@ -43,9 +43,12 @@ START_SECONDS = 1.0
 #: Seconds to open a line and load the scripts.
 OPEN_SECONDS = 2.0
 
+#: Seconds that the stop of a server waits for Redis to know of it. If it does not, the lease is over soon.
+CLOSE_SECONDS = 0.5
+
 #: Seconds that a client with too many connections is refused without a question. One that closes a connection on
 #: another machine waits that long at most.
-REFUSED_SECONDS = 0.25
+REFUSED_SECONDS = 0.1
 
 #: Refused clients that are remembered; beyond it, the one refused longest ago is asked about again. 200 bytes each.
 MOST_REFUSED = 10_000
@@ -148,7 +151,7 @@ class Store:
         self._tried.wait(START_SECONDS)
 
     def close(self) -> None:
-        """Leave: what this process had open counts no more. Waits for an answer no longer than for any other."""
+        """Leave: what this process had open counts no more. Waits for an answer, at most CLOSE_SECONDS."""
         if self._closed:
             return
         self._closed = True
@@ -158,7 +161,7 @@ class Store:
         if line is not None:
             left = Event()
             line.send(LEAVE, [self._key("members")], [self.member], lambda _: left.set())
-            left.wait(self.settings.timeout)
+            left.wait(min(CLOSE_SECONDS, self.settings.timeout))
         for one in (line, self._opening):
             if one is not None:
                 one.fail(StoreError("closed"))
@@ -168,6 +171,7 @@ class Store:
     def left_in_child(self) -> None:
         """Let go. Called in a forked child."""
         self._closed = True
+        _stores.pop(self.settings, None)
         for line in (self._line, self._opening):
             if line is not None:
                 line.left_in_child()
@@ -467,7 +471,7 @@ class Store:
 
 # -- the stores of this process ---------------------------------------------------------------------------------------
 
-_stores: dict[str, Store] = {}
+_stores: dict[StoreSettings, Store] = {}
 
 
 def open_store(settings: StoreSettings, column: Column | None = None) -> Store:
@@ -476,9 +480,9 @@ def open_store(settings: StoreSettings, column: Column | None = None) -> Store:
     Args:
         column: the column of this process, if there are workers.
     """
-    store = _stores.get(settings.url)
+    store = _stores.get(settings)
     if store is None:
-        store = _stores[settings.url] = Store(settings)
+        store = _stores[settings] = Store(settings)
     store.users += 1
     if column is not None:
         store.take_turn, store.end_turn = column.take_turn, column.end_turn
@@ -490,7 +494,7 @@ def close_store(store: Store) -> None:
     """Close a store that nobody uses any more."""
     store.users -= 1
     if not store.users:
-        _stores.pop(store.settings.url, None)
+        _stores.pop(store.settings, None)
         store.close()
 
 

@@ -1,6 +1,7 @@
 """The store, against a real Redis: what it counts, and what happens when Redis does not answer."""
 
 import logging
+import re
 import socket
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from gtcpserver.store import store
 from gtcpserver.store.scripts import LEASE_MS
 from gtcpserver.store.store import MOST_REFUSED, STORE_FAILURE
+from kit.paths import ROOT
 from kit.ports import free_port
 from kit.programs import needs
 from kit.redis_server import open_of, rate_of
@@ -305,6 +307,21 @@ def test_a_wrong_password_is_reported_without_it_and_a_right_one_is_taken(redis_
     server.ask("CONFIG", "SET", "requirepass", "wr@ng", password="right")
     wait_until(lambda: not one.away)
     assert ask(one) == [""]
+
+
+def test_the_least_rights_of_the_documentation_suffice(redis_server, join, caplog):
+    rights = re.search(r"`(~gtcpserver:.*?)`", (ROOT / "docs" / "security.md").read_text())[1]
+    server = redis_server()
+    server.ask("ACL", "SETUSER", "limits", "on", ">secret", *rights.split())
+    one = join(f"redis://limits:secret@127.0.0.1:{server.port}")
+    assert not away_lines(caplog)
+    assert ask(one, one, one, one) == ["", "", "", FULL]
+    assert one.wrong("a", "ada", 1, 300)[0] == 1
+    one.leave(ADA)
+    one.renew()
+    one.give_back(rate_of("clients:192.0.2.1", 1, 1))
+    assert one.wrong("a")[0] == 1  # it has answered all before
+    assert not one.failures
 
 
 def test_nobody_at_the_address_is_reported_once(join, hasty, caplog):
