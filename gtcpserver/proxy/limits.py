@@ -1,8 +1,8 @@
 """Limits of the proxy: connections in total, per client, per user; connection attempts; bytes per second of a
 connection and of a user.
 
-With workers all of them count together (`shared`), except connection attempts; with ``shared_limits`` the connections,
-and new ones per second, of all machines (`store`).
+With workers all of them count together (`shared`); with ``shared_limits`` the connections, and new ones per second, of
+all machines (`store`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import gevent
 
-from gtcpserver.admission.client_limits import ClientKey, ClientLimits, client_key
+from gtcpserver.admission.client_limits import ClientKey, ClientLimits, client_key, text_of
 from gtcpserver.admission.shared_clients import SharedClients
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.networks import as_ip
@@ -157,27 +157,44 @@ class Attempts:
         """
         keeper, client = self._keeper, self._client
         limits = keeper.limits
-        if limits.connect_attempts is not None and keeper.attempts >= limits.connect_attempts:
+        most = limits.connect_attempts
+        if most is not None and keeper.attempts + keeper.elsewhere("proxy_attempts") >= most:
             raise LimitReached(errno.EUSERS, "connect_attempts")
         most = limits.client_connect_attempts
         if client is not None and most is not None:
-            if keeper.attempts_by_client[client] >= most:
+            of_all = keeper.attempts_of_all
+            if of_all is not None and of_all.enter(_attempts_key(client)) is not None:
+                raise LimitReached(errno.EUSERS, "client_connect_attempts")
+            if of_all is None and keeper.attempts_by_client[client] >= most:
                 raise LimitReached(errno.EUSERS, "client_connect_attempts")
             keeper.attempts_by_client[client] += 1
         keeper.attempts += 1
+        keeper.tell_attempts()
 
     def end(self) -> None:
         """End an attempt."""
         keeper, client = self._keeper, self._client
         keeper.attempts -= 1
+        keeper.tell_attempts()
         if client is not None and keeper.limits.client_connect_attempts is not None:
+            if keeper.attempts_of_all is not None:
+                keeper.attempts_of_all.leave(_attempts_key(client))
             keeper.attempts_by_client[client] -= 1
             if not keeper.attempts_by_client[client]:
                 del keeper.attempts_by_client[client]
 
 
+def _attempts_key(client: ClientKey) -> bytes:
+    return b"proxy attempts " + text_of(client).encode()
+
+
 class LimitKeeper:
-    """Enforce the limits of all listeners of a proxy: know who is connected, and how much each user has moved."""
+    """Enforce the limits of all listeners of a proxy: know who is connected, and how much each user has moved.
+
+    Attributes:
+        connections, attempts, attempts_by_client: what this process has.
+        attempts_of_all: attempts by client in all workers; None: there is no such limit, or there are no workers.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -189,6 +206,7 @@ class LimitKeeper:
         self.connections = 0
         self.attempts = 0
         self.attempts_by_client: Counter[ClientKey] = Counter()
+        self.attempts_of_all: SharedClients | None = None
         self._users: Counter[str] = Counter()
         # Buckets in use, shared by all connections of a user; and those last used, which outlive them: traffic on one
         # connection counts for the next one.
@@ -205,6 +223,8 @@ class LimitKeeper:
         self._clients.share(column, "proxy clients")
         if self.limits.user_connections is not None:
             self._users_of_all = SharedClients(column, self.limits.user_connections, None, 1)
+        if self.limits.client_connect_attempts is not None:
+            self.attempts_of_all = SharedClients(column, self.limits.client_connect_attempts, None, 1)
 
     def share_store(self, store: Store) -> None:
         """Count together with other machines. Call before the first connection."""
@@ -225,7 +245,7 @@ class LimitKeeper:
             address: as returned by ``accept``.
         """
         most, store = self.limits.connections, self._store
-        is_full = most is not None and self.connections + self._connections_elsewhere() >= most
+        is_full = most is not None and self.connections + self.elsewhere("proxy_connections") >= most
         if is_full and (store is None or not store.allows_all):
             return "connections"
         refusal = self._clients.enter(address) if self._limits_clients else None
@@ -273,12 +293,18 @@ class LimitKeeper:
         self.connections -= 1
         self._tell_connections()
 
-    def _connections_elsewhere(self) -> int:
-        return 0 if self._column is None else self._column.number_elsewhere("proxy_connections")
+    def elsewhere(self, name: str) -> int:
+        """Return how many of these all other workers have."""
+        return 0 if self._column is None else self._column.number_elsewhere(name)
 
     def _tell_connections(self) -> None:
         if self._column is not None and self.limits.connections is not None:
             self._column.set_number("proxy_connections", self.connections)
+
+    def tell_attempts(self) -> None:
+        """Tell the other workers how many attempts are under way here."""
+        if self._column is not None and self.limits.connect_attempts is not None:
+            self._column.set_number("proxy_attempts", self.attempts)
 
     def attempts_of(self, address: Any) -> Attempts | None:
         """Return the counter of a client's connection attempts; None: there is no limit.

@@ -38,7 +38,7 @@ from gtcpserver.process.descriptors import close_descriptor
 log = logging.getLogger("gtcpserver")
 
 #: "gtcpsrv" and the version of the layout. A new master of another version begins with a new memory.
-MAGIC = int.from_bytes(b"gtcpsrv\x01", "little")
+MAGIC = int.from_bytes(b"gtcpsrv\x02", "little")
 
 #: Places that one column has in a set, for the entries whose digests lead there.
 WAYS = 4
@@ -47,9 +47,9 @@ WAYS = 4
 WORDS = 4
 
 #: Numbers that each column has once.
-NUMBERS = ("connections", "proxy_connections", "accepted")
+NUMBERS = ("connections", "proxy_connections", "proxy_attempts", "accepted")
 #: Those of them that count what is open, and so end with their process.
-GAUGES = ("connections", "proxy_connections")
+GAUGES = ("connections", "proxy_connections", "proxy_attempts")
 
 #: Columns for each worker: with one generation that serves, one that starts and one that finishes, one is left.
 COLUMNS_PER_WORKER = 4

@@ -363,6 +363,20 @@ def test_attempts_to_connect(proxy, connect, in_thread, access_records, which):
         wait_until(lambda: not limits.attempts)
 
 
+@about("shared_limits", "on_store_failure", "store_timeout")  # with a real one: tests/store
+def test_what_holds_without_the_redis_of_shared_limits(proxy, connect, in_thread, access_records, caplog):
+    pytest.importorskip("redis")
+    top = 'shared_limits = "redis://127.0.0.1:1"\nstore_timeout = 0.5\non_store_failure = "refuse"'
+    server = proxy("[limits]\nclient_connections = 9", top=top)
+    assert in_thread(http, connect(server), b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: x\r\n\r\n").startswith(
+        b"HTTP/1.1 503 "
+    )
+    record = access_records()[0].access
+    assert (record["result"], record["detail"]) == ("limit", "store_failure")
+    assert "Redis at 127.0.0.1:1 is away" in caplog.text
+    assert server.handler.store_settings.timeout == 0.5
+
+
 @about("limits.request_body")
 @pytest.mark.parametrize(
     ("framing", "status"),
