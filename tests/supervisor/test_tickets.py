@@ -100,6 +100,20 @@ def test_any_worker_resumes_sessions_whatever_happens(serve_tls, tmp_path):
     assert master.stop() == 0
 
 
+@needs("curl")
+def test_curl_resumes_its_session_on_any_worker(serve_tls):
+    # With TLS 1.2 it refuses tickets (SSL_OP_NO_TICKET), so that only the worker that made a session knows it.
+    master = serve_tls()
+    # Each answer ends with the connection. curl forgets sessions when it ends, unless it is told to keep them (8.12).
+    urls = f"https://localhost:{master.port}/[1-{5 * RECONNECTS}]"
+    command = ["curl", "--silent", "--insecure", "--http0.9", "--ipv4", "--tlsv1.3", urls]
+    said = subprocess.run(command, stdout=subprocess.PIPE, timeout=SOON).stdout.decode().split()
+    assert len(said) == 10 * RECONNECTS
+    assert said[1::2].count("resumed") >= 0.95 * (5 * RECONNECTS - 1)
+    assert len(set(said[::2])) > 1  # workers
+    assert master.stop() == 0
+
+
 def test_keys_are_changed_while_it_runs(serve_tls, tmp_path):
     master = serve_tls("--rotate-tickets", "0.001")
     client = Python("1.3", tmp_path)
