@@ -412,6 +412,8 @@ class Store:
         untold, self._untold = self._untold, []
         for decided, answer in untold:
             self._tell(decided, answer)
+        if self._greenlet.dead:  # memory ran out where it dealt with another error
+            self._greenlet = gevent.spawn(self._run)
         line = self._line
         if line is None:
             return

@@ -12,7 +12,7 @@ from kit.programs import needs
 from kit.supervised import children, masters, wait_until
 
 pytest.importorskip("redis")
-pytestmark = [needs("redis-server"), pytest.mark.slow]
+pytestmark = [needs("redis-server", "redis-cli"), pytest.mark.slow]
 
 #: For tests of what is counted: a Redis on a busy machine is not away.
 PATIENT = ("--store-timeout", "10")

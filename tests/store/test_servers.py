@@ -19,7 +19,7 @@ from kit.proxying import QUICK, reply, socks
 from kit.waiting import wait_until
 
 pytest.importorskip("redis")
-pytestmark = needs("redis-server")
+pytestmark = needs("redis-server", "redis-cli")
 
 
 @pytest.fixture(autouse=True)

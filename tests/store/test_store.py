@@ -19,7 +19,7 @@ from kit.redis_server import open_of, rate_of
 from kit.waiting import wait_until
 
 redis = pytest.importorskip("redis")
-pytestmark = needs("redis-server")
+pytestmark = needs("redis-server", "redis-cli")
 
 ADA = open_of("clients:192.0.2.1")
 FULL = "client_connections"
@@ -169,6 +169,7 @@ def test_wrong_passwords_are_counted_together(redis_server, join):
     assert count == 1
     assert 290 < left <= 300
     assert one.wrong("b")[0] == 0
+    assert join("redis://127.0.0.1:1").wrong("a") is None
 
 
 # -- machines that end -------------------------------------------------------------------------------------------------
@@ -331,6 +332,24 @@ def test_nobody_at_the_address_is_reported_once(join, hasty, caplog):
     gevent.sleep(0.2)  # many attempts
     assert len(away_lines(caplog)) == 1
     assert one.failures == 1
+
+
+def test_a_store_comes_back_even_if_memory_runs_out_when_it_goes_away(redis_server, join, hasty):
+    server = redis_server()
+    one = join(server.url)
+    failed = []
+
+    def fail():
+        failed.append(None)
+        raise MemoryError
+
+    one.take_turn = fail
+    server.kill()
+    wait_until(lambda: failed)
+    one.take_turn = lambda: True
+    server.start()
+    wait_until(lambda: one.renew() or not one.away)
+    assert ask(one) == [""]
 
 
 def test_a_start_does_not_wait_for_a_redis_that_is_silent(join, monkeypatch):
