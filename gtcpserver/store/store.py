@@ -59,7 +59,10 @@ AT_ONCE = 500
 #: Renewals in which the counts of all clients are kept from being deleted (`scripts.OPEN_MS` is six times as long).
 KEEP_IN = 600
 
+#: A refusal: Redis is away, and nobody is to be admitted without it.
 STORE_FAILURE = "store_failure"
+
+LEASE_OVER = "the lease was over, or somebody has deleted it"
 
 
 class Demand(NamedTuple):
@@ -235,18 +238,28 @@ class Store:
 
     def _answered(self, demands: Sequence[Demand], decided: Decided, reply: Any) -> None:
         # In the greenlet that reads, or in the one that has noticed a failure.
-        if reply is None or reply[0] < 0:
-            answer = self._decide_alone(demands)
-            if reply is not None and self._line is not None:
-                self._line.fail(StoreError("the lease was over, or somebody has deleted it"))
-        elif reply[0] == 0:
-            self._count(demands)
-            answer = ""
-        else:
-            demand = demands[reply[0] - 1]
-            answer = demand.refusal
-            self._refuse(demand.key, reply[1] / 1000 if reply[1] else REFUSED_SECONDS, answer)
+        try:
+            answer = self._understood(demands, reply)
+        except Exception as error:  # no answer of our script; or memory ran out, and what is counted where is unknown
+            answer = STORE_FAILURE
+            if self._line is not None:
+                self._line.fail(error)
         self._tell(decided, answer)
+
+    def _understood(self, demands: Sequence[Demand], reply: Any) -> str:
+        if reply is None:
+            return self._decide_alone(demands)
+        number, milliseconds = map(int, reply)
+        if number < 0:
+            if self._line is not None:
+                self._line.fail(StoreError(LEASE_OVER))
+            return self._decide_alone(demands)
+        if number == 0:
+            self._count(demands)
+            return ""
+        demand = demands[number - 1]
+        self._refuse(demand.key, milliseconds / 1000 if milliseconds else REFUSED_SECONDS, demand.refusal)
+        return demand.refusal
 
     def _refuse(self, key: str, seconds: float, refusal: str) -> None:
         while len(self._refused) >= MOST_REFUSED:
@@ -424,7 +437,7 @@ class Store:
 
     def _renewed(self, line: Line, reply: Any) -> None:
         if reply == 0:
-            line.fail(StoreError("the lease was over, or somebody has deleted it"))
+            line.fail(StoreError(LEASE_OVER))
 
     # -- away and back -----------------------------------------------------------------------------------------------
 

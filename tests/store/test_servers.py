@@ -272,6 +272,26 @@ def test_proxies_share_the_connections_of_a_user(proxies, connect, in_thread):
         wait_until(again)
 
 
+def test_a_reload_of_a_single_process_goes_on_with_the_same_redis(proxies, connect, in_thread, caplog):
+    one, two = proxies("client_connections = 1")
+    first = connect(one)
+    first.sendall(b"\x05\x01\x00")
+    assert in_thread(first.recv, 2) == b"\x05\x00"
+    url = two.handler.store_settings.url
+    old = two.handler
+    two.handler = make_proxy(
+        parse_config(CONFIG.format(url=url, auth="", limits="client_connections = 1", hash=QUICK))
+    ).handler
+    old.retire(two.handler)
+    second = connect(two)
+    second.sendall(b"\x05\x01\x00")
+    assert in_thread(second.recv, 2) == b"\x05\xff"
+    assert "shared_limits" not in caplog.text
+    text = CONFIG.format(url="redis://127.0.0.1:1", auth="", limits="", hash=QUICK)
+    two.handler = make_proxy(parse_config(text)).handler
+    assert "shared_limits: only a restart, or a reload of worker processes, can change it" in caplog.text
+
+
 def test_who_guesses_passwords_is_refused_by_all_proxies(proxies, connect, in_thread, monkeypatch):
     monkeypatch.setattr("gtcpserver.proxy.passwords.FIRST_DELAY", 0.0)
     one, two = proxies("rate = 1000000", " with auth staff")
