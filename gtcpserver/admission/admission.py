@@ -87,6 +87,8 @@ class Admission:
                 self._handshake_failed,
                 handshake_failures,
             )
+        #: The step behind the limits.
+        self._go_on = self._hand_over if self._handshakes is None else self._handshakes.begin
 
     # -- the way of a connection, in the hub -------------------------------------------------------------------------
 
@@ -124,9 +126,9 @@ class Admission:
                 self._fail(connection, "client_denied", "no memory")
                 raise
             if self._limits.asks_store:
-                self._ask_store(self._limits, connection, address)  # and then _begin_handshake
+                self._ask_store(self._limits, connection, address)  # and then _go_on
                 return
-        self._begin_handshake(connection)
+        self._go_on(connection)
 
     def _ask_store(self, limits: ClientLimits, connection: Connection, address: Any) -> None:
         try:
@@ -148,16 +150,10 @@ class Admission:
             return
         self._asked_about.remove(connection)
         if refusal is None:
-            self._begin_handshake(connection)
+            self._go_on(connection)
         else:
             del self._counted_as[connection]
             self._fail(connection, refusal, "", reset=True)
-
-    def _begin_handshake(self, connection: Connection) -> None:
-        if self._handshakes is not None:
-            self._handshakes.begin(connection)  # and then _hand_over
-        else:
-            self._hand_over(connection)
 
     def _handshake_failed(self, connection: Connection, kind: str) -> None:
         self.left(connection)

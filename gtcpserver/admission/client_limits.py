@@ -73,6 +73,8 @@ class ClientLimits:
         self._name = b""
         self._store: Store | None = None
         self._store_name = ""
+        #: For this package: `enter` is to be followed by `confirm`.
+        self.asks_store = False
         self.refused: Counter[str] = Counter()
 
     @property
@@ -116,6 +118,7 @@ class ClientLimits:
         if self._connections is not None or self._rate is not None:
             self._store = store
             self._store_name = name
+            self.asks_store = True
 
     def enter(self, address: Any) -> Refusal | None:
         """Count a new connection of a client, if its limits allow it.
@@ -146,7 +149,8 @@ class ClientLimits:
             return "client_connections"
         if self._rate is not None and not self._take_token(key, self._rate):
             return "client_rate"
-        self._count(key)
+        if self._connections is not None:
+            self._open[key] = self._open.get(key, 0) + 1
         return None
 
     def _count(self, key: ClientKey) -> None:
@@ -156,14 +160,6 @@ class ClientLimits:
             self._open[key] = self._open.get(key, 0) + 1
 
     # -- limits of all machines --------------------------------------------------------------------------------------
-
-    @property
-    def asks_store(self) -> bool:
-        """Whether `enter` is to be followed by `confirm`.
-
-        :meta private:
-        """
-        return self._store is not None
 
     def demands(self, address: Any) -> list[Demand]:
         """Return what to ask the store about a client; nothing: no store counts it.
@@ -255,25 +251,15 @@ class ClientLimits:
             self._store.count(self.demands(address))
         return None
 
-    def leave(self, address: Any) -> None:
+    def leave(self, address: Any, confirmed: bool = True) -> None:
         """Stop counting a connection that has ended.
 
         Args:
             address: the address given to `enter`.
+            confirmed: for this package: False if the store has not admitted it.
         """
-        self._leave_here(address)
-        if self._store is not None:
+        if self._store is not None and confirmed:
             self._store.leave(self.demands(address))
-
-    def undo_enter(self, address: Any) -> None:
-        """Undo `enter`: the store has not confirmed the connection.
-
-        :meta private:
-        """
-        self._leave_here(address)
-        self._give_back_here(address)
-
-    def _leave_here(self, address: Any) -> None:
         if self._connections is None or not isinstance(address, tuple):
             return
         key = client_key(as_ip(address[0]))
@@ -283,6 +269,14 @@ class ClientLimits:
         left = self._open.pop(key, 0) - 1
         if left > 0:
             self._open[key] = left
+
+    def undo_enter(self, address: Any) -> None:
+        """Undo `enter`: the store has not confirmed the connection.
+
+        :meta private:
+        """
+        self.leave(address, confirmed=False)
+        self._give_back_here(address)
 
     def move(self, address: Any, client: Any) -> Refusal | None:
         """Count a connection as another client's: the header of a balancer named the client. May wait for the store.
