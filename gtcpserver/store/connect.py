@@ -83,6 +83,11 @@ def _connected(settings: StoreSettings, host: str, port: int, of_sentinel: bool 
 _classes: list[Any] = []
 
 
+def load_library() -> None:
+    """Import redis-py, which takes 0.1 s of CPU: not while a connection waits."""
+    _connection_class()
+
+
 def _connection_class() -> Any:
     """Return the class of connections, made when it is first needed: redis-py is an extra."""
     if not _classes:

@@ -22,7 +22,7 @@ from gevent.hub import get_hub
 from gtcpserver.diagnostics.logs import FaultLimiter, also
 from gtcpserver.shared.column import Column
 
-from .connect import StoreError
+from .connect import StoreError, load_library
 from .line import Line
 from .scripts import ANNOUNCE, CHANGE, ENTER, GIVE_BACK, LEAVE, RENEW, RENEW_SECONDS, WRONG
 from .settings import StoreSettings
@@ -148,6 +148,7 @@ class Store:
     def start(self) -> None:
         """Connect, and stay connected. Waits for the first attempt, at most START_SECONDS."""
         if self._greenlet is None and not self._closed:
+            load_library()
             self._timer = get_hub().loop.timer(RENEW_SECONDS, RENEW_SECONDS, ref=False)
             self._timer.start(self.renew)
             self._greenlet = gevent.spawn(self._run)
