@@ -7,6 +7,7 @@ cdef int _NONBLOCK
 # It refers to its socket object, which refers to nothing.
 @cython.no_gc
 cdef class AcceptedSocket:
+    cdef bint _begun
     cdef object _made
     cdef readonly int family, fd, proto, type
     cdef readonly bint shown

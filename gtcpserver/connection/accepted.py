@@ -18,6 +18,9 @@ _RawSocket = _Socket._gevent_sock_class  # noqa: SLF001 - gevent's
 _NONBLOCK = int(socket.SOCK_NONBLOCK)
 
 
+_OWN = frozenset({"_begun", "_made", "fd"})
+
+
 class AcceptedSocket:
     """A descriptor in place of a socket object, which is made when something asks for what only that has.
 
@@ -29,7 +32,7 @@ class AcceptedSocket:
         shown: somebody else has the descriptor's number and may have watchers on it.
     """
 
-    __slots__ = ("_made", "family", "fd", "proto", "shown", "type")
+    __slots__ = ("_begun", "_made", "family", "fd", "proto", "shown", "type")
 
     def __init__(self, family: int, type: int, proto: int, fd: int) -> None:
         self.set_up(family, type, proto, fd)
@@ -42,6 +45,7 @@ class AcceptedSocket:
         self.family = family
         self.type = type
         self.proto = proto
+        self._begun = True
 
     def fileno(self) -> int:
         """Return the descriptor; -1: it is closed or given away."""
@@ -76,14 +80,17 @@ class AcceptedSocket:
         return self._made
 
     def __getattr__(self, name: str) -> Any:
+        if name in _OWN:  # never set up
+            raise AttributeError(name)
         return getattr(self.made(), name)
 
     def __repr__(self) -> str:
         return repr(self.made())
 
     def __del__(self) -> None:
-        # Dropped without a close: a socket object warns of it (ResourceWarning), and closes the descriptor.
-        if self.fd >= 0:
+        # Dropped without a close: a socket object warns of it (ResourceWarning), and closes the descriptor. (Compiled,
+        # the `fd` of one that was never set up is 0.)
+        if self._begun and self.fd >= 0:
             try:
                 self.made()
             except BaseException:
