@@ -1,11 +1,17 @@
 """The errors of this library. Errors of the operating system stay OSErrors."""
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     GreenletExit = BaseException  # greenlet is not typed
 else:
     from greenlet import GreenletExit
+
+
+#: Descriptors or memory ran out on this host, and the same call would fail again at once. No peer is to blame, and no
+#: other peer would be reached.
+CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class GtcpServerError(Exception):

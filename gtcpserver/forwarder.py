@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -17,7 +16,7 @@ from .connection.connect import connect
 from .connection.connection import Connection
 from .connection.proxy_header import ProxyVersion, check_version, header_of
 from .diagnostics.logs import own_logger
-from .errors import ConfigError
+from .errors import CAPACITY_ERRNOS, ConfigError
 from .plural import counted
 from .transfer import relay
 
@@ -32,9 +31,6 @@ LONGEST_PAUSE = 30.0
 
 #: Name of the target's address in a session.
 _TARGET = "target"
-
-# Local failures, which any other target would hit too.
-_OUR_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass
@@ -128,7 +124,7 @@ class Forwarder:
             try:
                 upstream = self._connect(target, conn)
             except OSError as error:
-                if error.errno in _OUR_OWN_TROUBLE:
+                if error.errno in CAPACITY_ERRNOS:  # which any other target would hit too
                     conn.abort()
                     raise
                 # If many clients found it down at once, each would double the pause.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import random
 import ssl
 from time import monotonic
@@ -16,13 +15,10 @@ from gtcpserver.checks import check_number
 from gtcpserver.errors import ConfigError
 
 from .connect import connect
-from .connection import Connection
+from .connection import Connection, check_connection_class
 
 #: Seconds to the second attempt. Each further pause is twice the last one.
 FIRST_PAUSE = 0.1
-
-#: Failures of this system, which say nothing about the peer.
-OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class BackOff:
@@ -91,8 +87,7 @@ class Dial:
             raise ConfigError(
                 f"server_hostname must be a name, or None for that of the address, got {server_hostname!r}"
             )
-        if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):
-            raise ConfigError(f"connection_class must be a subclass of Connection, got {connection_class!r}")
+        check_connection_class(connection_class)
         if server_hostname is None and parsed.kind == "tcp":
             server_hostname = parsed.host
         if tls is not None and tls.check_hostname and server_hostname is None:

@@ -814,6 +814,12 @@ _get_readers = vars(Connection)["_readers"].__get__
 _get_session: Callable[[Connection], Session] = vars(Connection)["_session"].__get__
 
 
+def check_connection_class(value: Any) -> None:
+    """Raise ConfigError unless an option ``connection_class`` is Connection or a class derived from it."""
+    if not (isinstance(value, type) and issubclass(value, Connection)):
+        raise ConfigError(f"connection_class must be a subclass of Connection, got {value!r}")
+
+
 def readers_of(connection: Connection) -> list[Any]:
     """Return references to the files of ``makefile`` that may read ahead."""
     try:

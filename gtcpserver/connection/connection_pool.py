@@ -16,10 +16,10 @@ from gevent.lock import Semaphore
 from gevent.monkey import get_original
 
 from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.errors import ConfigError, GtcpServerError
+from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError, GtcpServerError
 from gtcpserver.process.forked import close_in_child, keep
 
-from .back_off import OUR_OWN, BackOff, Dial
+from .back_off import BackOff, Dial
 from .connection import Connection
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class ConnectionPool:
             try:
                 conn = self._dial()
             except OSError as error:
-                if error.errno in OUR_OWN:
+                if error.errno in CAPACITY_ERRNOS:
                     raise
                 self.failed += 1
                 back_off.failed(error, failures)

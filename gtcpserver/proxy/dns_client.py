@@ -18,6 +18,7 @@ from typing import Any
 import gevent
 import gevent.socket
 
+from gtcpserver.errors import CAPACITY_ERRNOS
 from gtcpserver.process.forked import close_in_children
 
 from .dns_message import (
@@ -40,7 +41,7 @@ MOST_WRONG = 8
 MOST_MISSED = 3
 
 #: This host lacks a resource: no fault of a name server, and the next question may succeed.
-_LOCAL = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL))
+_LOCAL = CAPACITY_ERRNOS | {errno.EAGAIN, errno.EADDRNOTAVAIL}
 
 
 class NoReply(TimeoutError):

@@ -18,6 +18,8 @@ from ipaddress import IPv4Address
 
 from gevent import monkey
 
+from gtcpserver.errors import CAPACITY_ERRNOS
+
 from .dial import way_out
 from .source import interfaces
 from .target import IPAddress
@@ -45,7 +47,7 @@ _ERROR = struct.Struct("=i")  # of struct nlmsgerr, after the header
 NO_WAY = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL))
 
 #: The kernel lacks a resource, and the question may succeed the next time.
-_PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR))
+_PASSING = CAPACITY_ERRNOS | {errno.EAGAIN, errno.EINTR}
 
 _LOOPBACK = IPv4Address("127.0.0.1")
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 from urllib.parse import unquote_to_bytes
 
-from gtcpserver.connection.back_off import OUR_OWN
 from gtcpserver.connection.connection import Connection
 from gtcpserver.connection.proxy_header import ProxyVersion, header_of
-from gtcpserver.errors import ConfigError, EarlyEOF, LimitExceeded
+from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError, EarlyEOF, LimitExceeded
 
 from . import socks5
 from .errors import TTL_EXPIRED, BadTarget, LimitReached
@@ -121,7 +120,7 @@ class Upstream:
             else:
                 connection = self.through.connect(self.target, dial, client, hops)
         except OSError as error:
-            if isinstance(error, LimitReached) or error.errno in OUR_OWN:
+            if isinstance(error, LimitReached) or error.errno in CAPACITY_ERRNOS:
                 raise  # not the proxy's fault
             # Without its number: a refusal by the proxy, or one before it, says nothing about the destination.
             why = error.strerror or str(error)

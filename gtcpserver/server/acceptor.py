@@ -14,7 +14,7 @@ from gevent.event import Event
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import own_logger
-from gtcpserver.errors import GtcpServerError
+from gtcpserver.errors import CAPACITY_ERRNOS, GtcpServerError
 from gtcpserver.listening.draining import accept_any_ttl
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import keep, register
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from gtcpserver.listening.listener import Listener
 
 log = own_logger("gtcpserver.accept")
-
-#: Descriptors or memory ran out: another accept would fail at once, so the loop backs off.
-CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 #: The listening socket is closed, or is none. Every other error concerns a single connection, which is lost already
 #: (accept(2), "Error handling": treat like EAGAIN), so the next accept follows without a pause.

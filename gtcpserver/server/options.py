@@ -10,7 +10,7 @@ from gtcpserver.address import check_none_twice
 from gtcpserver.admission.client_limits import ClientLimits
 from gtcpserver.callables import check_handler, check_hook
 from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.connection.connection import Connection
+from gtcpserver.connection.connection import Connection, check_connection_class
 from gtcpserver.errors import ConfigError
 from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.pool.places import check_size
@@ -114,13 +114,12 @@ def _check_numbers(options: dict[str, Any]) -> None:
 
 
 def _check_kinds(listen: Any, options: dict[str, Any]) -> None:
-    on_full, connection_class = options["on_full"], options["connection_class"]
+    on_full = options["on_full"]
     if not isinstance(options["handover"], bool):
         raise ConfigError(f"handover must be True or False, got {options['handover']!r}")
     if on_full not in ("wait", "reject", "close_idle"):
         raise ConfigError(f'on_full must be "wait", "reject" or "close_idle", got {on_full!r}')
-    if not (isinstance(connection_class, type) and issubclass(connection_class, Connection)):
-        raise ConfigError(f"connection_class must be a subclass of Connection, got {connection_class!r}")
+    check_connection_class(options["connection_class"])
     if options["proxy_protocol"] is not None and not isinstance(options["proxy_protocol"], ProxyProtocol):
         raise ConfigError(f"proxy_protocol must be a ProxyProtocol, got {options['proxy_protocol']!r}")
     if options["client_limits"] is not None and not isinstance(options["client_limits"], ClientLimits):

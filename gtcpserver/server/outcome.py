@@ -16,7 +16,15 @@ from gevent.timeout import Timeout
 from gtcpserver.connection.connection import Connection, log_fields_of
 from gtcpserver.connection.stream import MARK, Stream
 from gtcpserver.diagnostics.logs import RECORD_FIELDS, FaultLimiter, fault_key
-from gtcpserver.errors import ClientRefused, DeadlineExceeded, EarlyEOF, LimitExceeded, StartTLSError, TruncatedStream
+from gtcpserver.errors import (
+    CAPACITY_ERRNOS,
+    ClientRefused,
+    DeadlineExceeded,
+    EarlyEOF,
+    LimitExceeded,
+    StartTLSError,
+    TruncatedStream,
+)
 from gtcpserver.proxy_protocol.header import ProxyProtocolError
 
 from .describe import peer
@@ -175,9 +183,7 @@ def log_fault(faults: FaultLimiter, connection: Connection, error: BaseException
 
 #: Errors caused by this system, and by no peer: no memory, no descriptors, a device that cannot be read, an event loop
 #: that cannot watch a descriptor (watcher.py: EIO), a filter of seccomp(2) (ENOSYS, EPERM).
-SYSTEM_ERRNOS = frozenset(
-    {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOSYS, errno.EPERM}
-)
+SYSTEM_ERRNOS = CAPACITY_ERRNOS | {errno.EIO, errno.ENOSYS, errno.EPERM}
 
 
 def system_has_failed(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from collections import deque
 
 from gevent import monkey
 
-from gtcpserver.errors import ConfigError
+from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError
 
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
@@ -49,7 +49,7 @@ def take_listen_fds() -> list[int]:
 
 
 #: Errors that may pass soon: the manager's queue is full, or memory or descriptors ran out here.
-PASSING = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+PASSING = CAPACITY_ERRNOS | {errno.EAGAIN}
 
 #: Maximum number of waiting notifications: one line for each change of state.
 MOST_WAITING = 64
