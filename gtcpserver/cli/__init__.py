@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from gtcpserver.files.lent import read_file
 from gtcpserver.process.standard_descriptors import open_standard_descriptors
 
 from .env_file import BadEnvFile
@@ -72,8 +73,7 @@ def wants_monkey_patch(arguments: Sequence[str], environment: Mapping[str, str] 
 def _read_monkey_patch(path: str) -> bool:
     # Mistakes in the file are reported later.
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = read_file(path)
         if b"monkey_patch" not in text:
             return True
         if sys.version_info >= (3, 11):

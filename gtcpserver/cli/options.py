@@ -131,15 +131,23 @@ class ServerNameType(ParamType):
         return server_name, certfile, keyfile or None
 
 
+#: OpenSSL takes 1,024 bytes (PEM_BUFSIZE); a longer line is some other file's, or endless.
+LONGEST_PASSWORD = 1024
+
+
 class PasswordFileType(ParamType):
     name = "file"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
         try:
             with open(value) as file:
-                return file.readline().rstrip("\n")
-        except (OSError, UnicodeError) as error:
+                line = file.readline(LONGEST_PASSWORD + 1).rstrip("\n")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with NUL
             self.fail(f"cannot read {value!r}: {getattr(error, 'strerror', None) or error}", parameter, context)
+        if len(line) > LONGEST_PASSWORD:
+            message = f"cannot read {value!r}: its first line has more than {LONGEST_PASSWORD} characters"
+            self.fail(message, parameter, context)
+        return line
 
 
 class WorkersType(ParamType):

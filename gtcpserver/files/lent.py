@@ -12,8 +12,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from gtcpserver.process.descriptors import close_descriptor
+
+#: A longer file is some other file, or endless (/dev/zero). The largest useful ones are lists of revoked certificates,
+#: and settings with 100,000s of rules: some 10 MiB.
+LARGEST = 64 * 1024 * 1024
 
 #: Returns a descriptor of a file that may be used; raises OSError.
 Lender = Callable[[str], int]
@@ -44,16 +49,23 @@ def borrow(path: str) -> int:
 
 
 def read_file(path: str) -> bytes:
-    """Return the content of a file. Raise OSError."""
+    """Return the content of a file. Raise OSError: EFBIG if it has more than LARGEST bytes."""
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return _content_of(file, path)
     except PermissionError:
         if _lender is None:
             raise
     # An open() that fails leaves the descriptor open.
     with _borrowed(path) as fd, open(fd, "rb", closefd=False) as file:
-        return file.read()
+        return _content_of(file, path)
+
+
+def _content_of(file: BinaryIO, path: str) -> bytes:
+    content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"it has more than {LARGEST} bytes", path)
+    return content
 
 
 def stat_file(path: str) -> os.stat_result:
