@@ -37,10 +37,15 @@ def load(arguments: Sequence[str], environment: MutableMapping[str, str] = os.en
     Variables that are set already stay. Raise BadEnvFile.
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    path = _path(arguments) or environment.get("GTCPSERVER_ENV_FILE", "")
+    given = _path(arguments)
+    path = environment.get("GTCPSERVER_ENV_FILE", "") if given is None else given
     for name in environment.pop(FROM_FILE, "").split():
         environment.pop(name, None)
-    if not path or command not in COMMANDS or {"-h", "--help"} & {*arguments}:
+    if command not in COMMANDS or {"-h", "--help"} & {*arguments}:
+        return
+    if not path:
+        if given is not None:
+            raise BadEnvFile("must name a file, got ''")
         return
     try:
         with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
@@ -55,8 +60,8 @@ def load(arguments: Sequence[str], environment: MutableMapping[str, str] = os.en
         environment[FROM_FILE] = " ".join(new)
 
 
-def _path(arguments: Sequence[str]) -> str:
-    path = ""
+def _path(arguments: Sequence[str]) -> str | None:
+    path = None
     for place, argument in enumerate(arguments):
         if argument == "--env-file" and place + 1 < len(arguments):
             path = arguments[place + 1]

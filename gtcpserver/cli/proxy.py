@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, get_args
 
 import click
 
+from gtcpserver.address import parse_address
 from gtcpserver.errors import ConfigError
 from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
@@ -19,13 +21,15 @@ from .serve import process_options, serve_with
 from .settings import SettingsGroup, obey_environment, warn_at_start
 
 try:
-    from gtcpserver.proxy.build import check_closed
+    from gtcpserver.proxy.build import check_closed, make_external
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.config_text import config_text
     from gtcpserver.proxy.gate import COMMANDS
     from gtcpserver.proxy.handler import Speaks
-    from gtcpserver.proxy.passwords import hash_password
+    from gtcpserver.proxy.passwords import hash_password, read_htpasswd
+    from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
     from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
+    from gtcpserver.proxy.upstream import parse_upstream
 except ModuleNotFoundError as missing:
     raise RunError(f"the proxy needs {missing.name}: pip install 'gtcpserver[proxy]'") from None
 
@@ -105,12 +109,10 @@ def proxy(context: click.Context, /, config: str | None, print_config: bool, **o
     """
     if context.invoked_subcommand is not None:
         return
-    given = {name: options[name] for name in NOT_BESIDE_CONFIG if options[name]}
-    given |= {name: True for name in ("redact", "allow_open", "access_log_style") if was_given(context, name)}
+    beside = (*NOT_BESIDE_CONFIG, "redact", "allow_open", "access_log_style")
+    given = [name for name in beside if was_given(context, name)]
     if config is not None and given:
-        raise click.UsageError(
-            f"{FLAGS.get(name := next(iter(given)), flag(name))}: cannot be used together with --config"
-        )
+        raise click.UsageError(f"{FLAGS.get(given[0], flag(given[0]))}: cannot be used together with --config")
     if config is not None and print_config:
         raise click.UsageError("--print-config: cannot be used together with --config")
     options = _with_secrets(options)
@@ -189,13 +191,17 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         for speaks in get_args(Speaks)
         for number, address in enumerate(options[speaks])
     ]
+    for _, speaks, address in places:
+        _checked(flag(speaks), parse_address, address)
+    external = "auto" if options["external"] is None else options["external"]
+    _checked("--external", make_external, ListenerTable(external=external))
     listeners = [
         ListenerTable(
             name=name,
             listen=address,
             speaks=speaks,
             commands=list(options["allow_command"] or COMMANDS),
-            external=options["external"] or "auto",
+            external=external,
         )
         for name, speaks, address in places or [("default", "mixed", DEFAULT_LISTEN)]
     ]
@@ -206,7 +212,12 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
             raise click.UsageError(f"--user: must be NAME:PASSWORD, got {name + ':...' if colon else text!r}")
         _check_utf8("--user", text)
         users[name] = hash_password(password.encode())
-    has_users = bool(users or options["htpasswd"])
+    htpasswd = options["htpasswd"]
+    if htpasswd is not None:
+        if not htpasswd:
+            raise click.UsageError("--htpasswd: must name a file, got ''")
+        _checked("--htpasswd", read_htpasswd, htpasswd)
+    has_users = bool(users or htpasswd)
     with_auth = f" with auth {USERS}" if has_users else ""
     clients = [f"allow from {network} to any{with_auth}" for network in options["allow_client"]]
     if has_users and not clients:
@@ -215,26 +226,48 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         clients = ["allow any"]
     destinations = [f"deny {what}" for what in options["deny_destination"]]
     destinations += [f"allow {what}" for what in options["allow_destination"] or (["any"] if destinations else [])]
+    for name, parse, rules in (
+        ("allow_client", parse_client_rule, clients),
+        ("deny_destination", parse_destination_rule, destinations),
+        ("allow_destination", parse_destination_rule, destinations[len(options["deny_destination"]) :]),
+    ):
+        for rule, _ in zip(rules, options[name], strict=False):
+            _checked(flag(name), parse, rule)
     upstream = options["upstream"]
+    if upstream is not None:
+        said_by = "--upstream" if options["upstream_file"] is None else "--upstream-file"
+        _checked(said_by, lambda url: parse_upstream(UPSTREAM, url), upstream)
     return ProxyConfig(
         listener=listeners,
         rules=RulesTable(
             clients=clients or None,
             destinations=destinations or None,
-            upstreams=[f"through {UPSTREAM} any"] if upstream else [],
+            upstreams=[] if upstream is None else [f"through {UPSTREAM} any"],
         ),
-        auth={USERS: AuthTable(users=users, htpasswd=options["htpasswd"])} if has_users else {},
-        upstream={UPSTREAM: UpstreamTable(url=upstream)} if upstream else {},
+        auth={USERS: AuthTable(users=users, htpasswd=htpasswd)} if has_users else {},
+        upstream={} if upstream is None else {UPSTREAM: UpstreamTable(url=upstream)},
         log=LogTable(style=options["access_log_style"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
+
+
+def _checked(option: str, check: Callable[[Any], object], value: Any) -> None:
+    """Call a check of one option's value. Raise click.UsageError, which names the option and not our word for it."""
+    try:
+        check(value)
+    except (ConfigError, ValueError) as error:
+        raise click.UsageError(f"{option}: {_OUR_WORDS.sub('', str(error), 1)}") from None
+
+
+#: What messages about a configuration call the values of options.
+_OUR_WORDS = re.compile(rf"^(?:external|address|the url of upstream '{UPSTREAM}') (?=must )")
 
 
 def _with_secrets(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options, with the contents of files. These are read once: workers may not be able to, and standard
     input ends."""
     users, url = options["user_file"], options["upstream_file"]
-    if url is not None and options["upstream"]:
+    if url is not None and options["upstream"] is not None:
         raise click.UsageError("--upstream-file: cannot be used together with --upstream")
     if users == url == STANDARD_INPUT:
         raise click.UsageError("--upstream-file: standard input is read by --user-file")

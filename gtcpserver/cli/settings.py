@@ -165,7 +165,7 @@ def settings_of(command: click.Command) -> list[click.Parameter]:
 
 
 def _read_into(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
-    if not path or context.resilient_parsing:
+    if path is None or context.resilient_parsing:
         return
     try:
         from gtcpserver.files.toml_file import Lines, parse_text, read_text
