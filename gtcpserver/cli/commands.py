@@ -160,9 +160,23 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename is None and _is_folder_gone():
+            # From getcwd(), called in many places, by os.path.abspath among others.
+            complain("the working directory does not exist any more: change to one that does")
+            return 1
         # The system refused a call that hardly ever fails, and has no message of its own: getrandom(2), for one.
         complain(f"{type(error).__name__}: {error} ({_place(error)})")
         return 1
+
+
+def _is_folder_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _place(error: BaseException) -> str:

@@ -30,6 +30,7 @@ def configure_log(context: click.Context) -> None:
 def configure(path: str) -> None:
     """Configure logging by a file; what it does not name stays as it is. Raise click.UsageError and RunError."""
     config = {"version": 1, "disable_existing_loggers": False, **_read(path)}
+    _check_tables(config, path)
     try:
         logging.config.dictConfig(config)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
@@ -37,6 +38,23 @@ def configure(path: str) -> None:
         raise click.UsageError(f"{NAME}: {path}: {error}{why}") from None
     except OSError as error:  # a file of a handler
         raise RunError(f"{NAME}: {path}: {error}") from None
+
+
+def _check_tables(config: dict[str, Any], path: str) -> None:
+    """Check what must be a table: dictConfig's own errors about it name no key. Raise click.UsageError."""
+    told = []
+    for key in ("formatters", "filters", "handlers", "loggers"):
+        table = config.get(key, {})
+        tables = {key: table} | ({f"{key}.{name}": one for name, one in table.items()} if _is_table(table) else {})
+        told += [(name, one) for name, one in tables.items() if not _is_table(one)]
+    if not _is_table(config.get("root", {})):
+        told.append(("root", config["root"]))
+    for name, value in told:
+        raise click.UsageError(f"{NAME}: {path}: {name} must be a table, got {value!r}")
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _read(path: str) -> dict[str, Any]:
