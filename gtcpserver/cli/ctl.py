@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gtcpserver.errors import ConfigError
-from gtcpserver.monitoring.selection import Selection
+from gtcpserver.monitoring.selection import ID, Selection
 from gtcpserver.plural import counted
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.control import ControlError, ask
@@ -32,6 +32,10 @@ ANSWER_SECONDS = 10.0
 
 #: Seconds to wait for a reload, an upgrade or another number of workers: new workers must start.
 WORK_SECONDS = UPGRADE_SECONDS + 30.0
+
+#: IDs of connections in one request: of 33 characters at most, they are half of what a master reads
+#: (`supervisor.control.MAX_REQUEST`).
+IDS_AT_ONCE = 500
 
 #: Path of the control socket, and seconds to wait for an answer; None: no limit; "": each command's default.
 Where = tuple[str | None, float | str | None]
@@ -220,13 +224,20 @@ def check_selection(user: str | None, client: str | None, destination: str | Non
 def end(where: Where, /, ids: tuple[str, ...], **selection: Any) -> None:
     """End connections by their IDs, as `connections` prints them, or by user, client and destination."""
     check_selection(**selection)
+    for one in ids:
+        if not ID.fullmatch(one):
+            raise click.UsageError(f"ID: must be as `connections` prints them, got {one!r}")
     if not ids and not any(selection.values()):
         raise click.UsageError("say which connections to end: an ID, --user, --client or --destination")
-    answer = request(where, "end", ids=list(ids) or None, **selection)
-    click.echo(f"ended {counted(answer['ended'], 'connection')}")
-    if answer["missing"]:
-        raise RunError(f"workers that did not answer: {', '.join(map(str, answer['missing']))}")
-    if not answer["ended"]:
+    ended, missing = 0, set[int]()
+    for place in range(0, max(1, len(ids)), IDS_AT_ONCE):
+        answer = request(where, "end", ids=list(ids[place : place + IDS_AT_ONCE]) or None, **selection)
+        ended += answer["ended"]
+        missing.update(answer["missing"])
+    click.echo(f"ended {counted(ended, 'connection')}")
+    if missing:
+        raise RunError(f"workers that did not answer: {', '.join(map(str, sorted(missing)))}")
+    if not ended:
         sys.exit(1)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from time import monotonic
 from typing import Any
 
@@ -14,7 +15,7 @@ from greenlet import GreenletExit
 
 from gtcpserver.connection.connection import Connection, log_fields_of
 from gtcpserver.errors import ConfigError
-from gtcpserver.networks import IPNetwork, unmapped
+from gtcpserver.networks import IPNetwork, parse_network, unmapped
 from gtcpserver.server.describe import peer, printed
 from gtcpserver.server.server import Server
 
@@ -27,6 +28,10 @@ TOLD = ("user", "listener", "destination", "upstream")
 
 #: Characters of one of these.
 LONGEST = 255
+
+
+#: The form of an ID (`id_of`).
+ID = re.compile(r"[0-9]{1,10}\.[0-9]{1,10}\.[0-9a-f]{1,8}")
 
 
 class EndedByOperator(GreenletExit):  # type: ignore[misc]  # greenlet is untyped
@@ -62,7 +67,7 @@ class Selection:
         if ids is not None and not (isinstance(ids, list) and all(isinstance(one, str) for one in ids)):
             raise ConfigError(f"ids must be a list of texts, got {ids!r}")
         try:
-            network = None if client is None else ip_network(client)
+            network = None if client is None else parse_network(client)
         except ValueError as error:
             raise ConfigError(f"client must be an address or a network, got {client!r} ({error})") from None
         return cls(fields.get("user"), network, fields.get("destination"), None if ids is None else frozenset(ids))
@@ -73,14 +78,13 @@ class Selection:
         return self == Selection()
 
     def has(self, connection: Connection, told: dict[str, str | None]) -> bool:
-        """Return whether a connection is meant.
+        """Return whether a connection is meant, if its ID is.
 
         Args:
             told: what its handler tells of it.
         """
         return (
-            (self.ids is None or id_of(connection) in self.ids)
-            and (self.user is None or told["user"] == self.user)
+            (self.user is None or told["user"] == self.user)
             and (self.client is None or _is_in(connection.client_address, self.client))
             and (self.destination is None or _leads_to(told["destination"], self.destination.lower()))
         )
@@ -126,10 +130,10 @@ def selected(server: Server, selection: Selection) -> Iterator[tuple[Connection,
 
     Yields to the event loop regularly, so that the server goes on.
     """
-    connections = server.connections()
+    connections, ids = server.connections(), selection.ids
     for number, connection in enumerate(list(connections), 1):
         greenlet = connections.get(connection)
-        if greenlet is not None:  # it has not ended during a pause
+        if greenlet is not None and (ids is None or id_of(connection) in ids):  # it has not ended during a pause
             told = told_of(connection)
             if selection.has(connection, told):
                 yield connection, greenlet, told

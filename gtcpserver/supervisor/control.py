@@ -29,8 +29,9 @@ log = logging.getLogger("gtcpserver")
 
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
-#: Maximum bytes of a request line; a request is a command and a number.
-MAX_REQUEST = 4096
+#: Maximum bytes of a request line: with this many, and each character escaped, it still fits into a message to the
+#: workers (`messages.MAX_BYTES`).
+MAX_REQUEST = 32 * 1024
 #: Maximum number of clients at once; beyond it, a silent one is closed.
 MAX_CLIENTS = 16
 #: Seconds for a client to send its line.
@@ -242,7 +243,8 @@ def ask(path: str, request: dict[str, Any], timeout: float | None = None) -> dic
         sock.settimeout(timeout)
         try:
             sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.sendall(json.dumps(request).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it closed
+                sock.sendall(json.dumps(request).encode() + b"\n")
             with sock.makefile("rb") as lines:
                 line = lines.readline()
                 answer = json.loads(line) if line else {}
