@@ -5,9 +5,10 @@ second all clients in that state are polled for errors and ends; a request that 
 on a dict.
 
 A reset is a departure. An end (FIN) may be half-close: the client has sent its request, and still reads. Whether it
-does is only known by sending it something: the system of a client that is gone answers with a reset. HTTP has something
-to send that changes nothing: an interim response, or a leading zero of the next chunk's size. SOCKS has nothing; its
-clients, and those of TLS, do not end before they are served, except for one that has sent all of its data ahead.
+does is only known by sending it something: the system of a client that is gone answers with a reset. There is something
+to send that changes nothing: an interim response of HTTP, a leading zero of the next chunk's size, the first byte of
+SOCKS's reply, which is the same whatever the reply says. Over TLS there is nothing: such clients do not end before they
+are served, except for one that has sent all of its data ahead.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ class Presence:
     """The ``with`` block in which a client's departure raises Cut. Reusable; the blocks of a client do not nest.
 
     Attributes:
-        probe: bytes that can be sent now without changing what the client gets; b"": nothing, so that a half-closed
-            client is believed; None: a client does not end before it is served.
+        probe: bytes that can be sent now without changing what the client gets (see `rest_of`); b"": nothing, so that a
+            half-closed client is believed; None: a client does not end before it is served.
+        sent: number of bytes of the probe that were sent.
     """
 
-    __slots__ = ("_departures", "conn", "ended_at", "greenlet", "probe", "was_probed")
+    __slots__ = ("_departures", "conn", "ended_at", "greenlet", "probe", "sent", "was_probed")
 
     def __init__(self, departures: Departures, conn: Connection, probe: bytes | None = None) -> None:
         self._departures = departures
@@ -72,6 +74,7 @@ class Presence:
         self.probe = probe
         self.ended_at: float | None = None
         self.was_probed = False
+        self.sent = 0
         self.greenlet: Any = None
 
     def __enter__(self) -> Presence:
@@ -82,6 +85,11 @@ class Presence:
             departures.look_later()
         departures.awaited[self] = None
         return self
+
+    def rest_of(self, answer: bytes) -> bytes:
+        """Return what is left to send of an answer whose beginning is the probe."""
+        sent, self.sent = self.sent, 0
+        return answer[sent:]
 
     def __exit__(self, *error: object) -> None:
         self._departures.awaited.pop(self, None)
@@ -169,7 +177,9 @@ class Departures:
                 self._dismiss(presence, "closed by the client")
         elif presence.probe and not presence.was_probed and conn.stream.writer() is None:
             presence.was_probed = True
-            if _send(conn, presence.probe):
+            sent = _send(conn, presence.probe)
+            if sent is not None:
+                presence.sent = sent
                 return ROUND_TRIP
             self._dismiss(presence, "reset by the client")
         return INTERVAL
@@ -187,17 +197,17 @@ def _has_more(conn: Connection) -> bool:
         return False
 
 
-def _send(conn: Connection, probe: bytes) -> bool:
-    """Send a probe; return whether the client may still get all it is sent."""
+def _send(conn: Connection, probe: bytes) -> int | None:
+    """Send a probe; return its size, or 0 if it has to wait; None: the client does not get all it is sent."""
     stream = conn.stream
     try:
         sent: int = stream.sock.send(probe, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except BlockingIOError:
-        return True  # the data before it, which is still on its way, does the same
+        return 0  # the data before it, which is still on its way, does the same
     except OSError:
-        return False
+        return None
     stream.bytes_sent += sent
-    return sent == len(probe)
+    return sent if sent == len(probe) else None
 
 
 def _probe_often(conn: Connection) -> None:

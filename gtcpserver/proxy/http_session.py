@@ -255,9 +255,13 @@ class HttpSession:
             raise HttpError(413, f"The body of a request must have at most {most} bytes here.")
 
     def _connect(self, head: Head) -> None:
-        self._visitor.hops = hops_in(head)
-        with self._visitor.presence:
-            upstream = open_connection(self._visitor, connect_target(head))[0]
+        visitor = self._visitor
+        visitor.hops = hops_in(head)
+        try:
+            with visitor.presence:
+                upstream = open_connection(visitor, connect_target(head))[0]
+        finally:
+            visitor.hops = 0  # of this request alone: another one may follow a failed CONNECT
         with upstream:
             # Neither Content-Length nor Transfer-Encoding (RFC 9110 section 9.3.6). Bytes behind the head were put
             # back: the tunnel begins with them.

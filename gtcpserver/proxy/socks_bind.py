@@ -52,9 +52,11 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     """
     record = visitor.record
     record.asked = str(target)
+    presence = visitor.presence
+    presence.probe = answer(None, None)[:1]
     try:
         visitor.check_limits()
-        with visitor.presence:
+        with presence:
             upstream, found = visitor.upstream_to(target)
             if upstream is not None:
                 raise Denied("the other proxy is not asked for BIND")
@@ -62,11 +64,11 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
             expected = visitor.allowed_addresses(Target(target.host, target.port or 1, target.ip), found)
         with _listen(visitor, visitor.in_reach(expected)[0]) as listening:
             host, port = listening.getsockname()[:2]
-            conn.sendall(answer(None, (unmapped(ip_address(host)), port)))
+            conn.sendall(presence.rest_of(answer(None, (unmapped(ip_address(host)), port))))
             connection, peer = _wait_for(conn, listening, set(expected), visitor.gate.timeouts.connect)
     except Denied as error:
         record.result, record.detail = "destination_denied", str(error)
-        conn.sendall(answer(error, None))
+        conn.sendall(presence.rest_of(answer(error, None)))
         return None
     except ClientLeft as error:
         record.result, record.detail = "client_left", str(error)
@@ -74,7 +76,7 @@ def serve_bind(conn: Connection, visitor: Visitor, target: Target, answer: Answe
     except OSError as error:
         record.result = "connect_timeout" if isinstance(error, NobodyCame) else result_of(error)
         record.detail = error.strerror or str(error)
-        conn.sendall(answer(error, None))
+        conn.sendall(presence.rest_of(answer(error, None)))
         return None
     record.connected = str(Target(str(peer[0]), peer[1], peer[0]))
     visitor.opened = Target(target.host, target.port or 1, target.ip), peer[0], visitor.found

@@ -198,15 +198,17 @@ def _connect(
     granted: object,
     failed: Callable[[Exception], object],
 ) -> None:
+    presence = visitor.presence
+    presence.probe = write(granted)[:1]
     try:
-        with visitor.presence:
+        with presence:
             upstream = visitor.open(target)
     except (Denied, OSError) as error:
-        conn.sendall(write(failed(error)))
+        conn.sendall(presence.rest_of(write(failed(error))))
         return
     with upstream:
         bound = _bound_address(upstream) if visitor.gate.show_bound_address else None
-        conn.sendall(write(granted, bound))
+        conn.sendall(presence.rest_of(write(granted, bound)))
         tunnel(conn, upstream, visitor)
 
 
