@@ -261,7 +261,8 @@ class Relay(Move):
 
     def _note(self, reason: Reason, error: OSError) -> None:
         if self._broken is None:
-            self._reason, self._broken = reason, error
+            # Its traceback has this object's frames: a cycle, which would keep both connections for the collector.
+            self._reason, self._broken = reason, error.with_traceback(None)
 
     def _finish_if_done(self) -> None:
         there, back = self.flows
