@@ -10,6 +10,8 @@ from typing import Any
 from gevent.hub import Waiter, get_hub
 from gevent.timeout import Timeout
 
+from gtcpserver.checks import check_whole_number
+
 _NO_LIMIT = sys.maxsize
 
 
@@ -106,6 +108,5 @@ class Places:
 
 
 def check_size(size: int | None) -> None:
-    """Raise ValueError unless ``size`` is None or a whole number from 0."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-        raise ValueError(f"pool size must be a whole number from 0, or None for no limit, got {size!r}")
+    """Raise ConfigError unless ``size`` is None or a whole number from 0."""
+    check_whole_number("pool size", size, least=0, none="for no limit")

@@ -33,7 +33,7 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
             makes new ones, each at 5.6 us of CPU instead of 2.4. A kept one takes about 8 KiB.
 
     Raises:
-        ValueError: size or keep is negative or not a whole number.
+        ConfigError: size or keep is negative or not a whole number.
     """
 
     def __init__(self, size: int | None = DEFAULT_SIZE, keep: int = 0) -> None:

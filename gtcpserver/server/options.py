@@ -134,10 +134,7 @@ def _make_store(url: str | None, on_failure: OnStoreFailure, timeout: float) -> 
 
 
 def _make_pool(size: int | None) -> HandlerPool:
-    try:
-        check_size(size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_size(size)
     if size == 0:
         raise ConfigError("pool must have at least 1 place, or None for no limit, got 0")
     return HandlerPool(size)
