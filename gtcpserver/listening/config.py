@@ -16,6 +16,7 @@ from typing import Any
 
 from gevent import monkey
 
+from gtcpserver.checks import shown
 from gtcpserver.errors import ConfigError
 
 # The real class: in a monkey-patched program socket.socket is gevent's, which creates an event loop, even in a master.
@@ -149,7 +150,7 @@ class ListenConfig:
         # bool is an int in Python: fast_open=True would be a queue of one.
         if type(value) is not int or not lowest <= value <= highest:
             raise ConfigError(
-                f"{name} must be a whole number from {lowest} to {highest}{' or None' * optional}, got {value!r}"
+                f"{name} must be a whole number from {lowest} to {highest}{' or None' * optional}, got {shown(value)}"
             )
 
     def _check_seconds(self, name: str, highest: float) -> None:

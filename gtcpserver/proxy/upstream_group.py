@@ -31,6 +31,10 @@ log = logging.getLogger("gtcpserver")
 Strategy = Literal["first", "round-robin", "least-connections", "hash-client"]
 
 
+#: The largest weight. nginx and haproxy have 256 and more; LVS 65,535.
+MOST_WEIGHT = 65_535
+
+
 class Member:
     """An upstream in a group.
 
@@ -49,13 +53,13 @@ class Member:
         self._connections: WeakSet[Any] = WeakSet()
 
     def add(self, connection: Any) -> None:
-        """Count a connection until it is closed."""
+        """Count a connection until it is closed, and dropped by those who use it."""
         self._connections.add(connection)
 
     @property
     def connections(self) -> int:
-        """Return the number of open connections."""
-        return sum(connection.fileno() >= 0 for connection in self._connections)
+        """Return the number of open connections. Takes the same time for any number."""
+        return len(self._connections)
 
     def claim(self, key: str) -> float:
         """Return a number that is smallest for the member that a client belongs to (rendezvous hashing): clients of
@@ -95,10 +99,12 @@ class UpstreamGroup:
     ) -> None:
         if strategy not in get_args(Strategy):
             raise ConfigError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+        if not members:
+            raise ConfigError("members must have at least one upstream, got none")
         if weights and len(weights) != len(members):
-            raise ConfigError(f"weights must have one number for each of {len(members)} members, got {list(weights)}")
+            raise ConfigError(f"weights must have one number for each of {len(members)} members, got {len(weights)}")
         for weight in weights:
-            check_whole_number("weights", weight, least=1)
+            check_whole_number("weights", weight, least=1, most=MOST_WEIGHT)
         check_whole_number("fall", fall, least=1)
         check_whole_number("rise", rise, least=1)
         check_number("check_every", check_every, above=0)
