@@ -165,6 +165,12 @@ def _of_all(stats: Mapping[str, Any]) -> Iterator[Metric]:
         for value, count in sorted(stats.get(field, {}).items()):
             family.add_metric([_printable(value)], count)
         yield family
+    gauges = GaugeMetricFamily(
+        PREFIX + "handler_gauges", "What the handler says about itself at the moment.", labels=["name"]
+    )
+    for name, value in sorted(stats.get("handler_gauges", {}).items()):
+        gauges.add_metric([_printable(name)], value)
+    yield gauges
     staying = GaugeMetricFamily(
         PREFIX + "connections_staying",
         "Connections of workers that leave, by the reason why they have not moved (handover).",

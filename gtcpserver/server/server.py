@@ -97,7 +97,8 @@ class Server:
         handler: called with the :class:`Connection`. It may block: reads, writes, sleeps and, in a monkey-patched
             program, everything else cooperate. Its return value is ignored. Async functions, generators and classes are
             refused. An object may also have ``server_stopped()``, called when the server has stopped, and
-            ``counters``, a mapping of names to numbers that appears in :meth:`stats`.
+            ``counters`` and ``gauges``, mappings of names to whole numbers that appear in :meth:`stats`: counts since
+            the start, and values of the moment.
         listen: options of the listening sockets.
         accept_loops: number of listening sockets, each with an accept loop, for every TCP address. One is best in one
             process: measured, more make no connection faster, and each has a queue of its own to drain at a stop.

@@ -66,6 +66,7 @@ def snapshot(
         handlers=options.pool.places.taken,
         pool_size=options.pool.size,
         handler_counters=_counters_of(handler),
+        handler_gauges=_counters_of(handler, "gauges"),
         uptime=monotonic() - state.started_at if state.started_at else 0.0,
         blocked=blocked,
         blocked_seconds=blocked_seconds,
@@ -77,10 +78,10 @@ def snapshot(
     )
 
 
-def _counters_of(handler: Any) -> dict[str, int]:
-    """Return the counters of a handler; {} if they raise: the server's own counters must stay readable."""
+def _counters_of(handler: Any, attribute: str = "counters") -> dict[str, int]:
+    """Return the counters, or gauges, of a handler; {} if they raise: the server's own must stay readable."""
     try:
-        counters = getattr(handler, "counters", None)
+        counters = getattr(handler, attribute, None)
         # An unrelated attribute may have that name by chance.
         if not isinstance(counters, Mapping):
             return {}
@@ -90,7 +91,7 @@ def _counters_of(handler: Any) -> dict[str, int]:
             if isinstance(name, str) and type(value) is int and abs(value) < LARGEST_COUNTER
         }
     except Exception:
-        left_out = _counter_faults.allow("counters")
+        left_out = _counter_faults.allow(attribute)
         if left_out is not None:
             log.exception("the handler's counters cannot be read%s", also(left_out))
         return {}

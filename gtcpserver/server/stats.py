@@ -63,6 +63,8 @@ class ServerStats:
         store_failures: how often it went away.
         store_questions: questions to it: connections and passwords.
         store_decided_alone: connections decided while it was away.
+        handler_gauges: values of the moment, if the handler is an object with ``gauges``; for the proxy: the state of
+            the members of upstream groups.
         handlers: handlers running now, in all servers that share the pool.
         pool_size: places in the pool; None for no limit.
         uptime: time since the start.
@@ -108,6 +110,7 @@ class ServerStats:
     store_failures: int = 0
     store_questions: int = 0
     store_decided_alone: int = 0
+    handler_gauges: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ GAUGES = frozenset(
     {
         *("active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"),
         *("staying", "store_away"),
+        *("staying", "handler_gauges"),
     }
 )
 

@@ -418,11 +418,12 @@ class _Life:
             # The counters of the handler are an attribute of the user's, which may wait.
             with gevent.Timeout(STATS_SECONDS):
                 stats = self.watch.stats() if self.watch is not None else dataclasses.asdict(server.stats())
-            if len(json.dumps(stats["handler_counters"])) > LARGEST_TABLE:
-                if not self.left_out:
-                    log.error("worker %d: the handler has too many counters; leaving them out", self.job.number)
-                self.left_out = True
-                stats["handler_counters"] = {}
+            for name in ("handler_gauges", "handler_counters"):
+                if len(json.dumps([stats["handler_gauges"], stats["handler_counters"]])) > LARGEST_TABLE:
+                    if not self.left_out:
+                        log.error("worker %d: the handler has too many counters; leaving them out", self.job.number)
+                    self.left_out = True
+                    stats[name] = {}
             fields["stats"] = stats
         except gevent.GreenletExit:
             raise
