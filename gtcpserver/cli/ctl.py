@@ -150,6 +150,40 @@ def workers(where: Where, as_json: bool) -> None:
         click.echo(f"spread: the busiest has accepted {max(counts) / min(counts):.2f} times as many as the least busy")
 
 
+@ctl.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_obj
+def upstreams(where: Where, as_json: bool) -> None:
+    """Print one line per member of the proxy's upstream groups: how many workers see it up, and its connections.
+
+    Exit status 1 if a member is down in a worker.
+    """
+    rows = members_in(request(where, "status")["stats"].get("handler_gauges", {}))
+    if as_json:
+        click.echo(to_json(rows))
+    else:
+        width = max([len("upstream"), *(len(row["group"]) + len(row["upstream"]) + 1 for row in rows)])
+        click.echo(f"{'upstream':{width}}  state  up in  down in  connections")
+        for row in rows:
+            name, state = f"{row['group']}/{row['upstream']}", "down" if row["down"] else "up"
+            click.echo(f"{name:{width}}  {state:5}  {row['up']:5}  {row['down']:7}  {row['connections']:11}")
+    if any(row["down"] for row in rows):
+        sys.exit(1)
+
+
+def members_in(gauges: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the members of upstream groups that the gauges of a proxy tell of (`UpstreamGroup.gauges`)."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in gauges.items():
+        what, _, member = name.partition(":")
+        kind = what.removeprefix("upstream_")
+        group, slash, upstream = member.partition("/")
+        if kind in ("up", "down", "connections") and what != kind and slash:
+            row = rows.setdefault(member, {"group": group, "upstream": upstream, "up": 0, "down": 0, "connections": 0})
+            row[kind] = value
+    return list(rows.values())
+
+
 def selection_options(command: Any) -> Any:
     for option in (
         click.option("--destination", metavar="D", help="Connections to this destination: HOST, HOST:PORT or .DOMAIN."),

@@ -29,7 +29,7 @@ try:
     from gtcpserver.proxy.passwords import hash_password, read_htpasswd
     from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
     from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
-    from gtcpserver.proxy.upstream import parse_upstream
+    from gtcpserver.proxy.upstream_url import parse_upstream
 except ModuleNotFoundError as missing:
     raise RunError(f"the proxy needs {missing.name}: pip install 'gtcpserver[proxy]'") from None
 
@@ -86,7 +86,9 @@ def with_worker_user(command: Any) -> Any:
 )
 @click.option("--allow-open/--no-allow-open", default=False, help="Serve everybody without a password. Think twice.")
 @click.option(
-    "--upstream", metavar="URL", help="Go through another proxy: socks5://[user:password@]host:port, http://..."
+    "--upstream",
+    metavar="URL",
+    help="Go through another proxy: socks5://[user:password@]host:port, http://, https://, socks4://, socks4a://.",
 )
 @click.option("--upstream-file", metavar="FILE", help="Read the URL from a file of mode 600; -: standard input.")
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
@@ -166,6 +168,7 @@ def _files_named(path: str | None, config: ProxyConfig) -> NamedFiles:
     read = [path, *(table.htpasswd for table in config.auth.values())]
     for table in config.listener:
         read += [table.tls_certfile, table.tls_keyfile, table.tls_client_ca]
+    read += [table.tls_ca for table in config.upstream.values()]
     return NamedFiles([name for name in read if name], [config.log.file] if config.log.file else [])
 
 

@@ -83,6 +83,7 @@ class TLSLayer:
             end.
         older: a name, and the context to begin the handshake on if the client's first message has it: `Credentials`.
         answers: finds the context to begin it on if it is the question of an ACME authority: `Credentials`.
+        hostname: name or address of the server whose client we are; None: we are the server.
 
     Attributes:
         is_challenge: it is such a question, and nothing follows the handshake (RFC 8737 section 3).
@@ -102,6 +103,7 @@ class TLSLayer:
         "_forgiven_at",
         "_held",
         "_hello",
+        "_hostname",
         "_incoming",
         "_left_over",
         "_older",
@@ -132,11 +134,13 @@ class TLSLayer:
         report_truncation: bool = False,
         older: tuple[bytes, Any] | None = None,
         answers: Answers | None = None,
+        hostname: str | None = None,
     ) -> None:
         self._connection = ref(connection)
         self._stream = stream = connection.stream
         self._report_truncation = report_truncation
-        self.server_name: str | None = None
+        self._hostname = hostname
+        self.server_name: str | None = hostname
         self.broken = False
         self._incoming = MemoryBIO()
         self._outgoing = MemoryBIO()
@@ -166,7 +170,11 @@ class TLSLayer:
     def _begin_on(self, context: Any) -> None:
         # SNI callbacks get the owner.
         self.object = context._wrap_bio(  # noqa: SLF001 - the only way to name an owner
-            self._incoming, self._outgoing, server_side=True, owner=self
+            self._incoming,
+            self._outgoing,
+            server_side=self._hostname is None,
+            server_hostname=self._hostname,
+            owner=self,
         )
         self._read = self.object.read
         self._write = self.object.write

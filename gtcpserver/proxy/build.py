@@ -16,6 +16,7 @@ from typing import Any, get_args
 from gtcpserver.address import Address, parse_address
 from gtcpserver.checks import check_number
 from gtcpserver.errors import ConfigError
+from gtcpserver.files.lent import read_file
 from gtcpserver.networks import as_ip
 from gtcpserver.proxy_protocol.trust import ProxyProtocol
 from gtcpserver.shared.column import Column
@@ -25,6 +26,7 @@ from gtcpserver.tls import Credentials, TLSConfig
 
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
 from .departures import Departures
+from .errors import BadTarget
 from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
@@ -38,10 +40,12 @@ from .settings import (
     TimeoutsTable,
 )
 from .succession import Tenure
-from .target import IPAddress, parse_nat64, unmapped
+from .target import IPAddress, parse_authority, parse_nat64, unmapped
 from .this_host import ThisHost
-from .upstream import DIRECT, Upstream, UpstreamRule, parse_upstream, parse_upstream_rule
-from .upstream_group import UpstreamGroup
+from .upstream import UnixPath, Upstream
+from .upstream_group import HealthCheck, Kind, UpstreamGroup
+from .upstream_rules import DIRECT, UpstreamRule, parse_upstream_rule
+from .upstream_url import make_tls_context, parse_upstream
 
 
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
@@ -106,12 +110,13 @@ def make_upstreams(config: ProxyConfig, name: str) -> Upstream | UpstreamGroup:
     """Make an upstream, or a group."""
     table = config.upstream[name]
     options = {key: getattr(table, key) for key in ("strategy", "fall", "rise", "check_every")}
-    given = [key for key, value in options.items() if value is not None] + ["weights"] * bool(table.weights)
+    check = {key: getattr(table, key) for key in ("check", "check_target")}
+    given = [key for key, value in (options | check).items() if value is not None] + ["weights"] * bool(table.weights)
     if not table.members:
         if given:
             raise ConfigError(f"{given[0]} is for groups, with members (upstream {name!r} has none)")
         return make_upstream(config, name)
-    for key in ("url", "through", "send_proxy"):
+    for key in ("url", "through", "send_proxy", "tls_ca", "tls_name"):
         if getattr(table, key) is not None:
             raise ConfigError(f"a group has members and no {key}, got both for {name!r}")
     if table.resolve != "here":
@@ -126,7 +131,17 @@ def make_upstreams(config: ProxyConfig, name: str) -> Upstream | UpstreamGroup:
     _check_upstream_name(name)
     members = [make_upstream(config, one) for one in table.members]
     chosen = {key: value for key, value in options.items() if value is not None}
-    return UpstreamGroup(name, members, weights=table.weights, **chosen)
+    return UpstreamGroup(name, members, weights=table.weights, check=make_check(**check), **chosen)
+
+
+def make_check(check: Kind | None, check_target: str | None) -> HealthCheck | None:
+    if check is None and check_target is None:
+        return None
+    try:
+        target = None if check_target is None else parse_authority(check_target)
+    except BadTarget as error:
+        raise ConfigError(f"check_target must be host:port, got {check_target!r} ({error})") from None
+    return HealthCheck(check or "tcp", target)
 
 
 def _check_upstream_name(name: str) -> None:
@@ -152,18 +167,37 @@ def make_upstream(config: ProxyConfig, name: str) -> Upstream:
         table = config.upstream[one]
         if table.url is None:
             raise ConfigError(f"an upstream needs a url, or members, got neither for {one!r}")
-        made = parse_upstream(one, table.url, made, table.resolve, table.send_proxy)
+        tls = None
+        if table.tls_ca is not None:
+            tls = make_tls_context(_read_ca(table.tls_ca))
+        made = parse_upstream(one, table.url, made, table.resolve, table.send_proxy, tls, table.tls_name)
     assert made is not None
     first = made.first.target
+    if isinstance(first, UnixPath):
+        if first.path in _own_paths(config):
+            raise ConfigError(f"the upstream {made.first.name!r} is this proxy itself")
+        return made
     on_this_host = first.name == "localhost" or (first.ip is not None and first.ip.is_loopback)
     if on_this_host and first.port in _own_ports(config):
         raise ConfigError(f"the upstream {made.first.name!r} is this proxy itself")
     return made
 
 
+def _read_ca(path: str) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise ConfigError(f'tls_ca "{path}" cannot be read: {error.strerror}; expected a PEM file') from None
+
+
 def _own_ports(config: ProxyConfig) -> frozenset[int]:
     listening = [parse_address(listener.listen) for listener in _listeners(config)]
     return frozenset(address.port for address in listening if address.kind == "tcp")
+
+
+def _own_paths(config: ProxyConfig) -> frozenset[str]:
+    listening = [parse_address(listener.listen) for listener in _listeners(config)]
+    return frozenset(address.path for address in listening if address.kind == "unix")
 
 
 def make_resolver(config: ProxyConfig) -> Resolver:
@@ -451,6 +485,11 @@ class _Dispatcher:
     def tls_credentials(self) -> tuple[Credentials, ...]:
         """Certificates of all listeners, for monitors."""
         return tuple(one for handler in self._handlers.values() for one in handler.tls_credentials)
+
+    @property
+    def gauges(self) -> dict[str, int]:
+        """Return the state of the members of all upstream groups, which the listeners share."""
+        return next(iter(self._handlers.values())).gauges
 
     def share_limits(self, column: Column) -> None:
         """Count together with all processes that have a column."""

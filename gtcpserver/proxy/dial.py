@@ -16,6 +16,7 @@ from typing import Any
 import gevent
 from gevent.queue import SimpleQueue
 
+from gtcpserver.connection.connect import connect
 from gtcpserver.connection.connection import Connection
 from gtcpserver.errors import DeadlineExceeded
 from gtcpserver.listening.config import ListenConfig
@@ -97,11 +98,11 @@ def dial(
             attempts.end()
     share = None if len(addresses) <= MOST_AT_ONCE else timeout * MOST_AT_ONCE / len(addresses)
 
-    def connect(ip: IPAddress) -> Connection:
+    def connect_one(ip: IPAddress) -> Connection:
         return _connect(ip, port, source(ip), fast_open, share)
 
     with gevent.Timeout(timeout, TimeoutError(f"not connected within {timeout:g} seconds")):
-        return _race(addresses, connect, attempts)
+        return _race(addresses, connect_one, attempts)
 
 
 def _race(
@@ -213,6 +214,15 @@ def _connect(
         connection.close()
         raise
     return connection
+
+
+def dial_unix(path: str) -> Connection:
+    """Connect to a Unix socket. Raise OSError.
+
+    Args:
+        path: an abstract name begins with "@".
+    """
+    return connect(f"unix:{path}")
 
 
 def keep_alive(sock: Any) -> None:

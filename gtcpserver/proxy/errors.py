@@ -51,3 +51,11 @@ class BadTarget(GtcpServerError):
 
 class RuleError(ConfigError):
     """A rule that cannot be parsed; the message has the word, and what was expected."""
+
+
+class UpstreamError(OSError):
+    """The other proxy did not connect; `errno` says why, as if it were our own connection."""
+
+
+class UpstreamUnreachable(UpstreamError):
+    """The other proxy itself cannot be reached: trying another address of the destination is of no use."""

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import IPv6Network
 from time import monotonic
 from typing import Any, Literal, Protocol, get_args
@@ -26,8 +25,8 @@ from gtcpserver.networks import as_ip
 from gtcpserver.tls import ConnectionTLS
 
 from .departures import Departures, Presence
-from .dial import dial
-from .errors import TTL_EXPIRED, Cut, LimitReached
+from .dial import dial, dial_unix
+from .errors import TTL_EXPIRED, Cut, LimitReached, UpstreamError, UpstreamUnreachable
 from .limits import LimitKeeper, TokenBucket
 from .record import AccessRecord, Result
 from .resolve import Found, Resolver, ResolveTimeout
@@ -36,8 +35,9 @@ from .source import is_better_source
 from .succession import Tenure
 from .target import IPAddress, Target, addresses_meant
 from .this_host import ThisHost
-from .upstream import MOST_HOPS, SUSPICIOUS, Upstream, UpstreamError, UpstreamRule, UpstreamUnreachable, choose_upstream
-from .upstream_group import UpstreamGroup
+from .upstream import MOST_HOPS, SUSPICIOUS, Dial, Place, UnixPath, Upstream
+from .upstream_group import HealthCheck, UpstreamGroup
+from .upstream_rules import UpstreamRule, choose_upstream
 
 
 class Denied(GtcpServerError):
@@ -154,11 +154,17 @@ class Gate:
         """Return the groups among the upstreams."""
         return [upstream for upstream in self.upstreams.values() if isinstance(upstream, UpstreamGroup)]
 
-    def probe(self, upstream: Upstream) -> None:
-        """Connect to an upstream, or to the first one of its chain. Raise OSError if it cannot be reached."""
-        target = upstream.first.target
-        addresses = self.resolver.resolve(target.host) if target.ip is None else (target.ip,)
-        dial(addresses, target.port, timeout=self.timeouts.connect, source=self.fixed_source)[0].close()
+    def check_upstream(self, upstream: Upstream, check: HealthCheck) -> None:
+        """Check whether an upstream works. Raise OSError if it does not."""
+        seconds = self.timeouts.connect
+        with gevent.Timeout(seconds, _not_connected(seconds)):
+            check.run(upstream, self._dial_for_check)
+
+    def _dial_for_check(self, place: Place) -> Connection:
+        if isinstance(place, UnixPath):
+            return dial_unix(place.path)
+        addresses = self.resolver.resolve(place.host) if place.ip is None else (place.ip,)
+        return dial(addresses, place.port, timeout=self.timeouts.connect, source=self.fixed_source)[0]
 
     def fixed_source(self, ip: IPAddress) -> IPAddress | None:
         """Return the address in `external` from which to connect to another one; None: it has none."""
@@ -644,6 +650,7 @@ class Visitor:
         self, group: UpstreamGroup, target: Target, found: Sequence[IPAddress] | None, for_request: bool
     ) -> tuple[Connection, Upstream | None]:
         until = monotonic() + self.gate.timeouts.connect
+        group.begin_checks(self.gate.check_upstream)
         members = group.in_order(self.client)
         for left in range(len(members), 0, -1):
             member = members[-left]
@@ -652,7 +659,7 @@ class Visitor:
             try:
                 opened = self._go_through_one(member.upstream, target, found, for_request, share)
             except UpstreamUnreachable as error:
-                group.note_unreachable(member, error, partial(self.gate.probe, member.upstream))
+                group.note_unreachable(member, error)
                 if left == 1:
                     raise
             else:
@@ -672,7 +679,7 @@ class Visitor:
         self.record.upstream = upstream.name
         # It may look the name up again, and find another address than the one that was checked.
         finds_the_same = upstream.resolve == "there" or target.ip is not None
-        forwarding = upstream if for_request and upstream.scheme == "http" and finds_the_same else None
+        forwarding = upstream if for_request and upstream.forwards and finds_the_same else None
         return self._go_through(upstream, target, found, forwarding is not None, seconds), forwarding
 
     def _go_through(
@@ -685,10 +692,17 @@ class Visitor:
             targets = [target]
             self.opened = target, None, ()
         else:
-            targets = [Target(str(ip), target.port, ip) for ip in self.allowed_addresses(target, found)]
+            allowed = self.allowed_addresses(target, found)
+            if upstream.is_ipv4_only:
+                allowed = [ip for ip in allowed if ip.version == 4]
+                if not allowed:
+                    raise OSError(errno.ENETUNREACH, f"no IPv4 address, for {upstream.scheme}")
+            targets = [Target(str(ip), target.port, ip) for ip in allowed]
             self.opened = target, targets[0].ip, self.found
 
-        def dial_first(proxy: Target) -> Connection:
+        def dial_first(proxy: Place) -> Connection:
+            if isinstance(proxy, UnixPath):
+                return dial_unix(proxy.path)
             addresses = self.addresses_of(proxy, by_rules=False)
             try:
                 return self._dial(addresses, proxy.port, False)[0]
@@ -726,7 +740,7 @@ class Visitor:
         upstream: Upstream,
         target: Target,
         targets: Sequence[Target],
-        dial_first: Callable[[Target], Connection],
+        dial_first: Dial,
         hops: int,
         seconds: float,
     ) -> Connection:

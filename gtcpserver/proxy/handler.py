@@ -208,6 +208,11 @@ class ProxyHandler:
         for group in self.gate.groups:
             group.counters = counters
 
+    @property
+    def gauges(self) -> dict[str, int]:
+        """Return the state of the members of all upstream groups."""
+        return {name: value for group in self.gate.groups for name, value in group.gauges.items()}
+
     def server_stopped(self) -> None:
         """End what authenticators, groups and the resolver have started, after the server has stopped."""
         for authenticator in self.gate.authenticators.values():

@@ -189,8 +189,12 @@ class Origin:
 
     def is_alive(self) -> bool:
         """Return whether an idle connection is still usable: nothing has arrived on it, not even its end."""
+        stream = self.connection.stream
+        if stream.tls is not None and stream.tls.pending():
+            return False
         try:
-            self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            # Beneath TLS, too, which has no peeking.
+            (self.connection if stream.tls is None else stream.sock).recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:

@@ -16,6 +16,7 @@ from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family, Kind
 from .upstream import Resolve
+from .upstream_group import Kind as CheckKind
 from .upstream_group import Strategy
 
 DEFAULT_LISTEN = "127.0.0.1:1080"
@@ -106,15 +107,19 @@ class UpstreamTable(_Table):
     """Another proxy (see `upstream.Upstream`), or a group of them (see `upstream_group.UpstreamGroup`).
 
     Attributes:
-        url: socks5://[user:password@]host:port or http://...; None for a group.
+        url: socks5://[user:password@]host:port and others (`upstream_url`); None for a group.
         members: names of the upstreams in a group.
         strategy: how to choose one of them; missing: "first".
         weights: their shares.
-        fall, rise: failures until a member is down, successful probes until it is up.
-        check_every: seconds between two probes.
+        fall, rise: failures until a member is down, successful checks until it is up.
+        check_every: seconds between two checks.
+        check: how all members are checked; missing: those that are down are connected to.
+        check_target: host:port to connect to through a member, for check = "connect".
         through: name of the upstream through which to reach it.
         resolve: who looks up names.
         send_proxy: send it the client's address in a PROXY header of this version.
+        tls_ca: PEM file of the CAs for https; missing: the system's.
+        tls_name: the name that the certificate must have; missing: the host in the URL.
     """
 
     url: str | None = None
@@ -124,9 +129,13 @@ class UpstreamTable(_Table):
     fall: int | None = None
     rise: int | None = None
     check_every: float | None = None
+    check: CheckKind | None = None
+    check_target: str | None = None
     through: str | None = None
     resolve: Resolve = "here"
     send_proxy: ProxyVersion | None = None
+    tls_ca: str | None = None
+    tls_name: str | None = None
 
 
 class LimitsTable(_Table):

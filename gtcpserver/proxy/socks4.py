@@ -6,6 +6,7 @@ There is no RFC: SOCKS.txt of Ying-Da Lee's "SOCKS: A protocol for TCP proxy acr
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address
@@ -79,6 +80,33 @@ def parse_request(data: bytes) -> tuple[Request, int] | None:
     except BadTarget as error:
         raise ProtocolError(str(error), reply(Reply.REJECTED)) from None
     return Request(command, target, user, is_4a), end
+
+
+# -- as a client of another proxy --------------------------------------------------------------------------------------
+
+
+def connect_request(target: Target, user: bytes) -> bytes:
+    """Return a request for a connection, of SOCKS4a if the target is a name. Raise ValueError: it is IPv6."""
+    head = bytes((VERSION, Command.CONNECT)) + target.port.to_bytes(2, "big")
+    if target.ip is None:
+        return head + b"\0\0\0\1" + user + b"\0" + target.host.encode() + b"\0"
+    if not isinstance(target.ip, IPv4Address):
+        raise ValueError("SOCKS4 has no IPv6 addresses")
+    return head + target.ip.packed + user + b"\0"
+
+
+_HOP = re.compile(rb"gtcpserver hop ([1-9][0-9]?)")
+
+
+def user_of_hops(hops: int) -> bytes:
+    """Return a user ID that says through how many proxies a request has come; b"" for 0."""
+    return b"gtcpserver hop %d" % hops if hops else b""
+
+
+def hops_in(user: bytes) -> int:
+    """Return what such a user ID says; 0 for any other one."""
+    found = _HOP.fullmatch(user)
+    return 0 if found is None else int(found[1])
 
 
 def _until_nul(data: bytes, start: int, limit: int, name: str) -> bytes | None:

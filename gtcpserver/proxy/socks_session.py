@@ -155,6 +155,7 @@ def negotiate_socks4(conn: Connection, visitor: Visitor, data: bytes) -> Callabl
     record.protocol = "socks4a" if request.is_4a else "socks4"
     record.command = request.command.name
     record.claimed = request.user.decode("utf-8", "backslashreplace") or None
+    visitor.hops = socks4.hops_in(request.user)
     visitor.follow()
     if not visitor.admitted:
         conn.sendall(socks4.reply(socks4.Reply.REJECTED))
@@ -276,6 +277,6 @@ def _socks4_reply(code: socks4.Reply, bound: tuple[IPAddress, int] | None = None
     return socks4.reply(code, ipv4_only(bound))
 
 
-def _bound_address(upstream: Connection) -> tuple[IPAddress, int]:
-    host, port = upstream.stream.sock.getsockname()[:2]
-    return as_ip(host), port
+def _bound_address(upstream: Connection) -> tuple[IPAddress, int] | None:
+    name = upstream.stream.sock.getsockname()
+    return (as_ip(name[0]), name[1]) if isinstance(name, tuple) else None  # a Unix socket's

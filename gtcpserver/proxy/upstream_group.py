@@ -2,7 +2,8 @@
 
 What counts against a member is only that it cannot be connected to: everything else depends on the destination, which
 clients choose, and they must not be able to have a member passed over. A member that failed `fall` times in a row is
-asked last; it is probed with TCP connections until `rise` of them have succeeded. Each worker process has its own view.
+asked last; it is checked until `rise` checks have succeeded. With a `HealthCheck` of the configuration's, all members
+are checked all the time, and failed checks count as well. Each worker process has its own view.
 """
 
 from __future__ import annotations
@@ -12,23 +13,74 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import gevent
 
 from gtcpserver.admission.client_limits import client_key
-from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.errors import ConfigError
+from gtcpserver.checks import check_number, check_whole_number, shown
+from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError
 
-from .target import IPAddress
-from .upstream import Upstream
+from .target import IPAddress, Target
+from .upstream import Dial, Upstream
 
 log = logging.getLogger("gtcpserver")
 
 #: How to choose a member. "first": in the order of the configuration; "round-robin": in turn; "least-connections": the
 #: one with the fewest of our connections; "hash-client": always the same one for a client (an IPv6 client is its /64).
 Strategy = Literal["first", "round-robin", "least-connections", "hash-client"]
+
+
+#: How to check a member. "tcp": connect to it, or to the first proxy on the way to it; "greeting": also through those,
+#: with its TLS, and SOCKS5's greeting and login; "connect": have it connect to a target.
+Kind = Literal["tcp", "greeting", "connect"]
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """What shows that a member works.
+
+    Args:
+        kind: see `Kind`.
+        target: where to connect to through a member, for "connect".
+
+    Raises:
+        ConfigError: an invalid option.
+    """
+
+    kind: Kind = "tcp"
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"check must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if (self.kind == "connect") != (self.target is not None):
+            raise ConfigError(f'check_target is needed for check = "connect", and no other, got {self.kind!r}')
+
+    def check_member(self, upstream: Upstream) -> None:
+        """Raise ConfigError if a member cannot be checked so."""
+        ip = None if self.target is None else self.target.ip
+        if self.target is None or not upstream.is_ipv4_only or (ip is not None and ip.version == 4):
+            return
+        if upstream.scheme == "socks4" or ip is not None:
+            raise ConfigError(
+                f"check_target must be an IPv4 address for {upstream.scheme}, got {str(self.target)!r} with member "
+                f"{upstream.name!r}"
+            )
+
+    def run(self, upstream: Upstream, dial: Dial) -> None:
+        """Check an upstream. Raise OSError if it does not work."""
+        if self.target is not None:
+            connection = upstream.connect(self.target, dial, None)
+        else:
+            connection = dial(upstream.first.target) if self.kind == "tcp" else upstream.greet(dial)
+        connection.close()
+
+
+#: Runs the check of an upstream; raises OSError if it does not work.
+Run = Callable[[Upstream, HealthCheck], None]
 
 
 #: The largest weight. nginx and haproxy have 256 and more; LVS 65,535.
@@ -76,8 +128,9 @@ class UpstreamGroup:
         strategy: how to choose one.
         weights: one for each member; (): all are equal.
         fall: failures in a row after which a member is down.
-        rise: probes in a row that must succeed until it is up again.
-        check_every: seconds between two probes.
+        rise: checks in a row that must succeed until it is up again.
+        check_every: seconds between two checks.
+        check: how to check all members; None: check those that are down, by connecting to them.
 
     Attributes:
         counters: how often members went down ("upstream_down") and came up ("upstream_up").
@@ -96,25 +149,32 @@ class UpstreamGroup:
         fall: int = 2,
         rise: int = 2,
         check_every: float = 5.0,
+        check: HealthCheck | None = None,
     ) -> None:
         if strategy not in get_args(Strategy):
             raise ConfigError(f"strategy must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
         if not members:
             raise ConfigError("members must have at least one upstream, got none")
         if weights and len(weights) != len(members):
-            raise ConfigError(f"weights must have one number for each of {len(members)} members, got {len(weights)}")
+            got = ", ".join(map(shown, weights))
+            raise ConfigError(f"weights must have one number for each of {len(members)} members, got [{got}]")
         for weight in weights:
             check_whole_number("weights", weight, least=1, most=MOST_WEIGHT)
         check_whole_number("fall", fall, least=1)
         check_whole_number("rise", rise, least=1)
         check_number("check_every", check_every, above=0)
+        self._checks_all = check is not None
+        self._check = check or HealthCheck()
+        for one in members:
+            self._check.check_member(one)
         self.name = name
         self.members = [Member(one, weight) for one, weight in zip(members, weights or [1] * len(members), strict=True)]
         self._strategy = strategy
         self._fall = fall
         self._rise = rise
         self._check_every = check_every
-        self._probing: dict[Member, Any] = {}
+        self._run: Run | None = None
+        self._checking: dict[Member, Any] = {}
         self.counters: Counter[str] = Counter()
 
     def in_order(self, client: IPAddress) -> list[Member]:
@@ -147,43 +207,81 @@ class UpstreamGroup:
 
     # -- health ------------------------------------------------------------------------------------------------------
 
+    @property
+    def gauges(self) -> dict[str, int]:
+        """Return the state of each member, for metrics and `gtcpserver ctl upstreams`."""
+        found = {}
+        for member in self.members:
+            name = f"{self.name}/{member.upstream.name}"
+            found[f"upstream_up:{name}"] = int(not member.is_down)
+            found[f"upstream_down:{name}"] = int(member.is_down)
+            found[f"upstream_connections:{name}"] = member.connections
+        return found
+
+    def begin_checks(self, run: Run) -> None:
+        """Check the members from now on, as the options say. Called for each connection.
+
+        Args:
+            run: runs the check of an upstream.
+        """
+        self._run = run
+        if self._checks_all and len(self._checking) < len(self.members):
+            for member in self.members:
+                self._watch(member)
+
     def note_reached(self, member: Member) -> None:
         """Note that a member could be connected to."""
         member.failures = 0
 
-    def note_unreachable(self, member: Member, why: OSError, probe: Callable[[], None]) -> None:
-        """Note that a member could not be connected to.
-
-        Args:
-            probe: connects to it, and raises OSError if that fails.
-        """
+    def note_unreachable(self, member: Member, why: OSError) -> None:
+        """Note that a member could not be connected to."""
         member.failures += 1
-        if member.failures < self._fall or member in self._probing:
+        self._judge(member, member.failures, why)
+
+    def _judge(self, member: Member, failures: int, why: OSError) -> None:
+        """Decide whether a member is down after so many failures in a row."""
+        if failures < self._fall:
             return
-        self._probing[member] = gevent.spawn(self._probe, member, probe)  # if that fails, it is not down
+        self._watch(member)  # if that fails, it is not down
+        if member.is_down:
+            return
         member.is_down = True
         self.counters["upstream_down"] += 1
         log.warning("upstream %s of %s is down: %s", member.upstream.name, self.name, why.strerror or why)
 
-    def _probe(self, member: Member, probe: Callable[[], None]) -> None:
-        successes = 0
+    def _watch(self, member: Member) -> None:
+        """Check a member regularly: until it is up, or for good."""
+        if member not in self._checking:
+            self._checking[member] = gevent.spawn(self._check_regularly, member)
+
+    def _check_regularly(self, member: Member) -> None:
+        # In a row; failed connections are counted apart, since a proxy that can be connected to may not work.
+        successes = failures = 0
         try:
-            while successes < self._rise:
+            while self._checks_all or member.is_down:
                 gevent.sleep(self._check_every)
                 try:
-                    probe()
-                except OSError:
-                    successes = 0
+                    assert self._run is not None
+                    self._run(member.upstream, self._check)
+                except OSError as error:
+                    if error.errno in CAPACITY_ERRNOS:
+                        continue  # not the member's fault
+                    successes, failures = 0, failures + 1
+                    self._judge(member, failures, error)
                 else:
-                    successes += 1
-            member.is_down = False
-            self.counters["upstream_up"] += 1
-            member.failures = 0
-            log.info("upstream %s of %s is up", member.upstream.name, self.name)
+                    successes, failures = successes + 1, 0
+                    if member.is_down and successes >= self._rise:
+                        self._note_up(member)
         finally:
-            self._probing.pop(member, None)
+            self._checking.pop(member, None)
+
+    def _note_up(self, member: Member) -> None:
+        member.is_down = False
+        member.failures = 0
+        self.counters["upstream_up"] += 1
+        log.info("upstream %s of %s is up", member.upstream.name, self.name)
 
     def close(self) -> None:
-        """End the probes."""
-        gevent.killall(list(self._probing.values()), block=False)
-        self._probing.clear()
+        """End the checks."""
+        gevent.killall(list(self._checking.values()), block=False)
+        self._checking.clear()

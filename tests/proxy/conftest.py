@@ -13,7 +13,7 @@ from gtcpserver.proxy.http_fields import Forwarded
 from gtcpserver.proxy.http_session import HttpSession
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import parse_client_rule
-from gtcpserver.proxy.upstream import parse_upstream_rule
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
 from kit.dns_server import DnsServer
 from kit.forwarding import CLOSE, Client
 from kit.proxying import ANYBODY, ANYWHERE, LOOPBACK

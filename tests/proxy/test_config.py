@@ -62,7 +62,7 @@ COMMAND = [sys.executable, "-m", "gtcpserver", "proxy"]
         ),
         (
             "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nweights = [0]",
-            "line 3: weights must be a whole number from 1, got 0",
+            "line 3: weights must be a whole number from 1 to 65535, got 0",
         ),
         (
             "[upstream.b]\nurl = 'http://x:1'\n[upstream.a]\nmembers = ['b']\nresolve = 'there'",

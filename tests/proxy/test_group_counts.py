@@ -10,8 +10,9 @@ from gtcpserver import ConfigError, ConnectionPool, HandlerPool, ListenConfig, S
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
-from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
 from gtcpserver.proxy.upstream_group import UpstreamGroup
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.forwarding import OK
 from kit.handlers import echo
 from kit.proxying import ANYBODY, ANYWHERE, http, reply, socks

@@ -19,7 +19,8 @@ from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.resolve import Resolver
-from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.proxying import ANYBODY, ANYWHERE, http, reply, socks
 from kit.waiting import wait_until
 

@@ -17,7 +17,8 @@ from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import Resolver, ResolveTimeout
 from gtcpserver.proxy.rules import RuleMatch, decide_destination, names_to_look_up, parse_destination_rule
-from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.dns_server import SILENT
 from kit.handlers import echo
 from kit.proxying import ANYBODY, ANYWHERE, http, reply, socks

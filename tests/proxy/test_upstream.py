@@ -19,7 +19,8 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import RuleMatch, decide_destination, parse_client_rule, parse_destination_rule
 from gtcpserver.proxy.target import make_target
-from gtcpserver.proxy.upstream import DIRECT, choose_upstream, parse_upstream, parse_upstream_rule
+from gtcpserver.proxy.upstream_rules import DIRECT, choose_upstream, parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.clients import read
 from kit.handlers import echo
 from kit.patience import SOON
@@ -76,7 +77,16 @@ def test_urls():
     assert parse_upstream("a", "http://proxy.example:3128/").target.host == "proxy.example"
     assert "p@w" not in repr(one)
     for url in (
-        *("http://x", "x:1", "socks4://x:1", "http://x:1/path", "http://x:1?q", "http://u@x:1", "http://:p@x:1"),
+        *(
+            "http://x",
+            "x:1",
+            "ftp://x:1",
+            "socks4://u:p@x:1",
+            "http://x:1/path",
+            "http://x:1?q",
+            "http://u@x:1",
+            "http://:p@x:1",
+        ),
         "http://u%3Av:p@x:1",  # which is the user "u"
         "http://u\udcff:p@x:1",  # an argument that is not UTF-8
     ):

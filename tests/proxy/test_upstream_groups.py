@@ -9,10 +9,12 @@ from ipaddress import ip_address
 import pytest
 
 from gtcpserver import ConfigError
+from gtcpserver.proxy.errors import UpstreamUnreachable
 from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
-from gtcpserver.proxy.upstream import UpstreamUnreachable, parse_upstream, parse_upstream_rule
 from gtcpserver.proxy.upstream_group import UpstreamGroup
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.clients import read
 from kit.handlers import echo
 from kit.ports import free_port
@@ -89,29 +91,31 @@ def test_a_member_that_is_down_is_asked_last_until_it_is_up(caplog):
     a = one.members[0]
     answers = [WHY, None, WHY, None, None]
 
-    def probe():
+    def check(upstream, how):
+        assert (upstream, how.kind) == (a.upstream, "tcp")
         answer = answers.pop(0)
         if answer is not None:
             raise answer
 
-    one.note_unreachable(a, WHY, probe)
+    one.begin_checks(check)
+    one.note_unreachable(a, WHY)
     one.note_reached(a)
-    one.note_unreachable(a, WHY, probe)
+    one.note_unreachable(a, WHY)
     assert order(one) == "ab"  # not in a row
     for _ in range(5):
-        one.note_unreachable(a, WHY, probe)
+        one.note_unreachable(a, WHY)
     assert order(one) == "ba"
     wait_until(lambda: order(one) == "ab")
-    assert (answers, a.failures, one._probing) == ([], 0, {})
+    assert (answers, a.failures, one._checking) == ([], 0, {})
     assert [record.getMessage() for record in caplog.records] == [
         "upstream a of pool is down: connection refused",
         "upstream a of pool is up",
     ]
     assert one.counters == {"upstream_down": 1, "upstream_up": 1}
     for _ in range(2):
-        one.note_unreachable(a, WHY, probe)
+        one.note_unreachable(a, WHY)
     one.close()
-    assert one._probing == {}
+    assert one._checking == {}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.resolve import ResolveTimeout
 from gtcpserver.proxy.rules import parse_client_rule
-from gtcpserver.proxy.upstream import parse_upstream, parse_upstream_rule
+from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.clients import read
 from kit.patience import SOON
 from kit.ports import free_port

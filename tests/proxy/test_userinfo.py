@@ -12,7 +12,7 @@ from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.http_fields import traced
 from gtcpserver.proxy.http_messages import absolute_target, basic_authorization, connect_target
 from gtcpserver.proxy.rules import parse_destination_rule
-from gtcpserver.proxy.upstream import parse_upstream
+from gtcpserver.proxy.upstream_url import parse_upstream
 from kit.forwarding import OK
 from kit.patience import SOON
 from kit.proxying import ANYBODY, ANYWHERE

@@ -12,10 +12,10 @@ from fuzz.engine import Target
 from fuzz.targets.helpers import REFUSED, Choices, check_prefixes
 from gtcpserver.errors import EarlyEOF, LimitExceeded
 from gtcpserver.proxy import socks4, socks5
-from gtcpserver.proxy.errors import ProtocolError
+from gtcpserver.proxy.errors import ProtocolError, UpstreamError
 from gtcpserver.proxy.sniff import sniff
 from gtcpserver.proxy.target import make_target
-from gtcpserver.proxy.upstream import UpstreamError, parse_upstream
+from gtcpserver.proxy.upstream_url import parse_upstream
 from gtcpserver.proxy_protocol.header import LONGEST_V2, ProxyHeader, ProxyProtocolError, Type, parse_header
 
 
