@@ -17,7 +17,7 @@ import select
 import socket
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gevent import monkey
 from gevent.hub import get_hub
@@ -26,9 +26,6 @@ from greenlet import getcurrent
 from gtcpserver.connection.connection import Connection
 
 from .errors import Cut
-
-if TYPE_CHECKING:
-    from .http_origin import Origin
 
 _poll: Any = monkey.get_original("select", "poll")
 
@@ -55,6 +52,12 @@ ZERO = b"0"
 _PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10))
 
 _LOST = select.POLLERR | select.POLLHUP
+
+
+class Idle(Protocol):
+    """What waits for its next use: an `http_origin.Origin`."""
+
+    connection: Connection
 
 
 class Presence:
@@ -108,11 +111,11 @@ class Departures:
 
     def __init__(self) -> None:
         self.awaited: dict[Presence, None] = {}
-        self.idle: dict[Origin, Callable[[Origin], object]] = {}
+        self.idle: dict[Idle, Callable[[Any], object]] = {}
         self.looks = False
         self._timer: Any = None
 
-    def note_idle(self, origin: Origin, ended: Callable[[Origin], object]) -> None:
+    def note_idle(self, origin: Idle, ended: Callable[[Any], object]) -> None:
         """Look at an idle connection to an origin, too."""
         if not self.looks:
             self.look_later()
@@ -153,7 +156,7 @@ class Departures:
             poll.register(fd, select.POLLRDHUP)
         return [(by_fd[fd], events) for fd, events in poll.poll(0)]
 
-    def _ended(self) -> list[Origin]:
+    def _ended(self) -> list[Idle]:
         by_fd = {origin.connection.fileno(): origin for origin in self.idle}
         by_fd.pop(-1, None)
         poll = _poll()

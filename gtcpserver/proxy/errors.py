@@ -49,6 +49,10 @@ class BadTarget(GtcpServerError):
     """An invalid destination: not a host name, not an address, not a port."""
 
 
+class Denied(GtcpServerError):
+    """A rule denies it; the message names the rule, for the log and not for the client."""
+
+
 class RuleError(ConfigError):
     """A rule that cannot be parsed; the message has the word, and what was expected."""
 

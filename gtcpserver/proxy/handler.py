@@ -23,7 +23,7 @@ from gtcpserver.store.store import Store
 from gtcpserver.tls import Credentials, TLSConfig
 
 from .errors import Cut, ProtocolError
-from .gate import Gate, Visitor, host_of
+from .gate import Gate, host_of
 from .http_fields import Forwarded, ForwardedField, ForwardedMode, check_pseudonym, unique_pseudonym
 from .http_session import HttpSession
 from .moving import take_over
@@ -31,6 +31,7 @@ from .pac import check_direct
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, go_on, negotiate_socks4, negotiate_socks5
+from .visitor import Visitor, admit
 
 Speaks = Literal["mixed", "socks", "http"]
 
@@ -118,7 +119,7 @@ class ProxyHandler:
                     record.result = "client_denied" if error.reason == "client_denied" else "limit"
                 self._write(record)
                 return
-        self._admitted(conn, self.gate.latest.admit(conn))
+        self._admitted(conn, admit(self.gate.latest, conn))
 
     def _admitted(self, conn: Connection, visitor: Visitor) -> None:
         if not visitor.admitted:

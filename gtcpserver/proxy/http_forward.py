@@ -10,7 +10,6 @@ import h11
 from gtcpserver.connection.connection import Connection
 from gtcpserver.http1.head import Head, Header, HttpError
 
-from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
 from .http_fields import (
     Forwarded,
@@ -27,6 +26,7 @@ from .limits import rest
 from .socks_session import tunnel
 from .succession import OpenTunnel
 from .target import Target
+from .visitor import Visitor
 
 #: Methods that may be repeated if a connection turns out to be dead (RFC 9110 section 9.2.2).
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))

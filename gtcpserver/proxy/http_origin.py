@@ -15,11 +15,13 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.http1.head import Header, HttpError, options_of
 
 from .departures import Departures
-from .gate import Denied, Opened, Visitor, result_of
+from .errors import Denied
 from .http_body import OriginFailed, RequestBody
+from .permission import Opened
 from .succession import Tenure
 from .target import Target
 from .upstream import Upstream
+from .visitor import Visitor, result_of
 
 #: Bytes of the head of a response, including interim responses before it. nginx as a proxy accepts 4 or 8 KiB, haproxy
 #: 16, curl 300.

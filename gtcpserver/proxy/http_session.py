@@ -14,7 +14,6 @@ from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
 from .departures import PROCESSING
 from .errors import BadTarget, Cut
-from .gate import Visitor
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop, hops_in
 from .http_forward import Forwarder
@@ -26,6 +25,7 @@ from .pac import PATHS, pac_script
 from .record import AccessRecord
 from .socks_session import tunnel
 from .target import Target, parse_authority
+from .visitor import Visitor
 
 #: The methods of RFC 9110 section 9 and RFC 5789 except CONNECT; other methods are forwarded, too.
 FORWARDED_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"

@@ -15,10 +15,12 @@ from gtcpserver.connection.connection import Connection
 from gtcpserver.networks import as_ip
 
 from .errors import Cut
-from .gate import Gate, Opened, Visitor
+from .gate import Gate
+from .permission import Opened
 from .record import AccessRecord
 from .resolve import Found
 from .target import Target
+from .visitor import Visitor
 
 #: Name of the state in a session.
 _STATE = "tunnel"

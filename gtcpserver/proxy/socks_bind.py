@@ -16,8 +16,9 @@ from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.process.forked import close_in_children
 
 from .dial import keep_alive, way_out
-from .gate import Denied, Visitor, result_of
+from .errors import Denied
 from .target import IPAddress, Target, unmapped
+from .visitor import Visitor, result_of
 
 #: Strangers may connect first, and are turned away. More than this many are an attack.
 MOST_STRANGERS = 16

@@ -14,7 +14,7 @@ from gtcpserver.networks import as_ip
 from gtcpserver.transfer import relay
 
 from . import gate, socks4, socks5
-from .gate import Denied, Visitor
+from .errors import Denied
 from .limits import rest
 from .moving import check_tunnel, note_tunnel
 from .record import Result
@@ -23,6 +23,7 @@ from .socks_bind import Answer, ipv4_only, serve_bind
 from .socks_udp import serve_udp
 from .succession import OpenTunnel
 from .target import IPAddress, Target
+from .visitor import Visitor
 
 Message = TypeVar("Message")
 

@@ -15,12 +15,12 @@ from gtcpserver.errors import DeadlineExceeded
 from gtcpserver.process.forked import close_in_children
 
 from . import socks5
-from .errors import ProtocolError
-from .gate import Denied, Visitor, result_of
+from .errors import Denied, ProtocolError
 from .limits import rest
 from .socks5 import Reply
 from .succession import OpenTunnel
 from .target import IPAddress, Target, unmapped
+from .visitor import Visitor, result_of
 
 #: Destinations whose replies are let through, per client; the one longest not written to is forgotten.
 MOST_PEERS = 1024

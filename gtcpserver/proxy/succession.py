@@ -7,15 +7,29 @@ an old configuration has started (authenticators, the resolver) ends when no cli
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gevent.hub import get_hub
 from greenlet import getcurrent
 
 from .errors import Cut
 
-if TYPE_CHECKING:
-    from .gate import Visitor
+
+class Guest(Protocol):
+    """A client of a configuration: a `Visitor`."""
+
+    @property
+    def tenure(self) -> Tenure:
+        """Return the time in which its configuration is used."""
+        ...
+
+    def follow(self) -> bool:
+        """Follow to the newest configuration; return whether it is another one."""
+        ...
+
+    def why_forbidden(self) -> Cut | None:
+        """Return why its configuration does not allow what it has opened; None: it does."""
+        ...
 
 
 class Tenure:
@@ -30,7 +44,7 @@ class Tenure:
 
     def __init__(self, end_forbidden: bool = False) -> None:
         self.end_forbidden = end_forbidden
-        self.tunnels: dict[Visitor, Any] = {}
+        self.tunnels: dict[Guest, Any] = {}
         self._visitors = 0
         self._close: Callable[[], object] | None = None
 
@@ -58,7 +72,7 @@ class Tenure:
         """Let the clients of open tunnels follow to the new gates, and end those that are not allowed any more."""
         for visitor in list(self.tunnels):
             visitor.follow()
-            if not visitor.gate.tenure.end_forbidden:
+            if not visitor.tenure.end_forbidden:
                 continue
             why = visitor.why_forbidden()
             if why is not None:
@@ -70,13 +84,13 @@ class OpenTunnel:
 
     __slots__ = ("_visitor",)
 
-    def __init__(self, visitor: Visitor) -> None:
+    def __init__(self, visitor: Guest) -> None:
         self._visitor = visitor
 
     def __enter__(self) -> None:
         visitor = self._visitor
-        visitor.gate.tenure.tunnels[visitor] = getcurrent()
-        if visitor.follow() and visitor.gate.tenure.end_forbidden:  # a reload while it was being opened
+        visitor.tenure.tunnels[visitor] = getcurrent()
+        if visitor.follow() and visitor.tenure.end_forbidden:  # a reload while it was being opened
             try:
                 why = visitor.why_forbidden()
             except BaseException:
@@ -87,11 +101,11 @@ class OpenTunnel:
                 raise why
 
     def __exit__(self, *error: object) -> None:
-        self._visitor.gate.tenure.tunnels.pop(self._visitor, None)
+        self._visitor.tenure.tunnels.pop(self._visitor, None)
 
 
-def end_tunnel(visitor: Visitor, why: Cut) -> None:
+def end_tunnel(visitor: Guest, why: Cut) -> None:
     """End a tunnel if it is still open. Call in the hub only."""
-    greenlet = visitor.gate.tenure.tunnels.pop(visitor, None)
+    greenlet = visitor.tenure.tunnels.pop(visitor, None)
     if greenlet is not None:
         greenlet.throw(why)

@@ -20,6 +20,7 @@ from gtcpserver.proxy.gate import Gate, Timeouts
 from gtcpserver.proxy.http_session import HttpSession
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+from gtcpserver.proxy.visitor import admit
 from gtcpserver.static_files import StaticFiles
 from kit.patience import SOON
 from kit.ports import free_port
@@ -71,7 +72,7 @@ def proxy(serve, rules="allow any", limits=None, authenticators=None):
         limits=LimitKeeper(limits),
         authenticators=authenticators or {},
     )
-    return serve(lambda conn: HttpSession(conn, gate.admit(conn), b"me", lambda record: None).serve())
+    return serve(lambda conn: HttpSession(conn, admit(gate, conn), b"me", lambda record: None).serve())
 
 
 SERVERS = {

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.http_session import HttpSession
+from gtcpserver.proxy.visitor import admit
 from kit.patience import SOON
 from kit.proxying import ANYBODY, ANYWHERE
 
@@ -15,7 +16,7 @@ from kit.proxying import ANYBODY, ANYWHERE
 def serve_http(conn, records):
     """A client of a proxy that lets everybody go everywhere; its records go to `records`."""
     gate = Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)
-    HttpSession(conn, gate.admit(conn), b"me", records.append).serve()
+    HttpSession(conn, admit(gate, conn), b"me", records.append).serve()
 
 
 class Recorder:

@@ -14,6 +14,7 @@ from gtcpserver.proxy.http_session import HttpSession
 from gtcpserver.proxy.resolve import Resolver
 from gtcpserver.proxy.rules import parse_client_rule
 from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+from gtcpserver.proxy.visitor import admit
 from kit.dns_server import DnsServer
 from kit.forwarding import CLOSE, Client
 from kit.proxying import ANYBODY, ANYWHERE, LOOPBACK
@@ -74,7 +75,7 @@ def http_proxy(serve, records):
         gate = Gate(**{"client_rules": ANYBODY, "destination_rules": ANYWHERE, **options})
 
         def handler(conn):
-            HttpSession(conn, gate.admit(conn), b"me", records.append, Forwarded(forwarded)).serve()
+            HttpSession(conn, admit(gate, conn), b"me", records.append, Forwarded(forwarded)).serve()
 
         return serve(handler)
 

@@ -8,10 +8,11 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from gtcpserver.proxy import departures
+from gtcpserver.proxy import departures, handler
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.limits import LimitKeeper, Limits
+from gtcpserver.proxy.visitor import admit
 from kit.patience import SOON
 from kit.ports import free_port
 from kit.proxying import ANYBODY, ANYWHERE, bind_request
@@ -140,17 +141,17 @@ def test_one_that_is_gone_is_still_noticed(proxy, names, connect, in_thread, lin
     assert lines(1)[0]["result"] == "client_left"
 
 
-def test_the_hops_of_a_failed_connect_do_not_count_for_the_next_request(serve, connect, in_thread):
-    hops = []
+def test_the_hops_of_a_failed_connect_do_not_count_for_the_next_request(serve, connect, in_thread, monkeypatch):
+    visitors = []
 
-    class Noting(Gate):
-        def admit(self, conn):
-            hops.append(super().admit(conn))
-            return hops[-1]
+    def noting(gate, conn):
+        visitors.append(admit(gate, conn))
+        return visitors[-1]
 
-    server = serve(ProxyHandler(Noting(client_rules=ANYBODY, destination_rules=ANYWHERE)))
+    monkeypatch.setattr(handler, "admit", noting)
+    server = serve(ProxyHandler(Gate(client_rules=ANYBODY, destination_rules=ANYWHERE)))
     client = connect(server)
     request = f"CONNECT 127.0.0.1:{free_port()} HTTP/1.1\r\nHost: x\r\nVia: 1.1 gtcpserver (hop 7)\r\n\r\n"
     client.sendall(request.encode())
     assert in_thread(client.recv, 1000).startswith(b"HTTP/1.1 502")
-    assert [visitor.hops for visitor in hops] == [0]
+    assert [visitor.hops for visitor in visitors] == [0]
