@@ -35,6 +35,7 @@ from kit.proxying import (
     reply,
     socks,
 )
+from kit.tls import Files
 from kit.waiting import wait_until
 
 #: test -> the keys that it is about; at the end it is compared with what there is.
@@ -682,6 +683,25 @@ def test_what_a_reload_ends(proxy, connect, in_thread, origin, ends):
     else:
         client.sendall(b"hello")
         assert in_thread(read, client, 5) == b"hello"
+
+
+@about("upstream.tls_ca", "upstream.tls_name", "upstream.check", "upstream.check_target")
+@pytest.mark.parametrize("name", ["far.test", "other.test"])
+def test_an_upstream_by_https_that_is_checked(proxy, connect, in_thread, serve, tmp_path, name):
+    files = Files(tmp_path)
+    certfile, keyfile = files.issue("far", "far.test")
+    far = proxy(listener=f'tls_certfile = "{certfile}"\ntls_keyfile = "{keyfile}"')
+    origin, checked = serve(echo), serve(echo)
+    near = proxy(
+        f'[upstream.far]\nurl = "https://{far.address}"\ntls_ca = "{files.ca_file}"\ntls_name = "{name}"\n'
+        f'[upstream.out]\nmembers = ["far"]\nfall = 1\ncheck_every = 0.01\ncheck = "connect"\n'
+        f'check_target = "127.0.0.1:{checked.port}"',
+        rules=LOOPBACK + 'upstreams = ["through out any"]\n',
+    )
+    is_good = name == "far.test"
+    assert in_thread(reply, connect(near), socks(origin.port)) == (0 if is_good else 1)
+    wait_until(lambda: near.stats().handler_gauges["upstream_up:out/far"] == is_good)
+    wait_until(lambda: bool(checked.accepted_connections) == is_good)
 
 
 def keys(table, prefix=""):
