@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from collections import Counter
 from typing import Any
@@ -19,6 +21,9 @@ from .connection import Connection
 #: Addresses tried per host name, of both families if it has both. The owner of the name decides how many there are:
 #: some thousand fit into one answer of a name server, and each may be silent. Large sites have 2 to 8.
 MOST_ADDRESSES = 8
+
+#: Seconds until a Unix socket whose queue is full is tried again.
+FULL_PAUSE = 0.01
 
 
 def connect(
@@ -101,10 +106,24 @@ def _connect(
         connection.settimeout(None)
         if family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if source_address is not None:
-            connection.bind(source_address)
-        connection.connect(sockaddr)
+            if source_address is not None:
+                connection.bind(source_address)
+            connection.connect(sockaddr)
+        else:
+            _connect_unix(connection, sockaddr)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _connect_unix(connection: Connection, path: str) -> None:
+    # While the queue of the listening socket is full, connect(2) fails with EAGAIN, and poll(2) says that the socket is
+    # ready: gevent's connect() would try again without a pause.
+    while True:
+        error = connection.stream.sock.connect_ex(path)
+        if error != errno.EAGAIN:
+            break
+        gevent.sleep(FULL_PAUSE)
+    if error:
+        raise OSError(error, os.strerror(error))
