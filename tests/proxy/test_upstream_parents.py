@@ -1,6 +1,7 @@
 """Other proxies by TLS, SOCKS4, SOCKS4a and Unix sockets."""
 
 import hashlib
+import os
 import shutil
 import socket
 import subprocess
@@ -371,7 +372,8 @@ def test_haproxy_ends_the_tls(run, far, files, pair, proxy_by, serve, connect, i
         assert in_thread(http, client, request).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.skipif(shutil.which("danted") is None, reason="dante-server is not installed")
+@needs("danted")
+@pytest.mark.skipif(os.geteuid() != 0, reason="danted becomes another user")
 @pytest.mark.parametrize("scheme", ["socks4", "socks5"])
 def test_dante(run, proxy_by, serve, connect, in_thread, tmp_path, scheme):
     port = free_port()
@@ -382,6 +384,36 @@ def test_dante(run, proxy_by, serve, connect, in_thread, tmp_path, scheme):
     )
     run(port, "danted", "-f", "conf", "-p", tmp_path / "pid")
     talks(proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{port}")), serve, connect, in_thread)
+
+
+SSHD = """
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+PidFile none
+StrictModes no
+UsePAM no
+"""
+
+
+@pytest.mark.slow
+@needs("ssh", "sshd", "ssh-keygen")
+@pytest.mark.skipif(os.geteuid() != 0, reason="sshd needs root")
+def test_ssh_d_is_a_parent(run, proxy_by, serve, connect, in_thread, tmp_path):
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    port, forward = free_port(), free_port()
+    (tmp_path / "config").write_text(SSHD.format(folder=tmp_path, port=port))
+    os.makedirs("/run/sshd", exist_ok=True)
+    run(port, shutil.which("sshd"), "-D", "-e", "-f", tmp_path / "config")
+    options = ["StrictHostKeyChecking=no", f"UserKnownHostsFile={tmp_path}/known", "BatchMode=yes"]
+    command = ["ssh", "-F", "none", "-N", "-D", f"127.0.0.1:{forward}", "-i", "user", "-p", port, "root@127.0.0.1"]
+    run(forward, *command, *(word for option in options for word in ("-o", option)))
+    for scheme in ("socks5", "socks4", "socks4a"):
+        talks(proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{forward}")), serve, connect, in_thread)
+    near = proxy_by(parse_upstream("up", f"socks4a://127.0.0.1:{forward}", resolve="there"))
+    assert in_thread(reply, connect(near), socks(serve(echo).port, host="localhost")) == 0
 
 
 @needs("curl")
