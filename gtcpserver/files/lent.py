@@ -20,6 +20,9 @@ from gtcpserver.process.descriptors import close_descriptor
 #: and settings with 100,000s of rules: some 10 MiB.
 LARGEST = 64 * 1024 * 1024
 
+#: Bytes read at once.
+PIECE = 64 * 1024
+
 #: Returns a descriptor of a file that may be used; raises OSError.
 Lender = Callable[[str], int]
 
@@ -62,10 +65,13 @@ def read_file(path: str) -> bytes:
 
 
 def _content_of(file: BinaryIO, path: str) -> bytes:
-    content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise OSError(errno.EFBIG, f"it has more than {LARGEST} bytes", path)
-    return content
+    # In pieces: read(n) makes room for n bytes at once.
+    content = bytearray()
+    while piece := file.read(PIECE):
+        content += piece
+        if len(content) > LARGEST:
+            raise OSError(errno.EFBIG, f"it has more than {LARGEST} bytes", path)
+    return bytes(content)
 
 
 def stat_file(path: str) -> os.stat_result:
