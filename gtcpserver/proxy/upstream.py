@@ -162,7 +162,7 @@ class Upstream:
             connection.close()
             raise
 
-    def _ask(self, connection: Connection, target: Target, hops: int) -> None:
+    def _ask(self, connection: Connection, target: Target, hops: int = 0) -> None:
         if self.forwards:
             ask_http(connection, target, [*self.credentials, via_of_hops(hops)] if hops else self.credentials)
         elif self.scheme == "socks5":

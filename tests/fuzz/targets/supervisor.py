@@ -20,7 +20,7 @@ from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.channel import make_pair
 from gtcpserver.supervisor.commands import Commands
 from gtcpserver.supervisor.config import MAX_WORKERS, SupervisorConfig
-from gtcpserver.supervisor.control import ControlClient
+from gtcpserver.supervisor.control import MAX_REQUEST, ControlClient
 from gtcpserver.supervisor.fleet import Fleet
 from gtcpserver.supervisor.messages import MASTER_KINDS, MAX_BYTES, WORKER_KINDS
 from gtcpserver.supervisor.monitor import table_of
@@ -170,7 +170,7 @@ def control(data: bytes) -> None:
         client.close()
         there.close()
     assert len(called) <= 1
-    assert len(client._inbox) <= 8192
+    assert len(client._inbox) <= 2 * MAX_REQUEST
     if not answer:
         assert b"\n" not in sent or not client.asked
         return

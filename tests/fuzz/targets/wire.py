@@ -132,7 +132,8 @@ TUNNEL = b"TUNNEL"
 
 def upstream_answers(data: bytes) -> None:
     choices = Choices(data)
-    url = ["socks5://u:p@h:1", "socks5://h:1", "http://h:1", "http://u:p@h:1"][choices.number(3)]
+    urls = ["socks5://u:p@h:1", "socks5://h:1", "http://h:1", "http://u:p@h:1", "socks4a://h:1"]
+    url = urls[choices.number(4)]
     # What the destination sends comes right behind the proxy's answer: none of it may be taken for the answer.
     answers = choices.rest() + TUNNEL
     connection: Any = _Upstream(answers)
@@ -147,6 +148,8 @@ def upstream_answers(data: bytes) -> None:
         assert len(heads) <= 5
         assert heads[-2][9:10] == b"2"
         assert all(head[9:10] == b"1" for head in heads[:-2])
+    elif url.startswith("socks4a"):
+        assert (answer[:2], len(answer)) == (b"\0\x5a", 8)
     else:
         reply = answer[4:] if answer[:2] == b"\x05\x02" else answer[2:]
         size = {1: 4, 4: 16}.get(reply[3])
