@@ -8,6 +8,7 @@ import pytest
 
 from gtcpserver import ConfigError, ConnectionPool, HandlerPool, ListenConfig, Server
 from gtcpserver.checks import check_number, check_whole_number
+from gtcpserver.proxy import upstream_group
 from gtcpserver.proxy.gate import Gate
 from gtcpserver.proxy.handler import ProxyHandler
 from gtcpserver.proxy.upstream_group import UpstreamGroup
@@ -91,19 +92,28 @@ def test_a_tunnel_that_is_ended_is_not_counted(serve, connect, in_thread, group,
     wait_until(lambda: counts(group) == [0, 0], 5)
 
 
-class Untouched:
-    """An open connection that nobody looks at."""
+class Counting:
+    """An open connection that knows how often it was looked at."""
 
-    def __getattribute__(self, name):
-        raise AssertionError(name)
+    looks = 0
+    fd = 7
+
+    def fileno(self):
+        Counting.looks += 1
+        return self.fd
 
 
-def test_open_connections_are_not_looked_at(group):
-    members = group.members
-    opened = [Untouched() for _ in range(10_000)]
+def test_open_connections_are_looked_at_once_a_second(group, monkeypatch):
+    opened = [Counting() for _ in range(1000)]
     for one in opened:
-        members[0].add(one)
-    assert counts(group) == [10_000, 0]
+        group.members[0].add(one)
+    monkeypatch.setattr(upstream_group, "LOOK_EVERY", 60)
+    for _ in range(100):
+        assert counts(group) == [1000, 0]
+    assert Counting.looks == 1000
+    opened[0].fd = -1  # closed, and somebody still has it
+    monkeypatch.setattr(upstream_group, "LOOK_EVERY", 0)
+    assert counts(group) == [999, 0]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_tunnel_through_an_upstream_moves_and_counts_for_its_member(start, tun
     moves(a, b)
     assert talks(client)
     groups = [server.handler._only.gate.groups[0] for server in (a, b)]
-    assert [group.members[0].connections for group in groups] == [0, 1]
+    wait_until(lambda: [group.members[0].connections for group in groups] == [0, 1])
 
 
 def test_a_limited_rate_holds_after_a_move(start, connect, in_thread, serve):

@@ -36,6 +36,9 @@ def order(one, client=CLIENT):
 class FakeConnection:
     """As far as a group knows one."""
 
+    def fileno(self):
+        return 7
+
 
 @pytest.mark.parametrize("through", [None, parse_upstream("first", "http://192.0.2.2:1")])
 def test_a_proxy_is_not_blamed_for_what_this_host_lacks(through):
