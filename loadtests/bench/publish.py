@@ -1,4 +1,6 @@
-"""Put results into the documentation: tables between the marks of docs/performance.md and README.md, and the plots.
+"""Put results into the documentation: tables between the marks of its pages, and the plots.
+
+All of them go to docs/performance.md, the most important figures to README.md or docs/tour.md.
 
     python -m loadtests.bench.publish RESULTS.json...
 
@@ -25,6 +27,7 @@ from .servers import PURE
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
+TOUR = ROOT / "docs" / "tour.md"
 PLOTS = ROOT / "docs" / "plots"
 
 MORE = """<picture>
@@ -53,7 +56,8 @@ def publish_all(paths: Iterable[Path]) -> None:
             output = json.loads(path.read_text())
             program = output["program"]
             page = put(PAGE.read_text(), program, of_page(output))
-            readme = put(README.read_text(), program, of_readme(output)) if program in IN_README else ""
+            summary = README if program == "bench" else TOUR
+            summed_up = put(summary.read_text(), program, in_short(output)) if program in IN_SHORT else ""
             if program == "bench":
                 PLOTS.mkdir(exist_ok=True)
                 plot(output, PLOTS / "bench")
@@ -61,9 +65,9 @@ def publish_all(paths: Iterable[Path]) -> None:
             raise BenchError(f"{path} cannot be published: {error!r}") from error
         PAGE.write_text(page)
         print(f"published in {PAGE}", flush=True)
-        if readme:
-            README.write_text(readme)
-            print(f"published in {README}", flush=True)
+        if summed_up:
+            summary.write_text(summed_up)
+            print(f"published in {summary}", flush=True)
         if program == "bench" and PAGE == sizing.PERFORMANCE:
             try:
                 sizing.put_into_page()
@@ -94,9 +98,9 @@ def of_page(output: dict[str, Any]) -> str:
     return "\n\n".join([facts(output), *(found.table() for found in loaded(output).values()), *picture])
 
 
-def of_readme(output: dict[str, Any]) -> str:
+def in_short(output: dict[str, Any]) -> str:
     found = loaded(output)
-    lines = IN_README[output["program"]](found)
+    lines = IN_SHORT[output["program"]](found)
     machine = output["machine"]
     what = f"{machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']}, gevent {machine['gevent']}"
     if output["program"] == "bench":
@@ -165,8 +169,8 @@ def _workers(found: dict[str, Result | Figures]) -> list[str]:
     return [f"{several_against_one(figures)} ({work[0].upper()}{work[1:]}: `python -m loadtests.bench.workers`.)"]
 
 
-#: Program -> what of it is in README.md.
-IN_README = {"bench": _bench, "transfers": _transfers, "proxies": _proxies, "workers": _workers}
+#: Program -> what of it is in README.md, or in docs/tour.md.
+IN_SHORT = {"bench": _bench, "transfers": _transfers, "proxies": _proxies, "workers": _workers}
 
 
 def main(arguments: list[str]) -> int:

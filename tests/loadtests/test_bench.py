@@ -745,14 +745,14 @@ def test_results_are_put_between_the_marks_of_a_page():
         publish.put(page, "options", "x")
     for mark in ("bench", "transfers", "proxies", "workers", "adapters", "options"):
         assert publish.put(publish.PAGE.read_text(), mark, "x")
-    for mark in publish.IN_README:
-        assert publish.put(publish.README.read_text(), mark, "x")
+    for mark in publish.IN_SHORT:
+        assert publish.put((publish.README if mark == "bench" else publish.TOUR).read_text(), mark, "x")
 
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
     """Copies of what is published, and their folder."""
-    for name in ("PAGE", "README"):
+    for name in ("PAGE", "README", "TOUR"):
         original = getattr(publish, name)
         monkeypatch.setattr(publish, name, tmp_path / original.name)
         (tmp_path / original.name).write_text(original.read_text())
