@@ -208,7 +208,7 @@ def make_history(fd: int | None = None) -> int:
         close_descriptor(fd)
     made = os.memfd_create("gtcpserver-history", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(made, BYTES)
+        os.posix_fallocate(made, 0, BYTES)  # a write where memory ran out would be a SIGBUS
         # A monitor that was taken over must not make the next one read where there is nothing (SIGBUS).
         fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:

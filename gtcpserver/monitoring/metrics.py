@@ -123,7 +123,7 @@ def _of_the_process(status: Mapping[str, Any], version: str) -> Iterator[Metric]
     number, expires_at = certificates_of(status)
     yield GaugeMetricFamily(PREFIX + "certificates", "Certificates of the server.", number)
     expires = GaugeMetricFamily(
-        PREFIX + "certificate_expires_timestamp_seconds",
+        PREFIX + "certificate_expiration_timestamp_seconds",
         "When the first of the certificates expires, since the epoch.",
         labels=(),
     )

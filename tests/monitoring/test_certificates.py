@@ -27,7 +27,7 @@ def told(server):
     finally:
         watch.close()
     samples = {one.name: one.value for family in parse(encode(status, "1.0", "")[0].decode()) for one in family.samples}
-    ends = samples.get("gtcpserver_certificate_expires_timestamp_seconds")
+    ends = samples.get("gtcpserver_certificate_expiration_timestamp_seconds")
     return samples["gtcpserver_certificates"], None if ends is None else round((ends - time.time()) / DAY)
 
 
