@@ -207,13 +207,14 @@ def photograph(url: str, folder: Path) -> None:
 
 
 def take(browser: Any, url: str, folder: Path, scheme: str) -> None:
-    browser.show(1180, 900, scheme)
+    browser.show(1180, 784, scheme)
     browser.open(url)
     browser.wait_for("document.getElementById('state').textContent == 'ready' && before")
     time.sleep(3)  # for rates of the last seconds
     # The pointer is where the backend is slow.
     browser.value(f"point(shown.view.first + {int((3600 - SLOW + 60) / 15)})")
     browser.screenshot(folder / f"status-{scheme}.png")
+    browser.show(1180, 900, scheme)
     browser.value("point(null)")
     browser.value("document.getElementById('show').click()")
     browser.wait_for("document.getElementById('rows').children.length > 9")

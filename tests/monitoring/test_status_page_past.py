@@ -104,6 +104,8 @@ def test_spans_keys_and_the_title(opened):
         browser.do("Page.reload")
         browser.wait_for("document.readyState == 'complete' && location.hash == '#1-day'")
         browser.wait_for(f"{text_of('recent')} == 'last day' && {pressed} == '1 day'")
+        assert browser.value("document.querySelectorAll('#requests-chart .curve').length") == 1
+        assert browser.value("document.querySelectorAll('#health-chart .bad-bars').length") > 0
         browser.value("document.getElementById('traffic').focus()")
         for key in ("ArrowLeft", "ArrowLeft", "PageUp", "ArrowRight"):
             browser.do("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)

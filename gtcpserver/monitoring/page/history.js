@@ -77,11 +77,17 @@ class View {
     this.cache = {};
   }
   seconds() { return this.range.per * this.past.step; }
+  // How often something was counted in all of it. The minute that has not ended yet is known by its seconds.
+  happened(name) {
+    let sum = this.past.happened(name, this.range.slots * this.past.step);
+    if (this.past === DAY) for (let number = Math.max(60 * (DAY.last + 1), SECONDS.last - 3599); number <= SECONDS.last; number++) sum += SECONDS.known(name, number) || 0;
+    return sum;
+  }
   time(column) { return this.past.time((this.first + column) * this.range.per); }
   columns(name) {
     return this.cache[name] || (this.cache[name] = Array.from({ length: this.count }, (_, i) => this.past.over(name, (this.first + i) * this.range.per, this.range.per)));
   }
-  added(names) { return this.count && Array.from({ length: this.count }, (_, i) => names.reduce((sum, name) => sum + (this.columns(name)[i] ?? NaN), 0)); }
+  added(names) { return Array.from({ length: this.count }, (_, i) => names.length ? names.reduce((sum, name) => sum + this.columns(name)[i], 0) : NaN); }
   buckets() { return Object.keys(this.past.series).filter(name => name.startsWith("latency_") && name !== "latency_sum"); }
   requests() { return this.cache.requests || (this.cache.requests = this.added(this.buckets())); }
   percentiles() {

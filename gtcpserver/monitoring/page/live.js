@@ -2,7 +2,7 @@
 const SMOOTH = 4;        // seconds that a rate is taken over: workers tell their counters once a second
 const HIDDEN = 10;       // seconds between two questions while nobody looks: the title and the icon still tell the state
 const kept = [];
-let range = "", status = null, dayAt = 0;
+let range = "", status = null, dayAt = -Infinity;
 
 function setState(word, tone, name) {
   say("state", word);
@@ -67,9 +67,9 @@ function drawAll() {
 async function look() {
   try {
     const asked = [ask("stats"), SECONDS.follow()];
-    if (range === "1 day" && performance.now() - dayAt > 15000) { asked.push(DAY.follow()); dayAt = performance.now(); }
+    if (range === "1 day") asked.push(followDay());
     [status] = await Promise.all(asked);
-    if (!range) begin();
+    if (!range) await begin();
     kept.push({ at: performance.now(), status });
     if (kept.length > SMOOTH + 1) kept.shift();
     before = kept.length > 1 ? kept[0] : null;
@@ -84,16 +84,22 @@ async function look() {
 }
 
 // What the address asks for, or what is enough for all that is known.
-function begin() {
+async function begin() {
   const asked = decodeURIComponent(location.hash.slice(1)).replace("-", " ");
   range = asked in RANGES ? asked : isNaN(SECONDS.known("ready", SECONDS.last - 300)) ? "5 min" : "1 hour";
   choice("ranges", Object.keys(RANGES), range, choose);
+  if (range === "1 day") await followDay();
+}
+async function followDay() {
+  if (performance.now() - dayAt < 15000) return;
+  dayAt = performance.now();
+  await DAY.follow();
 }
 async function choose(chosen) {
   range = chosen;
   shown.pointed = null;
   window.history.replaceState(null, "", "#" + range.replace(" ", "-"));
-  if (RANGES[range].past === DAY) await DAY.follow().catch(() => {});
+  if (range === "1 day") await followDay().catch(() => {});
   if (status) drawAll();
 }
 document.addEventListener("visibilitychange", () => { if (!document.hidden) { clearTimeout(look.timer); look(); } });

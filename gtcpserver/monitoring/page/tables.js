@@ -6,8 +6,8 @@ function requestsOf(status) {
 
 function short(s) { return s < 0.001 ? s * 1e6 + "µs" : s < 1 ? s * 1000 + "ms" : s < 60 ? s + "s" : s / 60 + "min"; }
 function drawLatency(status, view) {
-  const all = status.stats.latency || {}, names = view.buckets(), length = view.range.slots * view.past.step;
-  let counts = names.map(name => view.past.happened(name, length)), seconds = view.past.happened("latency_sum", length);
+  const all = status.stats.latency || {}, names = view.buckets();
+  let counts = names.map(name => view.happened(name)), seconds = view.happened("latency_sum");
   let total = counts.reduce((a, b) => a + b, 0), words = view.range.words;
   if (!(total >= 0.5)) {
     words = "since the start";
@@ -38,15 +38,16 @@ const KINDS = {
   proxy_header_failures: "bad PROXY header", tls_floods: "TLS flood", left_in_queue: "reset before accept",
 };
 function drawErrors(status, view) {
-  const length = view.range.slots * view.past.step;
   say("recent", view.range.words);
-  const rows = Object.entries(KINDS).filter(([name]) => ONE(status.stats[name])).sort((a, b) => ONE(status.stats[b[0]]) - ONE(status.stats[a[0]])).flatMap(([name, kind]) => {
-    const recent = Math.round(view.past.happened(name, length)), count = status.stats[name], row = make("tr");
-    const cell = make("td", kind, "peer"), tone = recent ? FAULTS.includes(name) ? " bad" : " warn" : "";
-    if (typeof count === "object") cell.append(" ", make("small", Object.entries(count).sort((a, b) => b[1] - a[1]).map(([what, n]) => `${what} ${whole(n)}`).join(", "), "note"));
-    row.append(cell, make("td", whole(recent), "number" + tone), make("td", whole(ONE(count)), "number"));
-    return [row];
-  });
+  const rows = Object.entries(KINDS).filter(([name]) => ONE(status.stats[name]))
+    .map(([name, kind]) => [name, kind, Math.round(view.happened(name)), status.stats[name]])
+    .sort((a, b) => b[2] - a[2] || ONE(b[3]) - ONE(a[3]))
+    .map(([name, kind, recent, count]) => {
+      const row = make("tr"), cell = make("td", kind, "peer"), tone = recent ? FAULTS.includes(name) ? " bad" : " warn" : "";
+      if (typeof count === "object") cell.append(" ", make("small", Object.entries(count).sort((a, b) => b[1] - a[1]).map(([what, n]) => `${what} ${whole(n)}`).join(", "), "note"));
+      row.append(cell, make("td", whole(recent), "number" + tone), make("td", whole(ONE(count)), "number"));
+      return row;
+    });
   at("errors").replaceChildren(...rows);
   at("errors").parentNode.hidden = !rows.length;
   at("no-errors").hidden = rows.length > 0;
