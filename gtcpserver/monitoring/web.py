@@ -8,10 +8,13 @@ import ipaddress
 import re
 import sys
 import time
+import zlib
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import gevent
 
 from gtcpserver.strict_json import to_json
 
@@ -71,11 +74,18 @@ HEADERS = [
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cache-Control", "no-store"),
+    ("Vary", "Accept-Encoding"),
     # One request per connection: connections kept open would fill the few places.
     ("Connection", "close"),
 ]
 
 Answer = tuple[str, str, bytes]
+
+#: Answers of so many bytes are compressed: the page, and an hour of history, which would take seconds on a slow link.
+LEAST_PACKED = 32_768
+
+#: Bytes compressed without a pause: about 0.5 ms, during which the event loop does nothing else.
+PIECE = 32_768
 
 #: Most digits of a number in a query.
 MOST_DIGITS = 15
@@ -118,6 +128,9 @@ class Web:
         status, kind, body = self._answer(method, environ)
         if status.startswith("405"):
             headers.append(("Allow", "GET, HEAD"))
+        if len(body) >= LEAST_PACKED and takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")):
+            body = packed(body)
+            headers.append(("Content-Encoding", "gzip"))
         start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(body)))])
         return [] if method == "HEAD" else [body]
 
@@ -196,6 +209,21 @@ def encode_slots(slots: Slots) -> bytes:
     if sys.byteorder == "big":
         values.byteswap()
     return line.encode() + b" " * (-(len(line) + 1) % values.itemsize) + b"\n" + values.tobytes()
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Return whether an Accept-Encoding header (RFC 9110, section 12.5.3) names gzip, and not with a weight of 0."""
+    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.IGNORECASE) is not None
+
+
+def packed(body: bytes) -> bytes:
+    """Return the bytes as gzip (RFC 1952). Yields to the event loop regularly."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    pieces = []
+    for at in range(0, len(body), PIECE):
+        pieces.append(packer.compress(body[at : at + PIECE]))
+        gevent.sleep(0)
+    return b"".join([*pieces, packer.flush()])
 
 
 def _unavailable(word: str) -> Answer:

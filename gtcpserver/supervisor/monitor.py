@@ -3,7 +3,8 @@
 The monitor is a separate process because it speaks HTTP with strangers, which takes an event loop, libraries and
 memory, and may block: a master has none of these, and forks. A worker cannot serve them either, since workers come and
 go, and a blocked one must be reported. So the master only answers questions in lines of JSON, one at a time, over a
-pair of sockets, from the counters that workers send anyway; an unused monitor costs it a line per second.
+pair of sockets, from the counters that workers send anyway. Each second it sends its health and, for the history of the
+status page, all counters: with 8 workers 2 ms of CPU.
 
 The master keeps the listening sockets, so that the next monitor, or that of another master after an upgrade, finds the
 scrapes that wait in their queue. Whatever happens to a monitor, the service goes on.

@@ -1,8 +1,10 @@
 """What is recorded for the status page, of the statuses of a service."""
 
+import gzip
 import json
 import math
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -101,9 +103,9 @@ def past():
     history = History()
     web = Web(SimpleNamespace(status=None), history, "1.0", for_this_host=False)
 
-    def get(query="", method="GET"):
+    def get(query="", **more):
         told = []
-        environ = {"REQUEST_METHOD": method, "PATH_INFO": "/history", "QUERY_STRING": query}
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/history", "QUERY_STRING": query, **more}
         body = b"".join(web(environ, lambda status, _headers: told.append(status)))
         return told[0], body
 
@@ -122,6 +124,18 @@ def test_history_is_a_line_of_json_and_floats(past, monkeypatch):
     assert (head["first"], head["count"], head["step"], head["series"]) == (NOW, 2, 1, list(SERIES))
     assert (len(line) + 1) % 4 == 0
     assert struct.unpack(f"<{2 * len(SERIES)}f", floats) == (1.0, 2.0) * len(SERIES)
+
+
+@pytest.mark.parametrize(
+    ("accepts", "packs"),
+    [("gzip, deflate", True), ("br, GZIP ; q=0.5", True), ("", False), ("gzip;q=0", False), ("gzip; q=0.0, br", False)],
+)
+def test_what_is_large_is_compressed_for_clients_that_take_it(past, accepts, packs):
+    past.history.add(time.monotonic(), [1.0] * len(SERIES))
+    plain = past()[1]
+    body = past(HTTP_ACCEPT_ENCODING=accepts)[1]
+    assert (len(body) < len(plain) / 10) is packs
+    assert (gzip.decompress(body) if packs else body)[-400:] == plain[-400:]
 
 
 @pytest.mark.parametrize("query", ["grain=year", "since=x", "since=-1", "since=1e9", "since=" + "9" * 5000, "grain="])

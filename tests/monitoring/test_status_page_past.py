@@ -1,4 +1,4 @@
-"""The status page to who opens it afterwards: what happened, in a real browser, on phone and desktop, light and dark.
+"""The status page, opened afterwards: what happened, in a real browser, on phone and desktop, light and dark.
 
 The service is that of the documentation's screenshots, which does not exist.
 """
@@ -60,7 +60,7 @@ TIP = text_of("traffic-tip")
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
-def test_who_comes_afterwards_sees_what_happened(opened, imagined, width, height, scheme):
+def test_the_page_shows_what_happened_before(opened, imagined, width, height, scheme):
     column = (3600 - (imagined.SLOW + imagined.MENDED) / 2) / 15
 
     def look(browser, url):

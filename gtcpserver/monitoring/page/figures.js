@@ -70,8 +70,8 @@ function choice(id, names, chosen, choose) {
   at(id).replaceChildren(...buttons);
 }
 
-async function ask(path, read = answer => answer.json()) {
-  const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 4000);
+async function ask(path, read = answer => answer.json(), patience = 4) {
+  const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 1000 * patience);
   try {
     const answer = await fetch(path, { signal: stop.signal, cache: "no-store" });
     if (!answer.ok) throw new Error(await answer.text());

@@ -11,7 +11,7 @@ class Past {
   constructor(grain, step, slots) { Object.assign(this, { grain, step, slots, last: 0, endsAt: 0, silent: 0, series: {} }); }
 
   async follow() {
-    const data = await ask(`history?grain=${this.grain}&since=${this.last}`, answer => answer.arrayBuffer());
+    const data = await ask(`history?grain=${this.grain}&since=${this.last}`, answer => answer.arrayBuffer(), 10);  // seconds, all that the server gives
     const end = new Uint8Array(data).indexOf(10) + 1;
     const head = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 0, end)));
     this.silent = head.count ? 0 : this.silent + 1;
