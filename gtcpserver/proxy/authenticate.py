@@ -42,7 +42,7 @@ from .target import IPAddress
 
 log = logging.getLogger("gtcpserver")
 
-_Popen: Any = monkey.get_original("subprocess", "Popen")
+_waitpid: Any = monkey.get_original("os", "waitpid")
 
 #: Seconds between two checks of an htpasswd file.
 LOOK_EVERY = 1.0
@@ -413,7 +413,7 @@ class _Helper:
     def __init__(self, command: Sequence[str], timeout: float) -> None:
         self._command = list(command)
         self._timeout = timeout
-        self._process: Any = None
+        self._process: int | None = None  # its ID
         self._socket: Any = None
         self._deaths = 0
         self._not_before = 0.0
@@ -458,8 +458,16 @@ class _Helper:
         try:
             # In its own session: Ctrl-C is for the server, which may still have to ask. The helper ends when we do,
             # because its standard input ends then.
-            # Not gevent's Popen: its event loop would then reap every child process, even those of other code.
-            self._process = _Popen(self._command, stdin=theirs, stdout=theirs, start_new_session=True)
+            # Not gevent's Popen, with which the event loop reaps every child process, even those of other code; nor
+            # Python's, which fails in a monkey-patched program (gevent takes its _fork_exec away).
+            self._process = os.posix_spawnp(
+                self._command[0],
+                self._command,
+                os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), number) for number in (0, 1)],
+                setsid=True,
+                setsigmask=(),
+            )
         except OSError as error:
             ours.close()
             self._note_death()
@@ -502,9 +510,17 @@ class _Helper:
         self._process = self._socket = None
         # Its ID, and that of its process group, cannot be reused until it is reaped. Kill it first: at the end of its
         # input a shell would exit at once, and leave its children behind.
-        if process is not None and process.poll() is None:
+        if process is not None and not _is_reaped(process):
             with suppress(PermissionError):  # a setuid program: it ends when its input does
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()  # a millisecond after this signal; otherwise it would stay as a zombie
+                os.killpg(process, signal.SIGKILL)
+                _is_reaped(process, 0)  # a millisecond after this signal; otherwise it would stay as a zombie
         if sock is not None:
             sock.close()
+
+
+def _is_reaped(process: int, options: int = os.WNOHANG) -> bool:
+    """Reap a child process if it has ended (waitpid(2)); return whether it has."""
+    try:
+        return bool(_waitpid(process, options)[0])
+    except ChildProcessError:
+        return True  # by other code

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from ipaddress import ip_address
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from gtcpserver import ConfigError
 from gtcpserver.proxy import authenticate, passwords
 from gtcpserver.proxy.authenticate import CommandAuthenticator, HashedUsers, RememberingAuthenticator
+from kit.patience import SOON
 from kit.supervised import alive
 from kit.waiting import wait_until
 
@@ -604,3 +606,15 @@ def test_processes_end_when_ours_is_killed(python, tmp_path):
     ours.kill()
     ours.wait()
     wait_until(lambda: not alive(pid))
+
+
+def test_a_command_is_asked_in_a_monkey_patched_program_too():
+    program = """
+    from gevent import monkey
+    monkey.patch_all()
+    from gtcpserver.proxy.authenticate import CommandAuthenticator
+    users = CommandAuthenticator(["sh", "-c", "while read line; do echo OK; done"])
+    assert users.verify(b"ada", b"x") and users.verify(b"bob", b"x")
+    users.close()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=SOON)
