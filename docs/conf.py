@@ -47,6 +47,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!gtcpserver\.).*"),
     ("py:class", r"gtcpserver\.(testing\.client\.Result|signatures\.ConnectionT|coroutines\.T)"),  # type variables
     ("py:class", r"gtcpserver\.(listening\.listener|connection\.stream|shared\.column|tls\.contexts)\.\w+"),
+    ("py:class", r"gtcpserver\.store\.store\.\w+"),
     ("py:class", r"gtcpserver\.tls\.acme\.settings\.\w+"),
     ("py:class", r"gtcpserver\.supervisor\.(fleet|lending|system)\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(departures|gate|limits|record|resolve|rules|succession|target)\.\w+"),
