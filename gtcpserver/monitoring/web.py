@@ -16,6 +16,7 @@ from typing import Any
 
 import gevent
 
+from gtcpserver.process.clock import wall_time
 from gtcpserver.strict_json import to_json
 
 from . import metrics
@@ -195,7 +196,7 @@ def encode_slots(slots: Slots) -> bytes:
     The line has `series`, their names; `count`, how many floats each has; `first`, the number of the first one's slot;
     `step`, the seconds of a slot; and `ends_at`, the end of the last one, in seconds since the epoch.
     """
-    ends_at = time.time() - time.monotonic() + (slots.first + slots.count) * slots.step
+    ends_at = wall_time((slots.first + slots.count) * slots.step)
     line = to_json(
         {
             "step": slots.step,

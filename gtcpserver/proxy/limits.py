@@ -18,10 +18,9 @@ from weakref import WeakValueDictionary
 
 import gevent
 
-from gtcpserver.admission.client_limits import ClientKey, ClientLimits, client_key, text_of
+from gtcpserver.admission.client_limits import ClientKey, ClientLimits, key_of_host, text_of
 from gtcpserver.admission.shared_clients import SharedClients
 from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.networks import as_ip
 from gtcpserver.shared.column import Column, now
 from gtcpserver.store.store import Demand, Store, limits_of
 
@@ -314,7 +313,7 @@ class LimitKeeper:
         """
         if not self._limits_attempts:
             return None
-        return Attempts(self, client_key(as_ip(address[0])) if isinstance(address, tuple) else None)
+        return Attempts(self, key_of_host(address[0]) if isinstance(address, tuple) else None)
 
     def enter_user(self, user: str) -> str:
         """Register a connection of this user; return as `enter`. May wait for the store."""

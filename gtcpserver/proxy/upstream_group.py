@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 import gevent
 
-from gtcpserver.admission.client_limits import client_key
+from gtcpserver.admission.client_limits import client_key, text_of
 from gtcpserver.checks import check_number, check_whole_number, shown
 from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError
 
@@ -200,7 +200,7 @@ class UpstreamGroup:
         elif self._strategy == "least-connections":
             members = sorted(members, key=lambda member: member.connections / member.weight)
         elif self._strategy == "hash-client":
-            key = str(client_key(client))
+            key = text_of(client_key(client))
             members = sorted(members, key=lambda member: member.claim(key))
         return sorted(members, key=lambda member: member.is_down)
 

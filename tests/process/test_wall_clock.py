@@ -26,6 +26,10 @@ WALL_CLOCK = {
     ("monitoring/metrics.py", "time.time"): "process_start_time_seconds is since the epoch by definition",
     ("proxy/authenticate.py", "time.time"): "compared with a file's modification time, which is of the wall clock",
     ("static_files/handler.py", "time"): "the header Date (RFC 9110 section 6.6.1)",
+    ("tls/acme/authority.py", "time.time"): "compared with the authority's clock, which is a wall clock",
+    ("tls/acme/helper.py", "time.time"): "the next look, which outlives this process and this boot",
+    ("tls/acme/keeper.py", "time.time"): "the same",
+    ("tls/acme/ordering.py", "datetime.now"): "the validity of certificates",
     ("tls/contexts.py", "time.time"): "the validity of certificates (RFC 5280 section 4.1.2.5)",
     ("tls/self_signed.py", "datetime.now"): "the validity of certificates",
 }
