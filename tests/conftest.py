@@ -23,6 +23,7 @@ from gtcpserver import Server, StreamServer
 
 pytest.register_assert_rewrite("kit")
 
+from kit.handing import close_lines  # noqa: E402
 from kit.patience import SOON  # noqa: E402
 from kit.waiting import wait_until  # noqa: E402
 
@@ -117,6 +118,8 @@ def serve():
     yield start
     for server in servers:
         server.halt()
+    for server in servers:
+        close_lines(server)
 
 
 @pytest.fixture

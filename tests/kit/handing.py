@@ -34,6 +34,15 @@ def leave(giver: Server, taker: Server, stop: bool = False) -> Any:
     return gevent.spawn(giver.stop, SOON, patient=True, leave_listening=True) if stop else None
 
 
+def close_lines(server: Server) -> None:
+    """Close the lines of a server that has halted, as the end of its process does."""
+    mover = server.mover
+    if isinstance(mover, Mover):
+        for _, line, *_ in (*mover._senders, *mover._receivers):  # noqa: SLF001 - for this alone
+            line.close()
+        mover._senders, mover._receivers = [], []  # noqa: SLF001
+
+
 class Taker:
     """The other end of a line: a new worker that says what the test wants it to."""
 
