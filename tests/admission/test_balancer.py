@@ -312,18 +312,19 @@ http {{
 
 @pytest.fixture
 def nginx(tmp_path):
-    """`nginx(stream="...")` starts one whose HTTP port wants the PROXY protocol, and returns that port."""
+    """`nginx(stream="...", at=PORT)` starts one whose HTTP port wants the PROXY protocol, and returns that port."""
     if shutil.which("nginx") is None:
         pytest.skip("nginx is not installed")
     processes = []
 
-    def start(stream="", modules=""):
+    def start(stream="", modules="", at=None):
         port = free_port()
         user = "user root; " if os.getuid() == 0 else ""
         text = NGINX.format(folder=tmp_path, port=port, stream=stream, modules=user + modules)
         (tmp_path / "conf").write_text(text)
         processes.append(subprocess.Popen(["nginx", "-c", f"{tmp_path}/conf", "-e", f"{tmp_path}/log"]))
-        wait_for_port(port, processes[0])
+        for one in (port, at or port):  # it listens on one after the other
+            wait_for_port(one, processes[0])
         return port
 
     yield start
@@ -349,7 +350,7 @@ def test_nginx_as_the_balancer(nginx, serve, connect, in_thread):
     port = free_port()
     options = "proxy_protocol on; proxy_half_close on;"
     stream = f"stream {{ server {{ listen 127.0.0.1:{port}; proxy_pass {server.address}; {options} }} }}"
-    in_thread(nginx, stream, f"load_module {module};")
+    in_thread(nginx, stream, f"load_module {module};", port)
     client = connect(f"127.0.0.1:{port}")
     name = client.getsockname()[1]
     assert in_thread(converse, client, b"hello") == f"127.0.0.1 {name} 127.0.0.1 True\nhello".encode()
