@@ -18,6 +18,7 @@ from gtcpserver import ConfigError, ListenConfig
 from gtcpserver.files.trusted_path import FIRST_USERS_GROUP, UntrustedPath, check_path, open_file, trusted_place
 from gtcpserver.listening.listener import open_listeners
 from gtcpserver.server.access_log import AccessLog
+from gtcpserver.supervisor.control import ControlError
 from gtcpserver.supervisor.log_files import open_log_file
 from gtcpserver.supervisor.pid_file import PidFile
 from kit.supervised import COMMAND, Master, wait_until
@@ -241,7 +242,8 @@ def test_a_log_file_whose_folder_was_exchanged_since_is_not_opened_again(folder:
         log.rename(folder / "old.log")
         log.symlink_to(folder / "secret")
         os.chown(folder / "log", ADA, ADA)
-        master.ask("reopen")
+        with pytest.raises(ControlError, match="belongs to user"):
+            master.ask("reopen")
         assert f"{folder}/log belongs to user {ADA}" in (folder / "old.log").read_text()
         assert (folder / "secret").read_text() == "secret\n"
         master.ask("status")
