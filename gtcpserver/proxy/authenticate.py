@@ -467,6 +467,7 @@ class _Helper:
                 file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), number) for number in (0, 1)],
                 setsid=True,
                 setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
             )
         except OSError as error:
             ours.close()

@@ -608,6 +608,14 @@ def test_processes_end_when_ours_is_killed(python, tmp_path):
     wait_until(lambda: not alive(pid))
 
 
+def test_a_command_ends_by_sigpipe_although_python_ignores_it():
+    ignored = "$(grep SigIgn /proc/self/status | cut -f 2)"
+    command = f"while read line; do if [ $((0x{ignored} & 0x1000)) = 0 ]; then echo OK; else echo ERR; fi; done"
+    users = CommandAuthenticator(["sh", "-c", command])
+    assert users.verify(b"ada", b"x")
+    users.close()
+
+
 def test_a_command_is_asked_in_a_monkey_patched_program_too():
     program = """
     from gevent import monkey
