@@ -42,19 +42,15 @@ def configure(path: str) -> None:
 
 def _check_tables(config: dict[str, Any], path: str) -> None:
     """Check what must be a table: dictConfig's own errors about it name no key. Raise click.UsageError."""
-    told = []
+    tables = {}
     for key in ("formatters", "filters", "handlers", "loggers"):
-        table = config.get(key, {})
-        tables = {key: table} | ({f"{key}.{name}": one for name, one in table.items()} if _is_table(table) else {})
-        told += [(name, one) for name, one in tables.items() if not _is_table(one)]
-    if not _is_table(config.get("root", {})):
-        told.append(("root", config["root"]))
-    for name, value in told:
-        raise click.UsageError(f"{NAME}: {path}: {name} must be a table, got {value!r}")
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
+        tables[key] = table = config.get(key, {})
+        if isinstance(table, dict):
+            tables |= {f"{key}.{name}": one for name, one in table.items()}
+    tables["root"] = config.get("root", {})
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise click.UsageError(f"{NAME}: {path}: {name} must be a table, got {table!r}")
 
 
 def _read(path: str) -> dict[str, Any]:

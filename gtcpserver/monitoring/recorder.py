@@ -69,9 +69,8 @@ class Recorder:
             row = {name: max(0.0, counted[name] - then[name]) / took for name in COUNTERS}
         else:
             took = 1.0
-            if (
-                max(status["uptime"], status["stats"].get("uptime", 0.0)) <= YOUNG
-            ):  # a process that has begun to count, its reloads from 1
+            # A process that has begun to count, its reloads from 1.
+            if max(status["uptime"], status["stats"].get("uptime", 0.0)) <= YOUNG:
                 row = counted | {"reloaded": 0.0, "started": 1.0}
         row |= gauges_of(status)
         self._history.add(now, [row[name] for name in SERIES], took)

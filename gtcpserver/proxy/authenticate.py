@@ -24,7 +24,6 @@ from urllib.parse import quote_from_bytes
 
 import gevent
 import gevent.socket
-from gevent import monkey
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.threadpool import ThreadPool
@@ -33,6 +32,7 @@ from gtcpserver.diagnostics.logs import FaultLimiter, also
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.lent import stat_file
 from gtcpserver.plural import counted
+from gtcpserver.process.children import is_reaped
 from gtcpserver.process.forked import close_in_children
 from gtcpserver.shared.column import Column
 from gtcpserver.store.store import Store
@@ -41,8 +41,6 @@ from .passwords import MOST_REMEMBERED, REMEMBER, THREADS, Failures, check_hash,
 from .target import IPAddress
 
 log = logging.getLogger("gtcpserver")
-
-_waitpid: Any = monkey.get_original("os", "waitpid")
 
 #: Seconds between two checks of an htpasswd file.
 LOOK_EVERY = 1.0
@@ -458,8 +456,6 @@ class _Helper:
         try:
             # In its own session: Ctrl-C is for the server, which may still have to ask. The helper ends when we do,
             # because its standard input ends then.
-            # Not gevent's Popen, with which the event loop reaps every child process, even those of other code; nor
-            # Python's, which fails in a monkey-patched program (gevent takes its _fork_exec away).
             self._process = os.posix_spawnp(
                 self._command[0],
                 self._command,
@@ -511,17 +507,9 @@ class _Helper:
         self._process = self._socket = None
         # Its ID, and that of its process group, cannot be reused until it is reaped. Kill it first: at the end of its
         # input a shell would exit at once, and leave its children behind.
-        if process is not None and not _is_reaped(process):
+        if process is not None and not is_reaped(process):
             with suppress(PermissionError):  # a setuid program: it ends when its input does
                 os.killpg(process, signal.SIGKILL)
-                _is_reaped(process, 0)  # a millisecond after this signal; otherwise it would stay as a zombie
+                is_reaped(process, 0)  # a millisecond after this signal; otherwise it would stay as a zombie
         if sock is not None:
             sock.close()
-
-
-def _is_reaped(process: int, options: int = os.WNOHANG) -> bool:
-    """Reap a child process if it has ended (waitpid(2)); return whether it has."""
-    try:
-        return bool(_waitpid(process, options)[0])
-    except ChildProcessError:
-        return True  # by other code

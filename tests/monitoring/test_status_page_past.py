@@ -131,7 +131,9 @@ def test_connections_are_grouped_searched_filtered_and_sorted(opened):
         places = browser.value("[...document.querySelectorAll('#places button')].map(one => one.ariaLabel)")
         assert places[:2] == ["2913 at idle", "61 at shop.py:88 in price_of"]
         browser.value("document.querySelectorAll('#places button')[1].click()")
-        assert all("shop.py:88 in price_of" in one for one in browser.value(ROWS))
+        rows = browser.value(ROWS)
+        assert rows
+        assert all("shop.py:88 in price_of" in one for one in rows)
         assert browser.value(text_of("found")).endswith(" of 120")
         browser.value("document.querySelectorAll('#places button')[1].click()")
         browser.value("document.querySelectorAll('#kinds button')[2].click()")
@@ -147,7 +149,9 @@ def test_connections_are_grouped_searched_filtered_and_sorted(opened):
             "const box = document.getElementById('search'); box.value = {!r}; box.dispatchEvent(new Event('input'))"
         )
         browser.value("{" + search.format("RESERVE") + "}")
-        assert all("stock.py:140 in reserve" in one for one in browser.value(ROWS))
+        rows = browser.value(ROWS)
+        assert rows
+        assert all("stock.py:140 in reserve" in one for one in rows)
         browser.value("{" + search.format(EVIL) + "}")
         assert browser.value(ROWS) == []
         assert browser.value("document.images.length") == 0

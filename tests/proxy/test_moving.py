@@ -10,7 +10,7 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from kit.forwarding import OK
 from kit.handing import leave
 from kit.handlers import echo
-from kit.proxying import QUICK, associate, http, reply, socks, udp_socket
+from kit.proxying import QUICK, associate, http, reply, socks
 from kit.waiting import wait_until
 
 LISTENER = '[[listener]]\nlisten = "127.0.0.1:0"\n'
@@ -190,7 +190,6 @@ def test_a_udp_association_stays(start, connect, in_thread):
     associate(client, in_thread)
     leave(a, b, stop=True)
     wait_until(lambda: a.mover.staying() == {"busy": 1})
-    udp_socket().close()
 
 
 def test_a_tunnel_whose_listener_is_gone_goes_on_and_an_idle_client_is_closed(

@@ -202,7 +202,7 @@ def test_a_child_of_a_handler_does_not_keep_the_lock(keep, tmp_path):
 def test_a_helper_ends_with_its_server_and_holds_the_lock_until_then(keep, tmp_path):
     pid_file = tmp_path / "pid"
     keeper = keep(
-        f"import os, time; os.setsid(); open({str(pid_file)!r} + '.new', 'w').write(str(os.getpid())); "
+        f"import os, time; open({str(pid_file)!r} + '.new', 'w').write(str(os.getpid())); "
         f"os.rename({str(pid_file)!r} + '.new', {str(pid_file)!r}); time.sleep(60)"
     )
     looking = gevent.spawn(keeper.look)

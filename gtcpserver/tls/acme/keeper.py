@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 import gevent.socket
-from gevent import monkey
 
 from gtcpserver.diagnostics.logs import own_logger
 from gtcpserver.errors import ConfigError
+from gtcpserver.process.children import is_reaped
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import close_in_children
 
@@ -50,13 +50,8 @@ _LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 #: Seconds for the end of a helper that was killed: a millisecond, unless it waits for a disk.
 KILL_SECONDS, KILL_ATTEMPTS = 1.0, 100
 
-# With the path of this process: the command line's -m would search the current directory first. In a session of its
-# own: Ctrl-C is for the server.
-_PROGRAM = "import os, sys; os.setsid(); sys.path[:] = {path!r}; from gtcpserver.tls.acme.helper import main; main()"
-
-# Neither gevent's Popen, with which the event loop reaps every child process, even those of other code; nor Python's,
-# which fails in a monkey-patched program (subprocess._fork_exec is None there). posix_spawn(3) does not fork.
-_waitpid: Any = monkey.get_original("os", "waitpid")
+# With the path of this process: the command line's -m would search the current directory first.
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from gtcpserver.tls.acme.helper import main; main()"
 
 
 class HelperFailed(Exception):
@@ -181,6 +176,7 @@ def _spawn(channel: int, lock: int) -> int:
         [sys.executable, "-c", program],
         os.environ,
         file_actions=[(os.POSIX_SPAWN_DUP2, old, new) for old, new in copies],
+        setsid=True,  # Ctrl-C is for the server
         setsigmask=(),
     )
 
@@ -224,11 +220,7 @@ def _message(line: bytes) -> dict[str, Any]:
 def _end(helper: int) -> None:
     """Kill a helper that is still there, and reap it."""
     for attempt in range(KILL_ATTEMPTS):
-        try:
-            found, _ = _waitpid(helper, os.WNOHANG)
-        except ChildProcessError:
-            return  # reaped by code that reaps every child
-        if found:
+        if is_reaped(helper):
             return
         if not attempt:
             os.kill(helper, signal.SIGKILL)  # it is not reaped, so this is its ID
