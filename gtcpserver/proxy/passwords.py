@@ -272,7 +272,7 @@ class StoredFailures:
             return 0
         if found[0] >= MOST_FAILURES:
             network = _network(client)
-            self._banned[network] = monotonic() + found[1]
+            self._banned[network] = monotonic() + min(found[1], WINDOW)
             self._banned.move_to_end(network)
             if len(self._banned) > MOST_ADDRESSES:
                 self._banned.popitem(last=False)

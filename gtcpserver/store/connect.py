@@ -14,6 +14,9 @@ from .settings import StoreSettings
 #: Seconds for each step of connecting: the TCP connection, the TLS handshake, the login. Nobody waits for them.
 STEP_SECONDS = 0.5
 
+#: Bytes of an answer without an end. Ours have some dozen, those of ROLE and of sentinels some hundred.
+LONGEST_ANSWER = 256 * 1024
+
 
 class StoreError(Exception):
     """Redis does not answer as it should; the message says what is wrong."""
@@ -102,11 +105,33 @@ def _connection_class() -> Any:
             own_socket: Any = None
 
             def _connect(self) -> Any:
-                self.own_socket = _open_socket(self.store_settings, self.host, self.port)
+                self.own_socket = _Bounded(_open_socket(self.store_settings, self.host, self.port))
                 return self.own_socket
 
         _classes.append(Connection)
     return _classes[0]
+
+
+class _Bounded:
+    """A socket that fails when an answer has no end: a parser that always finds input would keep the event loop.
+
+    Attributes:
+        left: bytes until then; set again after each answer.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.left = LONGEST_ANSWER
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def recv(self, size: int) -> Any:
+        data = self._sock.recv(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise StoreError("an answer has no end")
+        return data
 
 
 def _open_socket(settings: StoreSettings, host: str, port: int) -> Any:
@@ -146,5 +171,6 @@ def _context(settings: StoreSettings) -> Any:
     else:
         context.load_default_certs()
     if "ssl_certfile" in options:
-        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+        # With a function: without one, OpenSSL asks for a password on the terminal.
+        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), lambda: "")
     return context

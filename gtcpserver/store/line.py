@@ -13,7 +13,7 @@ from gevent.event import Event
 from gevent.hub import get_hub
 from gevent.monkey import get_original
 
-from .connect import StoreError, connect
+from .connect import LONGEST_ANSWER, StoreError, connect
 from .scripts import source_of
 from .settings import StoreSettings
 
@@ -118,6 +118,7 @@ class Line:
         """
         while not self._dead:
             reply = self._connection.read_response()
+            self._connection.own_socket.left = LONGEST_ANSWER
             self._was_late = False
             answered = self._in_flight.popleft()[1]
             if answered is not None:

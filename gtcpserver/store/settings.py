@@ -86,8 +86,10 @@ class StoreSettings:
             raise _wrong(f"a URL that begins with one of {known}", scheme if separator else "another one")
         try:
             parts = urlsplit(self.url)
-        except ValueError as error:
-            raise _wrong("a URL", str(error)) from None
+        except ValueError:  # whose text may have the password in it
+            raise _wrong("a URL", "one that cannot be read: what is special in a password is written as %XX") from None
+        if scheme != "unix" and "@" in parts.path:
+            raise _wrong("a URL in whose password / is written %2F", "another one")
         if parts.fragment:
             raise _wrong("a URL without #", "one with it: as part of a password it is written %23")
         credentials, _, where = parts.netloc.rpartition("@")
@@ -141,7 +143,8 @@ def _options(query: str) -> dict[str, str]:
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name in options:
         if name not in _OPTIONS:
-            raise _wrong(f"a URL with options among {', '.join(sorted(_OPTIONS))}", name)
+            shown = name if "@" not in query else "another one"  # perhaps the rest of a password with a ?
+            raise _wrong(f"a URL with options among {', '.join(sorted(_OPTIONS))}", shown)
     for name, allowed in (("ssl_cert_reqs", ("required", "none")), ("ssl_check_hostname", ("true", "false"))):
         if options.get(name, allowed[0]) not in allowed:
             raise _wrong(f"a URL whose {name} is {' or '.join(allowed)}", options[name])

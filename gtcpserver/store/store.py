@@ -259,7 +259,9 @@ class Store:
             self._count(demands)
             return ""
         demand = demands[number - 1]
-        self._refuse(demand.key, milliseconds / 1000 if milliseconds else REFUSED_SECONDS, demand.refusal)
+        # The script's longest is one token.
+        seconds = min(milliseconds, demand.token) / 1000 if milliseconds else REFUSED_SECONDS
+        self._refuse(demand.key, seconds, demand.refusal)
         return demand.refusal
 
     def _refuse(self, key: str, seconds: float, refusal: str) -> None:
@@ -354,7 +356,11 @@ class Store:
         arguments = [user, str(more), str(int(window * 1000))]
         line.send(WRONG, [self._key(f"wrong:{name}")], arguments, reply.set)
         found = reply.get()
-        return None if found is None else (int(found[0]), max(0, found[1]) / 1000)
+        try:
+            return None if found is None else (int(found[0]), max(0, int(found[1])) / 1000)
+        except Exception as error:  # no answer of our script
+            line.fail(error)
+            return None
 
     def forget_wrong(self, name: str, user: str) -> None:
         """Forget the wrong passwords of an address for one user. Does not wait."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +27,12 @@ from .settings import ACMESettings
 
 #: Seconds that the clocks may differ before the log says so.
 NOTED_SKEW = 60.0
+
+#: Seconds until it ends itself, if its server is gone: it has the lock.
+LAST_SECOND = 660
+
+#: Bytes of memory: an authority's answer may have no end. 40 MB are used.
+MOST_MEMORY = 512 * 1024 * 1024
 
 Say = Callable[[str, str], None]
 
@@ -147,6 +155,11 @@ def roll_over(settings: ACMESettings, say: Say) -> bool:
 
 def main() -> None:
     """Run as a process."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LAST_SECOND)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    most = MOST_MEMORY if most == resource.RLIM_INFINITY else min(most, MOST_MEMORY)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     request = json.load(sys.stdin)
     settings = ACMESettings.from_json(request["settings"])
     try:

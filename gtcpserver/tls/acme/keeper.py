@@ -112,7 +112,12 @@ class Keeper:
         lock = self._folder.lock()
         if lock is None:
             return False
-        if not self._is_due():
+        try:
+            is_due = self._is_due()
+        except BaseException:
+            close_descriptor(lock)  # or nobody would ever order again
+            raise
+        if not is_due:
             close_descriptor(lock)
             return False
         return run_helper(self._settings, lock)

@@ -198,9 +198,10 @@ class Ordering:
         try:
             certificate = x509.load_pem_x509_certificates(chain.encode())[0]
             names = names_in(certificate)
-        except ValueError as error:
-            raise AuthorityError(f"the certificate cannot be read: {error}", UNUSABLE) from None
-        if certificate.public_key() != key.public_key():
+            is_ours = certificate.public_key() == key.public_key()
+        except Exception as error:  # UnsupportedAlgorithm, DuplicateExtension, ... are no ValueError
+            raise AuthorityError(f"the certificate cannot be read: {error!r}", UNUSABLE) from None
+        if not is_ours:
             raise AuthorityError("the certificate is for another key", UNUSABLE)
         missing = [name for name in self._settings.names if name not in names]
         if missing:
@@ -264,7 +265,7 @@ def read_certificate(path: str) -> x509.Certificate | None:
             content = file.read()
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
         return x509.load_pem_x509_certificates(content)[0]
-    except (OSError, ValueError):
+    except Exception:  # UnsupportedAlgorithm, ... are no ValueError
         return None
 
 

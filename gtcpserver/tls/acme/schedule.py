@@ -134,10 +134,11 @@ class State:
             self,
             names=tuple(names),
             written=now,
-            next_look=min(max(plan.renew_at - skew, now + 1.0), now + plan.ask_again),
+            # Not before a renewal is allowed: a look for nothing is a process and two requests.
+            next_look=min(max(plan.renew_at - skew, now + 1.0, self.issued + SHORTEST_RENEWAL), now + plan.ask_again),
             not_before=0.0,
             drawn_for=plan.drawn_for,
-            renew_at=plan.renew_at,
+            renew_at=max(plan.renew_at, 0.0),  # one before 1970 would make the state count as damaged
             failures=0,
             trouble="",
         )
