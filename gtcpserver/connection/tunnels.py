@@ -168,14 +168,15 @@ def give_relay(connection: Connection, state: Mapping[str, Any], fds: list[int])
     other = make(Connection, (family, kind, protocol), fds.pop(0), get_hub(), socket.getdefaulttimeout())
     try:
         give_state(other, theirs)
-        paused = resumption.read(state["relay"], other, fds)
         close_in_children(other)
+        session = session_made(connection)
+        at_eof = state["at_eof"] is True, theirs["at_eof"] is True
+        paused = resumption.read(state["relay"], other, fds)  # last: it owns the pipes
     except BaseException:
         drop(other)
         raise
-    connection.stream.at_eof = state["at_eof"] is True
-    other.stream.at_eof = theirs["at_eof"] is True
-    session_made(connection).resumption = paused
+    connection.stream.at_eof, other.stream.at_eof = at_eof
+    session.resumption = paused
 
 
 def drop_relay(connection: Connection) -> None:

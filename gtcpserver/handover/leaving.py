@@ -161,8 +161,10 @@ class LeavingConnection:
     def stays(self, why: str) -> None:
         if self._freeze is not None and not self._freeze.over:
             self._freeze.thaw()
-        self._mover.put_off(self, why)
-        self._end_wait(None)
+        try:
+            self._mover.put_off(self, why)
+        finally:
+            self._end_wait(None)
 
     def arrived(self) -> None:
         self._mover.settled(self)

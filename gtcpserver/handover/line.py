@@ -164,7 +164,14 @@ class Line:
     def _end(self) -> None:
         if not self.closed:
             self.close()
+            self._tell_ended()
+
+    def _tell_ended(self) -> None:
+        self._timer.stop()
+        try:
             self._guarded(self._ended)
+        except MemoryError:
+            self._timer.again(self._tell_ended)
 
     def close(self) -> None:
         """Close it: for the other end, this process is dead."""

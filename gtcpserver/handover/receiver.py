@@ -24,6 +24,9 @@ class Coming(Protocol):
         """Close only the descriptors, without a word to the peer. Raises nothing."""
 
 
+#: Most that a line may hold, or leave unsaid: twice of what an honest worker has under way (sender.py).
+MOST_HELD = 256
+
 #: Makes a connection of a state and its descriptors, which it owns from then on. Returns the reason instead if it
 #: cannot; raises nothing, since other descriptors may have come with these.
 Take = Callable[[Mapping[str, Any], list[int]], Coming | str]
@@ -90,12 +93,12 @@ class Receiver:
                 continue
             while own:
                 self._close(own.pop())
-            self._refused.append((number, why))
+            self._refuse(number, why)
 
     def _hear_offer(self, number: int, state: Mapping[str, Any], fds: list[int]) -> None:
         found = self._take(state, fds)
         if isinstance(found, str):
-            self._refused.append((number, found))
+            self._refuse(number, found)
             return
         try:
             self._held[number] = found
@@ -104,13 +107,19 @@ class Receiver:
             raise
         self._ready.append(number)  # last: one that was not said to be ready is withdrawn
 
+    def _refuse(self, number: int, why: str) -> None:
+        if len(self._refused) < MOST_HELD:  # the old worker withdraws what is not answered
+            self._refused.append((number, why))
+
     def _why_not(self, number: int, version: int, incomplete: bool) -> str:
         if incomplete:
             return "descriptors"  # this process had none left for it
         if version != messages.VERSION:
             return "version"
         # Not by an honest worker; the one that is held must not be forgotten.
-        return "state" if number in self._held else ""
+        if number in self._held:
+            return "state"
+        return "full" if len(self._held) >= MOST_HELD else ""
 
     def flush(self) -> bool:
         """Send what waits; return False if some still has to wait.

@@ -228,13 +228,9 @@ class Sender:
         self.flush()
 
     def end(self) -> None:
-        """The new worker is dead: nobody has what it did not report."""
-        if self.ended:
-            return
+        """The new worker is dead: nobody has what it did not report. After a MemoryError, it is called again."""
         self.ended = True
-        offered, self._offered = self._offered, {}
-        gone, self._gone = self._gone, {}
-        for one, _ in offered.values():
-            one.stays("gone")
-        for left in gone.values():
-            left.returned()
+        while self._offered:
+            self._offered.popitem()[1][0].stays("gone")
+        while self._gone:
+            self._gone.popitem()[1].returned()

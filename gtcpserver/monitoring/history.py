@@ -168,7 +168,8 @@ class History:
         seconds, minutes = self._rings["second"], self._rings["minute"]
         number = int(now)
         seconds.put(number, row, max(1, round(covers)))
-        for minute in range(max(minutes.last + 1, number // 60 - seconds.slots // 60), number // 60):
+        last = minutes.last if minutes.last < number // 60 else 0  # else damaged: no clock of this boot goes back
+        for minute in range(max(last + 1, number // 60 - seconds.slots // 60), number // 60):
             minutes.put(minute, summed_up(seconds.rows(60 * minute, 60 * minute + 60)))
 
     def since(self, grain: str, number: int, now: float) -> Slots:

@@ -160,7 +160,7 @@ class Web:
         return last[2]
 
     def _past(self, environ: dict[str, Any]) -> Answer:
-        asked = dict(re.findall(r"(\w+)=([^&]*)", environ.get("QUERY_STRING", "")))
+        asked = dict(re.findall(r"(?:^|&)(\w+)=([^&]*)", environ.get("QUERY_STRING", "")))
         grain, since = asked.get("grain", "second"), asked.get("since", "0")
         if grain not in GRAINS:
             return "400 Bad Request", TEXT, f"grain must be one of {', '.join(GRAINS)}\n".encode()

@@ -33,6 +33,9 @@ COPY_SIZE = 64 * 1024
 SMALL_SPLICE = 16 * 1024
 SMALL_SPLICES_IN_A_ROW = 4
 
+#: Another process that has the socket may have cleared its O_NONBLOCK.
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+
 #: Errors of shutdown(2) for a sink that is gone; the other direction notices that when it reads.
 _GONE = (errno.ENOTCONN, errno.EBADF)
 
@@ -118,7 +121,7 @@ class Flow:
         self._pending = b""
         if self._pipe is not None:
             PIPES.discard(self._pipe)
-            self._pipe = None
+            self._pipe, self._in_pipe = None, 0
 
     # -- in another process (resumption.py) ----------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class Flow:
                 self._splice()
                 return
             try:
-                data = self._recv(self._ask)
+                data = self._recv(self._ask, _DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -210,7 +213,7 @@ class Flow:
                 self._source_ended()
                 return
             try:
-                sent = self._send(data)
+                sent = self._send(data, _DONTWAIT)
             except BlockingIOError:
                 sent = 0
             self.source.count.bytes_received += size
@@ -282,7 +285,7 @@ class Flow:
                     return
             elif self._pending:
                 try:
-                    sent = self._send(self._pending)
+                    sent = self._send(self._pending, _DONTWAIT)
                 except BlockingIOError:
                     return
                 self._sent(sent)
@@ -305,6 +308,7 @@ class Flow:
         try:
             sent = self._pipe.empty(self.sink.raw.fileno(), self._in_pipe)
         except BlockingIOError:
+            self._pipe.check(self._in_pipe)
             return False
         except OSError as error:
             if error.errno not in REFUSALS:
@@ -326,7 +330,7 @@ class Flow:
         self._splicing = False
         self._pending = memoryview(data)
         try:
-            sent = self._send(data)
+            sent = self._send(data, _DONTWAIT)
         except BlockingIOError:
             return False
         except BrokenPipeError:

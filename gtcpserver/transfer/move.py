@@ -130,7 +130,11 @@ class Move:
         """Neither read nor write until `go_on`; return False, and do nothing, if that is not possible now."""
         paused: list[AnyFlow] = []
         for flow in self.flows:
-            if not flow.pause():
+            try:
+                is_paused = flow.pause()
+            except MemoryError:
+                is_paused = False
+            if not is_paused:
                 self._go_on(paused)
                 return False
             paused.append(flow)

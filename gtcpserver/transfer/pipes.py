@@ -64,11 +64,18 @@ _NONBLOCK = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "splice") els
 
 
 class Pipe:
-    """A non-blocking pipe: ``input`` and ``output`` are its descriptors, ``size`` its capacity in bytes."""
+    """A non-blocking pipe.
 
-    __slots__ = ("__weakref__", "input", "output", "size")
+    Attributes:
+        input, output: its descriptors.
+        size: its capacity in bytes.
+        foreign: another process has made it, and may have it still: it serves no other transfer.
+    """
+
+    __slots__ = ("__weakref__", "foreign", "input", "output", "size")
 
     def __init__(self, size: int) -> None:
+        self.foreign = False
         self.output, self.input = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self.size = fcntl.fcntl(self.input, fcntl.F_GETPIPE_SZ)
@@ -90,12 +97,21 @@ class Pipe:
                 more would occupy the event loop.
         """
         size = fcntl.fcntl(input_, fcntl.F_GETPIPE_SZ)
-        there = int.from_bytes(fcntl.ioctl(output, termios.FIONREAD, bytes(4)), sys.byteorder)
+        fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        if not os.path.sameopenfile(output, input_):
+            raise ValueError("these are not the two ends of one pipe")
+        there = _bytes_in(output)
         if there != content:
             raise ValueError(f"the pipe has {there} bytes, not {content}")
         pipe = cls.__new__(cls)
         pipe.output, pipe.input, pipe.size = output, input_, size
+        pipe.foreign = True
         return pipe
+
+    def check(self, content: int) -> None:
+        """Raise OSError if another process has taken bytes out: the flow would try again without end."""
+        if self.foreign and (there := _bytes_in(self.output)) < content:
+            raise OSError(errno.EIO, f"the pipe has {there} of {content} bytes")
 
     def fill(self, source: int, size: int) -> int:
         """Splice up to ``size`` bytes from a descriptor into the pipe."""
@@ -169,7 +185,7 @@ class PipePool:
     def put(self, pipe: Pipe) -> None:
         """Give back an empty pipe."""
         self.taken -= 1
-        if len(self._unused) >= MOST_UNUSED:
+        if pipe.foreign or len(self._unused) >= MOST_UNUSED:
             pipe.close()
         elif pipe.size >= LARGEST:
             self._unused.append(pipe)
@@ -230,6 +246,10 @@ class PipePool:
         self._made.clear()
         self._unused.clear()
         self.taken = self.refused = self.refused_splices = 0
+
+
+def _bytes_in(output: int) -> int:
+    return int.from_bytes(fcntl.ioctl(output, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def check_source(sock: socket.socket, refusal: OSError) -> None:

@@ -11,8 +11,11 @@ The options (timeouts, pace) are those of the new call; times that have passed c
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from .pipes import PIPES, Pipe
@@ -89,21 +92,26 @@ def read(state: Mapping[str, Any], other: Any, fds: list[int]) -> Resumption:
         fds: the descriptors of the pipes, which are taken out of this list.
 
     Raises:
-        KeyError, TypeError, ValueError, OSError: it is none. No descriptor stays open but those in the list.
+        KeyError, TypeError, ValueError, OverflowError, OSError: it is none. No descriptor stays open but those in the
+            list.
     """
     flows: list[FlowState] = []
-    moved_at, broken = state["moved_at"], state["broken"]
+    moved_at, broken, now = state["moved_at"], state["broken"], monotonic()
+    if broken is not None:
+        os.strerror(int(broken[1]))  # as the relay will call it
     resumption = Resumption(
         other,
         FlowState(),
         FlowState(),
-        float(state["began"]),
-        None if moved_at is None else float(moved_at),
+        min(_time(state["began"]), now),
+        None if moved_at is None else min(_time(moved_at), now),
         None if broken is None else (str(broken[0]), int(broken[1])),
     )
     for moved, done, size, rest_until in state["flows"]:
-        flows.append(FlowState(int(moved), done is True, int(size), float(rest_until)))
+        flows.append(FlowState(int(moved), done is True, int(size), _time(rest_until)))
     resumption.there, resumption.back = flows
+    if all(flow.done for flow in flows) or any(flow.done and flow.size for flow in flows):
+        raise ValueError("a relay that has ended")
     try:
         for flow in flows:
             if flow.size:
@@ -114,3 +122,9 @@ def read(state: Mapping[str, Any], other: Any, fds: list[int]) -> Resumption:
         resumption.discard()
         raise
     return resumption
+
+
+def _time(value: Any) -> float:
+    if not math.isfinite(found := float(value)):
+        raise ValueError(f"not a time: {value!r}")
+    return found

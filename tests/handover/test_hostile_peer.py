@@ -9,9 +9,10 @@ import pytest
 
 from gtcpserver.handover import messages
 from gtcpserver.handover.messages import Packet, PacketError
-from gtcpserver.handover.receiver import Receiver
+from gtcpserver.handover.receiver import MOST_HELD, Receiver
 from gtcpserver.handover.sender import Sender
 from gtcpserver.server.moving import Refused
+from gtcpserver.transfer import PIPES, resumption
 from kit.handing import Taker
 from kit.tunnels import Destination, relaying
 
@@ -148,3 +149,48 @@ def test_a_tunnel_with_a_strange_state_is_refused_or_ends_and_leaves_no_descript
     taker.die()
     tunnel.close()
     destination.sock.close()
+
+
+def test_offers_without_descriptors_fill_no_memory():
+    receiver = Receiver(lambda data, fds: False, lambda *_: Coming([]), lambda fd: None)
+    for first in range(0, 50_000, 10_000):
+        receiver.hear(Packet(1, offer=[(number, {}) for number in range(first, first + 10_000)]), [])
+    assert len(receiver._refused) == MOST_HELD  # noqa: SLF001
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"began": 1e999},
+        {"moved_at": float("nan")},
+        {"broken": ["client", 2**40]},
+        {"flows": [[0, True, 0, 0.0], [0, True, 0, 0.0]]},
+        {"flows": [[0, True, 5, 0.0], [0, False, 0, 0.0]]},
+        {"flows": [[0, False, 0, 1e999], [0, False, 0, 0.0]]},
+    ],
+)
+def test_a_relay_that_cannot_be_is_not_gone_on_with(lie):
+    flows = [[0, False, 0, 0.0], [0, False, 0, 0.0]]
+    state = {"began": 1.0, "moved_at": None, "broken": None, "flows": flows}
+    resumption.read(state, None, [])
+    taken = PIPES.taken
+    with pytest.raises((ValueError, OverflowError)):
+        resumption.read({**state, **lie}, None, [])
+    assert PIPES.taken == taken
+
+
+def test_a_pipe_of_another_worker_serves_no_other_transfer():
+    output, input_ = os.pipe2(os.O_NONBLOCK)
+    unused = PIPES.unused
+    os.write(input_, b"x")
+    pipe = PIPES.adopt(output, input_, 1)
+    with pytest.raises(OSError, match="1 of 2 bytes"):
+        pipe.check(2)
+    PIPES.put(pipe)
+    assert PIPES.unused == unused
+    assert (pipe.output, pipe.input) == (-1, -1)
+    ours, theirs = os.pipe(), os.pipe()
+    with pytest.raises(ValueError, match="one pipe"):
+        PIPES.adopt(ours[0], theirs[1], 0)
+    for fd in (*ours, *theirs):
+        os.close(fd)
