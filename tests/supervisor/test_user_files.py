@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -118,8 +119,11 @@ def uids(pid: int) -> str:
 
 
 def opened_by(pid: int) -> list[str]:
-    folder = Path(f"/proc/{pid}/fd")
-    return [os.readlink(folder / name) for name in os.listdir(folder)]
+    folder, found = Path(f"/proc/{pid}/fd"), []
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+            found.append(os.readlink(folder / name))
+    return found
 
 
 def tls_options(secret: Path) -> tuple[str, ...]:
