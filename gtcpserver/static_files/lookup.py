@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Sequence
 
 from gevent.monkey import get_original
@@ -52,12 +53,14 @@ class Directory:
         self.path = os.fspath(path)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._follow = follow_symlinks
+        #: Closes the descriptor: :meth:`close`, or the end of the last reference.
+        self._closed = weakref.finalize(self, close_descriptor, self._fd)
         self._libc = ctypes.CDLL(None, use_errno=True)
         # File systems that do not support _NOWAIT, by st_dev: overlayfs on some kernels, tmpfs.
         self._cannot_tell: set[int] = set()
 
     def close(self) -> None:
-        close_descriptor(self._fd)
+        self._closed()
 
     def open(self, segments: Sequence[bytes]) -> int:
         """Open a file or directory for reading; return the descriptor, which the caller closes.

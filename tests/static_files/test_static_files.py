@@ -1,6 +1,7 @@
 """The static file server: what RFC 9110 says of files, and nothing outside of the directory."""
 
 import email.utils
+import gc
 import os
 import re
 import shutil
@@ -510,3 +511,19 @@ def test_the_longest_head_is_served(serve, connect, in_thread, www):
     in_thread(client.sendall, head + b"A: " + b"b" * (LONGEST_HEAD - len(head) - 7) + b"\r\n\r\n")
     with client.makefile("rb") as file:
         assert in_thread(read_answer, file).status == 200
+
+
+def opened_here(path):
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of listdir itself
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found.count(str(path))
+
+
+def test_a_handler_that_is_no_longer_used_keeps_no_directory_open(www):
+    handler = StaticFiles(str(www))
+    assert opened_here(www) == 1
+    del handler
+    gc.collect()
+    assert opened_here(www) == 0
