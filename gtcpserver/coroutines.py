@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
@@ -183,6 +184,7 @@ class _Loop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: BaseException | None = None
         self._ending = False
+        self._executor: Any = None
         self._begun, self._ended = _native_lock(), _native_lock()
         self._begun.acquire()
         self._ended.acquire()
@@ -205,7 +207,7 @@ class _Loop:
         """Cancel all running coroutines and end the thread. Blocks: call only at the end of the process."""
         self._ending = True
         self.submit(lambda loop: loop.stop())
-        self._ended.acquire(timeout=TIME_TO_END + 1)
+        self._ended.acquire(timeout=2 * TIME_TO_END + 1)
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
@@ -217,7 +219,8 @@ class _Loop:
             # Made here: a patched loop belongs to the thread that made it (its selector is gevent's).
             self._loop = loop = asyncio.new_event_loop()
             if is_module_patched("threading"):
-                loop.set_default_executor(_make_executor())
+                self._executor = _make_executor()
+                loop.set_default_executor(self._executor)
             asyncio.set_event_loop(loop)
         except BaseException as error:
             self._failed = error
@@ -230,6 +233,8 @@ class _Loop:
             loop.run_until_complete(_cancel_all())
         finally:
             loop.close()
+            if self._executor is not None:
+                self._executor.wait_for_threads(TIME_TO_END)
             self._ended.release()
 
     def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -269,7 +274,8 @@ def _make_executor() -> Any:
             super().__init__(MOST_THREADS)
             self._native = _native_lock()
             self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-            self._running = 0
+            self._running = 0  # threads that take jobs
+            self._threads_left = 0  # those, and those that end
 
         def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
             future: Future[Any] = Future()
@@ -279,6 +285,7 @@ def _make_executor() -> Any:
                     try:
                         _start_thread(self._work, ())
                         self._running += 1
+                        self._threads_left += 1
                     except BaseException:
                         if not self._running:  # otherwise the running threads take it
                             self._jobs.pop()
@@ -294,9 +301,23 @@ def _make_executor() -> Any:
                     future, function = self._jobs.popleft()
                 _run_job(future, function)
                 del future, function
-            hub = get_hub_if_exists()
-            if hub is not None:
-                hub.destroy(destroy_loop=True)
+            try:
+                hub = get_hub_if_exists()
+                if hub is not None:
+                    hub.destroy(destroy_loop=True)
+            finally:
+                with self._native:
+                    self._threads_left -= 1
+
+        def wait_for_threads(self, timeout: float) -> None:
+            """Wait until all threads have ended, at most `timeout` seconds. Blocks.
+
+            Python ends a thread that asks for its lock after the interpreter's end by pthread_exit(3), which greenlet's
+            frames do not survive: "terminate called without an active exception", and SIGABRT.
+            """
+            give_up = monotonic() + timeout
+            while self._threads_left and monotonic() < give_up:
+                _native_sleep(0.001)
 
     return Executor()
 

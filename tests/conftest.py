@@ -53,6 +53,17 @@ def pytest_configure(config):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """What one test configures is not the next one's."""
+    ours = [logging.getLogger(name) for name in ("gtcpserver", "gtcpserver.access")]
+    before = [(one, one.level, one.propagate, one.disabled, one.handlers[:]) for one in ours]
+    yield
+    for one, level, propagate, disabled, handlers in before:
+        one.setLevel(level)
+        one.propagate, one.disabled, one.handlers[:] = propagate, disabled, handlers
+
+
 @pytest.fixture(scope="session")
 def _threads():
     threads = ThreadPool(64)

@@ -278,6 +278,27 @@ def test_a_thread_of_asyncio_and_a_look_up_work(python, patched):
 
 
 @pytest.mark.slow
+def test_the_process_ends_after_the_threads_that_have_an_event_loop(python):
+    # A thread that lost the race made Python abort: "terminate called without an active exception".
+    source = """
+        import asyncio, time
+        from gevent.hub import Hub
+        from gevent.monkey import get_original
+        from gtcpserver import run_coroutine
+
+        def destroy(hub, destroy_loop=False, destroy=Hub.destroy):
+            get_original("time", "sleep")(0.3)
+            destroy(hub, destroy_loop)
+            print("destroyed", flush=True)
+
+        Hub.destroy = destroy
+        run_coroutine(asyncio.to_thread(time.sleep, 0.01))
+        print("exit", flush=True)
+    """
+    assert run(python, source, True) == "exit\ndestroyed\n"
+
+
+@pytest.mark.slow
 @both
 def test_what_is_under_way_when_the_process_ends_is_cancelled(python, patched):
     source = """

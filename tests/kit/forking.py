@@ -416,6 +416,10 @@ def main():
         from gevent import monkey
 
         monkey.patch_all()
+        import gevent
+
+        # Before the first fork: gevent's os.fork() installs it behind it, and a child that ends before is never seen.
+        gevent.get_hub().loop.install_sigchld()
     if len(sys.argv) > 3:
         exec(sys.argv[3], {})
     import gevent

@@ -48,7 +48,7 @@ handle = from_wsgi(application)
 
 HAPROXY = """
 global
-    maxconn 4000
+    maxconn 200
     stats socket /run/haproxy.sock level admin
 defaults
     mode tcp
@@ -185,6 +185,7 @@ class Endpoints:
         self._process = subprocess.Popen(["haproxy", "-db", "-q", "-f", "/run/haproxy.cfg"])
         give_up = time.monotonic() + 60
         while not Path("/run/haproxy.sock").exists():
+            assert self._process.poll() is None, "haproxy has ended"
             assert time.monotonic() < give_up
             time.sleep(0.01)
 
