@@ -5,6 +5,7 @@ DOCS_ADDRESS ?= 127.0.0.1:8000
 FUZZ_SECONDS ?= 60
 SCHEDULES ?= 20000
 MOVING ?= 2000
+TUNNELS ?= 500
 REQUESTS ?= 10000000
 CONNECTIONS ?= 100000
 ROLLOUT_REQUESTS ?= 100000
@@ -35,8 +36,8 @@ help:
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
 	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some two minutes (SCHEDULES=...)'
-	@echo 'make moves   moves the connections of 2,000 clients over 20 reloads and 5 upgrades, in two minutes (MOVING=...), and'
-	@echo '             kills processes while 1,000 connections move'
+	@echo 'make moves   moves the connections of 2,000 clients and 500 tunnels over 20 reloads and 5 upgrades, in two minutes'
+	@echo '             or more (MOVING=..., TUNNELS=...), and kills processes while 1,000 connections move'
 	@echo 'make rollout   a rolling update of the pods in examples/deployment/kubernetes, in network namespaces behind'
 	@echo '             haproxy, under load, as root: 2 minutes (ROLLOUT_REQUESTS=...)'
 	@echo 'make mutants plants small bugs one at a time, and says which the tests do not see, some 20 minutes (MUTANTS=pattern)'
@@ -141,9 +142,10 @@ schedules: compiled
 
 # See tests/supervisor/test_handover_endures.py, and the others of them.
 moves: compiled
-	GTCPSERVER_MOVES=1000 GTCPSERVER_MOVING_CLIENTS=$(MOVING) GTCPSERVER_MOVING_RELOADS=20 GTCPSERVER_MOVING_UPGRADES=5 \
-	    GTCPSERVER_MOVING_SECONDS=120 $(BIN)/python -m pytest -q -n 0 -o timeout=0 $(addprefix tests/supervisor/test_, \
-	    handover_endures.py handover_killed.py handover_redis.py upgrade_installed.py)
+	GTCPSERVER_MOVES=1000 GTCPSERVER_MOVING_CLIENTS=$(MOVING) GTCPSERVER_MOVING_TUNNELS=$(TUNNELS) \
+	    GTCPSERVER_MOVING_RELOADS=20 GTCPSERVER_MOVING_UPGRADES=5 GTCPSERVER_MOVING_SECONDS=120 \
+	    $(BIN)/python -m pytest -q -n 0 -o timeout=0 $(addprefix tests/supervisor/test_, handover_endures.py \
+	    handover_killed.py handover_redis.py tunnels_of_programs.py upgrade_installed.py)
 
 rollout: compiled
 	GTCPSERVER_ROLLOUT_REQUESTS=$(ROLLOUT_REQUESTS) $(BIN)/python -m pytest -q -s -n 0 -o timeout=0 \

@@ -297,6 +297,23 @@ def masters(folder: Path, control: bool = True) -> Iterator[Start]:
             master.kill_all()
 
 
+@contextmanager
+def masters_of(folder: Path) -> Iterator[Callable[..., Master]]:
+    """Give a function that starts masters of any command in a new folder; they are killed at the end."""
+    started: list[Master] = []
+    folder.mkdir()
+
+    def start(*command: str) -> Master:
+        started.append(Master(folder, (*command, "--control", str(folder / "ctl"))))
+        return started[-1].wait_listening()
+
+    try:
+        yield start
+    finally:
+        for master in started:
+            master.kill_all()
+
+
 def upgrade(master: Master) -> int:
     """Upgrades a master; the process id of the old one."""
     old = master.pid

@@ -31,7 +31,8 @@ from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
 from kit.proxying import QUICK, http, in_thread_for, reply, socks
-from kit.waiting import wait_for_port, wait_until
+from kit.sshd import PROGRAMS, sshd, through
+from kit.waiting import wait_until
 
 ANYBODY = [parse_client_rule("allow any")]
 ANYWHERE = [parse_destination_rule("allow loopback"), parse_destination_rule("allow any")]
@@ -88,47 +89,15 @@ def test_a_browser_loads_an_https_page(proxy, serve, in_thread, tmp_path, lines,
     assert any(line["asked"] == f"page.example:{origin.port}" and line["command"] == "CONNECT" for line in lines())
 
 
-SSHD = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/user.pub
-PidFile none
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-"""
-
-
 @pytest.mark.slow
-@needs("ncat", "ssh", "sshd", "ssh-keygen")
+@needs(*PROGRAMS)
 @pytest.mark.skipif(os.geteuid() != 0, reason="sshd needs root")
 @pytest.mark.parametrize("kind", ["socks5", "socks4", "http"])
 def test_ssh(proxy, in_thread, tmp_path, kind):
-    for name in ("host", "user"):
-        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
-    port = free_port()
-    (tmp_path / "config").write_text(SSHD.format(folder=tmp_path, port=port))
-    os.makedirs("/run/sshd", exist_ok=True)
-    sshd = subprocess.Popen([shutil.which("sshd"), "-D", "-e", "-f", tmp_path / "config"], stderr=subprocess.DEVNULL)
-    try:
-        wait_for_port(port, sshd)
-        server = proxy()
-        through = f"ncat --proxy {server.address} --proxy-type {kind} %h %p"
-        command = ["ssh", "-F", "none", "-i", tmp_path / "user", "-p", str(port), "-o", f"ProxyCommand={through}"]
-        command += [
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            f"UserKnownHostsFile={tmp_path}/known",
-            "-o",
-            "BatchMode=yes",
-        ]
-        done = in_thread(lambda: run(*command, "root@127.0.0.1", "echo hello from sshd"))
+    with sshd(tmp_path) as client:
+        command = [*client, *through(proxy().address, kind), "root@127.0.0.1", "echo hello from sshd"]
+        done = in_thread(lambda: run(*command))
         assert done.stdout == b"hello from sshd\n", done.stderr
-    finally:
-        sshd.kill()
-        sshd.wait()
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """Masters and their clients, which are gone at the end of a test."""
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.supervised import Load, Start, masters
+from kit.patience import SOON
+from kit.supervised import Load, Master, Start, masters, masters_of
 
 
 @pytest.fixture
@@ -28,3 +30,28 @@ def load() -> Iterator[Callable[..., Load]]:
     yield begin
     for one in loads:
         one.kill()
+
+
+@pytest.fixture
+def destination() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as sock:
+        sock.settimeout(SOON)
+        yield sock
+
+
+@pytest.fixture
+def forward(tmp_path: Path, destination: socket.socket) -> Iterator[Callable[..., Master]]:
+    """`forward(*options)`: a forwarder to the destination."""
+    target = f"127.0.0.1:{destination.getsockname()[1]}"
+    with masters_of(tmp_path / "forward") as start:
+        yield lambda *options: start("forward", "127.0.0.1:0", target, *options)
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Callable[..., Master]]:
+    """`proxy(*options)`: a proxy to anywhere."""
+    with masters_of(tmp_path / "proxy") as start:
+        yield lambda *options: start(
+            *("proxy", "--mixed", "127.0.0.1:0", "--allow-destination", "loopback", "--allow-destination", "any"),
+            *options,
+        )

@@ -9,60 +9,19 @@ import random
 import re
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from kit.patience import SOON
 from kit.programs import needs
 from kit.supervised import COMMAND, Master, alive, connections_inside, wait_until
+from kit.worker_tunnels import Tunnel, read
 
 QUICK = ("--handover", "--probation", "0", "--workers")
-
-
-def read(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size and (more := sock.recv(min(size - len(data), 1 << 20))):
-        data += more
-    return bytes(data)
-
-
-class Tunnel:
-    """Both far ends of a tunnel through a forwarder, or a proxy.
-
-    Args:
-        way: how a proxy is asked for it.
-    """
-
-    def __init__(self, master: Master, destination: socket.socket, way: str = "") -> None:
-        self.client = master.connect()
-        port = destination.getsockname()[1]
-        if way == "socks":
-            self.client.sendall(b"\5\1\0\5\1\0\1\x7f\0\0\1" + struct.pack("!H", port))
-            assert read(self.client, 12)[:4] == b"\5\0\5\0"
-        elif way == "http":
-            self.client.sendall(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            assert read(self.client, 39) == b"HTTP/1.1 200 Connection established\r\n\r\n"
-        self.far = destination.accept()[0]
-        self.far.settimeout(SOON)
-
-    def talks(self) -> bool:
-        return self.says(self.client, self.far) and self.says(self.far, self.client)
-
-    @staticmethod
-    def says(source: socket.socket, sink: socket.socket) -> bool:
-        said = random.randbytes(8)
-        source.sendall(said)
-        return read(sink, 8) == said
-
-    def close(self) -> None:
-        self.client.close()
-        self.far.close()
 
 
 class Flood:
@@ -103,46 +62,6 @@ class Flood:
         for thread in self._threads:
             thread.join()
         return self._sent.digest() == self._got.digest()
-
-
-@pytest.fixture
-def destination() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as sock:
-        sock.settimeout(SOON)
-        yield sock
-
-
-@pytest.fixture
-def forward(tmp_path: Path, destination: socket.socket) -> Iterator[Callable[..., Master]]:
-    """`forward(*options)`: a forwarder to the destination."""
-    target = f"127.0.0.1:{destination.getsockname()[1]}"
-    with _masters(tmp_path) as start:
-        yield lambda *options: start("forward", "127.0.0.1:0", target, *options)
-
-
-@pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Callable[..., Master]]:
-    """`proxy(*options)`: a proxy to anywhere."""
-    with _masters(tmp_path) as start:
-        yield lambda *options: start(
-            *("proxy", "--mixed", "127.0.0.1:0", "--allow-destination", "loopback", "--allow-destination", "any"),
-            *options,
-        )
-
-
-@contextlib.contextmanager
-def _masters(folder: Path) -> Iterator[Callable[..., Master]]:
-    started = []
-
-    def start(*command: str) -> Master:
-        started.append(Master(folder, (*command, "--control", str(folder / "ctl"))))
-        return started[-1].wait_listening()
-
-    try:
-        yield start
-    finally:
-        for master in started:
-            master.kill_all()
 
 
 @pytest.fixture
