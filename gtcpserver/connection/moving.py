@@ -113,6 +113,13 @@ class Freeze:
         # What has woken it may wait elsewhere by now. If it has come back here, it has touched the guard.
         return self.reader is None or _where(self.reader) == self._where
 
+    def may_be_told(self) -> bool:
+        """Return whether its handler, once the connection is given away, still waits where it did.
+
+        Without memory it is not told at once; what has ended the wait meanwhile must not be interrupted.
+        """
+        return self.still_waits()
+
     def touched(self) -> Any:
         """Return the socket to what needs it now."""
         if not self.over:

@@ -64,6 +64,7 @@ class TunnelFreeze:
 
     def __init__(self, connection: Connection, relay: Relay, touched: Callable[[], Any]) -> None:
         self.over = False
+        self._connection = connection
         self._relay = relay
         self._touched = touched
         self._resumption = relay.resumption(connection)
@@ -80,6 +81,9 @@ class TunnelFreeze:
 
     def still_waits(self) -> bool:
         return not self._relay.finished and not any(freeze.connection.closed for freeze in self._freezes)
+
+    def may_be_told(self) -> bool:
+        return relay_of(self._connection) is self._relay
 
     def touched(self) -> None:
         """Go on here: something needs one of the sockets, or the relay has ended."""

@@ -145,7 +145,7 @@ class LeavingConnection:
         assert self._freeze is not None
         if self._waiter is not None:
             self._end_wait(HandedOver())
-        elif isinstance(self._freeze, TunnelFreeze) or self._freeze.still_waits():
+        elif self._freeze.may_be_told():
             self._worker.throw(HandedOver())
 
     def _end_wait(self, error: BaseException | None) -> None:
