@@ -389,6 +389,7 @@ FIXED = frozenset(
         "bind",
         "stop_timeout",
         "freeze_gc",
+        "metrics",
         "log_level",
         "log_format",
         "monkey_patch",

@@ -348,7 +348,7 @@ def test_a_reload_reads_the_file_again(start, folder) -> None:
     assert "app.toml line 5: there is no key x" in failed
     assert server.ask() == b"5 None None"
 
-    changed = text.replace("= 1", "= 2") + "stop_timeout = 5\nlisten.backlog = 9\n"
+    changed = text.replace("= 1", "= 2") + 'stop_timeout = 5\nmetrics = "127.0.0.1:0"\nlisten.backlog = 9\n'
     file.write_text(changed + 'handler = "app:reverse"\npool = 6\n')
     server.process.send_signal(signal.SIGHUP)
     server.wait_for(r"reload \d+ is done")
@@ -356,6 +356,7 @@ def test_a_reload_reads_the_file_again(start, folder) -> None:
         "listen.backlog changed: that takes a restart",
         "workers changed: that takes gtcpserver ctl scale, or a restart",
         "stop_timeout changed: that takes an upgrade (SIGUSR2) or a restart",
+        "metrics changed: that takes an upgrade (SIGUSR2) or a restart",
     }
     assert server.ask() == b"olleh"
     server.stop()
