@@ -16,7 +16,7 @@ from .options import (
     OrNone,
     access_log_options,
     explained,
-    handover_option,
+    handover_options,
     server_options_but_bind,
     supervisor_options,
 )
@@ -62,7 +62,7 @@ FIELDS = ("balance", "connect_timeout", "idle_timeout", "send_proxy")
     help="PEM file with the CAs that may have issued a target's certificate.  [default: the system's]",
 )
 @config_option
-@handover_option("Move connections without TLS of a worker that leaves to another.")
+@handover_options("Move connections without TLS of a worker that leaves to another.")
 @server_options_but_bind
 @supervisor_options
 @process_options

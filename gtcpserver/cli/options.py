@@ -321,7 +321,7 @@ SUPERVISOR_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "relieve_lagging",
         bool,
-        "With --handover: a worker whose event loop stays late gives idle ones to the others.",
+        "With --handover: a worker whose event loop stays late gives idle connections and tunnels to the others.",
     ),
     ("pin_cpus", bool, "Run worker i on CPU i and give it the connections that this CPU receives."),
     ("pid_file", str, "Write the master's process ID to this file."),
@@ -355,9 +355,7 @@ SHORTER = {
 
 def server_options(command: Command) -> Command:
     """Add --bind and an option for every parameter of Server, ListenConfig and TLSConfig to a command."""
-    for name, kind, text in (*SERVER_OPTIONS, *SUPERVISOR_OPTIONS):
-        if name in OF_MOVABLE:
-            command = _option(name, kind, text, False)(command)
+    command = handover_options()(command)
     return click.option(
         "--bind",
         "-b",
@@ -372,9 +370,21 @@ def server_options(command: Command) -> Command:
     )(server_options_but_bind(command))
 
 
-def handover_option(text: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds --handover, with its explanation."""
-    return _option("handover", bool, text, inspect.signature(Server).parameters["handover"].default)
+def handover_options(explanation: str = "") -> Callable[[Command], Command]:
+    """Return a decorator that adds the options of OF_MOVABLE.
+
+    Args:
+        explanation: of --handover, for handlers of ours; "": the one for handlers of the program.
+    """
+
+    def decorate(command: Command) -> Command:
+        for name, kind, text in (*SERVER_OPTIONS, *SUPERVISOR_OPTIONS):
+            if name in OF_MOVABLE:
+                told = explanation if explanation and name == "handover" else text
+                command = _option(name, kind, told, False)(command)
+        return command
+
+    return decorate
 
 
 def server_options_but_bind(command: Command) -> Command:

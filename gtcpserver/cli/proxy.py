@@ -15,7 +15,7 @@ from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
 
 from .commands import EPILOG, RunError
-from .options import flag, handover_option, server_options_but_bind, supervisor_options, was_given
+from .options import flag, handover_options, server_options_but_bind, supervisor_options, was_given
 from .secret_files import STANDARD_INPUT, read_url, read_users
 from .serve import process_options, serve_with
 from .settings import SettingsGroup, obey_environment, warn_at_start
@@ -96,7 +96,7 @@ def with_worker_user(command: Any) -> Any:
 @click.option(
     "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
-@handover_option(
+@handover_options(
     "Move tunnels, and clients between two HTTP requests, of a worker that leaves to another: without TLS."
 )
 @server_options_but_bind

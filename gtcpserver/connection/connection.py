@@ -293,9 +293,13 @@ class Connection(SSLMethods, HasStream, _Socket):
 
         :meta private:
         """
-        if getattr(self.server, "moving", None) is not None:
+        moving = getattr(self.server, "moving", None)
+        if moving is not None:
             session = session_of(self)
-            (session if session is not None else self._new_session()).relay = relay
+            if session is None:
+                session = self._new_session()
+            before, session.relay = session.relay, relay
+            moving.note_relay(self, before, relay)
 
     def take_resumption(self, other: Any) -> Any:
         """Return what a relay with another connection has to go on from; None: it begins anew. For this package.

@@ -333,6 +333,13 @@ class Mover:
 
     # -- what a stop asks (server/moving.py) -------------------------------------------------------------------------
 
+    def began_relay(self, connection: Connection) -> None:
+        if self._has_hope() and connection not in self._under_way:
+            session = session_of(connection)
+            if session is None or session.not_before <= monotonic():
+                self._enqueue(LeavingConnection(self, connection))
+                self._want_pump()
+
     def takes(self, connection: Connection) -> bool:
         if not self._has_hope():
             return False

@@ -50,6 +50,7 @@ COUNTERS = (
 GAUGES = (
     ("connections_active", "active", "Connections open now, idle ones included."),
     ("connections_idle", "idle", "Of these, waiting between two requests."),
+    ("tunnels", "tunnels", "Of these, in a relay that may move to another worker (handover)."),
     ("connections_lingering", "lingering", "Connections whose handler has returned and whose peer has not closed yet."),
     ("connections_peak", "peak", "Most connections open at once; of workers, the sum of what each had at most."),
     ("handshakes_active", "handshaking", "TLS handshakes under way."),

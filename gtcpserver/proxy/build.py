@@ -530,26 +530,34 @@ class _Dispatcher:
         (self._only or self._handler_of(conn.server_address)).connection_rejected(conn)
 
     def __call__(self, conn: Any) -> None:
-        handler = self._only or self._handler_of_client(conn)
-        if handler is not None:
-            handler(conn)
+        (self._only or self._handler_of(conn.server_address))(conn)
 
-    def _handler_of_client(self, conn: Any) -> ProxyHandler | None:
-        try:
-            return self._handler_of(conn.server_address)
-        except KeyError:
-            # It has come from the worker before an upgrade, which had another listener. A tunnel goes on under the
-            # rules of any; between two requests, the client can connect again.
-            return next(iter(self._handlers.values())) if conn.relayed_to is not None else None
+    def may_take_over(self, conn: Any) -> bool:
+        """Return whether a connection of another worker has come to a listener that is here, too.
+
+        After an upgrade it may not be: rules and users of the others are not for its clients.
+        """
+        places = _places_of(conn.server_address)
+        if any(place in self._handlers for place in places):
+            return True
+        if self._only is None:
+            return False
+        # Of any name: systemd may have opened its sockets.
+        own = {_place(parse_address(one)) for one in conn.server.addresses}
+        return any(place in own for place in places)
 
     def _handler_of(self, name: Any) -> ProxyHandler:
-        handlers = self._handlers
-        if not isinstance(name, tuple):
-            # An abstract name comes as bytes that begin with NUL (unix(7)).
-            return handlers["@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name]
-        ip, port = as_ip(name[0]), name[1]
-        # Port 0: the system has chosen one.
-        for place in ((ip, port), (None, port), (ip, 0), (None, 0)):
-            if place in handlers:
-                return handlers[place]
+        for place in _places_of(name):
+            if place in self._handlers:
+                return self._handlers[place]
         raise KeyError(name)
+
+
+def _places_of(name: Any) -> tuple[Place, ...]:
+    """Return the places to which a connection with this name (getsockname) may have come."""
+    if not isinstance(name, tuple):
+        # An abstract name comes as bytes that begin with NUL (unix(7)).
+        return ("@" + os.fsdecode(name[1:]) if isinstance(name, bytes) else name,)
+    ip, port = as_ip(name[0]), name[1]
+    # Port 0: the system has chosen one.
+    return (ip, port), (None, port), (ip, 0), (None, 0)

@@ -30,12 +30,14 @@ from .state import ServerState, State
 from .timed_idle import TimedIdle
 
 if TYPE_CHECKING:
+    from gtcpserver.transfer.relay import Relay
+
     from .capacity import Capacity
     from .options import Options
     from .time_limits import TimeLimits
 
 #: Reasons for which a server does not take a connection over. Those for which it might later are in FOR_NOW.
-FULL, STOPPING, STATE, DESCRIPTORS = "full", "stopping", "state", "descriptors"
+FULL, STOPPING, STATE, DESCRIPTORS, LISTENER = "full", "stopping", "state", "descriptors", "listener"
 FOR_NOW = frozenset({BUSY, FULL, STOPPING, DESCRIPTORS, "client_connections", "time", "gone"})
 
 #: Descriptors that stay free for clients of its own, and for the program's files, or a tenth of RLIMIT_NOFILE.
@@ -59,6 +61,9 @@ class Refused(Exception):
 
 class Mover(Protocol):
     """Moves the connections of a server that stops to other workers; set by the worker as ``Server.mover``."""
+
+    def began_relay(self, connection: Connection) -> None:
+        """Move a connection whose handler is about to wait for a relay, if this server leaves."""
 
     def takes(self, connection: Connection) -> bool:
         """Return whether the mover sees to an idle connection, which must not be ended as idle."""
@@ -131,7 +136,7 @@ class Moving:
         end_idle: ends an idle connection as a stop does.
 
     Attributes:
-        moved, taken_over: as in ServerStats.
+        moved, taken_over, tunnels: as in ServerStats.
         expected: number of connections taken over whose handlers have not begun: a stop waits for them, too.
     """
 
@@ -153,7 +158,7 @@ class Moving:
         self._time_limits = time_limits
         #: Ends an idle connection as a stop does.
         self.end_idle = end_idle
-        self.moved = self.taken_over = 0
+        self.moved = self.taken_over = self.tunnels = 0
         self.expected = 0
         self._look_at = self._descriptors = 0.0
 
@@ -188,6 +193,12 @@ class Moving:
         if connection.stream.reader() is not worker or block.was_given_bytes():
             return BUSY
         return ""
+
+    def note_relay(self, connection: Connection, before: Relay | None, relay: Relay | None) -> None:
+        """Note the relay that would move with a connection from now on, and the one before; None: none."""
+        self.tunnels += (relay is not None) - (before is not None)
+        if relay is not None and self._server.mover is not None:
+            self._server.mover.began_relay(connection)
 
     def may_move(self, connection: Connection) -> bool:
         """Return whether it waits where a connection may move from: it is idle, or a tunnel, which can move now."""
@@ -258,6 +269,8 @@ class Moving:
             connection.server = self._server
             connection.context = self._options.context
             give_state(connection, state)
+            if not returns:
+                self._check_handler(connection)
             self._count(connection, state, returns)
             if "relay" in state:
                 give_relay(connection, state, fds)
@@ -281,6 +294,11 @@ class Moving:
             raise Refused(FULL)
         if fd >= self._most_descriptors():  # the kernel gives the lowest number that is free
             raise Refused(DESCRIPTORS)
+
+    def _check_handler(self, connection: Connection) -> None:
+        may_take_over = getattr(self._server.handler, "may_take_over", None)
+        if may_take_over is not None and not may_take_over(connection):
+            raise Refused(LISTENER)
 
     def _most_descriptors(self) -> float:
         now = monotonic()

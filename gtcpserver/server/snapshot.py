@@ -73,6 +73,7 @@ def snapshot(
         tls_floods=dict(counters.tls_floods),
         moved=moving.moved if moving is not None else 0,
         taken_over=moving.taken_over if moving is not None else 0,
+        tunnels=moving.tunnels if moving is not None else 0,
         staying=mover.staying() if mover is not None else {},
         **store_figures(),
     )

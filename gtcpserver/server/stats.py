@@ -48,6 +48,7 @@ class ServerStats:
         idle_closed: idle connections closed to make room, or at a stop.
         moved: connections that have moved to other workers (``handover``).
         taken_over: connections that have come from other workers; ``accepted`` leaves them out.
+        tunnels: connections in a relay that may move to another worker (``handover``).
         staying: open connections of a worker that leaves, by the reason why they have not moved.
         accept_errors: failed accepts.
         blocked: how often the event loop of this process was blocked; counted while a :class:`BlockDetector` runs.
@@ -105,6 +106,7 @@ class ServerStats:
     proxy_header_failures: dict[str, int] = field(default_factory=dict)
     moved: int = 0
     taken_over: int = 0
+    tunnels: int = 0
     staying: dict[str, int] = field(default_factory=dict)
     store_away: int = 0
     store_failures: int = 0

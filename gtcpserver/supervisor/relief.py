@@ -1,4 +1,4 @@
-"""Relief: a worker whose event loop stays late gives idle connections to the others (``relieve_lagging``).
+"""Relief: a worker whose event loop stays late gives idle connections and tunnels to others (``relieve_lagging``).
 
 New connections go to the others at once (`care`). Those that are connected already would meet the late loop with each
 request, perhaps for hours: some client keeps it busy. The busy ones stay, and with them what makes it late.
@@ -24,7 +24,7 @@ log = logging.getLogger("gtcpserver")
 #: event loop counts as a lag for a second (slots.BEATS_TO_RETURN), which no move could shorten.
 RELIEF_SECONDS = 3.0
 
-#: Part of its idle connections that it gives each time: the others must not be late in their turn.
+#: Part of its idle connections and tunnels that it gives each time: the others must not be late in their turn.
 PART = 0.5
 
 
@@ -61,7 +61,8 @@ class Relief:
                 self._relieve(worker, takers, now)
 
     def _relieve(self, worker: WorkerProcess, takers: list[WorkerProcess], now: float) -> None:
-        idle = _active(worker) - max(0, int(worker.stats.get("handlers", 0)))
+        tunnels = max(0, int(worker.stats.get("tunnels", 0)))
+        idle = _active(worker) - max(0, int(worker.stats.get("handlers", 0))) + tunnels
         each, more = divmod(int(max(0, idle) * PART + 0.5), len(takers))
         given = 0
         for place, taker in enumerate(takers):  # those that have the fewest get the odd ones
@@ -70,7 +71,7 @@ class Relief:
                 given += count
         if given:
             self._giving[worker.pid] = now + REBALANCE_SECONDS
-            log.info("worker %d lags: it gives %s to the others", worker.slot, counted(given, "idle connection"))
+            log.info("worker %d lags: it gives %s to the others", worker.slot, counted(given, "connection"))
 
 
 def _active(worker: WorkerProcess) -> int:

@@ -13,8 +13,7 @@ Stats = dict[str, Any]
 GAUGES = frozenset(
     {
         *("active", "idle", "lingering", "handshaking", "proxy_headers_awaited", "handlers", "pool_size", "uptime"),
-        *("staying", "store_away"),
-        *("staying", "handler_gauges"),
+        *("tunnels", "staying", "store_away", "handler_gauges"),
     }
 )
 

@@ -170,9 +170,9 @@ class Relay(Move):
         if handover:
             self.greenlet = getcurrent()
             movable = [side for side in self._sides if isinstance(side, HasStream)]
-            for side in movable:
-                side.note_relay(self)
             try:
+                for side in movable:
+                    side.note_relay(self)
                 self.sleep()
             finally:
                 for side in movable:

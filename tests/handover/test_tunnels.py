@@ -172,6 +172,16 @@ def test_a_tunnel_at_full_speed_moves_along_a_chain(several, opened, pace):
     assert got.digest() == sent.digest()
 
 
+def test_a_tunnel_that_begins_in_a_worker_that_leaves_moves_at_once(several, opened, monkeypatch):
+    monkeypatch.setattr("gtcpserver.handover.mover.AGAIN_SECONDS", 3600)
+    a, b = several()
+    leave(a, b)
+    tunnel = opened(a)
+    wait_until(lambda: b.stats().taken_over == 1 and not a.active_connections)
+    assert tunnel.talks()
+    assert [server.stats().tunnels for server in (a, b)] == [0, 1]
+
+
 def test_the_forwarder_counts_a_tunnel_where_it_is(serve, destination, opened):
     handlers = [Forwarder([destination.address], balance="least") for _ in "ab"]
     a, b = (serve(handler, handover=True) for handler in handlers)

@@ -192,17 +192,20 @@ def test_a_udp_association_stays(start, connect, in_thread):
     wait_until(lambda: a.mover.staying() == {"busy": 1})
 
 
-def test_a_tunnel_whose_listener_is_gone_goes_on_and_an_idle_client_is_closed(
-    serve, start, tunnel, talks, origin, client
+X, Y = ('[[listener]]\nname = "x"\nlisten = "127.0.0.2:1"\n', '[[listener]]\nname = "y"\nlisten = "127.0.0.3:1"\n')
+
+
+@pytest.mark.parametrize("listeners", [X, X + Y], ids=["one", "two"])
+def test_a_tunnel_whose_listener_is_gone_stays_and_an_idle_client_is_closed(
+    serve, start, tunnel, talks, origin, client, listeners
 ):
     where = origin(OK)
     a = start(OPEN)
-    two = '[[listener]]\nname = "x"\nlisten = "127.0.0.2:1"\n[[listener]]\nname = "y"\nlisten = "127.0.0.3:1"\n'
-    b = serve(make_proxy(parse_config(two + OPEN)).handler, handover=True)
+    b = serve(make_proxy(parse_config(listeners + OPEN)).handler, handover=True)
     opened, visitor = tunnel(a), client(a)
     assert visitor.get(f"{where.url}/")[0] == 200
-    leave(a, b)
-    wait_until(lambda: not a.active_connections)
-    assert talks(opened)
+    leave(a, b, stop=True)
     assert visitor.read() == b""
-    assert b.stats().handler_errors == 0
+    wait_until(lambda: a.mover.staying() == {"listener": 1})
+    assert talks(opened)
+    assert (b.active_connections, b.stats().taken_over, b.stats().handler_errors) == (0, 0, 0)

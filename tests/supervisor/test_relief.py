@@ -21,7 +21,7 @@ class Fleet:
 
     def __init__(self, *counts):
         self.workers = [
-            Worker(slot=slot, pid=100 + slot, lagging=False, stats={"active": count, "handlers": 1})
+            Worker(slot=slot, pid=100 + slot, lagging=False, stats={"active": count, "handlers": 1, "tunnels": 0})
             for slot, count in enumerate(counts)
         ]
         self.slots = [SimpleNamespace(number=one.slot, current=one) for one in self.workers]
@@ -59,6 +59,13 @@ def test_a_worker_that_stays_late_gives_half_of_its_idle_connections_to_those_th
     assert fleet.look(0, 3) == []
     assert fleet.look(0, 3, seconds=RELIEF_SECONDS - 0.1) == []
     assert fleet.look(0, 3, seconds=0.2) == [(0, 2, 10), (0, 1, 10), (3, 2, 2), (3, 1, 1)]
+
+
+def test_it_gives_tunnels_whose_handlers_wait_for_nothing_else():
+    fleet = Fleet(41, 0)
+    fleet.workers[0].stats.update(handlers=31, tunnels=20)
+    fleet.look(0)
+    assert fleet.look(0, seconds=RELIEF_SECONDS) == [(0, 1, 15)]
 
 
 def test_it_gives_more_when_it_has_given_and_is_still_late():
@@ -145,7 +152,7 @@ def test_idle_connections_leave_a_worker_that_one_client_keeps_busy(start, tmp_p
     wait_until(lambda: master.ask("status")["stats"]["moved"] >= (there - 1) / 2)
     (tmp_path / "enough").touch()
     assert [ask(one) for one in clients[1:]].count(late) < there - 1
-    master.wait_for(r"worker \d lags: it gives \d+ idle connections? to the others")
+    master.wait_for(r"worker \d lags: it gives \d+ connections? to the others")
     for one in clients:
         one.close()
     assert "Traceback" not in master.log()
