@@ -14,10 +14,11 @@ from gtcpserver.connection.connection import Connection
 from gtcpserver.networks import as_ip
 from gtcpserver.tls import ConnectionTLS
 
+from .buckets import TokenBucket
 from .departures import Presence
 from .errors import LimitReached
 from .gate import Command, Gate
-from .limits import LimitKeeper, TokenBucket
+from .limits import LimitKeeper
 from .record import AccessRecord, Result
 from .succession import Tenure
 from .target import IPAddress

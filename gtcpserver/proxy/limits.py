@@ -1,8 +1,7 @@
 """Limits of the proxy: connections in total, per client, per user; connection attempts; bytes per second of a
 connection and of a user.
 
-With workers all of them count together (`shared`); with ``shared_limits`` the connections, and new ones per second, of
-all machines (`store`).
+With workers all of them count together (`shared`), and with ``shared_limits`` all machines (`store`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
-from time import monotonic
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,14 +19,12 @@ import gevent
 from gtcpserver.admission.client_limits import ClientKey, ClientLimits, key_of_host, text_of
 from gtcpserver.admission.shared_clients import SharedClients
 from gtcpserver.checks import check_number, check_whole_number
-from gtcpserver.shared.column import Column, now
-from gtcpserver.store.store import Demand, Store, limits_of
+from gtcpserver.shared.column import Column
+from gtcpserver.store.store import STORE_FAILURE, Demand, Store, limits_of
 
+from .buckets import Bucket, SharedBucket, TokenBucket
 from .errors import LimitReached
-
-#: Size of a bucket: for this many seconds a flow may go as fast as it can after it was silent.
-BURST_SECONDS = 0.25
-LEAST_BURST = 16 * 1024
+from .user_rates import StoredBucket, UserRates
 
 #: Users whose bytes are remembered after their last connection; beyond that, the one longest unseen is forgotten. 400
 #: bytes each.
@@ -75,58 +71,6 @@ class Limits:
         check_whole_number("request_body", self.request_body, least=0, none="for no limit")
 
 
-class TokenBucket:
-    """Limits the bytes moved per second; connections that share one wait for each other.
-
-    Args:
-        rate: bytes per second.
-        empty: begin without a burst.
-    """
-
-    __slots__ = ("__weakref__", "_burst", "_rate", "_since", "_tokens")
-
-    def __init__(self, rate: float, empty: bool = False) -> None:
-        self._rate = rate
-        self._burst = _burst(rate)
-        self._tokens = 0.0 if empty else self._burst
-        self._since = monotonic()
-
-    def spend(self, size: int) -> float:
-        """Account for `size` bytes moved; return the seconds until the next may be. 0 bytes: before the first piece."""
-        now = monotonic()
-        self._tokens = min(self._burst, self._tokens + (now - self._since) * self._rate) - size
-        self._since = now
-        return max(0.0, -self._tokens / self._rate)
-
-
-class SharedBucket:
-    """A TokenBucket of a user that all processes with a column share. 3 us for each piece, with four workers.
-
-    Args:
-        column: the column of this process.
-        key: names the user.
-        rate: bytes per second.
-    """
-
-    __slots__ = ("__weakref__", "_column", "_interval", "_key", "_tolerance")
-
-    def __init__(self, column: Column, key: bytes, rate: float) -> None:
-        self._column = column
-        self._key = key
-        self._interval = 1e9 / rate
-        self._tolerance = _burst(rate) * self._interval
-
-    def spend(self, size: int) -> float:
-        """As TokenBucket."""
-        found, at = self._column.find(self._key), now()
-        full_at, since = self._column.full_at(found, self._interval, at)
-        if full_at <= at:
-            full_at = since = at
-        if size:
-            self._column.spend(self._column.take(found, at), size, since)
-        return max(0.0, full_at + size * self._interval - at - self._tolerance) / 1e9
-
-
 #: Limits of the proxy, by those of `ClientLimits`.
 _NAMES = {"client_rate": "new_per_second"}
 
@@ -135,8 +79,9 @@ def _key_of(user: str) -> bytes:
     return b"proxy user " + user.encode("utf-8", "surrogatepass")
 
 
-def _burst(rate: float) -> float:
-    return max(rate * BURST_SECONDS, min(rate, LEAST_BURST))
+def _name_of(user: str) -> str:
+    """Return a user's name in the store: a digest. Names may be of any length, and are nobody's business there."""
+    return f"proxy-user:{blake2b(_key_of(user), digest_size=16).hexdigest()}"
 
 
 class Attempts:
@@ -149,29 +94,58 @@ class Attempts:
         self._client = client
 
     def begin(self) -> None:
-        """Begin an attempt; `end` must be called when its socket is connected or closed.
+        """Begin an attempt; `end` must be called when its socket is connected or closed. May wait for the store.
 
         Raises:
             LimitReached: with the name of the limit. The attempt must not begin.
         """
+        store = self._keeper.store
+        self._begin_here(limited=store is None or not store.allows_all)
+        if store is not None:
+            answer = "?"
+            try:
+                answer = store.ask_and_wait(self._demands())
+            finally:
+                if answer:
+                    self._end_here()
+            if answer:
+                raise LimitReached(errno.EUSERS, answer)
+
+    def end(self) -> None:
+        """End an attempt."""
+        self._end_here()
+        if self._keeper.store is not None:
+            self._keeper.store.leave(self._demands())
+
+    def _demands(self) -> list[Demand]:
+        """Return what to ask the store: one question for both limits."""
+        limits, client = self._keeper.limits, self._client
+        demands = limits_of("proxy-attempts", limits.connect_attempts, None, 1, ("connect_attempts", ""))
+        if client is not None:
+            name = f"proxy-attempts:{text_of(client)}"
+            demands += limits_of(name, limits.client_connect_attempts, None, 1, ("client_connect_attempts", ""))
+        return demands
+
+    def _begin_here(self, limited: bool) -> None:
         keeper, client = self._keeper, self._client
         limits = keeper.limits
         most = limits.connect_attempts
-        if most is not None and keeper.attempts + keeper.elsewhere("proxy_attempts") >= most:
+        if limited and most is not None and keeper.attempts + keeper.elsewhere("proxy_attempts") >= most:
             raise LimitReached(errno.EUSERS, "connect_attempts")
         most = limits.client_connect_attempts
         if client is not None and most is not None:
             of_all = keeper.attempts_of_all
-            if of_all is not None and of_all.enter(_attempts_key(client)) is not None:
+            if of_all is not None and not limited:
+                of_all.resume(_attempts_key(client))
+            elif of_all is not None and of_all.enter(_attempts_key(client)) is not None:
                 raise LimitReached(errno.EUSERS, "client_connect_attempts")
-            if of_all is None and keeper.attempts_by_client[client] >= most:
+            if limited and of_all is None and keeper.attempts_by_client[client] >= most:
                 raise LimitReached(errno.EUSERS, "client_connect_attempts")
             keeper.attempts_by_client[client] += 1
         keeper.attempts += 1
         keeper.tell_attempts()
 
-    def end(self) -> None:
-        """End an attempt."""
+    def _end_here(self) -> None:
         keeper, client = self._keeper, self._client
         keeper.attempts -= 1
         keeper.tell_attempts()
@@ -193,6 +167,7 @@ class LimitKeeper:
     Attributes:
         connections, attempts, attempts_by_client: what this process has.
         attempts_of_all: attempts by client in all workers; None: there is no such limit, or there are no workers.
+        store: what other machines count, too; None: they do not.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -209,12 +184,13 @@ class LimitKeeper:
         self._users: Counter[str] = Counter()
         # Buckets in use, shared by all connections of a user; and those last used, which outlive them: traffic on one
         # connection counts for the next one.
-        self._buckets: WeakValueDictionary[str, TokenBucket | SharedBucket] = WeakValueDictionary()
-        self._kept: OrderedDict[str, TokenBucket | SharedBucket] = OrderedDict()
+        self._buckets: WeakValueDictionary[str, Bucket] = WeakValueDictionary()
+        self._kept: OrderedDict[str, Bucket] = OrderedDict()
         # In a worker process:
         self._column: Column | None = None
         self._users_of_all: SharedClients | None = None
-        self._store: Store | None = None
+        self.store: Store | None = None
+        self._rates: UserRates | None = None
 
     def share(self, column: Column) -> None:
         """Count together with all processes that have a column. Call before the first connection."""
@@ -227,8 +203,12 @@ class LimitKeeper:
 
     def share_store(self, store: Store) -> None:
         """Count together with other machines. Call before the first connection."""
-        self._store = store
+        if self.store is store:
+            return  # each listener says it
+        self.store = store
         self._clients.share_store(store, "proxy-clients")
+        if self.limits.user_rate is not None:
+            self._rates = UserRates(store, self.limits.user_rate)
 
     @property
     def counted(self) -> int:
@@ -243,7 +223,7 @@ class LimitKeeper:
         Args:
             address: as returned by ``accept``.
         """
-        most, store = self.limits.connections, self._store
+        most, store = self.limits.connections, self.store
         is_full = most is not None and self.connections + self.elsewhere("proxy_connections") >= most
         if is_full and (store is None or not store.allows_all):
             return "connections"
@@ -270,8 +250,8 @@ class LimitKeeper:
             self._clients.resume(address, returns=True)
         self.connections += 1
         self._tell_connections()
-        if self._store is not None:
-            self._store.count(self._demands_of_all())
+        if self.store is not None:
+            self.store.count(self._demands_of_all())
 
     def _demands(self, address: Any) -> list[Demand]:
         """Return what to ask the store: one question for all limits of a connection."""
@@ -285,8 +265,8 @@ class LimitKeeper:
         self._leave_here()
         if self._limits_clients:
             self._clients.leave(address)
-        if self._store is not None:
-            self._store.leave(self._demands_of_all())
+        if self.store is not None:
+            self.store.leave(self._demands_of_all())
 
     def _leave_here(self) -> None:
         self.connections -= 1
@@ -317,7 +297,9 @@ class LimitKeeper:
 
     def enter_user(self, user: str) -> str:
         """Register a connection of this user; return as `enter`. May wait for the store."""
-        most, store = self.limits.user_connections, self._store
+        most, store = self.limits.user_connections, self.store
+        if self._rates is not None and self._rates.store.refuses_all:
+            return STORE_FAILURE
         if store is not None and store.allows_all:
             if self._users_of_all is not None:
                 self._users_of_all.resume(_key_of(user))
@@ -343,19 +325,17 @@ class LimitKeeper:
         if self._users_of_all is not None:
             self._users_of_all.resume(_key_of(user))
         self._users[user] += 1
-        if self._store is not None:
-            self._store.count(self._demands_of_user(user))
+        if self.store is not None:
+            self.store.count(self._demands_of_user(user))
 
     def _demands_of_user(self, user: str) -> list[Demand]:
-        # A digest: names may be of any length, and are nobody's business there.
-        name = f"proxy-user:{blake2b(_key_of(user), digest_size=16).hexdigest()}"
-        return limits_of(name, self.limits.user_connections, None, 1, ("user_connections", ""))
+        return limits_of(_name_of(user), self.limits.user_connections, None, 1, ("user_connections", ""))
 
     def leave_user(self, user: str) -> None:
         """Unregister a connection of this user."""
         self._leave_user_here(user)
-        if self._store is not None:
-            self._store.leave(self._demands_of_user(user))
+        if self.store is not None:
+            self.store.leave(self._demands_of_user(user))
         bucket = self._buckets.get(user)
         if bucket is not None:
             self._keep(user, bucket)
@@ -384,7 +364,7 @@ class LimitKeeper:
         Args:
             own: the connection's, from `make_bucket`.
         """
-        buckets: list[TokenBucket | SharedBucket] = [] if own is None else [own]
+        buckets: list[Bucket] = [] if own is None else [own]
         if self.limits.user_rate is not None and user is not None:
             bucket = self._buckets.get(user)
             if bucket is None:
@@ -395,12 +375,11 @@ class LimitKeeper:
             return None
         return lambda size: max(bucket.spend(size) for bucket in buckets)
 
-    def _bucket_of(self, user: str, rate: float) -> TokenBucket | SharedBucket:
-        if self._column is None:
-            return TokenBucket(rate)
-        return SharedBucket(self._column, _key_of(user), rate)
+    def _bucket_of(self, user: str, rate: float) -> Bucket:
+        here = TokenBucket(rate) if self._column is None else SharedBucket(self._column, _key_of(user), rate)
+        return here if self._rates is None else StoredBucket(here, rate, self._rates, _name_of(user))
 
-    def _keep(self, user: str, bucket: TokenBucket | SharedBucket) -> None:
+    def _keep(self, user: str, bucket: Bucket) -> None:
         self._kept[user] = bucket
         self._kept.move_to_end(user)
         # Full buckets, which are as good as new, are usually the oldest.

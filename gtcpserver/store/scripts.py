@@ -6,6 +6,10 @@ Keys, each with the prefix of the settings before it:
     open:NAME   hash: by member, how many connections of a client (or user) it has open
     rate:NAME   when the token bucket of a client will be full again; milliseconds
     wrong:NAME  hash: by user, wrong passwords of an address
+    places      hash: by part of a member, how many places of the service it has
+    flow:NAME   hash: by part of a member, how many bytes per second of a user it could move
+
+A part is one of the counters of a member that take a share of something: the member's name, "/" and a number.
 
 Times are Redis's own: clocks of machines differ. A new master may have another clock, so a time that is further away
 than can be is taken for the furthest.
@@ -30,6 +34,16 @@ local now = time[1] * 1000 + time[2] / 1000
 local function lives(member)
   local until_ = tonumber(redis.call('ZSCORE', KEYS[1], member) or 0)
   return until_ >= now and until_ <= now + 2 * LEASE
+end
+local function others(key, own)
+  local found, counts = {}, redis.call('HGETALL', key)
+  for f = 1, #counts, 2 do
+    if counts[f] ~= own then
+      if lives(string.match(counts[f], '^[^/]*')) then found[#found + 1] = tonumber(counts[f + 1])
+      else redis.call('HDEL', key, counts[f]) end
+    end
+  end
+  return found
 end
 """
 
@@ -114,6 +128,60 @@ for i = 2, #KEYS do
   else redis.call('PEXPIRE', KEYS[i], OPEN) end
 end
 return 1
+"""
+)
+
+# Take places of the service, or give some back. KEYS: members, places. ARGV: the member, its part, the most that all
+# have together; how many are used, how many it keeps in any case, and how many it wants beyond those used. Returns how
+# many it has then: those used, and a stock, which is smaller the fewer are left; -1: the lease is over.
+PLACES = (
+    _NOW
+    + """
+if not lives(ARGV[1]) then return -1 end
+local used, keep, wanted = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local free = tonumber(ARGV[3]) - used
+for _, count in ipairs(others(KEYS[2], ARGV[2])) do free = free - count end
+local stock = math.floor(free / (2 * math.max(redis.call('ZCARD', KEYS[1]), 1)))
+local has = math.max(keep, used + math.max(0, stock, math.min(wanted, free)))
+if has > 0 then
+  redis.call('HSET', KEYS[2], ARGV[2], has)
+  redis.call('PEXPIRE', KEYS[2], OPEN)
+else
+  redis.call('HDEL', KEYS[2], ARGV[2])
+end
+return has
+"""
+)
+
+# Share rates of users. KEYS: members, then one flow for each user. ARGV: the member, its part, the rate, then for each
+# user the bytes per second that this part could move; 0: it moves none any more. Returns for each user the share: what
+# it could move, as far as all of them together do not exceed the rate, otherwise an even part of what the modest ones
+# leave; and an even part of the rest. 0: the lease is over.
+SHARES = (
+    _NOW
+    + """
+if not lives(ARGV[1]) then return 0 end
+local shares = {}
+for i = 2, #KEYS do
+  local want, left = tonumber(ARGV[i + 2]), tonumber(ARGV[3])
+  local wants = others(KEYS[i], ARGV[2])
+  if want > 0 then
+    redis.call('HSET', KEYS[i], ARGV[2], ARGV[i + 2])
+    redis.call('PEXPIRE', KEYS[i], LEASE)
+  else
+    redis.call('HDEL', KEYS[i], ARGV[2])
+  end
+  wants[#wants + 1] = want
+  table.sort(wants)
+  local share = 0
+  for n, one in ipairs(wants) do
+    local part = math.min(one, left / (#wants - n + 1))
+    left = left - part
+    if one <= want then share = part end
+  end
+  shares[i - 1] = string.format('%.3f', share + left / #wants)
+end
+return shares
 """
 )
 

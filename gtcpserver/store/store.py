@@ -11,9 +11,11 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import count
 from secrets import token_hex
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import gevent
 from gevent.event import AsyncResult, Event
@@ -24,7 +26,7 @@ from gtcpserver.shared.column import Column
 
 from .connect import StoreError, load_library
 from .line import Line
-from .scripts import ANNOUNCE, CHANGE, ENTER, GIVE_BACK, LEAVE, RENEW, RENEW_SECONDS, WRONG
+from .scripts import ANNOUNCE, CHANGE, ENTER, GIVE_BACK, LEAVE, PLACES, RENEW, RENEW_SECONDS, SHARES, WRONG
 from .settings import StoreSettings
 
 log = logging.getLogger("gtcpserver")
@@ -102,6 +104,13 @@ def limits_of(name: str, most: int | None, rate: float | None, burst: float, nam
     return demands
 
 
+class Part(Protocol):
+    """Takes a share of something that all processes have together, beforehand: nobody waits for it."""
+
+    def renew(self) -> None:
+        """Tell Redis what is used, and learn the share. Called once a second, and when Redis is back. Must not wait."""
+
+
 #: Called in the hub with the refusal; "": the connection is admitted, and counted until `leave`.
 Decided = Callable[[str], Any]
 
@@ -123,6 +132,8 @@ class Store:
         self.questions = 0
         self.alone = 0
         self.users = 0
+        self._parts: WeakSet[Part] = WeakSet()
+        self._numbers = count()
         #: Return whether this process shall log that Redis is away, until the other is called: with workers, one does.
         self.take_turn: Callable[[], bool] = lambda: True
         self.end_turn: Callable[[], Any] = lambda: None
@@ -191,6 +202,11 @@ class Store:
     def allows_all(self) -> bool:
         """Whether limits of connections and rates do not hold now: Redis is away, and "allow" was chosen."""
         return self._line is None and self.settings.on_failure == "allow"
+
+    @property
+    def refuses_all(self) -> bool:
+        """Whether nobody new is to be admitted now: Redis is away, and "refuse" was chosen."""
+        return self._line is None and self.settings.on_failure == "refuse"
 
     def open(self, key: str) -> int:
         """Return how many connections of a client this process has open."""
@@ -334,6 +350,38 @@ class Store:
             assert line is not None
             line.send(CHANGE, keys, [self.member, *(str(by) for _, by in part)], None)
 
+    # -- shares ------------------------------------------------------------------------------------------------------
+
+    def add_part(self, part: Part) -> int:
+        """Have a part renewed for as long as it exists; return its number."""
+        self._parts.add(part)
+        return next(self._numbers)
+
+    def ask_share(
+        self, script: str, number: int, keys: Sequence[str], arguments: Sequence[Any], answered: Callable[[Any], Any]
+    ) -> bool:
+        """Ask for a share. Does not wait.
+
+        Args:
+            script: one whose first key is the members, and whose first arguments are the member and its part.
+            number: the part's.
+            answered: called with the answer; None: there is none. Must neither wait nor raise.
+
+        Returns:
+            False: Redis is away, and nothing was asked.
+        """
+        line = self._line
+        if line is None:
+            return False
+        names = [self._key("members"), *map(self._key, keys)]
+        line.send(script, names, [self.member, f"{self.member}/{number}", *arguments], answered)
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """Take Redis for away: it has answered what it cannot answer."""
+        if self._line is not None:
+            self._line.fail(error)
+
     # -- wrong passwords ---------------------------------------------------------------------------------------------
 
     def wrong(self, name: str, user: str = "", more: int = 0, window: float = 0.0) -> tuple[int, float] | None:
@@ -380,7 +428,7 @@ class Store:
             try:
                 self._opening = line
                 with gevent.Timeout(OPEN_SECONDS, StoreError(f"no connection within {OPEN_SECONDS:g} s")):
-                    line.open((ANNOUNCE, RENEW, ENTER, CHANGE, GIVE_BACK, WRONG, LEAVE))
+                    line.open((ANNOUNCE, RENEW, ENTER, CHANGE, GIVE_BACK, WRONG, LEAVE, PLACES, SHARES))
                 self._announce(line)
                 self._opening = None
                 began = monotonic()
@@ -441,6 +489,11 @@ class Store:
             self._keep = list(self._open)
         part = [self._keep.pop() for _ in range(min(len(self._keep), AT_ONCE, 1 + len(self._open) // KEEP_IN))]
         line.send(RENEW, [self._key("members"), *map(self._key, part)], [self.member], partial(self._renewed, line))
+        self._renew_parts()
+
+    def _renew_parts(self) -> None:
+        for one in list(self._parts):
+            one.renew()
 
     def _renewed(self, line: Line, reply: Any) -> None:
         if reply == 0:
@@ -464,12 +517,12 @@ class Store:
         if not self.take_turn():
             return
         left_out = self._lines.allow("away")
-        if left_out is not None:
-            self._spoke = True
-            why = " ".join(str(error).split()) or type(error).__name__
-            log.warning(
-                "shared limits: Redis at %s is away (%s)%s; %s", self.settings, why, also(left_out), self._holds()
-            )
+        if left_out is None:
+            self.end_turn()  # another process may have said less
+            return
+        self._spoke = True
+        why = " ".join(str(error).split()) or type(error).__name__
+        log.warning("shared limits: Redis at %s is away (%s)%s; %s", self.settings, why, also(left_out), self._holds())
 
     def _holds(self) -> str:
         return {
@@ -480,6 +533,7 @@ class Store:
 
     def _came_back(self) -> None:
         self._unannounced = None
+        self._renew_parts()
         self._tried.set()
         if self._away_since is not None:
             if self._spoke:

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from gtcpserver.proxy import buckets
 from gtcpserver.proxy import limits as module
 from gtcpserver.proxy.limits import LimitKeeper, Limits
 from kit.clients import read
@@ -25,7 +26,7 @@ PIECE = 16 * 1024
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(buckets, "monotonic", lambda: now[0])
 
     def go_on(seconds):
         now[0] += seconds

@@ -9,9 +9,9 @@ import pytest
 from gtcpserver import ClientLimits
 from gtcpserver.admission import shared_clients
 from gtcpserver.admission.shared_clients import SharedClients
-from gtcpserver.proxy import limits as proxy_limits
-from gtcpserver.proxy import passwords
-from gtcpserver.proxy.limits import LimitKeeper, Limits, SharedBucket, TokenBucket
+from gtcpserver.proxy import buckets, passwords
+from gtcpserver.proxy.buckets import SharedBucket, TokenBucket
+from gtcpserver.proxy.limits import LimitKeeper, Limits
 from gtcpserver.proxy.passwords import Failures
 from gtcpserver.shared.column import MOST_DIGESTS, SEEN, SPENT, Column
 from gtcpserver.shared.memory import CLAIMED, LEAST_COLUMNS, WAYS, WORDS, SharedMemory, clients_of, columns_for, size_of
@@ -41,7 +41,7 @@ def small(monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     at = [10**12]
-    for module in (shared_clients, passwords, proxy_limits):
+    for module in (shared_clients, passwords, buckets):
         monkeypatch.setattr(module, "now", lambda: at[0])
         if hasattr(module, "monotonic"):
             monkeypatch.setattr(module, "monotonic", lambda: at[0] / 1e9)
