@@ -65,6 +65,7 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", as_the_theme_wants)
     app.connect("missing-reference", by_public_name)
     app.connect("autodoc-process-docstring", without_words_of_builtin_types)
+    app.connect("autodoc-process-docstring", with_examples_in_colour)
 
 
 def as_the_theme_wants(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -89,6 +90,13 @@ def without_words_of_builtin_types(
     """Data have no docstring of their own: what is found is that of str or bool."""
     if what == "data":
         lines.clear()
+
+
+def with_examples_in_colour(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """`Example::` in a docstring is Python; other blocks have no language."""
+    for number, line in reversed(list(enumerate(lines))):
+        if line == "Example::":
+            lines[number : number + 1] = ["Example:", "", ".. code-block:: python"]
 
 
 def public_names() -> Iterator[tuple[str, str]]:

@@ -41,6 +41,14 @@ class Address:
         port: 0 to 65535; 0 lets the kernel choose.
         path: a unix socket's path, or "@name" for an abstract one.
         fd: the number of an inherited file descriptor.
+
+    Example::
+
+        from gtcpserver import parse_address
+
+        address = parse_address("[::1]:5000")
+        print(address.host, address.port)  # ::1 5000
+        print(address)  # [::1]:5000
     """
 
     kind: Literal["tcp", "unix", "fd"]
@@ -70,6 +78,13 @@ def parse_address(address: str | int | tuple[Any, ...]) -> Address:
 
     Raises:
         ConfigError: it is none of these; the message says what was given and what was expected.
+
+    Example::
+
+        from gtcpserver import parse_address
+
+        print(parse_address(":80"))  # *:80
+        print(parse_address("unix:/run/app.sock").path)  # /run/app.sock
     """
     if isinstance(address, str):
         return _parse_text(address)

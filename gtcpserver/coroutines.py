@@ -79,6 +79,18 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T], timeout: float | None = Non
         ConfigError: ``timeout`` is not a number above 0.
         GtcpServerError: called in the thread of that event loop, where a coroutine can ``await`` instead.
         OSError, RuntimeError: the event loop, or its thread, could not be created.
+
+    Example::
+
+        import asyncio
+        from gtcpserver import run_coroutine
+
+        async def look_up(word):
+            await asyncio.sleep(0.01)  # an asyncio library's work
+            return word.upper()
+
+        def handle(conn):
+            conn.sendall(run_coroutine(look_up(conn.recv(100)), timeout=5))
     """
     if not isinstance(coroutine, Coroutine):
         hint = "; call it first" if callable(coroutine) else ""

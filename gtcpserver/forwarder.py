@@ -43,6 +43,13 @@ class Target:
         connected, failed: attempts so far, by their outcome.
         aside_until: monotonic time before which it is only tried if no other one is left.
         pause: seconds for which it was last set aside; 0.0: it is up.
+
+    Example::
+
+        from gtcpserver.forwarder import Target
+
+        target = Target("10.0.0.5:7000")
+        print(target.active, target.failed)  # 0 0
     """
 
     address: str
@@ -75,6 +82,14 @@ class Forwarder:
 
     Raises:
         ConfigError: an invalid option.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.forwarder import Forwarder
+
+        targets = ["10.0.0.5:7000", "10.0.0.6:7000"]
+        server = Server("127.0.0.1:5000", Forwarder(targets, balance="least"))
     """
 
     def __init__(

@@ -98,6 +98,16 @@ def run(
 
     A program that does not catch these ends with one line on stderr instead of a traceback, and with the exit status of
     the command line: 2 for a ConfigError, 1 for an OSError, 2 or 3 if no worker could be started.
+
+    Example::
+
+        from gtcpserver import run
+
+        def echo(conn):
+            while data := conn.recv(65536):
+                conn.sendall(data)
+
+        run(echo, "127.0.0.1:5000", timeout=60, stop_timeout=10)
     """
     open_standard_descriptors()
     check_number("stop_timeout", stop_timeout, least=0, none="to wait forever")

@@ -25,7 +25,21 @@ LONGEST_LINE = 2000
 
 
 class SocketServerHandler:
-    """Serves each connection with an instance of a ``socketserver`` handler class; see :func:`from_socketserver`."""
+    """Serves each connection with an instance of a ``socketserver`` handler class; see :func:`from_socketserver`.
+
+    Example::
+
+        import socketserver
+        from gtcpserver import Server
+        from gtcpserver.adapters import SocketServerHandler
+
+        class Echo(socketserver.StreamRequestHandler):
+            def handle(self):
+                for line in self.rfile:
+                    self.wfile.write(line)
+
+        server = Server("127.0.0.1:5000", SocketServerHandler(Echo))
+    """
 
     def __init__(self, handler_class: type[socketserver.BaseRequestHandler], server: Any = None) -> None:
         _check(handler_class, server)
@@ -181,5 +195,17 @@ def from_socketserver(
 
     Raises:
         ConfigError: not such a class, or one for UDP.
+
+    Example::
+
+        import socketserver
+        from gtcpserver import Server, from_socketserver
+
+        class Echo(socketserver.StreamRequestHandler):
+            def handle(self):
+                for line in self.rfile:
+                    self.wfile.write(line)
+
+        server = Server("127.0.0.1:5000", from_socketserver(Echo))
     """
     return SocketServerHandler(handler_class, server)

@@ -41,7 +41,7 @@ log = logging.getLogger("gtcpserver")
 
 
 class StreamServer(Acceptor):
-    """``gevent.server.StreamServer`` with another engine: change the import, keep the program.
+    r"""``gevent.server.StreamServer`` with another engine: change the import, keep the program.
 
     Same constructor, same methods, same ``handle(socket, address)``, same kinds of ``spawn``. The handler's socket is a
     :class:`Connection`. It also avoids the losses of gevent's: answers to clients that had sent more than was read,
@@ -52,6 +52,15 @@ class StreamServer(Acceptor):
     With special TLS arguments (``do_handshake_on_connect=False``, ``suppress_ragged_eofs``, the program's own
     ``wrap_socket`` or ``sni_callback``) the handler gets a gevent.ssl.SSLSocket, as with gevent; its handshake runs in
     the handler's greenlet.
+
+    Example::
+
+        from gtcpserver import StreamServer  # instead of gevent.server's
+
+        def handle(socket, address):
+            socket.sendall(socket.recv(1000))
+
+        StreamServer(("127.0.0.1", 5000), handle).serve_forever()
     """
 
     #: Seconds a TLS handshake may take; None: the default of TLSConfig.

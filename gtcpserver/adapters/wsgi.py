@@ -357,10 +357,21 @@ def _comes_of(error: BaseException | None, fault: BaseException) -> bool:
 
 
 class WSGIHandler:
-    """Serves each connection with a WSGI application; see :func:`from_wsgi`.
+    r"""Serves each connection with a WSGI application; see :func:`from_wsgi`.
 
     Attributes:
         counters: "bad_request": requests refused, or ended, because they break the rules of HTTP.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.adapters import WSGIHandler
+
+        def application(environment, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"Hello\n"]
+
+        server = Server("127.0.0.1:8000", WSGIHandler(application))
     """
 
     def __init__(self, application: WSGIApplication, access_log: bool = False) -> None:
@@ -406,7 +417,7 @@ class _ForConnection:
 
 
 def from_wsgi(application: WSGIApplication, *, access_log: bool = False) -> Callable[[Connection], None]:
-    """Return a handler for :class:`Server` that runs a WSGI application (PEP 3333) with ``gevent.pywsgi``.
+    r"""Return a handler for :class:`Server` that runs a WSGI application (PEP 3333) with ``gevent.pywsgi``.
 
     Args:
         application: called with the environment and ``start_response``.
@@ -420,5 +431,15 @@ def from_wsgi(application: WSGIApplication, *, access_log: bool = False) -> Call
 
     Raises:
         ConfigError: the application is not callable, async (made for ASGI), or takes other arguments.
+
+    Example::
+
+        from gtcpserver import Server, from_wsgi
+
+        def application(environment, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [b"Hello\n"]
+
+        server = Server("127.0.0.1:8000", from_wsgi(application))
     """
     return WSGIHandler(application, access_log)

@@ -49,6 +49,13 @@ class ClientLimits:
 
     Raises:
         ConfigError: an invalid network or number.
+
+    Example::
+
+        from gtcpserver import ClientLimits, Server
+
+        limits = ClientLimits(deny=["192.0.2.0/24"], connections=50, new_per_second=20)
+        server = Server("127.0.0.1:5000", handle, client_limits=limits)
     """
 
     def __init__(

@@ -50,6 +50,14 @@ def connect(
         ConfigError: not an address to connect to.
         TimeoutError: not connected within ``timeout``.
         OSError: from the last address tried; socket.gaierror: no such host.
+
+    Example::
+
+        from gtcpserver import connect, relay
+
+        def handle(conn):
+            with connect("10.0.0.5:7000", timeout=5) as backend:
+                relay(conn, backend)
     """
     check_event_loop()
     parsed = parse_address(address)

@@ -117,7 +117,7 @@ def _noted(method: MethodT) -> MethodT:
 
 
 class Connection(SSLMethods, HasStream, _Socket):
-    """A client's connection: a blocking, cooperative socket with the extra methods that handlers need.
+    r"""A client's connection: a blocking, cooperative socket with the extra methods that handlers need.
 
     All of the socket API works. Timeouts count the time without progress: ``settimeout(30)`` ends a ``recv`` or a
     ``sendall`` after 30 seconds without a byte, not a ``sendall`` that makes progress (the standard library's bounds
@@ -135,6 +135,13 @@ class Connection(SSLMethods, HasStream, _Socket):
             :meth:`deadline`, OSError as recv(2); EBADF when another greenlet closed the connection meanwhile.
         sendall: ``sendall(data, flags=0) -> None``: sends all of ``data`` (any contiguous buffer). Raises TimeoutError
             when the peer took nothing for ``settimeout`` seconds (some of the data may be sent), otherwise as ``recv``.
+
+    Example::
+
+        def handle(conn):
+            conn.settimeout(60)  # seconds without a byte
+            name = conn.recv_until(b"\n", 100)
+            conn.sendall(b"Hello, " + name + b"!\n")
     """
 
     __slots__ = _SLOTS

@@ -40,7 +40,7 @@ _EVENTS = select.POLLIN | select.POLLPRI | select.POLLRDHUP
 
 
 class ConnectionPool:
-    """Connections to one backend, used by one handler at a time and kept open in between.
+    r"""Connections to one backend, used by one handler at a time and kept open in between.
 
     A connection is reused if nothing has arrived on it since and the backend has not closed it; ``check`` can ask for
     more. One that was used in a block that raised, or with bytes left to read, is closed instead. The pool makes no
@@ -72,6 +72,18 @@ class ConnectionPool:
 
     Raises:
         ConfigError: an invalid argument.
+
+    Example::
+
+        from gtcpserver import ConnectionPool
+
+        pool = ConnectionPool("10.0.0.5:7000", size=20, timeout=5)
+
+        def handle(conn):
+            question = conn.recv_until(b"\n", 1000)
+            with pool.connection() as backend:
+                backend.sendall(question + b"\n")
+                conn.sendall(backend.recv_until(b"\n", 1000))
     """
 
     def __init__(
@@ -296,6 +308,19 @@ def stay_connected(
 
     Raises:
         ConfigError: an invalid argument.
+
+    Example::
+
+        from gtcpserver import Lines, Server, stay_connected
+
+        def subscribe(backend):
+            for line in backend.frames(Lines()):
+                print(line)
+
+        def begin(server):
+            server.spawn(stay_connected, "10.0.0.5:7000", subscribe)
+
+        server = Server("127.0.0.1:5000", handle, on_start=begin)
     """
     dial = Dial(address, connect_timeout, timeout, tls, server_hostname, connection_class)
     back_off = BackOff(LONGEST_PAUSE_ALONE)

@@ -27,6 +27,15 @@ class Frames:
             message is given back to a Connection; with another socket, read with this object alone.
         framing: a :class:`LengthPrefix`, :class:`Netstrings`, :class:`Lines`, or a format of your own
             (:class:`gtcpserver.framing.Framing`).
+
+    Example::
+
+        from gtcpserver import Frames, Netstrings, connect
+
+        with connect("10.0.0.5:7000", timeout=5) as conn:
+            frames = Frames(conn, Netstrings())
+            frames.send(b"ping")
+            print(frames.recv())  # b'ping'
     """
 
     def __init__(self, sock: Any, framing: Framing) -> None:

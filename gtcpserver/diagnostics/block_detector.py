@@ -155,6 +155,15 @@ class BlockDetector:
 
     Raises:
         ConfigError: an invalid threshold.
+
+    Example::
+
+        from gtcpserver import BlockDetector, Server
+
+        detector = BlockDetector(threshold=0.2)
+        detector.start()
+        server = Server("127.0.0.1:5000", handle)
+        server.start()
     """
 
     def __init__(self, threshold: float = DEFAULT_THRESHOLD) -> None:

@@ -18,7 +18,17 @@ LONGEST_VARINT = 10
 
 
 class Found(NamedTuple):
-    """A whole message in a buffer: its bytes are ``data[start:end]``, and the next one begins at ``after``."""
+    """A whole message in a buffer: its bytes are ``data[start:end]``, and the next one begins at ``after``.
+
+    Example::
+
+        from gtcpserver import Netstrings
+
+        data = b"5:hello,5:wor"
+        found = Netstrings().find(data, 0)
+        print(data[found.start : found.end])  # b'hello'
+        print(data[found.after :])  # b'5:wor'
+    """
 
     start: int
     end: int
@@ -26,7 +36,23 @@ class Found(NamedTuple):
 
 
 class Framing(Protocol):
-    """What :meth:`Connection.frames` needs of a format; your own may have it, too. No I/O, and no state."""
+    """What :meth:`Connection.frames` needs of a format; your own may have it, too. No I/O, and no state.
+
+    Example::
+
+        from gtcpserver.framing import Found
+
+        class Blocks:  # messages of 16 bytes
+            def encode(self, message):
+                return message.ljust(16)
+
+            def find(self, data, searched):
+                return Found(0, 16, 16) if len(data) >= 16 else 16
+
+        def handle(conn):
+            for block in conn.frames(Blocks()):
+                conn.sendall(block)
+    """
 
     def encode(self, message: bytes) -> bytes:
         """Return a message with its frame. Raise LimitExceeded or FramingError if it cannot be framed."""
@@ -59,6 +85,15 @@ class LengthPrefix:
 
     Raises:
         ConfigError: an invalid argument.
+
+    Example::
+
+        from gtcpserver import LengthPrefix
+
+        def handle(conn):
+            frames = conn.frames(LengthPrefix(2, limit=1000, byteorder="little"))
+            for message in frames:
+                frames.send(message.upper())
     """
 
     def __init__(
@@ -105,6 +140,15 @@ class Netstrings:
 
     Raises:
         ConfigError: an invalid limit.
+
+    Example::
+
+        from gtcpserver import Netstrings
+
+        def handle(conn):
+            frames = conn.frames(Netstrings(limit=1000))
+            for message in frames:
+                frames.send(message.upper())  # "2:hi," is answered with "2:HI,"
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
@@ -142,7 +186,7 @@ class Netstrings:
 
 
 class Lines:
-    """Messages that end with a separator, which is not part of them.
+    r"""Messages that end with a separator, which is not part of them.
 
     Args:
         separator: the bytes behind each message.
@@ -150,6 +194,15 @@ class Lines:
 
     Raises:
         ConfigError: an invalid argument.
+
+    Example::
+
+        from gtcpserver import Lines
+
+        def handle(conn):
+            lines = conn.frames(Lines(b"\r\n", limit=512))
+            for line in lines:
+                lines.send(line.upper())
     """
 
     def __init__(self, separator: bytes = b"\n", limit: int = DEFAULT_LIMIT) -> None:

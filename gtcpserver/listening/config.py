@@ -84,6 +84,13 @@ class ListenConfig:
 
     Raises:
         ConfigError: a value out of range or of the wrong type, two that exclude each other, or one this system lacks.
+
+    Example::
+
+        from gtcpserver import ListenConfig, Server
+
+        listen = ListenConfig(backlog=4096, defer_accept=2, user_timeout=30)
+        server = Server("127.0.0.1:5000", handle, listen=listen)
     """
 
     reuse_port: bool = True

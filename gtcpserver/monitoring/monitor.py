@@ -53,6 +53,16 @@ class Monitor:
 
     Raises:
         ConfigError: the address is invalid, or prometheus_client is missing.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.monitoring import Monitor
+
+        server = Server("127.0.0.1:5000", handle)
+        monitor = Monitor(server, "127.0.0.1:9100", name="app")
+        monitor.start()
+        server.start()
     """
 
     def __init__(self, server: Server, address: str | int | tuple[Any, ...] | Address, *, name: str = "") -> None:

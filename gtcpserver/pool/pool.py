@@ -34,6 +34,14 @@ class HandlerPool(gevent_pool.Pool):  # type: ignore[misc]
 
     Raises:
         ConfigError: size or keep is negative or not a whole number.
+
+    Example::
+
+        from gtcpserver import HandlerPool, Server
+
+        pool = HandlerPool(500, keep=100)  # of both servers together
+        plain = Server("127.0.0.1:5000", handle, pool=pool)
+        local = Server("unix:app.sock", handle, pool=pool)
     """
 
     def __init__(self, size: int | None = DEFAULT_SIZE, keep: int = 0) -> None:

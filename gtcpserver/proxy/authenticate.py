@@ -187,6 +187,17 @@ class CertificateUsers:
 
     Args:
         users: users to admit; None: everybody with a valid certificate.
+
+    Example::
+
+        from gtcpserver import TLSConfig
+        from gtcpserver.proxy.authenticate import CertificateUsers
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.handler import ProxyHandler
+
+        gate = Gate(authenticators={"certificates": CertificateUsers({"ada", "grace"})})
+        tls = TLSConfig("cert.pem", "key.pem", client_auth="required", client_ca="ca.pem")
+        handler = ProxyHandler(gate, "http", tls=tls)
     """
 
     def __init__(self, users: Collection[str] | None = None) -> None:
@@ -218,6 +229,14 @@ class HashedUsers(RememberingAuthenticator):
 
     Raises:
         ConfigError: a hash or the file is unusable, or there are no users.
+
+    Example::
+
+        from gtcpserver.proxy.authenticate import HashedUsers
+        from gtcpserver.proxy.gate import Gate
+
+        users = HashedUsers(htpasswd="users.htpasswd")
+        gate = Gate(authenticators={"staff": users})
     """
 
     def __init__(
@@ -352,6 +371,14 @@ class CommandAuthenticator(RememberingAuthenticator):
 
     Raises:
         ConfigError: there is no such program, or a number is out of range.
+
+    Example::
+
+        from gtcpserver.proxy.authenticate import CommandAuthenticator
+        from gtcpserver.proxy.gate import Gate
+
+        users = CommandAuthenticator(["python3", "ask_directory.py"], timeout=5)
+        gate = Gate(authenticators={"staff": users})
     """
 
     def __init__(

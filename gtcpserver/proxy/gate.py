@@ -38,6 +38,18 @@ class Authenticator(Protocol):
 
     One that identifies clients by certificate has ``identify(certificate) -> str | None`` instead of `check`: it
     returns the user of a certificate as decoded by ``ssl.SSLSocket.getpeercert``, None for no user.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.rules import parse_client_rule
+
+        class OneUser:
+            def check(self, user, password, client):
+                return (user, password) == (b"ada", b"secret")
+
+        rule = parse_client_rule("allow from any to any with auth staff")
+        gate = Gate(client_rules=[rule], authenticators={"staff": OneUser()})
     """
 
     def check(self, user: bytes, password: bytes, client: IPAddress) -> bool:
@@ -58,6 +70,12 @@ class Timeouts:
         lifetime: of a tunnel, busy or not; None: no limit.
         answer: until an HTTP origin's response begins; also without any progress of a response or a request body.
         keep_alive: between two HTTP requests.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate, Timeouts
+
+        gate = Gate(timeouts=Timeouts(connect=10, idle=600))
     """
 
     negotiate: float = 30.0
@@ -104,6 +122,17 @@ class Gate:
         fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
             tcp(7)). Not used for tunnels: what a client is told about them must be known first.
         show_bound_address: tell SOCKS clients which address the proxy connects from.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+
+        gate = Gate(
+            commands={"connect"},
+            client_rules=[parse_client_rule("allow 10.0.0.0/8")],
+            destination_rules=[parse_destination_rule("allow .example.com:443")],
+        )
     """
 
     listener: str = "default"

@@ -64,6 +64,19 @@ class ProxyHandler:
 
     Attributes:
         counters: counts of the results in the access log: how connections and requests have ended.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.handler import ProxyHandler
+        from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+
+        gate = Gate(
+            client_rules=[parse_client_rule("allow 127.0.0.0/8")],
+            destination_rules=[parse_destination_rule("allow any:443")],
+        )
+        server = Server("127.0.0.1:1080", ProxyHandler(gate))
     """
 
     def __init__(

@@ -48,6 +48,13 @@ class Limits:
 
     Raises:
         ConfigError: one of them is invalid.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.limits import LimitKeeper, Limits
+
+        gate = Gate(limits=LimitKeeper(Limits(client_connections=100, rate=1_000_000)))
     """
 
     connections: int | None = None
@@ -168,6 +175,15 @@ class LimitKeeper:
         connections, attempts, attempts_by_client: what this process has.
         attempts_of_all: attempts by client in all workers; None: there is no such limit, or there are no workers.
         store: what other machines count, too; None: they do not.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.limits import LimitKeeper, Limits
+
+        keeper = LimitKeeper(Limits(connections=1000))
+        gates = [Gate(listener=name, limits=keeper) for name in ("inside", "outside")]
+        print(keeper.connections)  # 0
     """
 
     def __init__(self, limits: Limits | None = None) -> None:

@@ -107,6 +107,14 @@ class Resolver:
 
     Raises:
         ConfigError: an invalid option.
+
+    Example::
+
+        from gtcpserver.proxy.resolve import Resolver
+
+        resolver = Resolver("ipv4", timeout=5, kind="system")
+        print(resolver.resolve("localhost"))  # ...127.0.0.1...
+        resolver.close()
     """
 
     def __init__(

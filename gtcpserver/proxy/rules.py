@@ -106,7 +106,15 @@ class Destinations:
 
 @dataclass(frozen=True, slots=True)
 class ClientRule:
-    """Who may use a listener; ``auth`` names the authenticator that must confirm the user, None: none."""
+    """Who may use a listener; ``auth`` names the authenticator that must confirm the user, None: none.
+
+    Example::
+
+        from gtcpserver.proxy.rules import parse_client_rule
+
+        rule = parse_client_rule("deny 192.0.2.0/24")
+        print(rule.clients, rule.auth)  # 192.0.2.0/24 None
+    """
 
     text: str
     action: Action
@@ -117,7 +125,15 @@ class ClientRule:
 
 @dataclass(frozen=True, slots=True)
 class DestinationRule:
-    """Who may reach what; None matches everything."""
+    """Who may reach what; None matches everything.
+
+    Example::
+
+        from gtcpserver.proxy.rules import parse_destination_rule
+
+        rule = parse_destination_rule("allow from 10.0.0.0/8 to any:443")
+        print(rule.clients, rule.user)  # 10.0.0.0/8 None
+    """
 
     text: str
     action: Action
@@ -219,7 +235,15 @@ class _Words:
 
 
 def parse_client_rule(text: str) -> ClientRule:
-    """Parse a client rule. Raise RuleError."""
+    """Parse a client rule. Raise RuleError.
+
+    Example::
+
+        from gtcpserver.proxy.rules import parse_client_rule
+
+        rule = parse_client_rule("allow from 10.0.0.0/8 to any with auth staff")
+        print(rule.action, rule.clients, rule.auth)  # allow 10.0.0.0/8 staff
+    """
     words = _Words(text)
     action: Any = words.take_word("allow", "deny")
     if not words.skip("from"):
@@ -240,7 +264,15 @@ def parse_client_rule(text: str) -> ClientRule:
 
 
 def parse_destination_rule(text: str) -> DestinationRule:
-    """Parse a destination rule. Raise RuleError."""
+    """Parse a destination rule. Raise RuleError.
+
+    Example::
+
+        from gtcpserver.proxy.rules import parse_destination_rule
+
+        rule = parse_destination_rule("deny .example.com:25")
+        print(rule.action, rule.text)  # deny deny .example.com:25
+    """
     words = _Words(text)
     return _parse_match(words, words.take_word("allow", "deny"))
 

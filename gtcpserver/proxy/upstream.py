@@ -34,7 +34,14 @@ SUSPICIOUS = 8
 
 @dataclass(frozen=True)
 class UnixPath:
-    """The path of a Unix socket; an abstract name begins with "@" (unix(7))."""
+    """The path of a Unix socket; an abstract name begins with "@" (unix(7)).
+
+    Example::
+
+        from gtcpserver.proxy.upstream_url import parse_upstream
+
+        print(parse_upstream("local", "socks5://unix:/run/proxy").target.path)  # /run/proxy
+    """
 
     path: str
 
@@ -66,6 +73,14 @@ class Upstream:
         send_proxy: begin the connection to it with a PROXY header, "v1" or "v2", for the client; None: do not.
         tls: an ssl.SSLContext for "https".
         tls_name: the name that its certificate must have.
+
+    Example::
+
+        from gtcpserver.proxy.upstream_url import parse_upstream
+
+        office = parse_upstream("office", "http://proxy.example.com:3128")
+        tor = parse_upstream("tor", "socks5://127.0.0.1:9050", through=office, resolve="there")
+        print(tor.scheme, tor.target, tor.through.name)  # socks5 127.0.0.1:9050 office
     """
 
     name: str

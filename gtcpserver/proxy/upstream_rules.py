@@ -22,7 +22,15 @@ DIRECT = "direct"
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRule:
-    """Which upstream to use; `match` is the same as in destination rules."""
+    """Which upstream to use; `match` is the same as in destination rules.
+
+    Example::
+
+        from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+
+        rule = parse_upstream_rule("through tor .onion")
+        print(rule.upstream)  # tor
+    """
 
     text: str
     upstream: str
@@ -30,7 +38,17 @@ class UpstreamRule:
 
 
 def parse_upstream_rule(text: str) -> UpstreamRule:
-    """Parse a rule. Raise RuleError."""
+    """Parse a rule. Raise RuleError.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.upstream_rules import parse_upstream_rule
+        from gtcpserver.proxy.upstream_url import parse_upstream
+
+        tor = parse_upstream("tor", "socks5://127.0.0.1:9050", resolve="there")
+        gate = Gate(upstreams={"tor": tor}, upstream_rules=[parse_upstream_rule("through tor .onion")])
+    """
     upstream, match = parse_way(text)
     return UpstreamRule(text, upstream, match)
 

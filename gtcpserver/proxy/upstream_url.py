@@ -45,6 +45,13 @@ def parse_upstream(
 
     Raises:
         ConfigError: it is malformed, or the arguments do not fit its scheme.
+
+    Example::
+
+        from gtcpserver.proxy.upstream_url import parse_upstream
+
+        office = parse_upstream("office", "socks5://ada:p%40ss@proxy.example.com:1080")
+        print(office.user, office.password)  # b'ada' b'p@ss'
     """
     expected = f"the url of upstream {name!r} must be {EXPECTED_URL}"
     # Not with urlsplit: it ends a password at its first "/", "?" or "#", and the rest would be in the message.

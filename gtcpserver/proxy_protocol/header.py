@@ -35,17 +35,49 @@ LONGEST_UNIQUE_ID = 128
 
 
 class ProxyProtocolError(GtcpServerError):
-    """A connection does not begin with the required header; the message says what is wrong with it."""
+    r"""A connection does not begin with the required header; the message says what is wrong with it.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import ProxyProtocolError, parse_header
+
+        try:
+            parse_header(b"GET / HTTP/1.1\r\n")
+        except ProxyProtocolError as error:
+            print(error)
+    """
 
 
 class Transport(IntEnum):
+    """The kind of socket that the client uses.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import Transport
+
+        def handle(conn):
+            header = conn.proxy_header
+            if header is not None and header.transport is Transport.DATAGRAM:
+                return  # its source may be forged
+    """
+
     UNSPECIFIED = 0
     STREAM = 1
     DATAGRAM = 2
 
 
 class Type(IntEnum):
-    """Types of TLVs (sections 2.2.1 to 2.2.7); unknown ones are kept."""
+    """Types of TLVs (sections 2.2.1 to 2.2.7); unknown ones are kept.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import Type
+
+        def handle(conn):
+            for tlv in conn.proxy_header.tlvs:
+                if tlv.type == Type.AUTHORITY:
+                    conn.sendall(tlv.value)
+    """
 
     ALPN = 0x01
     AUTHORITY = 0x02
@@ -65,7 +97,15 @@ class Type(IntEnum):
 
 
 class TLV(NamedTuple):
-    """A piece of further information: its type (a Type if it is a known one), and its value."""
+    """A piece of further information: its type (a Type if it is a known one), and its value.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import TLV, ProxyHeader, Type
+
+        header = ProxyHeader(local=True, tlvs=(TLV(Type.UNIQUE_ID, b"4711"),))
+        print(header.unique_id)  # b'4711'
+    """
 
     type: int
     value: bytes
@@ -79,6 +119,14 @@ class TLS:
         client: bits: 1, the client speaks TLS; 2, it sent a certificate on this connection; 4, in this session.
         verify: 0 if the certificate was valid.
         tlvs: version, cipher and so on; see Type.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import TLS, TLV, ProxyHeader, Type
+
+        tls = TLS(client=1, verify=0, tlvs=(TLV(Type.SSL_VERSION, b"TLSv1.3"),))
+        header = ProxyHeader(local=True, tlvs=(tls.to_tlv(),))
+        print(header.tls.text(Type.SSL_VERSION))  # TLSv1.3
     """
 
     client: int
@@ -101,7 +149,7 @@ class TLS:
 
 @dataclass(frozen=True, slots=True)
 class ProxyHeader:
-    """The origin of a connection.
+    r"""The origin of a connection.
 
     Attributes:
         source, destination: of the client's connection to the balancer. None: the balancer does not say (UNKNOWN,
@@ -111,6 +159,15 @@ class ProxyHeader:
         local: the balancer connects on its own behalf.
         version: of the protocol, 1 or 2.
         tlvs: further information, only in version 2; without checksum and padding.
+
+    Example::
+
+        from ipaddress import ip_address
+        from gtcpserver.proxy_protocol import ProxyHeader
+
+        client, balancer = (ip_address("192.0.2.7"), 40000), (ip_address("192.0.2.1"), 443)
+        header = ProxyHeader(client, balancer, version=1)
+        print(header.to_bytes())  # b'PROXY TCP4 192.0.2.7 192.0.2.1 40000 443\r\n'
     """
 
     source: Endpoint | None = None
@@ -187,7 +244,7 @@ class ProxyHeader:
 
 
 def parse_header(data: bytes) -> tuple[ProxyHeader, int] | None:
-    """Parse a header of either version.
+    r"""Parse a header of either version.
 
     Args:
         data: the bytes received so far, from the connection's first byte on. LONGEST_V2 bytes always suffice.
@@ -197,6 +254,15 @@ def parse_header(data: bytes) -> tuple[ProxyHeader, int] | None:
 
     Raises:
         ProxyProtocolError: it is not a header, nor the beginning of one.
+
+    Example::
+
+        from gtcpserver.proxy_protocol import parse_header
+
+        data = b"PROXY TCP4 192.0.2.7 192.0.2.1 40000 443\r\nGET / HTTP/1.1\r\n"
+        header, size = parse_header(data)
+        print(header.source)  # (IPv4Address('192.0.2.7'), 40000)
+        print(data[size:])  # b'GET / HTTP/1.1\r\n'
     """
     if data[:1] == b"P":
         return _parse_v1(data)

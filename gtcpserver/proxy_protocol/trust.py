@@ -27,6 +27,13 @@ class ProxyProtocol:
 
     Raises:
         ConfigError: an invalid network, an empty list, or a timeout that is not positive.
+
+    Example::
+
+        from gtcpserver import ProxyProtocol, Server
+
+        balancers = ProxyProtocol(["10.0.0.0/8", "127.0.0.1"])
+        server = Server("127.0.0.1:5000", handle, proxy_protocol=balancers)
     """
 
     trusted: Sequence[str]

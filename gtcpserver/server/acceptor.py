@@ -54,6 +54,17 @@ class Acceptor(gevent.server.StreamServer):  # type: ignore[misc]
             afterwards. None: gevent's pool decides.
         place_wanted: called when the server is full and a connection is queued.
         on_fatal: called with the OSError when the listening socket cannot accept any more.
+
+    Example::
+
+        import gevent
+        from gtcpserver import Acceptor
+
+        def admit(connection, address):  # in the hub: it must not wait
+            gevent.spawn(serve, connection)
+
+        acceptor = Acceptor(("127.0.0.1", 5000), admit)
+        acceptor.start()
     """
 
     connection_class: type[Connection] = Connection

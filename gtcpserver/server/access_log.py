@@ -66,6 +66,15 @@ class AccessLog:
 
     Raises:
         ConfigError: an unknown style, or a file that cannot be opened.
+
+    Example::
+
+        from gtcpserver import AccessLog, Server
+
+        def handle(conn):
+            conn.log_fields["user"] = "ada"
+
+        server = Server("127.0.0.1:5000", handle, access_log=AccessLog("json", "access.log"))
     """
 
     def __init__(self, style: Style = "text", file: str | os.PathLike[str] | None = None) -> None:

@@ -92,6 +92,16 @@ def is_client_error(error: BaseException, connection: Connection) -> bool:
     Args:
         error: the exception, as given to ``on_error``.
         connection: the connection of the client.
+
+    Example::
+
+        from gtcpserver import Server, is_client_error
+
+        def report(conn, error):
+            if not is_client_error(error, conn):
+                print("bug:", repr(error))  # bug: ZeroDivisionError('division by zero')
+
+        server = Server("127.0.0.1:5000", handle, on_error=report)
     """
     return _result_of(error, connection.stream) != "error"
 

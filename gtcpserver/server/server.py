@@ -153,6 +153,17 @@ class Server:
 
     Raises:
         ConfigError: an invalid option; the message names it.
+
+    Example::
+
+        from gtcpserver import Server
+
+        def echo(conn):
+            while data := conn.recv(65536):
+                conn.sendall(data)
+
+        with Server("127.0.0.1:5000", echo, pool=500, timeout=60) as server:
+            server.serve_forever(stop_timeout=10)  # until SIGTERM or SIGINT
     """
 
     if TYPE_CHECKING:

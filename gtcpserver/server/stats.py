@@ -69,6 +69,13 @@ class ServerStats:
         handlers: handlers running now, in all servers that share the pool.
         pool_size: places in the pool; None for no limit.
         uptime: time since the start.
+
+    Example::
+
+        stats = server.stats()
+        print(stats.accepted, "accepted,", stats.active, "open")
+        if stats.handler_errors:
+            print(stats.handler_errors, "handlers failed")
     """
 
     accepted: int
@@ -126,6 +133,11 @@ class CutConnection:
         bytes_sent: bytes written to the client.
         where: where the handler stood, innermost frame last: ("app.py:12 in handler", ...).
         ended: False if the handler did not end even when told repeatedly; its socket is shut, its greenlet runs on.
+
+    Example::
+
+        for connection in server.stop(timeout=0).cut:
+            print(connection.peer, connection.where[-1])  # 127.0.0.1:... app.py:... in handle
     """
 
     peer: str
@@ -156,6 +168,13 @@ class StopReport:
             command then exits with status 1.
         background: names of background jobs that ``serve_forever`` cut: threads, jobs of executors, greenlets spawned
             by handlers, processes.
+
+    Example::
+
+        report = server.stop(timeout=10)
+        print(report.finished, "finished,", report.ended, "ended")
+        for connection in report.cut:
+            print(connection)
     """
 
     finished: int

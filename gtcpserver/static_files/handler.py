@@ -87,6 +87,14 @@ class StaticFiles:
 
     Raises:
         ConfigError: an invalid option; the directory cannot be opened.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.static_files import StaticFiles
+
+        files = StaticFiles("www", cache_control="max-age=3600")
+        server = Server("127.0.0.1:8000", files, timeout=30)
     """
 
     def __init__(

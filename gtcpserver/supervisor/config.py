@@ -82,6 +82,13 @@ class SupervisorConfig:
 
     Raises:
         ConfigError: a value is invalid; the message names it.
+
+    Example::
+
+        from gtcpserver.supervisor import SupervisorConfig
+
+        config = SupervisorConfig(workers=4, graceful_timeout=20, control="app.control")
+        print(config.worker_count())  # 4
     """
 
     workers: int | str = "auto"

@@ -225,7 +225,17 @@ class ControlSocket:
 
 
 class ControlError(GtcpServerError):
-    """The master cannot be reached, or refuses."""
+    """The master cannot be reached, or refuses.
+
+    Example::
+
+        from gtcpserver.supervisor import ControlError, ask
+
+        try:
+            ask("nobody.control", {"command": "status"})
+        except ControlError as error:
+            print(error)
+    """
 
 
 def ask(path: str, request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
@@ -238,6 +248,14 @@ def ask(path: str, request: dict[str, Any], timeout: float | None = None) -> dic
 
     Raises:
         ControlError: no master is there, it did not answer in time, or it reports an error.
+
+    Example::
+
+        from gtcpserver.supervisor import ask
+
+        status = ask("app.control", {"command": "status"}, timeout=5)
+        for worker in status["workers"]:
+            print(worker["number"], worker["state"])
     """
     with _socket_class(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)

@@ -18,7 +18,15 @@ STDERR = 2
 
 @dataclass(frozen=True)
 class LogStyle:
-    """The options --log-level and --log-format."""
+    """The options --log-level and --log-format.
+
+    Example::
+
+        from gtcpserver import ListenConfig
+        from gtcpserver.supervisor import LogStyle, Program
+
+        program = Program(["127.0.0.1:5000"], ListenConfig(), build, log_style=LogStyle("warning", "json"))
+    """
 
     level: str = "info"
     format: Literal["text", "json"] = "text"

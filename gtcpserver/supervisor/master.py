@@ -89,6 +89,16 @@ class WorkersCannotStart(GtcpServerError):
     Attributes:
         details: a traceback from the worker, or "".
         status: the exit status: 2 for a mistake of the caller, otherwise 3.
+
+    Example::
+
+        from gtcpserver import run
+        from gtcpserver.supervisor import WorkersCannotStart
+
+        try:
+            run("app:handle", "127.0.0.1:5000", workers=2)
+        except WorkersCannotStart as error:
+            print(error)
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -104,6 +114,17 @@ class Master:
         program: the program to serve.
         config: number of workers, time limits, files.
         system: access to the operating system; tests pass a simulated one.
+
+    Example::
+
+        from gtcpserver import ListenConfig, Server
+        from gtcpserver.supervisor import Hooks, Master, Program, SupervisorConfig
+
+        def build(sockets):
+            return Server(sockets, handle), Hooks()
+
+        program = Program(["127.0.0.1:5000"], ListenConfig(), build)
+        Master(program, SupervisorConfig(workers=2, control="app.control")).run()
     """
 
     def __init__(self, program: Program, config: SupervisorConfig, system: System = REAL_SYSTEM) -> None:

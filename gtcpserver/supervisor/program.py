@@ -31,6 +31,18 @@ class Program:
             and returns the files that the worker's user may not be able to open. Does not run the user's code.
         name: what it is, for the titles of processes: "app:handle".
         log_style: how master and workers log; None leaves the logging of the calling program as it is.
+
+    Example::
+
+        from gtcpserver import ListenConfig, Server
+        from gtcpserver.supervisor import Hooks, Program
+
+        def build(sockets):
+            import app  # a reload reads it again
+
+            return Server(sockets, app.handle), Hooks()
+
+        program = Program(["127.0.0.1:5000"], ListenConfig(backlog=4096), build, name="app:handle")
     """
 
     addresses: Sequence[Any]

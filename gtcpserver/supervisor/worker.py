@@ -89,6 +89,13 @@ class CannotStart(GtcpServerError):
     Attributes:
         details: a traceback, or "".
         status: the exit status if no worker has ever started: 2 for a mistake of the caller, otherwise 3.
+
+    Example::
+
+        from gtcpserver.supervisor import CannotStart
+
+        def started(worker):
+            raise CannotStart("the database is not reachable", status=2)
     """
 
     def __init__(self, message: str, details: str = "", status: int = 3) -> None:
@@ -106,6 +113,17 @@ class Hooks:
         worker_stop: called with the Worker, when its last connection has ended.
         worker_error: called with the Worker and a text when a worker has failed: in the worker itself if possible,
             otherwise in its replacement.
+
+    Example::
+
+        from gtcpserver import Server
+        from gtcpserver.supervisor import Hooks
+
+        def started(worker):
+            print("worker", worker.number, "has process id", worker.pid)  # worker 0 has process id ...
+
+        def build(sockets):
+            return Server(sockets, handle), Hooks(worker_start=started)
     """
 
     worker_start: Callable[[Worker], None] | None = None
@@ -167,6 +185,11 @@ class Worker:
         server: the Server it runs; None before it is made.
         ready: whether connections are wanted, for health checks: False at the start, and from the beginning of a stop,
             drain delay included.
+
+    Example::
+
+        def started(worker):
+            worker.server.context["worker"] = worker.number
     """
 
     number: int
@@ -180,7 +203,15 @@ _current: Worker | None = None
 
 
 def current_worker() -> Worker | None:
-    """Return the worker that this process is; None if it is none."""
+    """Return the worker that this process is; None if it is none.
+
+    Example::
+
+        from gtcpserver.supervisor import current_worker
+
+        worker = current_worker()
+        print("one process" if worker is None else f"worker {worker.number}")  # one process
+    """
     return _current
 
 

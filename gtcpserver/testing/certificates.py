@@ -23,6 +23,15 @@ class Certificates:
         client: for ``connect(tls=...)``, http.client and others: trusts only this authority.
         ca_file: the authority's certificate (PEM), for ``curl --cacert`` and ``TLSConfig(client_ca=...)``.
         certfile, keyfile: files of the server's certificate, for a TLSConfig with other options.
+
+    Example::
+
+        from gtcpserver import Server, TLSConfig
+        from gtcpserver.testing import certificates
+
+        with certificates(["example.com"]) as made:
+            tls = TLSConfig(made.certfile, made.keyfile, client_auth="required", client_ca=made.ca_file)
+            server = Server("127.0.0.1:8443", handle, tls=tls)
     """
 
     server: TLSConfig
@@ -52,6 +61,14 @@ def certificates(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> It
 
     Raises:
         ConfigError: the package trustme is missing.
+
+    Example::
+
+        from gtcpserver.testing import certificates, connect, serving
+
+        with certificates() as made:
+            with serving(echo, tls=made.server) as server, connect(server, tls=made.client) as client:
+                print(client.tls.version())  # TLSv1.3
     """
     try:
         import trustme

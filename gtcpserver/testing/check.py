@@ -91,7 +91,7 @@ def check_faults(
     client_proxy: ProxyHeader | str | None = None,
     **options: Any,
 ) -> FaultReport:
-    """Play a conversation with a handler, with every client fault, and report the problems and leaks.
+    r"""Play a conversation with a handler, with every client fault, and report the problems and leaks.
 
     The server runs in a separate process, forked from this one: the handler's effects there (on a store, say) are not
     visible here. Takes some seconds.
@@ -115,6 +115,14 @@ def check_faults(
 
     Raises:
         ConfigError: an invalid argument, of this function or of Server.
+
+    Example::
+
+        from gtcpserver.testing import check_faults
+
+        def test_faults():
+            report = check_faults(echo, [(b"hello\n", b"hello\n")], timeout=1)
+            assert report.ok, report
     """
     check_number("patience", patience, above=0)
     check_number("stall_timeout", stall_timeout, above=0, none="if clients may keep their connections")

@@ -45,6 +45,15 @@ class Client:
     Raises (the calls):
         TimeoutError: nothing arrived, or nothing could be sent, for the timeout.
         ConnectionError: a reset, as the system reports it.
+
+    Example::
+
+        from gtcpserver.testing import connect, serving
+
+        with serving(echo) as server, connect(server) as client:
+            client.sendall(b"hello")
+            client.half_close()
+            print(client.recv_all())  # b'hello'
     """
 
     def __init__(
@@ -184,7 +193,7 @@ def connect(
     timeout: float | None = SOON,
     receive_buffer: int | None = None,
 ) -> Client:
-    """Connect to a server, in this thread or elsewhere.
+    r"""Connect to a server, in this thread or elsewhere.
 
     Args:
         server: a started Server, or an address ("127.0.0.1:5000", "[::1]:5000", "unix:/run/x.sock").
@@ -198,6 +207,14 @@ def connect(
     Raises:
         ConfigError: an invalid address.
         OSError: no connection, or no TLS (ssl.SSLError).
+
+    Example::
+
+        from gtcpserver.testing import connect
+
+        with connect("10.0.0.5:7000", timeout=5) as client:
+            client.sendall(b"hello\n")
+            print(client.recv_until(b"\n"))  # b'hello\n'
     """
     target = server if isinstance(server, str) else server.address
     parsed = parse_address(target)
@@ -217,7 +234,7 @@ def connect(
 
 
 def in_thread(function: Callable[..., Result], *arguments: Any, timeout: float | None = SOON) -> Result:
-    """Run a function in a native thread while the event loop of this one runs on; return its result.
+    r"""Run a function in a native thread while the event loop of this one runs on; return its result.
 
     For clients that block: in a program that is not monkey-patched, the standard library's sockets and everything built
     on them. Several at once: ``gevent.spawn(in_thread, function)``.
@@ -230,6 +247,17 @@ def in_thread(function: Callable[..., Result], *arguments: Any, timeout: float |
     Raises:
         TimeoutError: the function did not return in time. (The thread goes on: threads cannot be ended.)
         Exception: any exception from the function.
+
+    Example::
+
+        import urllib.request
+        from gtcpserver import from_wsgi
+        from gtcpserver.testing import in_thread, serving
+
+        def test_application():
+            with serving(from_wsgi(application)) as server:
+                response = in_thread(urllib.request.urlopen, f"http://127.0.0.1:{server.port}/")
+                assert response.read() == b"Hello\n"
     """
     threads = ThreadPool(1)
     job = threads.spawn(function, *arguments)

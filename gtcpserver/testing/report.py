@@ -33,6 +33,11 @@ class Problem:
             told to), "not served" (a good client no longer gets an answer), "stall" (a stalled client keeps its
             connection), "blocked" (the event loop does not run), "died" (the process ended).
         text: description; may have several lines.
+
+    Example::
+
+        for problem in report.problems:
+            print(f"{problem.fault}: {problem.kind}: {problem.text}")  # reset: memory: it grows
     """
 
     fault: str
@@ -54,6 +59,11 @@ class FaultReport:
         memory_growth: growth of the server process in bytes (resident set), from its first good conversation to the
             end.
         seconds: duration of the check.
+
+    Example::
+
+        assert report.ok, report
+        print(report.connections, "connections,", len(report.played), "faults")  # 12 connections, 2 faults
     """
 
     problems: tuple[Problem, ...]

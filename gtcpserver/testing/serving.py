@@ -29,7 +29,18 @@ STOP_SECONDS = 1.0
 
 
 class HandlerFailed(AssertionError):
-    """A handler raised, or did not end. The first exception is the ``__cause__``, the others are in the log."""
+    """A handler raised, or did not end. The first exception is the ``__cause__``, the others are in the log.
+
+    Example::
+
+        import pytest
+        from gtcpserver.testing import HandlerFailed, connect, serving
+
+        def test_a_broken_handler():
+            with pytest.raises(HandlerFailed), serving(lambda conn: 1 / 0) as server:
+                with connect(server) as client:
+                    client.recv_all()
+    """
 
 
 class ServerUnderTest(Server):
@@ -43,6 +54,15 @@ class ServerUnderTest(Server):
     Attributes:
         errors: the exceptions that were faults of a handler, oldest first. A reset, a timeout or a line that is too
             long is the client's fault: not included (but counted, see ``stats()``).
+
+    Example::
+
+        from gtcpserver.testing import connect, serving
+
+        with serving(lambda conn: 1 / 0, allow_errors=True) as server:
+            with connect(server) as client:
+                client.recv_all()
+            print(server.errors)  # [ZeroDivisionError('division by zero')]
     """
 
     if TYPE_CHECKING:
@@ -128,6 +148,15 @@ def serving(
     Raises:
         HandlerFailed: at the end of the block, if a handler raised, or did not end when told to.
         ConfigError, OSError: as Server.
+
+    Example::
+
+        from gtcpserver.testing import connect, serving
+
+        def test_echo():
+            with serving(echo, timeout=5) as server, connect(server) as client:
+                client.sendall(b"hello")
+                assert client.recv_exactly(5) == b"hello"
     """
     server = ServerUnderTest(handler, address, **options)
     server.start()

@@ -79,6 +79,13 @@ class TLSConfig:
 
     Raises:
         ConfigError: an invalid value, or a file that cannot be read or has the wrong content.
+
+    Example::
+
+        from gtcpserver import Server, TLSConfig
+
+        tls = TLSConfig("cert.pem", "key.pem", alpn=["http/1.1"], watch=10)
+        server = Server("127.0.0.1:8443", handle, tls=tls)
     """
 
     certfile: Path

@@ -65,6 +65,15 @@ class Credentials:
 
     Raises:
         ConfigError: a file that has changed since ``tls`` was created, and is now unusable; or not a server context.
+
+    Example::
+
+        from gtcpserver import Server, TLSConfig
+        from gtcpserver.tls import Credentials
+
+        credentials = Credentials(TLSConfig("cert.pem", "key.pem"))
+        server = Server(["127.0.0.1:8443", "127.0.0.1:9443"], handle, tls=credentials)
+        credentials.reload()  # the files have changed
     """
 
     def __init__(self, tls: TLSConfig | ssl.SSLContext) -> None:
@@ -280,6 +289,14 @@ def build_context(config: TLSConfig) -> ssl.SSLContext:
 
     Raises:
         ConfigError: as :class:`TLSConfig`.
+
+    Example::
+
+        from gtcpserver import TLSConfig
+        from gtcpserver.tls import build_context
+
+        context = build_context(TLSConfig("cert.pem", "key.pem", minimum_version="TLSv1.3"))
+        print(context.minimum_version.name)  # TLSv1_3
     """
     return Credentials(config).context
 

@@ -64,7 +64,14 @@ class ChallengeAnswered(Exception):
 
 
 class Cipher(NamedTuple):
-    """A cipher suite: OpenSSL's name, and the key size in bits."""
+    """A cipher suite: OpenSSL's name, and the key size in bits.
+
+    Example::
+
+        def handle(conn):
+            cipher = conn.tls.cipher
+            print(cipher.name, cipher.bits)  # TLS_AES_256_GCM_SHA384 256
+    """
 
     name: str
     bits: int
@@ -80,6 +87,12 @@ class ConnectionTLS:
     Attributes:
         server_name: the name the client asked for (SNI, RFC 6066 section 3), in lower case; "" if it has unprintable
             characters; None if the client asked for none.
+
+    Example::
+
+        def handle(conn):
+            tls = conn.tls
+            print(tls.version, tls.alpn, tls.server_name)  # TLSv1.3 None localhost
     """
 
     __slots__ = ("_object", "server_name")
@@ -163,6 +176,12 @@ def classify_handshake_error(error: BaseException, first_bytes: bytes = b"") -> 
         exchange, or signature), "client_certificate" (missing or invalid), "server_certificate" (the client does not
         trust ours), "unknown_name" (strict_sni), "timeout", "reset", "eof" (the client closed) or "other".
         A server also counts "too_many_records", and "acme_challenge": an authority has asked for a proof, and got it.
+
+    Example::
+
+        from gtcpserver.tls import classify_handshake_error
+
+        print(classify_handshake_error(TimeoutError()))  # timeout
     """
     if isinstance(error, TimeoutError):
         return "timeout"

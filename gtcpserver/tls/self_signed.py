@@ -22,7 +22,16 @@ CLOCK_SKEW = timedelta(days=1)
 
 
 class CertificateFiles(NamedTuple):
-    """Paths: ``TLSConfig(*self_signed())``."""
+    """Paths: ``TLSConfig(*self_signed())``.
+
+    Example::
+
+        from gtcpserver import TLSConfig
+        from gtcpserver.tls import self_signed
+
+        certfile, keyfile = self_signed()
+        tls = TLSConfig(certfile, keyfile)
+    """
 
     certfile: str
     keyfile: str
@@ -39,6 +48,15 @@ def self_signed(names: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> Cer
 
     Raises:
         ConfigError: an invalid name, or the cryptography package is missing.
+
+    Example::
+
+        from gtcpserver import Server, TLSConfig
+        from gtcpserver.tls import self_signed
+
+        files = self_signed(["localhost"])
+        server = Server("127.0.0.1:8443", handle, tls=TLSConfig(*files))
+        print("curl --cacert", files.certfile)
     """
     try:
         from cryptography import x509

@@ -36,6 +36,12 @@ class RelayResult:
             "reset_b": that side was reset, or took no more although the other still had data to send.
         duration: seconds.
         error: the OSError behind "reset_a" or "reset_b".
+
+    Example::
+
+        result = relay(conn, backend, idle_timeout=300)
+        if result.reason != "closed":
+            print(f"{result.reason} after {result.duration:.0f} s, {result.bytes_b_to_a} bytes answered")
     """
 
     bytes_a_to_b: int
@@ -87,6 +93,15 @@ def relay(
         DeadlineExceeded: within ``deadline()`` of one of the connections.
         OSError: EBADF: another greenlet closed one of the sockets.
         TypeError: a or b is not a gevent socket.
+
+    Example::
+
+        from gtcpserver import connect, relay
+
+        def handle(conn):
+            with connect("10.0.0.5:7000", timeout=5) as backend:
+                result = relay(conn, backend, idle_timeout=300)
+            print(result.bytes_a_to_b, result.reason)  # 5 closed
     """
     if a is b:
         raise ValueError("relay needs two sockets; to echo, use pipe(conn, conn)")
@@ -117,6 +132,13 @@ def pipe(
         OSError: from the source or the sink. Bytes read but not yet written are lost, so the sink is set to reset when
             it is closed (a kill does the same).
         TypeError: source or sink is not a gevent socket.
+
+    Example::
+
+        from gtcpserver import pipe
+
+        def echo(conn):
+            pipe(conn, conn, idle_timeout=60)
     """
     if count is not None and count < 0:
         raise ValueError(f"count must not be negative, got {count}")
