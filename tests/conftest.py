@@ -27,7 +27,7 @@ from kit.handing import close_lines  # noqa: E402
 from kit.patience import SOON  # noqa: E402
 from kit.waiting import wait_until  # noqa: E402
 
-pytest_plugins = ["injection.started", "kit.selection", "kit.watchdog"]
+pytest_plugins = ["injection.started", "kit.acme_fixtures", "kit.selection", "kit.watchdog"]
 
 # An ordinary user's PATH has no sshd, nginx or ip.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"

@@ -19,6 +19,7 @@ from gtcpserver.server.server import Server
 from gtcpserver.strict_json import to_json
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import TLSConfig
+from gtcpserver.tls.config import DEFAULT_ACME_WATCH
 
 from .commands import EPILOG, describe, load_command
 from .loading import find_modules, load_hook, load_object, load_program
@@ -74,6 +75,8 @@ def show(context: click.Context, name: str, as_json: bool, options: tuple[str, .
     """
     of = _read(name, list(options), context)
     defaults = library_defaults()
+    if of.params["acme"]:
+        defaults["tls_watch"] = DEFAULT_ACME_WATCH
     rows = []
     for parameter in settings_of(of.command):
         value = of.params.get(str(parameter.name))

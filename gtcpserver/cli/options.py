@@ -24,6 +24,7 @@ from gtcpserver.server.access_log import AccessLog
 from gtcpserver.server.server import Server
 from gtcpserver.supervisor.config import SupervisorConfig
 from gtcpserver.tls import CertificateFiles, TLSConfig, self_signed
+from gtcpserver.tls.config import DEFAULT_ACME_WATCH
 
 from .loading import load_hook, load_object
 
@@ -274,7 +275,12 @@ TLS_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("session_tickets", int, "Tickets a client gets to resume its session."),
     ("key_log_file", str, "Append the connections' secrets to this file, for Wireshark."),
     ("report_truncation", bool, "Treat an end without close_notify as an error in the handler."),
-    ("watch", NUMBER, "Check every N seconds whether a file has changed, and reload the files if so."),
+    (
+        "watch",
+        NUMBER,
+        "Check every N seconds whether a file has changed, and reload the files if so. With --acme, "
+        f"{DEFAULT_ACME_WATCH:g} if it is not given.",
+    ),
 )
 
 # Arguments of TLSConfig.acme, by parameter: the option is --acme, or --acme- followed by the name.

@@ -8,7 +8,7 @@ import ssl
 import pytest
 
 from gtcpserver.tls.acme.folder import Folder, read_json
-from kit.acme import Front, Pebble, settings_for, state_of
+from kit.acme import settings_for, state_of
 from kit.commands import run_command
 from kit.patience import SOON
 from kit.programs import needs
@@ -55,21 +55,16 @@ def test_a_mistake_in_a_file_is_named(tmp_path):
     assert not (tmp_path / "acme").exists()
 
 
+def test_the_settings_in_effect_show_how_often_files_are_checked(tmp_path):
+    for given, seconds in (((), "10.0"), (("--tls-watch", "3"), "3.0")):
+        done = run_command("config", "show", "--acme", NAME, *given, cwd=tmp_path)
+        assert re.search(rf"^tls\.watch +{seconds} ", done.stdout, re.MULTILINE), done.stdout
+
+
 def test_another_key_needs_a_name(tmp_path):
     done = run_command("acme", "new-key", cwd=tmp_path)
     assert done.returncode == 2
     assert "--acme: is missing" in done.stderr
-
-
-@pytest.fixture
-def front(tmp_path):
-    (tmp_path / "pebble").mkdir()
-    pebble = Pebble(tmp_path / "pebble")
-    front = Front(pebble)
-    front.validates = pebble.validates
-    yield front
-    front.stop()
-    pebble.stop()
 
 
 def served_by(port):

@@ -90,11 +90,13 @@ class Front:
         tricks: path prefix -> function(request) that returns (status, headers, JSON object), or None to pass it on.
         window: what it answers to questions about renewals, an object of RFC 9773; None: it knows nothing of such.
         skew: seconds by which its clock is ahead.
+        validates: the port that the authority connects to for a challenge.
     """
 
     def __init__(self, pebble):
         self.asked, self.sent, self.tricks = [], [], {}
         self.window, self.window_retry, self.skew = None, None, 0.0
+        self.validates = pebble.validates
         front = self
 
         self._context = ssl.create_default_context(cafile=pebble.ca_file)

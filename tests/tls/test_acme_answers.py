@@ -122,14 +122,22 @@ def test_a_challenge_ends_with_its_file_and_another_follows(site, in_thread):
     assert "served" in in_thread(s_client, server, *QUESTION)[1]
 
 
-def test_an_answered_question_leaves_no_session(site, in_thread, tmp_path):
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_an_answered_question_leaves_no_session(site, in_thread, tmp_path, version):
     server = site()
-    session = str(tmp_path / "session")
-    in_thread(s_client, server, *QUESTION, "-sess_out", session)
-    if os.path.exists(session):
-        _, output = in_thread(s_client, server, "-servername", NAME, "-sess_in", session)
-        assert "Reused" not in output
+    ordinary = ("-servername", NAME, version)
+
+    def is_resumed_after(number, *question):
+        session = str(tmp_path / f"session-{number}")
+        in_thread(s_client, server, *question, "-sess_out", session)
+        if not os.path.exists(session):  # it got no ticket
+            return False
+        _, output = in_thread(s_client, server, *ordinary, "-sess_in", session)
         assert not is_challenge(certificate_in(output))
+        return "Reused" in output
+
+    assert is_resumed_after(1, *ordinary)
+    assert not is_resumed_after(2, *QUESTION, version)
 
 
 def test_starttls_answers_no_challenge(site, tls, connect, in_thread):

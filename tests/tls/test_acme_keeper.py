@@ -15,7 +15,7 @@ from gtcpserver.tls.acme import keeper as keepers
 from gtcpserver.tls.acme.folder import Folder, read_json
 from gtcpserver.tls.acme.keeper import Keeper
 from gtcpserver.tls.acme.settings import DIRECTORIES, ACMESettings
-from kit.acme import Front, Pebble, settings_for
+from kit.acme import settings_for
 from kit.programs import needs
 from kit.supervised import alive
 from kit.waiting import wait_until
@@ -23,20 +23,6 @@ from kit.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 needs_pebble = needs("pebble", "pebble-challtestsrv")
-
-
-@pytest.fixture(scope="module")
-def pebble(tmp_path_factory):
-    pebble = Pebble(tmp_path_factory.mktemp("pebble"))
-    yield pebble
-    pebble.stop()
-
-
-@pytest.fixture
-def front(pebble):
-    front = Front(pebble)
-    yield front
-    front.stop()
 
 
 @pytest.fixture

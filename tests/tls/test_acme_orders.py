@@ -7,6 +7,7 @@ import socket
 import ssl
 import stat
 import time
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -16,26 +17,13 @@ from gtcpserver.tls.acme import authority, ordering
 from gtcpserver.tls.acme.authority import AuthorityError
 from gtcpserver.tls.acme.folder import Folder, read_json, write_json
 from gtcpserver.tls.acme.helper import look, roll_over
+from gtcpserver.tls.acme.ordering import LONGEST_ORDER
 from gtcpserver.tls.acme.schedule import DAY, PAUSES
-from kit.acme import DUE, Front, Pebble, change_state, once, problem, settings_for, state_of
+from kit.acme import DUE, change_state, once, problem, settings_for, state_of
 from kit.patience import SOON
 from kit.programs import needs
 
 pytestmark = [needs("pebble", "pebble-challtestsrv"), pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def pebble(tmp_path_factory):
-    pebble = Pebble(tmp_path_factory.mktemp("pebble"))
-    yield pebble
-    pebble.stop()
-
-
-@pytest.fixture
-def front(pebble):
-    front = Front(pebble)
-    yield front
-    front.stop()
 
 
 class Site:
@@ -280,6 +268,25 @@ def test_an_order_that_cannot_go_on_begins_anew(site, front, damage):
     assert front.count("/order-plz") == 2
 
 
+@pytest.mark.parametrize("out_of_reach", ["order", "certificate"])
+def test_an_order_that_is_out_of_reach_for_hours_is_given_up(site, front, out_of_reach):
+    here = site()
+    front.tricks["/finalize-order" if out_of_reach == "order" else "/certZ/"] = once((503, {}, "sorry"))
+    assert not here.look()
+    path = urlsplit(read_json(here.folder.order)["uri"]).path if out_of_reach == "order" else "/certZ/"
+    front.tricks[path] = lambda _request: (503, {}, "sorry")
+    assert not here.look(**DUE)
+    assert front.count("/order-plz") == 1  # the authority may come back
+    long_ago = time.time() - LONGEST_ORDER
+    os.utime(here.folder.order, (long_ago, long_ago))
+    if out_of_reach == "certificate":
+        assert not here.look(**DUE)
+        assert front.count("/order-plz") == 1
+        del front.tricks[path]
+    assert here.look(**DUE)
+    assert front.count("/order-plz") == 2
+
+
 def test_another_key_for_the_account(site, front):
     here = site()
     assert here.look()
@@ -431,7 +438,10 @@ def test_a_full_disk_leaves_the_old_certificate(site, monkeypatch):
     assert not here.look(**DUE, renew_at=1.0)
     assert here.said("No space left on device")
     assert here.certificate == first
-    # The order is kept: its certificate is fetched when there is space.
+    # The order is kept: its certificate is fetched when there is space. Each new one would count at the authority.
+    long_ago = time.time() - LONGEST_ORDER
+    os.utime(here.folder.order, (long_ago, long_ago))
+    assert not here.look(**DUE, renew_at=1.0)
     monkeypatch.undo()
     assert here.look(**DUE, renew_at=1.0)
     assert here.said("going on with the order")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,10 @@ ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
 
 #: Seconds that an order may take in all. Let's Encrypt needs 5 to 20.
 ORDER_SECONDS = 300.0
+
+#: Seconds after which an order is given up when the authority fails once more: its URL may be out of reach for ever, or
+#: the authority never finish. `schedule.PAUSES` allows six attempts in that time.
+LONGEST_ORDER = 6 * 3600.0
 
 #: Seconds between two questions whether the authority has finished: from the first to the last, if it names none.
 FIRST_POLL, LAST_POLL = 0.5, 5.0
@@ -74,8 +79,9 @@ class Ordering:
         try:
             found, chain = self._finish(uri, key, order)
         except AuthorityError as error:
-            if error.kind not in TRANSIENT:
-                remove_file(self._folder.order)  # what has failed stays failed (RFC 8555 section 7.1.6)
+            # What has failed stays failed (RFC 8555 section 7.1.6).
+            if error.kind not in TRANSIENT or not self._is_recent():
+                remove_file(self._folder.order)
             raise
         finally:
             for name in self._settings.names:
@@ -127,9 +133,9 @@ class Ordering:
             key = serialization.load_pem_private_key(pem.encode(), None)
             order = self._authority.fetch(uri)
         except AuthorityError as error:
-            if error.kind in TRANSIENT:
+            if error.kind in TRANSIENT and self._is_recent():
                 raise
-            order = {}  # the authority has forgotten it
+            order = {}  # the authority has forgotten it, or cannot be asked for too long
         except ValueError:
             return None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or order.get("status") in (None, "invalid"):
@@ -137,6 +143,14 @@ class Ordering:
             return None
         self._say("info", f"going on with the order {uri}, which is {order['status']}")
         return uri, key, order
+
+    def _is_recent(self) -> bool:
+        """Return whether the order was begun, and its file written, within LONGEST_ORDER."""
+        try:
+            age = time.time() - os.stat(self._folder.order).st_mtime
+        except OSError:
+            return False
+        return abs(age) < LONGEST_ORDER  # this host's clock may have been ahead then
 
     # -- prove that the names are ours -------------------------------------------------------------------------------
 
