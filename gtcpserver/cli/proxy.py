@@ -24,10 +24,9 @@ try:
     from gtcpserver.proxy.build import check_closed, make_external
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.config_text import config_text
-    from gtcpserver.proxy.gate import COMMANDS
     from gtcpserver.proxy.handler import Speaks
     from gtcpserver.proxy.passwords import hash_password, read_htpasswd
-    from gtcpserver.proxy.rules import parse_client_rule, parse_destination_rule
+    from gtcpserver.proxy.rules import COMMANDS, parse_client_rule, parse_destination_rule
     from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
     from gtcpserver.proxy.upstream_url import parse_upstream
 except ModuleNotFoundError as missing:

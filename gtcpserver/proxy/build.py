@@ -27,11 +27,11 @@ from gtcpserver.tls import Credentials, TLSConfig
 from .authenticate import CertificateUsers, CommandAuthenticator, HashedUsers
 from .departures import Departures
 from .errors import BadTarget
-from .gate import COMMANDS, Authenticator, Command, External, Gate, Timeouts
+from .gate import Authenticator, External, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
 from .resolve import Resolver
-from .rules import ClientRule, DestinationRule, parse_client_rule, parse_destination_rule
+from .rules import COMMANDS, ClientRule, Command, DestinationRule, parse_client_rule, parse_destination_rule
 from .settings import (
     AuthTable,
     LimitsTable,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import gevent
 
@@ -22,7 +22,7 @@ from .departures import Departures
 from .dial import dial, dial_unix
 from .limits import LimitKeeper
 from .resolve import Resolver
-from .rules import ClientRule, Decision, DestinationRule, decide_client
+from .rules import COMMANDS, ClientRule, Command, Decision, DestinationRule, decide_client
 from .succession import Tenure
 from .target import IPAddress, Target
 from .this_host import ThisHost
@@ -92,11 +92,6 @@ class Timeouts:
 #: several addresses uses the one that was asked, if that is public or is on the interface that leads to the
 #: destination; "same": that one in any case; "system": chosen by the routing table.
 External = Literal["auto", "same", "system"]
-
-#: What clients may request: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and HTTP requests to forward
-#: ("GET http://...").
-Command = Literal["connect", "bind", "udp", "forward"]
-COMMANDS: tuple[Command, ...] = get_args(Command)
 
 
 @dataclass(frozen=True, kw_only=True)

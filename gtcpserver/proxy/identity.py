@@ -17,9 +17,10 @@ from gtcpserver.tls import ConnectionTLS
 from .buckets import TokenBucket
 from .departures import Presence
 from .errors import LimitReached
-from .gate import Command, Gate
+from .gate import Gate
 from .limits import LimitKeeper
 from .record import AccessRecord, Result
+from .rules import Command
 from .succession import Tenure
 from .target import IPAddress
 

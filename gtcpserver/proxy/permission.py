@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from time import monotonic
 
 from .errors import Cut, Denied
-from .gate import Command, remember
+from .gate import remember
 from .identity import Identity
 from .resolve import Found, Resolver
-from .rules import Decision, RuleMatch, decide_destination, names_to_look_up
+from .rules import Command, Decision, RuleMatch, decide_destination, names_to_look_up
 from .target import IPAddress, Target, addresses_meant
 from .upstream import Upstream
 from .upstream_group import UpstreamGroup
@@ -68,7 +68,7 @@ class Permission(Identity):
         user = record.user
         if self.auth is not None and (user is None or (knows is not None and not knows(user))):
             return Cut("authentication_failed", f"user {user} after a reload")
-        command = _COMMAND_OF.get(record.command, "forward")
+        command = self._command
         if command not in self.gate.commands:
             return Cut("command_denied", f"{command} is not among the commands")
         if self.opened is None:
@@ -79,9 +79,13 @@ class Permission(Identity):
             return None  # a failure of the system is no reason to end it
         return None if decision.allowed else Cut("destination_denied", decision.rule)
 
+    @property
+    def _command(self) -> Command:
+        return _COMMAND_OF.get(self.record.command, "forward")
+
     def _match(self, target: Target) -> RuleMatch:
         auth = self.auth if self.record.user is not None else None
-        return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port)
+        return RuleMatch(self.client, self.gate.listener, auth, self.record.user, target.port, self._command)
 
     def decide(self, target: Target, ip: IPAddress | None, found: Sequence[IPAddress] = ()) -> Decision:
         """Decide whether it may reach one address of a target; None: another proxy looks the name up.
@@ -100,7 +104,7 @@ class Permission(Identity):
         own = tuple(filter(gate.this_host.has, meant))
         if self._is_the_proxy(meant, own, target.port):
             return Decision(False, "this is the proxy itself")
-        key = (self.record.client, self.auth, self.record.user, target.host, target.port, own)
+        key = (self.record.client, self.auth, self.record.user, self._command, target.host, target.port, own)
         known = gate.known_destinations.get(key) if name is None else None
         if known is None:
             known = decide_destination(
@@ -189,7 +193,7 @@ class Permission(Identity):
         """Return the names that may be looked up for a target, None if these are all, and the first rule that denies
         one whatever its addresses. Raise Denied if it denies all."""
         gate, candidates = self.gate, self._candidates(target)
-        key = (self.record.client, self.auth, self.record.user, target.host, target.port, *candidates)
+        key = (self.record.client, self.auth, self.record.user, self._command, target.host, target.port, *candidates)
         known = gate.known_names.get(key)
         if known is None:
             match = self._match(target)

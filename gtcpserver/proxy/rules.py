@@ -7,11 +7,11 @@ A client rule:
 
 A destination rule:
 
-    allow|deny from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
+    allow|deny from CLIENT [user USER] [via LISTENER|AUTH] [command COMMANDS] to DESTINATION
     allow|deny DESTINATION                                     short for: from any to DESTINATION
 
-CLIENT is "any", an address or a network. DESTINATION is one of these, followed by ":PORTS" to restrict it to some ports
-(443 or 80,443 or 8000-8999):
+CLIENT is "any", an address or a network. COMMANDS are some of connect, bind, udp and forward, separated by commas.
+DESTINATION is one of these, followed by ":PORTS" to restrict it to some ports (443 or 80,443 or 8000-8999):
 
     any                                    everything but the special kinds of addresses
     10.0.0.0/8, 192.0.2.1, [2001:db8::/32] a network or address, also of names that resolve to it
@@ -33,7 +33,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Network
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gtcpserver.networks import parse_network
 
@@ -51,6 +51,11 @@ from .target import (
 )
 
 Action = Literal["allow", "deny"]
+
+#: What clients may request: CONNECT of SOCKS and HTTP, BIND and UDP ASSOCIATE of SOCKS, and HTTP requests to forward
+#: ("GET http://...").
+Command = Literal["connect", "bind", "udp", "forward"]
+COMMANDS: tuple[Command, ...] = get_args(Command)
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DESTINATION = re.compile(r"(\[[^]]*\]|[^:]*)(?::(.*))?")
@@ -125,7 +130,7 @@ class ClientRule:
 
 @dataclass(frozen=True, slots=True)
 class DestinationRule:
-    """Who may reach what; None matches everything.
+    """Who may reach what, by which commands; None matches everything.
 
     Example::
 
@@ -141,6 +146,7 @@ class DestinationRule:
     user: str | None
     via: str | None
     destinations: Destinations
+    commands: frozenset[str] | None = None
 
 
 @dataclass(slots=True)
@@ -153,6 +159,7 @@ class RuleMatch:
         auth: name of the authenticator that knows the user, if any.
         user: the user, if known.
         port: port of the destination.
+        command: what it asks for.
     """
 
     client: IPAddress
@@ -160,12 +167,14 @@ class RuleMatch:
     auth: str | None
     user: str | None
     port: int
+    command: Command = "connect"
 
     def fits(self, rule: DestinationRule) -> bool:
         return (
             _is_from(rule.clients, self.client)
             and rule.user in (None, self.user)
             and rule.via in (None, self.listener, self.auth)
+            and (rule.commands is None or self.command in rule.commands)
             and rule.destinations.has_port(self.port)
         )
 
@@ -288,21 +297,31 @@ def parse_way(text: str) -> tuple[str, DestinationRule]:
 
 def _parse_match(words: _Words, action: Any) -> DestinationRule:
     text = words.text
-    clients = user = via = None
+    clients = user = via = commands = None
     if words.skip("from"):
         clients = _clients(words)
         if words.skip("user"):
             user = words.take("the name of a user")
         if words.skip("via"):
             via = words.take_name("the name of a listener or authenticator")
+        if words.skip("command"):
+            commands = _commands(words)
         words.take_word("to")
     destinations = _destinations(words.take("a destination"), text)
     words.end()
-    return DestinationRule(text, action, clients, user, via, destinations)
+    return DestinationRule(text, action, clients, user, via, destinations, commands)
 
 
 def _or_any(word: str) -> str | None:
     return None if word == "any" else word
+
+
+def _commands(words: _Words) -> frozenset[str]:
+    word = words.take("commands")
+    commands = frozenset(word.split(","))
+    if not commands <= frozenset(COMMANDS):
+        raise RuleError(f"commands ({', '.join(COMMANDS)}) expected, got {word!r} in {words.text!r}")
+    return commands
 
 
 def _clients(words: _Words) -> IPNetwork | None:

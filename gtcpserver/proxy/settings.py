@@ -10,11 +10,12 @@ import msgspec
 from gtcpserver.connection.proxy_header import ProxyVersion
 from gtcpserver.store.settings import DEFAULT_TIMEOUT, OnStoreFailure
 
-from .gate import COMMANDS, Command, Timeouts
+from .gate import Timeouts
 from .handler import Speaks
 from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family, Kind
+from .rules import COMMANDS, Command
 from .upstream import Resolve
 from .upstream_group import Kind as CheckKind
 from .upstream_group import Strategy

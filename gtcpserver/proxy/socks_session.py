@@ -13,7 +13,7 @@ from gtcpserver.errors import HandedOver
 from gtcpserver.networks import as_ip
 from gtcpserver.transfer import relay
 
-from . import gate, socks4, socks5
+from . import rules, socks4, socks5
 from .errors import Denied
 from .limits import rest
 from .moving import check_tunnel, note_tunnel
@@ -102,7 +102,7 @@ def _serve_connect(conn: Connection, visitor: Visitor, target: Target) -> None:
 
 
 #: Names of commands, as in `commands` of a listener.
-_NAMES: dict[Command, gate.Command] = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
+_NAMES: dict[Command, rules.Command] = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
 
 _SERVE = {Command.CONNECT: _serve_connect, Command.BIND: _serve_bind, Command.UDP_ASSOCIATE: _serve_udp}
 

@@ -1,6 +1,6 @@
 """Upstream rules: which upstream leads to a destination.
 
-    through UPSTREAM from CLIENT [user USER] [via LISTENER|AUTH] to DESTINATION
+    through UPSTREAM from CLIENT [user USER] [via LISTENER|AUTH] [command COMMANDS] to DESTINATION
     through UPSTREAM DESTINATION                                short for: from any to DESTINATION
 
 UPSTREAM is the name of an upstream, or "direct"; the other words are those of destination rules (`rules`). The first
