@@ -21,13 +21,21 @@ from .serve import process_options, serve_with
 from .settings import SettingsGroup, obey_environment, warn_at_start
 
 try:
-    from gtcpserver.proxy.build import check_closed, make_external
+    from gtcpserver.proxy.build import check_closed, make_advertise, make_external, make_ports
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
     from gtcpserver.proxy.config_text import config_text
     from gtcpserver.proxy.handler import Speaks
     from gtcpserver.proxy.passwords import hash_password, read_htpasswd
     from gtcpserver.proxy.rules import COMMANDS, parse_client_rule, parse_destination_rule
-    from gtcpserver.proxy.settings import DEFAULT_LISTEN, AuthTable, ListenerTable, LogTable, RulesTable, UpstreamTable
+    from gtcpserver.proxy.settings import (
+        DEFAULT_LISTEN,
+        AuthTable,
+        ListenerTable,
+        LogTable,
+        RulesTable,
+        UdpTable,
+        UpstreamTable,
+    )
     from gtcpserver.proxy.upstream_url import parse_upstream
 except ModuleNotFoundError as missing:
     raise RunError(f"the proxy needs {missing.name}: pip install 'gtcpserver[proxy]'") from None
@@ -40,6 +48,7 @@ UPSTREAM = "upstream"
 NOT_BESIDE_CONFIG = (
     *("mixed", "socks", "http", "users", "user_file", "htpasswd", "allow_client", "allow_destination"),
     *("deny_destination", "allow_command", "upstream", "upstream_file", "external"),
+    *("udp_advertise", "udp_ports", "udp_full_cone"),
 )
 FLAGS = {"users": "--user", "access_log_style": "--access-log"}
 
@@ -91,6 +100,16 @@ def with_worker_user(command: Any) -> Any:
 )
 @click.option("--upstream-file", metavar="FILE", help="Read the URL from a file of mode 600; -: standard input.")
 @click.option("--external", metavar="ADDRESS", help="Connect from this address.")
+@click.option(
+    "--udp-advertise",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Tell clients to send datagrams to this address; one of each family.  [default: the one they connected to]",
+)
+@click.option("--udp-ports", metavar="FIRST-LAST", help="Ports for datagrams of clients, for firewalls.")
+@click.option(
+    "--udp-full-cone", is_flag=True, help="Pass on datagrams from all allowed addresses, not only those written to."
+)
 @click.option("--redact", is_flag=True, help="Leave destinations out of the access log.")
 @click.option(
     "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
@@ -197,6 +216,10 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         _checked(flag(speaks), parse_address, address)
     external = "auto" if options["external"] is None else options["external"]
     _checked("--external", make_external, ListenerTable(external=external))
+    if options["udp_advertise"]:
+        _checked("--udp-advertise", make_advertise, options["udp_advertise"])
+    if options["udp_ports"] is not None:
+        _checked("--udp-ports", make_ports, options["udp_ports"])
     listeners = [
         ListenerTable(
             name=name,
@@ -248,6 +271,9 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         ),
         auth={USERS: AuthTable(users=users, htpasswd=htpasswd)} if has_users else {},
         upstream={} if upstream is None else {UPSTREAM: UpstreamTable(url=upstream)},
+        udp=UdpTable(
+            advertise=list(options["udp_advertise"]), ports=options["udp_ports"], full_cone=options["udp_full_cone"]
+        ),
         log=LogTable(style=options["access_log_style"], redact=options["redact"]),
         allow_open=options["allow_open"],
     )
@@ -262,7 +288,7 @@ def _checked(option: str, check: Callable[[Any], object], value: Any) -> None:
 
 
 #: What messages about a configuration call the values of options.
-_OUR_WORDS = re.compile(rf"^(?:external|address|the url of upstream '{UPSTREAM}') (?=must )")
+_OUR_WORDS = re.compile(rf"^(?:external|address|udp\.advertise|udp\.ports|the url of upstream '{UPSTREAM}') (?=must )")
 
 
 def _with_secrets(options: dict[str, Any]) -> dict[str, Any]:

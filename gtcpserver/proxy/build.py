@@ -38,10 +38,12 @@ from .settings import (
     ListenerTable,
     ProxyConfig,
     TimeoutsTable,
+    UdpTable,
 )
 from .succession import Tenure
 from .target import IPAddress, parse_authority, parse_nat64, unmapped
 from .this_host import ThisHost
+from .udp import Udp
 from .upstream import UnixPath, Upstream
 from .upstream_group import HealthCheck, Kind, UpstreamGroup
 from .upstream_rules import DIRECT, UpstreamRule, parse_upstream_rule
@@ -55,16 +57,49 @@ def make_external(listener: ListenerTable) -> External | list[IPAddress]:
     if isinstance(given, str) and given in get_args(External):
         return given  # type: ignore[return-value]
     texts = [given] if isinstance(given, str) else given
-    try:
-        found = [unmapped(ip_address(text)) for text in texts]
-    except ValueError:
-        found = []
-    if not found or len({ip.version for ip in found}) < len(found):
+    found = _one_of_each_family(texts)
+    if not found:
         raise ConfigError(
             'external must be an address, or one of each family, or "auto", "same" or "system", '
             f"got {', '.join(map(repr, texts)) or 'none'}"
         )
     return found
+
+
+def _one_of_each_family(texts: Sequence[str]) -> list[IPAddress]:
+    """Return addresses, [] if they are not."""
+    try:
+        found = [unmapped(ip_address(text)) for text in texts]
+    except ValueError:
+        return []
+    return found if len({ip.version for ip in found}) == len(found) else []
+
+
+def make_udp(table: UdpTable) -> Udp:
+    return Udp(
+        advertise=make_advertise(table.advertise),
+        ports=None if table.ports is None else make_ports(table.ports),
+        full_cone=table.full_cone,
+    )
+
+
+def make_advertise(given: str | Sequence[str]) -> list[IPAddress]:
+    texts = [given] if isinstance(given, str) else given
+    found = _one_of_each_family(texts)
+    if len(found) < len(texts) or any(ip.is_unspecified or ip.is_multicast for ip in found):
+        raise ConfigError(
+            "udp.advertise must be an address that clients reach, or one of each family, "
+            f"got {', '.join(map(repr, texts))}"
+        )
+    return found
+
+
+def make_ports(text: str) -> range:
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last <= 65535:
+        raise ConfigError(f'udp.ports must be a range of ports such as "50000-50999", got {text!r}')
+    return range(first, last + 1)
 
 
 #: The commands of each protocol.
@@ -407,7 +442,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     upstreams = {name: make_upstreams(config, name) for name in config.upstream}
     nat64, this_host = make_nat64(config), ThisHost()
     keeper, departures = LimitKeeper(make_limits(config)), Departures()
-    tenure = Tenure(config.reload.end_forbidden)
+    tenure, udp = Tenure(config.reload.end_forbidden), make_udp(config.udp)
     addresses, handlers = [], {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
@@ -430,6 +465,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             external=make_external(listener),
             fast_open=config.fast_open,
             show_bound_address=config.show_bound_address,
+            udp=udp,
         )
         addresses.append(address)
         handlers[_place(address)] = ProxyHandler(

@@ -26,6 +26,7 @@ from .rules import COMMANDS, ClientRule, Command, Decision, DestinationRule, dec
 from .succession import Tenure
 from .target import IPAddress, Target
 from .this_host import ThisHost
+from .udp import Udp
 from .upstream import Place, UnixPath, Upstream
 from .upstream_group import HealthCheck, UpstreamGroup
 from .upstream_rules import UpstreamRule
@@ -117,6 +118,7 @@ class Gate:
         fast_open: send HTTP requests in the SYN to origins that have given us a cookie before (TCP Fast Open, RFC 7413;
             tcp(7)). Not used for tunnels: what a client is told about them must be known first.
         show_bound_address: tell SOCKS clients which address the proxy connects from.
+        udp: how UDP associations are offered.
 
     Example::
 
@@ -148,6 +150,7 @@ class Gate:
     external: External | Sequence[IPAddress] = "auto"
     fast_open: bool = False
     show_bound_address: bool = True
+    udp: Udp = field(default_factory=Udp)
     # Cached decisions: rules do not change, and a lookup takes a tenth of the time.
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)

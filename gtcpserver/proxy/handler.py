@@ -224,8 +224,9 @@ class ProxyHandler:
 
     @property
     def gauges(self) -> dict[str, int]:
-        """Return the state of the members of all upstream groups."""
-        return {name: value for group in self.gate.groups for name, value in group.gauges.items()}
+        """Return the state of the members of all upstream groups, and the number of UDP associations."""
+        members = {name: value for group in self.gate.groups for name, value in group.gauges.items()}
+        return {**members, "udp_associations": self.gate.latest.limits.associations.open}
 
     def server_stopped(self) -> None:
         """End what authenticators, groups and the resolver have started, after the server has stopped."""

@@ -24,6 +24,7 @@ from gtcpserver.store.store import STORE_FAILURE, Demand, Store, limits_of
 
 from .buckets import Bucket, SharedBucket, TokenBucket
 from .errors import LimitReached
+from .udp import Associations
 from .user_rates import StoredBucket, UserRates
 
 #: Users whose bytes are remembered after their last connection; beyond that, the one longest unseen is forgotten. 400
@@ -41,6 +42,8 @@ class Limits:
         user_connections: of one user at once.
         connect_attempts: connection attempts to destinations and upstreams in progress at once, for all clients.
         client_connect_attempts: the same, for one client.
+        udp_associations: of all clients at once.
+        client_udp_associations: the same, for one client.
         new_per_second: connections that one client may open per second.
         rate: bytes per second of one connection, both directions together.
         user_rate: bytes per second of all connections of one user.
@@ -62,6 +65,8 @@ class Limits:
     user_connections: int | None = None
     connect_attempts: int | None = None
     client_connect_attempts: int | None = None
+    udp_associations: int | None = None
+    client_udp_associations: int | None = None
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
@@ -70,7 +75,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in (
             *("connections", "client_connections", "user_connections"),
-            *("connect_attempts", "client_connect_attempts"),
+            *("connect_attempts", "client_connect_attempts", "udp_associations", "client_udp_associations"),
         ):
             check_whole_number(name, getattr(self, name), least=1, none="for no limit")
         for name in ("new_per_second", "rate", "user_rate"):
@@ -175,6 +180,7 @@ class LimitKeeper:
         connections, attempts, attempts_by_client: what this process has.
         attempts_of_all: attempts by client in all workers; None: there is no such limit, or there are no workers.
         store: what other machines count, too; None: they do not.
+        associations: limits UDP associations.
 
     Example::
 
@@ -197,6 +203,7 @@ class LimitKeeper:
         self.attempts = 0
         self.attempts_by_client: Counter[ClientKey] = Counter()
         self.attempts_of_all: SharedClients | None = None
+        self.associations = Associations(self.limits.udp_associations, self.limits.client_udp_associations)
         self._users: Counter[str] = Counter()
         # Buckets in use, shared by all connections of a user; and those last used, which outlive them: traffic on one
         # connection counts for the next one.
@@ -212,6 +219,7 @@ class LimitKeeper:
         """Count together with all processes that have a column. Call before the first connection."""
         self._column = column
         self._clients.share(column, "proxy clients")
+        self.associations.share(column)
         if self.limits.user_connections is not None:
             self._users_of_all = SharedClients(column, self.limits.user_connections, None, 1)
         if self.limits.client_connect_attempts is not None:

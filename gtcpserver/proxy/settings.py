@@ -147,6 +147,8 @@ class LimitsTable(_Table):
     user_connections: int | None = None
     connect_attempts: int | None = None
     client_connect_attempts: int | None = None
+    udp_associations: int | None = None
+    client_udp_associations: int | None = None
     new_per_second: float | None = None
     rate: float | None = None
     user_rate: float | None = None
@@ -173,6 +175,19 @@ class ResolverTable(_Table):
     timeout: float = 10.0
     kind: Kind | None = None
     servers: list[str] = []
+
+
+class UdpTable(_Table):
+    """See `udp.Udp`.
+
+    Attributes:
+        advertise: an address, or one of each family.
+        ports: "FIRST-LAST".
+    """
+
+    advertise: str | list[str] = []
+    ports: str | None = None
+    full_cone: bool = False
 
 
 class HttpTable(_Table):
@@ -235,6 +250,7 @@ class ProxyConfig(_Table):
     limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
     timeouts: TimeoutsTable = msgspec.field(default_factory=TimeoutsTable)
     resolver: ResolverTable = msgspec.field(default_factory=ResolverTable)
+    udp: UdpTable = msgspec.field(default_factory=UdpTable)
     http: HttpTable = msgspec.field(default_factory=HttpTable)
     log: LogTable = msgspec.field(default_factory=LogTable)
     reload: ReloadTable = msgspec.field(default_factory=ReloadTable)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from collections import OrderedDict
+from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 import gevent
-import gevent.socket
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.errors import DeadlineExceeded
-from gtcpserver.process.forked import close_in_children
 
 from . import socks5
 from .errors import Denied, ProtocolError
@@ -20,12 +18,19 @@ from .limits import rest
 from .socks5 import Reply
 from .succession import OpenTunnel
 from .target import IPAddress, Target, unmapped
+from .udp import udp_socket
 from .visitor import Visitor, result_of
 
 #: Destinations whose replies are let through, per client; the one longest not written to is forgotten.
 MOST_PEERS = 1024
 
 LARGEST_DATAGRAM = 65535
+
+#: Datagrams of one socket that are read in a row: then all others have their turn, however many arrive.
+MOST_IN_A_ROW = 16
+
+#: Seconds until the next attempt when a socket cannot be read: the system lacks memory.
+PAUSE = 0.1
 
 #: Names of one client that are looked up at once, and datagrams that wait for each; others are lost, as in a network.
 #: A client sends one to a name, seldom more, before it has an answer.
@@ -39,8 +44,9 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
     """Relay datagrams until the client closes its TCP connection, or until the idle timeout.
 
     Args:
-        target: where the client will send from, if it knows that already: a port of 0 is learned from its first
-            datagram. The address is always that of its TCP connection.
+        target: where the client says that it will send from. Datagrams must come from the address of its TCP
+            connection. Their port is believed if this is that address; otherwise the client does not know (0.0.0.0:0),
+            or is behind NAT, which changes the port, too: it is learned from the first datagram.
     """
     record = visitor.record
     own = visitor.own
@@ -51,7 +57,7 @@ def serve_udp(conn: Connection, visitor: Visitor, target: Target) -> None:
         return
     try:
         visitor.check_limits()
-        association = _Association(visitor, own[0], target.port)
+        association = _Association(visitor, own[0], target)
     except OSError as error:
         record.result, record.detail = result_of(error), error.strerror or str(error)
         conn.sendall(socks5.reply(socks5.reply_of(error)))
@@ -94,29 +100,38 @@ def _wait_for_the_end(conn: Connection, visitor: Visitor, association: _Associat
 class _Association:
     """The sockets of one client: one towards it, and one towards destinations for each local address."""
 
-    def __init__(self, visitor: Visitor, local: IPAddress, port: int) -> None:
+    def __init__(self, visitor: Visitor, local: IPAddress, said: Target) -> None:
         self._visitor = visitor
+        self._udp = visitor.gate.udp
         self._pace = visitor.pace
         self._client: Any = None  # (host, port, ...) of the client's datagrams, once known
-        self._client_port = port
+        self._said_port = said.port
+        self._knows_its_port = said.port != 0 and said.ip == visitor.client
         self._peers: OrderedDict[Peer, Any] = OrderedDict()  # with the socket through which each is reached
-        self._inner = _udp_socket(local)
         self._outer: dict[IPAddress, Any] = {}
         self._greenlets: list[Any] = []
         self._waiting: dict[str, list[socks5.Datagram]] = {}  # for the addresses of a name
         self._lookups: dict[str, Any] = {}
+        self._limit = visitor.limits.associations
+        self._limit.enter(visitor.address)
+        try:
+            self._inner = udp_socket(local, self._udp.ports)
+        except BaseException:
+            self._limit.leave(visitor.address)
+            raise
 
     @property
     def address(self) -> Peer:
         """Return the address for the client's datagrams."""
         host, port = self._inner.getsockname()[:2]
-        return unmapped(ip_address(host.split("%")[0])), port
+        return self._udp.told(unmapped(ip_address(host.split("%")[0]))), port
 
     def start(self) -> None:
         self._greenlets.append(gevent.spawn(self._read_from_client))
 
     def close(self) -> None:
         gevent.killall([*self._greenlets, *self._lookups.values()], block=False)
+        self._limit.leave(self._visitor.address)
         for sock in (self._inner, *self._outer.values()):
             sock.close()
 
@@ -125,8 +140,7 @@ class _Association:
     def _read_from_client(self) -> None:
         # Datagrams that arrive meanwhile stay in the kernel's buffer; those that do not fit are lost.
         rest(self._pace, 0)
-        while True:
-            packet, source = self._inner.recvfrom(LARGEST_DATAGRAM)
+        for packet, source in _arrivals(self._inner):
             if not self._is_the_client(source):
                 continue
             try:
@@ -137,11 +151,13 @@ class _Association:
                 continue  # there is no way to tell the client
 
     def _is_the_client(self, source: Any) -> bool:
-        if self._client is not None:
-            return bool(source == self._client)
-        ip = unmapped(ip_address(source[0].split("%")[0]))
-        if ip != self._visitor.client or self._client_port not in (0, source[1]):
+        if source == self._client:
+            return True
+        if source[1] != self._said_port and (self._client is not None or self._knows_its_port):
             return False
+        if unmapped(ip_address(source[0].split("%")[0])) != self._visitor.client:
+            return False
+        # The first one, or the port that the client has named, whoever was before it: others may share its address.
         self._client = source
         return True
 
@@ -173,12 +189,7 @@ class _Association:
 
     def _send(self, datagram: socks5.Datagram) -> None:
         visitor, target = self._visitor, datagram.target
-        upstream, found = visitor.upstream_to(target)
-        if upstream is not None:
-            return  # our location must not be revealed there, and the other proxy does not relay datagrams
-        if found is None:
-            found = visitor.addresses_of(target)
-        ip = next((one for one in visitor.in_reach(found) if visitor.decide(target, one, found).allowed), None)
+        ip = self._way_to(target)
         if ip is None:
             return
         visitor.record.asked = visitor.record.asked or str(target)
@@ -191,9 +202,19 @@ class _Association:
                 self._peers.popitem(last=False)
         else:
             self._peers.move_to_end(peer)
-        outer.sendto(datagram.data, (str(ip), target.port))
+        _send_now(outer, datagram.data, (str(ip), target.port))
         visitor.record.sent += len(datagram.data)
         rest(self._pace, len(datagram.data))
+
+    def _way_to(self, target: Target) -> IPAddress | None:
+        """Return the address at which the client may reach a target; None: it may not. Raise Denied, OSError."""
+        visitor = self._visitor
+        upstream, found = visitor.upstream_to(target)
+        if upstream is not None:
+            return None  # our location must not be revealed there, and the other proxy does not relay datagrams
+        if found is None:
+            found = visitor.addresses_of(target)
+        return next((one for one in visitor.in_reach(found) if visitor.decide(target, one, found).allowed), None)
 
     # -- from destinations -------------------------------------------------------------------------------------------
 
@@ -201,35 +222,57 @@ class _Association:
         source = self._visitor.source_to(ip) or ip_address("::" if isinstance(ip, IPv6Address) else "0.0.0.0")
         sock = self._outer.get(source)
         if sock is None:
-            sock = self._outer[source] = _udp_socket(source)
+            sock = self._outer[source] = udp_socket(source, self._udp.ports if self._udp.full_cone else None)
             self._greenlets.append(gevent.spawn(self._read_from_peers, sock))
         return sock
 
     def _read_from_peers(self, sock: Any) -> None:
-        while True:
-            try:
-                data, source = sock.recvfrom(LARGEST_DATAGRAM)
-            except ConnectionError:
-                continue  # an ICMP message about one of the destinations
+        for data, source in _arrivals(sock):
             peer = (unmapped(ip_address(source[0].split("%")[0])), source[1])
-            # Only from addresses that the client has written to: no other reaches it through us.
-            if peer in self._peers and self._client is not None:
-                try:
-                    self._inner.sendto(socks5.datagram(*peer, data), self._client)
-                except OSError:
-                    continue  # too long with its header, or the client's host is gone
-                self._visitor.record.received += len(data)
-                rest(self._pace, len(data))
+            if self._client is None or not self._is_welcome(peer):
+                continue
+            try:
+                _send_now(self._inner, socks5.datagram(*peer, data), self._client)
+            except OSError:
+                continue  # too long with its header, or the client's host is gone
+            self._visitor.record.received += len(data)
+            rest(self._pace, len(data))
+
+    def _is_welcome(self, peer: Peer) -> bool:
+        """Return whether datagrams from an address reach the client: if it has written to it; or, with `full_cone`, if
+        it may."""
+        if peer in self._peers or not self._udp.full_cone:
+            return peer in self._peers
+        ip, port = peer
+        try:
+            return self._way_to(Target(str(ip), port, ip)) is not None
+        except (Denied, OSError):
+            return False
 
 
-def _udp_socket(address: IPAddress) -> Any:
-    sock = gevent.socket.socket(
-        socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET, socket.SOCK_DGRAM
-    )
-    close_in_children(sock)
+def _arrivals(sock: Any) -> Iterator[tuple[bytes, Any]]:
+    """Yield datagrams and their sources, for ever."""
+    in_a_row = 0
+    while True:
+        in_a_row += 1
+        if in_a_row >= MOST_IN_A_ROW:
+            in_a_row = 0
+            gevent.sleep(0)  # recvfrom lets nobody else run while there is one more
+        try:
+            arrived = sock.recvfrom(LARGEST_DATAGRAM)
+        except ConnectionError:
+            continue  # an ICMP message about one of the destinations
+        except OSError:
+            gevent.sleep(PAUSE)
+            continue
+        yield arrived
+
+
+def _send_now(sock: Any, data: bytes, address: Any) -> None:
+    """Send a datagram, or lose it if the socket's buffer is full, of those to a host that does not answer to ARP, say:
+    others must not wait for it. Raise OSError."""
+    sock.settimeout(0.0)
     try:
-        sock.bind((str(address), 0))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        sock.sendto(data, address)
+    finally:
+        sock.settimeout(None)

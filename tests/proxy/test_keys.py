@@ -344,6 +344,25 @@ def test_requirement_34_connections_of_a_user(proxy, connect, in_thread, origin,
     assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
 
 
+@about("limits.udp_associations", "limits.client_udp_associations")
+@pytest.mark.parametrize("which", ["udp_associations", "client_udp_associations"])
+def test_associations(proxy, connect, in_thread, lines, which):
+    server = proxy(f"[limits]\n{which} = 1")
+    associate(connect(server), in_thread)
+    client = connect(server)
+    client.sendall(b"\x05\x01\x00\x05\x03\x00\x01" + bytes(6))
+    assert in_thread(read, client, 100)[2:4] == b"\x05\x01"
+    assert (lines()[0]["result"], lines()[0]["detail"]) == ("limit", which)
+
+
+@about("udp.advertise", "udp.ports", "udp.full_cone")
+def test_what_udp_clients_are_told(proxy, connect, in_thread):
+    server = proxy('[udp]\nadvertise = "192.0.2.7"\nports = "20000-29999"\nfull_cone = true')
+    host, port = associate(connect(server), in_thread)
+    assert (host, 20000 <= port <= 29999) == ("192.0.2.7", True)
+    assert server.handler._only.gate.udp.full_cone  # tests/proxy/test_udp.py
+
+
 @pytest.mark.slow
 @about("limits.connect_attempts", "limits.client_connect_attempts")
 @pytest.mark.parametrize("which", ["connect_attempts", "client_connect_attempts"])

@@ -35,6 +35,7 @@ def same(left, right):
         ["--user", "ada:secret", "--user", 'eve "x" \\:pw', "--mixed", "0.0.0.0:1080", "--allow-client", "10.0.0.0/8"],
         ["--allow-destination", ".example.com:443", "--deny-destination", "private", "--allow-command", "connect"],
         ["--upstream", "socks5://ada:p%22w@proxy.example:1080", "--external", "192.0.2.1"],
+        ["--udp-advertise", "192.0.2.1", "--udp-advertise", "::7", "--udp-ports", "1024-65535", "--udp-full-cone"],
         ["--redact", "--access-log", "json", "--allow-open", "--mixed", "0.0.0.0:1080"],
     ],
 )
@@ -66,6 +67,8 @@ def test_a_password_is_pointed_out():
     [
         (["--config", "x.toml"], "--print-config: cannot be used together with --config"),
         (["--allow-client", "nowhere"], "nowhere"),
+        (["--udp-advertise", "proxy.example"], "--udp-advertise: must be an address that clients reach"),
+        (["--udp-ports", "50000"], "--udp-ports: must be a range of ports such as"),
         (["--mixed", "0.0.0.0:1080", "--allow-client", "0.0.0.0/0"], "opens the proxy"),
     ],
 )

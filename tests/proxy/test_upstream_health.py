@@ -258,6 +258,7 @@ def test_gauges_of_a_proxy(near, parent, serve, connect, in_thread):
         "upstream_up:pool/m1": 1,
         "upstream_down:pool/m1": 0,
         "upstream_connections:pool/m1": 1,
+        "udp_associations": 0,
     }
     status = {"ready": True, "uptime": 1, "target": 1, "retired": 0, "generation": 1, "restarts": 0, "workers": []}
     text = encode({**status, "stats": {"handler_gauges": gauges}}, "1", "")[0].decode()
