@@ -230,7 +230,7 @@ def test_a_command_and_its_options(proxy, connect, in_thread, origin, tmp_path, 
     def questions():
         return asked.read_text().splitlines()
 
-    server = proxy(options + "processes = 1\ntimeout = 0.5\n", rules=WITH_AUTH)
+    server = proxy(options + "processes = 1\ntimeout = 3\n", rules=WITH_AUTH)
     for _ in range(2):
         assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 0
     assert len(questions()) == 2  # nothing is remembered

@@ -425,16 +425,6 @@ def test_requirement_13_fragments_strangers_and_what_is_not_allowed_are_dropped(
             stranger.recv(1000)
 
 
-def test_requirement_13_a_client_that_names_its_port_is_held_to_it(proxy, connect, in_thread, udp_echo):
-    with udp_socket() as sock, udp_socket() as other:
-        client = connect(proxy())
-        where = associate(client, in_thread, sock.getsockname()[1])
-        other.sendto(packet(udp_echo[0], b"other"), where)
-        sock.sendto(packet(udp_echo[0], b"mine"), where)
-        assert sock.recv(1000)[10:] == b"mine"
-        assert len(udp_echo[1]) == 1
-
-
 def test_an_association_ends_when_nothing_moves(proxy, connect, in_thread, lines):
     client = connect(proxy(timeouts=Timeouts(idle=0.05)))
     associate(client, in_thread)

@@ -135,7 +135,7 @@ def test_the_port_of_a_client_behind_nat_is_learned(proxy, connect, in_thread, s
     assert [origin.recv(100), origin.recv(100)] == [b"first", b"second"]
 
 
-def test_a_port_that_the_client_knows_is_the_only_one(proxy, connect, in_thread, sockets):
+def test_requirement_13_a_port_that_the_client_knows_is_the_only_one(proxy, connect, in_thread, sockets):
     origin, sock, other = sockets
     where = associate_from(connect(proxy()), in_thread, *sock.getsockname())
     send(other, where, origin, b"before it")
