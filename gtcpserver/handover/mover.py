@@ -188,7 +188,7 @@ class Mover:
         """Move every connection from now on, as soon as it is idle. The server's stop is about to begin."""
         if self._leaving or self._stopped:
             return
-        self._leaving = True
+        self._leaving = self.moving.leaves = True
         self._alone_since = monotonic()
         self._start_looking()
         self._look_for_more()

@@ -137,6 +137,7 @@ class Moving:
 
     Attributes:
         moved, taken_over, tunnels: as in ServerStats.
+        leaves: whether this server gives all its connections away, and takes none.
         expected: number of connections taken over whose handlers have not begun: a stop waits for them, too.
     """
 
@@ -159,6 +160,7 @@ class Moving:
         #: Ends an idle connection as a stop does.
         self.end_idle = end_idle
         self.moved = self.taken_over = self.tunnels = 0
+        self.leaves = False
         self.expected = 0
         self._look_at = self._descriptors = 0.0
 
@@ -284,7 +286,8 @@ class Moving:
 
     def _check_room(self, fd: int, tunnel: bool) -> None:
         state, most, places = self._state, self._options.max_connections, self._capacity.places
-        if state.now is not State.SERVING:
+        # Two that leave would give a tunnel to each other for ever, as fast as they can.
+        if self.leaves or state.now is not State.SERVING:
             raise Refused(STOPPING)
         # The handler of a tunnel keeps its place.
         if state.waiting or places.taken + (self.expected if tunnel else 0) >= places.size:

@@ -474,6 +474,17 @@ def test_without_a_pipe_bytes_under_way_keep_a_tunnel_for_now(several, opened, m
     assert tunnel.talks()
 
 
+def test_two_servers_that_leave_do_not_pass_a_tunnel_to_and_fro(several, opened):
+    a, b = several()
+    tunnel = opened(a)
+    assert tunnel.talks()
+    leave(b, a)
+    leave(a, b)
+    gevent.sleep(0.2)  # hundreds of moves
+    assert tunnel.talks()
+    assert (a.stats().moved, b.stats().moved) == (0, 0)
+
+
 # -- random schedules --------------------------------------------------------------------------------------------------
 
 
