@@ -4,6 +4,7 @@ ADDRESS ?= 127.0.0.1:5000
 DOCS_ADDRESS ?= 127.0.0.1:8000
 FUZZ_SECONDS ?= 60
 SCHEDULES ?= 20000
+MOVE_SCHEDULES ?= 10000
 MOVING ?= 2000
 TUNNELS ?= 500
 REQUESTS ?= 10000000
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
+.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules move-schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -36,6 +37,8 @@ help:
 	@echo 'make inject  injects errors into every system call of every server, about an hour, and writes the table of'
 	@echo '             docs/reliability.md; INJECT="--subject echo --call accept4" for a part, without the table'
 	@echo 'make schedules   drives a simulated master through 20,000 random schedules, some two minutes (SCHEDULES=...)'
+	@echo 'make move-schedules   moves connections and tunnels along chains of servers by 10,000 random schedules each, some'
+	@echo '             15 minutes (MOVE_SCHEDULES=...)'
 	@echo 'make moves   moves the connections of 2,000 clients and 500 tunnels over 20 reloads and 5 upgrades, in two minutes'
 	@echo '             or more (MOVING=..., TUNNELS=...), and kills processes while 1,000 connections move'
 	@echo 'make rollout   a rolling update of the pods in examples/deployment/kubernetes, in network namespaces behind'
@@ -139,6 +142,11 @@ inject: compiled
 # Of deaths, timeouts, signals and failing calls; see tests/supervisor/test_schedules.py.
 schedules: compiled
 	GTCPSERVER_SCHEDULES=$(SCHEDULES) $(BIN)/python -m pytest -q -o timeout=0 tests/supervisor/test_schedules.py
+
+# Of writes, half-closes, resets and moves; see tests/handover/test_connection_schedules.py, and the others.
+move-schedules: compiled
+	GTCPSERVER_MOVE_SCHEDULES=$(MOVE_SCHEDULES) $(BIN)/python -m pytest -q -n 2 -o timeout=0 -k schedules \
+	    $(addprefix tests/handover/test_,connection_schedules.py schedules.py tunnels.py)
 
 # See tests/supervisor/test_handover_endures.py, and the others of them.
 moves: compiled

@@ -10,6 +10,7 @@ by the first call that needs the socket: it ends the freeze, and the connection 
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,8 @@ def state_of(connection: Connection) -> dict[str, Any]:
     if connection.session:
         state["session"] = connection.session
     if stream.kept:
-        state["kept"] = stream.kept.decode("latin-1")
+        # JSON's escapes would take six times its size: 16 KiB that were read ahead would be too large to move.
+        state["kept"] = b64encode(stream.kept).decode()
     if stream.shut_for_writing:
         state["shut"] = True
     if proxied is not None:
@@ -227,7 +229,7 @@ def give_state(connection: Connection, state: Mapping[str, Any]) -> None:
     timeout = state["timeout"]
     stream.timeout = None if timeout is None else float(timeout)
     stream.bytes_received, stream.bytes_sent = _count(state["received"]), _count(state["sent"])
-    stream.kept = str(state.get("kept", "")).encode("latin-1")
+    stream.kept = b64decode(str(state.get("kept", "")), validate=True)
     stream.shut_for_writing = state.get("shut") is True
     connection.accepted_at = float(state["accepted_at"])
     connection.client_address = _address_in(state["client"])

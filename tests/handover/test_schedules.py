@@ -1,7 +1,7 @@
 """Random schedules of a handover: whatever is late, full, touched or dead, each byte is read once, and in order.
 
-Both state machines run against a simulated line and simulated sockets. `HANDOVER_SCHEDULES=10000` for more than the
-few hundred schedules that each run of the suite tries.
+Both state machines run against a simulated line and simulated sockets. `make move-schedules` has more than the two
+thousand schedules of each run of the suite.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gtcpserver.handover.messages import Packet, PacketError
 from gtcpserver.handover.receiver import Receiver
 from gtcpserver.handover.sender import MOST_UNDER_WAY, OFFER_SECONDS, Sender
 
-SCHEDULES = int(os.environ.get("HANDOVER_SCHEDULES", "2000"))
+SCHEDULES = int(os.environ.get("GTCPSERVER_MOVE_SCHEDULES", "2000"))
 
 
 class Socket:

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import socket
-import struct
 
 import gevent
 import pytest
@@ -22,13 +21,13 @@ from gtcpserver.handover.sender import PAUSING
 from gtcpserver.tls import self_signed
 from gtcpserver.transfer import PIPES
 from kit.handing import Taker, join, leave
-from kit.tunnels import Destination, read, read_all, relaying
+from kit.tunnels import Destination, read, read_all, relaying, reset
 from kit.waiting import wait_until
 
 LOT = 8 << 20
 
-#: Random schedules in each run of the suite; TUNNEL_SCHEDULES=10000 for more.
-SCHEDULES = int(os.environ.get("TUNNEL_SCHEDULES", "25"))
+#: Random schedules in each run of the suite; `make move-schedules` has 10,000.
+SCHEDULES = int(os.environ.get("GTCPSERVER_MOVE_SCHEDULES", "25"))
 
 
 @pytest.fixture
@@ -531,11 +530,6 @@ class Side:
         self.got += data
         self.heard_end = self.heard_end or not data
         return bool(data)
-
-
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def move_at_random(seed, servers, tunnel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 from typing import Any
 
 import gevent
@@ -84,6 +85,11 @@ def read(sock: Any, size: int) -> bytes:
         while len(data) < size and (more := sock.recv(min(size - len(data), 1 << 20))):
             data += more
     return bytes(data)
+
+
+def reset(sock: Any) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def read_all(sock: Any) -> bytes:
