@@ -1,87 +1,37 @@
 """What it costs to move connections to another worker, and what clients notice.
 
     python -m loadtests.handover
-    python -m loadtests.handover --connections 10000 --asking 200 --json
+    python -m loadtests.handover --connections 10000 --asking 200 --tunnels 2000 --json
+    python -m loadtests.handover --rounds 3 --publish
 
 One worker has the connections. It is reloaded twice: first all of them are silent, for wall and CPU time; then some ask
 again and again, for the latency of a request that comes meanwhile. Before and after, every connection is asked, and
-every answer checked. Exit status 1 if a figure exceeds its limit, or anything is lost.
+every answer checked. Then the same with a forwarder's worker: first all its tunnels are idle, then one is at full
+speed. With --publish the medians of some rounds go to docs/performance.md. Exit status 1 if a figure exceeds its limit,
+or anything is lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import threading
-import time
-from pathlib import Path
-from typing import Any
-
-from gtcpserver.supervisor import ask
+from statistics import median
 
 from ..local_servers import LocalServers
+from . import tunnels
 from .clients import Client, ClientError, ask_all, ask_for, connect
-
-#: Seconds between readiness of the new worker and the move: its start is not counted.
-PROBATION = 1.5
+from .publish import publish
+from .service import Service
 
 #: Seconds between an answer and the next request of a connection that asks.
 PAUSE = 0.1
 
 #: Largest wall time in seconds, for 10,000 connections; CPU time in microseconds a connection, in both workers
-#: together; and seconds that a move adds to the 99th percentile of a request's latency.
-LIMITS = {"wall_seconds": 2.0, "cpu_us": 60.0, "added_latency_p99": 0.05}
-
-
-def cpu_of(pid: int) -> float | None:
-    """Return the seconds of CPU of a process with one thread; None if there is none. (proc(5): in nanoseconds)"""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
-    except OSError:
-        return None
-
-
-class Service:
-    """A master with one worker, which hands over."""
-
-    def __init__(self, servers: LocalServers) -> None:
-        self.control = str(servers.log_folder / "control")
-        arguments = ("--workers", "1", "--handover", "--probation", str(PROBATION), "--pool", "none")
-        handler = "loadtests.handover.app:handle"
-        host, _, port = servers.start(
-            *("server", "-m", "gtcpserver", "serve", handler, "--bind", "127.0.0.1:0"),
-            *("--control", self.control, "--max-connections", "none", *arguments),
-        ).rpartition(":")
-        self.address = host, int(port)
-
-    def pids(self) -> list[int]:
-        return [one["pid"] for one in ask(self.control, {"command": "status"}, 10.0)["workers"]]
-
-    def reload(self) -> dict[str, float]:
-        """Reload, and return wall and CPU seconds of the move."""
-        (old,) = self.pids()
-        answer: dict[str, Any] = {}
-        thread = threading.Thread(target=lambda: answer.update(ask(self.control, {"command": "reload"}, 120.0)))
-        thread.start()
-        while len(pids := self.pids()) < 2:
-            time.sleep(0.05)
-        (new,) = (pid for pid in pids if pid != old)
-        time.sleep(PROBATION / 2)  # it has started
-        first_old, first_new = cpu_of(old) or 0.0, cpu_of(new) or 0.0
-        began, idle, last_old = 0.0, first_old, first_old
-        while os.path.exists(f"/proc/{old}"):
-            now = cpu_of(old)
-            # A beat takes a tenth of a millisecond: more is the move.
-            if not began and now is not None and now - idle > 0.002:
-                began = time.monotonic()
-            idle, last_old = (now if now is not None else idle), (now or last_old)
-            time.sleep(0.002)
-        wall = time.monotonic() - began if began else 0.0
-        cpu = last_old - first_old + (cpu_of(new) or 0.0) - first_new
-        thread.join()
-        return {"wall_seconds": wall, "cpu_seconds": cpu, "moved": answer.get("moved", 0)}
+#: together; seconds that a move adds to the 99th percentile of a request's latency; and seconds for which nothing
+#: arrives through a tunnel at full speed.
+LIMITS = {"wall_seconds": 2.0, "cpu_us": 60.0, "added_latency_p99": 0.05, "bulk_pause": 0.1}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -89,24 +39,30 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-def measure(connections: int, asking: int) -> dict[str, float]:
-    """Run both reloads; return the figures.
+def measure(connections: int, asking: int, tunnelled: int, bulk_rest: float = 0.0) -> dict[str, float]:
+    """Run all reloads; return the figures.
+
+    Args:
+        bulk_rest: as for `tunnels.Bulk`.
 
     Raises:
         ClientError: an answer is wrong or missing.
     """
     servers = LocalServers()
     try:
-        service = Service(servers)
+        service = Service(servers, "serve", "loadtests.handover.app:handle", "--bind", "127.0.0.1:0")
         clients = connect(service.address, connections)
         figures = service.reload()
         if figures["moved"] != connections:
             raise ClientError(f"{figures['moved']} of {connections} connections moved")
-        figures["cpu_us"] = figures.pop("cpu_seconds") / connections * 1e6
+        cpu_seconds = figures.pop("cpu_old_seconds") + figures.pop("cpu_new_seconds")
+        figures["cpu_us"] = cpu_seconds / connections * 1e6
         ask_all(clients)
         figures |= latencies(service, clients[:asking])
         ask_all(clients)
-        return figures
+        for client in clients:
+            client.sock.close()
+        return figures | tunnels.measure(servers, tunnelled, bulk_rest)
     finally:
         servers.stop()
 
@@ -141,13 +97,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.handover", description="A benchmark of handovers.")
     parser.add_argument("--connections", type=int, default=10_000, metavar="N")
     parser.add_argument("--asking", type=int, default=200, metavar="N", help="connections that ask during a move")
+    parser.add_argument("--tunnels", type=int, default=2_000, metavar="N")
+    parser.add_argument("--bulk-rest", type=float, default=0.0, help=argparse.SUPPRESS)  # for its test
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="the figures are medians of so many rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--publish", action="store_true", help="put the figures into the documentation")
     options = parser.parse_args(arguments)
     if not 1 <= options.asking <= options.connections:
         parser.error("--asking must be from 1 to --connections")
+    if options.tunnels < 1 or options.rounds < 1:
+        parser.error("--tunnels and --rounds must be 1 or more")
     try:
-        figures = measure(options.connections, options.asking)
-    except ClientError as error:
+        settings = options.connections, options.asking, options.tunnels, options.bulk_rest
+        rounds = [measure(*settings) for _ in range(options.rounds)]
+        figures = {name: median(one[name] for one in rounds) for name in rounds[0]}
+        if options.publish:
+            publish(figures, options.connections, options.tunnels, options.rounds)
+    except (ClientError, OSError, ValueError) as error:
         print(f"loadtests.handover: {error}", file=sys.stderr)
         return 1
     if options.json:

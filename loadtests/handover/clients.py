@@ -36,16 +36,25 @@ class Client:
         return time.monotonic() - self.asked_at
 
 
+def need_descriptors(count: int) -> None:
+    """Raise this process's limit of descriptors.
+
+    Raises:
+        ClientError: it cannot have so many more.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if count + 100 > hard:
+        raise ClientError(f"{count} connections need {count + 100} descriptors, the limit is {hard}: ulimit -Hn")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def connect(address: tuple[str, int], count: int) -> list[Client]:
     """Return connections that have asked once.
 
     Raises:
         ClientError: more descriptors are needed than the limit allows.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if count + 100 > hard:
-        raise ClientError(f"{count} connections need {count + 100} descriptors, the limit is {hard}: ulimit -Hn")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    need_descriptors(count)
     clients = []
     for _ in range(count):
         client = Client(address)
