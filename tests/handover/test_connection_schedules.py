@@ -18,7 +18,7 @@ from gevent.event import Event
 from gevent.pool import Pool
 
 from gtcpserver.handover.sender import PAUSING
-from kit.handing import join, leave
+from kit.handing import close_lines, join, leave
 from kit.patience import SOON
 from kit.tunnels import read, reset
 from kit.waiting import wait_until
@@ -158,6 +158,7 @@ def run_schedule(seed, serve):
         raise AssertionError(f"schedule {seed}: {error!r}"[:1000]) from error
     for server in servers:
         server.halt()
+        close_lines(server)
 
 
 def test_random_schedules(serve):

@@ -20,7 +20,7 @@ from gtcpserver.forwarder import Forwarder
 from gtcpserver.handover.sender import PAUSING
 from gtcpserver.tls import self_signed
 from gtcpserver.transfer import PIPES
-from kit.handing import Taker, join, leave
+from kit.handing import Taker, close_lines, join, leave
 from kit.tunnels import Destination, read, read_all, relaying, reset
 from kit.waiting import wait_until
 
@@ -589,3 +589,4 @@ def run_schedule(seed, serve, destination, pace):
     for server in servers:
         assert server.stats().handler_errors == 0
         server.halt()
+        close_lines(server)
