@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+
 import gevent
 import pytest
 
 from gtcpserver.proxy import passwords
 from gtcpserver.proxy.config import make_proxy, parse_config
+from kit.clients import read
 from kit.forwarding import OK
 from kit.handing import leave
 from kit.handlers import echo
-from kit.proxying import QUICK, associate, http, reply, socks
+from kit.patience import SOON
+from kit.proxying import QUICK, associate, bind_request, http, named_address, reply, socks
 from kit.waiting import wait_until
 
 LISTENER = '[[listener]]\nlisten = "127.0.0.1:0"\n'
@@ -190,6 +194,22 @@ def test_a_udp_association_stays(start, connect, in_thread):
     associate(client, in_thread)
     leave(a, b, stop=True)
     wait_until(lambda: a.mover.staying() == {"busy": 1})
+
+
+def test_a_bind_stays_until_its_peer_has_come_and_moves_then(start, connect, in_thread):
+    a, b = start(OPEN), start(OPEN)
+    client = connect(a)
+    client.sendall(b"\x05\x01\x00" + bind_request())
+    where = named_address(in_thread(read, client, 12)[2:])
+    leave(a, b, stop=True)
+    wait_until(lambda: a.mover.staying() == {"another greenlet": 1})  # which looks whether it leaves
+    with socket.create_connection(where, SOON) as peer:
+        assert named_address(in_thread(read, client, 10)) == peer.getsockname()
+        wait_until(lambda: b.active_connections and not a.active_connections)
+        in_thread(peer.sendall, b"from the peer")
+        assert in_thread(read, client, 13) == b"from the peer"
+        client.sendall(b"hello")
+        assert in_thread(read, peer, 5) == b"hello"
 
 
 X, Y = ('[[listener]]\nname = "x"\nlisten = "127.0.0.2:1"\n', '[[listener]]\nname = "y"\nlisten = "127.0.0.3:1"\n')
