@@ -183,7 +183,7 @@ SERVER_OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("min_rate", NUMBER, "Bytes per second; a handler that waits for a slower client is ended."),
     ("min_rate_window", float, "Seconds over which --min-rate is measured."),
     ("linger", float, "Seconds to wait for the client to close after we have."),
-    ("shared_limits", str, "URL of a Redis in which several machines count the limits of clients together."),
+    ("shared_limits", str, "URL of a Redis in which several machines count their limits together."),
     (
         "on_store_failure",
         click.Choice(["local", "allow", "refuse"]),

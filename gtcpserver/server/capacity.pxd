@@ -8,7 +8,7 @@ from gtcpserver.server.state cimport ServerState
 cdef class Capacity:
     cdef public Places places
     cdef object _max_connections, _on_full, _pool
-    cdef public object service
+    cdef public object service, fleet
     cdef ServerState _state
     cdef dict _connections
     cdef bint _is_linked

@@ -27,6 +27,7 @@ from .state import State
 if TYPE_CHECKING:
     from gtcpserver.connection.connection import Connection
 
+    from .fleet_room import FleetRoom
     from .options import Options
     from .service_room import ServiceRoom
 
@@ -37,6 +38,7 @@ class Capacity:
     Attributes:
         places: the places of the pool.
         service: the room that all worker processes share; None: this process counts for itself.
+        fleet: the room that several machines share; None: this one counts for itself.
     """
 
     def __init__(self, options: Options, state: ServerState) -> None:
@@ -48,10 +50,13 @@ class Capacity:
         self._connections = state.connections
         self._is_linked = False
         self.service: ServiceRoom | None = None
+        self.fleet: FleetRoom | None = None
 
     def full(self) -> bool:
         """Return whether the accept loops must pause. Called before each accept: 0.2 us."""
         if self.service is not None and not self.service.has_room():
+            return self._on_full != "reject"
+        if self.fleet is not None and not self.fleet.has_room():
             return self._on_full != "reject"
         places = self.places
         if places.taken < places.size and (
@@ -64,10 +69,16 @@ class Capacity:
         """Return whether another connection may be served."""
         if self.service is not None and not self.service.has_room():
             return False
+        if self.fleet is not None and not self.fleet.has_room():
+            return False
         places = self.places
         return places.taken < places.size and (
             self._max_connections is None or len(self._connections) < self._max_connections
         )
+
+    def is_asking(self) -> bool:
+        """Return whether there is room will be known in a moment."""
+        return self.fleet is not None and self.fleet.is_asking
 
     # -- wait for room -----------------------------------------------------------------------------------------------
 
@@ -94,7 +105,7 @@ class Capacity:
                 self._is_linked = True
         elif self.has_room():
             get_hub().loop.run_callback(self.let_in)
-        elif self._on_full == "close_idle":
+        elif self._on_full == "close_idle" and not self.is_asking():
             self._close_an_idle_one()
         # max_connections is reached: the end of a connection makes room.
 
@@ -123,6 +134,8 @@ class Capacity:
         """Use the room of a connection that ended, when ``max_connections`` was reached. Called in its greenlet."""
         if self.service is not None:
             self.service.tell()
+        if self.fleet is not None:
+            self.fleet.freed()
         if self._state.waiting:
             get_hub().loop.run_callback(self.let_in)
         else:
@@ -156,6 +169,14 @@ class Capacity:
                 self._state.note_if_nobody_is_connected()
                 self._resume_accepting()
 
+    def take_out(self, then: Callable[[Connection], Any]) -> list[Connection]:
+        """Take those connections out of the queue that were to be passed to `then`."""
+        waiting = self._state.waiting
+        found = [connection for connection, their in waiting if their == then]
+        for one in [one for one in waiting if one[1] == then]:
+            waiting.remove(one)
+        return found
+
     def look(self) -> None:
         """Let in connections that were missed because memory ran out. Called once a second."""
         places = self.places
@@ -173,4 +194,4 @@ class Capacity:
         self.places = self._pool.places
         self._connections = self._state.connections
         self._is_linked = False
-        self.service = None
+        self.service = self.fleet = None

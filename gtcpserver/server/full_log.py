@@ -39,7 +39,9 @@ class FullLog:
         left_out = self._limiter.allow("full")
         if left_out is None:
             return
-        if self._most is not None and len(self._connections) >= self._most:
+        has_places = self._pool.places.taken < self._pool.places.size
+        # Others, with whom this process shares the limit, may have the rest.
+        if self._most is not None and (has_places or len(self._connections) >= self._most):
             limit, then = f"max_connections ({self._most})", _THEN[self._on_full]
         else:
             # Idle connections hold no place: closing them would make no room.

@@ -52,6 +52,7 @@ from .acceptor import Acceptor
 from .access_log import AccessLog
 from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .capacity import Capacity
+from .fleet_room import FleetRoom
 from .full_log import FullLog
 from .moving import Mover, Moving, make_idle, with_hooks_once
 from .observers import Observer
@@ -124,11 +125,11 @@ class Server:
             no headers.
         client_limits: which clients may connect, how many connections each may have and how fast it may open them
             (:class:`ClientLimits`); None: no limits.
-        shared_limits: URL of a Redis in which several machines count the limits of clients together, and the proxy its
-            own: "redis://host:6379/0", "rediss://..." with TLS, "redis+sentinel://host,host/service"; None: each
-            machine counts alone. Needs the extra ``redis``.
-        on_store_failure: what holds while Redis is away: "local": the limits of this machine; "allow": no limits of
-            connections and rates; "refuse": clients with limits are refused.
+        shared_limits: URL of a Redis in which several machines count ``max_connections`` and the limits of clients
+            together, and the proxy its own: "redis://host:6379/0", "rediss://..." with TLS,
+            "redis+sentinel://host,host/service"; None: each machine counts alone. Needs the extra ``redis``.
+        on_store_failure: what holds while Redis is away: "local": the limits of this machine; "allow": of these only
+            ``max_connections``; "refuse": nobody is admitted whom a limit concerns.
         store_timeout: seconds for an answer of Redis; after that it is away.
         linger: seconds that a peer gets to close its side of a closed connection, so that everything written reaches
             it; 0 closes at once. A stop does not wait for a peer that has acknowledged everything and is silent.
@@ -304,7 +305,8 @@ class Server:
 
     def _want_room(self) -> None:
         # Called in the hub when the server is full and a connection is queued.
-        self._full_log.note()
+        if not self._capacity.is_asking():
+            self._full_log.note()
         self._capacity.want_room()
 
     def note_rejected(self, connection: Connection) -> None:
@@ -637,12 +639,20 @@ class Server:
         settings = self._options.store or getattr(self.handler, "store_settings", None)
         if not isinstance(settings, StoreSettings):
             return
-        if self._options.client_limits is None and not hasattr(self.handler, "share_store"):
+        options = self._options
+        if (
+            options.client_limits is None
+            and options.max_connections is None
+            and not hasattr(self.handler, "share_store")
+        ):
             log.warning("shared_limits: there are no limits that it could share")
             return
         store = self._store = open_store(settings, self._column)
-        if self._options.client_limits is not None:
-            self._options.client_limits.share_store(store, "clients")
+        if options.client_limits is not None:
+            options.client_limits.share_store(store, "clients")
+        if options.max_connections is not None:
+            answered = self._serving.fleet_answered
+            self._capacity.fleet = FleetRoom(store, options.max_connections, self._state, answered)
         self._share_store_with(self.handler)
 
     def _share_store_with(self, handler: Any) -> None:
@@ -656,6 +666,9 @@ class Server:
         :meta private:
         """
         store, self._store = self._store, None
+        fleet, self._capacity.fleet = self._capacity.fleet, None
+        if fleet is not None:
+            fleet.leave()
         if store is not None:
             close_store(store)
 

@@ -100,8 +100,10 @@ class Serving:
             connection.close()  # accepted between the last one and the end of the loop
             return
         if self._rejects and not drained and not self._capacity.has_room() and state.now is State.SERVING:
-            self._reject(connection, address)
-            return
+            if not self._capacity.is_asking():
+                self._reject(connection, address)
+                return
+            drained = True  # until Redis has answered
         state.accepted = number = state.accepted + 1
         if not number % _QUEUE_WAIT_EVERY:
             self._measure_queue_wait(connection)
@@ -173,6 +175,16 @@ class Serving:
             self._server.note_rejected(connection)
         finally:
             end(connection)
+
+    def fleet_answered(self) -> None:
+        """Let in what waits, now that it is known whether other machines have left room. Call in the hub only."""
+        self._capacity.let_in()
+        if self._rejects and self._state.now is State.SERVING and not self._capacity.is_asking():
+            for connection in self._capacity.take_out(self.begin):
+                try:
+                    self._reject(connection, connection.client_address)
+                finally:
+                    self._state.note_unserved()
 
     def _has_accepted(self, most: int) -> bool:
         service = self._capacity.service
@@ -255,7 +267,9 @@ class Serving:
         forget_idle_block(connection)
         connections = self._connections
         was_full = self._max_connections is not None and (
-            self._capacity.service is not None or len(connections) >= self._max_connections
+            self._capacity.service is not None
+            or self._capacity.fleet is not None
+            or len(connections) >= self._max_connections
         )
         try:
             if not stream.closed:
