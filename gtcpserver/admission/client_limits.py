@@ -140,29 +140,32 @@ class ClientLimits:
         Returns:
             The limit that refuses the connection. None: it may stay; call `leave` when it ends.
         """
+        # One function: each call costs 400 instructions.
         if not isinstance(address, tuple):
             return None
-        refusal = self._refusal(address[0])
-        if refusal is not None:
-            self.refused[refusal] += 1
-        return refusal
-
-    def _refusal(self, host: str) -> Refusal | None:
+        host = address[0]
         if self._names_clients and self._denies(as_ip(host)):
-            return "client_denied"
+            return self._refuse("client_denied")
         key = key_of_host(host)
         if self._store is not None and self._store.allows_all:
             self._count(key)
             return None
         if self._shared is not None:
-            return self._shared.enter(self._name + key)
-        if self._connections is not None and self._open.get(key, 0) >= self._connections:
-            return "client_connections"
+            refusal = self._shared.enter(self._name + key)
+            return None if refusal is None else self._refuse(refusal)
+        most = self._connections
+        number = self._open.get(key, 0) if most is not None else 0
+        if most is not None and number >= most:
+            return self._refuse("client_connections")
         if self._rate is not None and not self._take_token(key, self._rate):
-            return "client_rate"
-        if self._connections is not None:
-            self._open[key] = self._open.get(key, 0) + 1
+            return self._refuse("client_rate")
+        if most is not None:
+            self._open[key] = number + 1
         return None
+
+    def _refuse(self, refusal: Refusal) -> Refusal:
+        self.refused[refusal] += 1
+        return refusal
 
     def _count(self, key: ClientKey) -> None:
         if self._shared is not None:
