@@ -18,10 +18,14 @@ project = "gtcpserver"
 version = release = gtcpserver.__version__
 copyright = "the authors of gtcpserver, MIT licence"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 smartquotes = False  # b"" is code
 highlight_language = "none"  # a block says its language
+
+# Of a console block only the commands are copied.
+copybutton_prompt_text = "$ "
+copybutton_line_continuation_character = "\\"
 
 myst_heading_anchors = 3
 myst_url_schemes = ("http", "https", "mailto")
