@@ -54,8 +54,8 @@ nitpick_ignore_regex = [
     ("py:class", r"gtcpserver\.store\.store\.\w+"),
     ("py:class", r"gtcpserver\.tls\.acme\.settings\.\w+"),
     ("py:class", r"gtcpserver\.supervisor\.(fleet|lending|system)\.\w+"),
-    ("py:class", r"gtcpserver\.proxy\.(departures|gate|limits|record|resolve|rules|succession|target)\.\w+"),
-    ("py:class", r"gtcpserver\.proxy\.(this_host|upstream_group)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(buckets|departures|gate|limits|record|resolve|rules|succession|target)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(this_host|udp|upstream_group)\.\w+"),
 ]
 
 # Overloads are for type checkers. The signature beside them has all options by name, with their defaults.
