@@ -14,7 +14,7 @@ from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
 
-from .commands import EPILOG, RunError
+from .commands import EPILOG, RunError, complain
 from .options import flag, handover_options, server_options_but_bind, supervisor_options, was_given
 from .secret_files import STANDARD_INPUT, read_url, read_users
 from .serve import process_options, serve_with
@@ -22,9 +22,10 @@ from .settings import SettingsGroup, obey_environment, warn_at_start
 
 try:
     from gtcpserver.proxy.build import check_closed, make_advertise, make_external, make_ports
-    from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, read_config
+    from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, parse_config, read_config
     from gtcpserver.proxy.config_text import config_text
     from gtcpserver.proxy.handler import Speaks
+    from gtcpserver.proxy.import_files import PROGRAMS, Program, import_file, program_of
     from gtcpserver.proxy.passwords import hash_password, read_htpasswd
     from gtcpserver.proxy.rules import COMMANDS, parse_client_rule, parse_destination_rule
     from gtcpserver.proxy.settings import (
@@ -45,6 +46,10 @@ USERS = "users"
 
 #: The upstream of --upstream.
 UPSTREAM = "upstream"
+
+#: Exit status of an import that cannot express all restrictions, or allows less. 1 and 2 are failures.
+EXIT_DIFFERS = 3
+
 NOT_BESIDE_CONFIG = (
     *("mixed", "socks", "http", "users", "user_file", "htpasswd", "allow_client", "allow_destination"),
     *("deny_destination", "allow_command", "upstream", "upstream_file", "external"),
@@ -332,6 +337,29 @@ def check(file: str) -> None:
     made = make_proxy(read_config(file))
     made.handler.server_stopped()
     click.echo(f"{file} is good: it listens on {', '.join(map(str, made.addresses))}")
+
+
+@proxy.command("import")
+@click.argument("file", metavar="FILE")
+@click.option("--from", "program", type=click.Choice(PROGRAMS), help="Whose file it is.  [default: by its name]")
+@click.pass_context
+def import_command(context: click.Context, /, file: str, program: Program | None) -> None:
+    """Print the configuration of danted, 3proxy, squid or tinyproxy as one of ours.
+
+    Exit status 3: there are differences in who may do what. They are printed to standard error, and are comments in the
+    configuration.
+    """
+    program = program or program_of(file)
+    if program is None:
+        raise click.UsageError(f"--from: must be one of {', '.join(PROGRAMS)}: the name of the file does not say")
+    draft = import_file(file, program)
+    text = draft.text(file)
+    make_proxy(parse_config(text, f"what {file} becomes")).handler.server_stopped()
+    click.echo(text, nl=False)
+    for difference in draft.differs:
+        complain(difference)
+    if draft.differs:
+        context.exit(EXIT_DIFFERS)
 
 
 @proxy.command("hash-password")

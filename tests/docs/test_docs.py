@@ -45,7 +45,7 @@ BIN = Path(sys.executable).parent
 #: Pages that are typed from an empty folder, on a machine with nothing of the tests: see kit/doc_fresh.py.
 TYPED = ("docs/learn/get-started.md", "docs/learn/tutorial.md")
 
-SERVES = re.compile(r"gtcpserver (serve|echo|files|forward|proxy)\b(?! (check|hash-password))|.*&$", re.DOTALL)
+SERVES = re.compile(r"gtcpserver (serve|echo|files|forward|proxy)\b(?! (check|hash-password|import))|.*&$", re.DOTALL)
 SERVES_IN_PYTHON = re.compile(r"^[^#\n]*\b(serve_forever\(|run\(\s*[\w\"])", re.MULTILINE)
 
 RUN = ("console", "python")
