@@ -14,7 +14,7 @@ from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
 
-from .commands import EPILOG, RunError, complain
+from .commands import EPILOG, RunError, complain, name_of
 from .options import flag, handover_options, server_options_but_bind, supervisor_options, was_given
 from .secret_files import STANDARD_INPUT, read_url, read_users
 from .serve import process_options, serve_with
@@ -142,7 +142,7 @@ def proxy(context: click.Context, /, config: str | None, print_config: bool, **o
         raise click.UsageError("--print-config: cannot be used together with --config")
     options = _with_secrets(options)
     if print_config:
-        _print_config(options)
+        _print_config(options, _of_the_server(context))
         return
     if was_given(context, "users") or (was_given(context, "upstream") and _has_password(options["upstream"])):
         warn_at_start(
@@ -203,11 +203,20 @@ def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
     return read_config(path) if path is not None else _from_options(options)
 
 
-def _print_config(options: dict[str, Any]) -> None:
+def _of_the_server(context: click.Context) -> list[str]:
+    """Return the options that were given and are not in a file: those of every server."""
+    ours = (*NOT_BESIDE_CONFIG, "redact", "allow_open", "access_log_style", "config", "print_config")
+    given = [one for one in context.command.params if one.name not in ours and was_given(context, one.name or "")]
+    return sorted(name_of(one) for one in given)
+
+
+def _print_config(options: dict[str, Any], stay: list[str]) -> None:
     config = _from_options(options)
     make_proxy(config).handler.server_stopped()  # reports mistakes
     if _has_password(options["upstream"]):
         click.echo("# It contains a password: keep the file from others (mode 600).\n")
+    if stay:
+        click.echo(f"# These options stay on the command line, beside --config: {', '.join(stay)}\n")
     click.echo(config_text(config), nl=False)
 
 

@@ -6,12 +6,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtcpserver.cli.proxy import _from_options, _with_secrets, proxy
+from gtcpserver.cli.proxy import NOT_BESIDE_CONFIG, _from_options, _with_secrets, proxy
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.toml_file import parse_text
 from gtcpserver.proxy.config import parse_config
 from gtcpserver.proxy.config_text import config_text
 from gtcpserver.proxy.settings import ProxyConfig
+from kit.proxying import QUICK
 
 
 def printed(*arguments):
@@ -56,6 +57,62 @@ def test_without_options_it_is_the_beginning_of_a_file():
         '[[listener]]\nname = "default"\nlisten = "127.0.0.1:1080"\nspeaks = "mixed"\n\n'
         '[rules]\nclients = ["allow 127.0.0.0/8", "allow ::1"]\ndestinations = ["allow any"]\n',
     )
+
+
+#: For each option of the proxy's own: arguments in which it matters.
+OWN = {
+    "mixed": ["--mixed", "127.0.0.1:1"],
+    "socks": ["--socks", "127.0.0.1:1"],
+    "http": ["--http", "127.0.0.1:1"],
+    "users": ["--user", "ada:secret"],
+    "user_file": ["--user-file", "users"],
+    "htpasswd": ["--htpasswd", "htpasswd"],
+    "allow_client": ["--allow-client", "10.0.0.0/8"],
+    "allow_destination": ["--allow-destination", "192.0.2.0/24"],
+    "deny_destination": ["--deny-destination", ".example.com"],
+    "allow_command": ["--allow-command", "udp"],
+    "allow_open": ["--allow-open"],
+    "upstream": ["--upstream", "socks5://192.0.2.1:1080"],
+    "upstream_file": ["--upstream-file", "upstream"],
+    "external": ["--external", "192.0.2.1"],
+    "udp_advertise": ["--udp-advertise", "192.0.2.1"],
+    "udp_ports": ["--udp-ports", "40000-40100"],
+    "udp_full_cone": ["--udp-full-cone"],
+    "redact": ["--redact"],
+    "access_log_style": ["--access-log", "json"],
+}
+
+#: Some of every server's, as on a command line.
+SERVERS = {"pool": ["--pool", "33"], "workers": ["--workers", "2"], "metrics": ["--metrics", "9100"]}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_option_is_in_the_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, text in {"users": "eve:pw\n", "htpasswd": f"ada:{QUICK}\n", "upstream": "http://192.0.2.1:80\n"}.items():
+        (tmp_path / file).write_text(text)
+        (tmp_path / file).chmod(0o600)
+    status, text = printed(*OWN[name])
+    assert status == 0, text
+    assert "stay on the command line" not in text
+    meant = _from_options(_with_secrets(proxy.make_context("proxy", OWN[name]).params))
+    meant.rules.clients, meant.rules.destinations = list(meant.rules.client_rules), list(meant.rules.destination_rules)
+    assert same(parse_config(text), meant)
+    assert text != printed()[1]
+
+
+def test_each_option_is_either_in_the_file_or_named():
+    names = {one.name for one in proxy.params} - {"config", "print_config"}
+    of_the_server = names - set(OWN)
+    assert set(OWN) <= names
+    assert of_the_server.isdisjoint(NOT_BESIDE_CONFIG)
+    assert {"pool", "workers", "metrics", "user"} <= of_the_server
+    status, text = printed("--redact", *(word for words in SERVERS.values() for word in words))
+    assert status == 0, text
+    assert text.startswith(
+        "# These options stay on the command line, beside --config: --metrics, --pool, --workers\n\n"
+    )
+    parse_config(text)
 
 
 def test_a_password_is_pointed_out():
