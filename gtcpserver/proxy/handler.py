@@ -282,7 +282,8 @@ class ProxyHandler:
 
     def _http(self, conn: Connection, visitor: Visitor, until: float | None) -> Callable[[], None]:
         visitor.record.protocol = "http"
-        return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded, until, self._pac).serve
+        both = self._speaks == "mixed"
+        return HttpSession(conn, visitor, self._pseudonym, self._write, self._forwarded, until, self._pac, both).serve
 
     def _first_bytes(self, conn: Connection) -> tuple[Protocol, bytes]:
         data = b""

@@ -39,6 +39,7 @@ class HttpSession:
         write: called with the record of each request, when it is done.
         forwarded: how origins are told for whom a request is made.
         pac: destinations that clients reach without this proxy, for the script that tells them so; None: no script.
+        speaks_socks: whether clients may speak SOCKS at the same address.
         first_until: monotonic time by which the head of the first request must arrive; None: the usual timeout.
     """
 
@@ -51,6 +52,7 @@ class HttpSession:
         forwarded: Forwarded = REMOVED,
         first_until: float | None = None,
         pac: Sequence[str] | None = None,
+        speaks_socks: bool = False,
     ) -> None:
         self._conn = conn
         self._visitor = visitor
@@ -58,6 +60,7 @@ class HttpSession:
         self._write = write
         self._first_until = first_until
         self._pac = pac
+        self._speaks_socks = speaks_socks
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
 
     def serve(self) -> None:
@@ -217,10 +220,22 @@ class HttpSession:
             if own is None:
                 raise HttpError(400, "The field Host must name this proxy.") from None
             where = Target(str(own[0]), own[1], own[0])
-        script = pac_script(f"{'PROXY' if self._conn.tls is None else 'HTTPS'} {where}", direct)
+        script = pac_script(f"{self._way()} {where}", direct)
         self._visitor.record.result = "ok"
         headers = [(b"Content-Type", PAC_TYPE), (b"Cache-Control", b"max-age=3600")]
         return send_own_answer(self._conn, head, body, 200, script, headers)
+
+    def _way(self) -> str:
+        """Return how a browser is to speak to this listener: in SOCKS where requests for "http://" are refused.
+
+        Browsers have no passwords for SOCKS, and no TLS.
+        """
+        if self._conn.tls is not None:
+            return "HTTPS"
+        visitor = self._visitor
+        if self._speaks_socks and not visitor.needs_password and "forward" not in visitor.gate.commands:
+            return "SOCKS5"
+        return "PROXY"
 
     def _check_client(self, head: Head) -> None:
         visitor = self._visitor

@@ -83,6 +83,27 @@ def test_clients_get_it_with_the_address_at_which_they_asked(start, client, line
     assert visitor.answer()[0] == 405
 
 
+@pytest.mark.parametrize(
+    ("speaks", "commands", "auth", "way"),
+    [
+        ("mixed", ["connect"], "", "SOCKS5"),
+        ("mixed", ["connect", "forward"], "", "PROXY"),
+        ("http", ["connect"], "", "PROXY"),
+        # Browsers send no passwords by SOCKS.
+        ("mixed", ["connect"], " with auth users", "PROXY"),
+    ],
+)
+def test_without_forwarding_browsers_speak_socks(serve, client, speaks, commands, auth, way):
+    gate = Gate(
+        client_rules=[parse_client_rule(f"allow from any to any{auth}")],
+        authenticators={"users": OnePassword()},
+        commands=commands,
+    )
+    visitor = client(serve(ProxyHandler(gate, speaks, pac=[])))
+    visitor.send("GET /proxy.pac HTTP/1.1\r\nHost: p.test:1080\r\n\r\n")
+    assert f'return "{way} p.test:1080";'.encode() in visitor.answer()[2]
+
+
 def test_a_password_is_not_needed_but_admission_is(serve, client):
     rule = parse_client_rule("allow from any to any with auth users")
     gate = Gate(client_rules=[rule], authenticators={"users": OnePassword()})
