@@ -184,6 +184,42 @@ def members_in(gauges: dict[str, int]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+@ctl.command()
+@click.option(
+    "--config",
+    envvar="GTCPSERVER_CONFIG",
+    metavar="FILE",
+    required=True,
+    help="The proxy's configuration file, which names the file with the quotas.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def users(config: str, as_json: bool) -> None:
+    """Print one line per user of a proxy with quotas: bytes used, the limit, and when it is used anew.
+
+    The proxy need not run. What its workers have moved in the last two seconds is not in the file yet.
+    """
+    try:
+        from gtcpserver.proxy.config import read_config
+        from gtcpserver.proxy.quota_report import quota_report
+    except ModuleNotFoundError as missing:
+        raise RunError(f"the proxy needs {missing.name}: pip install 'gtcpserver[proxy]'") from None
+    rows = quota_report(read_config(config), time.time())
+    if as_json:
+        click.echo(to_json(rows))
+        return
+    table = [["user", "used", "limit", "resets"]] + [
+        [printable(row["user"]), str(row["used"]), "-" if row["limit"] is None else str(row["limit"]), row["resets"]]
+        for row in rows
+    ]
+    _echo_table(table)
+
+
+def _echo_table(table: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 def selection_options(command: Any) -> Any:
     for option in (
         click.option("--destination", metavar="D", help="Connections to this destination: HOST, HOST:PORT or .DOMAIN."),
@@ -214,9 +250,7 @@ def connections(where: Where, /, as_json: bool, rate: bool, **selection: Any) ->
         return
     columns = ["id", "client", "user", "listener", "destination", "upstream", "age", "received", "sent"]
     table = [columns + (["rate"] if rate else [])] + [cells_of(row, rate) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    _echo_table(table)
     if answer["found"] > len(rows):
         click.echo(f"the first {len(rows)} of {answer['found']}")
     if answer["missing"]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Network, ip_address
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from gtcpserver.address import Address, parse_address
 from gtcpserver.checks import check_number
@@ -48,6 +48,9 @@ from .upstream import UnixPath, Upstream
 from .upstream_group import HealthCheck, Kind, UpstreamGroup
 from .upstream_rules import DIRECT, UpstreamRule, parse_upstream_rule
 from .upstream_url import make_tls_context, parse_upstream
+
+if TYPE_CHECKING:
+    from .quota import Quota
 
 
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
@@ -248,6 +251,22 @@ def make_store_settings(config: ProxyConfig) -> StoreSettings | None:
     return StoreSettings(url=config.shared_limits, on_failure=config.on_store_failure, timeout=config.store_timeout)
 
 
+def make_quota(config: ProxyConfig) -> Quota | None:
+    table = config.quota
+    if table.file is None:
+        if table.bytes is not None or table.users:
+            raise ConfigError('quota.file must name a file to count in, such as "/var/lib/gtcpserver/quota"')
+        return None
+    if not config.auth:
+        raise ConfigError("quota is about users, and there is no [auth.NAME]")
+    try:
+        from .quota import Quota
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"quota needs {missing.name}, which this build of Python does not have") from None
+    users = {name: None if most == "none" else most for name, most in table.users.items()}
+    return Quota(table.file, most=table.bytes, users=users, period=table.period)
+
+
 def make_limits(config: ProxyConfig) -> Limits:
     return Limits(**{name: getattr(config.limits, name) for name in LimitsTable.__struct_fields__})
 
@@ -443,6 +462,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     nat64, this_host = make_nat64(config), ThisHost()
     keeper, departures = LimitKeeper(make_limits(config)), Departures()
     tenure, udp = Tenure(config.reload.end_forbidden), make_udp(config.udp)
+    quota = make_quota(config)
     addresses, handlers = [], {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
@@ -466,6 +486,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             fast_open=config.fast_open,
             show_bound_address=config.show_bound_address,
             udp=udp,
+            quota=quota,
         )
         addresses.append(address)
         handlers[_place(address)] = ProxyHandler(

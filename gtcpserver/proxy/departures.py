@@ -98,6 +98,13 @@ class Presence:
         self._departures.awaited.pop(self, None)
         self.greenlet = None
 
+    def dismiss(self, why: Cut) -> bool:
+        """Raise `why` in the block, if one is open; return whether. Call in the hub only."""
+        if self._departures.awaited.pop(self, self) is self:
+            return False
+        self.greenlet.throw(why)
+        return True
+
 
 class Departures:
     """The clients for whom the proxy waits, and idle connections to origins.

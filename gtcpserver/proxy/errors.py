@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from gtcpserver.errors import ConfigError, GtcpServerError
@@ -43,6 +44,20 @@ class Cut(BaseException):
 
 class LimitReached(OSError):
     """The client, or its user, has too many connections or too many connection attempts in progress."""
+
+
+class QuotaUsedUp(LimitReached):
+    """The user has moved as many bytes as it may in this day or month.
+
+    Attributes:
+        why: the quota, for the log.
+        until: when that ends.
+    """
+
+    def __init__(self, why: str, until: datetime) -> None:
+        super().__init__(errno.EDQUOT, why)
+        self.why = why
+        self.until = until
 
 
 class BadTarget(GtcpServerError):

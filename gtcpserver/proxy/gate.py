@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import gevent
 
@@ -30,6 +30,9 @@ from .udp import Udp
 from .upstream import Place, UnixPath, Upstream
 from .upstream_group import HealthCheck, UpstreamGroup
 from .upstream_rules import UpstreamRule
+
+if TYPE_CHECKING:
+    from .quota import Quota  # needs sqlite3, which some builds of Python do not have
 
 
 class Authenticator(Protocol):
@@ -119,6 +122,7 @@ class Gate:
             tcp(7)). Not used for tunnels: what a client is told about them must be known first.
         show_bound_address: tell SOCKS clients which address the proxy connects from.
         udp: how UDP associations are offered.
+        quota: counts the bytes of users; None: nothing does.
 
     Example::
 
@@ -151,6 +155,7 @@ class Gate:
     fast_open: bool = False
     show_bound_address: bool = True
     udp: Udp = field(default_factory=Udp)
+    quota: Quota | None = None
     # Cached decisions: rules do not change, and a lookup takes a tenth of the time.
     _clients: dict[str, tuple[IPAddress, str, Decision]] = field(default_factory=dict, init=False, repr=False)
     known_destinations: dict[Any, Decision] = field(default_factory=dict, init=False, repr=False)

@@ -236,6 +236,8 @@ class ProxyHandler:
                 close()
         for group in self.gate.groups:
             group.close()
+        if self.gate.quota is not None:
+            self.gate.quota.close()
         self.gate.resolver.close()
         self.gate.this_host.close()
 

@@ -347,6 +347,7 @@ def open_connection(visitor: Visitor, target: Target, for_request: bool = False)
             "upstream_failed": (502, "The next proxy on the way does not lead there."),
             "no_port": (503, "This proxy has no free port for the destination."),
             "loop": (508, "The request has come back to this proxy."),
+            "quota": (429, "Your quota of bytes is used up."),
             "limit": (429, "You have too many connections through this proxy."),
         }.get(result_of(error), (502, "The connection to the destination failed."))
         raise HttpError(status, message, keep=True) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from time import monotonic
+from time import monotonic, time
 
 from greenlet import GreenletExit
 
@@ -13,7 +13,7 @@ from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head,
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
 from .departures import PROCESSING
-from .errors import BadTarget, Cut
+from .errors import BadTarget, Cut, QuotaUsedUp
 from .http_body import OriginFailed, RequestBody, send_own_answer
 from .http_fields import CHALLENGE, REMOVED, Forwarded, basic_credentials, check_loop, hops_in
 from .http_forward import Forwarder
@@ -169,7 +169,8 @@ class HttpSession:
             self._check_client(head)
             self._check_command(head)
             self._check_size(head)
-            body.pace = self._visitor.pace  # known once the user is
+            self._check_quota()
+            body.pace = self._visitor.toll  # known once the user is
             check_loop(head, self._pseudonym)
             if head.method == b"CONNECT":
                 self._connect(head)
@@ -251,6 +252,15 @@ class HttpSession:
             if visitor.record.result == "failed":
                 visitor.record.result = "authentication_failed"
             raise HttpError(407, "This proxy needs your name and password.", [CHALLENGE], keep=True)
+
+    def _check_quota(self) -> None:
+        try:
+            self._visitor.check_quota()
+        except QuotaUsedUp as error:
+            self._visitor.record.result, self._visitor.record.detail = "quota", error.why
+            seconds = max(1, round(error.until.timestamp() - time()))
+            text = f"Your quota of bytes is used up until {error.until:%Y-%m-%d %H:%M} UTC."
+            raise HttpError(429, text, [(b"Retry-After", b"%d" % seconds)]) from None
 
     def _check_command(self, head: Head) -> None:
         # 405 has the field Allow (RFC 9110 section 15.5.6).

@@ -178,8 +178,14 @@ class Identity:
             self._pace = (user, self.gate.limits.pace(user, self._bucket))
         return self._pace[1]
 
+    def check_quota(self) -> None:
+        """Raise QuotaUsedUp if its user may move no more bytes."""
+        if self.gate.quota is not None and self.record.user is not None:
+            self.gate.quota.check(self.record.user)
+
     def check_limits(self) -> None:
         """Count it for its user. Raise LimitReached."""
+        self.check_quota()
         user = self.record.user
         if user is not None and user not in self.entered_users:
             exceeded = self.limits.enter_user(user)

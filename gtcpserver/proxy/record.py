@@ -26,6 +26,7 @@ Result = Literal[
     "bad_request",  # the client violated the protocol, or left during it
     "negotiation_timeout",
     "limit",  # too many connections
+    "quota",  # its user has moved as many bytes as it may
     "loop",  # it has come back to this proxy, or through too many
     "upstream_failed",  # the other proxy refused the request, or its response was not understood
     "unresolved",

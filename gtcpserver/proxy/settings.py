@@ -155,6 +155,22 @@ class LimitsTable(_Table):
     request_body: int | None = None
 
 
+class QuotaTable(_Table):
+    """See `quota.Quota`.
+
+    Attributes:
+        bytes: of each user in a period.
+        users: the same of some users; "none": no limit.
+        period: a day or month of UTC.
+        file: where to count.
+    """
+
+    bytes: int | None = None
+    users: dict[str, int | Literal["none"]] = {}
+    period: Literal["day", "month"] = "month"
+    file: str | None = None
+
+
 class TimeoutsTable(_Table):
     """See `gate.Timeouts`."""
 
@@ -248,6 +264,7 @@ class ProxyConfig(_Table):
     auth: dict[str, AuthTable] = {}
     upstream: dict[str, UpstreamTable] = {}
     limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
+    quota: QuotaTable = msgspec.field(default_factory=QuotaTable)
     timeouts: TimeoutsTable = msgspec.field(default_factory=TimeoutsTable)
     resolver: ResolverTable = msgspec.field(default_factory=ResolverTable)
     udp: UdpTable = msgspec.field(default_factory=UdpTable)

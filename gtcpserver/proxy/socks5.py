@@ -278,6 +278,7 @@ _REPLY_OF_ERRNO = {
     TTL_EXPIRED: Reply.TTL_EXPIRED,
     errno.EACCES: Reply.NOT_ALLOWED,  # a local firewall
     errno.EPERM: Reply.NOT_ALLOWED,
+    errno.EDQUOT: Reply.NOT_ALLOWED,  # a user's quota of bytes
 }
 
 

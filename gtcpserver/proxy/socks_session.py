@@ -243,6 +243,7 @@ def _relay(conn: Connection, upstream: Connection, visitor: Visitor) -> None:
             idle_timeout=timeouts.idle,
             half_closed_timeout=timeouts.half_closed,
             lifetime=timeouts.lifetime,
+            on_bytes=(lambda direction, size: visitor.charge(size)) if visitor.has_quota else None,
             pace=None if pace is None else lambda direction, size: pace(size),
             handover=True,
         )

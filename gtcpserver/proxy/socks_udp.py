@@ -103,7 +103,7 @@ class _Association:
     def __init__(self, visitor: Visitor, local: IPAddress, said: Target) -> None:
         self._visitor = visitor
         self._udp = visitor.gate.udp
-        self._pace = visitor.pace
+        self._pace = visitor.toll
         self._client: Any = None  # (host, port, ...) of the client's datagrams, once known
         self._said_port = said.port
         self._knows_its_port = said.port != 0 and said.ip == visitor.client

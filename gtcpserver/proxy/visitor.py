@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 
 import gevent
+from gevent.hub import get_hub
 
 from gtcpserver.admission.proxy_header import network_address
 from gtcpserver.connection.connection import Connection
 
 from .dial import dial, dial_unix
-from .errors import TTL_EXPIRED, Denied, LimitReached, UpstreamError, UpstreamUnreachable
+from .errors import TTL_EXPIRED, Cut, Denied, LimitReached, QuotaUsedUp, UpstreamError, UpstreamUnreachable
 from .gate import Gate, not_connected
 from .permission import Permission
 from .record import AccessRecord, Result
 from .resolve import Found, ResolveTimeout
 from .source import is_better_source
+from .succession import end_tunnel
 from .target import IPAddress, Target
 from .upstream import MOST_HOPS, SUSPICIOUS, Dial, Place, UnixPath, Upstream
 from .upstream_group import UpstreamGroup
+
+#: Seconds of rest, in which the end of a transfer comes whose quota is used up.
+LAST_REST = 0.01
 
 
 def admit(gate: Gate, conn: Connection) -> Visitor:
@@ -221,6 +226,39 @@ class Visitor(Permission):
                 return connection
         raise AssertionError("a target is left")  # pragma: no cover
 
+    # -- bytes of its user -------------------------------------------------------------------------------------------
+
+    @property
+    def has_quota(self) -> bool:
+        """Return whether its bytes are counted."""
+        return self.gate.quota is not None and self.record.user is not None
+
+    def charge(self, size: int) -> bool:
+        """Count bytes that it has moved; if its user's quota is used up, end what it does and return True."""
+        quota, user = self.gate.quota, self.record.user
+        if quota is None or user is None or not quota.charge(user, size):
+            return False
+        get_hub().loop.run_callback(self._end, Cut("quota", quota.used_up(user).why))
+        return True
+
+    def _end(self, why: Cut) -> None:
+        # In the hub. A request waits in its presence, a tunnel or UDP association for its end.
+        if self._presence is None or not self._presence.dismiss(why):
+            end_tunnel(self, why)
+
+    @property
+    def toll(self) -> Callable[[int], float] | None:
+        """Return the function that counts and rate-limits its transfers; None: nothing does."""
+        pace = self.pace
+        if not self.has_quota:
+            return pace
+
+        def pay(size: int) -> float:
+            seconds = 0.0 if pace is None else pace(size)
+            return max(seconds, LAST_REST) if size and self.charge(size) else seconds
+
+        return pay
+
     # -- source addresses --------------------------------------------------------------------------------------------
 
     def in_reach(self, addresses: Sequence[IPAddress]) -> Sequence[IPAddress]:
@@ -250,7 +288,7 @@ class Visitor(Permission):
 def result_of(error: OSError) -> Result:
     """Return what the record calls a failure to connect."""
     if isinstance(error, LimitReached):
-        return "limit"
+        return "quota" if isinstance(error, QuotaUsedUp) else "limit"
     if isinstance(error, socket.gaierror):
         return "unresolved"
     if isinstance(error, ResolveTimeout):

@@ -355,6 +355,16 @@ def test_associations(proxy, connect, in_thread, lines, which):
     assert (lines()[0]["result"], lines()[0]["detail"]) == ("limit", which)
 
 
+@about("quota.bytes", "quota.users", "quota.period", "quota.file")
+def test_quotas(proxy, connect, in_thread, origin, lines, tmp_path):
+    text = f'[auth.staff]\nusers = {{ ada = "{QUICK}", bob = "{QUICK}" }}\n'
+    text += f'[quota]\nbytes = 0\nusers = {{ bob = 1000 }}\nperiod = "day"\nfile = "{tmp_path}/quota"'
+    server = proxy(text, rules=WITH_AUTH)
+    assert in_thread(reply, connect(server), socks(origin.port, user=b"ada")) == 2
+    assert in_thread(reply, connect(server), socks(origin.port, user=b"bob")) == 0
+    assert (lines()[0]["result"], lines()[0]["detail"].split(", ")[0]) == ("quota", "0 bytes a day")
+
+
 @about("udp.advertise", "udp.ports", "udp.full_cone")
 def test_what_udp_clients_are_told(proxy, connect, in_thread):
     server = proxy('[udp]\nadvertise = "192.0.2.7"\nports = "20000-29999"\nfull_cone = true')
