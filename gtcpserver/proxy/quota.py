@@ -67,6 +67,13 @@ class Quota:
 
     Raises:
         ConfigError: an argument is invalid, or there is no folder for the file.
+
+    Example::
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.quota import Quota
+
+        gate = Gate(quota=Quota("quota", most=10**9, users={"backup": None}, period="day"))
     """
 
     def __init__(

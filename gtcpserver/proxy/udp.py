@@ -42,6 +42,15 @@ class Udp:
             destinations, too. None: the system's choice (net.ipv4.ip_local_port_range).
         full_cone: pass on datagrams from all addresses that the client may reach, not only from those that it has sent
             to (endpoint-independent filtering, RFC 4787 section 5).
+
+    Example::
+
+        from ipaddress import ip_address
+
+        from gtcpserver.proxy.gate import Gate
+        from gtcpserver.proxy.udp import Udp
+
+        gate = Gate(udp=Udp(advertise=[ip_address("203.0.113.7")], ports=range(50000, 51000)))
     """
 
     advertise: Sequence[IPAddress] = ()
