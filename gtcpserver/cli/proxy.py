@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from gtcpserver.address import parse_address
 from gtcpserver.errors import ConfigError
+from gtcpserver.listening.config import ListenConfig
 from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
@@ -52,9 +54,11 @@ EXIT_DIFFERS = 3
 
 NOT_BESIDE_CONFIG = (
     *("mixed", "socks", "http", "users", "user_file", "htpasswd", "allow_client", "allow_destination"),
-    *("deny_destination", "allow_command", "upstream", "upstream_file", "external"),
+    *("deny_destination", "allow_command", "upstream", "upstream_file", "external", "intercept"),
     *("udp_advertise", "udp_ports", "udp_full_cone"),
 )
+#: Names of the options for what a listener speaks, where they differ: --transparent is one of all servers.
+OPTION_OF = {"transparent": "intercept"}
 FLAGS = {"users": "--user", "access_log_style": "--access-log"}
 
 
@@ -79,6 +83,12 @@ def with_worker_user(command: Any) -> Any:
 @click.option("--mixed", metavar="ADDRESS", multiple=True, help="Listen for SOCKS and HTTP. [default: 127.0.0.1:1080]")
 @click.option("--socks", metavar="ADDRESS", multiple=True, help="Listen for SOCKS4, 4a and 5.")
 @click.option("--http", metavar="ADDRESS", multiple=True, help="Listen for HTTP.")
+@click.option(
+    "--intercept",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Listen for connections that the firewall redirects: by REDIRECT; with --transparent also by TPROXY.",
+)
 @click.option(
     "--user", "users", metavar="NAME:PASSWORD", multiple=True, help="Only admit these users; may be repeated."
 )
@@ -155,6 +165,8 @@ def proxy(context: click.Context, /, config: str | None, print_config: bool, **o
         # This replaces our defaults, and who can reach those listeners is unknown.
         check_closed(_config(config, options), elsewhere=True)
     context.params["bind"] = tuple(made.addresses)
+    if made.needs_transparent:
+        _listen_for_tproxy(context)
 
     def load() -> Any:
         # Called once up front, to report mistakes before anything is started; then in each worker, so that a reload
@@ -181,6 +193,20 @@ obey_environment(
     proxy,
     but=("config", "print_config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
 )
+
+
+def _listen_for_tproxy(context: click.Context) -> None:
+    """Set --transparent, for tproxy = true. Raise ConfigError: it is not permitted."""
+    try:
+        ListenConfig(transparent=True)
+    except ConfigError:
+        if not was_given(context, "transparent"):
+            raise ConfigError(
+                "tproxy = true: the system refuses IP_TRANSPARENT; expected Linux, and the privilege CAP_NET_ADMIN "
+                "(start as root; workers can have --worker-user)"
+            ) from None
+    context.params["transparent"] = True
+    context.set_parameter_source("transparent", ParameterSource.COMMANDLINE)
 
 
 def _listed(proxy: Proxy) -> str:
@@ -224,10 +250,10 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
     places: list[tuple[str, Speaks, str]] = [
         (f"{speaks}-{number}" if number else speaks, speaks, address)
         for speaks in get_args(Speaks)
-        for number, address in enumerate(options[speaks])
+        for number, address in enumerate(options[OPTION_OF.get(speaks, speaks)])
     ]
     for _, speaks, address in places:
-        _checked(flag(speaks), parse_address, address)
+        _checked(flag(OPTION_OF.get(speaks, speaks)), parse_address, address)
     external = "auto" if options["external"] is None else options["external"]
     _checked("--external", make_external, ListenerTable(external=external))
     if options["udp_advertise"]:
@@ -241,6 +267,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
             speaks=speaks,
             commands=list(options["allow_command"] or COMMANDS),
             external=external,
+            tproxy=speaks == "transparent" and bool(options["transparent"]),
         )
         for name, speaks, address in places or [("default", "mixed", DEFAULT_LISTEN)]
     ]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from ipaddress import IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any, get_args
 
+import msgspec
+
 from gtcpserver.address import Address, parse_address
 from gtcpserver.checks import check_number
 from gtcpserver.errors import ConfigError
@@ -30,6 +32,8 @@ from .errors import BadTarget
 from .gate import Authenticator, External, Gate, Timeouts
 from .handler import ProxyHandler, Speaks
 from .limits import LimitKeeper, Limits
+from .loops import Loops
+from .moving import was_intercepted
 from .resolve import Resolver
 from .rules import COMMANDS, ClientRule, Command, DestinationRule, parse_client_rule, parse_destination_rule
 from .settings import (
@@ -44,6 +48,7 @@ from .succession import Tenure
 from .target import IPAddress, parse_authority, parse_nat64, unmapped
 from .this_host import ThisHost
 from .udp import Udp
+from .transparent import Interception
 from .upstream import UnixPath, Upstream
 from .upstream_group import HealthCheck, Kind, UpstreamGroup
 from .upstream_rules import DIRECT, UpstreamRule, parse_upstream_rule
@@ -55,6 +60,10 @@ if TYPE_CHECKING:
 
 def make_external(listener: ListenerTable) -> External | list[IPAddress]:
     given = listener.external
+    if listener.speaks == "transparent" and given in ("auto", "same"):
+        if given == "same":
+            raise ConfigError('external cannot be "same" for speaks = "transparent": the address is the destination\'s')
+        return "system"
     if given == "auto" and not _may_be_public(parse_address(listener.listen)):
         return "system"  # which costs no lookup per connection
     if isinstance(given, str) and given in get_args(External):
@@ -110,6 +119,7 @@ _COMMANDS_OF: dict[Speaks, frozenset[Command]] = {
     "mixed": frozenset(COMMANDS),
     "socks": frozenset(("connect", "bind", "udp")),
     "http": frozenset(("connect", "forward")),
+    "transparent": frozenset(("connect",)),
 }
 
 
@@ -122,6 +132,55 @@ def make_commands(listener: ListenerTable) -> frozenset[Command]:
             f"speaks {listener.speaks!r}, got {', '.join(listener.commands) or 'none'}"
         )
     return commands
+
+
+def make_interception(listener: ListenerTable) -> Interception:
+    """Check the settings of a transparent listener, and that another one has none."""
+    if listener.speaks != "transparent":
+        for field in msgspec.structs.fields(ListenerTable):
+            if field.name in _TRANSPARENT_ONLY and getattr(listener, field.name) != field.default:
+                raise ConfigError(f'{field.name} is for speaks = "transparent", got speaks = "{listener.speaks}"')
+        return Interception()
+    for name in ("tls_certfile", "proxy_protocol"):
+        if getattr(listener, name):
+            raise ConfigError(f'{name} is not for speaks = "transparent": clients do not know of the proxy')
+    if parse_address(listener.listen).kind == "unix":
+        raise ConfigError(f'speaks = "transparent" needs a TCP address, got listen = "{listener.listen}"')
+    return Interception(connect_to=listener.connect_to, tproxy=listener.tproxy, name_timeout=listener.name_timeout)
+
+
+_TRANSPARENT_ONLY = frozenset(("tproxy", "connect_to", "name_timeout"))
+
+
+def check_not_asked(config: ProxyConfig) -> None:
+    """Check that rules ask no passwords of transparent listeners' clients."""
+    transparent = [listener for listener in _listeners(config) if listener.speaks == "transparent"]
+    names = {listener.name for listener in transparent}
+    for rule in make_client_rules(config):
+        if rule.auth is not None and (rule.listener in names or (rule.listener is None and names)):
+            name = rule.listener or transparent[0].name
+            raise ConfigError(
+                f"the clients of the transparent listener {name!r} cannot be asked who they are: name other listeners "
+                f'in {rule.text!r}, and allow them by address: "allow from NETWORK to {name}"'
+            )
+
+
+def check_tproxy(config: ProxyConfig) -> None:
+    """Check that connections by TPROXY have one listener, since the address of their sockets names none."""
+    seen: set[int] = set()
+    for listener in _listeners(config):
+        versions = _versions(parse_address(listener.listen)) if listener.tproxy else set()
+        if seen & versions:
+            raise ConfigError(f"only one listener can have tproxy = true for IPv{min(seen & versions)}")
+        seen |= versions
+
+
+def _versions(address: Address) -> set[int]:
+    """Return the versions of IP that a listener may take, in TPROXY's place."""
+    try:
+        return {ip_address(address.host).version}
+    except ValueError:
+        return {4, 6}
 
 
 def _may_be_public(address: Address) -> bool:
@@ -439,11 +498,13 @@ class Proxy:
         addresses: addresses to listen on.
         handler: handler for a Server on these addresses.
         access_log: path of the access log file; None: it goes to the same place as other messages.
+        needs_transparent: the listening sockets need ListenConfig(transparent=True), for TPROXY.
     """
 
     addresses: list[Address]
     handler: Any
     access_log: str | None = None
+    needs_transparent: bool = False
 
 
 def make_proxy(config: ProxyConfig) -> Proxy:
@@ -452,6 +513,8 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     check_names(config)
     check_places(config)
     check_certificates(config)
+    check_not_asked(config)
+    check_tproxy(config)
     for name in TimeoutsTable.__struct_fields__:
         check_seconds(name, getattr(config.timeouts, name))
     authenticators = {name: make_authenticator(table) for name, table in config.auth.items()}
@@ -460,10 +523,11 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     clients, destinations = make_client_rules(config), make_destination_rules(config)
     upstreams = {name: make_upstreams(config, name) for name in config.upstream}
     nat64, this_host = make_nat64(config), ThisHost()
-    keeper, departures = LimitKeeper(make_limits(config)), Departures()
+    keeper, departures, loops = LimitKeeper(make_limits(config)), Departures(), Loops()
     tenure, udp = Tenure(config.reload.end_forbidden), make_udp(config.udp)
     quota = make_quota(config)
     addresses, handlers = [], {}
+    intercepting: dict[int, ProxyHandler] = {}
     for listener in _listeners(config):
         address = parse_address(listener.listen)
         gate = Gate(
@@ -481,6 +545,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             this_host=this_host,
             limits=keeper,
             departures=departures,
+            loops=loops,
             tenure=tenure,
             external=make_external(listener),
             fast_open=config.fast_open,
@@ -489,7 +554,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             quota=quota,
         )
         addresses.append(address)
-        handlers[_place(address)] = ProxyHandler(
+        handlers[_place(address)] = handler = ProxyHandler(
             gate,
             listener.speaks,
             tls=make_tls(listener),
@@ -502,8 +567,12 @@ def make_proxy(config: ProxyConfig) -> Proxy:
             log_style=config.log.style,
             log_at=config.log.at,
             redact=config.log.redact,
+            interception=make_interception(listener),
         )
-    return Proxy(addresses, _Dispatcher(handlers, tenure, make_store_settings(config)), config.log.file)
+        if listener.tproxy:
+            intercepting |= dict.fromkeys(_versions(address), handler)
+    dispatcher = _Dispatcher(handlers, tenure, make_store_settings(config), intercepting)
+    return Proxy(addresses, dispatcher, config.log.file, bool(intercepting))
 
 
 #: A listening address: address and port, (None, port) for all addresses or a name, or a Unix socket's path.
@@ -524,9 +593,16 @@ class _Dispatcher:
     """Pass each connection to the handler of its listener."""
 
     def __init__(
-        self, handlers: dict[Place, ProxyHandler], tenure: Tenure, store_settings: StoreSettings | None
+        self,
+        handlers: dict[Place, ProxyHandler],
+        tenure: Tenure,
+        store_settings: StoreSettings | None,
+        intercepting: dict[int, ProxyHandler],
     ) -> None:
         self._handlers = handlers
+        #: By version of IP: the handlers of connections by TPROXY, whose sockets have the client's destination as their
+        #: own address.
+        self._intercepting = intercepting
         #: Where the server that gets this handler is to share limits.
         self.store_settings = store_settings
         self._only = next(iter(handlers.values())) if len(handlers) == 1 else None
@@ -584,10 +660,10 @@ class _Dispatcher:
         self._successor = successor
 
     def connection_rejected(self, conn: Any) -> None:
-        (self._only or self._handler_of(conn.server_address)).connection_rejected(conn)
+        (self._only or self._handler_of_socket(conn.server_address)).connection_rejected(conn)
 
     def __call__(self, conn: Any) -> None:
-        (self._only or self._handler_of(conn.server_address))(conn)
+        (self._only or self._handler_of_socket(conn.server_address))(conn)
 
     def may_take_over(self, conn: Any) -> bool:
         """Return whether a connection of another worker has come to a listener that is here, too.
@@ -597,11 +673,28 @@ class _Dispatcher:
         places = _places_of(conn.server_address)
         if any(place in self._handlers for place in places):
             return True
+        if was_intercepted(conn):  # by TPROXY
+            return as_ip(conn.server_address[0]).version in self._intercepting
         if self._only is None:
             return False
         # Of any name: systemd may have opened its sockets.
         own = {_place(parse_address(one)) for one in conn.server.addresses}
         return any(place in own for place in places)
+
+    def _handler_of_socket(self, name: Any) -> ProxyHandler:
+        """Return the handler for a client's socket by its own address. Raise KeyError."""
+        intercepting = self._intercepting
+        if not intercepting or not isinstance(name, tuple):
+            return self._handler_of(name)
+        handler = intercepting.get((ip := as_ip(name[0])).version)
+        if handler is None:
+            return self._handler_of(name)
+        try:
+            return self._handler_of(name) if handler.gate.this_host.has(ip) else handler
+        except KeyError:
+            return handler  # TPROXY of another port of this host
+        except OSError:
+            return handler  # which asks again
 
     def _handler_of(self, name: Any) -> ProxyHandler:
         for place in _places_of(name):

@@ -33,8 +33,10 @@ from .build import (
     check_certificates,
     check_closed,
     check_names,
+    check_not_asked,
     check_places,
     check_seconds,
+    check_tproxy,
     close_authenticator,
     make_authenticator,
     make_balancers,
@@ -42,6 +44,7 @@ from .build import (
     make_commands,
     make_destination_rule,
     make_external,
+    make_interception,
     make_limits,
     make_nat64,
     make_proxy,
@@ -159,6 +162,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     for place, listener in enumerate(config.listener):
         name = f"listener[{place}]"
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
+        yield f"{name}.speaks", lambda one=listener: make_interception(one), ""  # type: ignore[misc]
         yield f"{name}.commands", lambda one=listener: make_commands(one), ""  # type: ignore[misc]
         yield f"{name}.tls_certfile", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
         yield f"{name}.external", lambda one=listener: make_external(one), ""  # type: ignore[misc]
@@ -187,6 +191,8 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     yield "http.pac_direct", lambda: check_direct(config.http.pac_direct), ""
     yield "listener", lambda: check_names(config), ""
     yield "listener", lambda: check_places(config), ""
+    yield "listener", lambda: check_tproxy(config), ""
+    yield "rules.clients", lambda: check_not_asked(config), ""
     yield "rules.clients", lambda: check_certificates(config), ""
     yield "rules.clients", lambda: check_closed(config), ""
 

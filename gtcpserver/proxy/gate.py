@@ -21,6 +21,7 @@ from gtcpserver.networks import as_ip
 from .departures import Departures
 from .dial import dial, dial_unix
 from .limits import LimitKeeper
+from .loops import Loops
 from .resolve import Resolver
 from .rules import COMMANDS, ClientRule, Command, Decision, DestinationRule, decide_client
 from .succession import Tenure
@@ -113,6 +114,7 @@ class Gate:
         this_host: knows the addresses of this host.
         limits: enforces the limits, for all listeners that share it.
         departures: notices clients that give up while they wait.
+        loops: finds loops of transparent listeners.
         tenure: counts the clients that use this configuration.
         own_ports: ports this proxy listens on (0: chosen by the system); such a destination on this host would loop
             back to us.
@@ -149,6 +151,7 @@ class Gate:
     this_host: ThisHost = field(default_factory=ThisHost)
     limits: LimitKeeper = field(default_factory=LimitKeeper)
     departures: Departures = field(default_factory=Departures)
+    loops: Loops = field(default_factory=Loops)
     tenure: Tenure = field(default_factory=Tenure)
     own_ports: frozenset[int] = frozenset()
     external: External | Sequence[IPAddress] = "auto"

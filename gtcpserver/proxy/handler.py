@@ -31,9 +31,10 @@ from .pac import check_direct
 from .record import AccessRecord
 from .sniff import Protocol, sniff
 from .socks_session import ClientLeft, go_on, negotiate_socks4, negotiate_socks5
+from .transparent import Interception
 from .visitor import Visitor, admit
 
-Speaks = Literal["mixed", "socks", "http"]
+Speaks = Literal["mixed", "socks", "http", "transparent"]
 
 #: Seconds for a client that is not admitted to reveal its protocol, so that it is refused in that protocol.
 TIME_OF_REFUSED = 1.0
@@ -47,7 +48,8 @@ class ProxyHandler:
 
     Args:
         gate: decides who is admitted, and to which destinations.
-        speaks: the protocols of this listener; "mixed": both, the first byte tells them apart.
+        speaks: the protocols of this listener; "mixed": both, the first byte tells them apart; "transparent": none,
+            clients are redirected here by the firewall.
         tls: a TLSConfig: clients speak TLS with the proxy (an HTTPS proxy, SOCKS in TLS); None: they do not.
         pseudonym: the name of this proxy in the Via field of HTTP messages; None: a unique one.
         via: add that field; without it a loop of proxies is not detected.
@@ -57,6 +59,7 @@ class ProxyHandler:
         proxy_protocol: this listener's clients come through balancers that send PROXY headers; None: they do not.
         pac: destinations that browsers reach without this proxy: a script at /proxy.pac says so (`pac`); None: no
             script.
+        interception: how "transparent" serves its clients; None: by its defaults.
         log_style: style of the access log (logger "gtcpserver.access"): one line per connection.
         log_at: when a tunnel gets its line: at its "end", or "both" then and when it is connected (result "open"), so
             that one is there even if this process is killed.
@@ -91,6 +94,7 @@ class ProxyHandler:
         forwarded_field: ForwardedField = "x-forwarded-for",
         proxy_protocol: ProxyProtocol | None = None,
         pac: Sequence[str] | None = None,
+        interception: Interception | None = None,
         log_style: Literal["text", "json"] = "text",
         log_at: Literal["end", "both"] = "end",
         redact: bool = False,
@@ -99,6 +103,7 @@ class ProxyHandler:
             raise ConfigError(f"speaks must be one of {', '.join(get_args(Speaks))}, got {speaks!r}")
         self.gate = gate
         self._speaks = speaks
+        self._interception = interception or Interception() if speaks == "transparent" else None
         self._tls = None if tls is None else Credentials(tls)
         check_pseudonym(pseudonym)
         self._pseudonym = (pseudonym or unique_pseudonym()).encode() if via else b""
@@ -149,7 +154,8 @@ class ProxyHandler:
 
     def _refuse(self, conn: Connection, visitor: Visitor) -> None:
         """Refuse it in its own protocol if it speaks up quickly; not worth a TLS handshake."""
-        if (self._tls is not None and not conn.resumed) or self._refused >= MOST_REFUSED:
+        is_told = (self._tls is None or conn.resumed) and self._interception is None
+        if not is_told or self._refused >= MOST_REFUSED:
             conn.abort()
             self._write(visitor.record)
             return
@@ -170,6 +176,8 @@ class ProxyHandler:
                     return
             if conn.relayed_to is not None:
                 serve: Callable[[], None] | None = partial(go_on, conn, visitor)
+            elif self._interception is not None:
+                serve = self._interception.negotiate(conn, visitor)
             else:
                 visitor.show_certificate(conn.tls)
                 serve = self._negotiate(conn, visitor) if not conn.resumed else self._http(conn, visitor, None)

@@ -39,6 +39,7 @@ class Identity:
         entered_users: the users that it is counted as.
         limits: the limits that count it, those of the gate that has admitted it.
         hops: proxies of ours before this one, as far as they were counted (`upstream.MOST_HOPS`).
+        original: where the client of a transparent listener has connected to; None: any other client.
         announce: called with the record of a tunnel that begins; None: it is not logged before its end.
     """
 
@@ -53,6 +54,7 @@ class Identity:
     entered: bool = False
     entered_users: set[str] = field(default_factory=set)
     hops: int = 0
+    original: tuple[IPAddress, int] | None = None
     announce: Callable[[AccessRecord], object] | None = None
     limits: LimitKeeper = field(init=False)
     _presence: Presence | None = None
@@ -64,7 +66,12 @@ class Identity:
 
     @property
     def own(self) -> tuple[IPAddress, int] | None:
-        """Return the address and port of the proxy that it connected to; None for a Unix socket. A system call."""
+        """Return the address and port of the proxy that it connected to. A system call.
+
+        None for a Unix socket, and for a transparent listener, whose clients have connected to somebody else.
+        """
+        if self.original is not None:
+            return None
         here: Any = self.conn.server_address
         return (as_ip(here[0]), here[1]) if isinstance(here, tuple) else None
 

@@ -19,7 +19,7 @@ from .gate import Gate
 from .permission import Opened
 from .record import AccessRecord
 from .resolve import Found
-from .target import Target
+from .target import Target, parse_authority
 from .visitor import Visitor
 
 #: Name of the state in a session.
@@ -38,6 +38,13 @@ def note_tunnel(visitor: Visitor) -> None:
         "opened": None if visitor.opened is None else _opened_out(visitor.opened),
         "users": list(visitor.entered_users),
     }
+
+
+def was_intercepted(conn: Connection) -> bool:
+    """Return whether a connection of another worker has come to a transparent listener there."""
+    state = conn.session.get(_STATE)
+    record = state.get("record") if isinstance(state, dict) else None
+    return isinstance(record, dict) and bool(record.get("original"))
 
 
 def take_over(gate: Gate, conn: Connection) -> Visitor:
@@ -66,7 +73,10 @@ def take_over(gate: Gate, conn: Connection) -> Visitor:
 
 
 def _take_over_tunnel(visitor: Visitor, upstream: Connection, state: Mapping[str, Any]) -> None:
-    visitor.record = AccessRecord(**state["record"])
+    visitor.record = record = AccessRecord(**state["record"])
+    if record.original:
+        original = parse_authority(record.original)
+        visitor.original = as_ip(original.host), original.port
     for user in state["users"]:
         visitor.gate.limits.resume_user(user)
         visitor.entered_users.add(user)

@@ -32,10 +32,12 @@ class Permission(Identity):
     Attributes:
         found: the addresses of the destination whose name was looked up last.
         opened: what it is connected to.
+        claim: the address of a transparent listener's client, with the name that it claims (`believe`); None: none.
     """
 
     found: Sequence[IPAddress] = ()
     opened: Opened | None = None
+    claim: Found | None = None
 
     def follow(self) -> bool:
         """Follow to the gate of the last reload; return whether there was one since the last call.
@@ -97,7 +99,7 @@ class Permission(Identity):
             OSError: whether the address is this host's cannot be determined.
         """
         gate = self.gate
-        name, also = (found.name, found.also) if isinstance(found, Found) else (target.name, ())
+        name, also = (found.name or None, found.also) if isinstance(found, Found) else (target.name, ())
         if ip is None:
             return decide_destination(gate.destination_rules, self._match(target), name, ip)
         meant = addresses_meant(ip, gate.nat64)
@@ -105,12 +107,13 @@ class Permission(Identity):
         if self._is_the_proxy(meant, own, target.port):
             return Decision(False, "this is the proxy itself")
         key = (self.record.client, self.auth, self.record.user, self._command, target.host, target.port, own)
-        known = gate.known_destinations.get(key) if name is None else None
+        is_address_alone = name is None and not also
+        known = gate.known_destinations.get(key) if is_address_alone else None
         if known is None:
             known = decide_destination(
                 gate.destination_rules, self._match(target), name, ip, nat64=gate.nat64, own=own, also=also
             )
-            if name is None:
+            if is_address_alone:
                 remember(gate.known_destinations, key, known)
         return known
 
@@ -156,6 +159,9 @@ class Permission(Identity):
             OSError: the name cannot be resolved.
         """
         if target.ip is not None:
+            if by_rules and self.claim is not None:
+                self.found = self.claim
+                return self.claim
             return (target.ip,)
         names, denied = self._names_of(target) if by_rules else (None, "")
         began = monotonic()
@@ -228,5 +234,41 @@ class Permission(Identity):
             return found
 
         match, candidates = self._match(target), self._candidates(target)
-        chosen = choose_upstream(gate.upstream_rules, match, target.name, addresses, gate.this_host.has, candidates)
+        name = target.name if self.claim is None else self.claim.name or None
+        chosen = choose_upstream(gate.upstream_rules, match, name, addresses, gate.this_host.has, candidates)
         return gate.upstreams.get(chosen), found
+
+    def believe(self, target: Target, named: Target) -> None:
+        """Take the name that a transparent listener's client claims for its destination into account, as far as rules
+        may believe it.
+
+        A client can claim any name. Rules that deny the name count. Those that allow it, or lead it through an
+        upstream, count only if the name has the address, which is looked up only if there are such rules.
+
+        Args:
+            target: the address and port that it has connected to.
+            named: the name, with the same port.
+        """
+        assert target.ip is not None
+        assert named.name is not None
+        found: Sequence[IPAddress] = ()
+        if self._may_matter(named):
+            try:
+                found = self.addresses_of(named)
+            except (Denied, OSError):
+                pass  # what the name means is not known, or not to be asked: it is not believed
+        self.claim = claim = Found((target.ip,))
+        claim.name, claim.also, claim.key = "", (named.name,), named.host
+        if not set(addresses_meant(target.ip, self.gate.nat64)).isdisjoint(found):
+            known = isinstance(found, Found)
+            claim.name, claim.also = (found.name, found.also) if known else (named.name, ())  # type: ignore[attr-defined]
+
+    def _may_matter(self, named: Target) -> bool:
+        """Return whether a rule allows a name, or one that it may mean, or leads it through an upstream."""
+        gate = self.gate
+        match = self._match(named)
+        rules = [rule for rule in gate.destination_rules if rule.action == "allow"]
+        rules += [rule.match for rule in gate.upstream_rules]
+        about_names = [rule.destinations for rule in rules if rule.destinations.name is not None and match.fits(rule)]
+        names = (named.name or "", *self._candidates(named)) if about_names else ()
+        return any(what.has_name(name) for what in about_names for name in names)

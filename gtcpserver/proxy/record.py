@@ -15,6 +15,7 @@ Result = Literal[
     "idle",  # no data for too long
     "half_closed",  # the same, after one side had ended
     "lifetime",  # it lasted as long as it may
+    "not_redirected",  # a client has connected to a transparent listener itself
     "client_denied",
     "destination_denied",
     "command_denied",
@@ -48,11 +49,13 @@ class AccessRecord:
     Attributes:
         client: address of the client.
         listener: name of the listener.
-        protocol: "socks4", "socks4a", "socks5" or "http"; "" until it is known.
+        protocol: "socks4", "socks4a", "socks5", "http" or "transparent"; "" until it is known.
         user: the authenticated user, if any.
         claimed: the unverified user of a SOCKS client: SOCKS4's user ID, or a user name where no password is needed.
         command: "CONNECT", "BIND", "UDP", or a method of HTTP.
         asked: destination as the client named it, in its canonical form.
+        original: the address that the client of a transparent listener has connected to; `asked` then has the name that
+            it claims, if any.
         connected: the address that was connected to.
         upstream: the proxy on the way, if any.
         result: how it ended.
@@ -71,6 +74,7 @@ class AccessRecord:
     claimed: str | None = None
     command: str = ""
     asked: str = ""
+    original: str = ""
     connected: str = ""
     upstream: str = ""
     result: Result = "failed"
@@ -105,6 +109,7 @@ class AccessRecord:
             "claimed": self.claimed,
             "command": self.command or None,
             "asked": hidden or self.asked or None,
+            "original": (hidden if self.original else None) or self.original or None,
             "connected": hidden or self.connected or None,
             "upstream": self.upstream or None,
             "result": self.result,

@@ -16,6 +16,7 @@ from .http_fields import ForwardedField, ForwardedMode
 from .passwords import REMEMBER
 from .resolve import Family, Kind
 from .rules import COMMANDS, Command
+from .transparent import NAME_TIMEOUT, ConnectTo
 from .upstream import Resolve
 from .upstream_group import Kind as CheckKind
 from .upstream_group import Strategy
@@ -38,6 +39,8 @@ class ListenerTable(_Table):
         name: for rules and the log.
         listen: address to listen on.
         speaks: the protocols.
+        tproxy: "transparent" gets connections by TPROXY, too (IP_TRANSPARENT).
+        connect_to, name_timeout: for "transparent" (`transparent.Interception`).
         commands: what clients may request.
         external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
         tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
@@ -49,6 +52,9 @@ class ListenerTable(_Table):
     name: str = "default"
     listen: str = DEFAULT_LISTEN
     speaks: Speaks = "mixed"
+    tproxy: bool = False
+    connect_to: ConnectTo = "address"
+    name_timeout: float = NAME_TIMEOUT
     commands: list[Command] = msgspec.field(default_factory=lambda: list(COMMANDS))
     external: str | list[str] = "auto"
     tls_certfile: str | None = None

@@ -6,7 +6,7 @@ import base64
 import errno
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gtcpserver.connection.client_tls import start_client_tls
@@ -203,4 +203,8 @@ def _said_by(error: Exception) -> str:
 def _header_for(client: Connection | None, version: ProxyVersion) -> bytes:
     if client is None:  # a health check
         return ProxyHeader(transport=Transport.UNSPECIFIED, version=1 if version == "v1" else 2).to_bytes()
-    return header_of(client, version).to_bytes()
+    header = header_of(client, version)
+    original = getattr(client.context, "original", None)
+    if original is not None and header.destination is not None:  # a transparent listener's client (`Identity`)
+        header = replace(header, destination=original)
+    return header.to_bytes()

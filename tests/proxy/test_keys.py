@@ -682,6 +682,15 @@ def test_the_top(proxy, connect, in_thread, serve):
     make_proxy(parse_config("allow_open = true\n" + everywhere))
 
 
+@about("listener.tproxy", "listener.connect_to", "listener.name_timeout")
+def test_a_transparent_listener(proxy, connect, in_thread):
+    server = proxy(listener='speaks = "transparent"\ntproxy = true\nconnect_to = "name"\nname_timeout = 0.25')
+    found = server.handler._only._interception
+    assert (found.tproxy, found.connect_to, found.name_timeout) == (True, "name", 0.25)
+    with pytest.raises(ConnectionResetError):
+        in_thread(connect(server).recv, 1)  # it was not redirected
+
+
 @about("http.pac", "http.pac_direct")
 def test_the_script_for_browsers(proxy, connect, in_thread):
     request = b"GET /proxy.pac HTTP/1.1\r\nHost: x:80\r\nConnection: close\r\n\r\n"
