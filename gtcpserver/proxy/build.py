@@ -47,8 +47,8 @@ from .settings import (
 from .succession import Tenure
 from .target import IPAddress, parse_authority, parse_nat64, unmapped
 from .this_host import ThisHost
-from .udp import Udp
 from .transparent import Interception
+from .udp import Udp
 from .upstream import UnixPath, Upstream
 from .upstream_group import HealthCheck, Kind, UpstreamGroup
 from .upstream_rules import DIRECT, UpstreamRule, parse_upstream_rule

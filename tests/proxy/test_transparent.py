@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 from ipaddress import ip_address
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -18,6 +19,7 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy_protocol.header import parse_header
 from kit.handing import leave
 from kit.handlers import echo
+from kit.patience import SOON
 from kit.proxying import socks
 from kit.waiting import wait_until
 
@@ -47,7 +49,7 @@ def start(serve, dns_server, name_files, redirect):
             f'[rules]\ndestinations = {list(destinations)!r}\n{text}\n[resolver]\nservers = ["{dns_server.address}"]\n'
         )
         if "name_timeout" not in listener:
-            listener += "\nname_timeout = 0.02"
+            listener += f"\nname_timeout = {SOON}"  # clients speak first
         made = make_proxy(
             parse_config(f'[[listener]]\nlisten = "127.0.0.1:0"\nspeaks = "transparent"\n{listener}\n{rules}')
         )
@@ -220,7 +222,7 @@ def test_a_client_that_only_listens(start, serve, connect, in_thread):
 
 
 def test_a_name_in_single_bytes_is_waited_for_beyond_name_timeout(start, target, connect, lines):
-    client = connect(start(to=target, listener="name_timeout = 5"))
+    client = connect(start(to=target))
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     data = HTTP % b"www.example"
     for byte in data:
@@ -284,7 +286,7 @@ def test_the_proxys_own_connection_is_found(start, ask, lines, redirect):
 def test_many_connections_without_an_answer_are_a_loop(start, serve, connect, ask, lines, monkeypatch):
     monkeypatch.setattr(loops, "MOST_UNANSWERED", 3)
     silent = serve(lambda conn: conn.recv(100))
-    server = start(to=silent)
+    server = start(to=silent, listener="name_timeout = 0.01")
     held = [connect(server) for _ in range(3)]
     wait_until(lambda: silent.active_connections == 3)
     assert ask(server, b"") == b""
@@ -400,6 +402,11 @@ def test_tproxy_beside_other_listeners_is_told_from_them_by_the_address(monkeypa
     of = made.handler._handler_of_socket
     names = [of((host, port)).gate.listener for host in ("127.0.0.1", "192.0.2.1") for port in (1080, 1081, 80)]
     assert names == ["socks", "lan", "lan", "lan", "lan", "lan"]
+    # A tunnel by TPROXY moves to any worker that has such a listener; that of a listener that is gone does not.
+    moved = SimpleNamespace(server_address=("192.0.2.1", 443), session={"tunnel": {"record": {"original": "a:1"}}})
+    assert made.handler.may_take_over(moved)
+    moved.session = {"tunnel": {"record": {}}}
+    assert not made.handler.may_take_over(moved)
     made.handler.server_stopped()
 
 
