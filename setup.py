@@ -36,7 +36,7 @@ class BuildModules(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.parallel = self.parallel or len(os.sched_getaffinity(0))
+        self.parallel = self.parallel or cpus()
 
     def run(self) -> None:
         folders = [Path(self.build_lib, PACKAGE), *([PACKAGE] if self.inplace else [])]
@@ -45,6 +45,8 @@ class BuildModules(build_ext):
             return
         record = "".join(f"{BUILD['digest'](str(PACKAGE / path))} {path}\n" for path in sources())
         try:
+            if os.uname().sysname != "Linux":
+                raise RuntimeError("the compiled modules call what only Linux has, such as epoll(7)")
             record += f"{digest_of_tools()} {TOOLS}\n"
             if self.inplace and not self.force and is_built(record):
                 self.extensions = []  # otherwise their files would be expected
@@ -98,6 +100,10 @@ class BuildPure(build_py):
         super().run()
         if self.editable_mode and not self.distribution.ext_modules:
             remove([PACKAGE])
+
+
+def cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def remove(folders: list[Path]) -> None:

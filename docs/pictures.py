@@ -31,6 +31,7 @@ GROUND = (
     "callables",
     "checks",
     "errors",
+    "linux",
     "networks",
     "plural",
     "signatures",

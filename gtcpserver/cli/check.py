@@ -23,6 +23,7 @@ import greenlet
 
 from gtcpserver._build import forced_pure
 from gtcpserver._compiled import why_pure
+from gtcpserver.linux import IS_LINUX, TCP_CONGESTION
 from gtcpserver.listening import draining
 from gtcpserver.strict_json import to_json
 
@@ -79,7 +80,7 @@ def check(as_json: bool) -> None:
 
     The exit status is always 0.
     """
-    findings = [probe_safely(probe) for probe in PROBES]
+    findings = [probe_safely(probe) for probe in (PROBES if IS_LINUX else PROBES_ELSEWHERE)]
     if as_json:
         click.echo(to_json([{**asdict(finding), "verdict": finding.verdict} for finding in findings], indent=2))
         return
@@ -287,10 +288,10 @@ def congestion_control() -> Finding:
     names = sysctl("net.ipv4.tcp_available_congestion_control").split()
     usable = []
     with socket.socket() as sock:
-        default = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+        default = sock.getsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, 16).rstrip(b"\0").decode()
         for name in names:
             try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+                sock.setsockopt(socket.IPPROTO_TCP, TCP_CONGESTION, name.encode())
             except OSError:
                 continue
             usable.append(name)
@@ -340,7 +341,7 @@ def hot_path() -> Finding:
     advice = (
         "where a C compiler and Python's headers are: pip install --force-reinstall --no-cache-dir --no-deps gtcpserver"
     )
-    return Finding("hot path", f"pure Python: {why_pure}", advise(not forced_pure(), advice))
+    return Finding("hot path", f"pure Python: {why_pure}", advise(IS_LINUX and not forced_pure(), advice))
 
 
 # In the order of the report.
@@ -360,6 +361,14 @@ PROBES = (
     gevent_loop,
     hot_path,
 )
+
+
+def system() -> Finding:
+    return Finding("system", f"{os.uname().sysname}: to develop on, without what Linux alone has", "serve on Linux")
+
+
+#: Of a system whose kernel has none of the rest.
+PROBES_ELSEWHERE = (system, descriptors, dual_stack, gevent_loop, hot_path)
 
 
 @dataclass(frozen=True)

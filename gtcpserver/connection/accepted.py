@@ -6,17 +6,15 @@ descriptor alone: it calls recv(2) and send(2) itself.
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 from gevent._socket3 import _closedsocket
 from gevent.socket import socket as _Socket
 
+from gtcpserver.linux import SOCK_NONBLOCK
 from gtcpserver.process.descriptors import close_descriptor
 
 _RawSocket = _Socket._gevent_sock_class  # noqa: SLF001 - gevent's
-_NONBLOCK = int(socket.SOCK_NONBLOCK)
-
 
 _OWN = frozenset({"_begun", "_made", "fd"})
 
@@ -75,7 +73,7 @@ class AcceptedSocket:
         if self._made is None:
             if self.fd < 0:
                 return _closedsocket(self.family, self.type, self.proto, None, "closed")
-            self._made = _RawSocket(self.family, self.type | _NONBLOCK, self.proto, self.fd)
+            self._made = _RawSocket(self.family, self.type | SOCK_NONBLOCK, self.proto, self.fd)
             self.fd = -1
         return self._made
 

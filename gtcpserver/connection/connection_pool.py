@@ -17,6 +17,7 @@ from gevent.monkey import get_original
 
 from gtcpserver.checks import check_number, check_whole_number
 from gtcpserver.errors import CAPACITY_ERRNOS, ConfigError, GtcpServerError
+from gtcpserver.linux import POLLRDHUP
 from gtcpserver.process.forked import close_in_child, keep
 
 from .back_off import BackOff, Dial
@@ -36,7 +37,7 @@ LONGEST_PAUSE = 10.0
 LONGEST_PAUSE_ALONE = 30.0
 
 #: Events that a connection between two requests must not have: it would be closed, or out of step.
-_EVENTS = select.POLLIN | select.POLLPRI | select.POLLRDHUP
+_EVENTS = select.POLLIN | select.POLLPRI | POLLRDHUP
 
 
 class ConnectionPool:

@@ -17,6 +17,7 @@ from gevent.event import Event
 from gevent.hub import get_hub
 from gevent.socket import socket as _Socket
 
+from gtcpserver.linux import SO_PROTOCOL, TCP_INFO
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.watcher import watch
 
@@ -255,11 +256,11 @@ class _Lingering:
             if sock.family == socket.AF_UNIX:
                 return True  # a send puts it into the peer's own queue
             # TCP_INFO reports the state of one subflow, not that of the multipath connection.
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP:
+            if sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL) != socket.IPPROTO_TCP:
                 return False
             # tcpi_state comes first (linux/tcp.h).
-            return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_FIN_WAIT2)
-        except (OSError, AttributeError):  # not on this system
+            return bool(sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1)[0] == TCP_FIN_WAIT2)
+        except OSError:  # not on this system
             return False
         finally:
             sock.detach()

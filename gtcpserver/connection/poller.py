@@ -35,6 +35,7 @@ from weakref import WeakSet
 from gevent.exceptions import ConcurrentObjectUseError
 from greenlet import error as GreenletError
 
+from gtcpserver.linux import make_alarm
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.watcher import cannot_watch, watch
 
@@ -47,8 +48,9 @@ if not cython.compiled:
     from gevent.monkey import get_original
     from greenlet import getcurrent, greenlet
 
+    from gtcpserver.linux import make_epoll
+
     get_ident = get_original("_thread", "get_ident")
-    make_epoll = get_original("select", "epoll")  # monkey patching removes it
 
     # greenlet's own switch enters the hub: gevent's Hub.switch first looks for a ``switch_out`` hook on the current
     # greenlet, which costs 0.3 us a wait. Our waits do not call that hook on a greenlet class that defines it.
@@ -128,12 +130,18 @@ class Poller:
             self._fd = create()
         else:
             self._events: Any = ()
-            self._epoll = make_epoll()
-            self._poll = self._epoll.poll
-            self._fd = self._epoll.fileno()
+            self._open()
         self._watcher: Any = None
         self.start_watcher()
         _pollers.add(self)
+
+    def _open(self) -> None:
+        """Open what the form that is not compiled has in place of a number."""
+        if not cython.compiled:
+            assert make_epoll is not None
+            self._epoll = make_epoll()
+            self._poll = self._epoll.poll
+            self._fd = self._epoll.fileno()
 
     def start_watcher(self) -> None:
         self._watcher = watch(self.hub.loop, self._fd, _READ)
@@ -365,9 +373,8 @@ class Poller:
             fd = create()
         else:
             self._epoll.close()
-            self._epoll = make_epoll()
-            self._poll = self._epoll.poll
-            fd = self._epoll.fileno()
+            self._open()
+            fd = self._fd
         if fd != number:
             os.dup2(fd, number, inheritable=False)
             if cython.compiled:
@@ -376,7 +383,7 @@ class Poller:
         self._at = self._count = 0
         if self._watched:
             try:
-                self._alarm = os.eventfd(1, os.EFD_CLOEXEC)
+                self._alarm = make_alarm()
             except OSError:
                 self._watch_again()
                 return
@@ -415,9 +422,17 @@ def poller_of(hub: Any) -> Poller:
         return last
     poller: Poller | None = hub.__dict__.get("_gtcpserver_poller")
     if poller is None:
-        poller = hub.__dict__["_gtcpserver_poller"] = Poller(hub)
+        poller = hub.__dict__["_gtcpserver_poller"] = _make(hub)
     _last = poller
     return poller
+
+
+def _make(hub: Any) -> Poller:
+    if not cython.compiled and make_epoll is None:
+        from .plain_poller import PlainPoller
+
+        return PlainPoller(hub)
+    return Poller(hub)
 
 
 def _raise(error: BaseException) -> None:

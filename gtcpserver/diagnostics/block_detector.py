@@ -28,6 +28,7 @@ from gevent.monkey import get_original, is_module_patched
 
 from gtcpserver.checks import check_number
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.linux import thread_clock
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
 
@@ -108,7 +109,7 @@ class _ThreadClock:
     """Read a thread's times from another thread. Must be created in the thread itself."""
 
     def __init__(self) -> None:
-        self._clock = time.pthread_getcpuclockid(get_original("_thread", "get_ident")())
+        self._clock = thread_clock(get_original("_thread", "get_ident")())
         path = f"/proc/self/task/{get_original('_thread', 'get_native_id')()}/schedstat"
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 import gevent
 from gevent.monkey import get_original
 
+from gtcpserver.linux import RWF_NOWAIT
 from gtcpserver.plural import counted
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.strict_json import to_short_json
@@ -59,7 +60,6 @@ _native_rlock = get_original("threading", "RLock")
 # pwritev2(2): fail with EAGAIN instead of waiting. poll() may tell two workers that share one pipe that there is room
 # for one more line; with this flag the loser drops its line, without it, it waits for a reader. Pipes support the flag
 # since Linux 6.4, sockets for longer.
-_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 # The longest record written. One that exceeds a pipe's default capacity (64 KiB, pipe(7)) could never be written at
 # once.
@@ -270,9 +270,9 @@ class NonBlockingHandler(logging.Handler):
         poller.register(fd, select.POLLOUT)
         if not poller.poll(0):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if _RWF_NOWAIT:
+        if RWF_NOWAIT:
             try:
-                return os.pwritev(fd, [data], -1, _RWF_NOWAIT)
+                return os.pwritev(fd, [data], -1, RWF_NOWAIT)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE):
                     raise

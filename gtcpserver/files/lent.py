@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from gtcpserver.linux import memory_file, path_of_descriptor
 from gtcpserver.process.descriptors import close_descriptor
 
 #: A longer file is some other file, or endless (/dev/zero). The largest useful ones are lists of revoked certificates,
@@ -117,11 +118,12 @@ def openable(path: str, content: bytes) -> Iterator[str]:
     if _lender is None or os.access(path, os.R_OK):
         yield path
         return
-    fd = os.memfd_create("lent", os.MFD_CLOEXEC)
+    fd = memory_file("lent")
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
-        yield f"/proc/self/fd/{fd}"
+        os.lseek(fd, 0, os.SEEK_SET)  # where a path of a descriptor shares its position
+        yield path_of_descriptor(fd)
     finally:
         close_descriptor(fd)
 

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gtcpserver.errors import ConfigError
+from gtcpserver.linux import O_PATH
 from gtcpserver.process.descriptors import close_descriptor
 
 #: Groups below this are the system's (SYS_GID_MAX in login.defs(5)): of daemons, or of administrators.
@@ -173,7 +174,7 @@ def _parts(path: str) -> list[str]:
 
 
 def _open_folder(name: str, folder: int | None = None) -> int:
-    return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    return os.open(name, O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 
 def _change_folder(fd: int, name: str) -> int:

@@ -14,7 +14,9 @@ from gevent import monkey
 from gevent.hub import get_hub
 
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
+from gtcpserver.linux import MSG_CMSG_CLOEXEC, PACKETS
 from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.process.packets import packets
 
 from .messages import MAX_BYTES, MAX_DESCRIPTORS, MAX_OFFERS, Packet, PacketError, decode
 
@@ -59,12 +61,13 @@ class Line:
         self._unheard: tuple[Packet | None, list[int]] | None = None  # the same once it is decoded
         try:
             # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
-            self._sock = _socket_class(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+            self._sock = _socket_class(socket.AF_UNIX, PACKETS, 0, fileno=fd)
         except BaseException:
             close_descriptor(fd)
             raise
         try:
             self._sock.setblocking(False)
+            self._sock = packets(self._sock)
             loop = get_hub().loop
             self._reading = loop.io(fd, 1, ref=False)
             self._writing = loop.io(fd, 2, ref=False)
@@ -141,7 +144,7 @@ class Line:
 
     def _read_one(self) -> bool:
         try:
-            self._read = self._sock.recvmsg(MAX_BYTES + 1024, _SPACE, socket.MSG_CMSG_CLOEXEC)[:2]
+            self._read = self._sock.recvmsg(MAX_BYTES + 1024, _SPACE, MSG_CMSG_CLOEXEC)[:2]
         except BlockingIOError:
             return False
         except OSError as error:

@@ -7,7 +7,6 @@ import errno
 import functools
 import grp
 import math
-import os
 import pwd
 import socket
 from collections.abc import Callable, Iterator
@@ -18,14 +17,25 @@ from gevent import monkey
 
 from gtcpserver.checks import shown
 from gtcpserver.errors import ConfigError
+from gtcpserver.linux import (
+    IP_FREEBIND,
+    IP_TRANSPARENT,
+    IS_LINUX,
+    NO_OPTION,
+    SO_BINDTODEVICE,
+    TCP_CONGESTION,
+    TCP_DEFER_ACCEPT,
+    TCP_FASTOPEN,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    TCP_USER_TIMEOUT,
+)
 
 # The real class: in a monkey-patched program socket.socket is gevent's, which creates an event loop, even in a master.
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
 
-# linux/in.h, linux/in6.h, linux/tcp.h: missing in the socket module of Python 3.10. These options only exist on Linux,
-# where the numbers are the same on every architecture.
-IP_FREEBIND = 15
-IP_TRANSPARENT = 19
+# linux/in.h: missing in the socket module of Python 3.10. The number is the same on every architecture.
 IPPROTO_MPTCP = 262
 
 NO_ID = 2**32 - 1  # (uid_t)-1, which is not a valid ID: chown(2)
@@ -233,13 +243,18 @@ def create_socket(
 def set_reuse_port(sock: socket.socket, config: ListenConfig) -> None:
     """Let other sockets listen on the same port. The caller decides when: before bind or after it."""
     if config.reuse_port:
-        option = getattr(socket, "SO_REUSEPORT", None)
+        option = getattr(socket, "SO_REUSEPORT", NO_OPTION)
         _apply(sock, config, iter([("shared" if config.shared else "reuse_port", socket.SOL_SOCKET, option, 1)]))
 
 
 @functools.cache
 def has_reuse_port() -> bool:
-    """Return whether this system has SO_REUSEPORT: sandboxes such as older gVisor versions may not."""
+    """Return whether this system spreads connections by SO_REUSEPORT.
+
+    Sandboxes such as older gVisor versions do not have it. On BSD and macOS one of the sockets gets all connections.
+    """
+    if not IS_LINUX:
+        return False
     try:
         # Not socket.socket, which creates an event loop in a monkey-patched program; a master must not have one.
         sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -270,8 +285,8 @@ def apply_accept_options(sock: socket.socket, config: ListenConfig) -> None:
     _apply(sock, config, _accept_options(config, sock.family))
 
 
-#: Field of ListenConfig, level, option (None: this system's Python does not know it), value.
-_Option = tuple[str, int, int | None, int | bytes]
+#: Field of ListenConfig, level, option (NO_OPTION: this system, or its Python, does not know it), value.
+_Option = tuple[str, int, int, int | bytes]
 
 
 def _address_options(config: ListenConfig, family: int) -> Iterator[_Option]:
@@ -282,7 +297,7 @@ def _address_options(config: ListenConfig, family: int) -> Iterator[_Option]:
     if config.ipv6_only is not None and family == socket.AF_INET6:
         yield "ipv6_only", socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(config.ipv6_only)
     if config.device is not None:
-        yield "device", socket.SOL_SOCKET, getattr(socket, "SO_BINDTODEVICE", None), config.device.encode() + b"\0"
+        yield "device", socket.SOL_SOCKET, SO_BINDTODEVICE, config.device.encode() + b"\0"
     # The IPv4 options also work on IPv6 sockets: the kernel keeps one flag for both.
     if config.transparent:
         yield "transparent", socket.IPPROTO_IP, IP_TRANSPARENT, 1
@@ -301,23 +316,23 @@ def _connection_options(config: ListenConfig, family: int) -> Iterator[_Option]:
     yield "no_delay", tcp, socket.TCP_NODELAY, int(config.no_delay)
     yield "keepalive", socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(config.keepalive)
     if config.keepalive:
-        yield "keepalive_idle", tcp, getattr(socket, "TCP_KEEPIDLE", None), config.keepalive_idle
-        yield "keepalive_interval", tcp, getattr(socket, "TCP_KEEPINTVL", None), config.keepalive_interval
-        yield "keepalive_count", tcp, getattr(socket, "TCP_KEEPCNT", None), config.keepalive_count
+        yield "keepalive_idle", tcp, TCP_KEEPIDLE, config.keepalive_idle
+        yield "keepalive_interval", tcp, TCP_KEEPINTVL, config.keepalive_interval
+        yield "keepalive_count", tcp, TCP_KEEPCNT, config.keepalive_count
     if config.user_timeout is not None:
         milliseconds = max(1, round(config.user_timeout * 1000))
-        yield "user_timeout", tcp, getattr(socket, "TCP_USER_TIMEOUT", None), milliseconds
+        yield "user_timeout", tcp, TCP_USER_TIMEOUT, milliseconds
     if config.congestion is not None:
-        yield "congestion", tcp, getattr(socket, "TCP_CONGESTION", None), config.congestion.encode()
+        yield "congestion", tcp, TCP_CONGESTION, config.congestion.encode()
 
 
 def _accept_options(config: ListenConfig, family: int) -> Iterator[_Option]:
     if family != socket.AF_UNIX:
         if config.fast_open:
-            yield "fast_open", socket.IPPROTO_TCP, getattr(socket, "TCP_FASTOPEN", None), config.fast_open
+            yield "fast_open", socket.IPPROTO_TCP, TCP_FASTOPEN, config.fast_open
         if config.defer_accept is not None:
             seconds = math.ceil(config.defer_accept)
-            yield "defer_accept", socket.IPPROTO_TCP, getattr(socket, "TCP_DEFER_ACCEPT", None), seconds
+            yield "defer_accept", socket.IPPROTO_TCP, TCP_DEFER_ACCEPT, seconds
     levels = {
         socket.AF_UNIX: (socket.SOL_SOCKET,),
         socket.AF_INET: (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_TCP),
@@ -330,8 +345,6 @@ def _accept_options(config: ListenConfig, family: int) -> Iterator[_Option]:
 def _apply(sock: socket.socket, config: ListenConfig, options: Iterator[_Option]) -> None:
     for field, level, option, value in options:
         try:
-            if option is None:
-                raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
             sock.setsockopt(level, option, value)
         except OSError as exc:
             if getattr(config, field) == getattr(ListenConfig, field):

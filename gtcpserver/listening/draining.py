@@ -25,25 +25,28 @@ import ctypes
 import errno
 import socket
 import struct
-import sys
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar
 
 from gevent import monkey
 
+from gtcpserver.linux import (
+    AF_NETLINK,
+    IP_MINTTL,
+    IPV6_MINHOPCOUNT,
+    NO_OPTION,
+    SO_ATTACH_FILTER,
+    SO_ATTACH_REUSEPORT_CBPF,
+    SO_DETACH_FILTER,
+    SO_DETACH_REUSEPORT_BPF,
+    TCP_DEFER_ACCEPT,
+    TCP_INFO,
+)
+
 #: Seconds that a handshake in progress may still need on a local network. A distant client needs a round trip, and one
 #: whose ACK was lost, or that TCP_DEFER_ACCEPT kept waiting, up to the next SYN-ACK a second later.
 HANDSHAKE_SECONDS = 0.02
 
-# asm-generic/socket.h; Python's socket module does not have them.
-SO_ATTACH_FILTER = 26
-SO_DETACH_FILTER = 27
-SO_ATTACH_REUSEPORT_CBPF = 51
-SO_DETACH_REUSEPORT_BPF = 68
-
-# linux/in.h and linux/in6.h; ip(7). Python's socket module does not have them either.
-IP_MINTTL = 21
-IPV6_MINHOPCOUNT = 73
 #: Hosts send with 64 (Linux, BSD, macOS) or 128 (Windows), and each router on the way decrements it.
 HIGHEST_TTL = 255
 
@@ -100,7 +103,7 @@ def drop_new_connections(listening: socket.socket) -> Literal["filter", "ttl"] |
 
 def hear_new_connections(listening: socket.socket) -> None:
     """Undo `drop_new_connections`, for a socket that another process may keep using; errors are ignored."""
-    for level, option in ((socket.SOL_SOCKET, SO_DETACH_FILTER), (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)):
+    for level, option in ((socket.SOL_SOCKET, SO_DETACH_FILTER), (socket.IPPROTO_TCP, TCP_DEFER_ACCEPT)):
         try:
             listening.setsockopt(level, option, 0)
         except OSError:
@@ -192,7 +195,7 @@ def handshakes_under_way(listening: socket.socket) -> int | None:
     Returns:
         None if the kernel does not say (no sock_diag, or not a TCP socket).
     """
-    if listening.family not in (socket.AF_INET, socket.AF_INET6) or not hasattr(socket, "AF_NETLINK"):
+    if listening.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:
         return _count_handshakes(listening.getsockname()[1], listening.family)
@@ -203,7 +206,7 @@ def handshakes_under_way(listening: socket.socket) -> int | None:
 def queue_length(listening: socket.socket) -> int:
     """Count the connections that wait to be accepted (tcpi_unacked of a listener, linux/tcp.h); 0 if unknown."""
     try:
-        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        info = listening.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 28)
     except OSError:
         return 0  # not TCP
     return int(struct.unpack_from("=I", info, 24)[0])
@@ -239,8 +242,6 @@ def _drop_by_ttl(listening: socket.socket) -> bool:
     Two kinds of handshakes are not covered: those of a SYN flood, which are kept in a cookie instead of a queue (their
     ACKs are for the listening socket), and those of clients on the same link that send with a TTL of 255.
     """
-    if sys.platform != "linux":
-        return False  # the options have other numbers, or another meaning
     try:
         _set_least_ttl(listening, HIGHEST_TTL)
     except OSError as exc:
@@ -259,8 +260,8 @@ def _set_least_ttl(sock: socket.socket, ttl: int) -> None:
 
 
 def _defer_accept(listening: socket.socket, seconds: int) -> None:
-    if hasattr(socket, "TCP_DEFER_ACCEPT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+    if TCP_DEFER_ACCEPT != NO_OPTION:
+        listening.setsockopt(socket.IPPROTO_TCP, TCP_DEFER_ACCEPT, seconds)
 
 
 def _choose_one_of(indexes: list[int]) -> list[Instruction]:
@@ -279,7 +280,7 @@ def _count_handshakes(port: int, family: int) -> int:
     query = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << TCP_SYN_RECV)
     header = struct.pack("=IHHII", 16 + len(query), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 1, 0)
     count = 0
-    with _socket_class(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+    with _socket_class(AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
         netlink.send(header + query)
         while True:
             answer = netlink.recv(65536)

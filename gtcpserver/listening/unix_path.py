@@ -8,12 +8,12 @@ import fcntl
 import os
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterator
 
 from gevent import monkey
 
+from gtcpserver.linux import O_PATH, peer_of
 from gtcpserver.process.descriptors import close_descriptor
 
 _socket_class: type[socket.socket] = monkey.get_original("socket", "socket")
@@ -95,7 +95,9 @@ def remove_if_ours(path: str, identity: tuple[int, int]) -> bool:
 def _change(name: str, folder: int, made: os.stat_result, mode: int | None, owner: tuple[int, int]) -> None:
     """Give the path its owner, and restore the mode bits removed by the umask."""
     # By descriptor, not by path: another user's folder may have a link there by now.
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    if O_PATH == os.O_RDONLY:
+        return _change_by_name(name, folder, mode, owner)
+    fd = os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
         found = os.fstat(fd)
         if stat.S_ISSOCK(found.st_mode) and (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
@@ -108,6 +110,14 @@ def _change(name: str, folder: int, made: os.stat_result, mode: int | None, owne
                 os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
         close_descriptor(fd)
+
+
+def _change_by_name(name: str, folder: int, mode: int | None, owner: tuple[int, int]) -> None:
+    """Do the same on a system that opens no sockets (macOS). No link is followed there."""
+    if owner != (-1, -1):
+        os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
+    if mode is not None:
+        os.chmod(name, mode, dir_fd=folder, follow_symlinks=os.chmod not in os.supports_follow_symlinks)
 
 
 def _remove_stale(path: str, name: str, folder: int) -> None:
@@ -124,7 +134,8 @@ def _remove_stale(path: str, name: str, folder: int) -> None:
         except OSError as exc:
             # EAGAIN: its queue is full; EPROTOTYPE: a datagram socket; EACCES: of another user.
             raise OSError(errno.EADDRINUSE, f"unix:{path} is already in use ({exc.strerror})") from exc
-        pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        peer = peer_of(probe)
+    pid = "unknown" if peer is None else peer[0]
     raise OSError(errno.EADDRINUSE, f"unix:{path} is already in use by another server (pid {pid})")
 
 
@@ -140,7 +151,7 @@ def _folder(path: str) -> Iterator[int]:
     try:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:  # it may be searched, but not read
-        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(name, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:

@@ -10,7 +10,6 @@ What it says comes from a process that speaks HTTP with strangers, and is only e
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import mmap
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from gtcpserver.linux import memory_file, reserve
 from gtcpserver.process.descriptors import close_descriptor
 
 from .latency import BUCKETS
@@ -200,18 +200,17 @@ def make_history(fd: int | None = None) -> int:
         fd: the memory of the last master, which is closed if it is of another size; None: there is none.
 
     Raises:
-        OSError: descriptors ran out, or the system has no memfd_create(2).
+        OSError: descriptors or memory ran out.
     """
     if fd is not None:
         if os.fstat(fd).st_size == BYTES:
             os.set_inheritable(fd, False)
             return fd
         close_descriptor(fd)
-    made = os.memfd_create("gtcpserver-history", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    # Sealed: a monitor that was taken over must not make the next one read where there is nothing.
+    made = memory_file("gtcpserver-history", BYTES, sealed=True)
     try:
-        os.posix_fallocate(made, 0, BYTES)  # a write where memory ran out would be a SIGBUS
-        # A monitor that was taken over must not make the next one read where there is nothing (SIGBUS).
-        fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        reserve(made, BYTES)
     except BaseException:
         close_descriptor(made)
         raise

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 
-PR_SET_NAME = 15  # linux/prctl.h
+from gtcpserver.linux import name_process
 
 #: Bytes of comm that the kernel keeps (TASK_COMM_LEN).
 MOST_COMM = 15
@@ -35,7 +35,7 @@ def set_title(role: str, program: str = "") -> None:
         role: what the process does, such as "worker 0".
         program: what it runs, such as "app:handle"; "": unknown.
     """
-    ctypes.CDLL(None).prctl(PR_SET_NAME, f"gtcp:{role}".encode()[:MOST_COMM], 0, 0, 0)
+    name_process(f"gtcp:{role}".encode()[:MOST_COMM])
     titles = [f"gtcpserver: {role} [{program}]"] if program else []
     for title in (*titles, f"gtcpserver: {role}"):
         if _write(title.encode(errors="replace").replace(b"\0", b"?")):

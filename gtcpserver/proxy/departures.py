@@ -24,6 +24,7 @@ from gevent.hub import get_hub
 from greenlet import getcurrent
 
 from gtcpserver.connection.connection import Connection
+from gtcpserver.linux import MSG_NOSIGNAL, POLLRDHUP, TCP_KEEPIDLE, TCP_KEEPINTVL
 
 from .errors import Cut
 
@@ -49,7 +50,7 @@ ZERO = b"0"
 
 #: Seconds between TCP keep-alive probes to a client that has ended. Linux forgets a connection that its program has
 #: closed after 60 seconds (tcp_fin_timeout, tcp(7)), and answers probes with a reset from then on.
-_PROBES = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 10))
+_PROBES = ((TCP_KEEPIDLE, 10), (TCP_KEEPINTVL, 10))
 
 _LOST = select.POLLERR | select.POLLHUP
 
@@ -160,7 +161,7 @@ class Departures:
         by_fd.pop(-1, None)  # closed meanwhile
         poll = _poll()
         for fd in by_fd:
-            poll.register(fd, select.POLLRDHUP)
+            poll.register(fd, POLLRDHUP)
         return [(by_fd[fd], events) for fd, events in poll.poll(0)]
 
     def _ended(self) -> list[Idle]:
@@ -168,7 +169,7 @@ class Departures:
         by_fd.pop(-1, None)
         poll = _poll()
         for fd in by_fd:
-            poll.register(fd, select.POLLIN | select.POLLRDHUP)
+            poll.register(fd, select.POLLIN | POLLRDHUP)
         return [by_fd[fd] for fd, _ in poll.poll(0)]
 
     def _judge(self, presence: Presence, events: int) -> float:
@@ -211,7 +212,7 @@ def _send(conn: Connection, probe: bytes) -> int | None:
     """Send a probe; return its size, or 0 if it has to wait; None: the client does not get all it is sent."""
     stream = conn.stream
     try:
-        sent: int = stream.sock.send(probe, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        sent: int = stream.sock.send(probe, socket.MSG_DONTWAIT | MSG_NOSIGNAL)
     except BlockingIOError:
         return 0  # the data before it, which is still on its way, does the same
     except OSError:

@@ -19,6 +19,16 @@ from gevent.queue import SimpleQueue
 from gtcpserver.connection.connect import connect
 from gtcpserver.connection.connection import Connection
 from gtcpserver.errors import DeadlineExceeded
+from gtcpserver.linux import (
+    IP_BIND_ADDRESS_NO_PORT,
+    IPV6_RECVERR,
+    NO_OPTION,
+    TCP_FASTOPEN_CONNECT,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    error_queue,
+)
 from gtcpserver.listening.config import ListenConfig
 
 from .errors import TTL_EXPIRED, LimitReached
@@ -32,10 +42,7 @@ STAGGER = 0.25
 #: silent addresses cost less than a second.
 MOST_AT_ONCE = 4
 
-# linux/in.h, in6.h, tcp.h and errqueue.h; Python's socket module does not have them.
-IP_BIND_ADDRESS_NO_PORT = 24
-IPV6_RECVERR = 25
-TCP_FASTOPEN_CONNECT = 30
+# linux/errqueue.h.
 SO_EE_ORIGIN_ICMP = 2
 SO_EE_ORIGIN_ICMP6 = 3
 
@@ -45,9 +52,9 @@ _TIME_EXCEEDED = (bytes((SO_EE_ORIGIN_ICMP, 11)), bytes((SO_EE_ORIGIN_ICMP6, 3))
 # A dead destination host is noticed as soon as a dead client host.
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ListenConfig.keepalive_idle),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ListenConfig.keepalive_interval),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ListenConfig.keepalive_count),
+    (socket.IPPROTO_TCP, TCP_KEEPIDLE, ListenConfig.keepalive_idle),
+    (socket.IPPROTO_TCP, TCP_KEEPINTVL, ListenConfig.keepalive_interval),
+    (socket.IPPROTO_TCP, TCP_KEEPCNT, ListenConfig.keepalive_count),
 )
 
 
@@ -185,9 +192,10 @@ def _connect(
         keep_alive(sock)
         if source is not None:
             # Choose the port when the destination is known: 28,000 connections to each, not in total (ip(7)).
-            sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            if IP_BIND_ADDRESS_NO_PORT != NO_OPTION:
+                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((str(source), 0))
-        if family == socket.AF_INET6:
+        if family == socket.AF_INET6 and IPV6_RECVERR != NO_OPTION:
             # Without it the kernel discards ICMPv6 errors (IPv4 errors are kept anyway).
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
         if fast_open:
@@ -204,7 +212,7 @@ def _connect(
             raise OSError(TTL_EXPIRED, "TTL expired in transit")
         if error:
             raise OSError(error, os.strerror(error))  # which makes a ConnectionRefusedError of ECONNREFUSED
-        if family == socket.AF_INET6:
+        if family == socket.AF_INET6 and IPV6_RECVERR != NO_OPTION:
             # Left on, router errors would end an established connection, which may recover from them (RFC 5461).
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 0)
     except DeadlineExceeded:
@@ -228,13 +236,14 @@ def dial_unix(path: str) -> Connection:
 def keep_alive(sock: Any) -> None:
     """Enable the same keep-alive probes as for clients; accepted connections inherit theirs from the listener."""
     for level, option, value in _KEEP_ALIVE:
-        sock.setsockopt(level, option, value)
+        if option != NO_OPTION:
+            sock.setsockopt(level, option, value)
 
 
 def _has_expired(sock: Any) -> bool:
     """Return whether ICMP's "time exceeded" has ended an attempt to connect (ip(7), IP_RECVERR)."""
     try:
-        messages = sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)[1]
+        messages = error_queue(sock)
     except OSError:
         return False  # the system itself detected the error
     return any(data[4:6] in _TIME_EXCEEDED for _, _, data in messages)

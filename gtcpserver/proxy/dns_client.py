@@ -102,7 +102,7 @@ class NameServers:
                 waiting.remove(server)  # it would say the same again
         if waiting:
             raise NoReply(f"no answer about {name}")
-        raise ServersFailed(errno.EREMOTEIO, why)
+        raise ServersFailed(errno.EIO, why)
 
     def _ask(self, server: Any, asked: bytes, seconds: float, by_tcp: bool) -> Reply:
         until = monotonic() + seconds

@@ -19,6 +19,7 @@ from ipaddress import IPv4Address
 from gevent import monkey
 
 from gtcpserver.errors import CAPACITY_ERRNOS
+from gtcpserver.linux import AF_NETLINK, SOCK_CLOEXEC
 
 from .dial import way_out
 from .source import interfaces
@@ -127,7 +128,7 @@ class ThisHost:
         if self._socket is None or self._process != os.getpid():
             self.close()
             self._process = os.getpid()
-            self._socket = _socket_class(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
+            self._socket = _socket_class(AF_NETLINK, socket.SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE)
             self._socket.setblocking(False)
             if not self._ask_by(self._socket, _LOOPBACK):
                 # An emulated kernel (gVisor calls every route unicast), or the interface lo is down.

@@ -15,6 +15,7 @@ from gtcpserver.connection.blocks import Idle
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import FaultLimiter
 from gtcpserver.errors import ClientRefused
+from gtcpserver.linux import TCP_INFO
 from gtcpserver.process.forked import end_process
 from gtcpserver.transfer.ends import reset_on_close
 
@@ -206,7 +207,7 @@ class Serving:
     def _measure_queue_wait(self, connection: Connection) -> None:
         # tcpi_last_data_sent (linux/tcp.h, milliseconds): nothing was sent yet, so it is the time since the handshake.
         try:
-            info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 48)
+            info = connection.stream.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 48)
         except OSError:
             return  # not TCP
         waited = struct.unpack_from("=I", info, 44)[0] / 1000

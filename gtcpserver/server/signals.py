@@ -11,6 +11,7 @@ from typing import Any
 from gevent.hub import get_hub
 from gevent.monkey import get_original
 
+from gtcpserver.linux import make_pipe
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
 from gtcpserver.process.watcher import watch
@@ -129,7 +130,7 @@ class Waker:
 
     def __init__(self, woken: Callable[[], Any]) -> None:
         self._woken = woken
-        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pipe = make_pipe()
         self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._watcher = watch(get_hub().loop, self._pipe[0], 1)
         self._watcher.ref = False

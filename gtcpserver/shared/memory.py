@@ -33,6 +33,7 @@ import os
 from time import monotonic_ns
 
 from gtcpserver.errors import GtcpServerError
+from gtcpserver.linux import memory_file
 from gtcpserver.process.descriptors import close_descriptor
 
 log = logging.getLogger("gtcpserver")
@@ -105,14 +106,12 @@ class SharedMemory:
             workers: number of workers to expect.
 
         Raises:
-            OSError: descriptors or memory ran out, or the system has no memfd_create(2).
+            OSError: descriptors or memory ran out.
         """
         columns = columns_for(workers)
         sets = clients_of(columns) // WAYS
-        fd = os.memfd_create("gtcpserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = memory_file("gtcpserver", size_of(columns, sets), sealed=True)
         try:
-            os.ftruncate(fd, size_of(columns, sets))
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             made = cls(fd, columns, sets)
         except BaseException:
             close_descriptor(fd)

@@ -8,7 +8,6 @@ import html
 import http
 import mimetypes
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -20,6 +19,7 @@ from gtcpserver.checks import check_number
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import FaultLimiter, also, own_logger
 from gtcpserver.errors import ConfigError, DeadlineExceeded
+from gtcpserver.linux import MSG_MORE
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.transfer.disk import in_thread
 
@@ -367,7 +367,7 @@ class StaticFiles:
         if self._log_requests and following >= 0:
             self._log(conn, request, status, len(body) or following)
         # MSG_MORE: the head shares its first packet with the file (send(2)). Over TLS there are no flags.
-        conn.sendall(start + body if body else start, socket.MSG_MORE if following and conn.tls is None else 0)
+        conn.sendall(start + body if body else start, MSG_MORE if following and conn.tls is None else 0)
 
     def _log(self, conn: Connection, request: Request | None, status: int, size: int) -> None:
         address: Any = conn.client_address

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -12,14 +11,14 @@ from collections.abc import Sequence
 
 from gevent.monkey import get_original
 
+from gtcpserver.linux import RWF_NOWAIT, open_beneath
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.transfer.disk import in_thread
 
 #: O_NONBLOCK: opening a FIFO must not wait for a writer.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
-# openat2(2), Linux 5.6; asm-generic/unistd.h (one number on all architectures) and linux/openat2.h.
-_SYS_OPENAT2 = 437
+# openat2(2), Linux 5.6; linux/openat2.h.
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_BENEATH = 0x08
 _HOW = struct.pack("=QQQ", _FLAGS, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
@@ -34,7 +33,7 @@ _REST = 0.0001
 _sleep = get_original("time", "sleep")
 
 # preadv2(2): fail instead of waiting for the disk.
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_NOWAIT = RWF_NOWAIT
 
 
 class Directory:
@@ -55,7 +54,6 @@ class Directory:
         self._follow = follow_symlinks
         #: Closes the descriptor: :meth:`close`, or the end of the last reference.
         self._closed = weakref.finalize(self, close_descriptor, self._fd)
-        self._libc = ctypes.CDLL(None, use_errno=True)
         # File systems that do not support _NOWAIT, by st_dev: overlayfs on some kernels, tmpfs.
         self._cannot_tell: set[int] = set()
 
@@ -76,15 +74,14 @@ class Directory:
             return os.open(path, _FLAGS, dir_fd=self._fd)
         # Resolved by the kernel in one step: no link can be put into the path between a check and the opening.
         for _ in range(_TRIES):
-            fd: int = self._libc.syscall(_SYS_OPENAT2, self._fd, path, _HOW, len(_HOW))
-            if fd >= 0:
-                return fd
-            number = ctypes.get_errno()
-            if number != errno.EAGAIN:
-                break
-        if number in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a container that filters unknown system calls
-            return self._open_step_by_step(segments)
-        raise OSError(number, os.strerror(number))
+            try:
+                return open_beneath(self._fd, path, _HOW)
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.EPERM):  # an old kernel, another system, or a container that
+                    return self._open_step_by_step(segments)  # filters unknown system calls
+                if error.errno != errno.EAGAIN:
+                    raise
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _open_step_by_step(self, segments: Sequence[bytes]) -> int:
         fd = os.dup(self._fd)

@@ -15,7 +15,9 @@ from typing import Any
 
 from gevent import monkey
 
+from gtcpserver.linux import MSG_CMSG_CLOEXEC, PACKETS
 from gtcpserver.process.descriptors import close_descriptor
+from gtcpserver.process.packets import packets
 
 from .messages import MAX_BYTES, Message, MessageError, decode, encode
 
@@ -64,7 +66,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, kinds: frozenset[str], takes_fds: bool = False) -> None:
         sock.setblocking(False)
-        self._sock = sock
+        self._sock = packets(sock)
         self._kinds = kinds
         self._takes_fds = takes_fds
         self._outbox: deque[_Packet] = deque()
@@ -181,7 +183,7 @@ class Channel:
 
     def _receive_with(self, fds: list[int]) -> bytes:
         space = socket.CMSG_SPACE(MAX_FDS * 4)
-        data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES, space, MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.extend(struct.unpack(f"={len(content) // 4}i", content[: len(content) // 4 * 4]))
@@ -204,7 +206,7 @@ def make_pair(kinds_here: frozenset[str], kinds_there: frozenset[str]) -> tuple[
     Both are close-on-exec, like every descriptor that Python makes. Raises OSError; then nothing stays open.
     """
     # Not socket.socketpair: in a monkey-patched program it returns gevent's sockets, which create an event loop.
-    here, there = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here, there = _socket.socketpair(socket.AF_UNIX, PACKETS)
     return (
         Channel(_own(here.detach()), kinds_here),
         Channel(_own(there.detach()), kinds_there, takes_fds=True),
@@ -227,6 +229,6 @@ def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
     return [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))]
 
 
-def _own(fd: int, kind: int = socket.SOCK_SEQPACKET) -> socket.socket:
+def _own(fd: int, kind: int = PACKETS) -> socket.socket:
     # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
     return _socket_class(socket.AF_UNIX, kind, 0, fileno=fd)

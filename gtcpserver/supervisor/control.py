@@ -12,7 +12,6 @@ import logging
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
@@ -22,6 +21,7 @@ from gevent import monkey
 from gtcpserver.diagnostics.logs import FaultLimiter, also
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.files.trusted_path import UntrustedPath, check_path
+from gtcpserver.linux import peer_of
 from gtcpserver.listening.unix_path import bind_unix, remove_if_ours
 from gtcpserver.strict_json import to_json
 
@@ -190,10 +190,11 @@ class ControlSocket:
         # With explicit kind: otherwise Python asks the kernel, and if that fails, the descriptor leaks.
         sock = _socket_class(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         try:
-            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            peer = peer_of(sock)
         except OSError:
             sock.close()
             return
+        uid = peer[1] if peer is not None else os.geteuid()  # unknown: the mode alone has kept others out
         if uid not in (0, os.geteuid()):
             left_out = self._refused.allow(uid)
             if left_out is not None:

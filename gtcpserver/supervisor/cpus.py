@@ -8,9 +8,10 @@ one decides. So each group is read, from this process's own up to the root of th
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator
+
+from gtcpserver import linux
 
 V2 = "cgroup2"
 V1 = "cgroup"
@@ -22,7 +23,7 @@ def count_cpus(root: str = "/") -> int:
     Args:
         root: parent folder of /proc and the control groups.
     """
-    cpus = len(os.sched_getaffinity(0))
+    cpus = len(linux.cpus())
     for folder in _groups(root):
         quota = _quota(folder)
         if quota is not None:

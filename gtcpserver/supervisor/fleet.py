@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gtcpserver.linux import cpus
 from gtcpserver.plural import counted
 from gtcpserver.server.server import DEFAULT_STOP_TIMEOUT
 from gtcpserver.shared.memory import SharedMemory
@@ -128,7 +129,7 @@ class Fleet:
         self._reload_waits = False  # for old workers; already logged
         self._folder = folder
         self._close_masters = close
-        self._cpus = sorted(os.sched_getaffinity(0)) if config.pin_cpus else []
+        self._cpus = cpus() if config.pin_cpus else []
         self.care = Care(self)
         self.memory: SharedMemory | None = None
         self.deaths = 0

@@ -316,7 +316,7 @@ class Master:
         fd = self._handover.memory if self._handover is not None else None
         try:
             return self.system.shared_memory(workers, fd)
-        except (OSError, AttributeError) as error:  # no memfd_create in this Python, or in this system
+        except OSError as error:
             log.warning("each worker counts its own clients: no memory that workers share: %s", error)
             return None
 

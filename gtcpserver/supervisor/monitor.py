@@ -117,7 +117,7 @@ class MonitorProcess:
     def _open_history(self, fd: int | None) -> int | None:
         try:
             return self._system.history_memory(fd)
-        except (OSError, AttributeError) as error:  # no memfd_create in this Python, or in this system
+        except OSError as error:
             log.warning("the status page will forget what was before a new log file or an upgrade: %s", error)
             return None
 

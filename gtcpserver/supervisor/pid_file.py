@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
-import struct
 from collections.abc import Iterator
 
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.trusted_path import UntrustedPath, trusted_place
+from gtcpserver.linux import holder_of_lock, lock_file
 from gtcpserver.process.descriptors import close_descriptor
-
-#: struct flock, fcntl(2): l_type, l_whence, l_start, l_len, l_pid; zeros stand for the whole file.
-FLOCK = struct.Struct("hhqqi4x")
 
 #: Mode of the file: monitoring tools read it.
 MODE = 0o644
@@ -63,7 +59,7 @@ class PidFile:
         try:
             # A file of another user may have been put there to keep us from starting.
             ours = os.fstat(fd).st_uid in (0, os.geteuid())
-            holder = _holder(fd) if ours else None
+            holder = holder_of_lock(fd) if ours else None
             if holder is not None:
                 said = os.read(fd, 32).decode("ascii", "replace").strip()
                 raise OSError(errno.EEXIST, f"{self.path}: process {holder or said} is running")
@@ -81,7 +77,7 @@ class PidFile:
             fd = os.open(temporary, flags, 0o600, dir_fd=place.folder)
             try:
                 with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                    lock_file(fd)
                 content = f"{os.getpid()}\n".encode()
                 if os.write(fd, content) < len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -114,17 +110,6 @@ class PidFile:
         if self._fd >= 0:
             close_descriptor(self._fd)
             self._fd = -1
-
-
-def _holder(fd: int) -> int | None:
-    """Return the holder of a write lock: a process id, 0 for "some process"; None if there is no lock."""
-    # Ask as for a read lock, which does not conflict with read locks of others.
-    query = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-    try:
-        kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))
-    except OSError:
-        return None  # a file system without locks
-    return None if kind == fcntl.F_UNLCK else max(0, pid)  # -1: it belongs to an open file
 
 
 def _umask() -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pwd
 
+from gtcpserver.linux import become_user
+from gtcpserver.linux import die_with_parent as set_death_signal
+
 from .config import SupervisorConfig
 
 log = logging.getLogger("gtcpserver")
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def become(config: SupervisorConfig) -> None:
@@ -26,8 +26,7 @@ def become(config: SupervisorConfig) -> None:
             os.initgroups(name, gid)
         elif config.user is not None:
             os.setgroups([gid])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        become_user(uid, gid)
     if name is not None:
         # Programs look for their files there; this user cannot read root's.
         entry = pwd.getpwnam(name)
@@ -40,6 +39,6 @@ def die_with_parent(number: int) -> None:
     If a filter of seccomp(2) refuses that, only the end of the channel shows that the parent is gone: at once if the
     event loop runs, and never if the loop is blocked for good.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        log.debug("prctl(PR_SET_PDEATHSIG): %s", os.strerror(ctypes.get_errno()))
+    why = set_death_signal(number)
+    if why is not None:
+        log.debug("prctl(PR_SET_PDEATHSIG): %s", why)

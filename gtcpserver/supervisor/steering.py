@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gtcpserver.linux import SO_ATTACH_REUSEPORT_CBPF
 from gtcpserver.listening.draining import (
     BPF_JUMP_IF_EQUAL,
     BPF_LOAD_WORD,
     BPF_RETURN,
     MAX_INSTRUCTIONS,
-    SO_ATTACH_REUSEPORT_CBPF,
     HasSocket,
     Instruction,
     attach_program,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from gevent import monkey
 
+from gtcpserver.linux import make_pipe
 from gtcpserver.listening.listener import ListenConfig
 from gtcpserver.monitoring.history import make_history
 from gtcpserver.process.descriptors import close_descriptor
@@ -239,7 +240,7 @@ class SignalPipe:
     def __init__(self, numbers: Iterable[int]) -> None:
         numbers = tuple(numbers)
         self._caught: deque[int] = deque()
-        self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pipe = make_pipe()
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._before = [(number, _signal(number, self._note)) for number in numbers]
         # The program that started us may have blocked them, and the mask is inherited (signal(7)).

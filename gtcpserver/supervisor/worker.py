@@ -33,6 +33,7 @@ from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key
 from gtcpserver.errors import GtcpServerError
 from gtcpserver.files import lent as lent_files
 from gtcpserver.handover.mover import Mover
+from gtcpserver.linux import stay_on
 from gtcpserver.monitoring.connection_table import MOST, look
 from gtcpserver.monitoring.selection import Selection, end, rows_of
 from gtcpserver.monitoring.watch import Watch, resident_bytes
@@ -287,7 +288,7 @@ class _Life:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         _work_in(job.folder)
         if job.cpu is not None:
-            os.sched_setaffinity(0, {job.cpu})
+            stay_on({job.cpu})
         files = job.prepare() if job.prepare is not None else NamedFiles()
         self.become_unprivileged(files)
         # After the change of user, which clears it (prctl(2)).

@@ -7,7 +7,6 @@ no longer answers.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import json
@@ -30,6 +29,7 @@ from greenlet import getcurrent, greenlet
 
 from gtcpserver.connection.connection import Connection
 from gtcpserver.diagnostics.logs import fault_key
+from gtcpserver.linux import give_back_memory, memory_file, resident_bytes
 from gtcpserver.pool.greenlets import HandlerGreenlet
 from gtcpserver.process.forked import own_fork
 from gtcpserver.server.describe import describe, peer
@@ -101,7 +101,7 @@ class Sandbox:
     def __init__(self, handler: Handler[Any], options: Mapping[str, Any], patience: float) -> None:
         Server("127.0.0.1:0", handler, **options)  # validates the options
         self._patience = patience
-        self._stacks = os.memfd_create("stacks")
+        self._stacks = memory_file("stacks")
         ours, theirs = _socketpair()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
@@ -267,10 +267,7 @@ def _forget_the_test() -> None:
 
 def _give_back_free_memory() -> None:
     """Return free memory to the system: reused memory would hide the server's allocations."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
+    give_back_memory()
 
 
 class _Child:
@@ -316,17 +313,15 @@ class _Child:
             errors, self._errors = self._errors, []
             gc.collect()
             greenlets = sum(_is_running(thing) for thing in gc.get_objects())
-        with open("/proc/self/statm") as file:
-            resident = int(file.read().split()[1])
         stats = self._server.stats()
         return {
             "accepted": stats.accepted,
             "active": stats.active,
             "open": stats.active + stats.lingering + stats.handshaking + stats.proxy_headers_awaited,
             "where": [str(describe(*one)) for one in self._server.connections().items()],
-            "descriptors": len(os.listdir("/proc/self/fd")),
+            "descriptors": len(os.listdir("/dev/fd")),
             "greenlets": greenlets,
-            "memory": resident * resource.getpagesize(),
+            "memory": resident_bytes(),
             "errors": errors,
             "blocks": sys.getallocatedblocks() if thorough else 0,
         }

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from gevent.hub import get_hub
 from gevent.threadpool import ThreadPool
 
+from gtcpserver.linux import RWF_NOWAIT, read_ahead
 from gtcpserver.process.descriptors import close_descriptor
 
 #: Concurrent reads and writes. The pool is separate: gevent's default one also resolves host names, and look-ups must
@@ -42,8 +43,6 @@ TRUSTED = 4 * WINDOW
 
 #: Bytes of such a file that are read without a thread: one read-ahead of the kernel, and a thread costs 0.1 ms.
 UNSAMPLED = 128 * 1024
-
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 _pools: WeakKeyDictionary[Any, ThreadPool] = WeakKeyDictionary()
 
@@ -74,7 +73,7 @@ class PageCache:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._byte = [bytearray(1)]
-        self._can_tell = _NOWAIT != 0
+        self._can_tell = RWF_NOWAIT != 0
         self._trusted_until = 0
         self._was_slow = False
 
@@ -104,8 +103,8 @@ class PageCache:
         last = position + size - 1
         try:
             for place in range(position, last, STEP):
-                os.preadv(self._fd, self._byte, place, _NOWAIT)
-            os.preadv(self._fd, self._byte, last, _NOWAIT)
+                os.preadv(self._fd, self._byte, place, RWF_NOWAIT)
+            os.preadv(self._fd, self._byte, last, RWF_NOWAIT)
         except BlockingIOError:
             return False
         except OSError:
@@ -124,7 +123,7 @@ def _read(fd: int, position: int, size: int) -> float:
     # read data that nobody sees, and do no harm.
     end = position + size
     with suppress(OSError):
-        os.posix_fadvise(fd, position, size + READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        read_ahead(fd, position, size + READ_AHEAD)
     with suppress(OSError):
         # sendfile to /dev/null waits for the pages without copying them (read would copy 16 KiB a syscall).
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import gevent.socket
 from gevent.exceptions import ConcurrentObjectUseError
 
-_TCP_CLOSE = 7  # include/net/tcp_states.h
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -149,15 +148,6 @@ def wait_readable(sock: Any) -> None:
 def wait_writable(sock: Any) -> None:
     """Wait until the socket is writable, as gevent's own methods do. Errors as ``send``."""
     sock._wait(sock._write_event)  # noqa: SLF001 - gevent's names
-
-
-def has_ended(sock: Any) -> bool:
-    """Return whether the kernel has closed a TCP connection, by an error or because both sides ended."""
-    try:
-        (state,) = struct.unpack("B", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
-    except OSError:
-        return False  # a unix socket: it has other errors
-    return bool(state == _TCP_CLOSE)
 
 
 def note_error(sock: Any, error: BaseException) -> None:

@@ -21,9 +21,8 @@ from time import monotonic
 from weakref import WeakSet
 
 from gtcpserver.diagnostics.logs import own_logger
+from gtcpserver.linux import HAS_SPLICE, grow_pipe, has_ended, make_pipe, pipe_size, splice
 from gtcpserver.process.descriptors import close_descriptor
-
-from .ends import has_ended
 
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.
 LARGEST = 1 << 20
@@ -60,8 +59,6 @@ REFUSALS = frozenset(
 
 log = own_logger("gtcpserver.transfer")
 
-_NONBLOCK = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "splice") else 0
-
 
 class Pipe:
     """A non-blocking pipe.
@@ -76,12 +73,12 @@ class Pipe:
 
     def __init__(self, size: int) -> None:
         self.foreign = False
-        self.output, self.input = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.output, self.input = make_pipe()
         try:
-            self.size = fcntl.fcntl(self.input, fcntl.F_GETPIPE_SZ)
+            self.size = pipe_size(self.input)
             while size > self.size:
                 try:
-                    self.size = fcntl.fcntl(self.input, fcntl.F_SETPIPE_SZ, size)
+                    self.size = grow_pipe(self.input, size)
                 except OSError:
                     size //= 2  # EPERM: over this user's limit; ENOMEM: out of memory
         except BaseException:
@@ -96,8 +93,8 @@ class Pipe:
             OSError, ValueError: they are no pipe, or one with another number of bytes in it: a flow that waits for
                 more would occupy the event loop.
         """
-        size = fcntl.fcntl(input_, fcntl.F_GETPIPE_SZ)
-        fcntl.fcntl(output, fcntl.F_GETPIPE_SZ)
+        size = pipe_size(input_)
+        pipe_size(output)
         if not os.path.sameopenfile(output, input_):
             raise ValueError("these are not the two ends of one pipe")
         there = _bytes_in(output)
@@ -115,11 +112,11 @@ class Pipe:
 
     def fill(self, source: int, size: int) -> int:
         """Splice up to ``size`` bytes from a descriptor into the pipe."""
-        return os.splice(source, self.input, size, None, None, _NONBLOCK)
+        return splice(source, self.input, size)
 
     def empty(self, sink: int, size: int) -> int:
         """Splice up to ``size`` bytes from the pipe into a descriptor."""
-        return os.splice(self.output, sink, size, None, None, _NONBLOCK)
+        return splice(self.output, sink, size)
 
     def put_in(self, data: memoryview) -> int:
         """Write into the empty pipe; return the number of bytes that it took."""
@@ -223,7 +220,7 @@ class PipePool:
             self._unused.pop().close()
 
     def _make(self) -> Pipe | None:
-        if not _NONBLOCK or monotonic() - self._refused_at < PAUSE_AFTER_REFUSAL:
+        if not HAS_SPLICE or monotonic() - self._refused_at < PAUSE_AFTER_REFUSAL:
             return None
         with contextlib.suppress(OSError):
             # Each pipe takes two descriptors; pipes may take a quarter of all descriptors: connections come first.

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from gtcpserver.linux import has_ended
+
 from .disk import PageCache
-from .ends import has_ended, is_plain, note_error, raw_of, reset_on_close, stream_of, wait_writable
+from .ends import is_plain, note_error, raw_of, reset_on_close, stream_of, wait_writable
 from .files import descriptor_of, is_seekable_file, opened, wait_for
 from .pipes import REFUSALS
 

@@ -15,6 +15,7 @@ from gevent import socket as gevent_socket
 
 from gtcpserver.address import Address, parse_address
 from gtcpserver.errors import ConfigError
+from gtcpserver.linux import NO_OPTION
 from gtcpserver.listening import config as listen_config
 from gtcpserver.listening import draining, listener
 from gtcpserver.listening.listener import (
@@ -604,8 +605,8 @@ def test_a_congestion_control_the_kernel_lacks_is_told_with_those_it_has():
 
 
 def test_an_option_this_python_lacks_is_a_config_error_only_if_it_is_asked_for(opened, monkeypatch):
-    monkeypatch.delattr(socket, "TCP_FASTOPEN")
-    monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")
+    monkeypatch.setattr(listen_config, "TCP_FASTOPEN", NO_OPTION)
+    monkeypatch.setattr(listen_config, "TCP_USER_TIMEOUT", NO_OPTION)
     assert opened("127.0.0.1:0")
     with pytest.raises(ConfigError, match=r"^fast_open=255: the system refuses it"):
         ListenConfig(fast_open=255)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_a_title_is_as_long_as_there_is_room(monkeypatch, room, shown) -> None:
     around = bytes(memory)
     files = {"/proc/self/stat": _stat(ctypes.addressof(memory), room), "/proc/self/cmdline": around}
     monkeypatch.setattr(title, "open", lambda path, mode: io.BytesIO(files[path]), raising=False)
-    monkeypatch.setattr(title.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setattr(title, "name_process", lambda name: None)
     title.set_title("worker 0", "app:handle")
     assert bytes(memory).rstrip(b"\0").decode() == shown
 
@@ -92,6 +91,6 @@ def _stat(start: int, size: int) -> bytes:
 def test_bounds_that_cannot_be_right_change_nothing(monkeypatch, stat) -> None:
     files = {"/proc/self/stat": stat, "/proc/self/cmdline": b"x\0"}
     monkeypatch.setattr(title, "open", lambda path, mode: io.BytesIO(files[path]), raising=False)
-    monkeypatch.setattr(title.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: 0))
+    monkeypatch.setattr(title, "name_process", lambda name: None)
     monkeypatch.setattr(title.ctypes, "memmove", lambda *_: pytest.fail("it wrote"))
     title.set_title("worker 0", "app:handle")

@@ -23,7 +23,7 @@ import trustme
 from gevent import socket as gevent_socket
 from gevent import ssl as gevent_ssl
 
-from gtcpserver import Connection
+from gtcpserver import Connection, linux
 from gtcpserver.errors import DeadlineExceeded
 from gtcpserver.transfer import PIPES, pipe, relay
 from gtcpserver.transfer import pipes as pipes_module
@@ -635,18 +635,18 @@ def test_without_pipes_the_bytes_are_copied(relayed, monkeypatch, error):
 
 
 def test_a_pipe_that_the_system_makes_tiny_is_not_used(monkeypatch):
-    real = pipes_module.fcntl.fcntl
+    real = linux.fcntl.fcntl
 
     def over_the_limit(fd, command, argument=0):
-        if command == pipes_module.fcntl.F_SETPIPE_SZ:
+        if command == linux.fcntl.F_SETPIPE_SZ:
             if argument > 8192:
                 raise PermissionError(errno.EPERM, "fs.pipe-user-pages-soft")
             return argument
-        if command == pipes_module.fcntl.F_GETPIPE_SZ:
+        if command == linux.fcntl.F_GETPIPE_SZ:
             return 8192
         return real(fd, command, argument)
 
-    monkeypatch.setattr(pipes_module.fcntl, "fcntl", over_the_limit)
+    monkeypatch.setattr(linux.fcntl, "fcntl", over_the_limit)
     pool = pipes_module.PipePool()
     before = descriptors()
     assert pool.take() is None
@@ -702,7 +702,7 @@ def test_a_forked_child_does_not_share_the_parents_pipes():
 SPLICING = """
     import sys, gevent, socket
     from gevent import socket as gs
-    from gtcpserver import Connection
+    from gtcpserver import Connection, linux
     from gtcpserver.transfer import relay
     a, b = (Connection(fileno=int(fd)) for fd in sys.argv[1:])
     print(relay(a, b))

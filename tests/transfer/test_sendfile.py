@@ -338,7 +338,7 @@ def test_what_is_not_in_the_page_cache_is_read_by_a_thread(pair, path, monkeypat
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
 def test_where_the_cache_cannot_be_asked_a_thread_takes_samples(pair, path, monkeypatch, seconds):
     samples = []
-    monkeypatch.setattr(disk, "_NOWAIT", 0)
+    monkeypatch.setattr(disk, "RWF_NOWAIT", 0)
     monkeypatch.setattr(disk, "in_thread", lambda read, fd, position, size: samples.append(position) or seconds)
     assert sent_and_received(pair, path) == (len(DATA), DATA)
     assert samples == ([0] if not seconds else list(range(0, len(DATA), disk.WINDOW)))
