@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-pure compiled quick matrix core sanitize endure fuzz inject mutants schedules move-schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
+.PHONY: help serve test test-pure compiled quick matrix core without-linux sanitize endure fuzz inject mutants schedules move-schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make compiled  compiles the hot path again after a change, as the targets above do; GTCPSERVER_PURE=1 for pure Python'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv); MINORS="10 12"'
 	@echo '             WITH="gevent==24.2.1 greenlet==3.0.0" for some of them with other versions'
+	@echo 'make without-linux  the core tests without what Linux alone has, as on a Mac'
 	@echo 'make sanitize  the core tests of what is compiled, under AddressSanitizer, and with Python looking for mistakes'
 	@echo 'make endure  10 million requests and 100,000 connections, which must leave nothing behind (REQUESTS=, CONNECTIONS=)'
 	@echo 'make fuzz    the fuzzers, for a minute each (FUZZ_SECONDS=...); some of them by FUZZ="name name"'
@@ -86,6 +87,12 @@ quick: compiled
 CORE := $(addprefix tests/,server/test_server.py connection/test_connection.py server/test_stop.py pool/test_pool.py \
     tls/test_tls.py transfer/test_relay.py server/test_acceptor.py supervisor/test_supervisor.py proxy/test_socks.py \
     cli/test_cli.py testing/test_testing.py testing/test_check_faults.py)
+
+# As on a Mac: what Linux alone has is taken away, see tests/kit/without_linux. The tests of just that are left out.
+without-linux: compiled
+	PYTHONPATH=$(abspath tests/kit/without_linux) $(BIN)/python -m pytest -q -n 2 \
+	    $(addprefix --deselect=tests/,$(shell cat tests/kit/without_linux/of_linux.txt)) $(CORE) tests/connection \
+	    tests/transfer/test_sendfile.py
 
 # Each in an environment of its own, .venv-3.X. Then with other versions of what is called from C, such as the oldest:
 # make matrix MINORS="10 11" WITH="gevent==24.2.1 greenlet==2.0.0"; MINORS=12 WITH="gevent==24.2.1 greenlet==3.0.0".
