@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtcpserver import ConfigError
+from gtcpserver import ConfigError, linux
 from gtcpserver.static_files import StaticFiles, lookup
 from gtcpserver.static_files.request import LONGEST_HEAD, BadRequest, parse_head, wanted_range
 from gtcpserver.transfer.disk import in_thread as run_in_thread
@@ -169,7 +169,7 @@ def test_what_is_not_there(get, path):
 @pytest.mark.parametrize("steps", [False, True])
 def test_nothing_outside_of_the_directory(get, path, steps, monkeypatch):
     if steps:
-        monkeypatch.setattr(lookup, "_SYS_OPENAT2", 1_000_000)  # as on a Linux before 5.6
+        monkeypatch.setattr(linux, "_SYS_OPENAT2", 1_000_000)  # as on a Linux before 5.6
     answer = get(path)
     assert answer.status in (400, 404)
     assert b"secret" not in answer.body
@@ -178,7 +178,7 @@ def test_nothing_outside_of_the_directory(get, path, steps, monkeypatch):
 def test_symbolic_links(get, monkeypatch):
     assert get("/inside").body == b"sub"
     assert get("/outside", follow_symlinks=True).body == b"secret"
-    monkeypatch.setattr(lookup, "_SYS_OPENAT2", 1_000_000)
+    monkeypatch.setattr(linux, "_SYS_OPENAT2", 1_000_000)
     assert get("/inside").status == 404
     assert get("/sub/index.html").body == b"sub"
 
