@@ -90,7 +90,7 @@ CORE := $(addprefix tests/,server/test_server.py connection/test_connection.py s
 
 # As on a Mac: what Linux alone has is taken away, see tests/kit/without_linux. The tests of just that are left out.
 without-linux: compiled
-	PYTHONPATH=$(abspath tests/kit/without_linux) $(BIN)/python -m pytest -q -n 2 -p no:anyio \
+	PYTHONPATH=$(abspath tests/kit/without_linux) $(BIN)/python -m pytest -q -n 2 \
 	    $(addprefix --deselect=tests/,$(shell cat tests/kit/without_linux/of_linux.txt)) $(CORE) tests/connection \
 	    tests/transfer/test_sendfile.py
 

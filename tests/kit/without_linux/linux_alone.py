@@ -126,7 +126,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 
 #: Functions of the C library.
-FUNCTIONS = frozenset({"malloc_trim", "prctl", "process_vm_readv", "syscall"})
+FUNCTIONS = frozenset({"malloc_trim", "prctl", "process_vm_readv"})  # Darwin has syscall(2), with numbers of its own
 
 #: Folders in which the package, and nobody else, finds nothing.
 HIDDEN = ("/proc", "/sys")
