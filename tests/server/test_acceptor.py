@@ -145,7 +145,8 @@ def test_one_log_line_a_second(accepting, caplog, monkeypatch):
     "error",
     [
         errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
-        getattr(errno, "ENONET", errno.ENETDOWN), errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EINTR,
+        getattr(errno, "ENONET", errno.ENETDOWN),
+        errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EINTR,
     ],
 )  # fmt: skip
 def test_an_error_of_one_connection_is_followed_by_the_next_accept(accepting, caplog, error):
