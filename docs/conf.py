@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from docutils import nodes
+from pygments.lexers.special import TextLexer
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -55,7 +56,8 @@ nitpick_ignore_regex = [
     ("py:class", r"gtcpserver\.tls\.acme\.settings\.\w+"),
     ("py:class", r"gtcpserver\.supervisor\.(fleet|lending|system)\.\w+"),
     ("py:class", r"gtcpserver\.proxy\.(buckets|departures|gate|limits|record|resolve|rules|succession|target)\.\w+"),
-    ("py:class", r"gtcpserver\.proxy\.(this_host|udp|upstream_group)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.(this_host|transparent|udp|upstream_group)\.\w+"),
+    ("py:class", r"gtcpserver\.proxy\.errors\.QuotaUsedUp"),
 ]
 
 # Overloads are for type checkers. The signature beside them has all options by name, with their defaults.
@@ -66,6 +68,7 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:examples|loadtests|tests)/[^)
 
 
 def setup(app: Sphinx) -> None:
+    app.add_lexer("nft", TextLexer)
     app.connect("source-read", as_the_theme_wants)
     app.connect("missing-reference", by_public_name)
     app.connect("autodoc-process-docstring", without_words_of_builtin_types)
