@@ -22,14 +22,19 @@ PACKAGE = Path(gtcpserver.__file__).parent
 #: Where the wall clock is read, and why it must be that one.
 WALL_CLOCK = {
     ("process/clock.py", "time"): "turns a moment of the monotonic clock into what people read",
+    ("cli/ctl.py", "time.time"): "the day or month of a quota",
     ("adapters/wsgi.py", "time.time"): "gevent's attributes time_start and time_finish, whose difference is monotonic",
     ("monitoring/metrics.py", "time.time"): "process_start_time_seconds is since the epoch by definition",
     ("proxy/authenticate.py", "time.time"): "compared with a file's modification time, which is of the wall clock",
+    ("proxy/http_session.py", "time"): "Retry-After, until the end of a quota's day or month",
+    ("proxy/quota.py", "time"): "the day or month of a quota",
+    ("proxy/quota_file.py", "time.gmtime"): "the name of a damaged file that is set aside",
     ("static_files/handler.py", "time"): "the header Date (RFC 9110 section 6.6.1)",
     ("tls/acme/authority.py", "time.time"): "compared with the authority's clock, which is a wall clock",
     ("tls/acme/helper.py", "time.time"): "the next look, which outlives this process and this boot",
     ("tls/acme/keeper.py", "time.time"): "the same",
     ("tls/acme/ordering.py", "datetime.now"): "the validity of certificates",
+    ("tls/acme/ordering.py", "time.time"): "compared with a file's modification time",
     ("tls/contexts.py", "time.time"): "the validity of certificates (RFC 5280 section 4.1.2.5)",
     ("tls/self_signed.py", "datetime.now"): "the validity of certificates",
 }

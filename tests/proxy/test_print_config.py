@@ -64,6 +64,7 @@ OWN = {
     "mixed": ["--mixed", "127.0.0.1:1"],
     "socks": ["--socks", "127.0.0.1:1"],
     "http": ["--http", "127.0.0.1:1"],
+    "intercept": ["--intercept", "127.0.0.1:1"],
     "users": ["--user", "ada:secret"],
     "user_file": ["--user-file", "users"],
     "htpasswd": ["--htpasswd", "htpasswd"],
