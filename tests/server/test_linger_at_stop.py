@@ -10,6 +10,7 @@ import pytest
 from gtcpserver.adapters.stream_server import StreamServer
 from gtcpserver.connection import lingering as linger
 from gtcpserver.connection.lingering import Linger
+from gtcpserver.linux import NO_OPTION
 from gtcpserver.server import Server
 from kit.forms import pure_only
 from kit.patience import SOON
@@ -132,7 +133,7 @@ def test_without_a_stop_a_silent_client_has_the_whole_linger_time(serve, connect
 @pure_only
 @pytest.mark.slow
 def test_where_the_system_does_not_tell_what_has_arrived_the_peer_is_waited_for(monkeypatch):
-    monkeypatch.delattr(socket, "TCP_INFO")
+    monkeypatch.setattr(linger, "TCP_INFO", NO_OPTION)
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as peer:
         mine, _ = listening.accept()
         mine.setblocking(False)
