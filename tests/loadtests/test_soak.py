@@ -71,8 +71,10 @@ def test_a_good_server_passes(tmp_path):
 
 @needs_locust
 def test_reloads_fail_nothing(tmp_path):
-    # Workers that were replaced stay until their last connection ends, and two more are 60 MiB: that is no leak.
-    options = ("--run-time", "3s", "--workers", "2", "--reload-every", "1s", "--max-memory-growth", "200")
+    # Workers that were replaced stay until their last connection ends, and two more are 80 MiB and have 15 descriptors
+    # each: that is no leak.
+    more = ("--max-memory-growth", "200", "--max-descriptor-growth", "60")
+    options = ("--run-time", "3s", "--workers", "2", "--reload-every", "1s", *more)
     status, said, result = soak(tmp_path, *options)
     assert status == 0, said
     assert len(result["reloads"]) >= 1
