@@ -40,6 +40,8 @@ def close_lines(server: Server) -> None:
     if isinstance(mover, Mover):
         for _, line, *_ in (*mover._senders, *mover._receivers):  # noqa: SLF001 - for this alone
             line.close()
+        for receiver, *_ in mover._receivers:  # noqa: SLF001 - the offers that it holds, whose withdrawal is on its way
+            receiver.end()
         mover._senders, mover._receivers = [], []  # noqa: SLF001
 
 
