@@ -259,8 +259,8 @@ class Mover:
 
     def _want_pump(self) -> None:
         if not self._pump_is_due:
-            self._pump_is_due = True
             get_hub().loop.run_callback(self._pump_when_due)
+            self._pump_is_due = True  # last: after a MemoryError nothing is due
 
     def _pump_when_due(self) -> None:
         self._pump_is_due = False

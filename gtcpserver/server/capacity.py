@@ -135,7 +135,10 @@ class Capacity:
         if self.service is not None:
             self.service.tell()
         if self.fleet is not None:
-            self.fleet.freed()
+            try:
+                self.fleet.freed()
+            except MemoryError:
+                pass  # it gives the place back when it renews
         if self._state.waiting:
             get_hub().loop.run_callback(self.let_in)
         else:

@@ -15,7 +15,7 @@ from gevent.hub import get_hub
 
 from gtcpserver.store.connect import StoreError
 from gtcpserver.store.scripts import PLACES
-from gtcpserver.store.store import Store
+from gtcpserver.store.store import LEASE_OVER, Store
 
 from .state import ServerState
 
@@ -52,6 +52,7 @@ class FleetRoom:
         self._is_tight = False
         self._somebody_waits = False
         self._has_ended = False
+        self._has_left = False
         # Made now, as that of ServiceRoom.
         self._timer: Any = get_hub().loop.timer(AGAIN_SECONDS, AGAIN_SECONDS, ref=False)
         self._number = store.add_part(self)
@@ -86,14 +87,15 @@ class FleetRoom:
             self._ask(int(self._somebody_waits))
 
     def leave(self) -> None:
-        """Give all places back."""
+        """Give all places back. An answer that comes later takes none."""
+        self._has_left = True
         self._timer.close()
         self._store.ask_share(PLACES, self._number, ["places"], ["0", "0", "0", "0"], lambda _: None)
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
     def _ask(self, wanted: int) -> None:
-        if self.is_asking:
+        if self.is_asking or self._has_left:
             return
         if self._member != self._store.member:  # what another member had is void
             self._member, self._places = self._store.member, 0
@@ -107,10 +109,13 @@ class FleetRoom:
 
     def _learn(self, used: int, wanted: int, reply: Any) -> None:
         self.is_asking = False
+        if self._has_left:
+            return
         if isinstance(reply, int) and reply >= 0:
             self._take(reply, used, wanted)
-        elif reply is not None and reply != -1:  # the renewal notices, too, that the lease was over
-            self._store.fail(StoreError("no answer of our script"))
+        elif reply is not None:
+            # Without a lease there are no places. To ask again at once would be a loop.
+            self._store.fail(StoreError(LEASE_OVER if reply == -1 else "no answer of our script"))
         if self._somebody_waits:
             try:
                 get_hub().loop.run_callback(self._wake)
@@ -130,7 +135,11 @@ class FleetRoom:
 
     def _wake(self) -> None:
         self._somebody_waits = False
-        self._answered()  # which asks again, if a connection waits
+        try:
+            self._answered()  # which asks again, if a connection waits
+        except MemoryError:
+            self._somebody_waits = True
+            self._timer.again(self._look)
 
     def _look(self) -> None:
         self._timer.stop()

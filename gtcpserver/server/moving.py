@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import inf
 from socket import getdefaulttimeout
 from time import monotonic
@@ -200,7 +201,8 @@ class Moving:
         """Note the relay that would move with a connection from now on, and the one before; None: none."""
         self.tunnels += (relay is not None) - (before is not None)
         if relay is not None and self._server.mover is not None:
-            self._server.mover.began_relay(connection)
+            with suppress(MemoryError):  # the mover looks again; the tunnel goes on here
+                self._server.mover.began_relay(connection)
 
     def may_move(self, connection: Connection) -> bool:
         """Return whether it waits where a connection may move from: it is idle, or a tunnel, which can move now."""

@@ -667,10 +667,12 @@ class Server:
         """
         store, self._store = self._store, None
         fleet, self._capacity.fleet = self._capacity.fleet, None
-        if fleet is not None:
-            fleet.leave()
-        if store is not None:
-            close_store(store)
+        try:
+            if fleet is not None:
+                fleet.leave()
+        finally:
+            if store is not None:
+                close_store(store)
 
     # -- observers ---------------------------------------------------------------------------------------------------
 

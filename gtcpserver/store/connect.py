@@ -128,10 +128,19 @@ class _Bounded:
 
     def recv(self, size: int) -> Any:
         data = self._sock.recv(size)
-        self.left -= len(data)
+        self._took(len(data))
+        return data
+
+    def recv_into(self, *arguments: Any) -> int:
+        """As hiredis reads, where it is installed."""
+        size: int = self._sock.recv_into(*arguments)
+        self._took(size)
+        return size
+
+    def _took(self, size: int) -> None:
+        self.left -= size
         if self.left < 0:
             raise StoreError("an answer has no end")
-        return data
 
 
 def _open_socket(settings: StoreSettings, host: str, port: int) -> Any:

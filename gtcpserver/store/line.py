@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -164,8 +165,12 @@ class Line:
             self._outgoing = []
             self._wanted.set()  # ends the writer
             for answered in unanswered:
-                if answered is not None:
+                if answered is None:
+                    continue
+                try:
                     answered(None)
+                except Exception:  # memory ran out: the others must hear it, too
+                    get_hub().handle_error(self, *sys.exc_info())
 
     def left_in_child(self) -> None:
         """Let go. Called in a forked child, where the socket is closed already."""
