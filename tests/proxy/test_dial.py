@@ -17,6 +17,7 @@ from gtcpserver.proxy.dial import dial
 from gtcpserver.proxy.resolve import THREADS_OF_A_DOMAIN, Resolver, ResolveTimeout, in_order
 from gtcpserver.proxy.system_names import THREADS
 from kit.patience import SOON
+from kit.ports import free_port
 from kit.waiting import wait_until
 
 LOCAL = ip_address("127.0.0.1")
@@ -158,7 +159,7 @@ def test_resolver_refuses_unknown_families():
 def unanswering():
     """(address, port) that leaves connection attempts unanswered: a listener whose queue is full."""
     with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+        listening.bind(("127.0.0.1", free_port()))  # at 127.0.0.2, too
         listening.listen(0)
         port = listening.getsockname()[1]
         fill = []
