@@ -14,6 +14,7 @@ from gevent.monkey import get_original
 from gtcpserver.linux import make_pipe
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
+from gtcpserver.process.signal_stack import enlarge_signal_stack
 from gtcpserver.process.watcher import watch
 
 _native_id: Callable[[], int] = get_original("threading", "get_native_id")
@@ -66,6 +67,7 @@ class _Handlers:
         self._missed = 0
         self._waker: Waker | None = Waker(self._tell_missed)
         register(self)
+        enlarge_signal_stack()  # the program may have enabled faulthandler, or `-X dev`
         numbers = [signal.SIGTERM, signal.SIGINT] + [signal.SIGQUIT] * (self.process == 1)
         self._before = [(number, signal.signal(number, self._on_signal)) for number in numbers]
 

@@ -32,6 +32,7 @@ from gtcpserver.files.trusted_path import UntrustedPath
 from gtcpserver.plural import counted
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import register
+from gtcpserver.process.signal_stack import enlarge_signal_stack
 from gtcpserver.shared.memory import SharedMemory
 
 from . import systemd
@@ -194,6 +195,7 @@ class Master:
         """
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("workers need the main thread, for its signals, and no greenlet in it")
+        enlarge_signal_stack()
         self._listen_fds = listen_fds
         self._handover = take_handover()
         try:

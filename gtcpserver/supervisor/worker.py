@@ -40,6 +40,7 @@ from gtcpserver.monitoring.watch import Watch, resident_bytes
 from gtcpserver.plural import counted
 from gtcpserver.process.descriptors import close_descriptor
 from gtcpserver.process.forked import end_process, register
+from gtcpserver.process.signal_stack import enlarge_signal_stack
 from gtcpserver.server.background import end_executors, threads_of_handlers_are_no_daemons
 from gtcpserver.server.server import Server, State
 from gtcpserver.shared.column import Column
@@ -285,6 +286,7 @@ class _Life:
         signal.signal(signal.SIGTERM, self.on_term)
         signal.signal(signal.SIGUSR2, self.on_dump)
         faulthandler.enable(file=sys.__stderr__ if sys.__stderr__ is not None else 2)  # for SIGABRT
+        enlarge_signal_stack()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         _work_in(job.folder)
         if job.cpu is not None:
