@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gevent
 
 from gtcpserver.address import parse_address
-from gtcpserver.monitoring.history import History
+from gtcpserver.monitoring.history import History, Slots
 from gtcpserver.monitoring.latency import BOUNDS, BUCKETS
 from gtcpserver.monitoring.monitor import make_pages
 from gtcpserver.monitoring.recorder import Recorder
@@ -171,9 +171,19 @@ def moments(span: float) -> Iterator[tuple[float, float]]:
         yield step, ago
 
 
+class LongHistory(History):
+    """The history of a machine that has run for days: there are no slots for what was before its start."""
+
+    def add(self, now: float, row: Sequence[float], covers: float = 1.0) -> None:
+        super().add(now + 4 * DAY, row, covers)
+
+    def since(self, grain: str, number: int, now: float) -> Slots:
+        return super().since(grain, number, now + 4 * DAY)
+
+
 def record(span: float = DAY) -> tuple[Imagined, History, Recorder]:
     """Let so many seconds go by."""
-    source, history = Imagined(), History()
+    source, history = Imagined(), LongHistory()
     recorder = Recorder(source, history)
     now = time.monotonic()
     for seconds, ago in moments(span):
