@@ -89,7 +89,7 @@ class Freeze:
         reader: the greenlet that waits to read; None: none waits.
     """
 
-    __slots__ = ("_touched", "_where", "connection", "over", "reader", "sock")
+    __slots__ = ("_fd", "_poller", "_touched", "_where", "connection", "over", "reader", "sock")
 
     def __init__(self, connection: Connection, touched: Callable[[], Any]) -> None:
         stream = connection._stream
@@ -98,6 +98,7 @@ class Freeze:
         self.sock = stream.sock
         self.reader = stream.reader()
         self._where = _where(self.reader)
+        self._poller, self._fd = stream.poller, stream.fd
         self._touched = touched
         # First: without memory for them, nothing has changed. Two of them: compiled code calls the kernel directly
         # where both are one.
@@ -120,6 +121,13 @@ class Freeze:
         Without memory it is not told at once; what has ended the wait meanwhile must not be interrupted.
         """
         return self.still_waits()
+
+    def tell(self, worker: Any, error: BaseException) -> None:
+        """Raise an error in its handler, which may be told. Call in the hub."""
+        if self._poller is not None and self.reader is worker:
+            self._poller.throw_into(worker, self._fd, error)
+        else:
+            worker.throw(error)
 
     def touched(self) -> Any:
         """Return the socket to what needs it now."""

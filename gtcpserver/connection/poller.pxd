@@ -15,7 +15,7 @@ cdef Poller _last
 cdef class Poller:
     cdef object __weakref__
     cdef readonly object hub
-    cdef object _watcher
+    cdef object _watcher, _thrown
     cdef list _states
     cdef epoll_event[256] _events
     cdef int _alarm, _at, _count, _fd, _watched
@@ -41,6 +41,7 @@ cdef class Poller:
     cdef _control(self, int operation, int fd)
     @cython.locals(states=list, me=greenlet)
     cpdef bint wait(self, int fd) except -1
+    cpdef throw_into(self, waiter, int fd, error)
     @cython.locals(states=list, fd=int, events=cython.uint)
     cdef _next(self)
     cdef _serve(self)

@@ -85,6 +85,9 @@ class TunnelFreeze:
     def may_be_told(self) -> bool:
         return relay_of(self._connection) is self._relay
 
+    def tell(self, worker: Any, error: BaseException) -> None:
+        worker.throw(error)
+
     def touched(self) -> None:
         """Go on here: something needs one of the sockets, or the relay has ended."""
         if not self.over:

@@ -146,7 +146,7 @@ class LeavingConnection:
         if self._waiter is not None:
             self._end_wait(HandedOver())
         elif self._freeze.may_be_told():
-            self._worker.throw(HandedOver())
+            self._freeze.tell(self._worker, HandedOver())
 
     def _end_wait(self, error: BaseException | None) -> None:
         waiter = self._waiter

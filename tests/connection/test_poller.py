@@ -378,3 +378,56 @@ def test_a_fork_of_a_program_that_does_not_serve_shares_no_epoll_instance():
 
 def test_waiting_for_a_descriptor_that_is_not_watched_is_said(pair):
     assert not poller_of(get_hub()).wait(pair()[0].fileno())
+
+
+class Told(BaseException):
+    pass
+
+
+def test_an_error_is_raised_in_the_greenlet_that_waited(pair):
+    conn, peer = pair()
+    poller, told, seen = poller_of(get_hub()), Told(), []
+
+    def read():
+        try:
+            conn.recv(10)
+        except Told as error:
+            seen.append(error)
+        gevent.sleep(0)
+        seen.append(poller.waiter(conn.fileno()))
+
+    reader = gevent.spawn(read)
+    wait_until(lambda: conn.stream.reader() is reader)
+    poller.leave(conn.fileno())
+    in_hub(poller.throw_into, reader, conn.fileno(), told)
+    reader.join(SOON)
+    assert seen == [told, None]
+    peer.sendall(b"more")
+    with gevent.Timeout(SOON):
+        assert conn.recv(10) == b"more"
+
+
+def test_an_error_reaches_a_greenlet_that_waits_for_something_else_and_no_later_wait(pair):
+    conn, peer = pair()
+    conn.settimeout(SOON)
+    poller, told, seen = poller_of(get_hub()), Told(), []
+
+    def sleep():
+        try:
+            while True:
+                get_hub().switch()
+        except Told as error:
+            seen.append(error)
+
+    sleeper = gevent.spawn(sleep)
+    gevent.sleep(0)
+    in_hub(poller.throw_into, sleeper, conn.fileno(), told)
+    sleeper.join(SOON)
+    assert seen == [told]
+    gevent.spawn_later(0.01, peer.sendall, b"data")
+    assert conn.recv(10) == b"data"
+
+
+def in_hub(function, *arguments):
+    get_hub().loop.run_callback(function, *arguments)
+    gevent.sleep(0.01)
