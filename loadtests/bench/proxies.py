@@ -17,11 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from .measure import CLIENT_CPU, allow_descriptors
-from .proxy_clients import Holder, ShortTarget, short_connections, through
+from .proxy_clients import Holder, PageOrigin, ShortTarget, kept_requests, short_connections, through
 from .proxy_peers import PROXIES, Proxy, Running, cpu_of, memory_of, running
 from .results import OURS, Figures
 from .transfer_peers import CHUNK, GIB, Target, discard
@@ -63,6 +63,20 @@ def short(title: str, options: Options, at_once: int, name: bytes = b"") -> Figu
             return (cpu_of(server) - before) / done * 1e6
 
         return _in_turn(Figures(title, ["CPU µs a connection"]), options, target, run)
+
+
+def kept(title: str, options: Options) -> Figures:
+    """HTTP requests that the proxy forwards, on connections that are kept on both sides."""
+    some = {name: proxy for name, proxy in options.proxies.items() if name.endswith(", HTTP")}
+    with PageOrigin() as origin:
+
+        def run(server: Running) -> float:
+            kept_requests(server, origin, 500, 50)  # warm, and checked
+            before = cpu_of(server)
+            done = kept_requests(server, origin, options.connections, 50)
+            return (cpu_of(server) - before) / done * 1e6
+
+        return _in_turn(Figures(title, ["CPU µs a request"]), replace(options, proxies=some), origin, run)
 
 
 def bulk(title: str, options: Options) -> Figures:
@@ -122,6 +136,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[str, Options], Figures]]] = {
     "sequential": ("Short connections, one after another (1 kB)", partial(short, at_once=1)),
     "short": ("Short connections, 50 at once (1 kB)", partial(short, at_once=50)),
     "names": ("The same, by the destination's name", partial(short, at_once=50, name=b"localhost")),
+    "http": ("Forwarded HTTP requests, 50 at once, kept connections (1 kB)", kept),
     "bulk": ("Bulk data through one tunnel", bulk),
     "idle": ("{} idle tunnels (others: 200)", idle_tunnels),
 }

@@ -8,6 +8,8 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from .measure import CLIENT_CPU, BenchError, prepare
 from .proxy_peers import Running
@@ -91,8 +93,11 @@ def short_connections(server: Running, target: int, count: int, at_once: int, na
         BenchError: one of them went wrong.
     """
     left = [count]
+    return _drive([Client(server, target, left, name) for _ in range(at_once)], left, count)
+
+
+def _drive(clients: Sequence[Client | KeptClient], left: list[int], count: int) -> int:
     give_up = time.monotonic() + LONGEST_RUN
-    clients = [Client(server, target, left, name) for _ in range(at_once)]
     with selectors.DefaultSelector() as selector:
         busy = sum(client.begin(selector) for client in clients)
         while busy:
@@ -107,7 +112,7 @@ def short_connections(server: Running, target: int, count: int, at_once: int, na
                 busy -= not key.data.readable(selector)
     errors = sum(client.errors for client in clients)
     if errors:
-        raise BenchError(f"{errors} of {count} connections were not answered")
+        raise BenchError(f"{errors} of {count} were not answered")
     return count
 
 
@@ -143,9 +148,11 @@ with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
         sock.close()
 """
 
+    ANSWER = ANSWER
+
     def __enter__(self) -> int:
         self._process = subprocess.Popen(
-            [PYTHON, "-c", self.SOURCE, ANSWER.hex()], stdout=subprocess.PIPE, preexec_fn=prepare(CLIENT_CPU)
+            [PYTHON, "-c", self.SOURCE, self.ANSWER.hex()], stdout=subprocess.PIPE, preexec_fn=prepare(CLIENT_CPU)
         )
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
@@ -153,6 +160,112 @@ with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+
+
+#: What a browser sends, in absolute form, and what its origin answers.
+PAGE_FIELDS = (
+    b"User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0\r\n"
+    b"Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8\r\n"
+    b"Accept-Language: en-US,en;q=0.5\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n"
+)
+PAGE = b"y" * 1024
+PAGE_HEAD = (
+    b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Tue, 01 Dec 2026 01:00:00 GMT\r\n"
+    b"Content-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\nCache-Control: no-store\r\n"
+    b'ETag: "6565-400"\r\n\r\n' % len(PAGE)
+)
+
+
+class KeptClient:
+    """One request after another through a proxy, on one connection; as `Client` for the rest."""
+
+    def __init__(self, server: Running, target: int, left: list[int]) -> None:
+        self._left = left
+        where = b"127.0.0.1:%d" % target
+        self._request = b"GET http://%b/index.html HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (where, where, PAGE_FIELDS)
+        self._sock = socket.create_connection(("127.0.0.1", server.port))
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._data = b""
+        self.errors = 0
+
+    def begin(self, selector: selectors.BaseSelector) -> bool:
+        selector.register(self._sock, selectors.EVENT_READ, self)
+        return self._ask()
+
+    def _ask(self) -> bool:
+        """Ask again, unless there were enough requests."""
+        if not self._left[0]:
+            return False
+        self._left[0] -= 1
+        self._data = b""
+        self._sock.sendall(self._request)
+        return True
+
+    def readable(self, selector: selectors.BaseSelector) -> bool:
+        data = self._sock.recv(65536)
+        self._data += data
+        head, end, body = self._data.partition(b"\r\n\r\n")
+        if data and not (end and len(body) >= len(PAGE)):
+            return True
+        if not (head.startswith(b"HTTP/1.1 200 ") and body == PAGE):
+            self.errors += 1
+            selector.unregister(self._sock)
+            return False
+        return self._ask()
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def kept_requests(server: Running, target: int, count: int, at_once: int) -> int:
+    """Make so many requests on kept connections, or as many as LONGEST_RUN allows; returns how many there were.
+
+    Raises:
+        BenchError: one of them went wrong.
+    """
+    left = [count]
+    with ExitStack() as stack:
+        clients = [KeptClient(server, target, left) for _ in range(at_once)]
+        for client in clients:
+            stack.callback(client.close)
+        return _drive(clients, left, count)
+
+
+class PageOrigin(ShortTarget):
+    """Behind the proxies: answers each request with a page of 1 kB, and keeps its connections."""
+
+    SOURCE = """
+import selectors, socket, sys
+answer = bytes.fromhex(sys.argv[1])
+listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
+selector = selectors.DefaultSelector()
+selector.register(listening, selectors.EVENT_READ)
+print(listening.getsockname()[1], flush=True)
+heads = {}
+while True:
+    for key, _ in selector.select():
+        sock = key.fileobj
+        if sock is listening:
+            sock = listening.accept()[0]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(sock, selectors.EVENT_READ)
+            heads[sock] = b""
+            continue
+        try:
+            data = sock.recv(65536)
+            heads[sock] += data
+            if heads[sock].endswith(b"\\r\\n\\r\\n"):
+                heads[sock] = b""
+                sock.sendall(answer)
+        except OSError:
+            data = b""
+        if not data:
+            selector.unregister(sock)
+            del heads[sock]
+            sock.close()
+"""
+
+    ANSWER = PAGE_HEAD + PAGE
 
 
 class Holder:

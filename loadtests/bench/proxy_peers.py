@@ -43,6 +43,37 @@ LogFile "{folder}/tinyproxy.log"
 Allow 127.0.0.0/8
 """
 
+# Without a cache: it stores nothing, and asks its origin for each request.
+SQUID = """
+http_port 127.0.0.1:{port}
+http_access allow all
+cache deny all
+cache_mem 0
+access_log none
+cache_log /dev/null
+cache_store_log none
+pid_filename none
+pinger_enable off
+shutdown_lifetime 0 seconds
+coredump_dir {folder}
+visible_hostname squid
+max_filedescriptors 16384
+"""
+
+PRIVOXY = """
+listen-address 127.0.0.1:{port}
+logdir {folder}
+logfile privoxy.log
+debug 0
+toggle 0
+keep-alive-timeout 60
+default-server-timeout 60
+connection-sharing 0
+tolerate-pipelining 1
+socket-timeout 60
+max-client-connections 4096
+"""
+
 
 # Its own start asks for an event loop in a way that Python 3.14 and uvloop 0.22 do not know any more.
 PPROXY = """
@@ -118,6 +149,8 @@ PROXIES: dict[str, Proxy] = {
         ],
     ),
     f"{OURS}, HTTP": Proxy("http", PYTHON, _ours),
+    "squid, HTTP": Proxy("http", "squid", _with_file(SQUID, ["squid", "-N", "-f"])),
+    "privoxy, HTTP": Proxy("http", "privoxy", _with_file(PRIVOXY, ["privoxy", "--no-daemon"])),
     "tinyproxy, HTTP": Proxy("http", "tinyproxy", _with_file(TINYPROXY, ["tinyproxy", "-d", "-c"])),
 }
 
