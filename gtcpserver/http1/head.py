@@ -27,13 +27,13 @@ MOST_FIELDS = 128
 #: after a body. nginx and node.js skip any number.
 MOST_EMPTY_LINES = 16
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 # The value with surrounding white space: a pattern that excludes it has many ways to divide a long run of spaces, and
 # tries them all (60 kB of them took 15 s).
-FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+FIELD = re.compile(rb"(" + TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 
 
 class HttpError(GtcpServerError):
@@ -52,7 +52,40 @@ class HttpError(GtcpServerError):
         self.keep = keep
 
 
-@dataclass(frozen=True, slots=True)
+class Fields:
+    """The header fields of a request. Those of a client's next request are often the same, byte by byte.
+
+    Attributes:
+        block: as received, from the first one on.
+        headers: names as received, values without surrounding white space.
+        is_plain: nothing in them has to be checked: one Host, and no body.
+    """
+
+    __slots__ = ("_options", "_values", "block", "headers", "is_plain")
+
+    def __init__(self, block: bytes, headers: tuple[Header, ...]) -> None:
+        self.block = block
+        self.headers = headers
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            values.setdefault(name.lower(), []).append(value)
+        self._values = values
+        self._options: set[bytes] | None = None
+        has_body = b"content-length" in values or b"transfer-encoding" in values
+        self.is_plain = not has_body and len(self.values(b"host")) == 1
+
+    def values(self, name: bytes) -> list[bytes]:
+        return self._values.get(name, [])
+
+    @property
+    def options(self) -> set[bytes]:
+        """The lower-case options in the Connection fields (`options_of`)."""
+        if self._options is None:
+            self._options = options_of(self.headers)
+        return self._options
+
+
+@dataclass(slots=True)
 class Head:
     """The head of a valid request.
 
@@ -60,23 +93,23 @@ class Head:
         raw: as received, with the empty line.
         method, target: from the request line.
         version: b"1.1" or b"1.0". A higher minor version is treated as 1.1 (RFC 9110 section 6.2).
-        headers: names as received, values without surrounding white space.
+        fields: its header fields.
     """
 
     raw: bytes
     method: bytes
     target: bytes
     version: bytes
-    headers: tuple[Header, ...]
-    _values: dict[bytes, list[bytes]] = field(default_factory=dict, repr=False, compare=False)
+    fields: Fields = field(compare=False)
 
-    def __post_init__(self) -> None:
-        for name, value in self.headers:
-            self._values.setdefault(name.lower(), []).append(value)
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The header fields: names as received, values without surrounding white space."""
+        return self.fields.headers
 
     def values(self, name: bytes) -> list[bytes]:
         """Return the values of a field, by its lower-case name."""
-        return self._values.get(name, [])
+        return self.fields.values(name)
 
     @property
     def is_chunked(self) -> bool:
@@ -92,12 +125,12 @@ class Head:
     @property
     def has_body(self) -> bool:
         """Whether a body follows the head."""
-        return self.length > 0 or self.is_chunked
+        return not self.fields.is_plain and (self.length > 0 or self.is_chunked)
 
     @property
     def wants_close(self) -> bool:
         """Whether no request follows. HTTP/1.0 clients get no persistent connection (RFC 9112 appendix C.2.2)."""
-        return self.version == b"1.0" or b"close" in options_of(self.headers)
+        return self.version == b"1.0" or b"close" in self.fields.options
 
 
 def size_of_empty_lines(data: bytes) -> int:
@@ -128,14 +161,17 @@ def find_end_of_head(data: bytes | bytearray, searched: int = 0) -> int | None:
     return None
 
 
-def check_head(raw: bytes) -> Head:
+def check_head(raw: bytes, before: Head | None = None) -> Head:
     """Parse the head of a request.
+
+    Args:
+        before: the last head from the same client: if its fields are the same, they are not parsed again.
 
     Raises:
         HttpError: it violates a rule, or could be parsed in more than one way.
     """
-    lines = raw.removesuffix(END_OF_HEAD).split(b"\r\n")
-    line = _REQUEST_LINE.fullmatch(lines[0])
+    text, found, block = raw.removesuffix(END_OF_HEAD).partition(b"\r\n")
+    line = _REQUEST_LINE.fullmatch(text)
     if line is None:
         raise HttpError(400, "The request line must be: METHOD TARGET HTTP/1.1")
     method, target, major, minor = line.groups()
@@ -145,18 +181,28 @@ def check_head(raw: bytes) -> Head:
         raise HttpError(501, f"A method longer than {LONGEST_METHOD} characters is not known.")
     if len(target) > LONGEST_TARGET:
         raise HttpError(414, f"The request target is longer than {LONGEST_TARGET} bytes.")
-    if len(lines) - 1 > MOST_FIELDS:
+    if before is not None and found and before.fields.block == block != b"":
+        fields = before.fields
+    else:
+        fields = Fields(block, _parse_fields(block) if found else ())
+    head = Head(raw, method, target, b"1.0" if minor == b"0" else b"1.1", fields)
+    if not fields.is_plain:
+        _check_framing(head)
+    return head
+
+
+def _parse_fields(block: bytes) -> tuple[Header, ...]:
+    lines = block.split(b"\r\n")
+    if len(lines) > MOST_FIELDS:
         raise HttpError(431, f"The request has more than {MOST_FIELDS} header fields.")
     headers = []
-    for number, text in enumerate(lines[1:], 1):
+    for number, text in enumerate(lines, 1):
         # No folded lines, no space before the colon, no bare CR or LF, no NUL (RFC 9112 sections 2.2, 5.1, 5.2).
         found = FIELD.fullmatch(text)
         if found is None:
             raise HttpError(400, f"Header line {number} must be: Name: value")
         headers.append((found[1], found[2].strip(b" \t")))
-    head = Head(raw, method, target, b"1.0" if minor == b"0" else b"1.1", tuple(headers))
-    _check_framing(head)
-    return head
+    return tuple(headers)
 
 
 def _check_framing(head: Head) -> None:

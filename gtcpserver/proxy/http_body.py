@@ -22,7 +22,8 @@ from .http_messages import own_answer
 from .limits import rest
 
 if TYPE_CHECKING:
-    from .http_origin import Answer, Origin
+    from .http_answer import Answer
+    from .http_origin import Origin
 
 PIECE = 64 * 1024
 

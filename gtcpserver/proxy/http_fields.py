@@ -106,9 +106,9 @@ def wanted_upgrade(head: Head) -> bytes | None:
 # -- changes on the way ------------------------------------------------------------------------------------------------
 
 
-def with_via(headers: list[Header], version: bytes, pseudonym: bytes) -> list[Header]:
-    """Add the Via field of this proxy (RFC 9110 section 7.6.3), unless its pseudonym is b""."""
-    return headers if not pseudonym else [*headers, (b"Via", version + b" " + pseudonym)]
+def via(version: bytes, pseudonym: bytes) -> bytes:
+    """Return the Via field of this proxy as it is written (RFC 9110 section 7.6.3); b"" if its pseudonym is b""."""
+    return b"Via: %b %b\r\n" % (version, pseudonym) if pseudonym else b""
 
 
 def check_loop(head: Head, pseudonym: bytes) -> None:

@@ -5,23 +5,30 @@ from __future__ import annotations
 from time import monotonic
 
 import gevent
-import h11
 
 from gtcpserver.connection.connection import Connection
-from gtcpserver.http1.head import Head, Header, HttpError
+from gtcpserver.http1.head import Fields, Head, HttpError
 
+from .http_answer import Answer
 from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
 from .http_fields import (
     Forwarded,
     end_to_end,
     forwards_left,
     traced,
+    via,
     wanted_upgrade,
     with_client,
-    with_via,
 )
-from .http_messages import absolute_target, basic_authorization, head_of_answer
-from .http_origin import Answer, Origin, Origins, open_connection
+from .http_messages import (
+    OriginRequest,
+    absolute_target,
+    basic_authorization,
+    head_of_answer,
+    plain_target,
+    written,
+)
+from .http_origin import Origin, Origins, open_connection
 from .limits import rest
 from .socks_session import tunnel
 from .succession import OpenTunnel
@@ -55,6 +62,10 @@ class Forwarder:
         self._pseudonym = pseudonym
         self._forwarded = forwarded
         self._origins = Origins(visitor.gate.departures)
+        # Of the last request: most have the same fields and the same destination as the one before.
+        self._authority, self._place = b"", (Target("", 0), b"")
+        self._fields: Fields | None = None
+        self._written = b"", b"", b""  # for its origin: version, fields, upgrade
 
     def close(self) -> None:
         """Close the origin connections after the client has gone."""
@@ -67,7 +78,7 @@ class Forwarder:
             HttpError: the error response for the client.
             OSError: error of the client's connection.
         """
-        target, host, path = absolute_target(head)
+        target, host, path = self._target(head)
         forwards = forwards_left(head)
         if forwards == 0:
             return self._answer_as_last(head, body)
@@ -92,6 +103,16 @@ class Forwarder:
             origin.close()
         return keep
 
+    def _target(self, head: Head) -> tuple[Target, bytes, bytes]:
+        """Return what `absolute_target` does."""
+        authority, path = plain_target(head.target)
+        if authority and authority == self._authority:
+            return *self._place, path
+        target, host, path = absolute_target(head)
+        if authority:
+            self._authority, self._place = authority, (target, host)
+        return target, host, path
+
     def _answer_as_last(self, head: Head, body: RequestBody) -> bool:
         """Answer a request whose Max-Forwards is used up."""
         self._visitor.record.result = "ok"
@@ -101,24 +122,37 @@ class Forwarder:
 
     # -- to the origin -----------------------------------------------------------------------------------------------
 
-    def _request_for_origin(self, head: Head, host: bytes, path: bytes, forwards: int | None) -> h11.Request:
+    def _request_for_origin(self, head: Head, host: bytes, path: bytes, forwards: int | None) -> OriginRequest:
+        authorization = basic_authorization(head)
+        if forwards is None and authorization is None:
+            if head.fields is not self._fields or head.version != self._written[0]:
+                self._written = head.version, *self._fields_for_origin(head)
+                self._fields = head.fields
+            _, fields, upgrade = self._written
+        else:
+            fields, upgrade = self._fields_for_origin(head, forwards, authorization)
+        return OriginRequest(head.method, path, b"Host: %b\r\n%b" % (host, fields), upgrade)
+
+    def _fields_for_origin(
+        self, head: Head, forwards: int | None = None, authorization: bytes | None = None
+    ) -> tuple[bytes, bytes]:
+        """Return the fields as they are written, without Host, and the protocols that the client wants to switch to."""
         headers = [(name, value) for name, value in end_to_end(head.headers) if name.lower() != b"host"]
         if forwards is not None:
             headers = [(name, value) for name, value in headers if name.lower() != b"max-forwards"]
             headers.append((b"Max-Forwards", b"%d" % (forwards - 1)))
         headers = with_client(headers, self._visitor.client, self._forwarded)
-        authorization = basic_authorization(head)
         if authorization is not None:
             headers.append((b"Authorization", authorization))
-        headers = [(b"Host", host), *with_via(headers, head.version, self._pseudonym)]
+        fields = written(headers) + via(head.version, self._pseudonym)
         if head.is_chunked:
-            headers.append((b"Transfer-Encoding", b"chunked"))
-        upgrade = wanted_upgrade(head)
-        if upgrade is not None:
-            headers += [(b"Connection", b"upgrade"), (b"Upgrade", upgrade)]
-        return h11.Request(method=head.method, target=path, headers=headers)
+            fields += b"Transfer-Encoding: chunked\r\n"
+        upgrade = wanted_upgrade(head) or b""
+        if upgrade:
+            fields += b"Connection: upgrade\r\nUpgrade: %b\r\n" % upgrade
+        return fields, upgrade
 
-    def _ask(self, head: Head, target: Target, request: h11.Request, body: RequestBody) -> tuple[Origin, Answer]:
+    def _ask(self, head: Head, target: Target, request: OriginRequest, body: RequestBody) -> tuple[Origin, Answer]:
         record = self._visitor.record
         while True:
             origin, reused = self._origin_for(target)
@@ -173,8 +207,7 @@ class Forwarder:
             if answer.status >= 200 or answer.status == 101:
                 return answer
             if head.version == b"1.1":
-                fields = self._fields_for_client(answer)
-                self._conn.sendall(head_of_answer(answer.status, answer.reason, fields))
+                self._conn.sendall(head_of_answer(answer.status, answer.reason, self._fields_for_client(answer)))
             until = until or monotonic() + MOST_TIMES_OF_INTERIM * origin.patience
             if monotonic() > until:
                 raise TimeoutError("only interim answers")
@@ -184,11 +217,8 @@ class Forwarder:
 
     # -- to the client -----------------------------------------------------------------------------------------------
 
-    def _fields_for_client(self, answer: Answer) -> list[Header]:
-        fields = end_to_end(answer.headers)
-        if answer.status < 200 or answer.status == 204:  # RFC 9110 section 8.6
-            fields = [(name, value) for name, value in fields if name.lower() != b"content-length"]
-        return with_via(fields, answer.version, self._pseudonym)
+    def _fields_for_client(self, answer: Answer) -> bytes:
+        return answer.fields + via(answer.version, self._pseudonym)
 
     def _pass_on(self, head: Head, body: RequestBody, origin: Origin, answer: Answer) -> bool:
         """Send the response to the client; return False if its connection ends with it.
@@ -199,11 +229,11 @@ class Forwarder:
         fields = self._fields_for_client(answer)
         in_chunks = answer.framing in ("chunked", "close") and head.version == b"1.1"
         if in_chunks:
-            fields.append((b"Transfer-Encoding", b"chunked"))
+            fields += b"Transfer-Encoding: chunked\r\n"
         # A response before the end of the request: the rest of the request has no use any more.
         close = head.wants_close or not body.done or self._conn.should_leave
         if close:
-            fields.append((b"Connection", b"close"))
+            fields += b"Connection: close\r\n"
         record = self._visitor.record
         self._received = 0
         self._pace = body.pace
@@ -232,8 +262,7 @@ class Forwarder:
 
     def _switch(self, origin: Origin, answer: Answer) -> None:
         """Switch to another protocol after a 101 (RFC 9110 section 15.2.2)."""
-        upgrade = [(name, value) for name, value in answer.headers if name.lower() == b"upgrade"]
-        fields = [(b"Connection", b"upgrade"), *upgrade, *self._fields_for_client(answer)]
+        fields = b"Connection: upgrade\r\n" + written(answer.upgrade) + self._fields_for_client(answer)
         self._conn.sendall(head_of_answer(101, b"Switching Protocols", fields))
         with origin.connection:
             tunnel(self._conn, origin.connection, self._visitor)

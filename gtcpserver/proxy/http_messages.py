@@ -1,14 +1,15 @@
 """Requests to a proxy and its own answers (RFC 9110, RFC 9112). No I/O.
 
 Forwarded messages are always rewritten; the original bytes are never copied. `gtcpserver.http1.head` parses the heads
-of requests, h11 (`http_origin`) those of responses.
+of requests, `http_answer` those of responses.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -83,6 +84,16 @@ def absolute_target(head: Head) -> tuple[Target, bytes, bytes]:
     return target, name.removesuffix(b":80"), path
 
 
+#: An absolute target that can only be read in one way: authority and path.
+_PLAIN_TARGET = re.compile(rb"http://([0-9A-Za-z.-]+(?::[0-9]+)?)(/[^#]*)")
+
+
+def plain_target(target: bytes) -> tuple[bytes, bytes]:
+    """Return the authority of a usual absolute target, and what `absolute_target` returns last; b"": another one."""
+    found = _PLAIN_TARGET.fullmatch(target)
+    return (found[1], found[2]) if found is not None else (b"", b"")
+
+
 def basic_authorization(head: Head) -> bytes | None:
     """Return the value for Authorization from the user and password in a target; None: nothing is to be added.
 
@@ -118,13 +129,40 @@ def _split(rest: bytes) -> tuple[bytes, bytes, bytes]:
     return userinfo, authority, rest[end:].split(b"#", 1)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class OriginRequest:
+    """A request as it goes to its origin; all of it was parsed by us.
+
+    Attributes:
+        fields: each with its line end.
+        upgrade: the protocols that it asks for; b"": none.
+    """
+
+    method: bytes
+    target: bytes
+    fields: bytes
+    upgrade: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        """Return its head."""
+        return b"%b %b HTTP/1.1\r\n%b\r\n" % (self.method, self.target, self.fields)
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def head_of_answer(status: int, reason: bytes, headers: Sequence[Header]) -> bytes:
-    """Return the head of a response to a client; the fields must have been parsed by us or by h11."""
-    lines = [b"HTTP/1.1 %d %b" % (status, reason), *(b"%b: %b" % field for field in headers), b"\r\n"]
-    return b"\r\n".join(lines)
+def written(headers: Iterable[Header]) -> bytes:
+    """Return fields as they are written; they must have been parsed by us or by h11."""
+    return b"".join([b"%b: %b\r\n" % field for field in headers])
+
+
+def head_of_answer(status: int, reason: bytes, fields: bytes) -> bytes:
+    """Return the head of a response to a client.
+
+    Args:
+        fields: each with its line end.
+    """
+    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, reason, fields)
 
 
 def own_answer(
@@ -141,7 +179,7 @@ def own_answer(
     if not any(name == b"Content-Type" for name, _ in fields):
         fields.append((b"Content-Type", b"text/plain; charset=utf-8"))
     fields += [(b"Content-Length", b"%d" % len(body)), (b"Connection", b"close" if close else b"keep-alive")]
-    return head_of_answer(status, HTTPStatus(status).phrase.encode(), fields) + (b"" if of_head else body)
+    return head_of_answer(status, HTTPStatus(status).phrase.encode(), written(fields)) + (b"" if of_head else body)
 
 
 def error_body(status: int, message: str) -> bytes:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from time import monotonic, time
 
 from greenlet import GreenletExit
 
 from gtcpserver.connection.connection import READ_AHEAD, Connection
-from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
+from gtcpserver.http1.head import (
+    END_OF_HEAD,
+    LONGEST_HEAD,
+    MOST_EMPTY_LINES,
+    Head,
+    HttpError,
+    check_head,
+    find_end_of_head,
+    size_of_empty_lines,
+)
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 
 from .departures import PROCESSING
@@ -61,6 +69,7 @@ class HttpSession:
         self._first_until = first_until
         self._pac = pac
         self._speaks_socks = speaks_socks
+        self._last: Head | None = None
         self._forwarder = Forwarder(conn, visitor, pseudonym, forwarded)
 
     def serve(self) -> None:
@@ -91,11 +100,10 @@ class HttpSession:
         if not data:
             return None
         conn.settimeout(timeouts.answer)
-        record = visitor.record = _from_now_on(visitor.record)
+        record = visitor.record
+        record.begin()
         try:
-            with conn.deadline(self._time_for_head()):
-                raw = self._read_head(data)
-            head = check_head(with_ascii_target(raw))
+            head = check_head(with_ascii_target(self._read_head(data)), self._last)
         except TimeoutError:
             record.result, error = "negotiation_timeout", HttpError(408, "The request took too long.")
         except HttpError as found:
@@ -107,6 +115,7 @@ class HttpSession:
         else:
             record.note_negotiated()
             visitor.follow()
+            self._last = head
             return head
         record.protocol, record.detail = "http", str(error)
         try:
@@ -125,6 +134,14 @@ class HttpSession:
 
     def _read_head(self, data: bytes) -> bytes:
         """Return the head that begins with `data`. Put surplus bytes back."""
+        end = len(data) - len(END_OF_HEAD)
+        if data.find(END_OF_HEAD) == end <= LONGEST_HEAD and data[0] > 0x20:
+            self._first_until = None
+            return data  # as most come: all of it, nothing behind it, and no empty lines before it
+        with self._conn.deadline(self._time_for_head()):
+            return self._read_head_in_time(data)
+
+    def _read_head_in_time(self, data: bytes) -> bytes:
         data = self._skip_empty_lines(data)
         end = find_end_of_head(data)
         if end is not None:
@@ -297,10 +314,3 @@ class HttpSession:
         """Send the error response; return whether another request may follow."""
         text = error_body(error.status, str(error))
         return send_own_answer(self._conn, head, body, error.status, text, error.headers, keep=error.keep)
-
-
-def _from_now_on(record: AccessRecord) -> AccessRecord:
-    """Return a record whose time begins now, with the first byte of a request."""
-    return replace(
-        AccessRecord(record.client, record.listener), user=record.user, result=record.result, detail=record.detail
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from logging import INFO
 from time import monotonic, time
 from typing import Literal
 
@@ -89,6 +90,10 @@ class AccessRecord:
     began_at: float = field(default_factory=time)
     _began: float = field(default_factory=monotonic)
 
+    def begin(self) -> None:
+        """Note that the client begins to state a request: an HTTP client may have been silent before it."""
+        self.began_at, self._began = time(), monotonic()
+
     def note_negotiated(self) -> None:
         """Note that the client has stated its request."""
         self.negotiated = monotonic() - self._began
@@ -125,4 +130,5 @@ class AccessRecord:
 
     def write(self, style: Literal["text", "json"] = "text", redact: bool = False) -> None:
         """Write the line to the logger "gtcpserver.access"."""
-        write_line(log, self.fields(redact), style)
+        if log.isEnabledFor(INFO):
+            write_line(log, self.fields(redact), style)

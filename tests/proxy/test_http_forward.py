@@ -622,3 +622,31 @@ def test_a_request_needs_a_host(http_proxy, client):
     visitor = client(http_proxy())
     visitor.send("GET http://x/ HTTP/1.1\r\n\r\n")
     assert visitor.answer()[0] == 400
+
+
+# -- what is remembered from one request to the next -------------------------------------------------------------------
+
+
+def test_each_request_gets_the_fields_of_its_own(http_proxy, origin, client):
+    first, second = origin(*[OK] * 20), origin(*[OK] * 20)
+    visitor = client(http_proxy())
+    # Host is that of the target, whatever the client says; the same bytes of fields come behind another request line.
+    fields = "Host: whatever\r\nCookie: a={}\r\nConnection: X-B\r\nX-B: gone\r\n\r\n"
+
+    def ask(line, target, number=1):
+        visitor.send(f"{line}\r\n" + fields.format(number))
+        assert visitor.answer()[0] == 200
+        return target.heads[-1]
+
+    for target in (first, second, first):
+        for number in (1, 1, 2):
+            head = ask(f"GET {target.url}/a{number}?b HTTP/1.1", target, number)
+            assert head.startswith(b"GET /a%d?b HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % (number, target.port))
+            assert b"Cookie: a=%d\r\n" % number in head
+            assert b"X-B" not in head
+            assert head.count(b"\r\nVia: 1.1 ") == 1
+    with_user = ask(f"GET {first.url.replace('//', '//u:p@')}/ HTTP/1.1", first)
+    assert b"Authorization: Basic dTpw\r\n" in with_user
+    assert b"Authorization" not in ask(f"GET {first.url}/ HTTP/1.1", first)
+    assert ask(f"OPTIONS {first.url} HTTP/1.1", first).startswith(b"OPTIONS * HTTP/1.1\r\n")
+    assert b"\r\nVia: 1.0 " in ask(f"GET {first.url}/ HTTP/1.0", first)
