@@ -21,7 +21,16 @@ from greenlet import GreenletExit
 from gtcpserver.callables import check_application
 from gtcpserver.connection.connection import READ_AHEAD, Connection
 from gtcpserver.diagnostics.logs import FaultLimiter, also, fault_key, own_logger
-from gtcpserver.http1.head import MOST_EMPTY_LINES, Head, HttpError, check_head, find_end_of_head, size_of_empty_lines
+from gtcpserver.http1.head import (
+    MOST_EMPTY_LINES,
+    Fields,
+    Head,
+    HttpError,
+    check_head,
+    find_end_of_head,
+    remembered,
+    size_of_empty_lines,
+)
 from gtcpserver.process.forked import end_process, runs_handler
 from gtcpserver.server.describe import peer
 from gtcpserver.server.outcome import is_client_error
@@ -36,6 +45,24 @@ log = own_logger("gtcpserver.wsgi")
 
 #: Seconds from the first byte of a request's head to its end; the same as in the static file server.
 HEAD_TIMEOUT = 30.0
+
+
+def _variables_of(fields: Fields) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in fields.headers:
+        if b"_" in name:
+            continue  # "X_User" would pass for "X-User", which a proxy in front may have checked
+        key = "HTTP_" + name.decode().upper().replace("-", "_")
+        text = value.decode("latin-1")
+        if key in found:
+            found[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
+        else:
+            found[key] = text
+    if found.pop("HTTP_CONTENT_LENGTH", None):
+        found["CONTENT_LENGTH"] = fields.values(b"content-length")[0].decode()
+    if found.pop("HTTP_CONTENT_TYPE", None) is not None:
+        found["CONTENT_TYPE"] = fields.values(b"content-type")[0].decode("latin-1")
+    return found
 
 
 def _forked_in_application(variables: Mapping[str, Any], in_child: bool) -> None:
@@ -61,6 +88,9 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         self._body: RequestBody | None = None
         self._unsent: OSError | None = None
         self._has_raw_input = False
+        # Of the last request: most have the same fields as the one before.
+        self._last: Head | None = None
+        self._variables: tuple[Fields | None, dict[str, str]] = None, {}
 
     def handle(self) -> None:
         # In a stop, a wait for the next request ends at once, unless it has arrived.
@@ -91,7 +121,9 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
             if end < len(data):
                 conn.unread(data[end:])
                 data = data[:end]
-            return check_head(data)
+            head = check_head(data, self._last)
+            self._last = remembered(head)
+            return head
         except HttpError as error:
             self._note_bad_request(error)
             self._refuse(error.status, str(error))
@@ -170,23 +202,19 @@ class _WSGIHandler(pywsgi.WSGIHandler):  # type: ignore[misc]
         env["PATH_INFO"] = unquote(path, "latin-1") if "%" in path else path
         env["QUERY_STRING"] = query
         env["SERVER_PROTOCOL"] = self.request_version
-        for name, value in head.headers:
-            if b"_" in name:
-                continue  # "X_User" would pass for "X-User", which a proxy in front may have checked
-            key = "HTTP_" + name.decode().upper().replace("-", "_")
-            text = value.decode("latin-1")
-            if key in env:
-                env[key] += ("; " if key == "HTTP_COOKIE" else ",") + text
-            else:
-                env[key] = text
-        if env.pop("HTTP_CONTENT_LENGTH", None):
-            env["CONTENT_LENGTH"] = head.values(b"content-length")[0].decode()
-        if env.pop("HTTP_CONTENT_TYPE", None) is not None:
-            env["CONTENT_TYPE"] = head.values(b"content-type")[0].decode("latin-1")
+        env.update(self._variables_of(head))
         env["wsgi.input"] = file if file is not None else io.BytesIO()
         # gevent's key that says: the input has an end.
         env["wsgi.input_terminated"] = not self._has_raw_input
         return env
+
+    def _variables_of(self, head: Head) -> dict[str, str]:
+        """Return what the environment has of the fields."""
+        fields, variables = self._variables
+        if fields is not head.fields:
+            variables = _variables_of(head.fields)
+            self._variables = head.fields if self._last is head else None, variables
+        return variables
 
     # -- the application ---------------------------------------------------------------------------------------------
 

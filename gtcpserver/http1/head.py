@@ -23,6 +23,9 @@ LONGEST_TARGET = 16 * 1024
 LONGEST_METHOD = 32  # the longest in the IANA registry has 17 characters: UPDATEREDIRECTREF
 MOST_FIELDS = 128
 
+#: Bytes of a head that is kept for the client's next request, while its connection is idle.
+MOST_REMEMBERED = 8 * 1024
+
 #: Empty lines before a request, of which a server should skip one (RFC 9112 section 2.2): some old clients send one
 #: after a body. nginx and node.js skip any number.
 MOST_EMPTY_LINES = 16
@@ -165,7 +168,7 @@ def check_head(raw: bytes, before: Head | None = None) -> Head:
     """Parse the head of a request.
 
     Args:
-        before: the last head from the same client: if its fields are the same, they are not parsed again.
+        before: `remembered`, of the same client: if its fields are the same, they are not parsed again.
 
     Raises:
         HttpError: it violates a rule, or could be parsed in more than one way.
@@ -189,6 +192,11 @@ def check_head(raw: bytes, before: Head | None = None) -> Head:
     if not fields.is_plain:
         _check_framing(head)
     return head
+
+
+def remembered(head: Head) -> Head | None:
+    """Return a head if it is small enough to be kept for the next request."""
+    return head if len(head.raw) <= MOST_REMEMBERED else None
 
 
 def _parse_fields(block: bytes) -> tuple[Header, ...]:

@@ -7,7 +7,7 @@ from time import monotonic
 import gevent
 
 from gtcpserver.connection.connection import Connection
-from gtcpserver.http1.head import Fields, Head, HttpError
+from gtcpserver.http1.head import Fields, Head, HttpError, remembered
 
 from .http_answer import Answer
 from .http_body import OriginFailed, RequestBody, send_answer, send_own_answer
@@ -124,13 +124,17 @@ class Forwarder:
 
     def _request_for_origin(self, head: Head, host: bytes, path: bytes, forwards: int | None) -> OriginRequest:
         authorization = basic_authorization(head)
-        if forwards is None and authorization is None:
-            if head.fields is not self._fields or head.version != self._written[0]:
-                self._written = head.version, *self._fields_for_origin(head)
-                self._fields = head.fields
+        if (
+            head.fields is self._fields
+            and forwards is None
+            and authorization is None
+            and head.version == self._written[0]
+        ):
             _, fields, upgrade = self._written
         else:
             fields, upgrade = self._fields_for_origin(head, forwards, authorization)
+            if forwards is None and authorization is None and remembered(head) is not None:
+                self._fields, self._written = head.fields, (head.version, fields, upgrade)
         return OriginRequest(head.method, path, b"Host: %b\r\n%b" % (host, fields), upgrade)
 
     def _fields_for_origin(

@@ -16,6 +16,7 @@ from gtcpserver.http1.head import (
     HttpError,
     check_head,
     find_end_of_head,
+    remembered,
     size_of_empty_lines,
 )
 from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
@@ -115,7 +116,7 @@ class HttpSession:
         else:
             record.note_negotiated()
             visitor.follow()
-            self._last = head
+            self._last = remembered(head)
             return head
         record.protocol, record.detail = "http", str(error)
         try:

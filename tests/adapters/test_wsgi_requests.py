@@ -226,6 +226,25 @@ def test_the_environment_is_gevents(serve, connect, in_thread):
     stock.stop()
 
 
+def test_each_request_has_the_fields_of_its_own(talk):
+    seen = []
+
+    def note(environ, start_response):
+        seen.append((environ["PATH_INFO"], environ.get("HTTP_X_A"), environ.get("HTTP_X_B"), "HTTP_LEFT" in environ))
+        environ["HTTP_X_A"] = "the application's"
+        environ["HTTP_LEFT"] = "too"
+        start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    def request(path, *fields):
+        return b"\r\n".join((b"GET %b HTTP/1.1" % path, b"Host: x", *fields, b"", b""))
+
+    one, two = (b"X-A: 1",), (b"X-A: 2", b"X-B: 3")
+    talk(note, *(request(b"/%d" % number, *fields) for number, fields in enumerate((one, one, two, one, ()))))
+    expected = [("/0", "1", None), ("/1", "1", None), ("/2", "2", "3"), ("/3", "1", None), ("/4", None, None)]
+    assert seen == [(*one, False) for one in expected]
+
+
 # -- whose fault it is -------------------------------------------------------------------------------------------------
 
 
