@@ -10,6 +10,7 @@ were.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -17,14 +18,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 
+from gevent.monkey import get_original
+
 #: Seconds to wait for other processes, which write for some milliseconds each.
 BUSY_SECONDS = 5.0
+
+#: Seconds between two questions whether a folder is free. SQLite asks at such distances, too.
+_PAUSE = 0.02
 
 #: Periods whose bytes are kept, the newest.
 MOST_PERIODS = 100
 
 #: How the file can fail.
 FAILURES = (sqlite3.Error, OSError)
+
+#: gevent's would make the thread an event loop.
+_sleep = get_original("time", "sleep")
 
 #: No write-ahead log: its index is mapped into memory, and a process that reads there after somebody has truncated that
 #: file, or the disk has failed, is killed by SIGBUS, with all its connections. A write takes some milliseconds every
@@ -224,10 +233,26 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _alone_in(folder: str) -> Iterator[None]:
-    """Keep other processes from opening, or setting aside, a file in this folder."""
+    """Keep other processes from opening, or setting aside, a file in this folder.
+
+    Raises:
+        OSError: ETIMEDOUT: another process keeps it locked, which any user may do who can read it.
+    """
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)
+        until = time.monotonic() + BUSY_SECONDS
+        while not _locked(number):
+            if time.monotonic() > until:
+                raise OSError(errno.ETIMEDOUT, "another process keeps the folder locked", folder)
+            _sleep(_PAUSE)
         yield
     finally:
         os.close(number)
+
+
+def _locked(number: int) -> bool:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """The file of quotas: what several processes count in it, clocks that step, files that are damaged or gone."""
 
+import fcntl
 import os
 import sqlite3
 
@@ -152,6 +153,19 @@ def test_two_processes_that_find_the_same_damage_set_one_file_aside(ledger, path
     two._set_aside(sqlite3.DatabaseError("the same"))
     assert (len(damaged_files(path)), two.set_aside) == (1, [])
     assert used(two, NOVEMBER) == (NOVEMBER, 5)
+
+
+def test_a_folder_that_another_process_keeps_locked_is_an_error(ledger, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(quota_file, "BUSY_SECONDS", 0.1)
+    one = ledger()
+    locked = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="keeps the folder locked"):
+            used(one, NOVEMBER, 5)
+    finally:
+        os.close(locked)
+    assert used(one, NOVEMBER, 5) == (NOVEMBER, 5)
 
 
 def test_a_file_that_was_removed_is_made_again(ledger, path):
