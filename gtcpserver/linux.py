@@ -77,6 +77,8 @@ SO_ATTACH_FILTER = _number(26)
 SO_DETACH_FILTER = _number(27)
 SO_ATTACH_REUSEPORT_CBPF = _number(51)
 SO_DETACH_REUSEPORT_BPF = _number(68)
+# linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h.
+SO_ORIGINAL_DST = IP6T_SO_ORIGINAL_DST = _number(80)
 
 _TCP_CLOSE = 7  # net/tcp_states.h
 

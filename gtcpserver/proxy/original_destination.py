@@ -7,12 +7,10 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
+from gtcpserver.linux import IP6T_SO_ORIGINAL_DST, SO_ORIGINAL_DST
 from gtcpserver.networks import as_ip
 
 from .target import IPAddress, unmapped
-
-# linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h: both are 80.
-SO_ORIGINAL_DST = IP6T_SO_ORIGINAL_DST = 80
 
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")  # ip(7); the family is in the host's byte order, and known
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")  # ipv6(7)
