@@ -214,6 +214,17 @@ def networks(line: Line, text: str) -> tuple[IPNetwork, ...]:
     return found
 
 
+def an_address(line: Line, text: str) -> str:
+    """Check that a text is one address, and return it in its usual form."""
+    try:
+        (network,) = networks(line, text)
+        if network.num_addresses != 1:
+            raise ValueError
+    except ValueError:
+        fail(line, f"an address expected, got {text[:80]!r}")
+    return str(network.network_address)
+
+
 def host_name(line: Line, text: str) -> str:
     """Return a name, or a domain with a leading dot, as in our rules."""
     dot = "." * text.startswith(".")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from .import_draft import (
     Draft,
     add_listener,
+    an_address,
     check_encoding,
     close,
     fail,
@@ -208,10 +209,10 @@ class _Reader(Ways):
                 self.draft.less(line, f"the user {name[:40]!r} needs a password that is hashed with argon2 or bcrypt")
 
     def do_internal(self, line: Line, words: list[str]) -> None:
-        self.internal = self._address(line, self._first(line, words))
+        self.internal = an_address(line, self._first(line, words))
 
     def do_external(self, line: Line, words: list[str]) -> None:
-        address = self._address(line, self._first(line, words))
+        address = an_address(line, self._first(line, words))
         same = [one for one in self.external if (":" in one) == (":" in address)]
         self.external = [one for one in self.external if one not in same]
         if address not in ("0.0.0.0", "::"):
@@ -231,7 +232,7 @@ class _Reader(Ways):
             self.draft.other(line, "name servers are asked over UDP, and over TCP where that does not suffice")
             text = text[:-4]
         host, colon, port = text.rpartition(":") if text.count(":") == 1 or text.startswith("[") else (text, "", "")
-        address = self._address(line, (host or text).strip("[]"))
+        address = an_address(line, (host or text).strip("[]"))
         server = f"[{address}]" if ":" in address else address
         self.draft.config.resolver.servers.append(
             f"{server}:{number(line, port, 'a port', 1, 65535)}" if colon else server
@@ -274,9 +275,9 @@ class _Reader(Ways):
             if word.startswith("-p") and word[2:]:
                 port = number(line, word[2:], "-p", 1, 65535)
             elif word.startswith("-i"):
-                host = self._address(line, word[2:])
+                host = an_address(line, word[2:])
             elif word.startswith("-e"):
-                external = [one for one in (self._address(line, word[2:]),) if one not in ("0.0.0.0", "::")]
+                external = [one for one in (an_address(line, word[2:]),) if one not in ("0.0.0.0", "::")]
             elif word == "-u":
                 asks = False
             elif re.fullmatch(r"-(n1?|u2|a1?|4|46|64|6|d|t|l.*|c.*|s.*|N.*|b\d+|\w*)", word) and not word.startswith(
@@ -408,15 +409,6 @@ class _Reader(Ways):
             draft.entries = [replace(entry, upstream=None) for entry in draft.entries]
         close(draft, end, False)
         draft.finish()
-
-    def _address(self, line: Line, text: str) -> str:
-        try:
-            (network,) = networks(line, text)
-            if network.num_addresses != 1:
-                raise ValueError
-        except ValueError:
-            fail(line, f"an address expected, got {text[:80]!r}")
-        return str(network.network_address)
 
 
 def read_threeproxy(draft: Draft, lines: Iterable[Line], read: Callable[[Line, str], Iterable[Line]]) -> None:

@@ -8,7 +8,18 @@ from dataclasses import replace
 from urllib.parse import quote
 
 from .http_fields import check_pseudonym
-from .import_draft import Draft, add_listener, check_encoding, close, fail, host_name, listen_address, networks, number
+from .import_draft import (
+    Draft,
+    add_listener,
+    an_address,
+    check_encoding,
+    close,
+    fail,
+    host_name,
+    listen_address,
+    networks,
+    number,
+)
 from .import_rules import Entry, Line, Match, other_ports, word_of
 from .passwords import hash_password
 from .settings import UpstreamTable
@@ -86,10 +97,10 @@ class _Reader:
         self.port = number(line, words[0], "Port", 1, 65535)
 
     def do_listen(self, line: Line, words: Sequence[str]) -> None:
-        self.listen.append(_address(line, words[0]))
+        self.listen.append(an_address(line, words[0]))
 
     def do_bind(self, line: Line, words: Sequence[str]) -> None:
-        self.external.append(_address(line, words[0]))
+        self.external.append(an_address(line, words[0]))
         versions = [":" in one for one in self.external]
         if len(set(versions)) < len(versions):
             self.external.pop()
@@ -219,16 +230,6 @@ class _Reader:
 
 def _is_yes(word: str) -> bool:
     return word.lower() in _YES
-
-
-def _address(line: Line, text: str) -> str:
-    try:
-        (network,) = networks(line, text)
-        if network.num_addresses != 1:
-            raise ValueError
-    except ValueError:
-        fail(line, f"an address expected, got {text[:80]!r}")
-    return str(network.network_address)
 
 
 def _site(line: Line, site: str) -> list[str]:

@@ -20,7 +20,7 @@ from gevent.pool import Pool
 from gtcpserver.handover.sender import PAUSING
 from kit.handing import close_lines, join, leave
 from kit.patience import SOON
-from kit.tunnels import read, reset
+from kit.tunnels import Reader, read, reset
 from kit.waiting import wait_until
 
 SCHEDULES = int(os.environ.get("GTCPSERVER_MOVE_SCHEDULES", "25"))
@@ -50,16 +50,15 @@ def count_lines(conn):
         conn.sendall(b"%d %b" % (number, line))
 
 
-class Client:
+class Client(Reader):
     """A client that knows what it has to be answered."""
 
     def __init__(self, server, choose):
         self._choose = choose
-        self.sock = gevent_socket.create_connection(("127.0.0.1", server.port), SOON)
-        self.sock.setblocking(False)
+        super().__init__(gevent_socket.create_connection(("127.0.0.1", server.port), SOON))
         self._unsent = b""
-        self.sent, self.got = bytearray(), bytearray()
-        self.ended = self.heard_end = False
+        self.sent = bytearray()
+        self.ended = False
 
     @property
     def due(self):
@@ -76,21 +75,6 @@ class Client:
             size = self.sock.send(self._unsent[: self._choose.choice(SIZES)])
             self.sent += self._unsent[:size]
             self._unsent = self._unsent[size:]
-
-    def read(self, size=1 << 20):
-        """Read some; return whether there may be more."""
-        try:
-            data = self.sock.recv(size)
-        except BlockingIOError:
-            return False
-        self.got += data
-        self.heard_end = self.heard_end or not data
-        return bool(data)
-
-    def read_all(self):
-        while self.read():
-            pass
-        return self.heard_end
 
     def end(self):
         if not self.ended:

@@ -21,7 +21,7 @@ from gtcpserver.handover.sender import PAUSING
 from gtcpserver.tls import self_signed
 from gtcpserver.transfer import PIPES
 from kit.handing import Taker, close_lines, join, leave
-from kit.tunnels import Destination, read, read_all, relaying, reset
+from kit.tunnels import Destination, Reader, read, read_all, relaying, reset
 from kit.waiting import wait_until
 
 LOT = 8 << 20
@@ -487,14 +487,13 @@ def test_two_servers_that_leave_do_not_pass_a_tunnel_to_and_fro(several, opened)
 # -- random schedules --------------------------------------------------------------------------------------------------
 
 
-class Side:
+class Side(Reader):
     """One end of a tunnel: what it has sent, and has been sent by the other."""
 
     def __init__(self, sock):
-        self.sock = sock
-        self.sock.setblocking(False)
-        self.sent, self.got = bytearray(), bytearray()
-        self.ended = self.heard_end = False
+        super().__init__(sock)
+        self.sent = bytearray()
+        self.ended = False
 
     def write(self, size):
         if not self.ended:
@@ -515,21 +514,6 @@ class Side:
         assert other.ended or not self.heard_end, "an end in order"
         assert other.sent.startswith(self.got)
         return self.heard_end
-
-    def read_all(self):
-        while self.read(1 << 20):
-            pass
-        return self.heard_end
-
-    def read(self, size):
-        """Read some; return whether there may be more."""
-        try:
-            data = self.sock.recv(size)
-        except BlockingIOError:
-            return False
-        self.got += data
-        self.heard_end = self.heard_end or not data
-        return bool(data)
 
 
 def move_at_random(seed, servers, tunnel):

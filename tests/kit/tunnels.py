@@ -79,6 +79,32 @@ def relaying(address: str, results: Any = None, small: bool = False, swapped: bo
     return handle
 
 
+class Reader:
+    """Reads what a socket has without waiting."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.got = bytearray()
+        self.heard_end = False
+
+    def read(self, size: int = 1 << 20) -> bool:
+        """Read some; return whether there may be more."""
+        try:
+            data = self.sock.recv(size)
+        except BlockingIOError:
+            return False
+        self.got += data
+        self.heard_end = self.heard_end or not data
+        return bool(data)
+
+    def read_all(self) -> bool:
+        """Read what is there; return whether the end was heard."""
+        while self.read():
+            pass
+        return self.heard_end
+
+
 def read(sock: Any, size: int) -> bytes:
     data = bytearray()
     with gevent.Timeout(SOON):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import socket
 import subprocess
 import textwrap
@@ -25,6 +24,7 @@ from kit.patience import SOON
 from kit.ports import free_port
 from kit.programs import needs
 from kit.proxying import ANYBODY, ANYWHERE, QUICK, http, reply, socks
+from kit.sshd import PROGRAMS, sshd
 from kit.tls import Files
 from kit.tls import read as content
 from kit.waiting import wait_until
@@ -386,34 +386,17 @@ def test_dante(run, proxy_by, serve, connect, in_thread, tmp_path, scheme):
     talks(proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{port}")), serve, connect, in_thread)
 
 
-SSHD = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/user.pub
-PidFile none
-StrictModes no
-UsePAM no
-"""
-
-
 @pytest.mark.slow
-@needs("ssh", "sshd", "ssh-keygen")
+@needs(*PROGRAMS)
 @pytest.mark.skipif(os.geteuid() != 0, reason="sshd needs root")
 def test_ssh_d_is_a_parent(run, proxy_by, serve, connect, in_thread, tmp_path):
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    port, forward = free_port(), free_port()
-    (tmp_path / "config").write_text(SSHD.format(folder=tmp_path, port=port))
-    os.makedirs("/run/sshd", exist_ok=True)
-    run(port, shutil.which("sshd"), "-D", "-e", "-f", tmp_path / "config")
-    options = ["StrictHostKeyChecking=no", f"UserKnownHostsFile={tmp_path}/known", "BatchMode=yes"]
-    command = ["ssh", "-F", "none", "-N", "-D", f"127.0.0.1:{forward}", "-i", "user", "-p", port, "root@127.0.0.1"]
-    run(forward, *command, *(word for option in options for word in ("-o", option)))
-    for scheme in ("socks5", "socks4", "socks4a"):
-        talks(proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{forward}")), serve, connect, in_thread)
-    near = proxy_by(parse_upstream("up", f"socks4a://127.0.0.1:{forward}", resolve="there"))
-    assert in_thread(reply, connect(near), socks(serve(echo).port, host="localhost")) == 0
+    forward = free_port()
+    with sshd(tmp_path) as client:
+        run(forward, *client, "-N", "-D", f"127.0.0.1:{forward}", "root@127.0.0.1")
+        for scheme in ("socks5", "socks4", "socks4a"):
+            talks(proxy_by(parse_upstream("up", f"{scheme}://127.0.0.1:{forward}")), serve, connect, in_thread)
+        near = proxy_by(parse_upstream("up", f"socks4a://127.0.0.1:{forward}", resolve="there"))
+        assert in_thread(reply, connect(near), socks(serve(echo).port, host="localhost")) == 0
 
 
 @needs("curl")
