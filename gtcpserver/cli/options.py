@@ -8,6 +8,7 @@ import math
 import re
 import socket
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -473,7 +474,8 @@ def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
         names.remove("control")  # GTCPSERVER_CONTROL is also for gtcpserver ctl
     if "workers" not in names:
         if names:
-            raise click.UsageError(f"{flag(names[0])}: needs --workers; --workers 1 is a master with one worker")
+            option = _flag_in(context, names[0])
+            raise click.UsageError(f"{option}: needs --workers; --workers 1 is a master with one worker")
         return None
     if was_given(context, "accept_loops"):
         instead = "each worker has one listening socket for every TCP address"
@@ -484,7 +486,12 @@ def make_supervisor_config(context: click.Context) -> SupervisorConfig | None:
     options["graceful_timeout"] = context.params["stop_timeout"]
     options["metrics"] = context.params["metrics"]
     fields = {"metrics", *(name for name, _, _ in SUPERVISOR_OPTIONS)}
-    return explained(lambda: SupervisorConfig(**options), fields=fields)
+    return explained(lambda: SupervisorConfig(**options), fields=fields, named=partial(_flag_in, context))
+
+
+def _flag_in(context: click.Context, name: str) -> str:
+    """Return the option of this command for a setting: the proxy has another one for the workers' user."""
+    return next((option.opts[0] for option in context.command.params if option.name == name), flag(name))
 
 
 def flag(name: str) -> str:
@@ -647,21 +654,28 @@ def was_given(context: click.Context, name: str) -> bool:
 Made = TypeVar("Made")
 
 
-def explained(make: Callable[[], Made], prefix: str = "", fields: Collection[str] = FIELDS) -> Made:
+def explained(
+    make: Callable[[], Made],
+    prefix: str = "",
+    fields: Collection[str] = FIELDS,
+    named: Callable[[str], str] | None = None,
+) -> Made:
     """Turn a ConfigError, which names the field, into a usage error that names the option."""
     try:
         return make()
     except ConfigError as error:
-        raise click.UsageError(name_option(str(error), prefix, fields)) from None
+        raise click.UsageError(name_option(str(error), prefix, fields, named or flag)) from None
 
 
-def name_option(message: str, prefix: str = "", fields: Collection[str] = FIELDS) -> str:
+def name_option(
+    message: str, prefix: str = "", fields: Collection[str] = FIELDS, named: Callable[[str], str] = flag
+) -> str:
     """Turn `fast_open must be ...` into `--fast-open: must be ...`, and `ListenConfig(shared=True)` into `--shared`."""
     message = re.sub(r"ListenConfig\((\w+)=True\)", lambda match: flag(match[1]), message)
     match = re.match(r"(\w+)( must\b)?", message)
     if match is None or match[1] not in fields:
         return message
-    return f"{flag(prefix + match[1])}: {message[match.end(1) :].strip() if match[2] else message}"
+    return f"{named(prefix + match[1])}: {message[match.end(1) :].strip() if match[2] else message}"
 
 
 def _option(name: str, kind: Any, text: str, default: Any) -> Callable[[Command], Command]:

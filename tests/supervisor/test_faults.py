@@ -272,6 +272,19 @@ def test_wrong_call_is_one_line_and_status_2(tmp_path: Path, arguments: list[str
     assert lines[0].startswith(f"gtcpserver: {said}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--worker-user", "nobody"], "--worker-user: needs --workers"),
+        (["--worker-user", "no-such-user", "--workers", "1"], "--worker-user: must be one of this host's"),
+    ],
+)
+def test_the_workers_user_of_a_proxy_has_an_option_of_its_own(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = run_command("proxy", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"gtcpserver: {said}")
+
+
 def test_address_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
