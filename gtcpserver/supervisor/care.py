@@ -6,6 +6,9 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
+from gtcpserver.diagnostics.logs import FaultLimiter, also
+
+from .config import MAX_WORKERS
 from .slots import WorkerProcess, WorkerState
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ class Care:
         self._fleet = fleet
         self._looked_at = fleet.system.monotonic()
         self.late: set[int] = set()
+        # A machine that is short of CPU makes idle workers late for a moment, again and again.
+        self._lags = FaultLimiter(interval=60.0, max_keys=MAX_WORKERS, clock=fleet.system.monotonic)
+        self._told: set[int] = set()  # those of `late` that are in the log
 
     def look(self, now: float) -> None:
         """Note silent workers and end blocked ones. Call often."""
@@ -98,10 +104,7 @@ class Care:
         if len(late) * 2 > len(serving):
             # The whole machine is busy, not single workers: the others could not take more.
             late = set()
-        for number in sorted(late - self.late):
-            log.warning("worker %d lags: new connections go to the others until it has caught up", number)
-        for number in sorted(self.late - late):
-            log.info("worker %d has caught up", number)
+        self._tell(late)
         self.late = late
         wanted = {slot.number for slot in serving} - late or {slot.number for slot in active}
         cpus: dict[int, int] = {}
@@ -110,3 +113,14 @@ class Care:
             if cpu is not None:
                 cpus.setdefault(cpu, slot.number)
         fleet.sockets.steer(wanted, cpus)
+
+    def _tell(self, late: set[int]) -> None:
+        for number in sorted(late - self.late):
+            left_out = self._lags.allow(number)
+            if left_out is not None:
+                until = "new connections go to the others until it has caught up"
+                log.warning("worker %d lags: %s%s", number, until, also(left_out))
+                self._told.add(number)
+        for number in sorted(self._told - late):
+            log.info("worker %d has caught up", number)
+        self._told &= late

@@ -145,6 +145,24 @@ def test_new_connections_are_sent_past_late_workers_unless_most_are_late(
     assert fleet.sockets.steered == {0, 1, 2, 3}
 
 
+def test_a_worker_that_is_late_again_and_again_does_not_fill_the_log(
+    system: SimulatedSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gtcpserver")
+    fleet = serving(system, 4)
+    for _ in range(100):
+        for late in (True, False):
+            fleet.slots[3].current.lagging = late  # type: ignore[union-attr]
+            fleet.care.steer()
+            assert fleet.care.late == ({3} if late else set())
+    lags, caught_up = ([text for text in caplog.messages if words in text] for words in ("3 lags", "3 has caught up"))
+    assert 0 < len(lags) == len(caught_up) < 10
+    system.now += 3600
+    fleet.slots[3].current.lagging = True  # type: ignore[union-attr]
+    fleet.care.steer()
+    assert f"(and {100 - len(lags)} more like this)" in caplog.messages[-1]
+
+
 def test_a_slot_whose_new_worker_keeps_time_gets_connections_though_the_old_one_is_late(
     system: SimulatedSystem,
 ) -> None:
