@@ -13,6 +13,7 @@ from gevent.event import Event
 from greenlet import GreenletExit
 
 from gtcpserver.connection.connection import READ_AHEAD, Connection
+from gtcpserver.connection.moving import session_made
 from gtcpserver.process.forked import close_in_children
 
 from .dial import keep_alive, way_out
@@ -116,6 +117,8 @@ def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeou
         NobodyCame, ClientLeft. OSError: it cannot be accepted.
     """
     early: list[bytes] = []
+    session = session_made(conn)
+    session.stays = "bind"  # for operators: neither a tunnel nor a request that ends soon
     coming = gevent.spawn(_accept, listening, expected)
     leaving = gevent.spawn(_read_early, conn, early)
     try:
@@ -129,6 +132,7 @@ def _wait_for(conn: Connection, listening: Any, expected: set[IPAddress], timeou
         # Until they have ended: data that arrives from now on is the relay's.
         gevent.killall([coming, leaving])
         conn.unread(b"".join(early))
+        session.stays = ""
     came: tuple[Connection, Peer] | BaseException = coming.value
     if isinstance(came, tuple):
         return came

@@ -202,7 +202,7 @@ def test_a_bind_stays_until_its_peer_has_come_and_moves_then(start, connect, in_
     client.sendall(b"\x05\x01\x00" + bind_request())
     where = named_address(in_thread(read, client, 12)[2:])
     leave(a, b, stop=True)
-    wait_until(lambda: a.mover.staying() == {"another greenlet": 1})  # which looks whether it leaves
+    wait_until(lambda: a.mover.staying() == {"bind": 1})
     with socket.create_connection(where, SOON) as peer:
         assert named_address(in_thread(read, client, 10)) == peer.getsockname()
         wait_until(lambda: b.active_connections and not a.active_connections)
