@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import pwd
+
+import gevent
 
 from gtcpserver.linux import become_user
 from gtcpserver.linux import die_with_parent as set_death_signal
@@ -20,6 +23,7 @@ def become(config: SupervisorConfig) -> None:
         os.umask(config.umask)
     if config.user is None and config.group is None:
         return
+    _load_what_names_need()
     uid, gid, name = config.identity()
     if os.geteuid() == 0:
         if config.user is not None and name is not None:
@@ -31,6 +35,15 @@ def become(config: SupervisorConfig) -> None:
         # Programs look for their files there; this user cannot read root's.
         entry = pwd.getpwnam(name)
         os.environ.update(HOME=entry.pw_dir, USER=entry.pw_name, LOGNAME=entry.pw_name)
+
+
+def _load_what_names_need() -> None:
+    """Load what gevent and Python's socket functions load at the first name that is looked up.
+
+    Where the new user cannot read the installation, each client that asks for a name would get an error.
+    """
+    codecs.lookup("idna")
+    _ = gevent.config.resolver
 
 
 def die_with_parent(number: int) -> None:

@@ -280,6 +280,34 @@ def test_a_proxy_s_files(start, folder, secret, authority):
     assert "ERROR" not in master.log()
 
 
+def test_a_worker_loads_nothing_for_a_name_that_a_client_asks_for(folder):
+    (folder / "app.py").write_text("""
+import os, sys
+import gevent.socket
+
+imported = []
+
+def started(worker):
+    assert os.getuid()
+    sys.addaudithook(lambda event, args: imported.append(args[0]) if event == "import" else None)
+
+def handler(conn):
+    gevent.socket.getaddrinfo("localhost", 80)
+    conn.sendall(repr(imported).encode())
+""")
+    path = str(folder / "socket")  # an address in the place of the path has the master load it
+    arguments = ("serve", "app:handler", "--bind", f"unix:{path}", "--workers", "1", "--user", USER)
+    master = Master(folder, (*arguments, "--worker-start", "app:started"))
+    try:
+        master.wait_for("listening on")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(SOON)
+            client.connect(path)
+            assert client.recv(1000) == b"[]"
+    finally:
+        master.kill_all()
+
+
 def test_a_program_that_runs_workers_itself(folder, secret, authority):
     (folder / "program.py").write_text(f"""
 import gtcpserver
