@@ -175,6 +175,18 @@ def grow_pipe(fd: int, size: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
 
 
+def reopen_pipe(fd: int, access: int) -> int:
+    """Open an end of a pipe anew: a file description without those who share the old one, which does not block.
+
+    Args:
+        access: O_RDONLY or O_WRONLY.
+
+    Raises:
+        OSError: ENOENT: there is no /proc. EACCES: another user has made the pipe.
+    """
+    return os.open(path_of_descriptor(fd), access | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 # -- files and memory --------------------------------------------------------------------------------------------------
 
 #: Opens a file or folder without any access to it. Elsewhere: for reading.

@@ -295,6 +295,7 @@ def _discard(fd: int) -> int:
     if cython.compiled:
         return discard(fd)
     try:
+        os.set_blocking(fd, False)  # another process that has the socket may have made it blocking
         return os.readv(fd, [_rubbish])
     except BlockingIOError:
         return -1

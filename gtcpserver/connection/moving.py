@@ -20,7 +20,9 @@ from gevent.socket import cancel_wait_ex
 from gtcpserver.proxy_protocol.header import parse_header
 from gtcpserver.strict_json import to_json
 from gtcpserver.transfer.flow import Flow
+from gtcpserver.transfer.foreign import forbid_linger, note_foreign
 
+from .accepted import AcceptedSocket
 from .connection import log_fields_of, readers_of, session_of
 from .stream import CLOSED
 
@@ -95,7 +97,7 @@ class Freeze:
         stream = connection._stream
         self.connection = connection
         self.over = False
-        self.sock = stream.sock
+        self.sock = _make_foreign(connection)  # whether it is taken there or not
         self.reader = stream.reader()
         self._where = _where(self.reader)
         self._poller, self._fd = stream.poller, stream.fd
@@ -143,6 +145,7 @@ class Freeze:
         self.over = True
         closed = stream.closed or connection._closed
         if not closed:
+            forbid_linger(self.sock)
             connection._sock = stream.sock = stream.io = self.sock
         if self.reader is not None:
             get_hub().loop.run_callback(self._wake, cancel_wait_ex() if closed else None)
@@ -180,6 +183,17 @@ def session_made(connection: Connection) -> Session:
     """Return its session, made if need be."""
     session = session_of(connection)
     return session if session is not None else connection._new_session()
+
+
+def _make_foreign(connection: Connection) -> Any:
+    """Have no call of its socket wait, whatever another process does that has it; return the socket object."""
+    stream = connection._stream
+    sock = stream.sock
+    if isinstance(sock, AcceptedSocket):
+        sock = sock.made()
+        connection._sock = stream.sock = stream.io = sock
+    note_foreign(sock)
+    return sock
 
 
 def _where(waiter: Any) -> tuple[Any, int] | None:
@@ -234,6 +248,7 @@ def give_state(connection: Connection, state: Mapping[str, Any]) -> None:
         KeyError, TypeError, ValueError: the state is none of `state_of`.
     """
     stream = connection._stream
+    forbid_linger(_make_foreign(connection))
     timeout = state["timeout"]
     stream.timeout = None if timeout is None else float(timeout)
     stream.bytes_received, stream.bytes_sent = _count(state["received"]), _count(state["sent"])

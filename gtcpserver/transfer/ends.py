@@ -98,6 +98,11 @@ class End:
         if self.sock.fileno() < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
+    def look_again(self) -> None:
+        """Prepare to go on after a pause. Raise OSError: the socket was closed."""
+        self.check_open()
+        self.raw = raw_of(self.sock)  # which is another object once it was offered to another process
+
     def start_reading(self, callback: Any) -> None:
         current = self.reading.callback
         if current is not None:

@@ -20,6 +20,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .ends import End, closing_error, note_error, reset_on_close
+from .foreign import descriptor_for_kernel
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 from .resumption import FlowState
 
@@ -146,8 +147,8 @@ class Flow:
         """End the pause. Raise OSError: a socket is closed."""
         if self.done:
             return
-        self.source.check_open()
-        self.sink.check_open()
+        self.source.look_again()
+        self.sink.look_again()
         if self._pipe is not None:
             self.sink.start_writing(self.writable)
         else:
@@ -240,7 +241,9 @@ class Flow:
             self._splicing = False
             return
         try:
-            size = pipe.fill(self.source.raw.fileno(), LARGEST if self._left is None else min(self._left, LARGEST))
+            size = pipe.fill(
+                descriptor_for_kernel(self.source.raw), LARGEST if self._left is None else min(self._left, LARGEST)
+            )
         except BlockingIOError:
             self._put_pipe()
             return
@@ -306,7 +309,7 @@ class Flow:
         """Move the pipe's content to the sink; True when the pipe is empty and back in the pool."""
         assert self._pipe is not None
         try:
-            sent = self._pipe.empty(self.sink.raw.fileno(), self._in_pipe)
+            sent = self._pipe.empty(descriptor_for_kernel(self.sink.raw), self._in_pipe)
         except BlockingIOError:
             self._pipe.check(self._in_pipe)
             return False

@@ -21,7 +21,7 @@ from time import monotonic
 from weakref import WeakSet
 
 from gtcpserver.diagnostics.logs import own_logger
-from gtcpserver.linux import HAS_SPLICE, grow_pipe, has_ended, make_pipe, pipe_size, splice
+from gtcpserver.linux import HAS_SPLICE, grow_pipe, has_ended, make_pipe, pipe_size, reopen_pipe, splice
 from gtcpserver.process.descriptors import close_descriptor
 
 #: Bytes asked of one splice, and the size of a large pipe: fs.pipe-max-size is 1 MiB unless an operator changed it.
@@ -57,6 +57,9 @@ REFUSALS = frozenset(
     }
 )
 
+#: Errors of opening a pipe anew that do not pass: there is no /proc, or it is another user's.
+_NOT_OPENED = (errno.ENOENT, errno.EACCES)
+
 log = own_logger("gtcpserver.transfer")
 
 
@@ -66,7 +69,8 @@ class Pipe:
     Attributes:
         input, output: its descriptors.
         size: its capacity in bytes.
-        foreign: another process has made it, and may have it still: it serves no other transfer.
+        foreign: another process has had it, and may have it still: it serves no other transfer, whose bytes that
+            process would get.
     """
 
     __slots__ = ("__weakref__", "foreign", "input", "output", "size")
@@ -89,6 +93,8 @@ class Pipe:
     def of(cls, output: int, input_: int, content: int) -> Pipe:
         """Return a pipe of another process, whose descriptors belong to it from now on.
 
+        Its ends are opened anew: whoever has the old ones cannot make these blocking.
+
         Raises:
             OSError, ValueError: they are no pipe, or one with another number of bytes in it: a flow that waits for
                 more would occupy the event loop.
@@ -100,8 +106,10 @@ class Pipe:
         there = _bytes_in(output)
         if there != content:
             raise ValueError(f"the pipe has {there} bytes, not {content}")
+        ends = _opened_anew(output, input_)
         pipe = cls.__new__(cls)
-        pipe.output, pipe.input, pipe.size = output, input_, size
+        pipe.output, pipe.input = ends
+        pipe.size = size
         pipe.foreign = True
         return pipe
 
@@ -127,9 +135,14 @@ class Pipe:
 
     def take_out(self, size: int) -> bytes:
         """Read the whole content of the pipe, ``size`` bytes, for a sink that cannot splice."""
+        if self.foreign:
+            os.set_blocking(self.output, False)
         taken = bytearray()
         while len(taken) < size:
-            piece = os.read(self.output, size - len(taken))
+            try:
+                piece = os.read(self.output, size - len(taken))
+            except BlockingIOError:
+                piece = b""  # another process has taken it
             if not piece:
                 raise OSError(errno.EIO, f"the pipe gave {len(taken)} of {size} bytes")
             taken += piece
@@ -249,6 +262,24 @@ def _bytes_in(output: int) -> int:
     return int.from_bytes(fcntl.ioctl(output, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
+def _opened_anew(output: int, input_: int) -> tuple[int, int]:
+    """Open both ends of a pipe anew, and close these; return the new ones. Raise OSError: all is as it was."""
+    try:
+        reading = reopen_pipe(output, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NOT_OPENED:
+            raise
+        return output, input_  # `take_out` cares
+    try:
+        writing = reopen_pipe(input_, os.O_WRONLY)
+    except BaseException:
+        close_descriptor(reading)
+        raise
+    for fd in (output, input_):
+        close_descriptor(fd)
+    return reading, writing
+
+
 def check_source(sock: socket.socket, refusal: OSError) -> None:
     """Raise if a refused splice from a socket may have been an error of the connection.
 
@@ -258,7 +289,7 @@ def check_source(sock: socket.socket, refusal: OSError) -> None:
         OSError: ``refusal``, or the socket's current error.
     """
     try:
-        if sock.recv(1, socket.MSG_PEEK):
+        if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
             return
     except BlockingIOError:
         return

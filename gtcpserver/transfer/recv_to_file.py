@@ -13,6 +13,7 @@ from gtcpserver.process.descriptors import close_descriptor
 from .disk import pool
 from .ends import is_plain, note_error, raw_of, stream_of, wait_readable
 from .files import descriptor_of, opened, wait_for
+from .foreign import descriptor_for_kernel
 from .pipes import LARGEST, PIPES, REFUSALS, Pipe, check_source
 
 #: Bytes read and written at once where splice(2) cannot be used.
@@ -97,7 +98,9 @@ class _Receiving:
             if pipe is None:
                 return self._written + _copy(conn, lambda data: os.write(self._fd, data), self._left)
             try:
-                size = pipe.fill(conn.fileno(), LARGEST if self._left is None else min(self._left, LARGEST))
+                size = pipe.fill(
+                    descriptor_for_kernel(raw_of(conn)), LARGEST if self._left is None else min(self._left, LARGEST)
+                )
             except BlockingIOError:
                 PIPES.put(pipe)
                 self._pass_urgent_bytes()

@@ -79,9 +79,11 @@ def write(resumption: Resumption) -> dict[str, Any]:
 
 
 def descriptors(resumption: Resumption) -> list[int]:
-    """Return the descriptors of the pipes with bytes under way."""
-    pipes = (resumption.there.pipe, resumption.back.pipe)
-    return [fd for pipe in pipes if pipe is not None for fd in (pipe.output, pipe.input)]
+    """Return the descriptors of the pipes with bytes under way, which are to be sent to another process."""
+    pipes = [flow.pipe for flow in (resumption.there, resumption.back) if flow.pipe is not None]
+    for pipe in pipes:
+        pipe.foreign = True  # whether it is taken there or not
+    return [fd for pipe in pipes for fd in (pipe.output, pipe.input)]
 
 
 def read(state: Mapping[str, Any], other: Any, fds: list[int]) -> Resumption:

@@ -12,6 +12,7 @@ from gtcpserver.linux import has_ended
 from .disk import PageCache
 from .ends import is_plain, note_error, raw_of, reset_on_close, stream_of, wait_writable
 from .files import descriptor_of, is_seekable_file, opened, wait_for
+from .foreign import descriptor_for_kernel
 from .pipes import REFUSALS
 
 #: Bytes given to the kernel at once; then the other connections have their turn (about 0.3 ms).
@@ -117,7 +118,7 @@ class _Sending:
                 raise stream.timeout_error(stream.deadline)
             try:
                 # Ask for the socket's descriptor each time: it is -1 once another greenlet has closed it.
-                sent = os.sendfile(conn.fileno(), fd, self.position, chunk)
+                sent = os.sendfile(descriptor_for_kernel(raw_of(conn)), fd, self.position, chunk)
             except BlockingIOError:
                 wait_writable(conn)
                 continue
