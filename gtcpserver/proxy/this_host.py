@@ -97,8 +97,9 @@ class ThisHost:
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._process = 0
+        self._knows_loopback = False
         self._number = 0
-        self._refused = False
+        self._refused: set[int] = set()  # versions of IP
 
     def has(self, ip: IPAddress) -> bool:
         """Return whether a connection to an address ends on this host.
@@ -106,15 +107,19 @@ class ThisHost:
         Raises:
             OSError: unknown at the moment, because descriptors or memory ran out.
         """
-        if not self._refused:
+        if ip.version not in self._refused:
             try:
                 return self._ask(ip)
             except OSError as error:
                 self.close()
                 if error.errno in _PASSING:
                     raise
-                self._refused = True
-                log.warning("netlink refused (%s); looking at the interfaces for this host's addresses", error.strerror)
+                # Without IPv6 (ipv6.disable=1) the kernel says so (EOPNOTSUPP), and goes on to tell of IPv4.
+                self._refused |= {ip.version} if self._knows_loopback else {4, 6}
+                what = " to say which IPv6 addresses are this host's" if self._refused == {6} else ""
+                log.warning(
+                    "netlink refused%s (%s); looking at the interfaces for this host's addresses", what, error.strerror
+                )
         return _is_of_an_interface(ip)
 
     def close(self) -> None:
@@ -133,6 +138,7 @@ class ThisHost:
             if not self._ask_by(self._socket, _LOOPBACK):
                 # An emulated kernel (gVisor calls every route unicast), or the interface lo is down.
                 raise OSError(errno.EOPNOTSUPP, "it does not know 127.0.0.1")
+            self._knows_loopback = True
         return self._ask_by(self._socket, ip)
 
     def _ask_by(self, sock: socket.socket, ip: IPAddress) -> bool:

@@ -8,6 +8,7 @@ import socket
 import struct
 import textwrap
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
@@ -167,6 +168,20 @@ def test_a_kernel_that_does_not_say_is_not_asked_again(monkeypatch, caplog, answ
     assert (kernel.opened, kernel.closed) == (1, 1)
     assert len(caplog.records) == 1
     assert "netlink refused" in caplog.text
+
+
+def test_a_kernel_without_ipv6_is_asked_about_ipv4_addresses_all_the_same(monkeypatch, caplog):
+    """Any client may ask for an IPv6 address. The interfaces know less: not what is local by route alone."""
+    unsupported = partial(error, errno.EOPNOTSUPP)
+    kernel = Kernel(local, unsupported, *[local, local] * 3)
+    monkeypatch.setattr(this_host, "_socket_class", kernel)
+    host = ThisHost()
+    assert not host.has(ip_address("2001:db8::1"))
+    for _ in range(3):
+        assert host.has(ip_address("192.0.2.1"))
+        assert not host.has(ip_address("2001:db8::1"))
+    assert len(caplog.records) == 1
+    assert "netlink refused to say which IPv6 addresses" in caplog.text
 
 
 def test_the_real_kernel():
