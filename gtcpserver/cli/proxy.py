@@ -16,13 +16,15 @@ from gtcpserver.server.access_log import log_to_file
 from gtcpserver.supervisor import systemd
 from gtcpserver.supervisor.lending import NamedFiles
 
-from .commands import EPILOG, RunError, complain, name_of
+from .commands import EPILOG, RunError, complain
 from .options import flag, handover_options, server_options_but_bind, supervisor_options, was_given
 from .secret_files import STANDARD_INPUT, read_url, read_users
 from .serve import process_options, serve_with
-from .settings import SettingsGroup, obey_environment, warn_at_start
+from .settings import SettingsGroup, label_of, obey_environment, warn_at_start
 
 try:
+    import msgspec
+
     from gtcpserver.proxy.build import check_closed, make_advertise, make_external, make_ports
     from gtcpserver.proxy.config import Proxy, ProxyConfig, make_proxy, parse_config, read_config
     from gtcpserver.proxy.config_text import config_text
@@ -55,11 +57,17 @@ EXIT_DIFFERS = 3
 NOT_BESIDE_CONFIG = (
     *("mixed", "socks", "http", "users", "user_file", "htpasswd", "allow_client", "allow_destination"),
     *("deny_destination", "allow_command", "upstream", "upstream_file", "external", "intercept"),
-    *("udp_advertise", "udp_ports", "udp_full_cone"),
+    *("udp_advertise", "udp_ports", "udp_full_cone", "allow_open"),
 )
+#: Keys of the table [log] that options override.
+LOG_KEYS = {"access_log_style": "style", "redact": "redact"}
+#: What is in the file of --print-config.
+OF_THE_PROXY = (*NOT_BESIDE_CONFIG, *LOG_KEYS)
 #: Names of the options for what a listener speaks, where they differ: --transparent is one of all servers.
 OPTION_OF = {"transparent": "intercept"}
-FLAGS = {"users": "--user", "access_log_style": "--access-log"}
+FLAGS = {"users": "--user"}
+#: GTCPSERVER_USER is what other commands run their workers as, and containers may share one environment.
+VARIABLES = {"users": "GTCPSERVER_PROXY_USER"}
 
 
 def with_worker_user(command: Any) -> Any:
@@ -125,9 +133,14 @@ def with_worker_user(command: Any) -> Any:
 @click.option(
     "--udp-full-cone", is_flag=True, help="Pass on datagrams from all allowed addresses, not only those written to."
 )
-@click.option("--redact", is_flag=True, help="Leave destinations out of the access log.")
 @click.option(
-    "--access-log", "access_log_style", type=click.Choice(["text", "json"]), default="text", show_default=True
+    "--redact/--no-redact", default=None, help="Leave destinations out of the access log.  [default: as in the file]"
+)
+@click.option(
+    "--access-log",
+    "access_log_style",
+    type=click.Choice(["text", "json"]),
+    help="Style of the access log.  [default: as in the file, or text]",
 )
 @handover_options(
     "Move tunnels, and clients between two HTTP requests, of a worker that leaves to another: without TLS."
@@ -144,17 +157,17 @@ def proxy(context: click.Context, /, config: str | None, print_config: bool, **o
     """
     if context.invoked_subcommand is not None:
         return
-    beside = (*NOT_BESIDE_CONFIG, "redact", "allow_open", "access_log_style")
-    given = [name for name in beside if was_given(context, name)]
-    if config is not None and given:
-        raise click.UsageError(f"{FLAGS.get(given[0], flag(given[0]))}: cannot be used together with --config")
-    if config is not None and print_config:
-        raise click.UsageError("--print-config: cannot be used together with --config")
+    given = [name for name in NOT_BESIDE_CONFIG if was_given(context, name)]
+    if config is not None and (given or print_config):
+        option = "--print-config" if print_config else FLAGS.get(given[0], flag(given[0]))
+        raise click.UsageError(f"{option}: cannot be used together with {label_of(context, 'config')}")
+    if was_given(context, "upstream") and was_given(context, "upstream_file"):
+        raise click.UsageError(f"--upstream-file: cannot be used together with {label_of(context, 'upstream')}")
     options = _with_secrets(options)
     if print_config:
-        _print_config(options, _of_the_server(context))
+        _print_config(context, options)
         return
-    if was_given(context, "users") or (was_given(context, "upstream") and _has_password(options["upstream"])):
+    if _is_visible(context, "users") or (_is_visible(context, "upstream") and _has_password(options["upstream"])):
         warn_at_start(
             context,
             "passwords on the command line are visible to every user of this host (ps): use --user-file and "
@@ -188,11 +201,7 @@ def proxy(context: click.Context, /, config: str | None, print_config: bool, **o
     serve_with(context, load, reads_files=config is not None, files=files)
 
 
-# Clients and destinations are configured in a file of their own; the other options are those of every server.
-obey_environment(
-    proxy,
-    but=("config", "print_config", *NOT_BESIDE_CONFIG, "allow_open", "redact", "access_log_style"),
-)
+obey_environment(proxy, but=("print_config",), names=VARIABLES)
 
 
 def _listen_for_tproxy(context: click.Context) -> None:
@@ -226,23 +235,41 @@ def _load(path: str | None, options: dict[str, Any]) -> Proxy:
 
 
 def _config(path: str | None, options: dict[str, Any]) -> ProxyConfig:
-    return read_config(path) if path is not None else _from_options(options)
+    if path is None:
+        return _from_options(options)
+    config = read_config(path)
+    return msgspec.structs.replace(config, log=msgspec.structs.replace(config.log, **_of_the_log(options)))
 
 
-def _of_the_server(context: click.Context) -> list[str]:
-    """Return the options that were given and are not in a file: those of every server."""
-    ours = (*NOT_BESIDE_CONFIG, "redact", "allow_open", "access_log_style", "config", "print_config")
-    given = [one for one in context.command.params if one.name not in ours and was_given(context, one.name or "")]
-    return sorted(name_of(one) for one in given)
+def _of_the_log(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[name] for name, key in LOG_KEYS.items() if options[name] is not None}
 
 
-def _print_config(options: dict[str, Any], stay: list[str]) -> None:
+def _is_visible(context: click.Context, name: str) -> bool:
+    """Return whether every user of the host can read the value; the environment is the process's own."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _given(context: click.Context, own: bool, source: ParameterSource) -> list[str]:
+    """Return the options, or variables, that were given: those of the proxy's own, or those of every server."""
+    names = [str(one.name) for one in context.command.params if one.name not in ("config", "print_config")]
+    given = [name for name in names if context.get_parameter_source(name) is source]
+    return sorted(label_of(context, name) for name in given if (name in OF_THE_PROXY) == own)
+
+
+def _print_config(context: click.Context, options: dict[str, Any]) -> None:
     config = _from_options(options)
     make_proxy(config).handler.server_stopped()  # reports mistakes
     if _has_password(options["upstream"]):
         click.echo("# It contains a password: keep the file from others (mode 600).\n")
-    if stay:
-        click.echo(f"# These options stay on the command line, beside --config: {', '.join(stay)}\n")
+    for said, own, source in (
+        ("These options stay on the command line, beside --config", False, ParameterSource.COMMANDLINE),
+        ("These variables stay in the environment", False, ParameterSource.ENVIRONMENT),
+        ("These variables are in this file: take them out of the environment", True, ParameterSource.ENVIRONMENT),
+    ):
+        given = _given(context, own, source)
+        if given:
+            click.echo(f"# {said}: {', '.join(given)}\n")
     click.echo(config_text(config), nl=False)
 
 
@@ -315,7 +342,7 @@ def _from_options(options: dict[str, Any]) -> ProxyConfig:
         udp=UdpTable(
             advertise=list(options["udp_advertise"]), ports=options["udp_ports"], full_cone=options["udp_full_cone"]
         ),
-        log=LogTable(style=options["access_log_style"], redact=options["redact"]),
+        log=LogTable(**_of_the_log(options)),
         allow_open=options["allow_open"],
     )
 
@@ -336,8 +363,6 @@ def _with_secrets(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options, with the contents of files. These are read once: workers may not be able to, and standard
     input ends."""
     users, url = options["user_file"], options["upstream_file"]
-    if url is not None and options["upstream"] is not None:
-        raise click.UsageError("--upstream-file: cannot be used together with --upstream")
     if users == url == STANDARD_INPUT:
         raise click.UsageError("--upstream-file: standard input is read by --user-file")
     return {

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -129,11 +130,13 @@ def config_option(command: Any) -> Any:
     )(command)
 
 
-def obey_environment(command: click.Command, but: Collection[str] = ()) -> None:
-    """Give each option except those in `but` the environment variable of its name."""
+def obey_environment(
+    command: click.Command, but: Collection[str] = (), names: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Give each option except those in `but` the environment variable of its name, or the one in `names`."""
     for parameter in command.params:
         if parameter.name not in but and parameter.name != "help":
-            parameter.envvar = variable_of(parameter)
+            parameter.envvar = names.get(str(parameter.name)) or variable_of(parameter)
 
 
 #: Options whose variable has another name, since theirs is what a master passes to the next (supervisor/upgrade.py),

@@ -168,11 +168,45 @@ def test_forward_and_files_have_settings_too(start, folder, place) -> None:
 
 
 @pytest.mark.slow
-def test_the_proxy_obeys_the_environment_for_what_is_not_its_own(start) -> None:
+def test_the_environment_is_enough_for_the_proxy(start) -> None:
     pytest.importorskip("msgspec")
-    proxy = start("proxy", "--mixed", "127.0.0.1:0", GTCPSERVER_POOL="33", GTCPSERVER_MIXED="127.0.0.1:1")
+    variables = {
+        "GTCPSERVER_MIXED": "127.0.0.1:0",
+        "GTCPSERVER_PROXY_USER": "ada:secret eve:pw",
+        "GTCPSERVER_USER": "www-data",  # of other commands, which run their workers so
+        "GTCPSERVER_POOL": "33",
+        "GTCPSERVER_ACCESS_LOG": "json",
+    }
+    proxy = start("proxy", **variables)
     assert proxy.lines[-1].endswith("pool 33)")
-    assert any("there is no setting GTCPSERVER_MIXED" in line for line in proxy.lines)
+    assert not [line for line in proxy.lines if "WARNING" in line]  # as for passwords that ps shows to others
+    assert proxy.ask(b"GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n").startswith(b"HTTP/1.1 407")
+    assert proxy.wait_for('"result": ?"authentication_failed"')
+
+
+@pytest.mark.slow
+def test_the_proxys_command_line_goes_before_its_environment(start) -> None:
+    pytest.importorskip("msgspec")
+    proxy = start("proxy", "--mixed", "127.0.0.1:0", GTCPSERVER_MIXED="127.0.0.1:1")
+    assert proxy.lines[-1].count("127.0.0.1:") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "variables", "style"),
+    [
+        ([], {}, "text"),
+        ([], {"GTCPSERVER_ACCESS_LOG": "json"}, "json"),
+        (["--access-log", "text"], {"GTCPSERVER_ACCESS_LOG": "json"}, "text"),
+        (["--access-log", "json", "--no-redact"], {"GTCPSERVER_REDACT": "yes"}, "json"),
+    ],
+)
+def test_the_proxys_access_log_may_be_set_beside_its_file(start, folder, arguments, variables, style) -> None:
+    pytest.importorskip("msgspec")
+    (folder / "proxy.toml").write_text('[[listener]]\nlisten = "127.0.0.1:0"\n[log]\nstyle = "text"\n')
+    proxy = start("proxy", "--config", "proxy.toml", *arguments, **variables)
+    proxy.ask(b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+    assert proxy.wait_for('"asked": ?"127.0.0.1:1"' if style == "json" else "asked=127.0.0.1:1")
 
 
 @pytest.mark.slow
@@ -450,7 +484,27 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+def rows_of_the_proxy() -> list[str]:
+    pytest.importorskip("msgspec")
+    from gtcpserver.cli.proxy import OF_THE_PROXY
+
+    return [
+        f"| `{parameter.opts[0]}` | `{parameter.envvar}` |"
+        for parameter in load_command("proxy").params
+        if parameter.name in OF_THE_PROXY
+    ]
+
+
+def test_every_option_of_a_server_has_a_variable() -> None:
+    for name in ("serve", "echo", "forward", "files", "proxy"):
+        parameters = [one for one in load_command(name).params if one.name not in ("help", "print_config")]
+        variables = [one.envvar for one in parameters]
+        assert all(variables), name
+        assert len(set(variables)) == len(variables)
+
+
 def test_every_setting_is_in_the_documentation() -> None:
     text = (ROOT / "docs" / "settings.md").read_text()
+    assert [row for row in rows_of_the_proxy() if row not in text] == []
     missing = [row for row in rows_of_settings() if row not in text]
     assert not missing, "docs/settings.md needs:\n" + "\n".join(missing)

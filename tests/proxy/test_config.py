@@ -341,10 +341,9 @@ def test_allow_open_by_itself_serves_everybody(in_thread):
                 assert in_thread(client.recv, 2) == b"\x05\x00"
         finally:
             process.terminate()
-    for option in (["--allow-open"], ["--access-log", "json"], ["--redact"]):
-        status, said = run("--config", "x", *option)
-        assert status == 2
-        assert said.endswith(f"{option[0]}: cannot be used together with --config")
+    status, said = run("--config", "x", "--allow-open")
+    assert status == 2
+    assert said.endswith("--allow-open: cannot be used together with --config")
 
 
 @pytest.mark.slow

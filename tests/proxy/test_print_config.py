@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtcpserver.cli.proxy import NOT_BESIDE_CONFIG, _from_options, _with_secrets, proxy
+from gtcpserver.cli.proxy import OF_THE_PROXY, _from_options, _with_secrets, proxy
 from gtcpserver.errors import ConfigError
 from gtcpserver.files.toml_file import parse_text
 from gtcpserver.proxy.config import parse_config
@@ -15,8 +15,8 @@ from gtcpserver.proxy.settings import ProxyConfig
 from kit.proxying import QUICK
 
 
-def printed(*arguments):
-    done = CliRunner().invoke(proxy, ["--print-config", *arguments])
+def printed(*arguments, **variables):
+    done = CliRunner().invoke(proxy, ["--print-config", *arguments], env=variables)
     return done.exit_code, done.output
 
 
@@ -96,17 +96,41 @@ def test_each_option_is_in_the_file(name, tmp_path, monkeypatch):
     status, text = printed(*OWN[name])
     assert status == 0, text
     assert "stay on the command line" not in text
-    meant = _from_options(_with_secrets(proxy.make_context("proxy", OWN[name]).params))
+    meant = _from_options(_with_secrets(proxy.make_context("proxy", list(OWN[name])).params))
     meant.rules.clients, meant.rules.destinations = list(meant.rules.client_rules), list(meant.rules.destination_rules)
     assert same(parse_config(text), meant)
     assert text != printed()[1]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_variable_is_in_the_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, text in {"users": "eve:pw\n", "htpasswd": f"ada:{QUICK}\n", "upstream": "http://192.0.2.1:80\n"}.items():
+        (tmp_path / file).write_text(text)
+        (tmp_path / file).chmod(0o600)
+    (variable,) = (one.envvar for one in proxy.params if one.name == name)
+    status, text = printed(**{variable: (OWN[name][1:] or ["yes"])[0]})
+    assert status == 0, text
+    assert f"# These variables are in this file: take them out of the environment: {variable}\n" in text
+    meant = _from_options(_with_secrets(proxy.make_context("proxy", list(OWN[name])).params))
+    meant.rules.clients, meant.rules.destinations = list(meant.rules.client_rules), list(meant.rules.destination_rules)
+    assert same(parse_config(text), meant)
+
+
+def test_variables_of_every_server_stay_in_the_environment():
+    status, text = printed("--workers", "2", GTCPSERVER_POOL="33", GTCPSERVER_METRICS="9100")
+    assert status == 0, text
+    assert text.startswith(
+        "# These options stay on the command line, beside --config: --workers\n\n"
+        "# These variables stay in the environment: GTCPSERVER_METRICS, GTCPSERVER_POOL\n\n"
+    )
 
 
 def test_each_option_is_either_in_the_file_or_named():
     names = {one.name for one in proxy.params} - {"config", "print_config"}
     of_the_server = names - set(OWN)
     assert set(OWN) <= names
-    assert of_the_server.isdisjoint(NOT_BESIDE_CONFIG)
+    assert of_the_server.isdisjoint(OF_THE_PROXY)
     assert {"pool", "workers", "metrics", "user"} <= of_the_server
     status, text = printed("--redact", *(word for words in SERVERS.values() for word in words))
     assert status == 0, text
