@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install = $(PIP) --constraint constraints.txt --editable '.[$(1)]' || { \
 	echo 'cannot install the versions of constraints.txt; trying others' >&2; $(PIP) --editable '.[$(1)]'; }
 
-.PHONY: help serve test test-pure compiled quick matrix core without-linux sanitize endure fuzz inject mutants schedules move-schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
+.PHONY: help serve test test-pure compiled quick matrix next-python core without-linux sanitize endure fuzz inject mutants schedules move-schedules moves rollout check bench bench-programs docs docs-serve screenshots load \
     sslyze news lock release-check ci ci-programs ci-lint ci-docs ci-test ci-smoke ci-package ci-load clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make compiled  compiles the hot path again after a change, as the targets above do; GTCPSERVER_PURE=1 for pure Python'
 	@echo 'make matrix  the core tests under every CPython from 3.10 on that is here (in PATH, or by pyenv); MINORS="10 12"'
 	@echo '             WITH="gevent==24.2.1 greenlet==3.0.0" for some of them with other versions'
+	@echo 'make next-python  the core tests under the newest CPython of Debian, in a folder, as root; NEXT="14 15" for others'
 	@echo 'make without-linux  the core tests without what Linux alone has, as on a Mac'
 	@echo 'make sanitize  the core tests of what is compiled, under AddressSanitizer, and with Python looking for mistakes'
 	@echo 'make endure  10 million requests and 100,000 connections, which must leave nothing behind (REQUESTS=, CONNECTIONS=)'
@@ -109,6 +110,9 @@ matrix:
 	    done; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+next-python:
+	NEXT='$(NEXT)' .ci/next-python
 
 core: compiled
 	$(if $(WITH),$(PIP) $(WITH) && $(BIN)/python setup.py --quiet build_ext --inplace --force)

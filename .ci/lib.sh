@@ -44,14 +44,19 @@ extra() {
     echo "no package index: going on without '.[$1]'"
 }
 
+# copy_checkout FOLDER: what is here, committed or not.
+copy_checkout() {
+    git ls-files -z --cached --others --exclude-standard |
+        tar --create --null --files-from - --ignore-failed-read 2>/dev/null |
+        tar --extract --directory "$1" || fail "cannot copy this checkout"
+}
+
 # make_clone: sets $python, and $user where there can be an ordinary user, that is for root. A clone of what is here,
 # committed or not, is in $home/gtcpserver then.
 make_clone() {
     local config name=gtcpserver-$$
     mkdir -p "$home/gtcpserver" "$home/.config/pip"
-    git ls-files -z --cached --others --exclude-standard |
-        tar --create --null --files-from - --ignore-failed-read 2>/dev/null |
-        tar --extract --directory "$home/gtcpserver" || fail "cannot clone this checkout"
+    copy_checkout "$home/gtcpserver"
     for config in ~/.pip/pip.conf "${XDG_CONFIG_HOME:-$HOME/.config}/pip/pip.conf"; do
         [ ! -f "$config" ] || cp "$config" "$home/.config/pip/pip.conf"
     done

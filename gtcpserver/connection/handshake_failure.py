@@ -41,7 +41,7 @@ def _kind_of_failure(sock: Any, error: BaseException) -> HandshakeFailure:
             rest: bytes = sock.recv(1024, socket.MSG_PEEK)
         except OSError:
             return kind
-        # OpenSSL knows GET, POST, HEAD, PUT and CONNECT. RFC 9112 section 3: method, target, version.
+        # OpenSSL 3.0 knows GET, POST, HEAD, PUT and CONNECT, 3.6 more. RFC 9112 section 3: method, target, version.
         if b" HTTP/" in rest.partition(b"\n")[0]:
             return "http_request"
     return kind

@@ -53,7 +53,7 @@ _BY_REASON: dict[str, HandshakeFailure] = {
     "CALLBACK_FAILED": "unknown_name",  # the server-name callback refused it
 }
 
-# RFC 9110 section 9, RFC 5789; and PRI, with which HTTP/2 begins (RFC 9113 section 3.4). OpenSSL itself knows five.
+# RFC 9110 section 9, RFC 5789; and PRI, with which HTTP/2 begins (RFC 9113 section 3.4). OpenSSL 3.0 knows five itself.
 _HTTP_METHODS = (
     b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ", b"PATCH ", b"PRI ",
 )  # fmt: skip

@@ -19,7 +19,8 @@ FAILURES = [
     ({"minimum_version": "TLSv1.3"}, ["-tls1_2"], "version"),
     ({"maximum_version": "TLSv1.2"}, ["-tls1_3"], "version"),
     ({}, ["-tls1_2", "-cipher", "ECDHE-RSA-AES128-GCM-SHA256"], "no_shared_cipher"),
-    ({}, ["-tls1_3", "-ciphersuites", "TLS_AES_128_CCM_8_SHA256"], "no_shared_cipher"),
+    # OpenSSL 3.6 does not offer this suite at its level of security, 1.
+    ({}, ["-tls1_3", "-ciphersuites", "TLS_AES_128_CCM_8_SHA256", "-cipher", "ALL@SECLEVEL=0"], "no_shared_cipher"),
     ({}, ["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256"], "no_shared_cipher"),
     ({"client_auth": "required"}, ["-tls1_2"], "client_certificate"),
     ({"client_auth": "required"}, ["-tls1_3"], "client_certificate"),

@@ -250,7 +250,7 @@ def test_curl(proxy, serve, in_thread, option):
     content = b"x" * 1_000_000
     head = b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\n"
     target = serve(lambda conn: (conn.recv_until(b"\r\n\r\n"), conn.sendall(head + content)))
-    command = ["curl", "-sS", "--noproxy", "", option, proxy().address, f"http://localhost:{target.port}/"]
+    command = ["curl", "-4sS", "--noproxy", "", option, proxy().address, f"http://localhost:{target.port}/"]
     done = in_thread(lambda: subprocess.run(command, capture_output=True, timeout=SOON))
     assert (done.stderr, done.stdout == content) == (b"", True)
 
@@ -264,7 +264,7 @@ def test_curl_with_a_password(proxy, serve, in_thread):
     )
 
     def curl(user):
-        command = ["curl", "-sS", "--socks5", server.address, "--proxy-user", user, f"http://localhost:{target.port}/"]
+        command = ["curl", "-4sS", "--socks5", server.address, "--proxy-user", user, f"http://localhost:{target.port}/"]
         return subprocess.run(command, capture_output=True, timeout=SOON)
 
     assert in_thread(curl, "Ada:pw").stdout == b"hello"

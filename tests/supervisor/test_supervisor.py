@@ -350,6 +350,7 @@ def test_everything_works_for_an_ordinary_user(folder: Path) -> None:
         master.ask("scale", workers=1)
         os.kill(master.settled(1)[0], signal.SIGTERM)
         master.wait_for("got SIGTERM: replacing it")
+        master.settled(1)  # before that an upgrade is refused
         if ordinary_user_can("os.access(sys.executable, os.X_OK)"):
             master.ask("upgrade")
             master.pid = int((folder / "pid").read_text())

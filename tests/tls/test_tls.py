@@ -840,7 +840,7 @@ def test_plaintext_in_the_kernel_is_not_smuggled_in(serve, tls, connect, in_thre
 
     server = serve(handle)
     client = connect(server)
-    client.sendall(b"STARTTLS\nDELETE MAIL\n")
+    client.sendall(b"STARTTLS\nEXPUNGE\n")
     assert in_thread(read_all, client).startswith(b"go ahead\n\x15\x03")  # and an alert
     assert served == []
     wait_until(lambda: failures(server) == {"not_tls": 1})
