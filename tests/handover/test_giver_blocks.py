@@ -4,12 +4,14 @@ O_NONBLOCK is a flag of the open file description (fcntl(2)), which both workers
 """
 
 import contextlib
+import errno
 import os
 import random
 import socket
 import struct
 import threading
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 
 import gevent
@@ -107,6 +109,10 @@ def running(other):
         looking.join()
         turning.kill()
         assert not stood_still, "the event loop stood still"
+
+
+def fail(number, *_):
+    raise OSError(number, os.strerror(number))
 
 
 def moves(giver, taker):
@@ -357,7 +363,10 @@ def test_a_tunnel_that_has_moved_is_spliced(tunnel, giver, monkeypatch):
     assert sum(spliced) > LOT
 
 
-def test_the_pipe_of_a_tunnel_that_was_emptied_behind_its_back(in_thread):
+@pytest.mark.parametrize("refusal", [None, errno.ENOENT, errno.EACCES], ids=["anew", "no /proc", "another user's"])
+def test_the_pipe_of_a_tunnel_that_was_emptied_behind_its_back(in_thread, monkeypatch, refusal):
+    if refusal is not None:
+        monkeypatch.setattr(pipes, "reopen_pipe", partial(fail, refusal))
     output, input_ = os.pipe2(os.O_NONBLOCK)
     kept = os.dup(output), os.dup(input_)
     os.write(input_, bytes(10))
@@ -373,6 +382,25 @@ def test_the_pipe_of_a_tunnel_that_was_emptied_behind_its_back(in_thread):
         PIPES.discard(pipe)
         for fd in kept:
             os.close(fd)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_pipe_that_cannot_be_opened_anew_for_lack_of_descriptors_is_not_taken(monkeypatch, which):
+    real, asked = pipes.reopen_pipe, []
+
+    def reopen(fd, access):
+        asked.append(fd)
+        return fail(errno.EMFILE) if len(asked) > which else real(fd, access)
+
+    monkeypatch.setattr(pipes, "reopen_pipe", reopen)
+    output, input_ = os.pipe2(os.O_NONBLOCK)
+    before = len(os.listdir("/proc/self/fd"))
+    os.write(input_, bytes(10))
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        PIPES.adopt(output, input_, 10)
+    assert len(os.listdir("/proc/self/fd")) == before
+    for fd in (output, input_):
+        os.close(fd)
 
 
 def test_a_question_whether_a_splice_was_refused_by_the_peer(in_thread):
