@@ -42,6 +42,4 @@ class HandshakeStep(Step):
         return None
 
     def kind_of(self, error: BaseException) -> str:
-        if isinstance(error, ChallengeAnswered):
-            return "acme_challenge"
         return handshake_failed(self.connection, error)

@@ -28,6 +28,7 @@ from gtcpserver.process.clock import wall_time
 from gtcpserver.process.forked import close_in_children
 from gtcpserver.proxy_protocol.header import Transport
 from gtcpserver.tls import ConnectionTLS, Credentials
+from gtcpserver.tls.info import ChallengeAnswered
 from gtcpserver.transfer.ends import HasStream, reset_on_close
 
 from .blocks import Deadline, Idle
@@ -560,20 +561,27 @@ class Connection(SSLMethods, HasStream, _Socket):
         return None if layer is None else ConnectionTLS(layer.object, layer.server_name)
 
     def start_tls(
-        self, tls: TLSConfig | ssl.SSLContext | Credentials | None = None, *, timeout: float | None = None
+        self,
+        tls: TLSConfig | ssl.SSLContext | Credentials | None = None,
+        *,
+        timeout: float | None = None,
+        answers: bool = False,
     ) -> ConnectionTLS:
         """Start TLS on this connection as the server side: SMTP's STARTTLS, PostgreSQL's SSLRequest.
 
         Args:
             tls: a TLSConfig or ssl.SSLContext; None: the server's.
             timeout: seconds for the handshake; None: the configuration's.
+            answers: answer an ACME authority (`TLSConfig.acme`): TLS begins with the connection, and no plain text came
+                before.
 
         Raises:
             StartTLSError: no TLS configuration is available; TLS is already started; a buffered file of ``makefile`` is
                 open for reading; or bytes that followed the client's request for TLS, before the handshake, were read
                 already: a man in the middle may have injected them to pass for encrypted ones (RFC 3207 section 6).
                 Close the connection.
-            OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError).
+            OSError: the handshake failed (ssl.SSLError), or took too long (TimeoutError). ConnectionError: an ACME
+                authority has asked, and is answered.
         """
         stream = self._stream
         if stream.tls is not None:
@@ -591,11 +599,15 @@ class Connection(SSLMethods, HasStream, _Socket):
         if tls is None:
             raise StartTLSError("no TLS configuration: give start_tls() one, or the server")
         credentials = tls if isinstance(tls, Credentials) else Credentials(tls)
-        layer = TLSLayer(self, credentials.context, credentials.report_truncation, credentials.older)
+        questions = credentials.answers if answers else None
+        layer = TLSLayer(self, credentials.context, credentials.report_truncation, credentials.older, questions)
         seconds = credentials.handshake_timeout if timeout is None else timeout
         try:
             with self.deadline(seconds):
                 layer.handshake()
+            if layer.is_challenge:
+                layer.close_notify()
+                raise ChallengeAnswered("an ACME challenge was answered")
         except OSError as error:
             self._note_failed_handshake(error)
             raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtcpserver.errors import TLSFlood
 from gtcpserver.tls import HandshakeFailure, classify_handshake_error
+from gtcpserver.tls.info import ChallengeAnswered
 from gtcpserver.transfer.ends import reset_on_close
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ PLAIN_HTTP_ANSWER = (
 
 def handshake_failed(connection: Connection, error: BaseException) -> HandshakeFailure:
     """Classify a failed handshake. Answer a client that speaks no TLS, and reset one that floods."""
+    if isinstance(error, ChallengeAnswered):
+        return "acme_challenge"
     if isinstance(error, TLSFlood):
         reset_on_close(connection)
         return "too_many_records"

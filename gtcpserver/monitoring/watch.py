@@ -10,6 +10,7 @@ from typing import Any
 
 from gevent.hub import get_hub
 
+from gtcpserver.server.certificates import credentials_of
 from gtcpserver.server.server import Server
 
 from .latency import Latency
@@ -69,8 +70,7 @@ class Watch:
 
 def certificates_of(server: Server) -> dict[str, float]:
     """Return the number of a server's certificates, and when the first of them expires."""
-    of_handler = getattr(server.handler, "tls_credentials", ())  # of a proxy, whose listeners have their own
-    known = [one for one in (server.tls, *(of_handler if isinstance(of_handler, tuple) else ())) if one is not None]
+    known = [one for one in (server.tls, *credentials_of(server.handler)) if one is not None]
     ends = [one.expires_at for one in known if one.expires_at is not None]
     found: dict[str, float] = {"certificates": sum(one.certificates for one in known)}
     return {**found, "certificate_expires_at": min(ends)} if ends else found

@@ -141,7 +141,7 @@ def make_interception(listener: ListenerTable) -> Interception:
             if field.name in _TRANSPARENT_ONLY and getattr(listener, field.name) != field.default:
                 raise ConfigError(f'{field.name} is for speaks = "transparent", got speaks = "{listener.speaks}"')
         return Interception()
-    for name in ("tls_certfile", "proxy_protocol"):
+    for name in ("tls_certfile", "acme", "proxy_protocol"):
         if getattr(listener, name):
             raise ConfigError(f'{name} is not for speaks = "transparent": clients do not know of the proxy')
     if parse_address(listener.listen).kind == "unix":
@@ -389,19 +389,56 @@ def make_nat64(config: ProxyConfig) -> tuple[IPv6Network, ...]:
 
 
 def make_tls(listener: ListenerTable) -> TLSConfig | None:
+    options: dict[str, Any] = {
+        "client_ca": listener.tls_client_ca,
+        "client_auth": "none" if listener.tls_client_ca is None else listener.tls_client_auth,
+    }
+    if listener.acme:
+        return _make_acme(listener, options)
+    for name in _OF_ACME.values():
+        if getattr(listener, name):
+            raise ConfigError(f"{name} needs acme")
     if listener.tls_certfile is None:
-        for name in ("tls_keyfile", "tls_client_ca"):
-            if getattr(listener, name) is not None:
-                raise ConfigError(f"{name} needs tls_certfile")
+        if listener.tls_keyfile is not None:
+            raise ConfigError("tls_keyfile needs tls_certfile")
+        if listener.tls_client_ca is not None:
+            raise ConfigError("tls_client_ca needs tls_certfile or acme")
         return None
-    config = TLSConfig(
-        listener.tls_certfile,
-        listener.tls_keyfile,
-        client_ca=listener.tls_client_ca,
-        client_auth="none" if listener.tls_client_ca is None else listener.tls_client_auth,
-    )
+    config = TLSConfig(listener.tls_certfile, listener.tls_keyfile, **options)
     Credentials(config)  # reads the files
     return config
+
+
+#: Keys of a listener, by argument of `TLSConfig.acme`.
+_OF_ACME = {name: f"acme_{name}" for name in ("email", "directory", "folder", "ca_file")}
+
+
+def _make_acme(listener: ListenerTable, options: dict[str, Any]) -> TLSConfig:
+    for name in ("tls_certfile", "tls_keyfile"):
+        if getattr(listener, name) is not None:
+            raise ConfigError(f"{name} cannot be used together with acme")
+    given = {name: getattr(listener, key) for name, key in _OF_ACME.items() if getattr(listener, key) is not None}
+    try:
+        return TLSConfig.acme(listener.acme, **given, **options)
+    except ConfigError as error:
+        name, _, message = str(error).partition(" ")
+        key = "acme" if name == "names" else _OF_ACME.get(name)
+        raise (error if key is None else ConfigError(f"{key} {message}")) from None
+
+
+def check_ordered(config: ProxyConfig) -> None:
+    """Check that listeners which share a certificate's folder order the same certificate."""
+    seen: dict[tuple[str, str], TLSConfig] = {}
+    for listener in _listeners(config):
+        tls = make_tls(listener) if listener.acme else None
+        if tls is None or tls.managed is None:
+            continue
+        first = seen.setdefault((tls.managed.folder, tls.managed.names[0]), tls)
+        if first.managed != tls.managed:
+            raise ConfigError(
+                f"listeners whose first name in acme is {tls.managed.names[0]!r} need the same acme keys, or another "
+                f"acme_folder, got {', '.join(listener.acme)} for {listener.listen}"
+            )
 
 
 def make_authenticator(table: AuthTable) -> Authenticator:
@@ -513,6 +550,7 @@ def make_proxy(config: ProxyConfig) -> Proxy:
     check_names(config)
     check_places(config)
     check_certificates(config)
+    check_ordered(config)
     check_not_asked(config)
     check_tproxy(config)
     for name in TimeoutsTable.__struct_fields__:

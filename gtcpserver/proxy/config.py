@@ -34,6 +34,7 @@ from .build import (
     check_closed,
     check_names,
     check_not_asked,
+    check_ordered,
     check_places,
     check_seconds,
     check_tproxy,
@@ -164,7 +165,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
         yield f"{name}.speaks", lambda one=listener: make_interception(one), ""  # type: ignore[misc]
         yield f"{name}.commands", lambda one=listener: make_commands(one), ""  # type: ignore[misc]
-        yield f"{name}.tls_certfile", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
+        yield f"{name}.{'acme' if listener.acme else 'tls_certfile'}", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
         yield f"{name}.external", lambda one=listener: make_external(one), ""  # type: ignore[misc]
         yield f"{name}.proxy_protocol", lambda one=listener: make_balancers(one), ""  # type: ignore[misc]
     for key, make in (
@@ -192,6 +193,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
     yield "listener", lambda: check_names(config), ""
     yield "listener", lambda: check_places(config), ""
     yield "listener", lambda: check_tproxy(config), ""
+    yield "listener", lambda: check_ordered(config), ""
     yield "rules.clients", lambda: check_not_asked(config), ""
     yield "rules.clients", lambda: check_certificates(config), ""
     yield "rules.clients", lambda: check_closed(config), ""

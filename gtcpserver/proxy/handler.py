@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from socket import MSG_PEEK
 from time import monotonic
 from typing import Literal, get_args
 
+import gevent
 from greenlet import GreenletExit
 
 from gtcpserver.admission.proxy_header import network_address, read_proxy_header
@@ -21,6 +23,8 @@ from gtcpserver.server.outcome import is_client_error, was_raised_by_connection
 from gtcpserver.shared.column import Column
 from gtcpserver.store.store import Store
 from gtcpserver.tls import Credentials, TLSConfig
+from gtcpserver.tls.acme.answers import MAX_HELLO
+from gtcpserver.tls.info import ChallengeAnswered
 
 from .errors import Cut, ProtocolError
 from .gate import Gate, host_of
@@ -41,6 +45,10 @@ TIME_OF_REFUSED = 1.0
 
 #: Maximum number of such clients at once; others are reset. Each holds a descriptor, and may come as fast as it likes.
 MOST_REFUSED = 100
+
+
+#: Seconds between two looks at a first TLS record that is not whole yet: the rest follows at once.
+PEEK_AGAIN = 0.02
 
 
 class ProxyHandler:
@@ -153,7 +161,18 @@ class ProxyHandler:
             visitor.leave()
 
     def _refuse(self, conn: Connection, visitor: Visitor) -> None:
-        """Refuse it in its own protocol if it speaks up quickly; not worth a TLS handshake."""
+        """Refuse it in its own protocol if it speaks up quickly; not worth a TLS handshake.
+
+        But an ACME authority is answered: from where it asks, nobody knows, so that no rule can admit it.
+        """
+        if self._may_be_authority(conn):
+            self._refused += 1
+            try:
+                if self._is_question(conn):
+                    self._serve(conn, visitor)
+                    return
+            finally:
+                self._refused -= 1
         is_told = (self._tls is None or conn.resumed) and self._interception is None
         if not is_told or self._refused >= MOST_REFUSED:
             conn.abort()
@@ -165,12 +184,31 @@ class ProxyHandler:
         finally:
             self._refused -= 1
 
+    def _may_be_authority(self, conn: Connection) -> bool:
+        answers = None if self._tls is None or conn.resumed else self._tls.answers
+        return answers is not None and self._refused < MOST_REFUSED and answers.is_asked()
+
+    def _is_question(self, conn: Connection) -> bool:
+        """Return whether the client's first TLS record is an authority's question. It stays unread."""
+        assert self._tls is not None
+        assert self._tls.answers is not None
+        try:
+            with conn.deadline(TIME_OF_REFUSED):
+                while not _is_whole_record(record := conn.recv(MAX_HELLO, MSG_PEEK)):
+                    gevent.sleep(PEEK_AGAIN)
+        except OSError:
+            return False
+        return self._tls.answers.find(record) is not None
+
     def _serve(self, conn: Connection, visitor: Visitor) -> None:
         is_http = False
         try:
             if self._tls is not None and not conn.resumed:
                 try:
-                    conn.start_tls(self._tls)
+                    conn.start_tls(self._tls, answers=True)
+                except ChallengeAnswered:
+                    visitor.record.result, visitor.record.detail = "acme_challenge", ""
+                    return
                 except OSError as error:
                     visitor.record.result, visitor.record.detail = "tls_failed", error.strerror or str(error)
                     return
@@ -305,3 +343,9 @@ class ProxyHandler:
             protocol = sniff(data)
             if protocol is not None:
                 return protocol, data
+
+
+def _is_whole_record(data: bytes) -> bool:
+    """Return whether a TLS record is there from its beginning to its end, or nothing that could become one."""
+    could_be = data[:2] in (b"\x16", b"\x16\x03") and len(data) < MAX_HELLO
+    return not could_be or (len(data) >= 5 and len(data) >= 5 + int.from_bytes(data[3:5], "big"))

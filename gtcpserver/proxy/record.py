@@ -23,6 +23,7 @@ Result = Literal[
     "authentication_failed",
     "authentication_timeout",
     "proxy_header",  # a balancer sent none, or a bad one
+    "acme_challenge",  # an ACME authority has asked for a proof of a name, and got it
     "tls_failed",  # the client's TLS handshake
     "client_left",  # the client gave up before it was connected or answered
     "bad_request",  # the client violated the protocol, or left during it

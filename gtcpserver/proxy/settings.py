@@ -44,6 +44,8 @@ class ListenerTable(_Table):
         commands: what clients may request.
         external: the address to connect from, or one of each family; or "auto", "same", "system" (`gate.External`).
         tls_certfile, tls_keyfile: PEM files: clients speak TLS with this listener.
+        acme, acme_email, acme_directory, acme_folder, acme_ca_file: names of a certificate that is ordered, in place of
+            those files, and the other arguments of `TLSConfig.acme`.
         tls_client_ca: PEM file of the CAs for client certificates.
         tls_client_auth: whether a client certificate is required.
         proxy_protocol: networks of balancers that send PROXY headers (:class:`gtcpserver.ProxyProtocol`).
@@ -59,6 +61,11 @@ class ListenerTable(_Table):
     external: str | list[str] = "auto"
     tls_certfile: str | None = None
     tls_keyfile: str | None = None
+    acme: list[str] = []
+    acme_email: str | None = None
+    acme_directory: str | None = None
+    acme_folder: str | None = None
+    acme_ca_file: str | None = None
     tls_client_ca: str | None = None
     tls_client_auth: Literal["required", "optional"] = "required"
     proxy_protocol: list[str] = []

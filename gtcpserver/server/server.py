@@ -46,12 +46,12 @@ from gtcpserver.signatures import ConnectionT, Handler, OnFull
 from gtcpserver.store.settings import DEFAULT_TIMEOUT, OnStoreFailure, StoreSettings
 from gtcpserver.store.store import Store, close_store, open_store
 from gtcpserver.tls import Credentials
-from gtcpserver.tls.acme import keep_certificate
 
 from .acceptor import Acceptor
 from .access_log import AccessLog
 from .background import end_background_work, threads_of_handlers_are_no_daemons
 from .capacity import Capacity
+from .certificates import Certificates, credentials_of
 from .fleet_room import FleetRoom
 from .full_log import FullLog
 from .moving import Mover, Moving, make_idle, with_hooks_once
@@ -252,6 +252,7 @@ class Server:
         self._options = options = with_hooks_once(options) if handover else options
         self._state = state = ServerState()
         self._capacity = Capacity(options, state)
+        self._certificates = Certificates(self.spawn)
         self._full_log = FullLog(options, state)
         self._serving = Serving(self, options, state, self._capacity)
         self._time_limits = TimeLimits(state.connections, handler_timeout, min_rate, min_rate_window)
@@ -381,10 +382,10 @@ class Server:
         state.started_at = monotonic()
         self._time_limits.start()
         self._stopping.watchdog = Watchdog(state, self._look)
-        if self.tls is not None and self.tls.config is not None and self.tls.config.watch is not None:
-            self.tls.watch(self.tls.config.watch)
-        if self.tls is not None and self.tls.config is not None and self.tls.config.managed is not None:
-            self.spawn(keep_certificate, self.tls, self.tls.config.managed)
+        self._certificates.keep(self._credentials())
+
+    def _credentials(self) -> list[Credentials]:
+        return [*([] if self.tls is None else [self.tls]), *credentials_of(self.handler)]
 
     def _look(self) -> None:
         self._stopping.look()
@@ -463,7 +464,10 @@ class Server:
         if isinstance(settings, StoreSettings) and (self._store is None or self._store.settings != settings):
             log.warning("shared_limits: only a restart, or a reload of worker processes, can change it")
         self._share_store_with(handler)
+        had = credentials_of(self._serving.handler)
         self._serving.handler = handler
+        if (had or credentials_of(handler)) and self.state is State.SERVING:
+            self._certificates.keep(self._credentials())
 
     @property
     def state(self) -> State:
@@ -842,8 +846,7 @@ class Server:
             self._state.admission.left_in_child()
         self._time_limits.left_in_child()
         self._capacity.left_in_child()
-        if self.tls is not None:
-            self.tls.left_in_child()
+        self._certificates.left_in_child()
         if self._store is not None:
             self._store.left_in_child()
             self._store = None

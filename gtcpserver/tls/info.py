@@ -59,7 +59,7 @@ _HTTP_METHODS = (
 )  # fmt: skip
 
 
-class ChallengeAnswered(Exception):
+class ChallengeAnswered(ConnectionError):
     """The handshake was an authority's question (RFC 8737), and nothing is to follow."""
 
 

@@ -20,6 +20,7 @@ from gtcpserver.proxy.config import make_proxy, parse_config
 from gtcpserver.proxy.record import Result
 from gtcpserver.proxy.target import KINDS
 from gtcpserver.proxy_protocol import ProxyHeader
+from gtcpserver.tls.acme.settings import ACMESettings
 from kit.clients import read
 from kit.handlers import echo
 from kit.paths import ROOT
@@ -721,6 +722,21 @@ def test_what_a_reload_ends(proxy, connect, in_thread, origin, ends):
     else:
         client.sendall(b"hello")
         assert in_thread(read, client, 5) == b"hello"
+
+
+@about("listener.acme", *(f"listener.acme_{name}" for name in ("email", "directory", "folder", "ca_file")))
+def test_the_certificate_of_a_listener_may_be_ordered(tmp_path):
+    """test_acme.py does it."""
+    ca_file = Files(tmp_path).ca_file
+    text = (
+        '[[listener]]\nacme = ["a.example.com", "b.example.com"]\nacme_email = "me@example.com"\n'
+        f'acme_directory = "https://ca.test/dir"\nacme_folder = "{tmp_path}/acme"\nacme_ca_file = "{ca_file}"\n'
+    )
+    (credentials,) = make_proxy(parse_config(text)).handler.tls_credentials
+    names = ["a.example.com", "b.example.com"]
+    assert credentials.config.managed == ACMESettings.checked(
+        names, "me@example.com", "https://ca.test/dir", f"{tmp_path}/acme", ca_file
+    )
 
 
 @about("upstream.tls_ca", "upstream.tls_name", "upstream.check", "upstream.check_target")

@@ -31,7 +31,7 @@ QUESTION = ("-alpn", "acme-tls/1", "-servername", NAME)
 @pytest.fixture
 def site(tmp_path, shared, serve, monkeypatch):
     """`site(**options)`: a server with a certificate of the tests' CA, where a challenge is under way for NAME."""
-    monkeypatch.setattr("gtcpserver.server.server.keep_certificate", lambda *_arguments: None)
+    monkeypatch.setattr("gtcpserver.server.certificates.keep_certificate", lambda *_arguments: None)
     settings = ACMESettings.checked([NAME, "b.example.com"], None, "staging", str(tmp_path / "acme"), None)
     folder = Folder(settings)
     folder_path = os.path.dirname(folder.certificate)

@@ -58,7 +58,7 @@ class Site:
 @pytest.fixture
 def site(pebble, front, tmp_path, serve, in_thread, monkeypatch):
     # The test itself looks.
-    monkeypatch.setattr("gtcpserver.server.server.keep_certificate", lambda *_arguments: None)
+    monkeypatch.setattr("gtcpserver.server.certificates.keep_certificate", lambda *_arguments: None)
 
     def make(*names, **options):
         names = names or ("a.example.com",)
