@@ -28,6 +28,7 @@ WALL_CLOCK = {
     ("proxy/authenticate.py", "time.time"): "compared with a file's modification time, which is of the wall clock",
     ("proxy/http_session.py", "time"): "Retry-After, until the end of a quota's day or month",
     ("proxy/quota.py", "time"): "the day or month of a quota",
+    ("proxy/record.py", "time"): "the time of a line in the access log",
     ("proxy/quota_file.py", "time.gmtime"): "the name of a damaged file that is set aside",
     ("static_files/handler.py", "time"): "the header Date (RFC 9110 section 6.6.1)",
     ("tls/acme/authority.py", "time.time"): "compared with the authority's clock, which is a wall clock",
