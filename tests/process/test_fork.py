@@ -224,6 +224,8 @@ def test_at_fork_hooks_that_wait_see_nothing_of_the_server(start, kind):
 @both
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_other_start_methods_work_too(start, how, method):
+    if sys.version_info >= (3, 14) and (how, method) == ("patched", "forkserver"):
+        pytest.skip("with gevent 26.9 it fails on Python 3.14 in any patched program")
     program = start(how)
     assert int(program.answer(f"process {method} 0"))
 
