@@ -93,3 +93,48 @@ def test_idle_connections_end_with_the_client(http_proxy, serve, client):
     visitor.file.close()
     visitor.sock.close()
     assert closed.wait(SOON)
+
+
+STRAY = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
+EARLY = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "method", "status", "body"),
+    [
+        (OK + STRAY, "GET", 200, b"hello"),
+        (OK + b"s", "GET", 200, b"hello"),
+        (EARLY + OK + STRAY, "GET", 200, b"hello"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" + STRAY, "GET", 200, b""),
+        (b"HTTP/1.1 204 No Content\r\n\r\n" + STRAY, "GET", 204, b""),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n" + STRAY, "GET", 304, b""),
+        (OK + STRAY, "HEAD", 200, b""),
+        (b"".join(PIECES) + STRAY, "GET", 200, b"hello"),
+    ],
+    ids=["answer", "byte", "interim", "empty", "204", "304", "HEAD", "chunked"],
+)
+@pytest.mark.parametrize("cut", [0, 1, -len(STRAY), -len(STRAY) - 2], ids=["at once", "early", "stray", "body"])
+def test_what_comes_behind_an_answer_is_not_the_next_one(http_proxy, serve, client, answer, method, status, body, cut):
+    """Not even a part of it, wherever the origin's bytes are cut."""
+    answers, sent = iter((answer, OK)), Event()
+
+    def handler(conn):
+        conn.recv_until(b"\r\n\r\n")
+        data = next(answers)
+        conn.sendall(data[:cut])
+        if cut:
+            conn.server.context.wait(0.02)
+        conn.sendall(data[cut:])
+        sent.set()
+        conn.recv(1)
+
+    target = serve(handler, context=Event())
+    visitor = client(http_proxy())
+    url = f"http://127.0.0.1:{target.port}/"
+    first = visitor.get(url, method=method)
+    while first[0] == 103:
+        first = visitor.answer(method)
+    assert first[::2] == (status, body)
+    assert sent.wait(5)  # what comes after the next request is its answer, for all that a proxy can know
+    assert visitor.get(url)[::2] == (200, b"hello")
+    assert target.accepted_connections == 2
