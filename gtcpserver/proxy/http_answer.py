@@ -42,7 +42,7 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 Framing = Literal["none", "length", "chunked", "close"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which doubles the time to make one
 class Answer:
     """The head of an answer.
 

@@ -74,13 +74,14 @@ class RequestBody:
         self._conn = conn
         self._patience = patience
         self.pace = pace
-        self._chunks = ChunkReader() if head.is_chunked else None
-        self._left = head.length
+        has_body = head.has_body  # most have none
+        self._chunks = ChunkReader() if has_body and head.is_chunked else None
+        self._left = head.length if has_body else 0
         self._waits_for_100 = bool(head.values(b"expect"))
         self._ready = b""  # in the form in which it will be written
         self._ready_size = 0  # how much content that is
         self._greenlet: Any = None
-        self.done = self.at_hand = self.consumed = not head.has_body
+        self.done = self.at_hand = self.consumed = not has_body
         self.sent = 0
         self.error: HttpError | None = None
 

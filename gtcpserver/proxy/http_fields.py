@@ -183,8 +183,10 @@ def forwards_left(head: Head) -> int | None:
     Raises:
         HttpError: it is not a number.
     """
+    if head.method not in (b"TRACE", b"OPTIONS"):
+        return None
     values = head.values(b"max-forwards")
-    if head.method not in (b"TRACE", b"OPTIONS") or not values:
+    if not values:
         return None
     if len(values) > 1 or not re.fullmatch(rb"[0-9]{1,9}", values[0]):
         raise HttpError(400, "Max-Forwards must be a number.")

@@ -190,7 +190,7 @@ class Forwarder:
         key = (target, record.user, self._visitor.gate.tenure)
         origin = self._origins.take(key)
         if origin is not None:
-            record.asked, record.connected, record.upstream = str(target), origin.connected, origin.upstream
+            record.asked, record.connected, record.upstream = origin.asked, origin.connected, origin.upstream
             self._visitor.opened = origin.opened
             return origin, True
         connection, forwarding = open_connection(self._visitor, target, for_request=True)

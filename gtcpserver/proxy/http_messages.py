@@ -129,7 +129,7 @@ def _split(rest: bytes) -> tuple[bytes, bytes, bytes]:
     return userinfo, authority, rest[end:].split(b"#", 1)[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which doubles the time to make one
 class OriginRequest:
     """A request as it goes to its origin; all of it was parsed by us.
 

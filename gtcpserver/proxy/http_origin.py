@@ -55,6 +55,7 @@ class Origin:
         opened: Opened | None = None,
     ) -> None:
         self.key = key
+        self.asked = str(key[0])
         self.connection = connection
         self.connected = connected
         self.patience = patience
@@ -97,8 +98,11 @@ class Origin:
                 answer = self._reader.read(head)
             except BadAnswer as error:
                 raise OriginFailed(f"not an HTTP answer: {error}") from None
-        if self._behind and (answer.status >= 200 or answer.status == 101):
+        is_last = answer.status >= 200 or answer.status == 101
+        # What can only be of its body stays here, for `at_hand`. Anything else goes back, where `is_alive` finds it.
+        if self._behind and is_last and (answer.framing != "length" or len(self._behind) > answer.length):
             self.connection.unread(self._behind)
+            self._behind = b""
         return answer
 
     def _next_head(self, body: RequestBody) -> bytes:
@@ -148,6 +152,9 @@ class Origin:
 
     def at_hand(self, most: int) -> bytes:
         """Return what was read together with the head of the response."""
+        if self._behind:
+            behind, self._behind = self._behind, b""
+            return behind
         size = min(most, len(self.connection.peeked))
         data: bytes = self.connection.recv(size) if size else b""
         return data

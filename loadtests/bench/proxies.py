@@ -4,8 +4,8 @@
 
 Every proxy runs on one CPU, its clients and the destination on the other. CPU is that of all of its processes, those
 that have ended included. Servers take turns within a round; figures are medians, and ratios are medians of the rounds'
-ratios. Proxies that are not installed are left out, and named: Debian has dante-server, haproxy, microsocks and
-tinyproxy, PyPI pproxy and proxy.py.
+ratios. Proxies that are not installed are left out, and named: Debian has dante-server, haproxy, microsocks,
+privoxy, squid and tinyproxy, PyPI pproxy and proxy.py.
 """
 
 from __future__ import annotations

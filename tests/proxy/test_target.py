@@ -1,6 +1,7 @@
 """Destinations: one form for every spelling."""
 
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -209,3 +210,11 @@ def test_any_text_is_a_target_or_a_bad_one(text, port):
 def test_every_address_has_its_own_form(ip):
     target = make_target(str(ip), 1)
     assert addresses_meant(ip)[0] == target.ip
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1", "127.1", "::1", "example.com", "example.com."])
+def test_equal_targets_have_the_same_hash(text):
+    target, same = make_target(text, 80), replace(make_target(text, 80))
+    assert target is not same
+    assert (target, hash(target)) == (same, hash(same))
+    assert len({target, same, make_target(text, 81)}) == 2

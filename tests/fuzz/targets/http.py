@@ -252,6 +252,8 @@ def _split(authority: bytes) -> tuple[str, int]:
 class _Peer:
     """An origin that sends these pieces, and what was given back of them."""
 
+    peeked = b""
+
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces
         self.given_back = b""
@@ -297,7 +299,7 @@ def _read_answers(method: bytes, pieces: list[bytes]) -> tuple[list[Answer], byt
             return None
         answers.append(answer)
         if answer.status >= 200 or answer.status == 101:
-            return answers, peer.left()
+            return answers, origin.at_hand(LONGEST_HEAD) + peer.left()
 
 
 def answer_head(data: bytes) -> None:
