@@ -335,15 +335,22 @@ def test_prefixes_that_are_none(prefix, told):
 
 #: What a client is told about each address. A service of this host listens on all of them.
 NETWORK = """
-    import ctypes, struct, subprocess, sys
+    import ctypes, struct, subprocess, sys, time
     from ipaddress import ip_address
 
     import gevent.socket
     from gtcpserver import Server
     from gtcpserver.proxy.config import make_proxy, parse_config
 
+    def told_by(*command):
+        return subprocess.run(["ip", "-6", *command], check=True, capture_output=True, text=True).stdout
+
     def run(commands):
         subprocess.run(["sh", "-ec", commands], check=True)
+        # The kernel gives a new IPv6 address its route a moment later, even without duplicate address detection.
+        for line in told_by("-o", "addr", "show", "scope", "global").splitlines():
+            while f"local {line.split()[3].partition('/')[0]} " not in told_by("route", "show", "table", "local"):
+                time.sleep(0.01)
 
     run('''
         for of in all default; do sysctl -qw net.ipv6.conf.$of.accept_dad=0; done
