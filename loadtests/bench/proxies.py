@@ -67,7 +67,10 @@ def short(title: str, options: Options, at_once: int, name: bytes = b"") -> Figu
 
 def kept(title: str, options: Options) -> Figures:
     """HTTP requests that the proxy forwards, on connections that are kept on both sides."""
-    some = {name: proxy for name, proxy in options.proxies.items() if name.endswith(", HTTP")}
+    # tinyproxy keeps none.
+    some = {
+        name: proxy for name, proxy in options.proxies.items() if name.endswith(", HTTP") and "tinyproxy" not in name
+    }
     with PageOrigin() as origin:
 
         def run(server: Running) -> float:
