@@ -529,11 +529,11 @@ def test_sockets_that_all_workers_share_lose_nothing(start: Start, folder: Path,
     assert answered - before
     queued = [connect() for _ in range(20)]
     for client in queued:
-        client.sendall(b"sleep 0.05\n")
+        client.sendall(b"hold %d\n" % SOON)  # until the stop begins
     master.send_signal(signal.SIGTERM)
     for client in queued:
-        with client:
-            assert client.makefile("rb").readline().split()[1] == b"last"
+        with client, client.makefile("rb") as answers:
+            assert [answers.readline().split()[1] for _ in range(2)] == [b"held", b"last"]
     assert master.wait() == 0
     if kind == "unix":
         assert not path.exists()
