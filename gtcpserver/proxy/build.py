@@ -413,6 +413,11 @@ def make_tls(listener: ListenerTable) -> TLSConfig | None:
 _OF_ACME = {name: f"acme_{name}" for name in ("email", "directory", "folder", "ca_file")}
 
 
+def key_of_tls(listener: ListenerTable) -> str:
+    """Return the key that a mistake in a listener's TLS is told at."""
+    return next((key for key in ("acme", *_OF_ACME.values()) if getattr(listener, key)), "tls_certfile")
+
+
 def _make_acme(listener: ListenerTable, options: dict[str, Any]) -> TLSConfig:
     for name in ("tls_certfile", "tls_keyfile"):
         if getattr(listener, name) is not None:

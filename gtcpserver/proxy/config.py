@@ -39,6 +39,7 @@ from .build import (
     check_seconds,
     check_tproxy,
     close_authenticator,
+    key_of_tls,
     make_authenticator,
     make_balancers,
     make_client_rule,
@@ -165,7 +166,7 @@ def _checks(config: ProxyConfig) -> Iterator[tuple[str, Callable[[], object], st
         yield f"{name}.listen", lambda one=listener: parse_address(one.listen), ""  # type: ignore[misc]
         yield f"{name}.speaks", lambda one=listener: make_interception(one), ""  # type: ignore[misc]
         yield f"{name}.commands", lambda one=listener: make_commands(one), ""  # type: ignore[misc]
-        yield f"{name}.{'acme' if listener.acme else 'tls_certfile'}", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
+        yield f"{name}.{key_of_tls(listener)}", lambda one=listener: make_tls(one), ""  # type: ignore[misc]
         yield f"{name}.external", lambda one=listener: make_external(one), ""  # type: ignore[misc]
         yield f"{name}.proxy_protocol", lambda one=listener: make_balancers(one), ""  # type: ignore[misc]
     for key, make in (
