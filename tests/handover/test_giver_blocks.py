@@ -18,13 +18,14 @@ import gevent
 import pytest
 
 from gtcpserver import connect, relay
-from gtcpserver.handover.sender import PAUSING
 from gtcpserver.transfer import PIPES, pipes
 from gtcpserver.transfer.pipes import check_source
 from kit.handing import Taker, leave
 from kit.patience import SOON
 from kit.tunnels import Destination, read, relaying
 from kit.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("no_pipe_is_left", "impatient")
 
 #: Seconds without a turn of the event loop that a busy machine does not cause.
 STANDSTILL = 10.0
@@ -64,19 +65,6 @@ def giver():
     one = Giver()
     yield one
     one.close()
-
-
-@pytest.fixture(autouse=True)
-def no_pipe_is_left():
-    taken = PIPES.taken
-    yield
-    wait_until(lambda: PIPES.taken == taken)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr("gtcpserver.handover.mover.AGAIN_SECONDS", 0.1)
-    monkeypatch.setitem(PAUSING, "full", 0.1)
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from gevent.pool import Pool
 from gtcpserver import HandedOver, TLSConfig, connect, relay
 from gtcpserver.connection.tunnels import relay_of
 from gtcpserver.forwarder import Forwarder
-from gtcpserver.handover.sender import PAUSING
 from gtcpserver.tls import self_signed
 from gtcpserver.transfer import PIPES
 from kit.handing import Taker, close_lines, join, leave
 from kit.tunnels import Destination, Reader, read, read_all, relaying, reset
 from kit.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("no_pipe_is_left", "impatient")
 
 LOT = 8 << 20
 
@@ -60,19 +61,6 @@ def several(serve, destination):
         return [serve(handler, handover=True) for _ in range(count)]
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def no_pipe_is_left():
-    taken = PIPES.taken
-    yield
-    wait_until(lambda: PIPES.taken == taken)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr("gtcpserver.handover.mover.AGAIN_SECONDS", 0.1)
-    monkeypatch.setitem(PAUSING, "full", 0.1)
 
 
 def moves(giver, taker):
